@@ -1,0 +1,372 @@
+"""What a reward head is: a batch of samples in, one number per sample out, higher is better.
+
+A head says three things and nothing else: a finite number is a score, `NaN` means "this objective
+does not apply to this sample", and everything that went wrong is a `RewardError`. A failure never
+becomes a score.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_SHOWN_SAMPLES = 5
+_SHOWN_CHARACTERS = 80
+
+
+class RewardError(RuntimeError):
+    """A reward head could not score a batch.
+
+    Args:
+        cause: What went wrong, in words.
+        head: Name of the head; empty when it is not known yet (`RewardHead` fills it in).
+        samples: Index in the batch and prompt of every sample concerned; empty when the failure
+            cannot be pinned on samples.
+    """
+
+    def __init__(
+        self, cause: str, *, head: str = "", samples: Sequence[tuple[int, str]] = ()
+    ) -> None:
+        self.cause = cause
+        self.head = head
+        self.samples = tuple((int(index), str(prompt)) for index, prompt in samples)
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        message = f'Reward head "{self.head}" failed' if self.head else "A reward head failed"
+        if self.samples:
+            shown = [f"#{index} {_shorten(prompt)}" for index, prompt in self.samples]
+            if len(shown) > _SHOWN_SAMPLES:
+                rest = len(shown) - _SHOWN_SAMPLES
+                shown = [*shown[:_SHOWN_SAMPLES], f"and {rest} more"]
+            plural = "s" if len(self.samples) > 1 else ""
+            message += f" on sample{plural} {', '.join(shown)}"
+        return f"{message}: {self.cause}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the constructor with the finished message and lose the fields.
+        return _rebuild_error, (self.cause, self.head, self.samples)
+
+
+def _rebuild_error(cause: str, head: str, samples: Sequence[tuple[int, str]]) -> RewardError:
+    return RewardError(cause, head=head, samples=samples)
+
+
+def _shorten(prompt: str) -> str:
+    if len(prompt) > _SHOWN_CHARACTERS:
+        prompt = prompt[: _SHOWN_CHARACTERS - 3] + "..."
+    return repr(prompt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RewardBatch:
+    """N samples to score: images or texts, with the prompts they were made from.
+
+    Raises:
+        ValueError: If lengths differ, if not exactly one of `images` and `texts` is given, or if
+            `images` has the wrong shape, type or range.
+    """
+
+    prompts: Sequence[str]  # N
+    metadata: Sequence[Mapping[str, Any]] = ()  # N, or empty: no sample has any
+    images: Tensor | None = None  # [N, 3, H, W] float32 in [0, 1], sRGB
+    texts: Sequence[str] | None = None  # N
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise ValueError("`prompts` should be a sequence of strings. Found one string.")
+        size = len(self.prompts)
+        for index, prompt in enumerate(self.prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"`prompts[{index}]` should be a string. Found {type(prompt).__name__}."
+                )
+        if not self.metadata:
+            object.__setattr__(self, "metadata", tuple({} for _ in range(size)))
+        if len(self.metadata) != size:
+            raise ValueError(
+                f"`metadata` should have one entry per prompt ({size}). Found {len(self.metadata)}."
+            )
+        for index, entry in enumerate(self.metadata):
+            if not isinstance(entry, Mapping):
+                raise ValueError(
+                    f"`metadata[{index}]` should be a mapping. Found {type(entry).__name__}."
+                )
+        if (self.images is None) == (self.texts is None):
+            found = "neither" if self.images is None else "both"
+            raise ValueError(f"Exactly one of `images` and `texts` should be given. Found {found}.")
+        if self.images is not None:
+            _check_images(self.images, size)
+        if self.texts is not None:
+            if isinstance(self.texts, str):
+                raise ValueError("`texts` should be a sequence of strings. Found one string.")
+            if len(self.texts) != size:
+                raise ValueError(
+                    f"`texts` should have one entry per prompt ({size}). Found {len(self.texts)}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def require_images(self) -> Tensor:
+        """Returns the images, `[N, 3, H, W]` float32 in [0, 1].
+
+        Raises:
+            ValueError: If the batch holds texts.
+        """
+        if self.images is None:
+            raise ValueError("This head scores images. Found a batch of texts.")
+        return self.images
+
+    def require_texts(self) -> Sequence[str]:
+        """Returns the N texts.
+
+        Raises:
+            ValueError: If the batch holds images.
+        """
+        if self.texts is None:
+            raise ValueError("This head scores texts. Found a batch of images.")
+        return self.texts
+
+    def uint8(self) -> Tensor:
+        """Quantises the images as a PNG file would: round(255 x).
+
+        Returns:
+            Tensor `[N, 3, H, W]`, uint8, on the device of the images.
+
+        Raises:
+            ValueError: If the batch holds texts.
+        """
+        return self.require_images().detach().mul(255.0).round().to(torch.uint8)
+
+    def arrays(self) -> np.ndarray:
+        """Quantised images as one array `[N, H, W, 3]`, uint8, RGB, contiguous, on the CPU."""
+        return np.ascontiguousarray(self.uint8().permute(0, 2, 3, 1).cpu().numpy())
+
+    def to_pil(self) -> list[Image.Image]:
+        """Quantised images as N PIL images in mode RGB."""
+        return [Image.fromarray(array) for array in self.arrays()]
+
+    def samples(self, indices: Sequence[int]) -> list[tuple[int, str]]:
+        """Index and prompt of the given samples, as `RewardError` wants them."""
+        return [(int(index), self.prompts[int(index)]) for index in indices]
+
+
+def _check_images(images: Tensor, size: int) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"`images` should be a tensor. Found {type(images).__name__}.")
+    if images.ndim != 4 or images.shape[0] != size or images.shape[1] != 3:
+        raise ValueError(
+            f"`images` should have shape [N, 3, H, W] with N = {size} prompts. "
+            f"Found {list(images.shape)}."
+        )
+    if images.dtype != torch.float32:
+        raise ValueError(f"`images` should be float32. Found {images.dtype}.")
+    if images.numel() == 0:
+        if size:
+            raise ValueError(f"`images` should have pixels. Found shape {list(images.shape)}.")
+        return
+    flat = images.detach().flatten(1)
+    low, high = flat.aminmax(dim=1)  # [N], [N]; NaN pixels make both NaN
+    bad = ~((low >= 0.0) & (high <= 1.0))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"`images` should lie in [0, 1]. Found values from {float(low[index]):.4g} to "
+            f"{float(high[index]):.4g} in sample {index}."
+        )
+
+
+class RewardHead(ABC):
+    """One objective: scores a batch, one number per sample, higher is better.
+
+    A subclass sets the class attributes, implements `score`, and imports heavy libraries inside
+    its constructor. Call the head itself, not `score`: the call checks what `score` returned.
+
+    Attributes:
+        name: Name of the objective in logs and errors; settable on an instance.
+        unit: Unit of the scores, e.g. "kB" or "1 - edit distance / length".
+        requires: What a prompt must have for the head to apply, e.g. `("quoted text",)`. Samples
+            without it score `NaN`.
+    """
+
+    name: str = ""
+    unit: str = ""
+    requires: tuple[str, ...] = ()
+
+    @abstractmethod
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Scores a batch of at least one sample.
+
+        Returns:
+            Floating tensor `[N]`, any device; `NaN` where the objective does not apply.
+        """
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        """Scores a batch and checks the result.
+
+        Returns:
+            float32 tensor `[N]` on the CPU; `NaN` where the objective does not apply.
+
+        Raises:
+            RewardError: If `score` raises, or returns an infinity, a wrong shape or a wrong type.
+        """
+        if len(batch) == 0:
+            return torch.empty(0)
+        try:
+            with torch.no_grad():
+                rewards = self.score(batch)
+        except RewardError as error:
+            if error.head:
+                raise
+            raise RewardError(error.cause, head=self._label, samples=error.samples) from error
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            # A batch of one leaves no doubt about the sample.
+            samples = batch.samples([0]) if len(batch) == 1 else ()
+            raise RewardError(cause, head=self._label, samples=samples) from error
+        return self._checked(rewards, batch)
+
+    def close(self) -> None:  # noqa: B027 - most heads hold nothing
+        """Frees what the head holds (worker processes, models). May be called more than once."""
+
+    @property
+    def _label(self) -> str:
+        return self.name or type(self).__name__
+
+    def _checked(self, rewards: Tensor, batch: RewardBatch) -> Tensor:
+        if not isinstance(rewards, Tensor):
+            raise RewardError(
+                f"The scores should be a tensor. Found {type(rewards).__name__}.", head=self._label
+            )
+        if rewards.shape != (len(batch),):
+            # Which sample lacks a score cannot be told, so all of them are named.
+            raise RewardError(
+                f"The scores should have shape [{len(batch)}]. Found {list(rewards.shape)}.",
+                head=self._label,
+                samples=batch.samples(range(len(batch))),
+            )
+        if not rewards.is_floating_point():
+            raise RewardError(
+                f"The scores should be floating point. Found {rewards.dtype}.", head=self._label
+            )
+        result = rewards.detach().to(device="cpu", dtype=torch.float32)
+        infinite = result.isinf().nonzero().flatten().tolist()
+        if infinite:
+            raise RewardError(
+                f"The scores should be finite or NaN. Found {float(result[infinite[0]])}.",
+                head=self._label,
+                samples=batch.samples(infinite),
+            )
+        return result
+
+
+class FunctionHead(RewardHead):
+    """A plain function `f(images, prompts, **metadata) -> list[float]` as a reward head.
+
+    `images` is the tensor `[N, 3, H, W]` in [0, 1] (the list of texts when the batch holds texts),
+    `prompts` the list of N prompts. A metadata key is passed, as a list of N values, when the
+    function names it as a further parameter, or for every key of the batch when it has
+    `**metadata`. A sample without the key gets `None` in that list; but for a parameter without a
+    default that is an error, and a parameter with a default keeps it if no sample has the key.
+
+    Args:
+        function: The function; returns N numbers as a list, an array or a tensor, higher is better.
+        name: Name of the objective; the function's own name by default.
+        unit: Unit of the scores.
+        requires: What a prompt must have for the function to return something else than `NaN`.
+        options: Fixed values for further parameters of the function; never read from metadata.
+
+    Raises:
+        ValueError: If the function does not take two positional arguments, or an option names no
+            further parameter of it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        unit: str = "",
+        requires: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name or function_name(function)
+        self.unit = unit
+        self.requires = tuple(requires)
+        self.function = function
+        self.options = dict(options or {})
+        self._named, self._takes_any = further_parameters(function)
+        unknown = sorted(set(self.options) - set(self._named))
+        if unknown:
+            raise ValueError(
+                f"Options of `{self.name}` should be among {sorted(self._named)}. Found {unknown}."
+            )
+
+    def score(self, batch: RewardBatch) -> Tensor:
+        """Calls the function; see the class for what it is given."""
+        samples = list(batch.require_texts()) if batch.images is None else batch.images
+        metadata = self._metadata(batch)
+        values = self.function(samples, list(batch.prompts), **metadata, **self.options)
+        if isinstance(values, Tensor):
+            return values if values.is_floating_point() else values.double()
+        return torch.as_tensor(np.asarray(values, dtype=np.float64))
+
+    def _metadata(self, batch: RewardBatch) -> dict[str, list[Any]]:
+        present = {str(key) for entry in batch.metadata for key in entry}
+        wanted = set(self._named) | (present if self._takes_any else set())
+        columns = {}
+        for key in sorted(wanted - set(self.options)):
+            lacking = [index for index, entry in enumerate(batch.metadata) if key not in entry]
+            required = key in self._named and self._named[key] is inspect.Parameter.empty
+            if lacking and required:
+                raise RewardError(
+                    f"The function needs the metadata key `{key}`, which these samples lack.",
+                    samples=batch.samples(lacking),
+                )
+            if key in present:
+                columns[key] = [entry.get(key) for entry in batch.metadata]
+        return columns
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Name of a function, or of the class of another callable."""
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """Parameters of a reward function after `images` and `prompts`.
+
+    Returns:
+        Their names with defaults (`inspect.Parameter.empty` for none), and whether the function
+        takes any keyword.
+
+    Raises:
+        ValueError: If the function does not take two positional arguments.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = inspect.Parameter
+    by_position = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(by_position) < 2 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
+        raise ValueError(
+            f"A reward function should take `(images, prompts, ...)`. "
+            f"Found `{function_name(function)}{inspect.signature(function)}`."
+        )
+    first_two = {p.name for p in by_position[:2]}
+    named = {
+        p.name: p.default
+        for p in parameters
+        if p.name not in first_two and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    return named, any(p.kind is kinds.VAR_KEYWORD for p in parameters)

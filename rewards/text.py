@@ -1,0 +1,99 @@
+"""The text that a prompt asks to see in the picture, and how far another text is from it.
+
+The rule is the one of Flow-GRPO's OCR reward (Liu et al. 2025, https://arxiv.org/abs/2505.05470):
+the target stands in quotes, white space does not count, and a distance never exceeds the length
+of the target.
+
+Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# A single quote inside a word is an apostrophe: "it's a sign that says 'GO'" asks for GO.
+_PATTERNS = {
+    "double": re.compile(r'"([^"]*)"'),
+    "curly": re.compile("\u201c([^\u201c\u201d]*)\u201d|\u2018(.*?)\u2019(?!\\w)", re.DOTALL),
+    "single": re.compile(r"(?<!\w)'(.*?)'(?!\w)", re.DOTALL),
+}
+_PATTERNS["any"] = re.compile(
+    "|".join(_PATTERNS[style].pattern for style in ("double", "curly", "single")), re.DOTALL
+)
+QUOTE_STYLES = tuple(_PATTERNS)
+
+
+def check_quotes(style: str) -> str:
+    """Returns the style if it is one of `QUOTE_STYLES`.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if style not in _PATTERNS:
+        raise ValueError(
+            f"Parameter `quotes` should be one of {', '.join(QUOTE_STYLES)}. "
+            f"Found `quotes = {style!r}`."
+        )
+    return style
+
+
+def quoted_target(prompt: str, quotes: str = "double") -> str | None:
+    """The text inside the first pair of quotes.
+
+    Args:
+        prompt: A prompt, e.g. `a blue sign that says "GO"`.
+        quotes: `double` (ASCII), `curly` (typographic, double or single), `single` (ASCII, with
+            apostrophes left alone) or `any` (whichever pair opens first).
+
+    Returns:
+        The text as it stands, or None if the prompt has no such pair or only white space is in it.
+    """
+    match = _PATTERNS[check_quotes(quotes)].search(prompt)
+    if match is None:
+        return None
+    target = next(group for group in match.groups() if group is not None)
+    return target if target.strip() else None
+
+
+def without_quotes(prompt: str) -> str:
+    """The prompt without its quoted parts, of whatever style."""
+    return _PATTERNS["any"].sub(" ", prompt)
+
+
+def comparable(text: str) -> str:
+    """Text as it is compared: NFKC, case folded, without white space."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Folding can leave the normal form, e.g. for a dotted capital I.
+    return "".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Edit distance: the fewest insertions, deletions and substitutions from `a` to `b`."""
+    if len(a) < len(b):
+        a, b = b, a
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        current = [i]
+        for j, y in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def legibility(read: str, target: str, *, substring_ok: bool = True) -> float:
+    """How well a text that was read matches the target: 1 - d / len(target), in [0, 1].
+
+    d is 0 if the target is a substring of what was read (with `substring_ok`), else the edit
+    distance capped at the length of the target. Both texts are made `comparable` first.
+
+    Returns:
+        The score, or NaN if nothing of the target is left to compare.
+    """
+    read, target = comparable(read), comparable(target)
+    if not target:
+        return float("nan")
+    if substring_ok and target in read:
+        return 1.0
+    distance = min(levenshtein(read, target), len(target))
+    return 1.0 - distance / len(target)
