@@ -1,0 +1,234 @@
+"""Heads without a model: frozen numbers computed another way, and what definitions promise."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewards import RewardBatch, RewardError, create
+from rewards.simple import COLOURS, named_colours, oklab
+
+RED, BLUE, WHITE = COLOURS["red"], COLOURS["blue"], COLOURS["white"]
+
+
+def picture(seed: int, height: int = 24, width: int = 32) -> np.ndarray:
+    """A smooth ramp with noise, `[H, W, 3]` uint8."""
+    generator = np.random.default_rng(seed)
+    ramp = np.linspace(0, 200, width)[None, :, None] * np.array([1.0, 0.5, 0.2])
+    return (ramp + generator.uniform(0, 50, (height, width, 3))).round().astype(np.uint8)
+
+
+def flat(*colours: tuple[int, int, int], shares=None, side: int = 20) -> np.ndarray:
+    """Areas of flat colour that fill the given shares, `[side, side, 3]` uint8."""
+    shares = shares or [1 / len(colours)] * len(colours)
+    counts = [round(share * side * side) for share in shares]
+    pixels = [colour for colour, count in zip(colours, counts, strict=True) for _ in range(count)]
+    return np.array(pixels, dtype=np.uint8).reshape(side, side, 3)
+
+
+def batch(arrays, prompts=None) -> RewardBatch:
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return RewardBatch(prompts=prompts or [""] * len(arrays), images=pixels.contiguous())
+
+
+def test_jpeg_compressibility_is_minus_the_file_size():
+    arrays = [picture(0), picture(1)]
+    expected = []
+    for array in arrays:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "JPEG", quality=95)
+        expected.append(-len(file.getvalue()) / 1000)
+    rewards = create("jpeg_compressibility")(batch(arrays))
+    np.testing.assert_allclose(rewards, expected, rtol=1e-6)
+    assert (create("jpeg_compressibility", quality=50)(batch(arrays)) > rewards).all()
+    with pytest.raises(ValueError, match="quality = 0"):
+        create("jpeg_compressibility", quality=0)
+
+
+def test_colourfulness_is_the_published_formula():
+    arrays = [picture(0), picture(1)]
+    expected = []
+    for array in arrays:
+        r, g, b = (array[..., i].astype(float) for i in range(3))
+        rg, yb = r - g, (r + g) / 2 - b
+        spread = np.sqrt(np.std(rg) ** 2 + np.std(yb) ** 2)
+        expected.append(spread + 0.3 * np.sqrt(np.mean(rg) ** 2 + np.mean(yb) ** 2))
+    np.testing.assert_allclose(create("colourfulness")(batch(arrays)), expected, rtol=1e-6)
+
+
+def test_colourfulness_of_flat_colours():
+    # Grey: rg = yb = 0. Pure red: rg = 255, yb = 127.5, no spread: 0.3 sqrt(255^2 + 127.5^2).
+    arrays = [flat((77, 77, 77)), flat((255, 0, 0))]
+    rewards = create("colourfulness")(batch(arrays))
+    np.testing.assert_allclose(rewards, [0.0, 85.5296], atol=1e-4)
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    arrays = [picture(0), picture(1)]
+    expected = []
+    for array in arrays:
+        y = array.astype(float) @ [0.299, 0.587, 0.114]
+        height, width = y.shape
+        values = [
+            y[i - 1, j] + y[i + 1, j] + y[i, j - 1] + y[i, j + 1] - 4 * y[i, j]
+            for i in range(1, height - 1)
+            for j in range(1, width - 1)
+        ]
+        expected.append(np.var(values))
+    np.testing.assert_allclose(create("sharpness")(batch(arrays)), expected, rtol=1e-6)
+
+
+def test_sharpness_falls_with_blur_and_needs_an_inner_pixel():
+    sharp = picture(0)
+    soft = np.asarray(Image.fromarray(sharp).resize((8, 6)).resize((32, 24)))
+    a, b, c = create("sharpness")(batch([sharp, soft, np.full_like(sharp, 200)])).tolist()
+    assert a > b > c
+    assert c == pytest.approx(0.0, abs=1e-9)
+    with pytest.raises(RewardError, match="3 x 3"):
+        create("sharpness")(batch([picture(0, 2, 5)]))
+
+
+@pytest.mark.parametrize("name", ["jpeg_compressibility", "colourfulness", "sharpness"])
+def test_a_batch_scores_like_its_samples(name):
+    head, arrays = create(name), [picture(i) for i in range(4)]
+    together = head(batch(arrays))
+    alone = torch.cat([head(batch([array])) for array in arrays])
+    torch.testing.assert_close(together, alone)
+
+
+# --- prompt_colour -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "colours"),
+    [
+        ("a red circle on a blue background", ("red", "blue")),
+        ('a blue sign that says "RED"', ("blue",)),
+        ("a blue sign that says \u201cred\u201d and 'green'", ("blue",)),
+        ("Blue, blue and BLUE", ("blue",)),
+        ("a gray cat on grey stone", ("grey",)),
+        ("a bluebird on a hundred roses", ()),
+        ('a sign that says "GO"', ()),
+    ],
+)
+def test_colour_names_are_whole_words_outside_quotes(prompt, colours):
+    assert named_colours(prompt) == colours
+
+
+def test_oklab_agrees_with_the_published_table():
+    # XYZ (0.950, 1.000, 1.089), white, is (1, 0, 0); sRGB red is (0.628, 0.225, 0.126).
+    lab = oklab(torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))  # columns: white, red
+    np.testing.assert_allclose(lab[:, 0], [1.0, 0.0, 0.0], atol=1e-4)
+    np.testing.assert_allclose(lab[:, 1], [0.6280, 0.2249, 0.1258], atol=1e-4)
+
+
+def colour(array: np.ndarray, prompt: str, **options) -> float:
+    return float(create("prompt_colour", **options)(batch([array], [prompt])))
+
+
+def test_both_colours_one_colour_no_colour():
+    both, one, none = flat(RED, BLUE), flat(RED), flat(COLOURS["green"])
+    prompt = "a red circle on a blue background"
+    assert colour(both, prompt) == pytest.approx(1.0)
+    assert colour(one, prompt) == pytest.approx(0.5, abs=0.01)
+    assert colour(none, prompt) < 0.01
+    assert np.isnan(colour(both, 'a sign that says "RED"'))
+
+
+@pytest.mark.parametrize("name", sorted(set(COLOURS) - {"gray"}))
+def test_every_colour_is_told_from_every_other(name):
+    others = [other for other in COLOURS if COLOURS[other] != COLOURS[name]]
+    arrays = [flat(COLOURS[name]), *(flat(COLOURS[other]) for other in others)]
+    own, *wrong = create("prompt_colour")(batch(arrays, [f"a {name} wall"] * len(arrays)))
+    assert own == pytest.approx(1.0)
+    assert max(wrong) < 0.2
+
+
+def test_the_arrangement_of_pixels_is_not_seen():
+    array = picture(3)
+    shuffled = np.random.default_rng(0).permutation(array.reshape(-1, 3)).reshape(array.shape)
+    prompt = "a red and brown leaf"
+    assert colour(shuffled, prompt) == pytest.approx(colour(array, prompt), rel=1e-5)
+
+
+def test_the_score_grows_with_the_area_up_to_the_share_and_with_closeness():
+    shares = [0.0, 0.05, 0.1, 0.15, 0.5]
+    grown = [colour(flat(RED, WHITE, shares=[s, 1 - s]), "a red dot") for s in shares]
+    np.testing.assert_allclose(grown, [0, 1 / 3, 2 / 3, 1, 1], atol=0.01)
+    wide = [
+        colour(flat(RED, WHITE, shares=[s, 1 - s]), "a red dot", share=0.5) for s in (0.15, 0.5)
+    ]
+    np.testing.assert_allclose(wide, [0.3, 1.0], atol=0.01)
+
+    steps = np.linspace(0, 1, 12)[:, None] * (np.array(RED) - np.array(BLUE)) + np.array(BLUE)
+    path = [colour(flat(tuple(step)), "a red wall") for step in steps.round().astype(int)]
+    assert path == sorted(path)
+
+
+def test_frozen_number_by_hand():
+    array = picture(5)
+    rgb = array.reshape(-1, 3) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+    def lab(values):
+        lms = np.cbrt(
+            values
+            @ np.array(
+                [
+                    [0.4122214708, 0.2119034982, 0.0883024619],
+                    [0.5363325363, 0.6806995451, 0.2817188376],
+                    [0.0514459929, 0.1073969566, 0.6299787005],
+                ]
+            )
+        )
+        return lms @ np.array(
+            [
+                [0.2104542553, 1.9779984951, 0.0259040371],
+                [0.7936177850, -2.4285922050, 0.7827717662],
+                [-0.0040720468, 0.4505937099, -0.8086757660],
+            ]
+        )
+
+    scores = []
+    for name in ("brown", "black"):
+        centre = np.array(COLOURS[name]) / 255
+        centre = np.where(centre <= 0.04045, centre / 12.92, ((centre + 0.055) / 1.055) ** 2.4)
+        closeness = np.exp(-((lab(linear) - lab(centre)) ** 2).sum(1) / 0.1**2)
+        scores.append(np.sort(closeness)[::-1][: round(0.15 * len(closeness))].mean())
+    assert colour(array, "brown earth, black sky") == pytest.approx(np.mean(scores), rel=1e-4)
+
+
+def test_prompts_with_different_numbers_of_colours_share_a_batch(monkeypatch):
+    arrays = [picture(i) for i in range(4)]
+    prompts = ["red", "nothing", "red, blue and white", "blue"]
+    head = create("prompt_colour")
+    together = head(batch(arrays, prompts))
+    assert together.isnan().tolist() == [False, True, False, False]
+    alone = torch.cat([head(batch([a], [p])) for a, p in zip(arrays, prompts, strict=True)])
+    torch.testing.assert_close(together, alone, equal_nan=True)
+    monkeypatch.setattr("rewards.simple._CHUNK", 1)
+    torch.testing.assert_close(head(batch(arrays, prompts)), together, equal_nan=True)
+    assert head(batch(arrays[:1], ["nothing"])).isnan().all()
+
+
+@pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"tolerance": 0.0}])
+def test_parameters_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        create("prompt_colour", **options)
+
+
+def test_prompt_colour_is_cheap():
+    arrays = [picture(i, 64, 64) for i in range(32)]
+    head, full = create("prompt_colour"), batch(arrays, ["red circle on blue"] * 32)
+    head(full)
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        head(full)
+        spent.append(time.perf_counter() - start)
+    assert min(spent) / 32 < 5e-3  # about 0.4 ms on one thread; slack for a busy machine
