@@ -1,0 +1,345 @@
+"""Configuration to objects: the only module that knows names and classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from moa_diffusion import checkpoint, config, tiny
+from moa_diffusion.config import Config
+from moa_diffusion.data import Geometry, GroupSampler, Prompt, derive_seed, read_prompts
+from moa_diffusion.distributed import AccelerateComm
+from moa_diffusion.ema import EMA
+from moa_diffusion.metrics import RunLog
+from moa_diffusion.objectives.base import Normalizer, Weighting
+from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
+from moa_diffusion.objectives.static import Static
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.scoring import RewardHead, Scorer, create_head
+from moa_diffusion.trainer import Schedule, Surrogate, Trainer
+from moa_diffusion.types import ConfigError, Request
+
+logger = logging.getLogger(__name__)
+
+# A method is a normalizer and a weighting.
+METHODS: dict[str, tuple[type[Normalizer], type[Weighting]]] = {
+    "static": (Raw, Static),
+    "gdpo": (GDPO, Static),
+    "dual_stage": (DualStage, Static),
+    "ddpo": (PromptHistory, Static),
+}
+
+
+def trainer(settings: Config) -> Trainer:
+    """Everything a run needs, checked in the order of what checking costs.
+
+    Files and names come first, models last. With ``settings.resume`` the state is loaded.
+
+    Raises:
+        ConfigError: for anything in the configuration that cannot be run.
+        ImportError: if a chosen reward head or tracker needs a package that is not installed.
+    """
+    folder = Path(settings.output_dir)
+    resumed = run_folder(settings)
+    prompts = read_prompts(_prompt_file(settings.prompts.train), column=settings.prompts.column)
+    heldout = heldout_requests(settings)
+    tuple(settings.rewards)
+    normalizer, weighting = objectives(settings)
+    accelerator = make_accelerator(settings)
+    comm = AccelerateComm(accelerator)
+    geometry = solve_geometry(settings, comm.world_size)
+    if comm.rank == 0:
+        print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
+    scorer = Scorer(heads(settings), comm)
+
+    model = policy(settings, accelerator.device)
+    parameters = list(model.trainable().values())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.optimizer.lr,
+        betas=(settings.optimizer.betas[0], settings.optimizer.betas[1]),
+        weight_decay=settings.optimizer.weight_decay,
+    )
+    warmup = settings.optimizer.warmup
+    built = Trainer(
+        policy=model,
+        scorer=scorer,
+        normalizer=normalizer,
+        weighting=weighting,
+        sampler=GroupSampler(
+            prompts,
+            groups=geometry.groups,
+            group_size=geometry.group_size,
+            seed=settings.seed,
+        ),
+        geometry=geometry,
+        comm=comm,
+        optimizer=optimizer,
+        lr_schedule=torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda count: min(1.0, (count + 1) / (warmup + 1))
+        ),
+        scaler=torch.amp.GradScaler(
+            accelerator.device.type, enabled=settings.policy.dtype == "float16"
+        ),
+        ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+        surrogate=Surrogate(
+            clip_range=settings.loss.clip_range,
+            advantage_clip=settings.loss.advantage_clip,
+            kl_weight=settings.loss.kl_weight,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            ratio_tolerance=settings.loss.ratio_tolerance,
+            max_skipped=settings.loss.max_skipped,
+        ),
+        schedule=Schedule(
+            steps=settings.trainer.steps,
+            checkpoint_every=settings.checkpoint.every,
+            checkpoint_keep=settings.checkpoint.keep,
+            evaluate_every=settings.evaluation.every,
+        ),
+        heldout=heldout,
+        heldout_pictures=settings.evaluation.pictures,
+        log=RunLog(
+            folder,
+            accelerator=accelerator if settings.log.trackers else None,
+            main=accelerator.is_main_process,
+            scores=settings.log.scores,
+        ),
+        folder=folder,
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+    )
+    if resumed is not None:
+        built.load_state_dict(checkpoint.load_state(resumed))
+        logger.info("Resumed from %s after %d rollouts.", resumed, built.completed)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
+    if settings.log.trackers:
+        accelerator.init_trackers("moa_diffusion", config=flat(settings))
+    return built
+
+
+def run_folder(settings: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a new run in a folder without another run.
+
+    Raises:
+        ConfigError: if the folder holds another run, or there is no such checkpoint.
+    """
+    folder = Path(settings.output_dir)
+    if folder.is_file():
+        raise ConfigError(f"output_dir: should be a folder. Found the file `{folder}`.")
+    if settings.resume is not None:
+        found = checkpoint.find(settings.resume, folder)
+        _report_changes(folder / "config.yaml", settings)
+        return found
+    traces = [
+        name for name in ("config.yaml", "metrics.jsonl", "checkpoints") if (folder / name).exists()
+    ]
+    if traces:
+        raise ConfigError(
+            f"output_dir: should be a new folder. Found another run in `{folder}` "
+            f"({', '.join(traces)}). Use another --output_dir, or continue with --resume latest."
+        )
+    return None
+
+
+def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
+    """The method's two parts.
+
+    Raises:
+        ConfigError: for an unknown method or option, or an option's bad value.
+    """
+    method = settings.objectives.method
+    if method not in METHODS:
+        raise ConfigError(
+            f"objectives.method: unknown method {method!r}.{_nearest(method, METHODS)} "
+            f"Known: {', '.join(METHODS)}."
+        )
+    names = tuple(settings.rewards)
+    weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
+    normalizer_class, weighting_class = METHODS[method]
+    normalizer = _construct(
+        normalizer_class, "objectives.normalizer", settings.objectives.normalizer, names
+    )
+    fixed = {"weights": weights} if weighting_class is Static else {}
+    weighting = _construct(
+        weighting_class, "objectives.weighting", settings.objectives.weighting, names, fixed
+    )
+    return normalizer, weighting
+
+
+def heads(settings: Config) -> dict[str, RewardHead]:
+    """One reward head per objective.
+
+    Raises:
+        ConfigError: naming the objective, for an unknown head, import path or option.
+    """
+    built = {}
+    for name, options in settings.rewards.items():
+        rest = {k: v for k, v in options.items() if k not in ("weight", "head", "path")}
+        try:
+            head = create_head(options.get("head", name), options.get("path"), **rest)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"rewards.{name}: {error}") from error
+        head.name = name
+        built[name] = head
+    return built
+
+
+def policy(settings: Config, device: torch.device) -> Policy:
+    """The model, on its device.
+
+    Raises:
+        ConfigError: if the path holds no model of the kind, or a setting does not fit it.
+    """
+    if settings.policy.name == "toy":
+        return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
+    model, sampling = settings.policy, settings.sampling
+    try:
+        return SD3Policy(
+            str(tiny.PIPELINE_PATH) if model.path == "tiny" else model.path,
+            device=device,
+            seed=settings.seed,
+            revision=model.revision,
+            dtype=model.dtype,
+            vae_dtype=model.vae_dtype,
+            lora_rank=model.lora.rank,
+            lora_alpha=model.lora.alpha,
+            target_modules=model.lora.target_modules,
+            gradient_checkpointing=model.gradient_checkpointing,
+            resolution=sampling.resolution,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            sampler=sampling.sampler,
+            noise_level=sampling.noise_level,
+            window=sampling.window,
+            window_mode=sampling.window_mode,
+            window_stay=sampling.window_stay,
+            kl=settings.loss.kl,
+            eval_steps=settings.evaluation.steps,
+            eval_guidance=settings.evaluation.guidance,
+            max_sequence_length=model.max_sequence_length,
+            vae_batch=model.vae_batch,
+            embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
+            embeds_memory_gb=model.embeds_memory_gb,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def heldout_requests(settings: Config) -> tuple[Request, ...]:
+    """What the evaluation draws: the same for every run with the same evaluation seed."""
+    if not settings.evaluation.every or settings.prompts.heldout is None:
+        return ()
+    prompts: tuple[Prompt, ...] = read_prompts(
+        _prompt_file(settings.prompts.heldout, "heldout"), column=settings.prompts.column
+    )
+    prompts = prompts[: settings.evaluation.prompts or None]
+    return tuple(
+        Request(
+            prompt=prompt.text,
+            metadata=prompt.metadata,
+            group=group,
+            sibling=sibling,
+            seed=derive_seed(settings.evaluation.seed, "heldout", group, sibling),
+        )
+        for sibling in range(settings.evaluation.images_per_prompt)
+        for group, prompt in enumerate(prompts)
+    )
+
+
+def solve_geometry(settings: Config, world_size: int) -> Geometry:
+    """How a rollout is cut over this many processes."""
+    return Geometry.solve(
+        groups=settings.trainer.groups,
+        group_size=settings.trainer.group_size,
+        updates=settings.trainer.updates,
+        world_size=world_size,
+        max_sample_batch=settings.trainer.sample_batch,
+        max_micro_batch=settings.trainer.micro_batch,
+    )
+
+
+def make_accelerator(settings: Config) -> Accelerator:
+    """Process group, device and trackers; mixed precision is the policy's own business."""
+    folders = ProjectConfiguration(
+        project_dir=settings.output_dir, logging_dir=f"{settings.output_dir}/trackers"
+    )
+    return Accelerator(
+        log_with=list(settings.log.trackers) or None,
+        project_config=folders,
+        mixed_precision="no",
+    )
+
+
+def flat(settings: Config) -> dict[str, str | int | float | bool]:
+    """Dotted keys to plain values, for trackers."""
+    rows: dict[str, str | int | float | bool] = {}
+
+    def walk(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            else:
+                plain = isinstance(value, (str, int, float, bool))
+                rows[f"{prefix}{name}"] = value if plain else str(value)
+
+    walk(dataclasses.asdict(settings), "")
+    return rows
+
+
+def _construct(
+    kind: Any,
+    key: str,
+    options: Mapping[str, Any],
+    names: tuple[str, ...],
+    fixed: Mapping[str, Any] | None = None,
+) -> Any:
+    valid = [name for name in inspect.signature(kind).parameters if name != "objectives"]
+    valid = [name for name in valid if name not in (fixed or {})]
+    for option in options:
+        if option not in valid:
+            raise ConfigError(
+                f"{key}.{option}: unknown option of {kind.__name__}.{_nearest(option, valid)} "
+                f"Valid: {', '.join(valid) or 'none'}."
+            )
+    try:
+        return kind(names, **options, **(fixed or {}))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _prompt_file(path: str, kind: str = "train") -> Path:
+    return tiny.PROMPTS_PATH / f"{kind}.txt" if path == "tiny" else Path(path)
+
+
+def _report_changes(saved: Path, settings: Config) -> None:
+    """Say which settings differ from those that the run began with."""
+    if not saved.is_file():
+        return
+    before = flat(config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    now = flat(settings)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key not in ("resume", "output_dir"):
+            logger.warning(
+                "Resuming with another %s: %s, was %s.", key, now.get(key), before.get(key)
+            )

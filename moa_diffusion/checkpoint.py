@@ -1,0 +1,124 @@
+"""Checkpoints that are either whole or not there, and the exact state of a run inside them.
+
+``checkpoints/step-000100/`` holds ``pytorch_lora_weights.safetensors`` (what diffusers loads),
+``ema/`` with the averaged weights in the same form, and ``state.pt``. All random choices derive
+from (seed, step), so the step number is the state of every generator and of the prompt sampler.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_diffusion.types import ConfigError
+
+STATE = "state.pt"
+VERSION = 1  # of the layout of ``state.pt``
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` rollouts lives."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in run.glob("checkpoints/step-*") if (path / STATE).is_file())
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name; it appears as ``target`` only when it is complete.
+
+    Files and folder are flushed to the disk before the rename. If the block raises, nothing
+    remains; an older folder of the same name stays until the new one replaces it.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _fsync(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the run's state (tensors, numbers, strings, lists and dicts of them)."""
+    torch.save({"version": VERSION, **state}, folder / STATE)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what ``save_state`` wrote, without unpickling arbitrary objects, onto the CPU.
+
+    Raises:
+        ConfigError: if the file is missing, damaged, or of another version.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise ConfigError(f"resume: should name a checkpoint. Found no {STATE} in `{folder}`.")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"resume: `{path}` is damaged ({type(error).__name__}: {error}). An older checkpoint "
+            "of the run can be named instead."
+        ) from error
+    if state.get("version") != VERSION:
+        raise ConfigError(
+            f"resume: `{path}` should have version {VERSION}. Found {state.get('version')}."
+        )
+    return state
+
+
+def find(resume: str, run: Path) -> Path:
+    """The checkpoint folder that ``--resume`` means: ``latest`` of this run, or a path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if resume != "latest":
+        folder = Path(resume)
+        if not (folder / STATE).is_file():
+            raise ConfigError(
+                "resume: should be 'latest' or a checkpoint folder such as "
+                f"{step_folder(run, 100)}. Found no {STATE} in `{folder}`."
+            )
+        return folder
+    found = list_checkpoints(run)
+    if not found:
+        raise ConfigError(
+            f"resume: 'latest' needs a checkpoint in `{run / 'checkpoints'}`. Found none."
+        )
+    return found[-1]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
+    for folder in list_checkpoints(run)[:-keep] if keep else []:
+        shutil.rmtree(folder)

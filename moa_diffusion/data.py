@@ -1,0 +1,255 @@
+"""Which samples are drawn at which step: prompt sets, groups, seeds, and the batch geometry.
+
+Everything here is a pure function of (run seed, step): there is no iterator to save, a resumed run
+asks for the next step, and any number of processes draws the same samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.types import ConfigError, Request
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any tuple of integers and strings; equal on every machine."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by ``derive_seed``."""
+    return torch.Generator("cpu").manual_seed(derive_seed(*parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One line of a prompt set."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # handed to the reward heads
+
+
+def read_prompts(path: str | Path, *, column: str = "prompt") -> tuple[Prompt, ...]:
+    """Read a prompt set; everything beside the prompt becomes its metadata.
+
+    Args:
+        path: ``.txt`` (one prompt a line, blank lines ignored), ``.jsonl`` (objects), ``.csv`` or
+            ``.tsv`` (with a header line).
+        column: the key or column that holds the prompt.
+
+    Raises:
+        ConfigError: if the file is missing, of another kind, empty, or has a bad line; the message
+            gives file and line number.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
+    if path.suffix not in readers:
+        raise ConfigError(
+            f"Prompt file `{path}` should end in one of {', '.join(readers)}. "
+            f"Found {path.suffix!r}."
+        )
+    if not path.is_file():
+        raise ConfigError(f"Prompt file `{path}` does not exist (looked from {Path.cwd()}).")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Prompt file `{path}` should be UTF-8 text: {error}.") from error
+    prompts = tuple(readers[path.suffix](path, text, column))
+    if not prompts:
+        raise ConfigError(f"Prompt file `{path}` should hold at least one prompt. Found none.")
+    return prompts
+
+
+def _bad_line(path: Path, number: int, expectation: str, found: object) -> ConfigError:
+    return ConfigError(f"{path}:{number}: {expectation} Found {found!r}.")
+
+
+def _read_txt(path: Path, text: str, column: str) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if any(ord(character) < 32 and character not in "\t\r" for character in line):
+            raise _bad_line(path, number, "A prompt should hold no control characters.", line)
+        if line.strip():
+            prompts.append(Prompt(text=line.strip()))
+    return prompts
+
+
+def _read_jsonl(path: Path, text: str, column: str) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _bad_line(path, number, f"A line should be JSON ({error}).", line) from error
+        if not isinstance(row, dict):
+            raise _bad_line(path, number, "A line should be a JSON object.", line)
+        prompts.append(_row_to_prompt(path, number, row, column))
+    return prompts
+
+
+def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    reader = csv.DictReader(text.splitlines(), **dialect)  # type: ignore[arg-type]
+    prompts = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise _bad_line(
+                path,
+                reader.line_num,
+                f"A line should have {len(reader.fieldnames or ())} cells, as the header has.",
+                text.splitlines()[reader.line_num - 1],
+            )
+        prompts.append(_row_to_prompt(path, reader.line_num, row, column))
+    return prompts
+
+
+def _row_to_prompt(path: Path, number: int, row: dict[str, Any], column: str) -> Prompt:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise _bad_line(path, number, f"A line should have a non-empty text `{column}`.", row)
+    metadata = {name: cell for name, cell in row.items() if name != column}
+    return Prompt(text=value.strip(), metadata=metadata)
+
+
+class GroupSampler:
+    """Draws P prompts per step, each for G siblings; prompts come in shuffled epochs.
+
+    Args:
+        prompts: the prompt set.
+        groups: P, prompt draws per step.
+        group_size: G, siblings per draw.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, groups: int, group_size: int, seed: int
+    ) -> None:
+        self.prompts = tuple(prompts)
+        self.groups = groups
+        self.group_size = group_size
+        self.seed = seed
+
+    def requests(self, step: int) -> tuple[Request, ...]:
+        """All ``N = P * G`` requests of a step, siblings side by side; equal on every rank."""
+        return tuple(
+            Request(
+                prompt=prompt.text,
+                metadata=prompt.metadata,
+                group=draw,
+                sibling=sibling,
+                seed=derive_seed(self.seed, "sample", step, draw, sibling),
+            )
+            for draw in range(step * self.groups, (step + 1) * self.groups)
+            for prompt in [self._prompt(draw)]
+            for sibling in range(self.group_size)
+        )
+
+    def _prompt(self, draw: int) -> Prompt:
+        epoch, position = divmod(draw, len(self.prompts))
+        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "epoch", epoch))
+        return self.prompts[int(order[position])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """How one rollout is cut over processes, optimizer steps and forward passes."""
+
+    groups: int  # P
+    group_size: int  # G
+    updates: int  # optimizer steps per rollout
+    world_size: int
+    sample_batch: int  # samples per forward while sampling
+    micro_batch: int  # samples per forward while training
+
+    @property
+    def samples(self) -> int:
+        """N, over all processes."""
+        return self.groups * self.group_size
+
+    @property
+    def per_rank(self) -> int:
+        """n, samples of one process."""
+        return self.samples // self.world_size
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step and process."""
+        return self.per_rank // self.updates // self.micro_batch
+
+    @classmethod
+    def solve(
+        cls,
+        *,
+        groups: int,
+        group_size: int,
+        updates: int,
+        world_size: int,
+        max_sample_batch: int,
+        max_micro_batch: int,
+    ) -> Geometry:
+        """The largest batches within the two limits that cut the rollout evenly.
+
+        Raises:
+            ConfigError: if the samples cannot be shared evenly; the message names the numbers.
+        """
+        samples = groups * group_size
+        if samples % (world_size * updates):
+            raise ConfigError(
+                "`trainer.groups` * `trainer.group_size` should be a multiple of the number of "
+                f"processes * `trainer.updates`. Found {groups} * {group_size} = {samples} "
+                f"samples for {world_size} processes * {updates} updates."
+            )
+        per_rank = samples // world_size
+        return cls(
+            groups=groups,
+            group_size=group_size,
+            updates=updates,
+            world_size=world_size,
+            sample_batch=_largest_divisor(per_rank, max_sample_batch),
+            micro_batch=_largest_divisor(per_rank // updates, max_micro_batch),
+        )
+
+    def describe(self) -> str:
+        """One line for the log, printed before anything expensive starts."""
+        return (
+            f"{self.groups} groups x {self.group_size} siblings = {self.samples} samples per "
+            f"rollout on {self.world_size} process{'es' if self.world_size > 1 else ''}: "
+            f"{self.per_rank} each, sampled {self.sample_batch} at a time; {self.updates} "
+            f"optimizer step{'s' if self.updates > 1 else ''} of "
+            f"{self.samples // self.updates} samples ({self.accumulation} micro-batches of "
+            f"{self.micro_batch} per process)"
+        )
+
+    def minibatches(self, *, seed: int, step: int, rank: int) -> list[Tensor]:
+        """Local sample indices of each optimizer step, cut into micro-batches.
+
+        Every block of ``updates`` neighbouring samples sends one to each optimizer step, in a
+        random order drawn for the block: so each process has equally many samples in each step,
+        siblings are spread over the steps, and the global minibatches do not depend on the number
+        of processes.
+
+        Returns:
+            one int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
+        """
+        blocks = self.samples // self.updates
+        scores = torch.rand(blocks, self.updates, generator=generator(seed, "minibatches", step))
+        order = scores.argsort(dim=1) + torch.arange(blocks)[:, None] * self.updates  # [blocks, U]
+        local_blocks = order.view(self.world_size, -1, self.updates)[rank]
+        local = local_blocks - rank * self.per_rank
+        return [part.reshape(self.accumulation, self.micro_batch) for part in local.T]
+
+
+def _largest_divisor(total: int, limit: int) -> int:
+    return next(size for size in range(min(total, limit), 0, -1) if total % size == 0)

@@ -1,0 +1,38 @@
+"""The policy-gradient surrogate, as a function of ``[N, T]`` log-probabilities.
+
+PPO's clipped objective (Schulman et al., arXiv 1707.06347, eq. 7) as GRPO (arXiv 2402.03300) and
+Flow-GRPO (arXiv 2505.05470, eq. 4) use it: one advantage per sample, shared by its decisions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+) -> Tensor:
+    """Loss per decision: ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(new - old)``.
+
+    Args:
+        log_probs: ``[n, t]`` under the policy being trained, with gradient.
+        old_log_probs: ``[n, t]`` under the policy that sampled.
+        advantages: ``[n]``, constant.
+        clip_range: ``e`` > 0. Log-probs averaged over latent dimensions want about 1e-4.
+
+    Returns:
+        ``[n, t]``; its mean is minimised.
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    weight = advantages.to(ratio.dtype)[:, None]
+    return torch.maximum(-weight * ratio, -weight * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def clip_fraction(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+) -> Tensor:
+    """Which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
+    ratio = torch.exp(log_probs - old_log_probs)
+    sign = advantages.sign()[:, None]
+    return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))

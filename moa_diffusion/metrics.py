@@ -1,0 +1,148 @@
+"""Named numbers of a run: ``metrics.jsonl``, per-sample scores, and accelerate's trackers.
+
+Every name is ``group/name``; the README's table explains them all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import variance_share
+from moa_diffusion.objectives.normalize import zero_variance_fraction
+from moa_diffusion.types import Request, RewardMatrix
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunLog:
+    """Writes one line per rollout to ``metrics.jsonl`` and one file of scores per rollout.
+
+    Only the main process writes. Resuming cuts everything after the checkpoint off, so that a run
+    that was interrupted leaves the same files as one that was not.
+
+    Args:
+        folder: of the run.
+        accelerator: whose trackers get every number as well; None for none.
+        main: whether this process writes.
+        scores: whether per-sample scores are written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        accelerator: Accelerator | None = None,
+        main: bool = True,
+        scores: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self._accelerator, self._main, self._scores = accelerator, main, scores
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line for rollout ``step`` (1 = the first); NaN is written as null."""
+        if self._main:
+            row = {"step": step} | {
+                name: None if math.isnan(value) else value for name, value in values.items()
+            }
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._accelerator is not None:
+            finite = {name: value for name, value in values.items() if not math.isnan(value)}
+            self._accelerator.log(finite, step=step)
+
+    def write_scores(
+        self, step: int, requests: Sequence[Request], rewards: RewardMatrix, advantage: Tensor
+    ) -> None:
+        """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage."""
+        if not (self._main and self._scores):
+            return
+        lines = []
+        for i, request in enumerate(requests):
+            row: dict[str, Any] = {
+                "step": step,
+                "group": request.group,
+                "sibling": request.sibling,
+                "prompt": request.prompt,
+                "seed": request.seed,
+                "advantage": float(advantage[i]),
+            }
+            for name, value in zip(rewards.names, rewards.values[:, i].tolist(), strict=True):
+                row[f"reward/{name}"] = None if math.isnan(value) else value
+            lines.append(json.dumps(row, ensure_ascii=False))
+        path = self._scores_path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after rollout ``step``."""
+        if not self._main:
+            return
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.replace(self.path)
+        for path in self.folder.glob("scores/step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+    def close(self) -> None:
+        """Let the trackers finish writing."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+    def _scores_path(self, step: int) -> Path:
+        return self.folder / "scores" / f"step-{step:06d}.jsonl"
+
+
+def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> dict[str, float]:
+    """What one rollout says about each objective; NaN where nothing applies.
+
+    Args:
+        rewards: raw, ``[K, N]``.
+        advantages: ``[K, N]``, after stage 1.
+        weights: ``[K]`` or ``[K, N]``.
+    """
+    applies = ~torch.isnan(rewards.values)
+    mean_weight = weights if weights.ndim == 1 else weights.mean(1)
+    columns = {
+        "weight": mean_weight / mean_weight.abs().sum(),
+        "share": variance_share(advantages, weights),
+        "zero_variance": zero_variance_fraction(rewards),
+        "applies": applies.double().mean(1),
+    }
+    metrics = {}
+    for k, name in enumerate(rewards.names):
+        values = rewards.values[k][applies[k]]
+        spread = float(values.std(correction=0)) if len(values) else math.nan
+        metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": spread}
+        metrics |= {f"{group}/{name}": float(column[k]) for group, column in columns.items()}
+    return metrics
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: if another line is not JSON; the message gives its number.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: A line should be JSON. Found {line!r}.") from error
+    return rows

@@ -1,0 +1,93 @@
+"""The two contracts between K rewards and one advantage, and how weights are applied.
+
+A *normalizer* has two moments: each objective on its own (before weighting), and the weighted sum
+(after). A *weighting* sees only ``ObjectiveStats`` and answers with weights, once per rollout.
+Both keep whatever they remember in buffers (or extra state), which checkpoints save.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.types import ObjectiveStats, RewardMatrix
+
+
+class Normalizer(nn.Module, ABC):
+    """Puts rewards of different units onto one scale.
+
+    Args:
+        objectives: names of the K objectives, in the order of the matrix's rows.
+    """
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        super().__init__()
+        self.objectives = tuple(objectives)
+
+    @abstractmethod
+    def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Stage 1: advantages ``[K, N]`` float64, exactly 0 where the reward is NaN."""
+
+    @abstractmethod
+    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Stage 2: the weighted sum ``scores [N]`` to one advantage per sample ``[N]``."""
+
+
+class Weighting(nn.Module, ABC):
+    """Decides how much each objective counts.
+
+    Args:
+        objectives: names of the K objectives, in the order of the matrix's rows.
+    """
+
+    needs_gramian: bool = False  # whether ``stats.gramian`` has to be measured
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        super().__init__()
+        self.objectives = tuple(objectives)
+
+    @abstractmethod
+    def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
+
+
+def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
+    """The weighted mean of the objectives that apply to each sample.
+
+    Dividing by the absolute sum of the weights lets methods be compared at the same step size.
+
+    Args:
+        advantages: ``[K, N]``, 0 where the objective does not apply.
+        weights: ``[K]`` or ``[K, N]``.
+        applies: ``[K, N]`` bool.
+
+    Returns:
+        ``[N]``; 0 for a sample to which no objective with a weight applies.
+    """
+    weights = weights[:, None] if weights.ndim == 1 else weights  # [K, 1] or [K, N]
+    weights = weights * applies  # [K, N]
+    total = weights.abs().sum(0)  # [N]
+    return (weights * advantages).sum(0) / torch.where(total > 0, total, 1)
+
+
+def variance_share(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Each objective's share of the variance of the weighted sum: what decides the gradient.
+
+    ``w_k (Cov(z) w)_k / (w' Cov(z) w)``: sums to 1, may be negative for an objective that the
+    others oppose. One objective near 1 is what "variance hijacking" looks like.
+
+    Args:
+        advantages: ``[K, N]``, after stage 1.
+        weights: ``[K]`` or ``[K, N]``.
+
+    Returns:
+        ``[K]``; zeros if the sum does not vary.
+    """
+    weighted = advantages * (weights[:, None] if weights.ndim == 1 else weights)  # [K, N]
+    centred = weighted - weighted.mean(1, keepdim=True)
+    parts = centred @ centred.sum(0)  # [K]
+    total = parts.sum()
+    return parts / total if total > 0 else torch.zeros_like(parts)

@@ -1,0 +1,244 @@
+"""Normalizers: raw (normalise once), GDPO, dual-stage adaptive, per-prompt history.
+
+A group is the set of siblings of one prompt draw; ``m_kg`` and ``s_kg`` are the mean and the
+population standard deviation of objective k over the members of group g to which it applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import Normalizer
+from moa_diffusion.types import RewardMatrix
+
+RESIDUE = 1e-12  # relative to the largest |value|: a smaller spread is rounding, not signal
+
+
+def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation and count of each sample's own group, ignoring NaN.
+
+    Args:
+        values: ``[K, N]`` float64, NaN where an objective does not apply.
+        groups: ``[N]`` int64, any ids.
+
+    Returns:
+        three ``[K, N]`` tensors; a group without a value has mean 0, std 0 and count 0. A spread
+        that is only rounding is returned as exactly 0.
+    """
+    _, index = torch.unique(groups, return_inverse=True)  # [N] in 0..P-1
+    applies = ~torch.isnan(values)
+    filled = torch.where(applies, values, 0.0)
+    size = (values.shape[0], int(index.max()) + 1 if len(index) else 0)
+
+    def total(x: Tensor) -> Tensor:  # [K, N] summed over each group: [K, P]
+        return x.new_zeros(size).index_add_(1, index, x)
+
+    count = total(applies.to(values.dtype))  # [K, P]
+    mean = total(filled) / count.clamp(min=1)
+    centred = torch.where(applies, values - mean[:, index], 0.0)
+    std = (total(centred.square()) / count.clamp(min=1)).sqrt()
+    largest = values.new_zeros(size).scatter_reduce_(
+        1, index.expand_as(values), filled.abs(), "amax"
+    )
+    std = torch.where(std <= RESIDUE * largest, 0.0, std)
+    return mean[:, index], std[:, index], count[:, index]
+
+
+def rms_group_std(rewards: RewardMatrix) -> Tensor:
+    """Root mean square over the samples of their group's std: ``[K]``; NaN if nothing applies."""
+    _, std, _ = group_moments(rewards.values, rewards.groups)
+    applies = ~torch.isnan(rewards.values)
+    return ((std.square() * applies).sum(1) / applies.sum(1)).sqrt()
+
+
+def zero_variance_fraction(rewards: RewardMatrix) -> Tensor:
+    """Share of the samples to which an objective applies whose group has no spread: ``[K]``."""
+    _, std, _ = group_moments(rewards.values, rewards.groups)
+    applies = ~torch.isnan(rewards.values)
+    return ((std == 0) & applies).sum(1) / applies.sum(1)
+
+
+def group_centred(rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
+    """``r_ki - m_kg`` and ``s_kg``, both ``[K, N]``.
+
+    The difference is exactly 0 for NaN and in a group without spread, where it could only be
+    rounding, which a small divisor would blow up.
+    """
+    mean, std, _ = group_moments(rewards.values, rewards.groups)
+    centred = torch.where(std > 0, rewards.values - mean, 0.0)
+    return centred.nan_to_num(nan=0.0), std
+
+
+class Raw(Normalizer):
+    """Normalise once, after the weighted sum of raw rewards: what most codebases do.
+
+    Stage 1 only centres, ``z_ki = r_ki - m_kg``, so the objective with the largest spread times
+    weight decides; stage 2 is GRPO's group z-score (arXiv 2402.03300, section 4.1.2).
+
+    Args:
+        objectives: names of the K objectives.
+        std: divide by the spread of the ``group`` (GRPO) or of the whole ``batch`` (Flow-GRPO's
+            ``global_std``).
+        eps: added to the spread, in units of the weighted sum.
+    """
+
+    def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
+        super().__init__(objectives)
+        if std not in ("group", "batch"):
+            raise ValueError(f"Parameter `std` should be 'group' or 'batch'. Found {std!r}.")
+        _check_positive("eps", eps)
+        self.std, self.eps = std, eps
+
+    def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        centred, _ = group_centred(rewards)
+        return centred
+
+    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        groups = rewards.groups if self.std == "group" else torch.zeros_like(rewards.groups)
+        mean, std, _ = group_moments(scores[None], groups)
+        return (scores - mean[0]) / (std[0] + self.eps)
+
+
+class GDPO(Normalizer):
+    """Group z-score per objective, then whitening of the weighted sum over the batch.
+
+    Source: GDPO (arXiv 2601.05242). Stage 1: ``z_ki = (r_ki - m_kg) / (s_kg + eps)``; stage 2:
+    ``A_i = (S_i - mean_B S) / (std_B S + eps)``.
+
+    Args:
+        objectives: names of the K objectives.
+        eps: added to each spread, in the objective's own unit.
+    """
+
+    def __init__(self, objectives: Sequence[str], *, eps: float = 1e-4) -> None:
+        super().__init__(objectives)
+        _check_positive("eps", eps)
+        self.eps = eps
+
+    def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        centred, std = group_centred(rewards)
+        return centred / (std + self.eps)
+
+    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        return whiten(scores, self.eps)
+
+
+class DualStage(Normalizer):
+    """Dual-stage adaptive normalization, reconstructed from the published description of APEX.
+
+    APEX (arXiv 2601.06574) names the idea; its equations were not available, so these are a
+    reconstruction. Stage 1, with an adaptive floor under the group's spread::
+
+        z_ki = (r_ki - m_kg) / max(s_kg, c sbar_k),   sbar_k = EMA of the RMS group std
+
+    keeps a group whose members differ only by noise from being blown up to unit variance, whatever
+    the reward's unit; a group without any spread gets exactly 0. Stage 2 whitens the weighted sum
+    over the batch::
+
+        A_i = (S_i - mean_B S) / (std_B S + 1e-4)
+
+    Args:
+        objectives: names of the K objectives.
+        floor: ``c`` in [0, 1]; 0 gives GDPO's stage 1 without its eps.
+        decay: of the EMA, in [0, 1).
+    """
+
+    spread: Tensor
+
+    def __init__(
+        self, objectives: Sequence[str], *, floor: float = 0.1, decay: float = 0.9
+    ) -> None:
+        super().__init__(objectives)
+        if not 0 <= floor <= 1:
+            raise ValueError(f"Parameter `floor` should be in [0, 1]. Found {floor}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"Parameter `decay` should be in [0, 1). Found {decay}.")
+        self.floor, self.decay = floor, decay
+        # NaN: not measured yet.
+        self.register_buffer("spread", torch.full((len(self.objectives),), torch.nan).double())
+
+    def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        self.spread = update_ema(self.spread, rms_group_std(rewards), self.decay)
+        centred, std = group_centred(rewards)
+        scale = torch.maximum(std, self.floor * self.spread.nan_to_num(nan=0.0)[:, None])
+        return centred / torch.where(scale > 0, scale, 1.0)
+
+    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        return whiten(scores, 1e-4)
+
+
+class PromptHistory(Normalizer):
+    """Each prompt's own running mean and spread, per objective (DDPO, arXiv 2305.13301, app. B).
+
+    Deviation: kept per objective and then summed with the weights; DDPO has a single reward.
+
+    Args:
+        objectives: names of the K objectives.
+        size: rewards remembered per prompt and objective.
+        min_count: below it, the batch's mean and spread are used.
+        eps: added to each spread, in the objective's own unit.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        *,
+        size: int = 16,
+        min_count: int = 16,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(objectives)
+        if not 1 <= min_count <= size:
+            raise ValueError(
+                f"Parameter `min_count` should be in [1, size = {size}]. Found {min_count}."
+            )
+        _check_positive("eps", eps)
+        self.size, self.min_count, self.eps = size, min_count, eps
+        self.history: dict[str, list[list[float]]] = {}
+
+    def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        advantages = torch.zeros_like(rewards.values)
+        members: dict[str, list[int]] = {}
+        for i, prompt in enumerate(rewards.prompts):
+            members.setdefault(prompt, []).append(i)
+        for k, row in enumerate(rewards.values):
+            batch = row[~torch.isnan(row)]
+            for prompt, index in members.items():
+                values = row[index]
+                new = values[~torch.isnan(values)].tolist()
+                past = self.history.setdefault(prompt, [[] for _ in self.objectives])
+                past[k] = (past[k] + new)[-self.size :]
+                known = row.new_tensor(past[k]) if len(past[k]) >= self.min_count else batch
+                if len(known):
+                    scale = known.std(correction=0) + self.eps
+                    advantages[k, index] = ((values - known.mean()) / scale).nan_to_num(nan=0.0)
+        return advantages
+
+    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        return scores
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.history
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.history = state
+
+
+def whiten(scores: Tensor, eps: float) -> Tensor:
+    """``(S - mean S) / (std S + eps)`` over ``[N]``; population spread."""
+    return (scores - scores.mean()) / (scores.std(correction=0) + eps)
+
+
+def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:
+    """Next average; where either is NaN (nothing known yet, or nothing new), the other one."""
+    blended = decay * average + (1 - decay) * value
+    return torch.where(average.isnan(), value, torch.where(value.isnan(), average, blended))
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"Parameter `{name}` should be positive. Found {value}.")

@@ -1,0 +1,1 @@
+"""What is trained: policies sample, and give log-probabilities with gradient."""

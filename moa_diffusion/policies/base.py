@@ -1,0 +1,59 @@
+"""What the trainer asks of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from moa_diffusion.types import Request, Rollout
+
+
+class Policy(Protocol):
+    """A generative model with a small trainable part and a frozen reference inside it.
+
+    The reference is the same model with the adapter switched off, never a second copy.
+    """
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Do once what depends on the prompts alone; called before the first rollout."""
+        ...
+
+    def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        """Draw one batch without gradient.
+
+        Args:
+            requests: n samples to draw; each depends on its own seed alone.
+            step: the rollout's number, from which choices shared by all ranks are derived.
+        """
+        ...
+
+    def log_probs(
+        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
+
+        Args:
+            rollout: n samples that ``sample`` drew.
+            steps: part of the T decisions, as ``step_chunks`` cuts them.
+            with_kl: whether to return the KL to the reference ``[n, t]`` (with gradient) as well.
+        """
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Tensor:
+        """Outputs as deployment would draw them (no exploration noise): ``[n, 3, H, W]``."""
+        ...
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """The parameters being trained, float32, by stable names."""
+        ...
+
+    def step_chunks(self, decisions: int) -> list[slice]:
+        """Cuts of the T decisions; each is one forward and backward pass."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in the form that the model's own library loads."""
+        ...

@@ -1,0 +1,105 @@
+"""LoRA on a diffusers model: attach, switch off, and save so that every loader reads it right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+def attach(
+    model: Any, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
+) -> None:
+    """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
+
+    Args:
+        model: a diffusers model with peft support; frozen here.
+        rank: of the update.
+        alpha: the update is multiplied by ``alpha / rank``.
+        target_modules: suffixes of the linear layers to adapt.
+        seed: of A's draw; the global generator is left alone.
+
+    Raises:
+        ValueError: if a name matches no layer.
+    """
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in target_modules:
+        if not any(name.endswith(target) for name in names):
+            raise ValueError(
+                "Parameter `target_modules` should name linear layers of "
+                f"{type(model).__name__}. Found no layer that ends in {target!r}."
+            )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(target_modules),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(config)
+    for parameter in parameters(model).values():
+        parameter.data = parameter.data.float()
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Within the block the model is the reference: its adapter is off."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def folded_state(model: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The adapter with ``alpha / rank`` multiplied into B, and its metadata with alpha = rank.
+
+    Loaders that ignore the metadata assume alpha = rank: folded, they draw the same picture.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    config = model.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    state = {
+        name: (tensor * scale if ".lora_B." in name else tensor).detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    metadata = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+    return state, {**metadata, "lora_alpha": config.r}
+
+
+def save_sd3(model: Any, folder: Path) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` for ``StableDiffusion3Pipeline``."""
+    from diffusers import StableDiffusion3Pipeline
+
+    state, metadata = folded_state(model)
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
+    )

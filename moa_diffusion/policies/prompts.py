@@ -1,0 +1,159 @@
+"""Prompt embeddings: computed once per distinct prompt, after which the encoders leave."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class PromptEncoder:
+    """The text side of a Stable Diffusion 3 pipeline behind a cache.
+
+    If the embeddings of all prompts announced to ``prepare`` fit the memory limit, or a disk cache
+    is given, they are computed at once and the encoders are dropped. Otherwise the encoders stay
+    in main memory and visit the device only for prompts not seen before.
+
+    Args:
+        pipeline: a ``StableDiffusion3Pipeline``; its encoders are taken over.
+        device: where embeddings are computed and returned.
+        max_sequence_length: T5 tokens per prompt.
+        source: names the weights (path and revision) in the keys of the disk cache.
+        cache_dir: folder of the disk cache; None keeps embeddings in memory only.
+        memory_gb: limit of the memory cache, in GB (1e9 bytes).
+        batch_size: prompts encoded at a time.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        device: torch.device,
+        max_sequence_length: int,
+        source: str,
+        cache_dir: Path | None = None,
+        memory_gb: float = 8.0,
+        batch_size: int = 8,
+    ) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._length = max_sequence_length
+        self._source = source
+        self._cache_dir = cache_dir
+        self._limit = memory_gb * 1e9
+        self._batch_size = batch_size
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self._bytes = 0
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def encoders_loaded(self) -> bool:
+        """Whether prompts that were not prepared can still be encoded."""
+        return any(getattr(self._pipeline, name) is not None for name in ENCODERS)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode these and the empty prompt; drop the encoders if everything could be kept."""
+        wanted = list(dict.fromkeys(["", *prompts]))
+        self(wanted[:1])
+        per_prompt = self._bytes / len(self._memory)
+        if self._cache_dir is None and per_prompt * len(wanted) > self._limit:
+            return
+        for start in tqdm(
+            range(0, len(wanted), self._batch_size),
+            desc="encode prompts",
+            disable=len(wanted) < 200,
+        ):
+            self(wanted[start : start + self._batch_size])
+        for name in ENCODERS:
+            setattr(self._pipeline, name, None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings ``[n, L, D]`` and pooled embeddings ``[n, E]`` of n prompts, on the device."""
+        found = {prompt: self._load(prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, entry in found.items() if entry is None]
+        if missing:
+            found.update(self._encode(missing))
+        rows = [found[prompt] for prompt in prompts]
+        embeds = torch.stack([row[0] for row in rows if row is not None])
+        pooled = torch.stack([row[1] for row in rows if row is not None])
+        return embeds.to(self._device), pooled.to(self._device)
+
+    def _encode(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not self.encoders_loaded:
+            raise RuntimeError(
+                "The text encoders were released after `prepare`; prompts used later should be "
+                f"announced there. Found {prompts[0]!r} and {len(prompts) - 1} more."
+            )
+        encoders = [getattr(self._pipeline, name) for name in ENCODERS]
+        for encoder in encoders:
+            if encoder is not None:
+                encoder.to(self._device)
+        entries = {}
+        with torch.no_grad():
+            for start in range(0, len(prompts), self._batch_size):
+                batch = prompts[start : start + self._batch_size]
+                embeds, _, pooled, _ = self._pipeline.encode_prompt(
+                    prompt=batch,
+                    prompt_2=None,
+                    prompt_3=None,
+                    device=self._device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self._length,
+                )
+                for prompt, e, p in zip(batch, embeds.cpu(), pooled.cpu(), strict=True):
+                    entries[prompt] = (e.clone(), p.clone())
+                    self._store(prompt, *entries[prompt])
+        for encoder in encoders:
+            if encoder is not None:
+                encoder.to("cpu")
+        return entries
+
+    def _load(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        if prompt in self._memory:
+            return self._memory[prompt]
+        path = self._path(prompt)
+        if path is None or not path.is_file():
+            return None
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        self._remember(prompt, tensors["embeds"], tensors["pooled"])
+        return tensors["embeds"], tensors["pooled"]
+
+    def _store(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
+        self._remember(prompt, embeds, pooled)
+        path = self._path(prompt)
+        if path is None:
+            return
+        from safetensors.torch import save_file
+
+        # The process id keeps ranks that share the folder out of each other's file.
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"embeds": embeds, "pooled": pooled}, partial)
+        partial.replace(path)
+
+    def _remember(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
+        size = embeds.nbytes + pooled.nbytes
+        while self._memory and self._bytes + size > self._limit:
+            oldest = next(iter(self._memory))
+            evicted = self._memory.pop(oldest)
+            self._bytes -= evicted[0].nbytes + evicted[1].nbytes
+        self._memory[prompt] = (embeds, pooled)
+        self._bytes += size
+
+    def _path(self, prompt: str) -> Path | None:
+        if self._cache_dir is None:
+            return None
+        key = f"{self._source}\0{self._length}\0{prompt}"
+        return self._cache_dir / f"{blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"

@@ -1,0 +1,334 @@
+"""Stable Diffusion 3 and 3.5 (any size) with LoRA as a policy.
+
+Denoising is a Markov decision process (DDPO, arXiv 2305.13301): a decision is one stochastic
+step, its log-probability a Gaussian's. Outside the trained window the steps are deterministic
+(Flow-GRPO's "fast" variant, MixGRPO, arXiv 2507.21802).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion import samplers
+from moa_diffusion.data import derive_seed, generator
+from moa_diffusion.policies import lora
+from moa_diffusion.policies.prompts import PromptEncoder
+from moa_diffusion.types import ConfigError, Request, Rollout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_pipeline(path: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+    """Load a Stable Diffusion 3 pipeline from a folder or a hub id.
+
+    Raises:
+        ConfigError: before any weight is read, if there is no pipeline or one of another class.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    try:
+        index = StableDiffusion3Pipeline.load_config(path, revision=revision)
+    except OSError as error:
+        raise ConfigError(
+            "policy.path: should be a folder with a model_index.json or a hub id that can be "
+            f"reached. Found {path!r}: {error}"
+        ) from error
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise ConfigError(
+            "policy.path: should be a Stable Diffusion 3 pipeline. "
+            f"Found {index.get('_class_name')!r} in {path!r}."
+        )
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, revision=revision, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class SD3Policy:
+    """A ``StableDiffusion3Pipeline`` whose transformer carries a LoRA adapter.
+
+    Args:
+        path: folder or hub id of the pipeline.
+        device: where the transformer and the VAE live.
+        seed: of the adapter's initial values and of the windows.
+        revision: of a hub id.
+        dtype: of the frozen weights and the forward pass, cast once; the adapter, latents and
+            log-probs are float32 in any case.
+        vae_dtype: of the VAE.
+        lora_rank: rank of the adapter.
+        lora_alpha: scale numerator; the rank by default.
+        target_modules: suffixes of the linear layers that get an adapter; by default the eight
+            attention projections.
+        gradient_checkpointing: recompute activations in the backward pass (less memory).
+        resolution: side of the square images, in pixels.
+        steps: denoising steps of a rollout.
+        guidance: classifier-free guidance scale; 1 or less switches it off and halves the cost.
+        sampler: stochastic step, 'flow_sde' or 'cps'.
+        noise_level: of the stochastic step.
+        window: trained steps per rollout; 0 trains every step but the last.
+        window_mode: 'random' draws the first trained step for each rollout, 'slide' moves it from
+            noisy to clean by one every ``window_stay`` rollouts (MixGRPO), 'first' keeps it at 0.
+        window_stay: rollouts at each place of a sliding window.
+        kl: kind of KL: 'gaussian', 'dt_free' or 'velocity'.
+        eval_steps: denoising steps of ``generate``.
+        eval_guidance: guidance scale of ``generate``.
+        max_sequence_length: T5 tokens per prompt.
+        vae_batch: images decoded at a time.
+        embeds_dir: folder of the disk cache of prompt embeddings.
+        embeds_memory_gb: limit of their memory cache.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: torch.device,
+        seed: int,
+        revision: str | None = None,
+        dtype: str = "float32",
+        vae_dtype: str = "float32",
+        lora_rank: int = 32,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
+        resolution: int = 512,
+        steps: int = 10,
+        guidance: float = 4.5,
+        sampler: str = "flow_sde",
+        noise_level: float = 0.7,
+        window: int = 0,
+        window_mode: str = "random",
+        window_stay: int = 25,
+        kl: str = "gaussian",
+        eval_steps: int = 40,
+        eval_guidance: float = 4.5,
+        max_sequence_length: int = 128,
+        vae_batch: int = 8,
+        embeds_dir: Path | None = None,
+        embeds_memory_gb: float = 8.0,
+    ) -> None:
+        pipeline = load_pipeline(path, revision=revision, dtype=DTYPES[dtype])
+        self.device, self.dtype, self.seed = device, DTYPES[dtype], seed
+        self.steps, self.guidance = steps, guidance
+        self.sampler, self.noise_level = sampler, noise_level
+        self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
+        self.kl = kl
+        self.eval_steps, self.eval_guidance = eval_steps, eval_guidance
+        self.vae_batch = vae_batch
+
+        self.transformer: Any = pipeline.transformer.to(device)
+        lora.attach(
+            self.transformer,
+            rank=lora_rank,
+            alpha=lora_rank if lora_alpha is None else lora_alpha,
+            target_modules=lora.ATTENTION if target_modules is None else target_modules,
+            seed=derive_seed(seed, "lora"),
+        )
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()  # checkpointing asks for it; the model has no dropout
+        self._trainable = lora.parameters(self.transformer)
+
+        self.vae: Any = pipeline.vae.to(device, DTYPES[vae_dtype]).requires_grad_(False).eval()
+        self.scheduler = pipeline.scheduler
+        self.encode = PromptEncoder(
+            pipeline,
+            device=device,
+            max_sequence_length=max_sequence_length,
+            source=f"{path}@{revision}:{dtype}",
+            cache_dir=embeds_dir,
+            memory_gb=embeds_memory_gb,
+        )
+        self.latent_shape = self._latent_shape(pipeline.vae_scale_factor, resolution)
+        self._sigmas = self._schedule(steps)
+        self._eval_sigmas = self._schedule(eval_steps)
+
+    # ------------------------------------------------------------------ the Policy protocol
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self.encode.prepare(prompts)
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        window = self.trained_steps(step)
+        embeds = self._embeds(requests, self.guidance)
+        sources = samplers.generators([request.seed for request in requests])
+        x = samplers.noise(sources, self.latent_shape, self.device)
+        latents, log_probs = [], []
+        for i, (s, s_next) in enumerate(self._pairs(self._sigmas)):
+            v = self._velocity(x, s, embeds, self.guidance)
+            if i not in window:
+                x = samplers.ode_step(x, v, s, s_next)
+                continue
+            mean, std = self._stochastic_step(x, v, s, s_next)
+            latents.append(x)
+            x = mean + std * samplers.noise(sources, self.latent_shape, self.device)
+            log_probs.append(samplers.gaussian_log_prob(x, mean, std))
+            if i == window[-1]:
+                latents.append(x)
+        scores = torch.stack(log_probs, dim=1)  # [n, T]
+        return Rollout(
+            requests=tuple(requests),
+            log_probs=scores,
+            mask=torch.ones_like(scores, dtype=torch.bool),
+            trace={
+                "latents": torch.stack(latents, dim=1),  # [n, T + 1, C, h, w]
+                "first_step": torch.full((len(requests),), window[0]),  # [n]
+            },
+            images=self._decode(x),
+        )
+
+    def log_probs(
+        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, first = rollout.trace["latents"], int(rollout.trace["first_step"][0])
+        embeds = self._embeds(rollout.requests, self.guidance)
+        pairs = list(self._pairs(self._sigmas))
+        log_probs, kls = [], []
+        for decision in range(*steps.indices(rollout.log_probs.shape[1])):
+            s, s_next = pairs[first + decision]
+            x, x_next = latents[:, decision], latents[:, decision + 1]
+            v = self._velocity(x, s, embeds, self.guidance)
+            mean, std = self._stochastic_step(x, v, s, s_next)
+            log_probs.append(samplers.gaussian_log_prob(x_next, mean, std))
+            if with_kl:
+                with torch.no_grad(), lora.disabled(self.transformer):
+                    v_ref = self._velocity(x, s, embeds, self.guidance)
+                    mean_ref, _ = self._stochastic_step(x, v_ref, s, s_next)
+                kls.append(
+                    samplers.velocity_kl(v, v_ref)
+                    if self.kl == "velocity"
+                    else samplers.step_kl(mean, mean_ref, std, s, s_next, self.kl)
+                )
+        return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> Tensor:
+        embeds = self._embeds(requests, self.eval_guidance)
+        sources = samplers.generators([request.seed for request in requests])
+        x = samplers.noise(sources, self.latent_shape, self.device)
+        for s, s_next in self._pairs(self._eval_sigmas):
+            v = self._velocity(x, s, embeds, self.eval_guidance)
+            x = samplers.ode_step(x, v, s, s_next)
+        return self._decode(x)
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        return self._trainable
+
+    def step_chunks(self, decisions: int) -> list[slice]:
+        return [slice(i, i + 1) for i in range(decisions)]
+
+    def save(self, folder: Path) -> None:
+        lora.save_sd3(self.transformer, folder)
+
+    # ------------------------------------------------------------------ parts
+
+    def trained_steps(self, step: int) -> range:
+        """The denoising steps trained in rollout ``step``: equal on all ranks.
+
+        The last step is never trained: its noise is so small that the likelihood overflows.
+        """
+        eligible = self.steps - 1
+        if self.window == 0:
+            return range(eligible)
+        places = eligible - self.window + 1
+        if self.window_mode == "random":
+            draws = generator(self.seed, "window", step)
+            first = int(torch.randint(places, (), generator=draws))
+        else:
+            first = (step // self.window_stay) % places if self.window_mode == "slide" else 0
+        return range(first, first + self.window)
+
+    def _velocity(
+        self, x: Tensor, s: float, embeds: tuple[Tensor, Tensor], guidance: float
+    ) -> Tensor:
+        """Predicted velocity ``[n, C, h, w]`` in float32, after guidance."""
+        guided = guidance > 1
+        doubled = torch.cat([x, x]) if guided else x
+        timestep = torch.full((len(doubled),), s, device=self.device)
+        with self._autocast():
+            v: Tensor = self.transformer(
+                hidden_states=doubled.to(self.dtype),
+                timestep=timestep * self.scheduler.config.num_train_timesteps,
+                encoder_hidden_states=embeds[0],
+                pooled_projections=embeds[1],
+                return_dict=False,
+            )[0]
+        v = v.float()
+        if guided:
+            unconditional, conditional = v.chunk(2)
+            v = unconditional + guidance * (conditional - unconditional)
+        return v
+
+    def _stochastic_step(
+        self, x: Tensor, v: Tensor, s: float, s_next: float
+    ) -> tuple[Tensor, float]:
+        if self.sampler == "cps":
+            return samplers.cps_step(x, v, s, s_next, noise_level=self.noise_level)
+        return samplers.flow_sde_step(
+            x, v, s, s_next, noise_level=self.noise_level, s_second=self._sigmas[1]
+        )
+
+    def _embeds(self, requests: Sequence[Request], guidance: float) -> tuple[Tensor, Tensor]:
+        """Embeddings of the batch; with guidance the empty prompt's come first."""
+        prompts = [request.prompt for request in requests]
+        embeds, pooled = self.encode([""] * len(prompts) + prompts if guidance > 1 else prompts)
+        return embeds.to(self.dtype), pooled.to(self.dtype)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images ``[n, 3, H, W]`` float32 in [0, 1] on the CPU."""
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + config.shift_factor
+        pictures = [
+            self.vae.decode(part, return_dict=False)[0].float()
+            for part in scaled.to(self.vae.dtype).split(self.vae_batch)
+        ]
+        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _schedule(self, steps: int) -> list[float]:
+        """Sigmas of a schedule, ``steps + 1`` numbers from 1 down to 0."""
+        scheduler, arguments = copy.deepcopy(self.scheduler), {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+                calculate_shift,
+            )
+
+            patch = self.transformer.config.patch_size
+            tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
+            arguments["mu"] = calculate_shift(
+                tokens,
+                scheduler.config.get("base_image_seq_len", 256),
+                scheduler.config.get("max_image_seq_len", 4096),
+                scheduler.config.get("base_shift", 0.5),
+                scheduler.config.get("max_shift", 1.16),
+            )
+        scheduler.set_timesteps(steps, device="cpu", **arguments)
+        sigmas: list[float] = scheduler.sigmas.tolist()
+        return sigmas
+
+    def _latent_shape(self, factor: int, resolution: int) -> tuple[int, int, int]:
+        multiple = factor * self.transformer.config.patch_size
+        largest = self.transformer.config.pos_embed_max_size * multiple
+        if resolution % multiple or not 0 < resolution <= largest:
+            raise ConfigError(
+                f"sampling.resolution: should be a multiple of {multiple}, at most {largest}. "
+                f"Found {resolution}."
+            )
+        side = resolution // factor
+        return (self.transformer.config.in_channels, side, side)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @staticmethod
+    def _pairs(sigmas: Sequence[float]) -> Iterator[tuple[float, float]]:
+        return itertools.pairwise(sigmas)

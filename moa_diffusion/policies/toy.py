@@ -1,0 +1,87 @@
+"""A policy small enough to reason about: a Gaussian walk on a plane, for tests and examples.
+
+The "picture" is one pixel whose three channels are the final point squashed into [0, 1]. A prompt
+shifts nothing: what is learned is the mean of each step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.samplers import gaussian_log_prob, generators, noise, step_kl
+from moa_diffusion.types import Request, Rollout
+
+
+class ToyPolicy:
+    """``x_{i+1} = x_i + drift_i + std * noise`` for T steps of a 3-dimensional point.
+
+    Args:
+        steps: T, decisions per sample.
+        std: of each step.
+        kl: kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
+    """
+
+    def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
+        if steps < 1:
+            raise ValueError(f"Parameter `steps` should be at least 1. Found {steps}.")
+        if not std > 0:
+            raise ValueError(f"Parameter `std` should be positive. Found {std}.")
+        self.steps, self.std, self.kl = steps, std, kl
+        self.drift = nn.Parameter(torch.zeros(steps, 3))
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        pass
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        sources = generators([request.seed for request in requests])
+        x = torch.zeros(len(requests), 3)
+        points, log_probs = [x], []
+        for i in range(self.steps):
+            mean = x + self.drift[i]
+            x = mean + self.std * noise(sources, (3,), x.device)
+            points.append(x)
+            log_probs.append(gaussian_log_prob(x, mean, self.std))
+        scores = torch.stack(log_probs, dim=1)  # [n, T]
+        return Rollout(
+            requests=tuple(requests),
+            log_probs=scores,
+            mask=torch.ones_like(scores, dtype=torch.bool),
+            trace={"points": torch.stack(points, dim=1)},  # [n, T + 1, 3]
+            images=self._picture(x),
+        )
+
+    def log_probs(
+        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        log_probs, kls = [], []
+        for i in range(*steps.indices(self.steps)):
+            x, x_next = rollout.trace["points"][:, i], rollout.trace["points"][:, i + 1]
+            mean = x + self.drift[i]
+            log_probs.append(gaussian_log_prob(x_next, mean, self.std))
+            if with_kl:
+                kls.append(step_kl(mean, x, self.std, 1.0, 0.0, self.kl))
+        return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> Tensor:
+        return self._picture(self.drift.sum(0).expand(len(requests), 3))
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        return {"drift": self.drift}
+
+    def step_chunks(self, decisions: int) -> list[slice]:
+        return [slice(i, i + 1) for i in range(decisions)]
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps({"drift": self.drift.tolist()})
+        (folder / "drift.json").write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def _picture(x: Tensor) -> Tensor:
+        return torch.sigmoid(x)[:, :, None, None]  # [n, 3, 1, 1]

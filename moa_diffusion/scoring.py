@@ -1,0 +1,93 @@
+"""Rollout to reward matrix: the one place where the trainer and the reward heads meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.distributed import Comm
+from moa_diffusion.types import Request, RewardMatrix, Rollout
+from rewards import RewardBatch, RewardError, RewardHead
+from rewards import create as create_head
+
+__all__ = ["RewardError", "RewardHead", "Scorer", "create_head"]
+
+
+class Scorer:
+    """Runs every head on this process's samples and gathers the rewards of all processes.
+
+    Args:
+        heads: K reward heads by the objective's name.
+        comm: collectives over the processes.
+    """
+
+    def __init__(self, heads: Mapping[str, RewardHead], comm: Comm) -> None:
+        self.heads = dict(heads)
+        self.comm = comm
+        self.seconds: dict[str, float] = {}  # of the last call, this process, by objective
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives, in the order of the matrix's rows."""
+        return tuple(self.heads)
+
+    def __call__(self, rollout: Rollout, requests: Sequence[Request]) -> RewardMatrix:
+        """Score a rollout.
+
+        Args:
+            rollout: this process's n samples.
+            requests: all N requests, in the order in which the processes hold them.
+
+        Raises:
+            RewardError: on every process, if a head failed on one of them; nothing is scored 0.
+        """
+        local = self.together(
+            lambda: self.score(rollout.requests, images=rollout.images, texts=rollout.texts)
+        )
+        return RewardMatrix(
+            names=self.names,
+            values=self.comm.gather(local.T.contiguous()).T,  # [K, N]
+            groups=torch.tensor([request.group for request in requests]),
+            prompts=tuple(request.prompt for request in requests),
+        )
+
+    def score(
+        self,
+        requests: Sequence[Request],
+        *,
+        images: Tensor | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply."""
+        batch = RewardBatch(
+            prompts=[request.prompt for request in requests],
+            metadata=[request.metadata for request in requests],
+            images=images,
+            texts=texts,
+        )
+        rows = []
+        for name, head in self.heads.items():
+            start = time.perf_counter()
+            rows.append(head(batch).double())
+            self.seconds[name] = time.perf_counter() - start
+        return torch.stack(rows)
+
+    def together(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work on every process; if one fails, all raise instead of waiting for it."""
+        error, result = None, None
+        try:
+            result = work()
+        except RewardError as caught:
+            error = caught
+        if self.comm.any(error is not None):
+            raise error or RewardError("a head failed on another process; its log says which.")
+        assert result is not None
+        return result
+
+    def close(self) -> None:
+        """Release worker processes and models of all heads."""
+        for head in self.heads.values():
+            head.close()

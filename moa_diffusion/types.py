@@ -1,0 +1,138 @@
+"""Records that cross module boundaries, and the legend of their axes.
+
+Axes, named once and always in this order:
+
+| letter | axis |
+|---|---|
+| K | objectives (reward heads) |
+| N | samples of one rollout, over all processes; ``n`` is one process's share |
+| T | decisions per sample: trained denoising steps, or tokens; ``t`` is a part of them |
+| P | prompt draws (groups) of one rollout |
+| G | siblings per prompt draw (the group size) |
+
+Rewards and advantages are ``[K, N]``, log-probabilities ``[N, T]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message starts with the dotted key it is about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sample to draw."""
+
+    prompt: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # from the prompt set, for rewards
+    group: int = 0  # globally unique id of the prompt draw; equal for siblings
+    sibling: int = 0  # position inside the group, 0 <= sibling < G
+    seed: int = 0  # 63 bit; depends on run seed, step, group and sibling, never on the rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """What a policy returns for its requests: ``n`` samples with ``T`` decisions each."""
+
+    requests: tuple[Request, ...]  # length n
+    log_probs: Tensor  # [n, T] float32, under the policy that sampled
+    mask: Tensor  # [n, T] bool, False where a decision does not exist (padding)
+    trace: Mapping[str, Tensor]  # leading axis n; only the policy that wrote it reads it
+    images: Tensor | None = None  # [n, 3, H, W] float32 in [0, 1], on the CPU
+    texts: tuple[str, ...] | None = None  # length n
+
+    def __post_init__(self) -> None:
+        n = len(self.requests)
+        if self.log_probs.ndim != 2 or self.log_probs.shape[0] != n:
+            raise ValueError(
+                "Parameter `log_probs` should have shape [n, T] with one row per request. "
+                f"Found {tuple(self.log_probs.shape)} for {n} requests."
+            )
+        if self.mask.shape != self.log_probs.shape:
+            raise ValueError(
+                "Parameter `mask` should have the shape of `log_probs`. "
+                f"Found {tuple(self.mask.shape)} and {tuple(self.log_probs.shape)}."
+            )
+        if (self.images is None) == (self.texts is None):
+            raise ValueError("A rollout should hold exactly one of `images` and `texts`.")
+        for name, tensor in self.trace.items():
+            if tensor.shape[:1] != (n,):
+                raise ValueError(
+                    f"Trace entry `{name}` should have the leading axis n = {n}. "
+                    f"Found shape {tuple(tensor.shape)}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def select(self, index: Tensor) -> Rollout:
+        """The samples at ``index [m]`` (int64), in that order."""
+        rows = index.tolist()
+        return Rollout(
+            requests=tuple(self.requests[i] for i in rows),
+            log_probs=self.log_probs[index],
+            mask=self.mask[index],
+            trace={name: tensor[index] for name, tensor in self.trace.items()},
+            images=None if self.images is None else self.images[index],
+            texts=None if self.texts is None else tuple(self.texts[i] for i in rows),
+        )
+
+
+def concatenate(parts: Sequence[Rollout]) -> Rollout:
+    """Join rollouts of the same policy along the sample axis."""
+    images = [part.images for part in parts if part.images is not None]
+    texts = [part.texts for part in parts if part.texts is not None]
+    return Rollout(
+        requests=tuple(request for part in parts for request in part.requests),
+        log_probs=torch.cat([part.log_probs for part in parts]),
+        mask=torch.cat([part.mask for part in parts]),
+        trace={name: torch.cat([part.trace[name] for part in parts]) for name in parts[0].trace},
+        images=torch.cat(images) if images else None,
+        texts=tuple(text for part in texts for text in part) if texts else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardMatrix:
+    """Raw rewards of one rollout over all processes; nothing is weighted before this exists.
+
+    ``NaN`` means that the objective does not apply to the sample; infinities are rejected.
+    """
+
+    names: tuple[str, ...]  # length K
+    values: Tensor  # [K, N] float64 on the CPU, each objective in its own unit
+    groups: Tensor  # [N] int64, globally unique id of the prompt draw
+    prompts: tuple[str, ...]  # length N
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[0] != len(self.names):
+            raise ValueError(
+                f"Parameter `values` should have shape [K, N] with K = {len(self.names)}. "
+                f"Found {tuple(self.values.shape)}."
+            )
+        samples = self.values.shape[1]
+        if self.groups.shape != (samples,) or len(self.prompts) != samples:
+            raise ValueError(
+                f"Parameters `groups` and `prompts` should have length N = {samples}. "
+                f"Found {tuple(self.groups.shape)} and {len(self.prompts)}."
+            )
+        if torch.isinf(self.values).any():
+            raise ValueError("Parameter `values` should be finite or NaN. Found an infinity.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveStats:
+    """All that a weighting sees of one rollout: global, detached, equal on every process."""
+
+    step: int  # rollouts finished before this one
+    rewards: RewardMatrix
+    advantages: Tensor  # [K, N] float64, after the normalizer's first stage; 0 where NaN
+    gramian: Tensor | None = None  # [K, K] float64, of the objectives' policy gradients
