@@ -33,7 +33,7 @@ class LoraConfig:
     """
 
     rank: int = 32
-    alpha: float | None = None
+    alpha: int | None = None
     target_modules: list[str] | None = None
 
 
@@ -325,7 +325,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that ``parse`` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return text
 
 
 def check(config: Config) -> None:

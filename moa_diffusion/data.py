@@ -7,6 +7,7 @@ asks for the next step, and any number of processes draws the same samples.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,12 @@ def _read_jsonl(path: Path, text: str, column: str) -> list[Prompt]:
 
 
 def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.DictReader(text.splitlines(), **dialect)  # type: ignore[arg-type]
+    file = io.StringIO(text, newline="")
+    reader = (
+        csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if path.suffix == ".tsv"
+        else csv.DictReader(file)
+    )
     prompts = []
     for row in reader:
         if None in row or None in row.values():
@@ -109,7 +114,7 @@ def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
                 path,
                 reader.line_num,
                 f"A line should have {len(reader.fieldnames or ())} cells, as the header has.",
-                text.splitlines()[reader.line_num - 1],
+                row,
             )
         prompts.append(_row_to_prompt(path, reader.line_num, row, column))
     return prompts

@@ -9,7 +9,7 @@ two with four each end in the same parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-S = TypeVar("S", Tensor, tuple)
+S = TypeVar("S", Tensor, tuple[Any, ...])
 
 
 class Comm(Protocol):
@@ -108,7 +108,7 @@ class AccelerateComm:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self._device)
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 

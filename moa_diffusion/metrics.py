@@ -121,7 +121,7 @@ def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -
         "zero_variance": zero_variance_fraction(rewards),
         "applies": applies.double().mean(1),
     }
-    metrics = {}
+    metrics: dict[str, float] = {}
     for k, name in enumerate(rewards.names):
         values = rewards.values[k][applies[k]]
         spread = float(values.std(correction=0)) if len(values) else math.nan

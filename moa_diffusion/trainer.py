@@ -182,7 +182,7 @@ class Trainer:
     def weigh(self, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
         """Ask the weighting; rank 0's answer counts for all."""
         stats = ObjectiveStats(step=self.completed, rewards=rewards, advantages=advantages)
-        weights = self.weighting(stats).clone()
+        weights: Tensor = self.weighting(stats).clone()
         self.comm.broadcast_(weights)
         return weights
 
@@ -234,7 +234,7 @@ class Trainer:
             if kl is not None:
                 losses = losses + settings.kl_weight * kl
                 sums[2] += float((kl.detach() * mask).sum())
-            self.scaler.scale((losses * mask).sum() / total).backward()
+            torch.autograd.backward(self.scaler.scale((losses * mask).sum() / total))
             clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
             sums[0] += float(mask.sum())
             sums[1] += float((clipped & mask).sum())

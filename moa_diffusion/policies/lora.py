@@ -23,7 +23,7 @@ ATTENTION = (
 
 
 def attach(
-    model: Any, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int
+    model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], seed: int
 ) -> None:
     """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
 

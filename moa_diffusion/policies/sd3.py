@@ -46,7 +46,8 @@ def load_pipeline(path: str, *, revision: str | None, dtype: torch.dtype) -> Any
             "policy.path: should be a Stable Diffusion 3 pipeline. "
             f"Found {index.get('_class_name')!r} in {path!r}."
         )
-    pipeline = StableDiffusion3Pipeline.from_pretrained(path, revision=revision, torch_dtype=dtype)
+    load: Any = StableDiffusion3Pipeline.from_pretrained
+    pipeline = load(path, revision=revision, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -95,7 +96,7 @@ class SD3Policy:
         dtype: str = "float32",
         vae_dtype: str = "float32",
         lora_rank: int = 32,
-        lora_alpha: float | None = None,
+        lora_alpha: int | None = None,
         target_modules: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         resolution: int = 512,
