@@ -26,6 +26,7 @@ TargetT = TypeVar("TargetT", bound=Callable[..., Any])
 _BUILT_IN = {
     "colourfulness": "rewards.simple",
     "jpeg_compressibility": "rewards.simple",
+    "ocr": "rewards.ocr",
     "prompt_colour": "rewards.simple",
     "sharpness": "rewards.simple",
 }
@@ -263,7 +264,8 @@ def _import_target(path: str) -> Target:
         raise ValueError(
             f'Reward path "{path}": `{attribute}` is not callable. Found {type(found).__name__}.'
         )
-    return found
+    target: Target = found
+    return target
 
 
 def _import_module(place: str, path: str) -> ModuleType:

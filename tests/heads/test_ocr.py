@@ -1,0 +1,173 @@
+"""The OCR head with its real engine, on words drawn with Pillow's own font."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from rewards import RewardBatch, RewardError, create
+from rewards.engines import ENGINES
+from rewards.ocr import _default_workers
+
+pytest.importorskip("rapidocr")
+pytest.importorskip("onnxruntime")
+
+WORDS = ["GO", "STOP", "OPEN", "HI", "EXIT", "FISH"]
+COLOURS = [(214, 39, 40), (44, 160, 44), (31, 90, 200), (240, 210, 40), (245, 245, 245)]
+
+
+def sign(word: str, background: tuple[int, int, int], side: int = 64, width: float = 0.8):
+    image = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(image)
+    size = side
+    while draw.textlength(word, font=ImageFont.load_default(size)) > width * side:
+        size -= 1
+    ink = (25, 25, 25) if sum(background) > 380 else (245, 245, 245)
+    font = ImageFont.load_default(size)
+    draw.text((side / 2, side / 2), word, font=font, fill=ink, anchor="mm")
+    return np.asarray(image)
+
+
+def batch(arrays, prompts) -> RewardBatch:
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return RewardBatch(prompts=prompts, images=pixels.contiguous())
+
+
+def says(word: str) -> str:
+    return f'a sign that says "{word}"'
+
+
+@pytest.fixture(scope="module")
+def head():
+    head = create("ocr", workers=0)
+    yield head
+    head.close()
+
+
+@pytest.mark.parametrize("side", [64, 512])
+def test_drawn_words_are_read(head, side):
+    backgrounds = [COLOURS[i % len(COLOURS)] for i in range(len(WORDS))]
+    arrays = [sign(w, c, side) for w, c in zip(WORDS, backgrounds, strict=True)]
+    rewards = head(batch(arrays, [says(word) for word in WORDS]))
+    assert rewards.tolist() == [1.0] * len(WORDS)
+
+
+def test_a_wrong_word_scores_less_and_a_blank_picture_nothing(head):
+    arrays = [
+        sign("STOP", COLOURS[2]),
+        sign("STOP", COLOURS[2]),
+        np.full((64, 64, 3), 90, np.uint8),
+    ]
+    right, near, blank = head(batch(arrays, [says("STOP"), says("STEP"), says("STOP")])).tolist()
+    assert (right, near, blank) == (1.0, 0.75, 0.0)
+
+
+def test_lines_are_joined(head):
+    array = np.concatenate([sign("NEW", COLOURS[1], 128), sign("YORK", COLOURS[1], 128)])
+    assert head(batch([array], [says("New York")])).tolist() == [1.0]
+
+
+def test_without_detection_a_large_word_is_read_too():
+    head = create("ocr", workers=0, detect=False)
+    arrays = [sign(word, COLOURS[0]) for word in WORDS[:3]]
+    rewards = head(batch(arrays, [says(word) for word in WORDS[:3]]))
+    assert rewards.mean() > 0.9
+
+
+def test_further_text_is_punished_only_on_request(head):
+    strict = create("ocr", workers=0, substring_ok=False)
+    full = batch([sign("STOP", COLOURS[2])], [says("TOP")])
+    assert head(full).tolist() == [1.0]
+    assert strict(full).item() == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_no_quoted_text_is_nan_and_costs_no_engine(monkeypatch):
+    head = create("ocr", workers=2)
+    prompts = ["a red circle", 'an empty sign ""', 'a blank sign "  "', "a sign \u201cGO\u201d"]
+    rewards = head(batch([sign("GO", COLOURS[0])] * 4, prompts))
+    assert rewards.isnan().all()
+    assert head._pool._workers == []
+
+
+def test_only_the_samples_with_a_target_are_read(head, monkeypatch):
+    seen = []
+
+    class Counting:
+        def read(self, image):
+            seen.append(image[0, 0].tolist())
+            return ["GO"]
+
+    monkeypatch.setattr(head, "_engine", Counting())
+    arrays = [np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3)]
+    rewards = head(batch(arrays, [says("GO"), "nothing", says("GONE")])).tolist()
+    assert (rewards[0], rewards[2]) == (1.0, 0.5)
+    assert math.isnan(rewards[1])
+    assert seen == [[1, 1, 1], [3, 3, 3]]
+
+
+def test_quote_styles(head):
+    curly = create("ocr", workers=0, quotes="curly")
+    full = batch([sign("GO", COLOURS[0])], ["a sign that says \u201cGO\u201d"])
+    assert curly(full).tolist() == [1.0]
+    assert head(full).isnan().all()
+
+
+def test_texts_are_refused(head):
+    with pytest.raises(RewardError, match="Found a batch of texts"):
+        head(RewardBatch(prompts=[says("GO")], texts=["GO"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "abbyy"}, "rapidocr"),
+        ({"quotes": "odd"}, "double, curly, single, any"),
+        ({"workers": -1}, "workers = -1"),
+        ({"timeout": 0}, "timeout = 0"),
+        ({"detection_side": 8}, "detection_side = 8"),
+        ({"worker": 1}, 'Did you mean "workers"'),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create("ocr", **options)
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
+    with pytest.raises(ImportError, match=r'needs onnxruntime.*pip install "moa-diffusion\[ocr\]"'):
+        create("ocr")
+
+
+def test_default_workers_share_the_cores_among_the_processes_of_a_job(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(16), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    for processes, workers in (("1", 8), ("4", 4), ("32", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert _default_workers() == workers
+
+
+def test_workers_score_like_this_process(head):
+    words = [WORDS[i % len(WORDS)] for i in range(8)]
+    arrays = [sign(word, COLOURS[i % len(COLOURS)]) for i, word in enumerate(words)]
+    prompts = [says(word) for word in words[1:] + words[:1]]  # wrong words: scores that differ
+    pooled = create("ocr", workers=2)
+    try:
+        full = batch(arrays, prompts)
+        torch.testing.assert_close(pooled(full), head(full), rtol=0, atol=0)
+    finally:
+        pooled.close()
+
+
+def test_every_engine_keeps_the_interface():
+    for name, engine in ENGINES.items():
+        assert engine.packages, name
+        assert callable(engine.read)

@@ -1,0 +1,118 @@
+"""Which text a prompt asks for, and the legibility formula."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import pytest
+
+from rewards.text import comparable, legibility, levenshtein, quoted_target, without_quotes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "quotes", "target"),
+    [
+        ('a sign that says "GO"', "double", "GO"),
+        ('"one" and "two"', "double", "one"),
+        ('"New\nYork"', "double", "New\nYork"),
+        ("a sign", "double", None),
+        ('an open "quote', "double", None),
+        ('empty ""', "double", None),
+        ('blank "  "', "double", None),
+        ('empty "" first, then "GO"', "double", None),
+        ("a sign \u201cGO\u201d", "double", None),
+        ("a sign \u201cGO\u201d", "curly", "GO"),
+        ("it\u2019s a sign \u2018don\u2019t stop\u2019", "curly", "don\u2019t stop"),
+        ('a sign "GO"', "curly", None),
+        ("a sign that says 'GO'", "single", "GO"),
+        ("it's a sign that says 'don't stop'", "single", "don't stop"),
+        ("it's a sign", "single", None),
+        ("the dogs' sign", "single", None),
+        ("'a' or \u201cb\u201d", "any", "a"),
+        ('it\'s \u201cb\u201d or "c"', "any", "b"),
+        ('"c" or \u201cb\u201d', "any", "c"),
+        ("no text", "any", None),
+    ],
+)
+def test_quoted_target(prompt, quotes, target):
+    assert quoted_target(prompt, quotes) == target
+
+
+def test_an_unknown_style_lists_the_known_ones():
+    with pytest.raises(ValueError, match="double, curly, single, any"):
+        quoted_target("x", "guillemets")
+
+
+def test_without_quotes_drops_every_style():
+    prompt = "a \"red\" b 'green' c \u201cblue\u201d it's d"
+    assert without_quotes(prompt).split() == ["a", "b", "c", "it's", "d"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("GO", "GO", 0)],
+)
+def test_levenshtein(a, b, distance):
+    assert levenshtein(a, b) == distance
+    assert levenshtein(b, a) == distance
+
+
+def test_levenshtein_is_a_metric():
+    generator = random.Random(0)
+    for _ in range(200):
+        a, b, c = ("".join(generator.choices("ab", k=generator.randrange(6))) for _ in range(3))
+        assert (levenshtein(a, b) == 0) == (a == b)
+        assert levenshtein(a, c) <= levenshtein(a, b) + levenshtein(b, c)
+        assert abs(len(a) - len(b)) <= levenshtein(a, b) <= max(len(a), len(b))
+
+
+@pytest.mark.parametrize(
+    ("read", "target", "substring_ok", "score"),
+    [
+        ("GO", "GO", True, 1.0),
+        ("go", "GO", True, 1.0),
+        ("", "GO", True, 0.0),
+        ("GO!", "GO", True, 1.0),
+        ("GO!", "GO", False, 0.5),
+        ("the cargo ship", "GO", True, 1.0),
+        ("the cargo ship", "GO", False, 0.0),  # distance 10, capped at 2
+        ("STEP", "STOP", True, 0.75),
+        ("STO", "STOP", True, 0.75),
+        ("XYZW", "STOP", True, 0.0),
+        ("new\nyork", "New York", True, 1.0),
+        ("N E W Y O R K", "New York", False, 1.0),
+        ("\uff27\uff2f", "GO", True, 1.0),  # full-width letters
+        ("Cafe\u0301", "CAF\u00c9", False, 1.0),  # combining accent
+        ("STRASSE", "Stra\u00dfe", False, 1.0),
+        ("Cafe", "Caf\u00e9", True, 0.75),
+    ],
+)
+def test_legibility(read, target, substring_ok, score):
+    assert legibility(read, target, substring_ok=substring_ok) == pytest.approx(score)
+
+
+def test_a_target_of_white_space_does_not_apply():
+    assert math.isnan(legibility("GO", " \u3000\n"))
+
+
+def test_legibility_stays_in_range_and_never_gains_from_strictness():
+    generator = random.Random(1)
+    for _ in range(300):
+        read = "".join(generator.choices("abc ", k=generator.randrange(8)))
+        target = "".join(generator.choices("abc", k=generator.randrange(1, 5)))
+        strict = legibility(read, target, substring_ok=False)
+        loose = legibility(read, target)
+        assert 0.0 <= strict <= loose <= 1.0
+
+
+def test_comparable_is_a_fixed_point():
+    for text in (
+        "\u0130stanbul",
+        "\ufb01ne",
+        "A\u00a0B\tC",
+        "\u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2",
+    ):
+        assert comparable(comparable(text)) == comparable(text)
+        assert not re.search(r"\s", comparable(text))
