@@ -1,0 +1,13 @@
+"""What holds for every test: no network, one thread."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes that tests start
+
+import torch
+
+torch.set_num_threads(1)
