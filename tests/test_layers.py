@@ -1,0 +1,199 @@
+"""Imports flow one way. Read from the source, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("moa_diffusion", "rewards")
+
+# From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
+# names a folder). The package roots hold a docstring and re-exports.
+LAYERS = (
+    ("build",),
+    ("evaluation/*", "tiny/*"),
+    ("trainer",),
+    ("checkpoint",),
+    ("policies/*", "scoring", "gradients"),
+    ("metrics",),
+    ("objectives/*", "loss", "samplers", "data", "distributed", "config", "ema", "pictures"),
+    ("types",),
+    ("moa_diffusion", "rewards/*"),
+)
+
+# The only modules that import the package `rewards` (scripts may too).
+USERS_OF_REWARDS = {"moa_diffusion.scoring"}
+# What `rewards` and `types`, which everything loads, may import at module level.
+LIGHT = {"torch", "numpy", "PIL"}
+# Imported inside functions, everywhere: the packages load without them.
+HEAVY = {
+    "diffusers",
+    "transformers",
+    "peft",
+    "torchjd",
+    "matplotlib",
+    "jinja2",
+    "plotly",
+    "tensorboard",
+    "rapidocr",
+    "onnxruntime",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Import:
+    """One import statement's target."""
+
+    module: str  # dotted, as far as it is a module: `moa_diffusion.types`
+    line: int
+    on_load: bool  # runs when the importing module is loaded
+
+
+def module_name(path: Path) -> str:
+    """``moa_diffusion/tiny/__init__.py`` to ``moa_diffusion.tiny``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+
+
+def row(module: str) -> int:
+    """The module's row in the table, 0 at the top."""
+    package, _, inner = module.partition(".")
+    top = inner.partition(".")[0]
+    entries = [f"{top}/*", top] if package == "moa_diffusion" and inner else [package, "rewards/*"]
+    for number, names in enumerate(LAYERS):
+        if any(entry in names for entry in entries):
+            return number
+    raise LookupError(
+        f"Module `{module}` has no layer. List it in the table LAYERS of tests/test_layers.py."
+    )
+
+
+def folder(module: str) -> str | None:
+    """The sub-package a module lies in, or the package `rewards`: inside it, imports are free."""
+    parts = module.split(".")
+    if parts[0] == "rewards":
+        return "rewards"
+    return parts[1] if len(parts) > 1 and f"{parts[1]}/*" in LAYERS[row(module)] else None
+
+
+def imports(source: str, importer: str, *, is_package: bool = False) -> list[Import]:
+    """Every import in `source`; a name taken from a package counts as the module it names."""
+    found: list[Import] = []
+
+    def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
+        if isinstance(node, ast.Import):
+            return [alias.name for alias in node.names]
+        base = node.module or ""
+        if node.level:
+            parents = importer.split(".")
+            kept = len(parents) - node.level + is_package
+            base = ".".join(parents[:kept] + ([base] if base else []))
+        names = [f"{base}.{alias.name}" for alias in node.names]
+        return [name if name in MODULES else base for name in names]
+
+    def walk(node: ast.AST, on_load: bool) -> None:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.extend(
+                Import(module=module, line=node.lineno, on_load=on_load) for module in targets(node)
+            )
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            on_load = False
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.body:
+                walk(child, False)
+            for child in node.orelse:
+                walk(child, on_load)
+            return
+        for child in ast.iter_child_nodes(node):
+            walk(child, on_load)
+
+    walk(ast.parse(source), True)
+    return found
+
+
+def violations(source: str, importer: str, *, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of a module, one sentence each."""
+    wrong = []
+    for item in imports(source, importer, is_package=is_package):
+        where, top = f"{importer}, line {item.line}", item.module.partition(".")[0]
+        if top in PACKAGES:
+            if importer.startswith("rewards") and top == "moa_diffusion":
+                wrong.append(f"{where}: `rewards` imports nothing of moa_diffusion.")
+            elif top == "rewards" and not importer.startswith("rewards"):
+                if importer not in USERS_OF_REWARDS:
+                    wrong.append(f"{where}: only {sorted(USERS_OF_REWARDS)} imports `rewards`.")
+            elif row(item.module) <= row(importer) and (
+                folder(importer) is None or folder(importer) != folder(item.module)
+            ):
+                wrong.append(f"{where}: `{item.module}` is not in a lower layer.")
+        elif top in HEAVY and item.on_load:
+            wrong.append(f"{where}: `{top}` is imported inside functions only.")
+        elif (
+            row(importer) >= row("moa_diffusion.types")
+            and item.on_load
+            and top not in LIGHT | sys.stdlib_module_names
+        ):
+            wrong.append(f"{where}: `{top}` loads with everything; import it in a function.")
+    return wrong
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_lower_layers(module: str) -> None:
+    path = MODULES[module]
+    row(module)
+    assert violations(path.read_text(), module, is_package=path.name == "__init__.py") == []
+
+
+def test_the_trainer_knows_the_policy_protocol_and_no_policy() -> None:
+    path = MODULES["moa_diffusion.trainer"]
+    names = {item.module for item in imports(path.read_text(), "moa_diffusion.trainer")}
+    policies = {name for name in names if name.startswith("moa_diffusion.policies")}
+    assert policies <= {"moa_diffusion.policies.base"}
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "complaint"),
+    [
+        ("moa_diffusion.loss", "import moa_diffusion.trainer", "not in a lower layer"),
+        ("moa_diffusion.loss", "def f():\n    from moa_diffusion import build", "not in a lower"),
+        ("moa_diffusion.loss", "from .samplers import ode_step", "not in a lower layer"),
+        ("moa_diffusion.trainer", "from rewards import create", "imports `rewards`"),
+        ("rewards.ocr", "from moa_diffusion.types import Rollout", "nothing of moa_diffusion"),
+        ("rewards.ocr", "import easyocr", "import it in a function"),
+        ("moa_diffusion.types", "from accelerate import Accelerator", "import it in a function"),
+        ("moa_diffusion.policies.sd3", "from diffusers import UNet", "inside functions only"),
+    ],
+)
+def test_a_wrong_import_is_found(importer: str, source: str, complaint: str) -> None:
+    (found,) = violations(source, importer)
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("moa_diffusion.policies.sd3", "def f():\n    import diffusers"),
+        (
+            "moa_diffusion.loss",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import peft",
+        ),
+        ("moa_diffusion.policies.sd3", "from moa_diffusion.policies import base"),
+        ("moa_diffusion.scoring", "from rewards import create"),
+        ("moa_diffusion.metrics", "from accelerate import Accelerator"),
+    ],
+)
+def test_a_right_import_passes(importer: str, source: str) -> None:
+    assert violations(source, importer) == []
+
+
+def test_an_unlisted_module_is_told_where_it_belongs() -> None:
+    with pytest.raises(LookupError, match="List it in the table LAYERS"):
+        row("moa_diffusion.utils")

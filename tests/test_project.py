@@ -1,0 +1,78 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+PROJECT = tomllib.loads(PYPROJECT)["project"]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def normal(name: str) -> str:
+    """A distribution's name as the index spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def direct_dependencies() -> set[str]:
+    extras = PROJECT["optional-dependencies"].values()
+    listed = [*PROJECT["dependencies"], *(item for extra in extras for item in extra)]
+    return {normal(re.split(r"[\[<>=!~; ]", item)[0]) for item in listed} - {"moa-diffusion"}
+
+
+def pins() -> list[str]:
+    return [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    assert direct_dependencies() <= {normal(pin.partition("==")[0]) for pin in pins()}
+
+
+def test_constraints_are_portable_pins() -> None:
+    malformed = [pin for pin in pins() if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)]
+    assert malformed == []  # no address, no path, no local build such as `+cpu`
+    assert "://" not in CONSTRAINTS
+    cuda = [pin for pin in pins() if re.match(r"nvidia|cuda|triton", pin)]
+    assert cuda == []  # Linux only; torch pins them
+
+
+def test_every_bound_has_a_reason() -> None:
+    bounds = [line for line in PYPROJECT.splitlines() if re.search(r'"[^"]*[<>=!~]=?[\d.]+', line)]
+    assert len(bounds) > 5
+    assert [line for line in bounds if not re.search(r"#\s*\w", line)] == []
+
+
+def test_runs_and_the_environment_are_ignored_by_git() -> None:
+    assert {"runs/", ".venv/"} <= set((ROOT / ".gitignore").read_text().splitlines())
+
+
+def test_the_packages_load_no_heavy_library() -> None:
+    heavy = ("diffusers", "transformers", "peft", "torchjd", "matplotlib")
+    code = f"import sys, moa_diffusion, rewards; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_short_and_has_a_main(script: Path) -> None:
+    source = script.read_text()
+    functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    assert "main" in functions
+    assert len(source.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_opens_with_a_comment(config: Path) -> None:
+    assert config.read_text().startswith("#")
