@@ -231,6 +231,7 @@ def policy(settings: Config, device: torch.device) -> Policy:
             eval_steps=settings.evaluation.steps,
             eval_guidance=settings.evaluation.guidance,
             max_sequence_length=model.max_sequence_length,
+            step_batch=model.step_batch,
             vae_batch=model.vae_batch,
             embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
             embeds_memory_gb=model.embeds_memory_gb,

@@ -1,16 +1,20 @@
 """One denoising step of a rectified flow: as an ODE, as an SDE, and its Gaussian log-prob.
 
 A flow model predicts the velocity ``v = noise - data`` at ``x = (1 - s) data + s noise`` (Esser et
-al., arXiv 2403.03206). Sampling walks sigma ``s`` from 1 to 0 in steps ``D = s_next - s < 0``.
-All functions are pure, work on ``[N, C, H, W]`` tensors in float32 (cast before calling), and take
-sigmas as Python floats; ``mean, std = step(...)`` describes the Gaussian from which a stochastic
-step draws ``x_next = mean + std * noise``.
+al., arXiv 2403.03206). Sampling walks sigma ``s`` from 1 to 0 in steps of length ``s - s_next``.
+Every kind of step is linear in ``x`` and ``v``, so a step is four numbers::
+
+    x_next = step.x * x + step.v * v + step.std * noise
+
+All functions are pure; latents and velocities are ``[N, C, H, W]`` in float32 (cast before
+calling), sigmas Python floats.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,94 +22,104 @@ from torch import Tensor
 KL_KINDS = ("gaussian", "dt_free", "velocity")
 
 
-def ode_step(x: Tensor, v: Tensor, s: float, s_next: float) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Coefficients of one step; ``std`` is 0 for a deterministic one."""
+
+    x: float
+    v: float
+    std: float
+    length: float  # s - s_next
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Coefficients of a batch, each ``[N, 1, 1, 1]`` (or ``[1, 1, 1, 1]``) float32."""
+
+    x: Tensor
+    v: Tensor
+    std: Tensor
+    length: Tensor
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], device: torch.device) -> Steps:
+        """One row per step."""
+        rows = [[step.x, step.v, step.std, step.length] for step in steps]
+        columns = torch.tensor(rows, dtype=torch.float32, device=device).T
+        x, v, std, length = columns[:, :, None, None, None]
+        return cls(x=x, v=v, std=std, length=length)
+
+    def mean(self, x: Tensor, v: Tensor) -> Tensor:
+        """Mean ``[N, C, H, W]`` of ``x_next``, given latents and velocities after guidance."""
+        return self.x * x + self.v * v
+
+    def log_prob(self, x_next: Tensor, mean: Tensor) -> Tensor:
+        """Log density of ``x_next [N, C, H, W]``, averaged over C, H, W: ``[N]``, nats/dimension.
+
+        The average, not the sum, is the field's convention (Flow-GRPO), and why clip ranges are
+        as small as 1e-4: a ratio of 1.0001 per dimension is a large step for the whole image.
+        """
+        z = (x_next - mean) / self.std
+        per_dimension = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
+        return per_dimension.flatten(1).mean(1)
+
+    def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
+        """KL of the policy's step to the reference's, averaged over C, H, W: ``[N]``, >= 0.
+
+        Args:
+            v: ``[N, C, H, W]`` velocity of the policy.
+            v_ref: ``[N, C, H, W]`` velocity of the reference.
+            kind: ``gaussian``, the true KL ``|difference of means|^2 / 2 std^2``; ``dt_free``, the
+                same times the step's length, as Flow-GRPO's code has it; ``velocity``, the mean
+                squared difference of the velocities, which weighs all steps alike.
+        """
+        gap = (v - v_ref).square().flatten(1).mean(1)  # [N]
+        if kind == "velocity":
+            return gap
+        factor = (self.v / self.std).square() / 2  # [N, 1, 1, 1]
+        if kind == "dt_free":
+            factor = factor * self.length
+        return factor.flatten() * gap
+
+
+def ode(s: float, s_next: float) -> Step:
     """Euler step of the probability-flow ODE (what deployment uses)."""
-    return x + (s_next - s) * v
+    return Step(1.0, s_next - s, 0.0, s - s_next)
 
 
-def flow_sde_step(
-    x: Tensor, v: Tensor, s: float, s_next: float, *, noise_level: float, s_second: float
-) -> tuple[Tensor, float]:
+def flow_sde(s: float, s_next: float, *, noise_level: float, s_second: float) -> Step:
     """Euler-Maruyama step of the SDE with the flow's marginals (Flow-GRPO, arXiv 2505.05470).
 
+    With ``D = s_next - s`` and ``g = noise_level sqrt(s / (1 - s))``: the mean is
+    ``x (1 + g^2 D / 2s) + v (1 + g^2 (1 - s) / 2s) D``, the spread ``g sqrt(-D)``.
+
     Args:
-        x: latents ``[N, C, H, W]`` at sigma ``s``.
-        v: velocity ``[N, C, H, W]``, after guidance.
         s: this step's sigma, in (0, 1].
         s_next: the next sigma, in [0, s).
         noise_level: ``a`` in the paper, > 0; 0.7 there.
-        s_second: the schedule's second sigma; replaces ``s`` in ``1 - s`` where ``s`` is 1.
-
-    Returns:
-        mean ``[N, C, H, W]`` and standard deviation (scalar, > 0).
+        s_second: the schedule's second sigma; stands for ``s`` in ``1 - s`` where ``s`` is 1.
     """
-    dt = s_next - s
-    std = noise_level * math.sqrt(s / (1 - (s_second if s >= 1 else s)))
-    mean = x * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
-    return mean, std * math.sqrt(-dt)
+    d = s_next - s
+    g = noise_level * math.sqrt(s / (1 - (s_second if s >= 1 else s)))
+    half = g**2 / (2 * s)
+    return Step(1 + half * d, (1 + half * (1 - s)) * d, g * math.sqrt(-d), -d)
 
 
-def cps_step(
-    x: Tensor, v: Tensor, s: float, s_next: float, *, noise_level: float
-) -> tuple[Tensor, float]:
-    """Coefficients-preserving step (Flow-CPS, arXiv 2509.05952): the noise left is exactly s_next.
+def cps(s: float, s_next: float, *, noise_level: float) -> Step:
+    """Coefficients-preserving step (Flow-CPS, arXiv 2509.05952): the noise left is s_next exactly.
+
+    With ``std = s_next sin(noise_level pi/2)``, ``x_next = (1 - s_next) data + sqrt(s_next^2 -
+    std^2) old noise + std fresh noise``, where data is ``x - s v`` and old noise ``x + (1 - s) v``.
 
     Args:
-        x: latents ``[N, C, H, W]`` at sigma ``s``.
-        v: velocity ``[N, C, H, W]``, after guidance.
         s: this step's sigma, in (0, 1].
         s_next: the next sigma, in (0, s).
-        noise_level: share of fresh noise, in (0, 1]; 1 replaces all noise.
-
-    Returns:
-        mean ``[N, C, H, W]`` and standard deviation (scalar, > 0).
+        noise_level: in (0, 1]; 1 replaces all noise.
     """
     std = s_next * math.sin(noise_level * math.pi / 2)
-    data, noise = x - s * v, x + (1 - s) * v
     # max(): the difference of two equal numbers may round below zero when noise_level is 1.
     keep = math.sqrt(max(s_next**2 - std**2, 0.0))
-    return (1 - s_next) * data + keep * noise, std
-
-
-def gaussian_log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Log density of ``x_next [N, C, H, W]``, averaged over C, H, W: ``[N]`` in nats/dimension.
-
-    The average, not the sum, is the field's convention (Flow-GRPO), and the reason why clip ranges
-    are as small as 1e-4: a ratio of 1.0001 per dimension is a large step for the whole image.
-    """
-    z = (x_next - mean) / std
-    per_dimension = -0.5 * z.square() - math.log(std) - 0.5 * math.log(2 * math.pi)
-    return per_dimension.flatten(1).mean(1)
-
-
-def step_kl(
-    mean: Tensor, mean_ref: Tensor, std: float, s: float, s_next: float, kind: str
-) -> Tensor:
-    """KL between two steps of equal spread, averaged over C, H, W: ``[N]``, >= 0.
-
-    Args:
-        mean: ``[N, C, H, W]`` under the policy.
-        mean_ref: ``[N, C, H, W]`` under the reference.
-        std: their common standard deviation.
-        s: this step's sigma.
-        s_next: the next sigma.
-        kind: ``gaussian``, the true KL ``|dm|^2 / 2 std^2``; or ``dt_free``, the same times the
-            step length, as Flow-GRPO's code has it.
-
-    Raises:
-        ValueError: for another kind (``velocity`` needs the velocities: see ``velocity_kl``).
-    """
-    kl = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2
-    if kind == "gaussian":
-        return kl
-    if kind == "dt_free":
-        return kl * (s - s_next)
-    raise ValueError(f"Parameter `kind` should be 'gaussian' or 'dt_free'. Found {kind!r}.")
-
-
-def velocity_kl(v: Tensor, v_ref: Tensor) -> Tensor:
-    """Mean squared difference of two velocities ``[N, C, H, W]``: ``[N]``; equal on all steps."""
-    return (v - v_ref).square().flatten(1).mean(1)
+    return Step(1 - s_next + keep, keep * (1 - s) - (1 - s_next) * s, std, s - s_next)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

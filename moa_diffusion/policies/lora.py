@@ -22,9 +22,7 @@ ATTENTION = (
 )
 
 
-def attach(
-    model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], seed: int
-) -> None:
+def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], seed: int) -> None:
     """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
 
     Args:
@@ -65,14 +63,28 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def layers(model: nn.Module) -> list[Any]:
+    """The adapted layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
-def disabled(model: Any) -> Iterator[None]:
-    """Within the block the model is the reference: its adapter is off."""
-    model.disable_adapters()
+def disabled(adapted: Sequence[Any]) -> Iterator[None]:
+    """Within the block the model is the reference: its adapter is off.
+
+    Args:
+        adapted: the model's ``layers``, found once: walking the model costs a small model's
+            forward pass.
+    """
+    for layer in adapted:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in adapted:
+            layer.enable_adapters(True)
 
 
 def folded_state(model: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

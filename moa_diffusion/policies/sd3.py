@@ -8,9 +8,9 @@ step, its log-probability a Gaussian's. Outside the trained window the steps are
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from moa_diffusion.types import ConfigError, Request, Rollout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(path: str, *, revision: str | None, dtype: torch.dtype) -> Any:
+def load_pipeline(
+    path: str, *, revision: str | None, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> Any:
     """Load a Stable Diffusion 3 pipeline from a folder or a hub id.
 
     Raises:
@@ -47,7 +49,7 @@ def load_pipeline(path: str, *, revision: str | None, dtype: torch.dtype) -> Any
             f"Found {index.get('_class_name')!r} in {path!r}."
         )
     load: Any = StableDiffusion3Pipeline.from_pretrained
-    pipeline = load(path, revision=revision, torch_dtype=dtype)
+    pipeline = load(path, revision=revision, torch_dtype={"default": dtype, "vae": vae_dtype})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -81,6 +83,8 @@ class SD3Policy:
         eval_steps: denoising steps of ``generate``.
         eval_guidance: guidance scale of ``generate``.
         max_sequence_length: T5 tokens per prompt.
+        step_batch: trained steps of a sample per forward pass; more is faster on small models,
+            and takes as many times the memory.
         vae_batch: images decoded at a time.
         embeds_dir: folder of the disk cache of prompt embeddings.
         embeds_memory_gb: limit of their memory cache.
@@ -111,18 +115,21 @@ class SD3Policy:
         eval_steps: int = 40,
         eval_guidance: float = 4.5,
         max_sequence_length: int = 128,
+        step_batch: int = 1,
         vae_batch: int = 8,
         embeds_dir: Path | None = None,
         embeds_memory_gb: float = 8.0,
     ) -> None:
-        pipeline = load_pipeline(path, revision=revision, dtype=DTYPES[dtype])
+        pipeline = load_pipeline(
+            path, revision=revision, dtype=DTYPES[dtype], vae_dtype=DTYPES[vae_dtype]
+        )
         self.device, self.dtype, self.seed = device, DTYPES[dtype], seed
         self.steps, self.guidance = steps, guidance
         self.sampler, self.noise_level = sampler, noise_level
         self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
         self.kl = kl
         self.eval_steps, self.eval_guidance = eval_steps, eval_guidance
-        self.vae_batch = vae_batch
+        self.step_batch, self.vae_batch = step_batch, vae_batch
 
         self.transformer: Any = pipeline.transformer.to(device)
         lora.attach(
@@ -136,8 +143,9 @@ class SD3Policy:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()  # checkpointing asks for it; the model has no dropout
         self._trainable = lora.parameters(self.transformer)
+        self._adapted = lora.layers(self.transformer)
 
-        self.vae: Any = pipeline.vae.to(device, DTYPES[vae_dtype]).requires_grad_(False).eval()
+        self.vae: Any = pipeline.vae.to(device).requires_grad_(False).eval()
         self.scheduler = pipeline.scheduler
         self.encode = PromptEncoder(
             pipeline,
@@ -149,6 +157,9 @@ class SD3Policy:
         )
         self.latent_shape = self._latent_shape(pipeline.vae_scale_factor, resolution)
         self._sigmas = self._schedule(steps)
+        self._stochastic = [  # of every step that may be trained
+            self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])
+        ]
         self._eval_sigmas = self._schedule(eval_steps)
 
     # ------------------------------------------------------------------ the Policy protocol
@@ -159,19 +170,20 @@ class SD3Policy:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         window = self.trained_steps(step)
-        embeds = self._embeds(requests, self.guidance)
+        embeds = self._embeds([request.prompt for request in requests], self.guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = samplers.noise(sources, self.latent_shape, self.device)
         latents, log_probs = [], []
-        for i, (s, s_next) in enumerate(self._pairs(self._sigmas)):
-            v = self._velocity(x, s, embeds, self.guidance)
+        for i, (s, s_next) in enumerate(pairwise(self._sigmas)):
+            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.guidance)
             if i not in window:
-                x = samplers.ode_step(x, v, s, s_next)
+                x = self._steps([samplers.ode(s, s_next)]).mean(x, v)
                 continue
-            mean, std = self._stochastic_step(x, v, s, s_next)
+            steps = self._steps([self._stochastic[i]])
+            mean = steps.mean(x, v)
             latents.append(x)
-            x = mean + std * samplers.noise(sources, self.latent_shape, self.device)
-            log_probs.append(samplers.gaussian_log_prob(x, mean, std))
+            x = mean + steps.std * samplers.noise(sources, self.latent_shape, self.device)
+            log_probs.append(steps.log_prob(x, mean))
             if i == window[-1]:
                 latents.append(x)
         scores = torch.stack(log_probs, dim=1)  # [n, T]
@@ -189,42 +201,39 @@ class SD3Policy:
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        latents, first = rollout.trace["latents"], int(rollout.trace["first_step"][0])
-        embeds = self._embeds(rollout.requests, self.guidance)
-        pairs = list(self._pairs(self._sigmas))
-        log_probs, kls = [], []
-        for decision in range(*steps.indices(rollout.log_probs.shape[1])):
-            s, s_next = pairs[first + decision]
-            x, x_next = latents[:, decision], latents[:, decision + 1]
-            v = self._velocity(x, s, embeds, self.guidance)
-            mean, std = self._stochastic_step(x, v, s, s_next)
-            log_probs.append(samplers.gaussian_log_prob(x_next, mean, std))
-            if with_kl:
-                with torch.no_grad(), lora.disabled(self.transformer):
-                    v_ref = self._velocity(x, s, embeds, self.guidance)
-                    mean_ref, _ = self._stochastic_step(x, v_ref, s, s_next)
-                kls.append(
-                    samplers.velocity_kl(v, v_ref)
-                    if self.kl == "velocity"
-                    else samplers.step_kl(mean, mean_ref, std, s, s_next, self.kl)
-                )
-        return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
+        n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
+        first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
+        x = latents[:, steps].flatten(0, 1)  # [n t, C, h, w], sample by sample
+        x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
+        indices = [first + decision for decision in chosen] * n
+        coefficients = self._steps([self._stochastic[i] for i in indices])
+        s = x.new_tensor([self._sigmas[i] for i in indices])
+        embeds = self._embeds(
+            [request.prompt for request in rollout.requests for _ in chosen], self.guidance
+        )
+        v = self._velocity(x, s, embeds, self.guidance)
+        log_probs = coefficients.log_prob(x_next, coefficients.mean(x, v)).view(n, -1)
+        if not with_kl:
+            return log_probs, None
+        with torch.no_grad(), lora.disabled(self._adapted):
+            v_ref = self._velocity(x, s, embeds, self.guidance)
+        return log_probs, coefficients.kl(v, v_ref, self.kl).view(n, -1)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
-        embeds = self._embeds(requests, self.eval_guidance)
+        embeds = self._embeds([request.prompt for request in requests], self.eval_guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = samplers.noise(sources, self.latent_shape, self.device)
-        for s, s_next in self._pairs(self._eval_sigmas):
-            v = self._velocity(x, s, embeds, self.eval_guidance)
-            x = samplers.ode_step(x, v, s, s_next)
+        for s, s_next in pairwise(self._eval_sigmas):
+            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.eval_guidance)
+            x = self._steps([samplers.ode(s, s_next)]).mean(x, v)
         return self._decode(x)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return self._trainable
 
     def step_chunks(self, decisions: int) -> list[slice]:
-        return [slice(i, i + 1) for i in range(decisions)]
+        return [slice(i, i + self.step_batch) for i in range(0, decisions, self.step_batch)]
 
     def save(self, folder: Path) -> None:
         lora.save_sd3(self.transformer, folder)
@@ -248,16 +257,16 @@ class SD3Policy:
         return range(first, first + self.window)
 
     def _velocity(
-        self, x: Tensor, s: float, embeds: tuple[Tensor, Tensor], guidance: float
+        self, x: Tensor, s: Tensor, embeds: tuple[Tensor, Tensor], guidance: float
     ) -> Tensor:
-        """Predicted velocity ``[n, C, h, w]`` in float32, after guidance."""
+        """Predicted velocity ``[n, C, h, w]`` in float32, after guidance, at sigmas ``s [n]``."""
         guided = guidance > 1
-        doubled = torch.cat([x, x]) if guided else x
-        timestep = torch.full((len(doubled),), s, device=self.device)
+        if guided:
+            x, s = torch.cat([x, x]), torch.cat([s, s])
         with self._autocast():
             v: Tensor = self.transformer(
-                hidden_states=doubled.to(self.dtype),
-                timestep=timestep * self.scheduler.config.num_train_timesteps,
+                hidden_states=x.to(self.dtype),
+                timestep=s * self.scheduler.config.num_train_timesteps,
                 encoder_hidden_states=embeds[0],
                 pooled_projections=embeds[1],
                 return_dict=False,
@@ -268,19 +277,17 @@ class SD3Policy:
             v = unconditional + guidance * (conditional - unconditional)
         return v
 
-    def _stochastic_step(
-        self, x: Tensor, v: Tensor, s: float, s_next: float
-    ) -> tuple[Tensor, float]:
+    def _stochastic_step(self, s: float, s_next: float) -> samplers.Step:
         if self.sampler == "cps":
-            return samplers.cps_step(x, v, s, s_next, noise_level=self.noise_level)
-        return samplers.flow_sde_step(
-            x, v, s, s_next, noise_level=self.noise_level, s_second=self._sigmas[1]
-        )
+            return samplers.cps(s, s_next, noise_level=self.noise_level)
+        return samplers.flow_sde(s, s_next, noise_level=self.noise_level, s_second=self._sigmas[1])
 
-    def _embeds(self, requests: Sequence[Request], guidance: float) -> tuple[Tensor, Tensor]:
+    def _steps(self, steps: Sequence[samplers.Step]) -> samplers.Steps:
+        return samplers.Steps.of(steps, self.device)
+
+    def _embeds(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor]:
         """Embeddings of the batch; with guidance the empty prompt's come first."""
-        prompts = [request.prompt for request in requests]
-        embeds, pooled = self.encode([""] * len(prompts) + prompts if guidance > 1 else prompts)
+        embeds, pooled = self.encode([*[""] * len(prompts), *prompts] if guidance > 1 else prompts)
         return embeds.to(self.dtype), pooled.to(self.dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -329,7 +336,3 @@ class SD3Policy:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    @staticmethod
-    def _pairs(sigmas: Sequence[float]) -> Iterator[tuple[float, float]]:
-        return itertools.pairwise(sigmas)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.samplers import gaussian_log_prob, generators, noise, step_kl
+from moa_diffusion.samplers import Steps, generators, noise
 from moa_diffusion.types import Request, Rollout
 
 
@@ -32,6 +32,9 @@ class ToyPolicy:
         if not std > 0:
             raise ValueError(f"Parameter `std` should be positive. Found {std}.")
         self.steps, self.std, self.kl = steps, std, kl
+        # Points are [n, 3]: the same step as an image's, with one axis instead of three.
+        column = torch.tensor([[1.0]])
+        self._gaussian = Steps(x=column, v=column, std=column * std, length=column)
         self.drift = nn.Parameter(torch.zeros(steps, 3))
 
     def prepare(self, prompts: Sequence[str]) -> None:
@@ -46,7 +49,7 @@ class ToyPolicy:
             mean = x + self.drift[i]
             x = mean + self.std * noise(sources, (3,), x.device)
             points.append(x)
-            log_probs.append(gaussian_log_prob(x, mean, self.std))
+            log_probs.append(self._gaussian.log_prob(x, mean))
         scores = torch.stack(log_probs, dim=1)  # [n, T]
         return Rollout(
             requests=tuple(requests),
@@ -62,10 +65,10 @@ class ToyPolicy:
         log_probs, kls = [], []
         for i in range(*steps.indices(self.steps)):
             x, x_next = rollout.trace["points"][:, i], rollout.trace["points"][:, i + 1]
-            mean = x + self.drift[i]
-            log_probs.append(gaussian_log_prob(x_next, mean, self.std))
+            log_probs.append(self._gaussian.log_prob(x_next, x + self.drift[i]))
             if with_kl:
-                kls.append(step_kl(mean, x, self.std, 1.0, 0.0, self.kl))
+                drift = self.drift[i].expand_as(x)
+                kls.append(self._gaussian.kl(drift, torch.zeros_like(x), self.kl))
         return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
 
     @torch.no_grad()
