@@ -121,10 +121,11 @@ class WorkerPool:
                     answers[index] = reply["lines"]
 
         in_time = _in_threads(serve, self._workers, timeout)
-        if not in_time or deaths:
+        died = list(deaths)  # before the workers are killed, which is a death of its own
+        if not in_time or died:
             _end(self._workers, self._owner, at_once=True)
-        if deaths:
-            raise PoolError(_first_causes(deaths), [index for index, _ in deaths])
+        if died:
+            raise PoolError(_first_causes(died), sorted(index for index, _ in died))
         if failures:
             raise PoolError(_first_causes(failures), sorted(index for index, _ in failures))
         if not in_time:
@@ -136,6 +137,8 @@ class WorkerPool:
 
     def _start(self, count: int) -> None:
         if self._owner != os.getpid():  # after a fork: these workers answer to the parent process
+            for worker in self._workers:
+                worker.let_go()
             self._workers.clear()
             self._finalizer.detach()
             self._owner = os.getpid()
@@ -199,6 +202,12 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it died with a request half written
             self._process.stdin.close()
 
+    def let_go(self) -> None:
+        # Closes this process's copies of the pipes; the worker goes on.
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
     def end(self, deadline: float) -> None:
         try:
             self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
@@ -239,7 +248,7 @@ def _in_threads(
 
 
 def _first_causes(failures: Sequence[tuple[int, str]]) -> str:
-    causes = list(dict.fromkeys(cause for _, cause in failures))
+    causes = list(dict.fromkeys(cause for _, cause in sorted(failures)))
     return " ".join(causes[:3])
 
 

@@ -1,0 +1,325 @@
+"""Worker processes: order, crashes, deadlines, signals, and that none is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rewards import RewardBatch, RewardError, create
+from rewards.engines import ENGINES
+from rewards.pool import PoolError, WorkerPool
+
+ROOT = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+# What an engine does is told by the first pixel of a picture.
+ENGINE = """
+    import os, time
+
+    class Scripted:
+        packages = ("json",)
+
+        def __init__(self, *, detect=True, detection_side=320):
+            if detection_side == 666:
+                raise RuntimeError("no models")
+            print("libraries may print")
+
+        def read(self, image):
+            what, value, _ = image[0, 0].tolist()
+            if what == 1:
+                os._exit(7)
+            if what == 2:
+                time.sleep(60)
+            if what == 3:
+                raise ValueError(f"cannot read {value}")
+            if what == 4:
+                time.sleep(0.02 * (value % 3))
+            if what == 5:
+                os.kill(os.getpid(), 9)
+            return [f"{value}", f"{os.getpid()}"]
+"""
+READ, EXIT, HANG, RAISE, UNEVEN, KILLED = 0, 1, 2, 3, 4, 5
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "scripted_engine.py"
+    path.write_text(textwrap.dedent(ENGINE))
+    return path
+
+
+@pytest.fixture
+def pool(file):
+    pool = WorkerPool(file, "Scripted", {}, 2)
+    yield pool
+    pool.close()
+
+
+def pictures(*what: int, side: int = 4) -> list[np.ndarray]:
+    images = [np.zeros((side, side + 1, 3), np.uint8) for _ in what]
+    for i, image in enumerate(images):
+        image[0, 0] = (what[i], i, 0)
+    return images
+
+
+def pids(pool: WorkerPool) -> list[int]:
+    return [worker.pid for worker in pool._workers]
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        stat = Path(f"/proc/{pid}/stat")
+        try:
+            if stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_answers_come_in_order_and_from_all_workers(pool):
+    answers = pool.read(pictures(*[UNEVEN] * 30), 10)
+    assert [answer[0] for answer in answers] == [str(i) for i in range(30)]
+    assert len({answer[1] for answer in answers}) == 2
+
+
+def test_processes_start_with_the_first_batch_and_stay(pool):
+    assert pids(pool) == []
+    pool.read(pictures(READ), 10)
+    (first,) = pids(pool)  # one picture needs one worker
+    pool.read(pictures(*[READ] * 4), 10)
+    assert pids(pool)[0] == first
+    assert len(pids(pool)) == 2
+
+
+def test_large_pictures_pass_the_pipe(pool):
+    assert len(pool.read(pictures(*[READ] * 3, side=1024), 20)) == 3
+
+
+def test_an_empty_batch(pool):
+    assert pool.read([], 1) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"), [(EXIT, "ended with exit status 7"), (KILLED, "killed by signal 9")]
+)
+def test_a_crash_names_the_picture_and_the_next_batch_works(pool, what, cause):
+    with pytest.raises(PoolError, match=cause) as caught:
+        pool.read(pictures(READ, READ, what, READ), 10)
+    assert caught.value.indices == (2,)
+    assert [answer[0] for answer in pool.read(pictures(READ, READ), 10)] == ["0", "1"]
+
+
+def test_a_failure_of_the_engine_names_the_pictures_and_spares_the_workers(pool):
+    pool.read(pictures(READ, READ), 10)
+    before = pids(pool)
+    with pytest.raises(
+        PoolError, match=r"ValueError: cannot read 1.*ValueError: cannot read 3"
+    ) as e:
+        pool.read(pictures(READ, RAISE, READ, RAISE), 10)
+    assert e.value.indices == (1, 3)
+    assert pids(pool) == before
+
+
+def test_a_deadline_names_what_was_not_read_and_the_next_batch_works(pool):
+    pool.read(pictures(READ, READ), 10)
+    start = time.monotonic()
+    with pytest.raises(PoolError, match=r"1 of 4 pictures were not read within 0\.5 s") as caught:
+        pool.read(pictures(READ, HANG, READ, READ), 0.5)
+    assert time.monotonic() - start < 5
+    assert caught.value.indices == (1,)
+    assert len(pool.read(pictures(READ, READ), 10)) == 2
+
+
+def test_an_engine_that_does_not_start_says_why(file):
+    pool = WorkerPool(file, "Scripted", {"detection_side": 666}, 1)
+    with pytest.raises(PoolError, match="did not start: RuntimeError: no models"):
+        pool.read(pictures(READ), 10)
+    assert pids(pool) == []
+
+
+@linux
+def test_close_ends_the_processes_and_may_be_repeated(pool):
+    pool.read(pictures(READ, READ), 10)
+    before = pids(pool)
+    start = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - start < 2
+    assert all(gone(pid) for pid in before)
+    assert len(pool.read(pictures(READ), 10)) == 1
+
+
+@linux
+def test_a_dropped_pool_ends_its_processes(file):
+    pool = WorkerPool(file, "Scripted", {}, 1)
+    pool.read(pictures(READ), 10)
+    (pid,) = pids(pool)
+    del pool
+    assert gone(pid)
+
+
+@linux
+def test_workers_leave_signals_to_the_parent(pool):
+    pool.read(pictures(READ, READ), 10)
+    before = pids(pool)
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    assert len(pool.read(pictures(READ, READ), 10)) == 2
+    assert pids(pool) == before
+
+
+# Loads the file alone: the package would bring torch, two seconds for every process started here.
+LOAD = """
+    import importlib.util, os, signal, sys
+    import numpy as np
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("pool", {pool!r})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    WorkerPool = module.WorkerPool
+"""
+
+# A parent without a main guard and with a SIGTERM handler, as a trainer has one.
+PARENT = """
+    signal.signal(signal.SIGTERM, lambda *_: print("parent handles SIGTERM", flush=True))
+    pool = WorkerPool(Path({file!r}), "Scripted", {{}}, 2)
+    images = [np.zeros((4, 4, 3), np.uint8) for _ in range(4)]
+    pool.read(images, 20)
+    print("pids", *[worker.pid for worker in pool._workers], flush=True)
+    images[1][0, 0] = {what}
+    if {what}:
+        pool.read(images, 60)
+    print("done", flush=True)
+"""
+
+
+def script(code: str, **values: object) -> str:
+    values = {"pool": str(ROOT / "rewards" / "pool.py"), "root": str(ROOT), **values}
+    values["file"] = str(values["file"])
+    return textwrap.dedent(code).format(**values)
+
+
+def parent(file: Path, what: int) -> tuple[subprocess.Popen[str], list[int]]:
+    code = script(LOAD + PARENT, file=file, what=what)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, [int(word) for word in process.stdout.readline().split()[1:]]
+
+
+@linux
+def test_interpreter_exit_neither_hangs_nor_leaves_workers(file):
+    process, workers = parent(file, READ)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.read() == "done\n"
+    assert process.wait(timeout=20) == 0
+    assert len(workers) == 2
+    assert all(gone(pid) for pid in workers)
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_parent_even_in_the_middle_of_a_picture(file, number):
+    process, workers = parent(file, HANG)
+    time.sleep(0.3)  # now one worker sleeps on its picture
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert all(gone(pid) for pid in workers)
+
+
+@linux
+def test_workers_do_not_run_the_main_script_of_a_parent_with_torch_threads(file, tmp_path):
+    main = """
+        import signal, sys, torch
+        print("main script runs", flush=True)
+        torch.set_num_threads(2)
+        torch.rand(600, 600) @ torch.rand(600, 600)
+        sys.path.insert(0, {root!r})
+        import numpy as np
+        from pathlib import Path
+        from rewards.pool import WorkerPool
+    """
+    path = tmp_path / "unguarded.py"
+    path.write_text(script(main, file=file) + script(PARENT, file=file, what=READ))
+    out = subprocess.run(
+        [sys.executable, str(path)], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert out.stdout.count("main script runs") == 1
+    assert out.stdout.endswith("done\n")
+
+
+@linux
+def test_a_forked_child_leaves_the_workers_of_its_parent_alone(file):
+    fork = """
+    pool = WorkerPool(Path({file!r}), "Scripted", {{}}, 1)
+    image = np.zeros((4, 4, 3), np.uint8)
+
+    def pid():
+        return pool.read([image], 20)[0][1]
+
+    first = pid()
+    child = os.fork()
+    if child == 0:
+        print("child", pid(), flush=True)
+        pool.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pid() == first
+    print("parent", first, flush=True)
+    """
+    code = script(LOAD + fork, file=file)
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=30
+    )
+    names, workers = zip(*(line.split() for line in out.stdout.splitlines()), strict=True)
+    assert names == ("child", "parent")
+    assert len(set(workers)) == 2
+    assert all(gone(int(pid)) for pid in workers)
+
+
+def test_the_head_turns_positions_into_samples(file, monkeypatch):
+    spec = importlib.util.spec_from_file_location("scripted_engine", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "scripted_engine", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(ENGINES, "scripted", module.Scripted)
+
+    prompts = ["no target", 'a "0"', 'a "1"', "none", 'a "2"']
+    first_pixels = pictures(READ, READ, EXIT, READ, RAISE)
+    pixels = torch.from_numpy(np.stack(first_pixels)).permute(0, 3, 1, 2).float() / 255
+    batch = RewardBatch(prompts=prompts, images=pixels.contiguous())
+    head = create("ocr", engine="scripted", workers=1)
+    head.name = "legible"
+    with pytest.raises(RewardError, match="exit status 7") as caught:
+        head(batch)
+    assert (caught.value.head, caught.value.samples) == ("legible", ((2, 'a "1"'),))
+    head.close()
+
+    here = create("ocr", engine="scripted", workers=0)
+    pixels[2, :, 0, 0] = 0
+    batch = RewardBatch(prompts=prompts, images=pixels.contiguous())
+    with pytest.raises(RewardError, match="cannot read 4") as caught:
+        here(batch)
+    assert caught.value.samples == ((4, 'a "2"'),)
+
+    late = create("ocr", engine="scripted", workers=0, timeout=1e-9)
+    with pytest.raises(RewardError, match="were not read within 1e-09 s"):
+        late(batch)
