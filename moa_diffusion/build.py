@@ -25,7 +25,7 @@ from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.scoring import RewardHead, Scorer, create_head
 from moa_diffusion.trainer import Schedule, Surrogate, Trainer
@@ -207,14 +207,16 @@ def policy(settings: Config, device: torch.device) -> Policy:
     if settings.policy.name == "toy":
         return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
     model, sampling = settings.policy, settings.sampling
+    path = str(tiny.PIPELINE_PATH) if model.path == "tiny" else model.path
+    pipeline = load_pipeline(
+        path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
+    )
     try:
         return SD3Policy(
-            str(tiny.PIPELINE_PATH) if model.path == "tiny" else model.path,
+            pipeline,
             device=device,
             seed=settings.seed,
-            revision=model.revision,
-            dtype=model.dtype,
-            vae_dtype=model.vae_dtype,
+            source=f"{path}@{model.revision}",
             lora_rank=model.lora.rank,
             lora_alpha=model.lora.alpha,
             target_modules=model.lora.target_modules,

@@ -27,9 +27,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pipeline(
-    path: str, *, revision: str | None, dtype: torch.dtype, vae_dtype: torch.dtype
+    path: str, *, revision: str | None = None, dtype: str = "float32", vae_dtype: str = "float32"
 ) -> Any:
-    """Load a Stable Diffusion 3 pipeline from a folder or a hub id.
+    """Load a Stable Diffusion 3 pipeline from a folder or a hub id, cast once.
+
+    Args:
+        path: folder or hub id.
+        revision: of a hub id.
+        dtype: of transformer and text encoders: 'float32', 'bfloat16' or 'float16'.
+        vae_dtype: of the VAE, likewise.
 
     Raises:
         ConfigError: before any weight is read, if there is no pipeline or one of another class.
@@ -49,7 +55,9 @@ def load_pipeline(
             f"Found {index.get('_class_name')!r} in {path!r}."
         )
     load: Any = StableDiffusion3Pipeline.from_pretrained
-    pipeline = load(path, revision=revision, torch_dtype={"default": dtype, "vae": vae_dtype})
+    pipeline = load(
+        path, revision=revision, torch_dtype={"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -58,13 +66,12 @@ class SD3Policy:
     """A ``StableDiffusion3Pipeline`` whose transformer carries a LoRA adapter.
 
     Args:
-        path: folder or hub id of the pipeline.
+        pipeline: a ``StableDiffusion3Pipeline``, taken over: its transformer gets the adapter and
+            its text encoders leave after ``prepare``. The frozen weights and the forward pass
+            keep its dtype; the adapter, latents and log-probs are float32 in any case.
         device: where the transformer and the VAE live.
         seed: of the adapter's initial values and of the windows.
-        revision: of a hub id.
-        dtype: of the frozen weights and the forward pass, cast once; the adapter, latents and
-            log-probs are float32 in any case.
-        vae_dtype: of the VAE.
+        source: names the weights in the disk cache of prompt embeddings.
         lora_rank: rank of the adapter.
         lora_alpha: scale numerator; the rank by default.
         target_modules: suffixes of the linear layers that get an adapter; by default the eight
@@ -92,13 +99,11 @@ class SD3Policy:
 
     def __init__(
         self,
-        path: str,
+        pipeline: Any,
         *,
         device: torch.device,
         seed: int,
-        revision: str | None = None,
-        dtype: str = "float32",
-        vae_dtype: str = "float32",
+        source: str = "",
         lora_rank: int = 32,
         lora_alpha: int | None = None,
         target_modules: Sequence[str] | None = None,
@@ -120,10 +125,7 @@ class SD3Policy:
         embeds_dir: Path | None = None,
         embeds_memory_gb: float = 8.0,
     ) -> None:
-        pipeline = load_pipeline(
-            path, revision=revision, dtype=DTYPES[dtype], vae_dtype=DTYPES[vae_dtype]
-        )
-        self.device, self.dtype, self.seed = device, DTYPES[dtype], seed
+        self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
         self.steps, self.guidance = steps, guidance
         self.sampler, self.noise_level = sampler, noise_level
         self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
@@ -151,7 +153,7 @@ class SD3Policy:
             pipeline,
             device=device,
             max_sequence_length=max_sequence_length,
-            source=f"{path}@{revision}:{dtype}",
+            source=f"{source}:{self.dtype}",
             cache_dir=embeds_dir,
             memory_gb=embeds_memory_gb,
         )
