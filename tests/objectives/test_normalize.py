@@ -1,0 +1,388 @@
+"""Normalizers: the suite that each must pass, then each one's own numbers."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import Normalizer, combine
+from moa_diffusion.objectives.normalize import (
+    GDPO,
+    DualStage,
+    PromptHistory,
+    Raw,
+    group_moments,
+    rms_group_std,
+    update_ema,
+    whiten,
+    zero_variance_fraction,
+)
+from moa_diffusion.types import RewardMatrix
+
+NAMES = ("a", "b", "c")
+NAN = math.nan
+
+# A new normalizer enters the common suite here, by one line.
+NORMALIZERS: dict[str, Callable[[], Normalizer]] = {
+    "raw": lambda: Raw(NAMES),
+    "raw_batch": lambda: Raw(NAMES, std="batch"),
+    "gdpo": lambda: GDPO(NAMES),
+    "dual_stage": lambda: DualStage(NAMES),
+    "dual_stage_without_floor": lambda: DualStage(NAMES, floor=0.0),
+    "prompt_history": lambda: PromptHistory(NAMES, size=64, min_count=4),
+    "prompt_history_unknown": lambda: PromptHistory(NAMES, size=64, min_count=64),
+}
+GROUPWISE = [name for name in NORMALIZERS if not name.startswith("prompt_history")]
+
+
+@pytest.fixture(params=NORMALIZERS)
+def make(request: pytest.FixtureRequest) -> Callable[[], Normalizer]:
+    return NORMALIZERS[request.param]
+
+
+@pytest.fixture(params=GROUPWISE)
+def make_groupwise(request: pytest.FixtureRequest) -> Callable[[], Normalizer]:
+    return NORMALIZERS[request.param]
+
+
+def rewards(values: Tensor | list[list[float]], group_size: int = 4) -> RewardMatrix:
+    values = torch.as_tensor(values, dtype=torch.float64)
+    groups = torch.arange(values.shape[1]) // group_size
+    return RewardMatrix(
+        names=NAMES[: len(values)],
+        values=values,
+        groups=groups,
+        prompts=tuple(f"prompt {group}" for group in groups.tolist()),
+    )
+
+
+def normal(seed: int, samples: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(3, samples, generator=generator, dtype=torch.float64)
+    return draw * torch.tensor([[1.0], [0.1], [5.0]]) + torch.tensor([[0.0], [0.6], [21.0]])
+
+
+def final(normalizer: Normalizer, matrix: RewardMatrix) -> Tensor:
+    """Both stages with equal weights, ``[N]``."""
+    advantages = normalizer.per_objective(matrix)
+    scores = combine(advantages, torch.ones(3).double(), ~matrix.values.isnan())
+    return normalizer.combined(scores, matrix)
+
+
+def permuted(matrix: RewardMatrix, order: Tensor) -> RewardMatrix:
+    return RewardMatrix(
+        names=matrix.names,
+        values=matrix.values[:, order],
+        groups=matrix.groups[order],
+        prompts=tuple(matrix.prompts[i] for i in order.tolist()),
+    )
+
+
+def flat_groups(matrix: RewardMatrix) -> Tensor:
+    """``[K, N]``: whether all siblings that have a reward have the same one."""
+    flat = torch.zeros_like(matrix.values, dtype=torch.bool)
+    for k, row in enumerate(matrix.values):
+        for group in matrix.groups.unique():
+            members = matrix.groups == group
+            values = row[members & ~row.isnan()]
+            flat[k, members] = len(values.unique()) <= 1
+    return flat
+
+
+# ---------------------------------------------------------------------- the common suite
+
+
+def test_advantages_are_finite_and_zero_where_nothing_applies(make, zoo):
+    normalizer, before = make(), zoo.values.clone()
+    for _ in range(3):
+        advantages = normalizer.per_objective(zoo)
+        assert advantages.shape == zoo.values.shape
+        assert advantages.dtype == torch.float64
+        assert advantages.isfinite().all()
+        assert (advantages[zoo.values.isnan()] == 0).all()
+        combined = final(make(), zoo)
+        assert combined.shape == zoo.groups.shape
+        assert combined.isfinite().all()
+    assert torch.equal(zoo.values.nan_to_num(-9), before.nan_to_num(-9)), "input was changed"
+
+
+def test_order_of_samples_does_not_matter(make, zoo):
+    order = torch.randperm(len(zoo.groups), generator=torch.Generator().manual_seed(3))
+    one, other = make(), make()
+    for _ in range(2):
+        torch.testing.assert_close(
+            other.per_objective(permuted(zoo, order)), one.per_objective(zoo)[:, order]
+        )
+    torch.testing.assert_close(final(make(), permuted(zoo, order)), final(make(), zoo)[order])
+
+
+def test_order_of_objectives_does_not_matter(make, zoo):
+    order = torch.tensor([2, 0, 1])
+    other = RewardMatrix(
+        names=tuple(zoo.names[k] for k in order.tolist()),
+        values=zoo.values[order],
+        groups=zoo.groups,
+        prompts=zoo.prompts,
+    )
+    torch.testing.assert_close(make().per_objective(other), make().per_objective(zoo)[order])
+    torch.testing.assert_close(final(make(), other), final(make(), zoo))
+
+
+def test_adding_a_constant_to_an_objective_changes_nothing(make, zoo):
+    largest = zoo.values.nan_to_num(0).abs().amax(1, keepdim=True)
+    shift = torch.tensor([[3.0], [-2.0], [0.5]]).double() * largest
+    moved = RewardMatrix(
+        names=zoo.names, values=zoo.values + shift, groups=zoo.groups, prompts=zoo.prompts
+    )
+    before, after = make(), make()
+    for _ in range(2):
+        torch.testing.assert_close(
+            after.per_objective(moved), before.per_objective(zoo), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_more_reward_is_more_advantage(make, zoo):
+    advantages = make().per_objective(zoo)
+    for k, row in enumerate(zoo.values):
+        for group in zoo.groups.unique():
+            members = (zoo.groups == group) & ~row.isnan()
+            steps = advantages[k, members][row[members].argsort()].diff()
+            assert (steps >= 0).all()
+
+
+def test_groups_without_spread_have_exactly_zero_advantage(make_groupwise, zoo):
+    flat = flat_groups(zoo)
+    advantages = make_groupwise().per_objective(zoo)
+    assert (advantages[flat] == 0).all()
+    silent = flat.all(0)  # [N]: none of the objectives can tell the siblings apart
+    torch.testing.assert_close(
+        final(make_groupwise(), zoo)[silent],
+        torch.zeros(int(silent.sum())).double(),
+        atol=1e-9,
+        rtol=0,
+    )
+
+
+def test_groups_without_spread_stay_at_zero_for_hundreds_of_rollouts(make_groupwise):
+    normalizer = make_groupwise()
+    for step in range(300):
+        values = normal(step)
+        values[1] = 0.1  # never any spread
+        values[:, :4] = values[:, :1]
+        advantages = normalizer.per_objective(rewards(values))
+        assert (advantages[1] == 0).all()
+        assert (advantages[:, :4] == 0).all()
+        assert (advantages[[0, 2], 4:] != 0).all()
+
+
+def test_rounding_is_not_blown_up(make):
+    values = torch.tensor([[0.1], [0.6], [21.7]], dtype=torch.float64).repeat(1, 16)
+    values[:, 1::3] *= 1 + 2**-52
+    normalizer = make()
+    for _ in range(20):
+        assert final(normalizer, rewards(values)).abs().max() < 1e-6
+
+
+def test_saved_state_continues_identically(make):
+    straight, before = make(), make()
+    for step in range(3):
+        straight.per_objective(rewards(normal(step)))
+        before.per_objective(rewards(normal(step)))
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    resumed = make()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(3, 6):
+        matrix = rewards(normal(step))
+        assert torch.equal(resumed.per_objective(matrix), straight.per_objective(matrix))
+
+
+@pytest.mark.parametrize("name", ["dual_stage", "dual_stage_without_floor"])
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**30])
+def test_dual_stage_does_not_see_units(name, scale, zoo):
+    plain, scaled = NORMALIZERS[name](), NORMALIZERS[name]()
+    factor = torch.tensor([[scale], [1.0], [1 / scale]]).double()
+    other = RewardMatrix(
+        names=zoo.names, values=zoo.values * factor, groups=zoo.groups, prompts=zoo.prompts
+    )
+    for _ in range(3):
+        assert torch.equal(scaled.per_objective(other), plain.per_objective(zoo))
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e10])
+def test_dual_stage_does_not_see_decimal_units_either(scale):
+    plain, scaled = DualStage(NAMES), DualStage(NAMES)
+    for step in range(3):
+        torch.testing.assert_close(
+            scaled.per_objective(rewards(normal(step) * scale)),
+            plain.per_objective(rewards(normal(step))),
+            rtol=1e-9,
+            atol=1e-9,
+        )
+
+
+def test_gdpo_does_not_see_units_far_above_its_eps():
+    plain = GDPO(NAMES).per_objective(rewards(normal(0) * 1e4))
+    scaled = GDPO(NAMES).per_objective(rewards(normal(0) * 1e8))
+    torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def test_group_moments_against_a_loop(zoo):
+    mean, std, count = group_moments(zoo.values, zoo.groups)
+    for k, row in enumerate(zoo.values):
+        for i in range(len(zoo.groups)):
+            values = row[(zoo.groups == zoo.groups[i]) & ~row.isnan()]
+            assert count[k, i] == len(values)
+            if not len(values):
+                assert mean[k, i] == std[k, i] == 0
+                continue
+            expected = values.std(correction=0) if len(values) > 1 else torch.tensor(0.0)
+            largest = float(values.abs().max())
+            assert float(mean[k, i]) == pytest.approx(float(values.mean()), rel=1e-12)
+            assert float(std[k, i]) == pytest.approx(float(expected), rel=1e-9, abs=largest * 1e-12)
+
+
+def test_group_moments_of_no_samples():
+    for part in group_moments(torch.empty(3, 0).double(), torch.empty(0, dtype=torch.int64)):
+        assert part.shape == (3, 0)
+
+
+def test_spread_and_zero_variance_in_numbers():
+    matrix = rewards([[0, 2, 5, 5], [NAN, 1, 2, 8], [NAN] * 4], group_size=2)
+    spread = rms_group_std(matrix)
+    torch.testing.assert_close(spread[:2], torch.tensor([0.5, 6]).double().sqrt())
+    assert spread[2].isnan()
+    fraction = zero_variance_fraction(matrix)
+    assert fraction[:2].tolist() == pytest.approx([1 / 2, 1 / 3])  # one value alone has no spread
+    assert fraction[2].isnan()
+
+
+def test_moving_average_skips_what_is_unknown():
+    average = torch.tensor([1.0, NAN, 1.0, NAN])
+    value = torch.tensor([2.0, 2.0, NAN, NAN])
+    expected = torch.tensor([1.1, 2.0, 1.0, NAN])
+    torch.testing.assert_close(update_ema(average, value, 0.9), expected, equal_nan=True)
+
+
+def test_whiten():
+    torch.testing.assert_close(whiten(torch.tensor([0.0, 2.0]), 1.0), torch.tensor([-0.5, 0.5]))
+    torch.testing.assert_close(whiten(torch.full((3,), 7.0), 1e-4), torch.zeros(3))
+
+
+# ---------------------------------------------------------------------- each one's own numbers
+
+
+def test_raw_lets_the_largest_spread_decide():
+    matrix = rewards([[0, 100, 0, 100], [1, 1, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(
+        Raw(NAMES).per_objective(matrix),
+        torch.tensor([[-50.0, 50, -50, 50], [0.5, 0.5, -0.5, -0.5], [0] * 4]).double(),
+    )
+    assert final(Raw(NAMES), matrix).sign().tolist() == [-1, 1, -1, 1]
+
+
+def test_raw_divides_by_the_spread_of_the_group_or_of_the_batch():
+    matrix = rewards([[0, 2, 0, 20]], group_size=2)
+    scores = Raw(["a"]).per_objective(matrix)[0]
+    by_group = Raw(["a"], eps=1.0).combined(scores, matrix)
+    torch.testing.assert_close(by_group, torch.tensor([-1 / 2, 1 / 2, -10 / 11, 10 / 11]).double())
+    by_batch = Raw(["a"], std="batch", eps=1e-9).combined(scores, matrix)
+    spread = math.sqrt((1 + 100) / 2)
+    torch.testing.assert_close(by_batch, torch.tensor([-1, 1, -10, 10]).double() / spread)
+
+
+def test_gdpo_in_numbers():
+    matrix = rewards([[0, 2, 0, 20]], group_size=2)
+    normalizer = GDPO(["a"], eps=1.0)
+    advantages = normalizer.per_objective(matrix)
+    torch.testing.assert_close(
+        advantages, torch.tensor([[-1 / 2, 1 / 2, -10 / 11, 10 / 11]]).double()
+    )
+    scores = torch.tensor([1.0, 3.0, 1.0, 3.0]).double()
+    torch.testing.assert_close(
+        normalizer.combined(scores, matrix), torch.tensor([-0.5, 0.5, -0.5, 0.5]).double()
+    )
+
+
+def test_dual_stage_floor_in_numbers():
+    """Spreads 1 and 0.01; their RMS is 0.70714, so the floor 0.1 is far above the second."""
+    matrix = rewards([[0, 2, 0, 0.02]], group_size=2)
+    normalizer = DualStage(["a"], floor=0.1, decay=0.9)
+    floor = 0.1 * math.sqrt((1 + 1e-4) / 2)
+    expected = torch.tensor([[-1, 1, -0.01 / floor, 0.01 / floor]]).double()
+    torch.testing.assert_close(normalizer.per_objective(matrix), expected)
+    torch.testing.assert_close(
+        DualStage(["a"], floor=0.0).per_objective(matrix), torch.tensor([[-1.0, 1, -1, 1]]).double()
+    )
+
+
+def test_dual_stage_averages_the_spread_over_rollouts():
+    normalizer = DualStage(["a"], decay=0.9)
+    assert normalizer.spread.isnan().all()
+    for spread, average in [(1.0, 1.0), (3.0, 1.2), (NAN, 1.2), (0.0, 1.08)]:
+        values = [[-spread, spread] if not math.isnan(spread) else [NAN, NAN]]
+        normalizer.per_objective(rewards(values, group_size=2))
+        assert float(normalizer.spread) == pytest.approx(average)
+
+
+def test_prompt_history_uses_the_batch_until_a_prompt_is_known():
+    normalizer = PromptHistory(["a"], size=4, min_count=4, eps=1e-9)
+    first = rewards([[0, 2, 4, 6]], group_size=2)  # two rewards of each prompt: too few
+    batch = torch.tensor([0.0, 2, 4, 6]).double()
+    torch.testing.assert_close(
+        normalizer.per_objective(first)[0], (batch - 3) / batch.std(correction=0)
+    )
+    second = rewards([[2, 4, 6, 8]], group_size=2)  # now (0, 2, 2, 4) and (4, 6, 6, 8)
+    spread = math.sqrt(2)
+    torch.testing.assert_close(
+        normalizer.per_objective(second)[0], torch.tensor([0, 2, 0, 2]).double() / spread
+    )
+    third = rewards([[10, 10, NAN, 8]], group_size=2)  # forgets (0, 2): (2, 4, 10, 10); (6, 6, 8, 8)
+    known = torch.tensor([2.0, 4, 10, 10]).double()
+    past = (10 - known.mean()) / known.std(correction=0)
+    torch.testing.assert_close(
+        normalizer.per_objective(third)[0], torch.tensor([past, past, 0, 1]).double()
+    )
+
+
+def test_prompt_history_keeps_prompts_apart_and_draws_together():
+    """Two draws of one prompt share its history although their group ids differ."""
+    normalizer = PromptHistory(["a"], size=4, min_count=4, eps=1e-9)
+    matrix = RewardMatrix(
+        names=("a",),
+        values=torch.tensor([[0.0, 2, 4, 6, 100, 104, 100, 104]]).double(),
+        groups=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]),
+        prompts=("x",) * 4 + ("y",) * 4,
+    )
+    advantages = normalizer.per_objective(matrix)[0]
+    spread = math.sqrt(5)
+    torch.testing.assert_close(
+        advantages, torch.tensor([-3 / spread, -1 / spread, 1 / spread, 3 / spread, -1, 1, -1, 1]).double()
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Raw(NAMES, std="rank"), r"`std` should be 'group' or 'batch'. Found 'rank'"),
+        (lambda: Raw(NAMES, eps=0.0), "`eps` should be positive. Found 0"),
+        (lambda: GDPO(NAMES, eps=-1.0), "`eps` should be positive. Found -1"),
+        (lambda: DualStage(NAMES, floor=1.5), r"`floor` should be in \[0, 1\]. Found 1.5"),
+        (lambda: DualStage(NAMES, floor=NAN), r"`floor` should be in \[0, 1\]. Found nan"),
+        (lambda: DualStage(NAMES, decay=1.0), r"`decay` should be in \[0, 1\). Found 1"),
+        (lambda: PromptHistory(NAMES, size=4, min_count=5), r"\[1, size = 4\]. Found 5"),
+        (lambda: PromptHistory(NAMES, size=4, min_count=0), r"\[1, size = 4\]. Found 0"),
+    ],
+)
+def test_bad_parameters_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

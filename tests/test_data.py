@@ -1,0 +1,236 @@
+"""Prompt files, seeds, epochs, and the cutting of a rollout over processes and updates."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from moa_diffusion.data import (
+    Geometry,
+    GroupSampler,
+    Prompt,
+    derive_seed,
+    generator,
+    read_prompts,
+)
+from moa_diffusion.types import ConfigError
+
+
+def written(folder, name: str, text: str | bytes):
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# ---------------------------------------------------------------------- prompt files
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.txt", "a cat\n\n  a dog \n", [("a cat", {}), ("a dog", {})]),
+        ("p.txt", "\ufeffa cat\r\nein Hund, groß", [("a cat", {}), ("ein Hund, groß", {})]),
+        ("p.txt", 'a sign "A\u2028B"\n', [('a sign "A\u2028B"', {})]),
+        (
+            "p.jsonl",
+            '{"prompt": "a cat", "n": 2, "tags": ["x"]}\n\n{"prompt": " a dog "}\n',
+            [("a cat", {"n": 2, "tags": ["x"]}), ("a dog", {})],
+        ),
+        (
+            "p.csv",
+            'prompt,target\n"a ""big"" cat, black",cat\na dog,\n',
+            [('a "big" cat, black', {"target": "cat"}), ("a dog", {"target": ""})],
+        ),
+        (
+            "p.tsv",
+            'target\tprompt\r\ncat\ta "big" cat\r\ndog\ta dog\r\n',
+            [('a "big" cat', {"target": "cat"}), ("a dog", {"target": "dog"})],
+        ),
+    ],
+)
+def test_readers(tmp_path, name, text, expected):
+    prompts = read_prompts(written(tmp_path, name, text))
+    assert [(prompt.text, prompt.metadata) for prompt in prompts] == expected
+
+
+def test_the_prompt_may_stand_in_another_column(tmp_path):
+    path = written(tmp_path, "p.csv", "caption,prompt\na cat,meta\n")
+    assert read_prompts(path, column="caption") == (
+        Prompt(text="a cat", metadata={"prompt": "meta"}),
+    )
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85"])
+def test_a_table_cell_may_hold_a_unicode_line_separator(tmp_path, separator):
+    """Only line feeds end a line; texts copied from the web hold these characters."""
+    path = written(tmp_path, "p.tsv", f"prompt\ttarget\na cat{separator}on a mat\tcat\n")
+    (prompt,) = read_prompts(path)
+    assert prompt.metadata == {"target": "cat"}
+
+
+def test_a_quoted_csv_cell_keeps_its_line_break(tmp_path):
+    path = written(tmp_path, "p.csv", 'prompt,target\n"a cat\non a mat",cat\n')
+    (prompt,) = read_prompts(path)
+    assert prompt.text == "a cat\non a mat"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "a\nb\x00c\n", r"p\.txt:2: .*control characters"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: A line should be JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n["b"]\n', r"p\.jsonl:3: A line should be a JSON object"),
+        ("p.jsonl", '{"text": "a"}\n', r"p\.jsonl:1: .*non-empty text `prompt`.*'text': 'a'"),
+        ("p.jsonl", '{"prompt": 3}\n', r"p\.jsonl:1: .*non-empty text `prompt`"),
+        ("p.jsonl", '{"prompt": " "}\n', r"p\.jsonl:1: .*non-empty text `prompt`"),
+        ("p.csv", "prompt,n\na,1\nb\n", r"p\.csv:3: A line should have 2 cells.*'b'"),
+        ("p.csv", "prompt,n\na,1,2\n", r"p\.csv:2: A line should have 2 cells"),
+        ("p.csv", "text,n\na,1\n", r"p\.csv:2: .*non-empty text `prompt`"),
+        ("p.tsv", "prompt\tn\na\t1\n\t2\n", r"p\.tsv:3: .*non-empty text `prompt`"),
+        ("p.txt", " \n\n", r"at least one prompt. Found none"),
+        ("p.csv", "prompt,n\n", r"at least one prompt. Found none"),
+        ("p.csv", "", r"at least one prompt. Found none"),
+        ("p.txt", b"a caf\xe9\n", r"should be UTF-8 text"),
+        ("p.json", "[]", r"\.txt, \.jsonl, \.csv, \.tsv\. Found '\.json'"),
+    ],
+)
+def test_bad_files_say_where(tmp_path, name, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(written(tmp_path, name, text))
+
+
+def test_missing_file_says_from_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"`no\.txt` does not exist \(looked from {tmp_path}\)"):
+        read_prompts("no.txt")
+
+
+# ---------------------------------------------------------------------- seeds and groups
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert derive_seed(0, "sample", 3, 7, 1) == 1762561486975384918
+    assert derive_seed(0, "sample", 3, 7, 1) != derive_seed(0, "sample", 3, 71)
+    seeds = [derive_seed(0, "sample", step, g) for step in range(50) for g in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    first, second = (torch.rand(2, generator=generator(1, "x")) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def sampler(count: int = 5, *, groups: int = 3, group_size: int = 2, seed: int = 0):
+    prompts = [Prompt(text=f"p{i}", metadata={"i": i}) for i in range(count)]
+    return GroupSampler(prompts, groups=groups, group_size=group_size, seed=seed)
+
+
+def test_requests_of_a_step():
+    requests = sampler().requests(4)
+    assert [request.group for request in requests] == [12, 12, 13, 13, 14, 14]
+    assert [request.sibling for request in requests] == [0, 1] * 3
+    for left, right in zip(requests[::2], requests[1::2], strict=True):
+        assert left.prompt == right.prompt
+        assert left.metadata == right.metadata == {"i": int(left.prompt[1:])}
+    assert len({request.seed for request in requests}) == 6
+
+
+def test_every_epoch_covers_all_prompts_once_in_another_order():
+    drawn = [r.prompt for step in range(10) for r in sampler().requests(step)][::2]
+    epochs = [tuple(drawn[i : i + 5]) for i in range(0, 30, 5)]
+    assert all(sorted(epoch) == ["p0", "p1", "p2", "p3", "p4"] for epoch in epochs)
+    assert len(set(epochs)) > 3
+
+
+def test_more_groups_than_prompts():
+    counts = Counter(r.prompt for r in sampler(2, groups=6, group_size=1).requests(0))
+    assert counts == {"p0": 3, "p1": 3}
+    groups = [r.group for r in sampler(2, groups=6, group_size=1).requests(0)]
+    assert len(set(groups)) == 6
+
+
+def test_requests_are_a_function_of_seed_and_step():
+    assert sampler().requests(7) == sampler().requests(7)
+    assert {r.seed for r in sampler().requests(7)}.isdisjoint(
+        {r.seed for r in sampler().requests(8)} | {r.seed for r in sampler(seed=1).requests(7)}
+    )
+
+
+# ---------------------------------------------------------------------- geometry
+
+
+def solve(**changes: int) -> Geometry:
+    numbers = {
+        "groups": 6,
+        "group_size": 4,
+        "updates": 2,
+        "world_size": 1,
+        "max_sample_batch": 16,
+        "max_micro_batch": 5,
+    }
+    return Geometry.solve(**(numbers | changes))
+
+
+def test_geometry_takes_the_largest_batches_that_divide():
+    geometry = solve()
+    assert (geometry.samples, geometry.per_rank) == (24, 24)
+    assert (geometry.sample_batch, geometry.micro_batch, geometry.accumulation) == (12, 4, 3)
+    shared = solve(world_size=4, max_micro_batch=100)
+    assert (shared.per_rank, shared.sample_batch, shared.micro_batch) == (6, 6, 3)
+    assert shared.accumulation == 1
+    assert solve(groups=13, group_size=1, updates=1, max_micro_batch=12).micro_batch == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"world_size": 5}, r"6 \* 4 = 24 samples for 5 processes \* 2 updates"),
+        ({"updates": 7}, r"24 samples for 1 processes \* 7 updates"),
+        ({"world_size": 8, "updates": 2}, r"24 samples for 8 processes \* 2 updates"),
+    ],
+)
+def test_geometry_refuses_what_cannot_be_shared(changes, found):
+    with pytest.raises(ConfigError, match=r"`trainer.groups` \* `trainer.group_size`.*" + found):
+        solve(**changes)
+
+
+def test_geometry_describes_itself():
+    assert solve(world_size=2).describe() == (
+        "6 groups x 4 siblings = 24 samples per rollout on 2 processes: 12 each, sampled 12 at a "
+        "time; 2 optimizer steps of 12 samples (2 micro-batches of 3 per process)"
+    )
+    assert "1 process: 24 each" in solve(updates=1).describe()
+    assert "; 1 optimizer step of" in solve(updates=1).describe()
+
+
+def global_minibatches(geometry: Geometry, step: int = 0) -> list[list[int]]:
+    """Global sample numbers of each optimizer step."""
+    steps: list[list[int]] = [[] for _ in range(geometry.updates)]
+    for rank in range(geometry.world_size):
+        parts = geometry.minibatches(seed=0, step=step, rank=rank)
+        assert len(parts) == geometry.updates
+        for update, part in enumerate(parts):
+            assert part.shape == (geometry.accumulation, geometry.micro_batch)
+            assert part.min() >= 0
+            assert part.max() < geometry.per_rank
+            steps[update] += (part.flatten() + rank * geometry.per_rank).tolist()
+    return steps
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 4, 100])
+def test_minibatches_partition_the_rollout_for_any_number_of_processes(updates, limit):
+    alone = global_minibatches(solve(updates=updates, max_micro_batch=limit))
+    assert sorted(i for part in alone for i in part) == list(range(24))
+    assert {len(part) for part in alone} == {24 // updates}
+    for world_size in (2, 4):
+        shared = solve(updates=updates, world_size=world_size, max_micro_batch=limit)
+        assert [sorted(part) for part in global_minibatches(shared)] == [sorted(p) for p in alone]
+
+
+def test_minibatches_hold_siblings_of_every_group_and_change_with_the_step():
+    geometry = solve(updates=2)
+    for part in global_minibatches(geometry):
+        assert Counter(i // 4 for i in part) == {group: 2 for group in range(6)}
+    first, second = (global_minibatches(geometry, step=step) for step in (0, 1))
+    assert first != second

@@ -1,0 +1,145 @@
+"""What a run writes: whole lines, null for NaN, and nothing after the checkpoint it resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from moa_diffusion.metrics import RunLog, read_metrics, reward_metrics
+from moa_diffusion.types import Request, RewardMatrix
+
+NAN = math.nan
+
+
+class Tracker:
+    """Stands for accelerate's trackers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.ended = 0
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+    def end_training(self):
+        self.ended += 1
+
+
+def matrix(values) -> RewardMatrix:
+    values = torch.tensor(values).double()
+    return RewardMatrix(
+        names=("a", "b"),
+        values=values,
+        groups=torch.arange(values.shape[1]) // 2,
+        prompts=("p",) * values.shape[1],
+    )
+
+
+def test_lines_are_json_with_null_for_nan(tmp_path):
+    tracker = Tracker()
+    log = RunLog(tmp_path / "run", accelerator=tracker)
+    log.write(1, {"a/b": 0.5, "a/c": NAN})
+    log.write(2, {"a/b": 1e-9})
+    assert log.path.read_text() == '{"step": 1, "a/b": 0.5, "a/c": null}\n{"step": 2, "a/b": 1e-09}\n'
+    assert tracker.rows == [(1, {"a/b": 0.5}), (2, {"a/b": 1e-9})]
+    log.close()
+    assert tracker.ended == 1
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = RunLog(tmp_path / "run", main=False)
+    log.write(1, {"a/b": 0.5})
+    log.write_scores(1, [], matrix([[0.0], [0.0]]), torch.zeros(1))
+    log.rewind(0)
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def scores(log: RunLog, step: int) -> None:
+    requests = [Request(prompt="groß", group=3, sibling=i, seed=10 + i) for i in range(2)]
+    log.write_scores(step, requests, matrix([[0.5, NAN], [1.0, 2.0]]), torch.tensor([0.1, -0.1]))
+
+
+def test_scores_of_every_sample(tmp_path):
+    scores(RunLog(tmp_path), 7)
+    lines = (tmp_path / "scores" / "step-000007.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert "groß" in lines[0]
+    assert rows[1] == {
+        "step": 7,
+        "group": 3,
+        "sibling": 1,
+        "prompt": "groß",
+        "seed": 11,
+        "advantage": pytest.approx(-0.1),
+        "reward/a": None,
+        "reward/b": 2.0,
+    }
+    scores(RunLog(tmp_path, scores=False), 8)
+    assert len(list((tmp_path / "scores").iterdir())) == 1
+
+
+def test_rewind_forgets_what_came_later(tmp_path):
+    log = RunLog(tmp_path)
+    for step in range(4):
+        log.write(step, {"a/b": 0.1 * step})
+        scores(log, step)
+    before = log.path.read_text().splitlines(keepends=True)
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "a/b": 0.')  # cut off by a crash
+    log.rewind(2)
+    assert log.path.read_text() == "".join(before[:3])
+    assert [path.stem for path in sorted((tmp_path / "scores").iterdir())] == [
+        f"step-{step:06d}" for step in range(3)
+    ]
+    log.write(3, {"a/b": 1.0})
+    assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "scores"}
+
+
+def test_rewind_of_a_run_that_has_written_nothing(tmp_path):
+    RunLog(tmp_path / "run").rewind(0)
+
+
+def test_only_the_last_line_may_be_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: A line should be JSON"):
+        read_metrics(path)
+
+
+def test_reward_metrics_in_numbers():
+    rewards = matrix([[0.0, 2.0, 5.0, 5.0], [NAN, 1.0, NAN, NAN]])
+    advantages = torch.tensor([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
+    found = reward_metrics(rewards, advantages, torch.tensor([1.0, -3.0]).double())
+    expected = {
+        "reward_mean/a": 3.0,
+        "reward_std/a": math.sqrt((9 + 1 + 4 + 4) / 4),
+        "weight/a": 0.25,
+        "share/a": 1.0,
+        "zero_variance/a": 0.5,
+        "applies/a": 1.0,
+        "reward_mean/b": 1.0,
+        "reward_std/b": 0.0,
+        "weight/b": -0.75,
+        "share/b": 0.0,
+        "zero_variance/b": 1.0,
+        "applies/b": 0.25,
+    }
+    assert found == pytest.approx(expected)
+    per_sample = torch.tensor([[1.0] * 4, [-3.0] * 4]).double()
+    assert reward_metrics(rewards, advantages, per_sample) == pytest.approx(expected)
+
+
+def test_reward_metrics_of_an_objective_that_never_applies():
+    rewards = matrix([[0.0, 2.0], [NAN, NAN]])
+    found = reward_metrics(rewards, torch.zeros(2, 2).double(), torch.ones(2).double())
+    assert found["applies/b"] == 0
+    for group in ("reward_mean", "reward_std", "zero_variance"):
+        assert math.isnan(found[f"{group}/b"])
+    assert found["share/a"] == found["share/b"] == 0

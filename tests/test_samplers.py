@@ -1,0 +1,193 @@
+"""Sampler steps against what the flow's own mathematics says about a Gaussian data set."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from moa_diffusion.samplers import Step, Steps, cps, flow_sde, generators, noise, ode
+
+CPU = torch.device("cpu")
+
+# Data N(m, c^2): x_s = (1 - s) data + s noise is Gaussian, and its velocity is known in closed form.
+MEAN, SPREAD = 0.8, 0.5
+
+
+def moments(s: float) -> tuple[float, float]:
+    """Mean and variance of ``x_s``."""
+    return (1 - s) * MEAN, (1 - s) ** 2 * SPREAD**2 + s**2
+
+
+def slope(s: float) -> float:
+    """Of the velocity: ``E[noise - data | x_s = x] = slope (x - mean) - m``."""
+    return (s - (1 - s) * SPREAD**2) / moments(s)[1]
+
+
+def after(step: Step, s: float) -> tuple[float, float]:
+    """Mean and variance after one step from ``x_s``."""
+    mean, variance = moments(s)
+    return step.x * mean - step.v * MEAN, (step.x + step.v * slope(s)) ** 2 * variance + step.std**2
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sde(s: float, s_next: float, noise_level: float = 0.7) -> Step:
+    return flow_sde(s, s_next, noise_level=noise_level, s_second=0.95)
+
+
+@pytest.mark.parametrize("kind", [ode, sde])
+@pytest.mark.parametrize("s", [0.9, 0.5, 0.2])
+def test_steps_keep_the_marginals_to_first_order(kind, s):
+    """The error of one step is of second order: a tenth of the step, a hundredth of the error."""
+    errors = []
+    for length in (1e-2, 1e-3):
+        found, expected = after(kind(s, s - length), s), moments(s - length)
+        errors.append([abs(a - b) for a, b in zip(found, expected, strict=True)])
+    for coarse, fine in zip(*errors, strict=True):
+        assert coarse < 1e-2
+        assert fine < coarse / 50 + 1e-13
+
+
+def test_many_sde_steps_end_in_the_data():
+    """Mean and variance through 2000 steps: a drift of the wrong size would end elsewhere."""
+    sigmas = torch.linspace(1, 0, 2001, dtype=torch.float64).tolist()
+    mean, variance = moments(1.0)
+    for s, s_next in pairwise(sigmas):
+        step = flow_sde(s, s_next, noise_level=0.7, s_second=sigmas[1])
+        total = step.x + step.v * slope(s)
+        mean = step.x * mean + step.v * (slope(s) * (mean - moments(s)[0]) - MEAN)
+        variance = total**2 * variance + step.std**2
+    assert mean == pytest.approx(MEAN, rel=5e-3)
+    assert math.sqrt(variance) == pytest.approx(SPREAD, rel=5e-3)
+
+
+def test_without_noise_every_step_is_the_ode():
+    plain, gaps = ode(0.6, 0.5), []
+    assert (plain.x, plain.std) == (1.0, 0.0)
+    assert plain.v == pytest.approx(-0.1)
+    for level in (1e-2, 1e-3):
+        step = sde(0.6, 0.5, level)
+        gaps.append(abs(step.x - plain.x) + abs(step.v - plain.v))
+        assert step.std == pytest.approx(level * math.sqrt(0.6 / 0.4) * math.sqrt(0.1))
+    assert gaps[1] == pytest.approx(gaps[0] / 100)
+    silent = cps(0.6, 0.5, noise_level=1e-9)
+    assert (silent.x, silent.v) == pytest.approx((plain.x, plain.v))
+    assert silent.std < 1e-8
+
+
+def test_flow_sde_in_numbers():
+    """g = 0.7 sqrt(0.8 / 0.2) = 1.4; by hand for D = -0.1."""
+    step = flow_sde(0.8, 0.7, noise_level=0.7, s_second=0.9)
+    assert step.x == pytest.approx(1 - 0.1 * 1.96 / 1.6)
+    assert step.v == pytest.approx(-0.1 * (1 + 1.96 * 0.2 / 1.6))
+    assert step.std == pytest.approx(1.4 * math.sqrt(0.1))
+    assert step.length == pytest.approx(0.1)
+
+
+def test_first_step_divides_by_the_second_sigma():
+    step = flow_sde(1.0, 0.9, noise_level=0.7, s_second=0.96)
+    g = 0.7 * math.sqrt(1 / 0.04)
+    assert step.std == pytest.approx(g * math.sqrt(0.1))
+    assert step.x == pytest.approx(1 - 0.1 * g**2 / 2)
+    assert step.v == pytest.approx(-0.1)  # 1 - s is 0 in the drift
+
+
+def test_last_step_may_end_at_zero():
+    step = flow_sde(0.1, 0.0, noise_level=0.7, s_second=0.9)
+    assert step.std == pytest.approx(0.7 * math.sqrt(0.1 / 0.9) * math.sqrt(0.1))
+
+
+@pytest.mark.parametrize("noise_level", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize(("s", "s_next"), [(1.0, 0.9), (0.6, 0.5), (0.2, 0.01)])
+def test_cps_leaves_exactly_s_next_of_noise(s, s_next, noise_level):
+    """``x = (1 - s) data + s noise``, ``v = noise - data``: collect the coefficients of both."""
+    step = cps(s, s_next, noise_level=noise_level)
+    of_data = step.x * (1 - s) - step.v
+    of_noise = step.x * s + step.v
+    assert of_data == pytest.approx(1 - s_next)
+    assert math.hypot(of_noise, step.std) == pytest.approx(s_next)
+    assert of_noise >= -1e-12
+    assert step.std == pytest.approx(s_next * math.sin(noise_level * math.pi / 2))
+    assert step.length == pytest.approx(s - s_next)
+
+
+def test_a_batch_of_steps_is_each_step_on_its_own():
+    steps = [sde(0.9, 0.8), cps(0.5, 0.3, noise_level=0.7), sde(0.2, 0.1)]
+    x, v, x_next = draw(3, 3, 4, 5, 6)
+    batch = Steps.of(steps, CPU)
+    mean = batch.mean(x, v)
+    log_prob = batch.log_prob(x_next, mean)
+    assert mean.shape == x.shape
+    assert log_prob.shape == (3,)
+    for i, step in enumerate(steps):
+        torch.testing.assert_close(mean[i], step.x * x[i] + step.v * v[i])
+        one = Steps.of([step], CPU)
+        alone = one.mean(x[i : i + 1], v[i : i + 1])
+        assert torch.equal(alone[0], mean[i])
+        assert torch.equal(one.log_prob(x_next[i : i + 1], alone)[0], log_prob[i])
+        # One row for all samples means the same as the row repeated.
+        torch.testing.assert_close(one.mean(x, v), Steps.of([step] * 3, CPU).mean(x, v))
+
+
+def test_log_prob_is_that_of_a_normal():
+    x_next, mean = draw(2, 3, 4, 5, 6)
+    steps = Steps.of([Step(1.0, -0.1, std, 0.1) for std in (0.37, 0.01, 2.0)], CPU)
+    spread = torch.tensor([0.37, 0.01, 2.0])[:, None, None, None]
+    expected = Normal(mean, spread).log_prob(x_next).flatten(1).mean(1)
+    torch.testing.assert_close(steps.log_prob(x_next, mean), expected)
+
+
+@pytest.mark.parametrize("step", [sde(0.8, 0.7), cps(0.8, 0.7, noise_level=0.7)])
+def test_kl_is_that_of_two_normals(step):
+    x, v, v_ref = draw(3, 3, 4, 5, 6)
+    steps = Steps.of([step], CPU)
+    mean, reference = steps.mean(x, v), steps.mean(x, v_ref)
+    true = kl_divergence(Normal(mean, step.std), Normal(reference, step.std)).flatten(1).mean(1)
+    found = steps.kl(v, v_ref, "gaussian")
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, true)
+    torch.testing.assert_close(steps.kl(v, v_ref, "dt_free"), true * 0.1)
+    torch.testing.assert_close(steps.kl(v, v_ref, "velocity"), ((v - v_ref) ** 2).mean((1, 2, 3)))
+    assert not steps.kl(v, v, "gaussian").any()
+
+
+def test_kl_of_a_batch_weighs_each_sample_by_its_own_step():
+    chosen = [sde(0.9, 0.8), sde(0.3, 0.25)]
+    v, v_ref = draw(2, 2, 4, 5, 6)
+    for kind in ("gaussian", "dt_free", "velocity"):
+        together = Steps.of(chosen, CPU).kl(v, v_ref, kind)
+        for i, step in enumerate(chosen):
+            alone = Steps.of([step], CPU).kl(v[i : i + 1], v_ref[i : i + 1], kind)
+            torch.testing.assert_close(alone[0], together[i])
+
+
+def test_kl_dt_free_is_the_original_codes_formula():
+    """Flow-GRPO divides the difference of means by the spread per unit time, without the step."""
+    step = flow_sde(0.8, 0.7, noise_level=0.7, s_second=0.9)  # g = 1.4
+    v, v_ref = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1, 1)
+    found = Steps.of([step], CPU).kl(v, v_ref, "dt_free")
+    assert float(found) == pytest.approx((step.v * 0.5) ** 2 / (2 * 1.4**2), rel=1e-5)
+
+
+def test_noise_of_a_sample_depends_on_its_seed_alone():
+    seeds, shape = [5, 6, 2**63 - 1], (4, 2, 2)
+    together = noise(generators(seeds), shape, CPU)
+    assert together.shape == (3, 4, 2, 2)
+    assert together.dtype == torch.float32
+    for seed, expected in zip(seeds, together, strict=True):
+        assert torch.equal(noise(generators([seed]), shape, CPU)[0], expected)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_noise_continues_where_it_stopped_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    sources = generators([5])
+    first, second = (noise(sources, (3,), CPU) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
