@@ -5,10 +5,10 @@ A scene is a prompt and a 64 x 64 picture of it. Two families exist:
 - ``a red circle on a blue background``: five shapes, eight colours, never shape on its own colour;
 - ``a blue sign that says "GO"``: a rounded sign on pale grey, in black or white letters.
 
-The words in `HELD_OUT_WORDS` never appear in pre-training, in no colour; each of their letters does, at
-the same place of a word of the same length. So the pre-trained pipeline spells them badly, and
-alignment has something to learn. Pictures are drawn with Pillow and the font embedded in it, four times
-too large, and reduced: nothing depends on the fonts of the machine.
+The words in `HELD_OUT_WORDS` never appear in pre-training, in no colour; each of their letters
+does, at the same place of a word of the same length. So the pre-trained pipeline spells them badly,
+and alignment has something to learn. Pictures are drawn with Pillow and the font embedded in it,
+four times too large, and reduced: nothing depends on the fonts of the machine.
 """
 
 import random
@@ -166,7 +166,7 @@ def _luminance(colour: tuple[int, int, int]) -> float:
 
 
 def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.FreeTypeFont, float]:
-    """The largest embedded font that sets `word` within `width` x `height` pixels, and its stroke."""
+    """The largest font that sets `word` within `width` x `height` pixels, and its stroke."""
     font = ImageFont.load_default(100)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow without FreeType has bitmaps only
     left, top, right, bottom = font.getbbox(word, stroke_width=3)
@@ -177,11 +177,13 @@ def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.Fre
 def prompt_sets() -> tuple[list[str], list[str]]:
     """The prompts for alignment and for its evaluation: disjoint, and the same at every call.
 
-    A word of `HELD_OUT_WORDS` is asked for in five colours for alignment and in the three others for
-    evaluation; of the words and shapes known from pre-training both sets hold a few, so that forgetting shows.
+    A word of `HELD_OUT_WORDS` is asked for in five colours for alignment and in the three others
+    for evaluation; of the words and shapes known from pre-training both sets hold a few, so that
+    forgetting shows.
 
     Returns:
-        Training and held-out prompts. Most are signs, and most signs carry a word of `HELD_OUT_WORDS`.
+        Training and held-out prompts. Most are signs, and most signs carry a word of
+        `HELD_OUT_WORDS`.
     """
     colours = list(COLOURS)
     train: list[Scene] = []

@@ -1,0 +1,80 @@
+"""The procedural scenes: deterministic, in the colours they name, listed in the prompt files."""
+
+import random
+
+import numpy as np
+import pytest
+
+from moa_diffusion.tiny import PROMPTS_PATH
+from moa_diffusion.tiny.scenes import (
+    COLOURS,
+    HELD_OUT_WORDS,
+    SIZE,
+    TRAIN_WORDS,
+    Shape,
+    Sign,
+    all_shapes,
+    all_signs,
+    draw,
+    prompt_sets,
+    write_prompt_files,
+)
+
+
+def test_prompts_read_as_documented() -> None:
+    shape = Shape(colour="red", shape="circle", background="blue")
+    assert shape.prompt == "a red circle on a blue background"
+    assert Sign(colour="blue", word="GO").prompt == 'a blue sign that says "GO"'
+
+
+def test_scenes_are_distinct() -> None:
+    prompts = [scene.prompt for scene in [*all_shapes(), *all_signs()]]
+    assert len(set(prompts)) == len(prompts) == 280 + 8 * len(TRAIN_WORDS + HELD_OUT_WORDS)
+
+
+def test_equal_seeds_draw_equal_pictures() -> None:
+    for scene in (all_shapes()[17], all_signs()[3]):
+        first, again, other = (np.asarray(draw(scene, random.Random(s))) for s in (1, 1, 2))
+        assert first.shape == (SIZE, SIZE, 3)
+        assert np.array_equal(first, again)
+        assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("scene", all_shapes()[::9], ids=lambda scene: scene.prompt)
+def test_shapes_have_their_colours(scene: Shape) -> None:
+    picture = np.asarray(draw(scene, random.Random(0))).astype(int)
+    middle = np.median(picture[28:36, 28:36].reshape(-1, 3), axis=0)
+    assert np.abs(middle - COLOURS[scene.colour]).max() <= 6
+    assert np.abs(picture[1, 1] - COLOURS[scene.background]).max() <= 6
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_signs_have_their_colour_and_contrasting_letters(colour: str) -> None:
+    picture = np.asarray(draw(Sign(colour=colour, word="STOP"), random.Random(0))).astype(int)
+    plate = picture[16:48, 8:56].reshape(-1, 3)
+    assert np.abs(np.median(plate, axis=0) - COLOURS[colour]).max() <= 6
+    assert np.ptp(plate.sum(axis=1)) > 250
+
+
+def test_held_out_words_are_new_but_their_letters_are_not() -> None:
+    assert not set(TRAIN_WORDS) & set(HELD_OUT_WORDS)
+    known = {(len(word), at, letter) for word in TRAIN_WORDS for at, letter in enumerate(word)}
+    for word in HELD_OUT_WORDS:
+        assert {(len(word), at, letter) for at, letter in enumerate(word)} <= known
+
+
+def test_prompt_lists_are_disjoint_and_mostly_new_words() -> None:
+    train, held_out = prompt_sets()
+    assert not set(train) & set(held_out)
+    assert len(set(held_out)) == len(held_out) >= 32
+    for prompts in (train, held_out):
+        signs = [prompt for prompt in prompts if "sign" in prompt]
+        new = [prompt for prompt in signs if prompt.split('"')[1] in HELD_OUT_WORDS]
+        assert 0.7 < len(signs) / len(prompts) < 0.9
+        assert len(new) / len(prompts) >= 0.5
+
+
+def test_committed_prompt_lists_are_the_generated_ones(tmp_path) -> None:
+    write_prompt_files(tmp_path)
+    for name in ("train.txt", "heldout.txt"):
+        assert (tmp_path / name).read_text() == (PROMPTS_PATH / name).read_text()
