@@ -131,7 +131,7 @@ def test_kill_between_the_two_renames_falls_back_to_an_older_step(tmp_path):
 
 
 def test_find(tmp_path):
-    with pytest.raises(ConfigError, match="resume: 'latest' needs a checkpoint .* Found none"):
+    with pytest.raises(ConfigError, match=r"resume: 'latest' needs a checkpoint .* Found none"):
         checkpoint.find("latest", tmp_path)
     for step in (2, 10, 9):
         write(tmp_path, step)
@@ -166,7 +166,7 @@ def test_a_damaged_state_is_named(tmp_path, length):
 def test_a_state_of_another_version_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     torch.save({"version": 99}, folder / checkpoint.STATE)
-    with pytest.raises(ConfigError, match="should have version 1. Found 99"):
+    with pytest.raises(ConfigError, match=r"should have version 1\. Found 99"):
         checkpoint.load_state(folder)
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=r"Found no state\.pt"):

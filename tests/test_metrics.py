@@ -43,7 +43,9 @@ def test_lines_are_json_with_null_for_nan(tmp_path):
     log = RunLog(tmp_path / "run", accelerator=tracker)
     log.write(1, {"a/b": 0.5, "a/c": NAN})
     log.write(2, {"a/b": 1e-9})
-    assert log.path.read_text() == '{"step": 1, "a/b": 0.5, "a/c": null}\n{"step": 2, "a/b": 1e-09}\n'
+    assert (
+        log.path.read_text() == '{"step": 1, "a/b": 0.5, "a/c": null}\n{"step": 2, "a/b": 1e-09}\n'
+    )
     assert tracker.rows == [(1, {"a/b": 0.5}), (2, {"a/b": 1e-9})]
     log.close()
     assert tracker.ended == 1

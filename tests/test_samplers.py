@@ -13,7 +13,7 @@ from moa_diffusion.samplers import Step, Steps, cps, flow_sde, generators, noise
 
 CPU = torch.device("cpu")
 
-# Data N(m, c^2): x_s = (1 - s) data + s noise is Gaussian, and its velocity is known in closed form.
+# Data N(m, c^2): x_s = (1 - s) data + s noise is Gaussian, and its velocity is known exactly.
 MEAN, SPREAD = 0.8, 0.5
 
 

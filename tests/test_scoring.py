@@ -86,7 +86,7 @@ def test_matrix_of_a_rollout():
 def test_a_failing_head_raises_and_tells_the_others():
     comm = Comm()
     scorer = Scorer({"red": Red(), "broken": Broken()}, comm)
-    with pytest.raises(RewardError, match="broken.*ZeroDivisionError: no pixels"):
+    with pytest.raises(RewardError, match=r"broken.*ZeroDivisionError: no pixels"):
         scorer(rollout(), rollout().requests)
     assert comm.told == [True]
 

@@ -346,7 +346,9 @@ def test_prompt_history_uses_the_batch_until_a_prompt_is_known():
     torch.testing.assert_close(
         normalizer.per_objective(second)[0], torch.tensor([0, 2, 0, 2]).double() / spread
     )
-    third = rewards([[10, 10, NAN, 8]], group_size=2)  # forgets (0, 2): (2, 4, 10, 10); (6, 6, 8, 8)
+    third = rewards(
+        [[10, 10, NAN, 8]], group_size=2
+    )  # forgets (0, 2): (2, 4, 10, 10); (6, 6, 8, 8)
     known = torch.tensor([2.0, 4, 10, 10]).double()
     past = (10 - known.mean()) / known.std(correction=0)
     torch.testing.assert_close(
@@ -366,7 +368,8 @@ def test_prompt_history_keeps_prompts_apart_and_draws_together():
     advantages = normalizer.per_objective(matrix)[0]
     spread = math.sqrt(5)
     torch.testing.assert_close(
-        advantages, torch.tensor([-3 / spread, -1 / spread, 1 / spread, 3 / spread, -1, 1, -1, 1]).double()
+        advantages,
+        torch.tensor([-3 / spread, -1 / spread, 1 / spread, 3 / spread, -1, 1, -1, 1]).double(),
     )
 
 

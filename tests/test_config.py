@@ -1,0 +1,315 @@
+"""The configuration: every wrong key and value is refused by name, every right one survives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moa_diffusion.config import Config, check, from_dict, load, parse, to_yaml
+from moa_diffusion.types import ConfigError
+
+BASE = {"rewards": {"red": {"weight": 1.0}}, "prompts": {"heldout": "tiny"}}
+
+
+def written(folder: Path, values: dict | str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return str(path)
+
+
+def nested(key: str, value: object) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def loaded(folder: Path, values: dict | str, *overrides: str) -> Config:
+    return load(written(folder, values), list(overrides))
+
+
+# ---------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("sed", "seed"),
+        ("trainer.step", "trainer.steps"),
+        ("trainer.groupsize", "trainer.group_size"),
+        ("policy.lora.rnak", "policy.lora.rank"),
+        ("loss.kl_wieght", "loss.kl_weight"),
+        ("reward", "rewards"),
+        ("optimizer.learning_rate", None),
+    ],
+)
+@pytest.mark.parametrize("place", ["yaml", "command line"])
+def test_unknown_keys_name_the_nearest(tmp_path, key, nearest, place):
+    with pytest.raises(ConfigError) as caught:
+        if place == "yaml":
+            loaded(tmp_path, BASE | nested(key, 3))
+        else:
+            loaded(tmp_path, BASE, f"--{key}", "3")
+    message = str(caught.value)
+    assert message.startswith(f"{key}: unknown key.")
+    assert nearest is None or f"Did you mean `{nearest}`?" in message
+    assert "Valid keys here: " in message
+
+
+@pytest.mark.parametrize("key", ["seed.x", "policy.lora.rank.x", "log.trackers.x"])
+def test_a_key_below_a_value_is_refused(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"{key}: `{key[:-2]}` holds a value, not a mapping"):
+        loaded(tmp_path, BASE, f"--{key}", "3")
+
+
+def test_equals_sign_and_abbreviations(tmp_path):
+    assert loaded(tmp_path, BASE, "--trainer.steps=7").trainer.steps == 7
+    with pytest.raises(ConfigError, match=r"unknown key\. Did you mean `trainer\.steps`"):
+        loaded(tmp_path, BASE, "--trainer.stepz=7")
+    with pytest.raises(ConfigError, match="outpu: unknown key"):
+        loaded(tmp_path, BASE, "--outpu", "x")
+
+
+def test_files_that_are_no_mapping(tmp_path):
+    with pytest.raises(ConfigError, match="Found no file"):
+        load(tmp_path / "no.yaml")
+    for text in ("- a\n- b\n", "just text"):
+        with pytest.raises(ConfigError, match="should hold a mapping"):
+            loaded(tmp_path, text)
+    with pytest.raises(ConfigError, match="should be YAML"):
+        loaded(tmp_path, "a: [1\n")
+
+
+# ---------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "many"),
+        ("trainer.steps", 2.5),
+        ("trainer.steps", "ten"),
+        ("trainer.steps", None),
+        ("trainer.steps", True),
+        ("optimizer.lr", "fast"),
+        ("optimizer.betas", 0.9),
+        ("policy.dtype", "float64"),
+        ("policy.name", "gan"),
+        ("policy.gradient_checkpointing", "perhaps"),
+        ("sampling.sampler", "ddim"),
+        ("loss.kl", "reverse"),
+        ("log.trackers", {"a": 1}),
+        ("rewards", ["red"]),
+        ("rewards.red.weight", "heavy"),
+        ("rewards.red.weight", True),
+        ("rewards.red.weight", math.inf),
+        ("rewards.red.head", 3),
+        ("objectives.normalizer", [1]),
+        ("trainer", 3),
+    ],
+)
+def test_wrong_types_name_the_key(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=key):
+        loaded(tmp_path, BASE | nested(key, value))
+
+
+def test_a_reward_without_options_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"rewards.* Got value: 3"):
+        loaded(tmp_path, {"rewards": {"red": 3}})
+
+
+RANGES = [
+    ("policy.max_sequence_length", 0),
+    ("policy.vae_batch", 0),
+    ("policy.embeds_memory_gb", 0.0),
+    ("policy.lora.rank", 0),
+    ("policy.lora.alpha", 0),
+    ("policy.lora.target_modules", []),
+    ("sampling.resolution", 0),
+    ("sampling.steps", 1),
+    ("sampling.guidance", -0.1),
+    ("sampling.noise_level", 0.0),
+    ("sampling.window", -1),
+    ("sampling.window", 10),
+    ("sampling.window_stay", 0),
+    ("loss.clip_range", 0.0),
+    ("loss.clip_range", math.nan),
+    ("loss.advantage_clip", -5.0),
+    ("loss.kl_weight", -0.1),
+    ("loss.ratio_tolerance", 0.0),
+    ("loss.max_skipped", 0),
+    ("optimizer.lr", 0.0),
+    ("optimizer.lr", math.inf),
+    ("optimizer.betas", [0.9]),
+    ("optimizer.betas", [0.9, 1.0]),
+    ("optimizer.betas", [math.nan, 0.9]),
+    ("optimizer.weight_decay", -1.0),
+    ("optimizer.max_grad_norm", 0.0),
+    ("optimizer.warmup", -1),
+    ("ema.decay", 1.0),
+    ("ema.decay", -0.1),
+    ("ema.every", 0),
+    ("trainer.steps", 0),
+    ("trainer.groups", 0),
+    ("trainer.group_size", 1),
+    ("trainer.updates", 0),
+    ("trainer.sample_batch", 0),
+    ("trainer.micro_batch", 0),
+    ("checkpoint.every", -1),
+    ("checkpoint.keep", -1),
+    ("evaluation.every", -1),
+    ("evaluation.images_per_prompt", 0),
+    ("evaluation.prompts", -1),
+    ("evaluation.steps", 0),
+    ("evaluation.guidance", -1.0),
+    ("evaluation.pictures", -1),
+    ("prompts.heldout", None),
+    ("rewards", {}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), RANGES)
+def test_values_out_of_range_name_the_key(key, value):
+    config = from_dict(BASE)
+    check(config)
+    *parents, last = key.split(".")
+    owner = config
+    for part in parents:
+        owner = getattr(owner, part)
+    setattr(owner, last, value)
+    with pytest.raises(ConfigError, match=f"^{key}: should .* Found "):
+        check(config)
+
+
+def test_every_number_is_checked():
+    """A new setting needs a range, or a place among the few that may have any value."""
+    numbers = set()
+
+    def walk(kind: object, prefix: str) -> None:
+        for entry in dataclasses.fields(kind):
+            value = getattr(kind, entry.name)
+            if dataclasses.is_dataclass(value):
+                walk(value, f"{prefix}{entry.name}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers.add(f"{prefix}{entry.name}")
+
+    walk(Config(), "")
+    missing = numbers - {key for key, _ in RANGES} - {"seed", "evaluation.seed"}
+    for key in missing:
+        owner = config = from_dict(BASE)
+        for part in key.split(".")[:-1]:
+            owner = getattr(owner, part)
+        setattr(owner, key.split(".")[-1], -1)
+        with pytest.raises(ConfigError, match=key):
+            check(config)
+
+
+def test_cps_has_its_own_noise_level(tmp_path):
+    loaded(tmp_path, BASE, "--sampling.noise_level", "1.2")
+    with pytest.raises(ConfigError, match=r"sampling\.noise_level: should be at most 1 for cps"):
+        loaded(tmp_path, BASE, "--sampling.noise_level", "1.2", "--sampling.sampler", "cps")
+
+
+def test_evaluation_off_needs_no_prompts(tmp_path):
+    loaded(tmp_path, {"rewards": {"red": {}}, "evaluation": {"every": 0}})
+
+
+# ---------------------------------------------------------------------- overrides and mappings
+
+
+def test_overrides_win_in_their_order(tmp_path):
+    values = BASE | {"trainer": {"steps": 5, "groups": 3}, "seed": 4}
+    config = loaded(tmp_path, values, "--trainer.steps", "6", "--trainer.steps", "7")
+    assert (config.trainer.steps, config.trainer.groups, config.seed) == (7, 3, 4)
+    assert config.trainer.updates == Config().trainer.updates
+
+
+@pytest.mark.parametrize("number", ["1e-5", "1e-05", "0.00001"])
+def test_numbers_in_scientific_notation(tmp_path, number):
+    text = f"rewards: {{red: {{weight: {number}}}}}\nevaluation: {{every: 0}}\n"
+    config = loaded(tmp_path, text + f"loss: {{clip_range: {number}}}\n")
+    assert config.loss.clip_range == 1e-5
+    assert config.rewards["red"]["weight"] == 1e-5
+    assert loaded(tmp_path, text, "--loss.clip_range", number).loss.clip_range == 1e-5
+
+
+OPEN = {
+    "rewards": {"ocr": {"weight": 1.0, "workers": 3}, "red": {"weight": 0.5, "path": "m:f"}},
+    "objectives": {"method": "dual_stage", "normalizer": {"floor": 0.2, "decay": 0.5}},
+    "evaluation": {"every": 0},
+}
+
+
+def test_open_mappings_take_any_key(tmp_path):
+    config = loaded(tmp_path, OPEN)
+    assert config.rewards == OPEN["rewards"]
+    assert list(config.rewards) == ["ocr", "red"]
+    assert config.objectives.normalizer == {"floor": 0.2, "decay": 0.5}
+
+
+def test_an_override_below_an_open_mapping_keeps_its_neighbours(tmp_path):
+    config = loaded(
+        tmp_path, OPEN, "--rewards.ocr.weight", "2", "--objectives.normalizer.floor", "0.3"
+    )
+    assert config.rewards == {
+        "ocr": {"weight": 2, "workers": 3},
+        "red": {"weight": 0.5, "path": "m:f"},
+    }
+    assert config.objectives.normalizer == {"floor": 0.3, "decay": 0.5}
+
+
+def test_an_override_may_add_a_reward(tmp_path):
+    config = loaded(tmp_path, OPEN, "--rewards.sharpness.weight", "0.1")
+    assert list(config.rewards) == ["ocr", "red", "sharpness"]
+    assert config.rewards["sharpness"] == {"weight": 0.1}
+
+
+def test_null_means_none(tmp_path):
+    values = BASE | {"policy": {"lora": {"alpha": None}, "embeds_dir": None}, "resume": None}
+    config = loaded(tmp_path, values)
+    assert config.policy.lora.alpha is config.policy.embeds_dir is config.resume is None
+    assert loaded(tmp_path, BASE, "--resume", "latest").resume == "latest"
+    assert loaded(tmp_path, BASE | {"resume": "latest"}, "--resume", "null").resume is None
+
+
+# ---------------------------------------------------------------------- there and back
+
+
+def test_yaml_round_trip(tmp_path):
+    config = loaded(
+        tmp_path,
+        OPEN,
+        "--loss.clip_range",
+        "1e-5",
+        "--policy.lora.target_modules",
+        "[attn.to_q, attn.to_k]",
+        "--optimizer.betas",
+        "[0.8, 0.99]",
+        "--policy.lora.alpha",
+        "7",
+    )
+    assert config.policy.lora.target_modules == ["attn.to_q", "attn.to_k"]
+    assert config.optimizer.betas == [0.8, 0.99]
+    assert loaded(tmp_path, to_yaml(config)) == config
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_defaults_round_trip(tmp_path):
+    config = loaded(tmp_path, BASE)
+    assert loaded(tmp_path, to_yaml(config)) == config
+    assert config == from_dict(BASE)
+
+
+@pytest.mark.parametrize("option", ["--print_config", "--help"])
+def test_printing_options_exit_with_zero(tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", written(tmp_path, BASE), "--trainer.steps", "7", option])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "group_size" in printed
+    if option == "--print_config":
+        assert yaml.safe_load(printed)["trainer"]["steps"] == 7
+        assert yaml.safe_load(printed)["rewards"] == BASE["rewards"]

@@ -1,0 +1,264 @@
+"""Collectives, and that two processes with half of the samples each train the same parameters.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_diffusion.distributed import LocalComm, local_slice
+from moa_diffusion.metrics import read_metrics
+
+PROMPTS = ["a", "bb", "cccc"]
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+def length(images, prompts):
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def fails_on_one_process(images, prompts):
+    if os.environ.get("RANK") == "1":
+        raise OSError("disk gone")
+    return [0.0] * len(prompts)
+
+
+def make(folder: Path, *rewards: str):
+    """A toy run; the sizes are those of the whole rollout, whatever the number of processes."""
+    from moa_diffusion import build
+    from moa_diffusion.config import check, from_dict
+
+    prompts = folder.parent / "prompts.txt"
+    if not prompts.exists():  # the processes share it
+        prompts.write_text("\n".join(PROMPTS))
+    config = from_dict(
+        {
+            "output_dir": str(folder),
+            "policy": {"name": "toy"},
+            "sampling": {"steps": 2},
+            "prompts": {"train": str(prompts), "heldout": str(prompts)},
+            "rewards": {name: {"path": f"{__file__}:{name}"} for name in rewards},
+            "loss": {"clip_range": 0.2, "kl_weight": 0.01},
+            "optimizer": {"lr": 0.03},
+            "ema": {"decay": 0.5, "every": 2},
+            "trainer": {
+                "steps": 4,
+                "groups": 4,
+                "group_size": 4,
+                "updates": 2,
+                "sample_batch": 4,
+                "micro_batch": 4,
+            },
+            "checkpoint": {"every": 2},
+            "evaluation": {"every": 2},
+            "log": {"trackers": []},
+        }
+    )
+    check(config)
+    trainer = build.trainer(config)
+    trainer.progress = False
+    return trainer
+
+
+# ---------------------------------------------------------------------- one of two processes
+
+
+def check_collectives(comm) -> None:
+    assert comm.world_size == 2, "a test of one process would check nothing"
+    mine = torch.arange(6).reshape(2, 3) + 100 * comm.rank
+    both = torch.cat([torch.arange(6).reshape(2, 3), torch.arange(6).reshape(2, 3) + 100])
+    for kind in (torch.float64, torch.float32, torch.int64):
+        assert torch.equal(comm.gather(mine.to(kind)), both.to(kind))
+    # A view that is not contiguous, as a transposed reward matrix is.
+    assert torch.equal(comm.gather(mine.double().T.contiguous().T), both.double())
+    assert torch.equal(local_slice(both, comm), mine)
+    assert local_slice(("a", "b", "c", "d"), comm) == (("a", "b"), ("c", "d"))[comm.rank]
+
+    pair = [torch.full((2, 2), 1.0 + comm.rank), torch.tensor(10.0 * comm.rank)]
+    comm.sum_(pair)
+    assert torch.equal(pair[0], torch.full((2, 2), 3.0))
+    assert float(pair[1]) == 10
+    comm.sum_([])
+
+    counts = torch.tensor([2**40 + comm.rank])
+    comm.sum_([counts])
+    assert counts.tolist() == [2**41 + 1]
+
+    weights = torch.tensor([0.1 + comm.rank, 0.2]).double()
+    comm.broadcast_(weights)
+    assert torch.equal(weights, torch.tensor([0.1, 0.2]).double())
+
+    assert comm.any(comm.rank == 0)
+    assert comm.any(comm.rank == 1)
+    assert not comm.any(False)
+    comm.barrier()
+
+
+def check_failures(folder: Path) -> None:
+    from moa_diffusion.scoring import RewardError
+    from moa_diffusion.trainer import Interrupted
+
+    # A folder each: the process that is late must not find the other's files in a new folder.
+    rank = os.environ["RANK"]
+    failing = make(folder / f"failing-{rank}", "red", "fails_on_one_process")
+    try:
+        failing.run()
+    except RewardError as error:
+        expected = "disk gone" if failing.comm.rank else "failed on another process"
+        assert expected in str(error), error
+    else:
+        raise AssertionError("both processes should have raised")
+
+    stopped = make(folder / f"stopped-{rank}", "red")
+    if stopped.comm.rank == 1:
+        prepare = stopped.policy.prepare
+
+        def prepare_and_ask_to_stop(prompts):
+            prepare(prompts)
+            stopped._stop = True
+
+        stopped.policy.prepare = prepare_and_ask_to_stop
+    try:
+        stopped.run()
+    except Interrupted:
+        assert stopped.completed == 0
+    else:
+        raise AssertionError("both processes should have stopped")
+
+
+def main(folder: Path) -> None:
+    signal.alarm(120)  # a collective that waits for ever ends here
+    torch.set_num_threads(1)
+    trainer = make(folder / "run", "red", "length")
+    check_collectives(trainer.comm)
+    trainer.run()
+    torch.save(trainer.state_dict(), folder / f"rank-{trainer.comm.rank}.pt")
+    check_failures(folder)
+    trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------- tests
+
+
+def test_one_process_is_the_identity():
+    comm = LocalComm()
+    values = torch.arange(4.0)
+    assert comm.gather(values) is values
+    comm.sum_([values])
+    comm.broadcast_(values)
+    comm.barrier()
+    assert values.tolist() == [0, 1, 2, 3]
+    assert comm.any(True)
+    assert not comm.any(False)
+    assert torch.equal(local_slice(values, comm), values)
+
+
+def test_a_share_must_be_even():
+    comm = LocalComm()
+    comm.world_size = 3
+    comm.rank = 1
+    assert local_slice(tuple("abcdef"), comm) == ("c", "d")
+    with pytest.raises(ValueError, match=r"multiple of the 3 processes\. Found 4 samples"):
+        local_slice(tuple("abcd"), comm)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs this file twice, as torchrun would start it."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    assert "Processes: 2 (cpu)" in outputs[0]
+    assert "Processes:" not in outputs[1], "only the first process should print"
+    return folder
+
+
+def test_collectives_of_two_processes(two_processes):
+    """The checks ran inside, see ``check_collectives``; each process wrote this as the last."""
+    assert (two_processes / "rank-0.pt").is_file()
+    assert (two_processes / "rank-1.pt").is_file()
+
+
+def test_both_processes_hold_the_same_state(two_processes):
+    first, second = (torch.load(two_processes / f"rank-{rank}.pt") for rank in range(2))
+    assert torch.equal(first["trainable"]["drift"], second["trainable"]["drift"])
+    assert torch.equal(first["ema"]["average"]["drift"], second["ema"]["average"]["drift"])
+    assert torch.equal(first["normalizer"]["spread"], second["normalizer"]["spread"])
+
+
+def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
+    alone = make(tmp_path / "run", "red", "length")
+    alone.run()
+    shared = torch.load(two_processes / "rank-0.pt")
+    drift = alone.policy.trainable()["drift"].detach()
+    assert drift.abs().max() > 0.1
+    torch.testing.assert_close(shared["trainable"]["drift"], drift, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        shared["ema"]["average"]["drift"], alone.ema.average["drift"], rtol=0, atol=1e-6
+    )
+    found, expected = (
+        read_metrics(folder / "run" / "metrics.jsonl") for folder in (two_processes, tmp_path)
+    )
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    for mine, other in zip(found, expected, strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("seconds/")} == pytest.approx(
+            {k: v for k, v in other.items() if not k.startswith("seconds/")}, abs=1e-5
+        )
+    # Three held-out prompts on two processes: none is counted twice.
+    assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
+
+
+def test_scores_of_two_processes_are_in_the_order_of_the_samples(two_processes, tmp_path):
+    make(tmp_path / "run", "red", "length").run()
+    for path in (tmp_path / "run" / "scores").iterdir():
+        other = two_processes / "run" / "scores" / path.name
+        keys = ["group", "sibling", "prompt", "seed"]
+        found, expected = (
+            [[row[key] for key in keys] for row in read_metrics(file)] for file in (other, path)
+        )
+        assert found == expected
+
+
+def test_only_one_process_writes_checkpoints(two_processes):
+    names = sorted(path.name for path in (two_processes / "run" / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000004"]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

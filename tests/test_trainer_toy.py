@@ -1,0 +1,597 @@
+"""The training loop around a policy of six numbers: it learns, resumes exactly, and fails well."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_diffusion import build, checkpoint
+from moa_diffusion.config import Config, check, from_dict
+from moa_diffusion.metrics import read_metrics
+from moa_diffusion.scoring import RewardError
+from moa_diffusion.trainer import Interrupted, Trainer, TrainingError
+from moa_diffusion.types import ConfigError
+from rewards import RewardHead
+
+METHODS = ["static", "gdpo", "dual_stage", "ddpo"]
+OPTIONS = {"ddpo": {"size": 8, "min_count": 4}}  # so that the history is used within a few rollouts
+
+
+# Reward functions: the trainers below import them from this file by its path.
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+def green(images, prompts):
+    return images[:, 1].mean((1, 2))
+
+
+def never(images, prompts):
+    return [math.nan] * len(prompts)
+
+
+def sometimes(images, prompts):
+    values = images[:, 2].mean((1, 2)).double()
+    values[::3] = math.nan
+    return values
+
+
+def constant(images, prompts):
+    return [0.1] * len(prompts)
+
+
+def settings(folder: Path, **changes: object) -> Config:
+    """A run of the toy; ``changes`` are dotted keys with ``__`` for the dot."""
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    values: dict = {
+        "output_dir": str(folder),
+        "policy": {"name": "toy"},
+        "sampling": {"steps": 2},
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "rewards": {name: {"path": f"{__file__}:{name}"} for name in ("red", "green")},
+        "objectives": {"method": "dual_stage"},
+        "loss": {"clip_range": 0.2},
+        "optimizer": {"lr": 0.03},
+        "ema": {"decay": 0.5, "every": 2},
+        "trainer": {
+            "steps": 4,
+            "groups": 4,
+            "group_size": 4,
+            "updates": 2,
+            "sample_batch": 8,
+            "micro_batch": 8,
+        },
+        "checkpoint": {"every": 0},
+        "evaluation": {"every": 0},
+        "log": {"trackers": []},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
+    config = from_dict(values)
+    check(config)
+    return config
+
+
+def make(folder: Path, **changes: object) -> Trainer:
+    trainer = build.trainer(settings(folder, **changes))
+    trainer.progress = False
+    return trainer
+
+
+def rewards(*names: str) -> dict[str, dict[str, str]]:
+    return {name: {"path": f"{__file__}:{name}"} for name in names}
+
+
+def drift(trainer: Trainer) -> torch.Tensor:
+    return trainer.policy.trainable()["drift"].detach().clone()
+
+
+def rows(folder: Path) -> list[dict]:
+    """Metrics without what a clock measured."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def score_files(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((folder / "scores").iterdir())}
+
+
+def same(left: object, right: object) -> bool:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def at_rollout(trainer: Trainer, number: int, act: Callable[[], None]) -> None:
+    """Call ``act`` before the first batch of a rollout (0 = the first)."""
+    sample = trainer.policy.sample
+
+    def wrapped(requests, *, step):
+        if step == number:
+            act()
+        return sample(requests, step=step)
+
+    trainer.policy.sample = wrapped
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------- it learns
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.01])
+def test_two_compatible_rewards_both_improve(tmp_path, method, kl_weight):
+    trainer = make(
+        tmp_path / "run",
+        objectives={"method": method, "normalizer": OPTIONS.get(method, {})},
+        trainer__steps=20,
+        loss__kl_weight=kl_weight,
+        rewards=rewards("red", "green") if kl_weight else rewards("red", "green", "sometimes"),
+    )
+    trainer.run()
+    found = rows(tmp_path / "run")
+    for name in ("red", "green"):
+        curve = [row[f"reward_mean/{name}"] for row in found]
+        assert sum(curve[-3:]) / 3 > sum(curve[:3]) / 3 + 0.1, name
+    assert len(found) == 20
+    assert ("policy/kl" in found[0]) == bool(kl_weight)
+    if kl_weight:
+        assert found[0]["policy/kl"] < found[-1]["policy/kl"]
+
+
+def test_kl_holds_the_policy_back(tmp_path):
+    ends = []
+    for weight in (0.0, 0.1, 10.0):
+        trainer = make(tmp_path / f"{weight}", trainer__steps=10, loss__kl_weight=weight)
+        trainer.run()
+        ends.append(float(drift(trainer).norm()))
+    assert ends[0] > ends[1] > ends[2]
+
+
+def test_a_negative_weight_minimises(tmp_path):
+    options = rewards("red", "green")
+    options["green"]["weight"] = -1.0
+    trainer = make(tmp_path / "run", rewards=options, trainer__steps=12)
+    trainer.run()
+    total = drift(trainer).sum(0)
+    assert total[0] > 0.1
+    assert total[1] < -0.1
+
+
+def test_the_first_update_is_the_policy_gradient(tmp_path):
+    """One plain step: by hand, the gradient of mean(-A log p) of the samples drawn."""
+    trainer = make(tmp_path / "run", trainer__updates=1, loss__kl_weight=0.0)
+    seen = {}
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.update(gradient=trainer.policy.drift.grad.clone())
+    )
+    trainer.surrogate = type(trainer.surrogate)(
+        clip_range=0.2,
+        advantage_clip=5.0,
+        kl_weight=0.0,
+        max_grad_norm=1e9,
+        ratio_tolerance=1e-4,
+        max_skipped=1,
+    )
+    rollout = trainer.policy.sample(trainer.sampler.requests(0), step=0)
+    trainer.step()
+    scores = score_files(tmp_path / "run")["step-000001.jsonl"].splitlines()
+    advantage = torch.tensor([json.loads(line)["advantage"] for line in scores])
+    points = rollout.trace["points"]
+    steps = points[:, 1:] - points[:, :-1]  # [N, T, 3]; the drift is 0
+    grad_log_prob = steps / trainer.policy.std**2 / 3  # a mean over 3 dimensions
+    expected = -(advantage[:, None, None] * grad_log_prob).sum(0) / advantage.numel() / 2
+    torch.testing.assert_close(seen["gradient"], expected, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- invariance
+
+
+def test_batch_sizes_do_not_matter(tmp_path):
+    ends = []
+    for size in (2, 3, 8, 100):
+        trainer = make(
+            tmp_path / f"{size}",
+            trainer__micro_batch=size,
+            trainer__sample_batch=size,
+            loss__kl_weight=0.01,
+        )
+        trainer.run()
+        assert trainer.geometry.micro_batch == {2: 2, 3: 2, 8: 8, 100: 8}[size]
+        ends.append((drift(trainer), trainer.ema.average["drift"]))
+    for end in ends[1:]:
+        for found, expected in zip(end, ends[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_same_run_twice_is_the_same_run(tmp_path):
+    for name in ("one", "two"):
+        make(tmp_path / name).run()
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    assert score_files(tmp_path / "one") == score_files(tmp_path / "two")
+    other = make(tmp_path / "other", seed=1)
+    other.run()
+    assert rows(tmp_path / "other") != rows(tmp_path / "one")
+
+
+# ---------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, method):
+    """SIGTERM in the middle of rollout 4; then the same parameters, state, metrics and scores."""
+    common = {
+        "objectives": {"method": method, "normalizer": OPTIONS.get(method, {})},
+        "trainer__steps": 6,
+        "optimizer__warmup": 9,
+        "evaluation__every": 2,
+        "loss__kl_weight": 0.01,
+    }
+    straight = make(tmp_path / "straight", **common)
+    straight.run()
+
+    stopped = make(tmp_path / "resumed", **common)
+    at_rollout(stopped, 3, ask_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        stopped.run()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "3 rollouts" in caught.value.__notes__[0]
+    assert checkpoint.find("latest", tmp_path / "resumed").name == "step-000003"
+
+    resumed = make(tmp_path / "resumed", resume="latest", **common)
+    assert resumed.completed == 3
+    resumed.run()
+    assert torch.equal(drift(resumed), drift(straight))
+    assert same(resumed.state_dict(), straight.state_dict())
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "straight")
+    assert score_files(tmp_path / "resumed") == score_files(tmp_path / "straight")
+
+
+def test_more_rollouts_from_a_checkpoint(tmp_path):
+    straight = make(tmp_path / "straight", trainer__steps=5)
+    straight.run()
+    make(tmp_path / "resumed", trainer__steps=2, checkpoint__every=1).run()
+    resumed = make(tmp_path / "resumed", trainer__steps=5, resume="latest")
+    resumed.run()
+    assert same(resumed.state_dict(), straight.state_dict())
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "straight")
+
+
+def test_resuming_from_an_earlier_checkpoint_forgets_the_later_ones(tmp_path):
+    """`latest` must not mean the abandoned branch, and pruning must not eat the new one."""
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=4, checkpoint__every=1, checkpoint__keep=0).run()
+    resumed = make(
+        folder,
+        trainer__steps=2,
+        checkpoint__every=1,
+        checkpoint__keep=1,
+        resume=str(checkpoint.step_folder(folder, 1)),
+    )
+    resumed.run()
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    assert checkpoint.step_folder(folder, 2).is_dir()
+    assert checkpoint.find("latest", folder) == checkpoint.step_folder(folder, 2)
+
+
+def test_stopped_before_the_first_rollout(tmp_path):
+    folder = tmp_path / "run"
+    stopped = make(folder, evaluation__every=2)
+    at_rollout(stopped, 0, ask_to_stop)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    make(folder, evaluation__every=2, resume="latest").run()
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, 4]
+
+
+def test_checkpoints_hold_both_adapters_and_the_newest_are_kept(tmp_path):
+    folder = tmp_path / "run"
+    trainer = make(folder, trainer__steps=5, checkpoint__every=2, checkpoint__keep=2)
+    trainer.run()
+    kept = checkpoint.list_checkpoints(folder)
+    assert [path.name for path in kept] == ["step-000004", "step-000005"]
+    live = json.loads((kept[-1] / "drift.json").read_text())["drift"]
+    average = json.loads((kept[-1] / "ema" / "drift.json").read_text())["drift"]
+    assert live == drift(trainer).tolist()
+    assert average == trainer.ema.average["drift"].tolist()
+    assert average != live
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": rewards("red")}, r"objectives \['red', 'green'\]. Found \['red'\]"),
+        ({"rewards": rewards("green", "red")}, r"Found \['green', 'red'\]"),
+        ({"seed": 5}, "seed 0. Found 5"),
+        ({"sampling__steps": 3}, r"first drift: saved \(2, 3\), here \(3, 3\)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=1, checkpoint__every=1).run()
+    with pytest.raises(ConfigError, match=f"^resume: .*{message}"):
+        make(folder, resume="latest", **changes)
+
+
+def test_another_method_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=1, checkpoint__every=1).run()
+    with pytest.raises(ConfigError, match="resume: "):
+        make(folder, resume="latest", objectives={"method": "gdpo"})
+
+
+@pytest.mark.parametrize("key", ["optimizer__lr", "optimizer__weight_decay", "weight"])
+def test_a_setting_changed_on_resume_is_used_or_refused(tmp_path, key):
+    """It must not be reported as changed and then be overwritten by the checkpoint's."""
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=1, checkpoint__every=1).run()
+    changes = {key: 0.07}
+    if key == "weight":
+        changes = {"rewards": rewards("red", "green")}
+        changes["rewards"]["green"]["weight"] = 0.07
+    try:
+        resumed = make(folder, resume="latest", **changes)
+    except ConfigError:
+        return
+    group = resumed.optimizer.param_groups[0]
+    used = {
+        "optimizer__lr": group["lr"],
+        "optimizer__weight_decay": group["weight_decay"],
+        "weight": float(resumed.weighting.state_dict()["weights"][1]),
+    }
+    assert used[key] == pytest.approx(0.07)
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=1).run()
+    with pytest.raises(ConfigError, match=r"^output_dir: .*another run.*--resume latest"):
+        make(folder)
+    with pytest.raises(ConfigError, match="'latest' needs a checkpoint"):
+        make(tmp_path / "new", resume="latest")
+
+
+# ---------------------------------------------------------------------- it fails well
+
+
+class Failing(RewardHead):
+    """Works for two rollouts."""
+
+    name = "failing"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def score(self, batch):
+        self.calls += 1
+        if self.calls == 3:
+            raise OSError("server gone")
+        return batch.require_images()[:, 0].mean((1, 2))
+
+
+def test_a_failing_head_saves_what_was_learned(tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.scorer.heads["green"] = Failing()
+    with pytest.raises(RewardError, match=r"failing.*OSError: server gone") as caught:
+        trainer.run()
+    saved = checkpoint.step_folder(tmp_path / "run", 2)
+    assert caught.value.__notes__ == [f"The state after 2 rollouts is in {saved}."]
+    assert checkpoint.find("latest", tmp_path / "run") == saved
+    assert same(checkpoint.load_state(saved)["trainable"]["drift"], drift(trainer))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+    straight = make(tmp_path / "straight")
+    straight.scorer.heads["green"] = Failing()
+    straight.scorer.heads["green"].calls = 10
+    straight.run()
+    resumed = make(tmp_path / "run", resume="latest")
+    resumed.scorer.heads["green"] = Failing()
+    resumed.scorer.heads["green"].calls = 10
+    resumed.run()
+    assert torch.equal(drift(resumed), drift(straight))
+
+
+def test_an_evaluation_that_fails_loses_only_itself(tmp_path):
+    trainer = make(tmp_path / "run", evaluation__every=2)
+    generate, calls = trainer.policy.generate, []
+
+    def fail_the_second_time(requests):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RewardError("stop here")
+        return generate(requests)
+
+    trainer.policy.generate = fail_the_second_time
+    with pytest.raises(RewardError):
+        trainer.run()
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [0, 1, 2]
+    assert "reward_mean/red" in found[2]
+    assert "eval_mean/red" not in found[2]
+    assert checkpoint.find("latest", tmp_path / "run").name == "step-000002"
+
+
+def broken_log_probs(trainer: Trainer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    log_probs = trainer.policy.log_probs
+
+    def wrapped(rollout, steps, *, with_kl=False):
+        values, kl = log_probs(rollout, steps, with_kl=with_kl)
+        return change(values), kl
+
+    trainer.policy.log_probs = wrapped
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1e-3, lambda x: x * math.nan])
+def test_log_probs_that_differ_from_sampling_stop_the_run_at_once(tmp_path, change):
+    trainer = make(tmp_path / "run")
+    broken_log_probs(trainer, change)
+    with pytest.raises(TrainingError, match="not on-policy") as caught:
+        trainer.run()
+    message = str(caught.value)
+    for part in ("1.00e-03" if "nan" not in message else "inf", "loss.ratio_tolerance", "Likely"):
+        assert part in message
+    assert trainer.completed == 0
+    assert not drift(trainer).any()
+
+
+def test_the_on_policy_check_looks_at_every_decision(tmp_path):
+    trainer = make(tmp_path / "run", sampling__steps=3)
+    log_probs = trainer.policy.log_probs
+    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: (
+        log_probs(rollout, steps)[0] + (5e-3 if steps.start == 2 else 0.0),
+        None,
+    )
+    with pytest.raises(TrainingError, match="decision 2 of 3"):
+        trainer.run()
+
+
+def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
+    trainer = make(tmp_path / "run")
+    before = {}
+
+    def spoil(values: torch.Tensor) -> torch.Tensor:
+        if trainer.completed != 1 or not torch.is_grad_enabled():
+            return values
+        before.setdefault("drift", drift(trainer))
+        before.setdefault("count", trainer.ema.count)
+        return values * math.nan
+
+    broken_log_probs(trainer, spoil)
+    at_rollout(trainer, 2, lambda: before.setdefault("after", drift(trainer)))
+    trainer.run()
+    found = rows(tmp_path / "run")
+    assert [row["policy/skipped_updates"] for row in found] == [0, 2, 0, 0]
+    assert found[1]["policy/grad_norm"] is None
+    assert torch.equal(before["after"], before["drift"])
+    assert trainer.ema.count == before["count"] + 4
+    assert drift(trainer).isfinite().all()
+
+
+def test_many_skipped_updates_in_a_row_stop_the_run(tmp_path):
+    trainer = make(tmp_path / "run", loss__max_skipped=3)
+    broken_log_probs(trainer, lambda x: x * math.nan if torch.is_grad_enabled() else x)
+    with pytest.raises(TrainingError, match="last 4 updates had non-finite gradients") as caught:
+        trainer.run()
+    assert trainer.completed == 2
+    assert "step-000002" in caught.value.__notes__[0]
+    assert not drift(trainer).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "names",
+    [("red", "never"), ("never",), ("red", "sometimes"), ("constant",), ("red", "constant")],
+)
+def test_objectives_that_say_nothing_do_no_harm(tmp_path, method, names):
+    trainer = make(
+        tmp_path / "run",
+        rewards=rewards(*names),
+        objectives={"method": method, "normalizer": OPTIONS.get(method, {})},
+        evaluation__every=2,
+    )
+    trainer.run()
+    assert drift(trainer).isfinite().all()
+    # Where no objective tells samples apart, nothing may move.
+    assert bool(drift(trainer).any()) == ("red" in names)
+    found = rows(tmp_path / "run")
+    assert len(found) == 5
+    if "never" in names:
+        assert found[-1]["applies/never"] == 0
+        assert found[-1]["reward_mean/never"] is found[-1]["eval_mean/never"] is None
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
+    trainer = make(tmp_path / "run", trainer__steps=3, evaluation__every=3)
+    trainer.run()
+    live = drift(trainer)
+    expected = torch.sigmoid(trainer.ema.average["drift"].sum(0))
+    assert not torch.equal(trainer.ema.average["drift"], live)
+    found = trainer.evaluate()
+    assert found["eval_mean/red"] == pytest.approx(float(expected[0]))
+    assert found["eval_mean/green"] == pytest.approx(float(expected[1]))
+    assert found["eval_sem/red"] == pytest.approx(0, abs=1e-6)
+    assert torch.equal(drift(trainer), live)
+    evaluated = [row["step"] for row in rows(tmp_path / "run") if "eval_mean/red" in row]
+    assert evaluated == [0, 3]
+    assert [path.name for path in sorted((tmp_path / "run" / "samples").iterdir())] == [
+        "step-000000.png",
+        "step-000003.png",
+    ]
+
+
+def test_evaluation_of_a_single_prompt(tmp_path):
+    trainer = make(tmp_path / "run", evaluation__every=2, evaluation__prompts=1)
+    assert len(trainer.heldout) == 1
+    found = trainer.evaluate()
+    assert found["eval_mean/red"] == pytest.approx(0.5)
+    assert not found["eval_sem/red"] > 0  # unknown or 0, but no made-up number
+
+
+def test_heldout_requests_do_not_depend_on_the_runs_seed(tmp_path):
+    one = settings(tmp_path / "one", evaluation__every=2, evaluation__images_per_prompt=2)
+    two = settings(tmp_path / "two", evaluation__every=2, evaluation__images_per_prompt=2, seed=9)
+    requests = build.heldout_requests(one)
+    assert requests == build.heldout_requests(two)
+    assert [request.prompt for request in requests] == ["a", "b", "c"] * 2
+    assert len({request.seed for request in requests}) == 6
+
+
+# ---------------------------------------------------------------------- built from names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": {"method": "dualstage"}}, "objectives.method: .*Did you mean 'dual_stage'"),
+        (
+            {"objectives": {"method": "gdpo", "normalizer": {"epsilon": 1}}},
+            "objectives.normalizer.epsilon: unknown option of GDPO.*'eps'",
+        ),
+        (
+            {"objectives": {"method": "dual_stage", "normalizer": {"floor": 3}}},
+            r"objectives.normalizer: Parameter `floor` should be in \[0, 1\]",
+        ),
+        (
+            {"objectives": {"method": "static", "weighting": {"weights": [1, 1]}}},
+            "objectives.weighting.weights: unknown option of Static",
+        ),
+        ({"rewards": {"shapness": {}}}, "rewards.shapness: .*sharpness"),
+        ({"rewards": {"red": {"path": "nowhere:f"}}}, "rewards.red: "),
+        ({"rewards": {"sharpness": {"sigma": 2}}}, "rewards.sharpness: .*sigma"),
+        ({"trainer__updates": 3}, r"4 \* 4 = 16 samples for 1 processes \* 3 updates"),
+        ({"prompts__train": "no.txt"}, "`no.txt` does not exist"),
+        ({"prompts__heldout": "no.txt", "evaluation__every": 1}, "`no.txt` does not exist"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
