@@ -56,7 +56,7 @@ def load_pipeline(
         )
     load: Any = StableDiffusion3Pipeline.from_pretrained
     pipeline = load(
-        path, revision=revision, torch_dtype={"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
+        path, revision=revision, dtype={"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -205,7 +205,7 @@ class SD3Policy:
     ) -> tuple[Tensor, Tensor | None]:
         n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
         first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
-        x = latents[:, steps].flatten(0, 1)  # [n t, C, h, w], sample by sample
+        x = latents[:, chosen.start : chosen.stop].flatten(0, 1)  # [n t, C, h, w], sample by sample
         x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
         indices = [first + decision for decision in chosen] * n
         coefficients = self._steps([self._stochastic[i] for i in indices])

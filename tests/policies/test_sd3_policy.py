@@ -1,0 +1,259 @@
+"""The SD3 policy on the shipped pipeline: on-policy ratio, windows, KL, plain diffusers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from moa_diffusion import tiny
+from moa_diffusion.policies import lora
+from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.samplers import generators
+from moa_diffusion.types import ConfigError, Request
+
+PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
+CPU = torch.device("cpu")
+SMALL = {"resolution": 64, "steps": 4, "max_sequence_length": 16, "lora_rank": 4}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline(str(tiny.PIPELINE_PATH))
+
+
+@pytest.fixture
+def make(pipeline: Any) -> Any:
+    def build(prompts: list[str] = PROMPTS, **options: Any) -> SD3Policy:
+        policy = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **(SMALL | options))
+        policy.prepare(prompts)
+        return policy
+
+    return build
+
+
+def requests(count: int) -> list[Request]:
+    return [
+        Request(prompt=PROMPTS[i % 2], group=i % 2, sibling=i // 2, seed=100 + i)
+        for i in range(count)
+    ]
+
+
+def disturb(policy: SD3Policy, size: float = 0.02) -> None:
+    """Move every adapter tensor away from its initial value."""
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(size * torch.randn(parameter.shape, generator=source))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
+@pytest.mark.parametrize("step_batch", [1, 2, 3])
+def test_log_probs_are_those_of_sampling(
+    make: Any, guidance: float, sampler: str, step_batch: int
+) -> None:
+    policy = make(guidance=guidance, sampler=sampler, step_batch=step_batch)
+    disturb(policy)
+    rollout = policy.sample(requests(4), step=0)
+    assert rollout.log_probs.shape == (4, 3)
+    for part, rows in ((rollout, slice(0, 4)), (rollout.select(torch.tensor([2, 1])), [2, 1])):
+        chunks = policy.step_chunks(3)
+        new = torch.cat([policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
+        torch.testing.assert_close(new.detach(), rollout.log_probs[rows], atol=2e-6, rtol=0)
+
+
+def test_a_sample_depends_on_its_own_seed_alone(make: Any) -> None:
+    policy = make()
+    together = policy.sample(requests(4), step=0)
+    alone = policy.sample(requests(4)[2:3], step=0)
+    torch.testing.assert_close(alone.images, together.images[2:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(alone.log_probs, together.log_probs[2:3], atol=1e-5, rtol=0)
+
+
+def test_window_lies_where_the_mode_says(make: Any) -> None:
+    full = make(steps=10)
+    assert full.trained_steps(3) == range(9)
+    drawn = [make(steps=10, window=2).trained_steps(step) for step in range(50)]
+    assert {len(window) for window in drawn} == {2}
+    assert {window[0] for window in drawn} == set(range(8))
+    slide = make(steps=10, window=2, window_mode="slide", window_stay=3)
+    assert [slide.trained_steps(step)[0] for step in (0, 2, 3, 23, 24)] == [0, 0, 1, 7, 0]
+    assert make(steps=10, window=3, window_mode="first").trained_steps(7) == range(3)
+
+
+def test_window_in_the_middle_is_on_policy(make: Any) -> None:
+    policy = make(steps=8, window=2)
+    step = next(step for step in range(50) if policy.trained_steps(step)[0] == 4)
+    rollout = policy.sample(requests(2), step=step)
+    new, _ = policy.log_probs(rollout, slice(0, 2))
+    torch.testing.assert_close(new.detach(), rollout.log_probs, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "dt_free", "velocity"])
+def test_kl_is_zero_at_first_and_grows(make: Any, kind: str) -> None:
+    policy = make(kl=kind)
+    rollout = policy.sample(requests(2), step=0)
+    _, kl = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    assert kl.shape == (2, 3)
+    assert torch.equal(kl, torch.zeros(2, 3))
+    disturb(policy)
+    _, kl = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    assert (kl > 0).all()
+    assert kl.requires_grad
+    assert all(p.requires_grad for p in policy.trainable().values())
+
+
+def test_gaussian_kl_is_that_of_the_two_means(make: Any) -> None:
+    policy = make(steps=4)
+    disturb(policy)
+    rollout = policy.sample(requests(2), step=0)
+    _, kl = policy.log_probs(rollout, slice(1, 2), with_kl=True)
+    x = rollout.trace["latents"][:, 1]
+    embeds = policy._embeds([request.prompt for request in rollout.requests], policy.guidance)
+    s, s_next = policy._sigmas[1], policy._sigmas[2]
+    with torch.no_grad():
+        v = policy._velocity(x, torch.full((2,), s), embeds, policy.guidance)
+        with lora.disabled(policy._adapted):
+            v_ref = policy._velocity(x, torch.full((2,), s), embeds, policy.guidance)
+    g2 = policy.noise_level**2 * s / (1 - s)
+    factor = (1 + g2 * (1 - s) / (2 * s)) * (s_next - s)
+    std = (g2 * (s - s_next)) ** 0.5
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(factor * v, std), normal(factor * v_ref, std))
+    torch.testing.assert_close(kl[:, 0].detach(), exact.flatten(1).mean(1), rtol=1e-4, atol=0)
+
+
+def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> None:
+    policy = make(eval_steps=6, eval_guidance=4.5)
+    asked = requests(2)
+    expected = pipeline(
+        [request.prompt for request in asked],
+        num_inference_steps=6,
+        guidance_scale=4.5,
+        height=64,
+        width=64,
+        max_sequence_length=16,
+        generator=generators([request.seed for request in asked]),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_saved_adapter_draws_the_same_in_plain_diffusers(
+    make: Any, pipeline: Any, tmp_path: Any, metadata: bool
+) -> None:
+    policy = make(lora_rank=4, lora_alpha=8, eval_steps=6, eval_guidance=1.0)
+    disturb(policy, 0.1)
+    policy.save(tmp_path)
+    if not metadata:  # a loader that knows nothing of it
+        from safetensors.torch import load_file, save_file
+
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(load_file(file), file, metadata={"format": "pt"})
+    plain = copy.deepcopy(pipeline)
+    plain.load_lora_weights(tmp_path)
+    asked = requests(2)
+    call = {
+        "prompt": [request.prompt for request in asked],
+        "num_inference_steps": 6,
+        "guidance_scale": 1.0,
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 16,
+        "output_type": "pt",
+    }
+    drawn = plain(**call, generator=generators([request.seed for request in asked])).images
+    base = pipeline(**call, generator=generators([request.seed for request in asked])).images
+    mine = policy.generate(asked)
+    assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
+    assert (drawn - mine).abs().max() < 1e-4
+
+
+def test_checkpointing_changes_memory_not_gradients(make: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        policy = make(gradient_checkpointing=checkpointing)
+        disturb(policy)
+        rollout = policy.sample(requests(2), step=0)
+        policy.log_probs(rollout, slice(0, 1))[0].sum().backward()
+        gradients.append([p.grad for p in policy.trainable().values()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_keeps_adapter_latents_and_log_probs_in_float32(pipeline: Any) -> None:
+    half = load_pipeline(str(tiny.PIPELINE_PATH), dtype="bfloat16")
+    policy = SD3Policy(half, device=CPU, seed=0, **SMALL)
+    policy.prepare(PROMPTS)
+    rollout = policy.sample(requests(2), step=0)
+    assert policy.transformer.dtype == torch.bfloat16
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+    assert rollout.log_probs.dtype == rollout.trace["latents"].dtype == torch.float32
+    new, _ = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    assert new.dtype == torch.float32
+    assert (new - rollout.log_probs).abs().max() < 1e-4
+    new.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.trainable().values())
+
+
+def test_adapter_sits_on_the_eight_attention_projections(make: Any) -> None:
+    policy = make()
+    suffixes = {name.split(".lora_")[0].split(".", 2)[2] for name in policy.trainable()}
+    assert suffixes == set(lora.ATTENTION)
+    few = make(target_modules=["attn.to_q"])
+    assert all("attn.to_q" in name for name in few.trainable())
+    with pytest.raises(ValueError, match=r"ends in 'attn\.to_x'"):
+        make(target_modules=["attn.to_x"])
+
+
+def test_initial_adapter_depends_on_the_seed_alone(pipeline: Any) -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    first = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    second = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **SMALL)
+    other = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=1, **SMALL)
+    name = next(name for name in first.trainable() if ".lora_A." in name)
+    assert torch.equal(first.trainable()[name], second.trainable()[name])
+    assert not torch.equal(first.trainable()[name], other.trainable()[name])
+
+
+def test_encoders_leave_after_prepare_and_the_disk_cache_replaces_them(
+    make: Any, pipeline: Any, tmp_path: Any
+) -> None:
+    policy = make(embeds_dir=tmp_path)
+    assert not policy.encode.encoders_loaded
+    with pytest.raises(RuntimeError, match="announced"):
+        policy.encode(["a green star on a black background"])
+    second = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, embeds_dir=tmp_path, **SMALL)
+    second.encode._pipeline.text_encoder_3 = None  # would fail if anything were encoded again
+    second.encode._pipeline.text_encoder_2 = None
+    second.encode._pipeline.text_encoder = None
+    for one, other in zip(policy.encode(PROMPTS), second.encode(PROMPTS), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_encoders_stay_when_the_embeddings_do_not_fit(pipeline: Any) -> None:
+    policy = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, embeds_memory_gb=1e-5, **SMALL)
+    policy.prepare(PROMPTS)
+    assert policy.encode.encoders_loaded
+    assert policy.encode(["a green star on a black background"])[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("resolution", [60, 8, 4096])
+def test_resolution_that_does_not_fit_is_refused(make: Any, resolution: int) -> None:
+    with pytest.raises(ConfigError, match=f"multiple of 16.*Found {resolution}"):
+        make(resolution=resolution)
+
+
+def test_a_path_without_an_sd3_pipeline_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.path"):
+        load_pipeline(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match="Found 'FluxPipeline'"):
+        load_pipeline(str(tmp_path))

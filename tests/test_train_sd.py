@@ -1,0 +1,274 @@
+"""The command line as a user runs it: subprocesses, two processes, kill -9, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moa_diffusion import tiny
+from moa_diffusion.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "train_sd.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+WEIGHTS = "pytorch_lora_weights.safetensors"
+FAST = {
+    "policy": {"path": "tiny", "max_sequence_length": 16, "step_batch": 2, "lora": {"rank": 4}},
+    "sampling": {"resolution": 64, "steps": 3, "guidance": 1.0},
+    "prompts": {"train": "tiny"},
+    "rewards": {"prompt_colour": {}, "colourfulness": {"weight": 0.5}},
+    "loss": {"clip_range": 1e-3, "kl_weight": 0.01},
+    "optimizer": {"lr": 1e-3},
+    "trainer": {
+        "steps": 3,
+        "groups": 2,
+        "group_size": 4,
+        "updates": 2,
+        "sample_batch": 4,
+        "micro_batch": 2,
+    },
+    "evaluation": {"every": 0},
+    "checkpoint": {"every": 1, "keep": 0},
+    "log": {"trackers": []},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "fast.yaml"
+    path.write_text(yaml.safe_dump(FAST))
+    return path
+
+
+def command(config: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launcher += [*torchrun, str(processes)]
+    run = ["--config", str(config), "--output_dir", str(output), *options]
+    return [*launcher, str(SCRIPT), *run]
+
+
+def train(
+    config: Path, output: Path, *options: str, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, output, *options, processes=processes),
+        env=ENVIRONMENT,
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def adapter(run: Path, step: int, kind: str = "") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / kind / WEIGHTS)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """Metrics without what a clock says."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = train(
+        config,
+        run,
+        *("--log.trackers", '["tensorboard"]', "--prompts.heldout", "tiny"),
+        *("--evaluation.every", "2", "--evaluation.steps", "3", "--evaluation.prompts", "4"),
+        *("--trainer.steps", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Processes: 1" in done.stdout
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    names = {name for row in rows for name in row}
+    for name in (
+        *("reward_mean/colourfulness", "reward_std/colourfulness", "weight/colourfulness"),
+        *("share/colourfulness", "zero_variance/colourfulness", "applies/colourfulness"),
+        *("policy/kl", "policy/clip_fraction", "policy/grad_norm", "policy/lr"),
+        *("policy/skipped_updates", "seconds/sample", "seconds/score", "seconds/update"),
+        *("seconds/total", "eval_mean/prompt_colour", "eval_sem/prompt_colour"),
+    ):
+        assert name in names, name
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["trainer"]["steps"] == 2
+    assert resolved["loss"]["advantage_clip"] == 5.0
+    assert len((run / "scores" / "step-000002.jsonl").read_text().splitlines()) == 8
+    assert (run / "samples" / "step-000000.png").stat().st_size > 0
+    assert list((run / "trackers").rglob("events.out.tfevents.*"))
+    saved = run / "checkpoints" / "step-000002"
+    assert (saved / WEIGHTS).is_file()
+    assert (saved / "ema" / WEIGHTS).is_file()
+
+
+def test_one_and_two_processes_and_any_micro_batch_end_alike(config: Path, tmp_path: Path) -> None:
+    one, two, cut = tmp_path / "one", tmp_path / "two", tmp_path / "cut"
+    for run, processes, options in (
+        (one, 1, ()),
+        (two, 2, ()),
+        (cut, 1, ("--trainer.micro_batch", "1")),
+    ):
+        done = train(config, run, *options, processes=processes)
+        assert done.returncode == 0, done.stderr
+        # A launcher may silently start one process: then this test would check nothing.
+        assert f"Processes: {processes} " in done.stdout
+    for run in (two, cut):
+        assert difference(adapter(one, 3), adapter(run, 3)) < 1e-5
+        for mine, theirs in zip(numbers(one), numbers(run), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--objectives.method", "dual_stage", "--trainer.steps", "4")
+    assert train(config, whole, *options).returncode == 0
+    process = subprocess.Popen(
+        command(config, cut, *options), env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    wait_for(cut / "checkpoints" / "step-000002" / "state.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "checkpoints" / "step-000004").exists()
+    done = train(config, cut, *options, "--resume", "latest")
+    assert done.returncode == 0, done.stderr
+    for kind in ("", "ema"):
+        assert difference(adapter(whole, 4, kind), adapter(cut, 4, kind)) == 0
+    assert numbers(whole) == numbers(cut)
+    assert (whole / "scores/step-000004.jsonl").read_text() == (
+        cut / "scores/step-000004.jsonl"
+    ).read_text()
+
+
+def test_sigterm_saves_and_exits_0(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(config, run, "--trainer.steps", "1000", "--checkpoint.every", "0"),
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(run / "metrics.jsonl", process)
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert "Stopped by SIGTERM. The state after" in log
+    rows = read_metrics(run / "metrics.jsonl")
+    assert (run / "checkpoints" / f"step-{len(rows):06d}" / "state.pt").is_file()
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+REWARDS_FILE = """
+import torch
+
+calls = 0
+
+def short(images, prompts):
+    return [0.0]
+
+def infinite(images, prompts):
+    global calls
+    calls += 1
+    return [1.0 + i for i in range(len(prompts) - 1)] + [float("inf") if calls > 1 else 0.0]
+"""
+
+
+def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": 1}\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").write_text("")
+    cases = [
+        (["--trainer.step", "3"], "trainer.step: unknown key. Did you mean `trainer.steps`?"),
+        (["--rewards.ocrr.weight", "1"], 'rewards.ocrr: Unknown reward head "ocrr". Did you mean'),
+        (["--prompts.train", "none.txt"], "Prompt file `none.txt` does not exist"),
+        (["--prompts.train", "empty.txt"], "should hold at least one prompt"),
+        (["--prompts.train", "bad.jsonl"], "bad.jsonl:2: A line should have a non-empty text"),
+        (["--trainer.group_size", "1"], "trainer.group_size: should be at least 2. Found 1"),
+        (["--trainer.groups", "3", "--trainer.updates", "5"], "should be a multiple of"),
+        (["--output_dir", "used"], "should be a new folder. Found another run in `used`"),
+        (["--resume", "latest"], "'latest' needs a checkpoint"),
+        (["--resume", "nowhere"], "Found no state.pt in `nowhere`"),
+        (["--policy.path", "other"], "should be a Stable Diffusion 3 pipeline. Found 'FluxPipe"),
+        (["--policy.path", "nothing/there"], "policy.path: should be a folder with"),
+        (["--objectives.method", "gdp"], "unknown method 'gdp'. Did you mean 'gdpo'?"),
+        (["--sampling.resolution", "60"], "sampling.resolution: should be a multiple of 16"),
+    ]
+    # In one process each would be faster, but would not be what a user sees.
+    started = [
+        subprocess.Popen(
+            command(config, tmp_path / "run", *options),
+            env=ENVIRONMENT | {"HF_HUB_OFFLINE": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for options, _ in cases
+    ]
+    for process, (options, message) in zip(started, cases, strict=True):
+        _, log = process.communicate(timeout=240)
+        assert process.returncode == 2, (options, log)
+        assert message in log, (options, log)
+        assert "Traceback" not in log, (options, log)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "saved"),
+    [("short", "shape [8]. Found [1]", 0), ("infinite", "Found inf", 1)],
+)
+def test_a_failing_reward_stops_the_run_after_saving(
+    config: Path, tmp_path: Path, function: str, message: str, saved: int
+) -> None:
+    (tmp_path / "mine.py").write_text(REWARDS_FILE)
+    run = tmp_path / "run"
+    done = train(config, run, f"--rewards.mine.path=mine.py:{function}")
+    assert done.returncode == 1, done.stderr
+    assert 'Reward head "mine" failed on sample' in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / "checkpoints" / f"step-{saved:06d}" / "state.pt").is_file()
+    scores = run / "scores"
+    assert len(list(scores.glob("*"))) == saved if saved else not scores.exists()
+
+
+def test_print_config_is_a_config(config: Path) -> None:
+    done = train(config, config.parent / "run", "--print_config")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["trainer"]["groups"] == 2
+
+
+def test_shipped_prompts_are_named_tiny() -> None:
+    assert json.loads((tiny.PIPELINE_PATH / "model_index.json").read_text())["_class_name"]
