@@ -207,7 +207,7 @@ def policy(settings: Config, device: torch.device) -> Policy:
     if settings.policy.name == "toy":
         return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
     model, sampling = settings.policy, settings.sampling
-    path = str(tiny.PIPELINE_PATH) if model.path == "tiny" else model.path
+    path = model_path(settings)
     pipeline = load_pipeline(
         path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
     )
@@ -242,6 +242,12 @@ def policy(settings: Config, device: torch.device) -> Policy:
         raise
     except ValueError as error:
         raise ConfigError(f"policy: {error}") from error
+
+
+def model_path(settings: Config) -> str:
+    """Folder or hub id of the pipeline; "tiny" is the one shipped with the package."""
+    path = settings.policy.path
+    return str(tiny.PIPELINE_PATH) if path == "tiny" else path
 
 
 def heldout_requests(settings: Config) -> tuple[Request, ...]:

@@ -1,0 +1,130 @@
+"""One picture of several runs: reward curves above, the same prompts drawn before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion import build, checkpoint, config
+from moa_diffusion.config import Config
+from moa_diffusion.distributed import LocalComm
+from moa_diffusion.metrics import read_metrics
+from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.samplers import generators
+from moa_diffusion.scoring import Scorer
+from moa_diffusion.types import Request
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
+
+
+def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 8) -> None:
+    """Write a PNG that compares runs of one configuration family.
+
+    The pictures are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
+    the first held-out prompts and the evaluation's own seeds: nothing is picked by hand.
+
+    Args:
+        runs: run folders by label; all must have the same rewards and held-out prompts.
+        target: the PNG.
+        shown: held-out prompts shown.
+
+    Raises:
+        ConfigError: if a run has no checkpoint.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = {label: config.load(folder / "config.yaml") for label, folder in runs.items()}
+    first = next(iter(settings.values()))
+    names = list(first.rewards)
+    asked = build.heldout_requests(first)[:shown]
+    rows = draw(runs, first, asked)
+
+    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
+    _curves(upper, runs, names)
+    _pictures(lower, rows, asked, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def draw(
+    runs: Mapping[str, Path], settings: Config, asked: Sequence[Request]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""
+    scorer = Scorer(build.heads(settings), LocalComm())
+    folders = {label: checkpoint.find("latest", folder) / "ema" for label, folder in runs.items()}
+    rows = {}
+    for label, folder in {"base model": None, **folders}.items():
+        pipeline = load_pipeline(build.model_path(settings), dtype=settings.policy.dtype)
+        if folder is not None:
+            pipeline.load_lora_weights(folder)
+        with torch.no_grad():
+            images = pipeline(
+                [request.prompt for request in asked],
+                num_inference_steps=settings.evaluation.steps,
+                guidance_scale=settings.evaluation.guidance,
+                height=settings.sampling.resolution,
+                width=settings.sampling.resolution,
+                max_sequence_length=settings.policy.max_sequence_length,
+                generator=generators([request.seed for request in asked]),
+                output_type="pt",
+            ).images.float()
+        rows[label] = (images, scorer.score(asked, images=images))
+    scorer.close()
+    return rows
+
+
+def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
+    """One panel per objective: rollouts thin, held-out with standard error bold."""
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, panel in zip(names, panels, strict=True):
+        for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
+            metrics = read_metrics(folder / "metrics.jsonl")
+            train = [(row["step"], row[f"reward_mean/{name}"]) for row in metrics if row["step"]]
+            panel.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
+            heldout = [row for row in metrics if f"eval_mean/{name}" in row]
+            steps = [row["step"] for row in heldout]
+            mean = torch.tensor([row[f"eval_mean/{name}"] for row in heldout])
+            error = torch.tensor([row[f"eval_sem/{name}"] for row in heldout])
+            panel.plot(steps, mean, color=colour, marker="o", label=label)
+            panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
+            if heldout and steps[0] == 0:
+                panel.axhline(float(mean[0]), color="grey", linestyle=":", linewidth=1)
+        panel.set_title(name)
+        panel.set_xlabel("rollouts")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("reward")
+    panels[0].legend(frameon=False)
+    figure.suptitle("bold: held-out prompts, deterministic, averaged weights; thin: rollouts")
+
+
+def _pictures(
+    figure: Any,
+    rows: Mapping[str, tuple[Tensor, Tensor]],
+    asked: Sequence[Request],
+    names: Sequence[str],
+) -> None:
+    """Rows models, columns prompts, rewards under each picture."""
+    panels = figure.subplots(len(rows), len(asked), squeeze=False)
+    for row, (label, (images, scores)) in zip(panels, rows.items(), strict=True):
+        for i, panel in enumerate(row):
+            panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1), interpolation="bicubic")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_xlabel(
+                "  ".join(f"{value:.2f}" for value in scores[:, i].tolist()), fontsize=8
+            )
+            if row is panels[0]:
+                words = asked[i].prompt.split()
+                half = (len(words) + 1) // 2
+                panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
+        row[0].set_ylabel(label, fontsize=10)
+    figure.supxlabel(f"under each picture: {', '.join(names)}", fontsize=9)

@@ -1,0 +1,35 @@
+"""Every shipped configuration loads, and everything but the model is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moa_diffusion import build, config
+from moa_diffusion.data import read_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = config.load(path)
+    assert settings.output_dir == f"runs/{path.stem}"
+    assert config.from_dict(config.yaml.safe_load(config.to_yaml(settings))) == settings
+    normalizer, weighting = build.objectives(settings)
+    assert normalizer.objectives == weighting.objectives == tuple(settings.rewards)
+    assert list(build.heads(settings)) == list(settings.rewards)
+    assert build.heldout_requests(settings)
+    if settings.prompts.train != "tiny":
+        train = {prompt.text for prompt in read_prompts(settings.prompts.train)}
+        assert train.isdisjoint(request.prompt for request in build.heldout_requests(settings))
+    for world_size in (1, 2, 8) if path.stem.startswith("sd35") else (1, 2):
+        geometry = build.solve_geometry(settings, world_size)
+        assert geometry.per_rank * world_size == geometry.samples
+
+
+def test_there_are_configurations() -> None:
+    assert len(CONFIGS) >= 4
