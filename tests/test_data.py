@@ -133,6 +133,8 @@ def test_requests_of_a_step():
         assert left.prompt == right.prompt
         assert left.metadata == right.metadata == {"i": int(left.prompt[1:])}
     assert len({request.seed for request in requests}) == 6
+    drawn = [r.seed for step in range(9) for r in sampler(group_size=5).requests(step)]
+    assert len(set(drawn)) == len(drawn) == 9 * 3 * 5
 
 
 def test_every_epoch_covers_all_prompts_once_in_another_order():

@@ -189,10 +189,11 @@ def test_rounding_is_not_blown_up(make):
 
 
 def test_saved_state_continues_identically(make):
+    """The first rollouts spread far wider, so that forgetting them would show."""
     straight, before = make(), make()
     for step in range(3):
-        straight.per_objective(rewards(normal(step)))
-        before.per_objective(rewards(normal(step)))
+        straight.per_objective(rewards(100 * normal(step)))
+        before.per_objective(rewards(100 * normal(step)))
     file = io.BytesIO()
     torch.save(before.state_dict(), file)
     file.seek(0)
