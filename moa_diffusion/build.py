@@ -20,6 +20,7 @@ from moa_diffusion.config import Config
 from moa_diffusion.data import Geometry, GroupSampler, Prompt, derive_seed, read_prompts
 from moa_diffusion.distributed import AccelerateComm
 from moa_diffusion.ema import EMA
+from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
@@ -54,8 +55,7 @@ def trainer(settings: Config) -> Trainer:
     folder = Path(settings.output_dir)
     resumed = run_folder(settings)
     prompts = read_prompts(_prompt_file(settings.prompts.train), column=settings.prompts.column)
-    heldout = heldout_requests(settings)
-    tuple(settings.rewards)
+    asked = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
     accelerator = make_accelerator(settings)
     comm = AccelerateComm(accelerator)
@@ -73,6 +73,17 @@ def trainer(settings: Config) -> Trainer:
         weight_decay=settings.optimizer.weight_decay,
     )
     warmup = settings.optimizer.warmup
+    progress = accelerator.is_main_process
+    heldout = HeldOut(
+        asked,
+        policy=model,
+        scorer=scorer,
+        comm=comm,
+        batch=geometry.sample_batch,
+        folder=folder,
+        shown=settings.evaluation.pictures,
+        progress=progress,
+    )
     built = Trainer(
         policy=model,
         scorer=scorer,
@@ -108,8 +119,7 @@ def trainer(settings: Config) -> Trainer:
             checkpoint_keep=settings.checkpoint.keep,
             evaluate_every=settings.evaluation.every,
         ),
-        heldout=heldout,
-        heldout_pictures=settings.evaluation.pictures,
+        heldout=heldout if asked else None,
         log=RunLog(
             folder,
             accelerator=accelerator if settings.log.trackers else None,
@@ -118,7 +128,7 @@ def trainer(settings: Config) -> Trainer:
         ),
         folder=folder,
         seed=settings.seed,
-        progress=accelerator.is_main_process,
+        progress=progress,
     )
     if resumed is not None:
         built.load_state_dict(checkpoint.load_state(resumed))

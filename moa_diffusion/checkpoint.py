@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moa_diffusion.types import ConfigError
 
@@ -94,6 +95,24 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"resume: `{path}` should have version {VERSION}. Found {state.get('version')}."
         )
     return state
+
+
+def check_adapter(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """Compare the adapter in a checkpoint with the run's.
+
+    Raises:
+        ConfigError: naming the first tensor whose name or shape differs.
+    """
+    before = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    now = {name: tuple(tensor.shape) for name, tensor in present.items()}
+    differing = sorted(name for name in before | now if before.get(name) != now.get(name))
+    if differing:
+        first = differing[0]
+        raise ConfigError(
+            f"resume: the checkpoint's adapter differs from this run's in {len(differing)} "
+            f"tensors, first {first}: saved {before.get(first)}, here {now.get(first)} (other "
+            "`policy.lora` settings or another model)."
+        )
 
 
 def find(resume: str, run: Path) -> Path:

@@ -22,10 +22,11 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion import checkpoint, pictures
+from moa_diffusion import checkpoint
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed
 from moa_diffusion.distributed import Comm, local_slice
 from moa_diffusion.ema import EMA
+from moa_diffusion.heldout import HeldOut
 from moa_diffusion.loss import clip_fraction, clipped_surrogate
 from moa_diffusion.metrics import RunLog, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
@@ -90,8 +91,7 @@ class Trainer:
         ema: average of the trained parameters.
         surrogate: settings of the loss.
         schedule: how long, and what happens when.
-        heldout: requests of the evaluation; empty for none.
-        heldout_pictures: how many of them are shown.
+        heldout: the evaluation; None for none.
         log: metrics and scores.
         folder: of the run.
         seed: of the run.
@@ -114,8 +114,7 @@ class Trainer:
         ema: EMA,
         surrogate: Surrogate,
         schedule: Schedule,
-        heldout: Sequence[Request],
-        heldout_pictures: int,
+        heldout: HeldOut | None,
         log: RunLog,
         folder: Path,
         seed: int,
@@ -126,7 +125,7 @@ class Trainer:
         self.sampler, self.geometry, self.comm = sampler, geometry, comm
         self.optimizer, self.lr_schedule, self.scaler = optimizer, lr_schedule, scaler
         self.ema, self.surrogate, self.schedule = ema, surrogate, schedule
-        self.heldout, self.heldout_pictures = tuple(heldout), heldout_pictures
+        self.heldout = heldout
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
         self.completed = 0  # rollouts finished
@@ -287,48 +286,10 @@ class Trainer:
             )
         self._ratio_checked = True
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Held-out rewards of the averaged weights, drawn as in deployment; saves pictures.
-
-        Every process draws a contiguous share; the shares may differ by one batch in length, and
-        no sample is counted twice.
-        """
-        total, world = len(self.heldout), self.comm.world_size
-        share = -(-total // world)
-        mine = self.heldout[self.comm.rank * share : (self.comm.rank + 1) * share]
-        size = self.geometry.sample_batch
-        parts = []
+    def evaluate(self, heldout: HeldOut) -> dict[str, float]:
+        """Held-out rewards of the averaged weights, and a sheet of pictures."""
         with self._timed("evaluate"), self.ema.applied():
-            for start in self._bar(range(0, share, size), "evaluate"):
-                self._leave_if_stopped()
-                if batch := mine[start : start + size]:
-                    parts.append(self.policy.generate(batch))
-        images = torch.cat(parts) if parts else None
-        names = self.scorer.names
-        local = self.scorer.together(
-            lambda: (
-                self.scorer.score(mine, images=images)
-                if images is not None
-                else torch.empty(len(names), 0, dtype=torch.float64)
-            )
-        )
-        padded = torch.full((share, len(names)), torch.nan, dtype=torch.float64)
-        padded[: len(mine)] = local.T
-        values = self.comm.gather(padded)[:total].T  # padding is last, on the last ranks
-        if self.comm.rank == 0 and images is not None and self.heldout_pictures:
-            shown = images[: self.heldout_pictures]
-            columns = math.ceil(math.sqrt(len(shown)))
-            pictures.save_png(
-                pictures.grid(shown, columns=columns),
-                self.folder / "samples" / f"step-{self.completed:06d}.png",
-            )
-        metrics = {}
-        for name, row in zip(names, values, strict=True):
-            scores = row[~row.isnan()]
-            metrics[f"eval_mean/{name}"] = float(scores.mean())
-            metrics[f"eval_sem/{name}"] = float(scores.std() / math.sqrt(max(len(scores), 1)))
-        return metrics
+            return heldout(self.completed, before_batch=self._leave_if_stopped)
 
     # ------------------------------------------------------------------ the run
 
@@ -339,9 +300,9 @@ class Trainer:
             Interrupted: after SIGTERM, once the state is saved.
             RewardError, TrainingError: after the state is saved.
         """
+        asked = self.heldout.requests if self.heldout else ()
         self.policy.prepare(
-            [prompt.text for prompt in self.sampler.prompts]
-            + [request.prompt for request in self.heldout]
+            [prompt.text for prompt in self.sampler.prompts] + [request.prompt for request in asked]
         )
         bar = tqdm(
             total=self.schedule.steps,
@@ -351,8 +312,8 @@ class Trainer:
         )
         with self._sigterm(), bar:
             try:
-                if self.completed == 0 and self.schedule.evaluate_every and self.heldout:
-                    self.log.write(0, self.evaluate() | self._take_seconds())
+                if self.heldout and self.completed == 0:
+                    self.log.write(0, self.evaluate(self.heldout) | self._take_seconds())
                 while self.completed < self.schedule.steps:
                     self._leave_if_stopped()
                     self._round(bar)
@@ -362,7 +323,7 @@ class Trainer:
                 error.add_note(f"The state after {self.completed} rollouts is in {folder}.")
                 raise
 
-    def _round(self, bar: tqdm) -> None:
+    def _round(self, bar: tqdm[Any]) -> None:
         """One step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
@@ -371,7 +332,7 @@ class Trainer:
         last = self.completed == self.schedule.steps
         try:
             if self.heldout and self._due(self.schedule.evaluate_every, last):
-                metrics |= self.evaluate()
+                metrics |= self.evaluate(self.heldout)
         finally:  # an evaluation that fails or is cut short loses nothing but itself
             metrics |= self._take_seconds() | {"seconds/total": time.perf_counter() - start}
             self.log.write(self.completed, metrics)
@@ -437,18 +398,7 @@ class Trainer:
                     f"resume: the checkpoint has {key} {state[key]}. Found {mine} in this run."
                 )
         trainable = self.policy.trainable()
-        saved = {name: tuple(tensor.shape) for name, tensor in state["trainable"].items()}
-        present = {name: tuple(tensor.shape) for name, tensor in trainable.items()}
-        if saved != present:
-            differing = sorted(
-                name for name in saved | present if saved.get(name) != present.get(name)
-            )
-            first = differing[0]
-            raise ConfigError(
-                "resume: the checkpoint's adapter differs from this run's in "
-                f"{len(differing)} tensors, first {first}: saved {saved.get(first)}, here "
-                f"{present.get(first)} (other `policy.lora` settings or another model)."
-            )
+        checkpoint.check_adapter(state["trainable"], trainable)
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state["trainable"][name])
@@ -495,5 +445,5 @@ class Trainer:
         self._seconds = {}
         return seconds
 
-    def _bar(self, steps: range, phase: str) -> tqdm:
+    def _bar(self, steps: range, phase: str) -> tqdm[int]:
         return tqdm(steps, desc=phase, leave=False, disable=not self.progress or len(steps) < 2)

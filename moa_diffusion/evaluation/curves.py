@@ -47,9 +47,9 @@ def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 8) -> None:
     rows = draw(runs, first, asked)
 
     figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
-    _curves(upper, runs, names)
-    _pictures(lower, rows, asked, names)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
+    _curves(parts[0], runs, names)
+    _pictures(parts[1], rows, asked, names)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
