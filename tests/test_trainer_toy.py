@@ -208,6 +208,21 @@ def test_the_first_update_is_the_policy_gradient(tmp_path):
     torch.testing.assert_close(seen["gradient"], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_advantages_and_gradients_are_clipped(tmp_path):
+    trainer = make(tmp_path / "run", loss__advantage_clip=0.5, optimizer__max_grad_norm=1e-3)
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(float(trainer.policy.drift.grad.norm()))
+    )
+    found = trainer.step()
+    lines = score_files(tmp_path / "run")["step-000001.jsonl"].splitlines()
+    advantages = [json.loads(line)["advantage"] for line in lines]
+    assert max(advantages) == 0.5
+    assert min(advantages) == -0.5
+    assert norms == pytest.approx([1e-3] * 2, rel=1e-2)
+    assert found["policy/grad_norm"] > 1e-2  # what is logged is the norm before the clip
+
+
 # ---------------------------------------------------------------------- invariance
 
 
