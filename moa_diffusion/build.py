@@ -98,9 +98,7 @@ def trainer(settings: Config) -> Trainer:
         geometry=geometry,
         comm=comm,
         optimizer=optimizer,
-        lr_schedule=torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda count: min(1.0, (count + 1) / (warmup + 1))
-        ),
+        lr=lambda count: settings.optimizer.lr * min(1.0, (count + 1) / (warmup + 1)),
         scaler=torch.amp.GradScaler(
             accelerator.device.type, enabled=settings.policy.dtype == "float16"
         ),

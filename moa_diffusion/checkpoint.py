@@ -7,6 +7,7 @@ from (seed, step), so the step number is the state of every generator and of the
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.types import ConfigError
+
+logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
 VERSION = 1  # of the layout of ``state.pt``
@@ -135,6 +138,14 @@ def find(resume: str, run: Path) -> Path:
             f"resume: 'latest' needs a checkpoint in `{run / 'checkpoints'}`. Found none."
         )
     return found[-1]
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Delete checkpoints after ``step`` rollouts: a run resumed there takes another course."""
+    for folder in list_checkpoints(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            logger.warning("Deleting %s: the run continues from rollout %d.", folder, step)
+            shutil.rmtree(folder)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -84,11 +84,11 @@ class RunLog:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
-        """Forget everything after rollout ``step``."""
+        """Forget everything after rollout ``step``; at 0 also the evaluation before the first."""
         if not self._main:
             return
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            kept = [row for row in read_metrics(self.path) if step and row["step"] <= step]
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             partial.replace(self.path)

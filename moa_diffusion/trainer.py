@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ class Trainer:
         geometry: how a rollout is cut.
         comm: collectives over the processes.
         optimizer: over ``policy.trainable()``.
-        lr_schedule: stepped once per optimizer step.
+        lr: learning rate after so many optimizer steps.
         scaler: loss scaler; disabled except in float16.
         ema: average of the trained parameters.
         surrogate: settings of the loss.
@@ -109,7 +109,7 @@ class Trainer:
         geometry: Geometry,
         comm: Comm,
         optimizer: torch.optim.Optimizer,
-        lr_schedule: torch.optim.lr_scheduler.LRScheduler,
+        lr: Callable[[int], float],
         scaler: torch.amp.GradScaler,
         ema: EMA,
         surrogate: Surrogate,
@@ -123,12 +123,13 @@ class Trainer:
         self.policy, self.scorer = policy, scorer
         self.normalizer, self.weighting = normalizer, weighting
         self.sampler, self.geometry, self.comm = sampler, geometry, comm
-        self.optimizer, self.lr_schedule, self.scaler = optimizer, lr_schedule, scaler
+        self.optimizer, self.lr, self.scaler = optimizer, lr, scaler
         self.ema, self.surrogate, self.schedule = ema, surrogate, schedule
         self.heldout = heldout
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
         self.completed = 0  # rollouts finished
+        self.updates = 0  # optimizer steps taken
         self._parameters = list(policy.trainable().values())
         self._device = self._parameters[0].device
         self._stop = False  # set by SIGTERM
@@ -249,8 +250,10 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.surrogate.max_grad_norm))
         if math.isfinite(norm):
             self._skipped_in_a_row = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(self.updates)
             self.scaler.step(self.optimizer)
-            self.lr_schedule.step()
+            self.updates += 1
             self.ema.update()
         else:
             self._skipped_in_a_row += 1
@@ -286,10 +289,12 @@ class Trainer:
             )
         self._ratio_checked = True
 
-    def evaluate(self, heldout: HeldOut) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Held-out rewards of the averaged weights, and a sheet of pictures."""
+        if self.heldout is None:
+            return {}
         with self._timed("evaluate"), self.ema.applied():
-            return heldout(self.completed, before_batch=self._leave_if_stopped)
+            return self.heldout(self.completed, before_batch=self._leave_if_stopped)
 
     # ------------------------------------------------------------------ the run
 
@@ -313,7 +318,7 @@ class Trainer:
         with self._sigterm(), bar:
             try:
                 if self.heldout and self.completed == 0:
-                    self.log.write(0, self.evaluate(self.heldout) | self._take_seconds())
+                    self.log.write(0, self.evaluate() | self._take_seconds())
                 while self.completed < self.schedule.steps:
                     self._leave_if_stopped()
                     self._round(bar)
@@ -332,7 +337,7 @@ class Trainer:
         last = self.completed == self.schedule.steps
         try:
             if self.heldout and self._due(self.schedule.evaluate_every, last):
-                metrics |= self.evaluate(self.heldout)
+                metrics |= self.evaluate()
         finally:  # an evaluation that fails or is cut short loses nothing but itself
             metrics |= self._take_seconds() | {"seconds/total": time.perf_counter() - start}
             self.log.write(self.completed, metrics)
@@ -376,9 +381,10 @@ class Trainer:
             "step": self.completed,
             "seed": self.seed,
             "objectives": list(self.scorer.names),
+            "method": self._method(),
             "trainable": {n: p.detach().cpu() for n, p in self.policy.trainable().items()},
             "optimizer": self.optimizer.state_dict(),
-            "lr_schedule": self.lr_schedule.state_dict(),
+            "updates": self.updates,
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict(),
             "normalizer": self.normalizer.state_dict(),
@@ -392,7 +398,12 @@ class Trainer:
         Raises:
             ConfigError: if the run's objectives, seed or adapter differ from the checkpoint's.
         """
-        for key, mine in (("objectives", list(self.scorer.names)), ("seed", self.seed)):
+        facts = {
+            "objectives": list(self.scorer.names),
+            "method": self._method(),
+            "seed": self.seed,
+        }
+        for key, mine in facts.items():
             if state[key] != mine:
                 raise ConfigError(
                     f"resume: the checkpoint has {key} {state[key]}. Found {mine} in this run."
@@ -402,8 +413,15 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(state["trainable"][name])
+        # The moments come from the checkpoint; rates and decays from this run's configuration.
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        for group, values in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(values)
+        self.updates = state["updates"]
         self.scaler.load_state_dict(state["scaler"])
         self.ema.load_state_dict(state["ema"])
         self.normalizer.load_state_dict(state["normalizer"])
@@ -411,8 +429,13 @@ class Trainer:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.completed = state["step"]
         self.log.rewind(self.completed)
+        if self.comm.rank == 0:
+            checkpoint.forget_after(self.folder, self.completed)
 
     # ------------------------------------------------------------------ small parts
+
+    def _method(self) -> list[str]:
+        return [type(self.normalizer).__name__, type(self.weighting).__name__]
 
     def _leave_if_stopped(self) -> None:
         if self.comm.any(self._stop):

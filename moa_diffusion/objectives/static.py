@@ -40,7 +40,8 @@ class Static(Weighting):
             raise ValueError(
                 f"Parameter `weights` should be finite and not all zero. Found {values.tolist()}."
             )
-        self.register_buffer("weights", values)
+        # Not persistent: a resumed run uses the weights of its own configuration.
+        self.register_buffer("weights", values, persistent=False)
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
         return self.weights
