@@ -15,7 +15,6 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
-    ("benchmarks",),
     ("evaluation/*", "benchmarks"),
     ("build",),
     ("tiny/*",),

@@ -1,0 +1,73 @@
+"""Measure what training costs: `train` on the CPU, in plain pipeline calls; `gpu` phase by phase.
+
+python scripts/bench.py train --pipeline base
+python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+CONFIG = Path(__file__).parents[1] / "configs" / "sd35_medium_dual_stage.yaml"
+
+
+def main() -> int:
+    """Measure, print, and return the exit status: 2 for a bad configuration or a missing GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
+    train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
+    train.add_argument("--rounds", type=int, default=9, help="interleaved rounds, for medians")
+    gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
+    gpu.add_argument("--config", type=Path, default=CONFIG, help="further --key value override it")
+    gpu.add_argument("--scale", type=int, default=1, help="groups per rollout, on this one card")
+    gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
+    gpu.add_argument("--size", choices=("medium", "base", "tiny"), default="medium")
+    for command in (train, gpu):
+        command.add_argument("--json", type=Path, help="file for all numbers")
+    options, overrides = parser.parse_known_args()
+    if overrides and options.command == "train":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+
+    cpu = options.command == "train" or options.device == "cpu"
+    if cpu:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    from moa_diffusion import benchmarks, config
+    from moa_diffusion.types import ConfigError
+
+    if not cpu and not torch.cuda.is_available():
+        print("error: `gpu` needs a CUDA device. Found none; nothing was measured.")
+        return 2
+    try:
+        if options.command == "train":
+            show = benchmarks.print_training
+            report = benchmarks.measure_training(options.pipeline, rounds=options.rounds)
+        else:
+            show = benchmarks.print_gpu
+            report = benchmarks.measure_gpu(
+                config.load(options.config, overrides),
+                size=options.size,
+                device=options.device,
+                groups=options.scale,
+                rollouts=options.rollouts,
+            )
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The benchmarks run and report; how fast is not a test's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_diffusion import benchmarks
+from moa_diffusion.benchmarks import REST, SMALLEST, Phases, random_pipeline
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+policy: {dtype: bfloat16, gradient_checkpointing: true}
+sampling: {steps: 3, guidance: 4.5}
+rewards: {colourfulness: {weight: 1}}
+loss: {kl_weight: 0.04}
+trainer: {group_size: 4, updates: 2, sample_batch: 4, micro_batch: 2}
+evaluation: {every: 0}
+"""
+
+
+def bench(*arguments: str, hide_gpus: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpus else {})
+    return subprocess.run(
+        [sys.executable, "scripts/bench.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+class Clock:
+    """Counts seconds when told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> float:
+        self.now += seconds
+        return seconds
+
+
+def test_a_second_belongs_to_the_innermost_phase() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    clock.work(1)
+    with phases.phase("outer"):
+        clock.work(2)
+        with phases.phase("inner"):
+            assert phases.inside("outer")
+            clock.work(4)
+        clock.work(8)
+    assert phases.take() == {REST: 1, "outer": 10, "inner": 4}
+    assert phases.take() == {REST: 0}
+
+
+def test_a_watched_method_is_a_phase_and_is_given_back() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    with phases.watching((clock, "work", "work"), (clock, "__doc__", "never called")):
+        assert clock.work(3) == 3
+    clock.work(5)
+    assert phases.take() == {REST: 5, "work": 3}
+
+
+def test_a_peak_is_kept_per_phase() -> None:
+    readings = iter([7, 9, 3, 1])
+    phases = Phases(Clock(), lambda: next(readings))
+    for _ in range(2):
+        with phases.phase("step"):
+            pass
+    assert phases.peaks == {REST: 7, "step": 9}
+
+
+def test_random_pipelines_are_equal_for_equal_seeds_and_leave_the_generator() -> None:
+    before = torch.get_rng_state()
+    first, second = (random_pipeline(SMALLEST, vae_dtype=torch.bfloat16) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in ("transformer", "text_encoder", "text_encoder_3", "vae"):
+        expected = torch.bfloat16 if name == "vae" else torch.float32
+        pairs = zip(
+            getattr(first, name).parameters(), getattr(second, name).parameters(), strict=True
+        )
+        for one, other in pairs:
+            assert one.dtype == expected
+            assert torch.equal(one, other)
+
+
+def test_the_full_size_has_the_published_number_of_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmarks, "_made", lambda *_: torch.device("meta"))
+    pipeline = random_pipeline(benchmarks.MEDIUM)
+    encoders = [getattr(pipeline, f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
+    parts = [pipeline.transformer, *encoders, pipeline.vae]
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    counts[0] += pipeline.transformer.pos_embed.pos_embed.numel()  # in the published 2.5 B
+    assert [round(count / 1e6) for count in counts] == [2470, 124, 695, 4762, 84]
+
+
+def test_train_reports_every_way(tmp_path: Path) -> None:
+    pipeline, file = tmp_path / "pipeline", tmp_path / "new" / "train.json"
+    random_pipeline(SMALLEST).save_pretrained(pipeline)
+    done = bench("train", "--pipeline", str(pipeline), "--rounds", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    names = [(case["name"], case["step_batch"]) for case in report["cases"]]
+    assert names == [
+        ("sampling alone", 1),
+        ("9 trained steps", 1),
+        ("9 trained steps", 9),
+        ("9 trained steps, KL", 1),
+        ("9 trained steps, KL", 9),
+        ("window of 2", 1),
+        ("window of 2", 2),
+        ("window of 2, no CFG", 1),
+        ("window of 2, no CFG", 2),
+    ]
+    for case in report["cases"]:
+        spent = {name for name, seconds in case["phases"].items() if seconds > 0}
+        assert {"sampling", "decode", "rest"} <= spent
+        assert ({"forward", "backward", "optimizer"} <= spent) == case["trained"]
+        assert ("reference" in spent) == (case["kl_weight"] > 0)
+        assert case["name"] in done.stdout
+    assert report["plain"]["phases"]["encode"] > 0
+
+
+def test_gpu_reports_every_phase_on_a_small_model(tmp_path: Path) -> None:
+    settings, file = tmp_path / "run.yaml", tmp_path / "gpu.json"
+    settings.write_text(CONFIG)
+    done = bench(
+        *("gpu", "--config", str(settings), "--device", "cpu", "--size", "tiny"),
+        *("--rollouts", "1", "--json", str(file), "--sampling.steps", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["images"] == 4
+    assert report["trained_steps"] == 3
+    assert set(report["share"]) == {"sample", "update"}
+    flops = report["flops"]
+    # Forward, recomputed forward, backward of about one forward, and the reference.
+    assert 3.5 < flops["trained_decision"] / flops["forward"] < 5
+    for phase in ("encode prompts", "sample", "decode", "score", "update"):
+        assert report["seconds"][phase] > 0
+        assert phase in done.stdout
+
+
+def test_gpu_without_a_gpu_says_so() -> None:
+    done = bench("gpu", hide_gpus=True)
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stdout
