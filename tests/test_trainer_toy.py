@@ -373,11 +373,12 @@ def test_a_setting_changed_on_resume_is_used_or_refused(tmp_path, key):
         resumed = make(folder, resume="latest", **changes)
     except ConfigError:
         return
-    group = resumed.optimizer.param_groups[0]
+    resumed.run()
+    found = rows(folder)[-1]
     used = {
-        "optimizer__lr": group["lr"],
-        "optimizer__weight_decay": group["weight_decay"],
-        "weight": float(resumed.weighting.state_dict()["weights"][1]),
+        "optimizer__lr": found["policy/lr"],
+        "optimizer__weight_decay": resumed.optimizer.param_groups[0]["weight_decay"],
+        "weight": found["weight/green"] / found["weight/red"],
     }
     assert used[key] == pytest.approx(0.07)
 
@@ -564,7 +565,7 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
 
 def test_evaluation_of_a_single_prompt(tmp_path):
     trainer = make(tmp_path / "run", evaluation__every=2, evaluation__prompts=1)
-    assert len(trainer.heldout) == 1
+    assert len(trainer.heldout.requests) == 1
     found = trainer.evaluate()
     assert found["eval_mean/red"] == pytest.approx(0.5)
     assert not found["eval_sem/red"] > 0  # unknown or 0, but no made-up number
