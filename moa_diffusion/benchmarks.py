@@ -449,8 +449,8 @@ def print_training(report: Mapping[str, Any]) -> None:
     ratios, parts = _table("CPU seconds per image"), _table("Where it goes, in plain calls")
     for column in ("", "steps/forward", "s/image", "x plain call", "target", ""):
         ratios.add_column(column, justify="left" if not column else "right")
-    for column in ("", "steps/forward", *COLUMNS):
-        parts.add_column(column, justify="right" if column else "left")
+    for column in ("", "steps", *COLUMNS):
+        parts.add_column(column, justify="right" if column else "left", no_wrap=True)
     best = {
         name: min(case["ratio"] for case in report["cases"] if case["name"] == name)
         for name in (case["name"] for case in report["cases"])
