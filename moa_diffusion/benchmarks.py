@@ -706,7 +706,6 @@ def _print(*parts: Any) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    # Where the output is no terminal rich assumes 80 columns, too few for the breakdown.
-    console.width = console.width if console.is_terminal else 110
+    console.width = max(console.width, 120)  # less would cut the breakdown's numbers
     for part in parts:
         console.print(part)
