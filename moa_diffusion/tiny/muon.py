@@ -34,10 +34,16 @@ class MuonWithAdamW:
         decay: float = 0.4,
     ) -> None:
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
-        self.matrices = [p for name, p in named if p.ndim > 1 and is_matrix(name)]
-        others = [p for name, p in named if not (p.ndim > 1 and is_matrix(name))]
+        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        others = []
+        for name, parameter in named:
+            if parameter.ndim > 1 and is_matrix(name):
+                by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            else:
+                others.append(parameter)
         self.parameters = [p for _, p in named]
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.matrices = list(by_shape.values())
+        self.momenta = [torch.zeros(len(p), *shape) for shape, p in by_shape.items()]
         self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.lr, self.adam_lr, self.steps, self.decay, self.taken = lr, adam_lr, steps, decay, 0
 
@@ -54,23 +60,35 @@ class MuonWithAdamW:
         self.adam.param_groups[0]["lr"] = self.adam_lr * rate
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
-        for parameter, momentum in zip(self.matrices, self.momenta, strict=True):
-            if parameter.grad is None:
-                continue
-            momentum.lerp_(parameter.grad, 0.1)
-            update = orthogonal(parameter.grad.lerp(momentum, 0.9).flatten(1))  # [out, in]
-            scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-            parameter.add_(update.view_as(parameter), alpha=-self.lr * rate * scale)
+        for parameters, momentum in zip(self.matrices, self.momenta, strict=True):
+            gradient = torch.stack([_gradient(p).flatten(1) for p in parameters])  # [M, out, in]
+            momentum.lerp_(gradient, 0.1)
+            updates = orthogonal(gradient.lerp(momentum, 0.9))
+            scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.add_(update.view_as(parameter), alpha=-self.lr * rate * scale)
         self.taken += 1
 
 
-def orthogonal(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Nearly the nearest orthogonal matrix (singular values 0.7 to 1.2), by Newton-Schulz."""
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Nearly the nearest orthogonal matrices (singular values 0.7 to 1.2), by Newton-Schulz.
+
+    Args:
+        matrices: `[M, out, in]`. One call for many of a shape is three times as fast as many calls.
+        iterations: Of the quintic iteration, in bfloat16.
+
+    Returns:
+        `[M, out, in]`, float32.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
     for _ in range(iterations):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

@@ -1,0 +1,151 @@
+"""The shipped pipeline: complete, small, loaded by plain diffusers, drawing what is asked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moa_diffusion.tiny import PIPELINE_PATH
+from moa_diffusion.tiny.scenes import COLOURS
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+
+
+def load(path: Path):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load(PIPELINE_PATH)
+
+
+def draw(pipeline, prompts: list[str], **options) -> np.ndarray:
+    """Pictures `[N, 64, 64, 3]` in 0 to 1 from seed 0."""
+    options = {"guidance_scale": 1.0, "max_sequence_length": 16} | options
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        prompts,
+        num_inference_steps=STEPS,
+        generator=generator,
+        output_type="np",
+        **options,
+    ).images
+
+
+def test_importing_the_package_is_light() -> None:
+    check = (
+        "import sys, moa_diffusion.tiny; "
+        "print({'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "diffusers" not in done.stdout
+    assert "transformers" not in done.stdout
+    assert "matplotlib" not in done.stdout
+
+
+def test_files_are_small() -> None:
+    assert sum(file.stat().st_size for file in PIPELINE_PATH.rglob("*")) <= 10e6
+
+
+def test_loads_complete_without_warnings() -> None:
+    check = (
+        "import sys; from diffusers import StableDiffusion3Pipeline as P; "
+        "P.from_pretrained(sys.argv[1], local_files_only=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", check, str(PIPELINE_PATH)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    for complaint in ("warn", "not used", "newly initialized", "MISSING", "UNEXPECTED"):
+        assert complaint.lower() not in done.stderr.lower()
+
+
+def test_every_weight_is_in_one_type(pipeline) -> None:
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    for part in parts:
+        model = getattr(pipeline, part)
+        assert model.dtype == torch.float32
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_is_a_stable_diffusion_3_5(pipeline) -> None:
+    assert pipeline.vae_scale_factor == 8
+    assert pipeline.vae.config.latent_channels == pipeline.transformer.config.in_channels == 16
+    assert pipeline.transformer.config.qk_norm == "rms_norm"
+    assert pipeline.scheduler.config.shift == 3.0
+
+
+def test_draws_shapes_in_their_colours(pipeline) -> None:
+    asked = [("red", "blue"), ("white", "black"), ("green", "yellow"), ("orange", "purple")]
+    images = draw(pipeline, [f"a {a} circle on a {b} background" for a, b in asked])
+    assert images.shape == (4, 64, 64, 3)
+    assert np.isfinite(images).all()
+    for image, (colour, background) in zip(images, asked, strict=True):
+        for patch, name in ((image[28:36, 28:36], colour), (image[1:5, 1:5], background)):
+            error = np.median(patch.reshape(-1, 3), axis=0) * 255 - COLOURS[name]
+            assert np.abs(error).mean() < 40
+
+
+def test_guidance_and_the_empty_prompt_work(pipeline) -> None:
+    images = draw(pipeline, ['a blue sign that says "GO"'], guidance_scale=4.5)
+    assert np.isfinite(images).all()
+    assert np.isfinite(draw(pipeline, [""])).all()
+
+
+def test_padding_hardly_matters(pipeline) -> None:
+    prompts = ['a blue sign that says "STOP"', "a red star on a white background"]
+    short, default = draw(pipeline, prompts), draw(pipeline, prompts, max_sequence_length=256)
+    assert np.abs(short - default).mean() < 0.05
+
+
+def test_signs_can_be_read(pipeline) -> None:
+    rapidocr = pytest.importorskip("rapidocr")
+    engine = rapidocr.RapidOCR(
+        params={
+            "Global.use_cls": False,
+            "Global.text_score": 0.0,
+            "Global.log_level": "error",
+            "Det.limit_type": "min",
+            "Det.limit_side_len": 192,
+        }
+    )
+    words = ["GO", "BUS", "CAT", "TAX", "STOP", "PARK", "HOT", "OPEN"]
+    images = draw(pipeline, [f'a blue sign that says "{word}"' for word in words])
+    right = 0.0
+    for word, image in zip(words, images, strict=True):
+        found = engine((image[:, :, ::-1] * 255).round().astype(np.uint8))
+        text = "".join(found.txts or ()).upper()
+        right += sum(a == b for a, b in zip(word, text, strict=False)) / len(word)
+    assert right / len(words) > 0.6
+
+
+@pytest.mark.slow
+def test_can_be_rebuilt(tmp_path) -> None:
+    command = "--vae_steps 4 --vae_batch 4 --transformer_steps 4 --transformer_batch 4"
+    done = subprocess.run(
+        [sys.executable, "scripts/make_tiny.py", "--output", str(tmp_path), *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    images = draw(load(tmp_path), ["a red circle on a blue background"])
+    assert images.shape == (1, 64, 64, 3)
+    assert np.isfinite(images).all()
