@@ -131,6 +131,7 @@ def trainer(settings: Config) -> Trainer:
     if resumed is not None:
         built.load_state_dict(checkpoint.load_state(resumed))
         logger.info("Resumed from %s after %d rollouts.", resumed, built.completed)
+    comm.barrier()  # every process has looked for another run in the folder
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")

@@ -93,10 +93,9 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"resume: `{path}` is damaged ({type(error).__name__}: {error}). An older checkpoint "
             "of the run can be named instead."
         ) from error
-    if state.get("version") != VERSION:
-        raise ConfigError(
-            f"resume: `{path}` should have version {VERSION}. Found {state.get('version')}."
-        )
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != VERSION:
+        raise ConfigError(f"resume: `{path}` should have version {VERSION}. Found {version}.")
     return state
 
 
@@ -149,6 +148,8 @@ def forget_after(run: Path, step: int) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
+    """Delete all but the newest ``keep`` checkpoints (0 keeps all), and half-written ones."""
     for folder in list_checkpoints(run)[:-keep] if keep else []:
         shutil.rmtree(folder)
+    for partial in run.glob("checkpoints/.step-*.partial"):  # of a process that was killed
+        shutil.rmtree(partial)

@@ -47,6 +47,10 @@ class Comm(Protocol):
         """Wait for all ranks."""
         ...
 
+    def close(self) -> None:
+        """Leave; nothing can be exchanged afterwards."""
+        ...
+
 
 def local_slice(values: S, comm: Comm) -> S:
     """This rank's contiguous share of a global tensor or tuple of length N.
@@ -83,6 +87,9 @@ class LocalComm:
         return flag
 
     def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -125,3 +132,7 @@ class AccelerateComm:
 
     def barrier(self) -> None:
         self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Let the trackers finish writing and leave the process group."""
+        self._accelerator.end_training()

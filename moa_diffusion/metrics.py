@@ -96,11 +96,6 @@ class RunLog:
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
 
-    def close(self) -> None:
-        """Let the trackers finish writing."""
-        if self._accelerator is not None:
-            self._accelerator.end_training()
-
     def _scores_path(self, step: int) -> Path:
         return self.folder / "scores" / f"step-{step:06d}.jsonl"
 
@@ -117,7 +112,7 @@ def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -
     mean_weight = weights if weights.ndim == 1 else weights.mean(1)
     columns = {
         "weight": mean_weight / mean_weight.abs().sum(),
-        "share": variance_share(advantages, weights),
+        "share": variance_share(advantages, weights, applies),
         "zero_variance": zero_variance_fraction(rewards),
         "applies": applies.double().mean(1),
     }

@@ -72,7 +72,12 @@ class Steps:
             kind: ``gaussian``, the true KL ``|difference of means|^2 / 2 std^2``; ``dt_free``, the
                 same times the step's length, as Flow-GRPO's code has it; ``velocity``, the mean
                 squared difference of the velocities, which weighs all steps alike.
+
+        Raises:
+            ValueError: for another kind.
         """
+        if kind not in KL_KINDS:
+            raise ValueError(f"Parameter `kind` should be one of {KL_KINDS}. Found {kind!r}.")
         gap = (v - v_ref).square().flatten(1).mean(1)  # [N]
         if kind == "velocity":
             return gap

@@ -62,12 +62,15 @@ class Scorer:
         texts: Sequence[str] | None = None,
     ) -> Tensor:
         """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply."""
-        batch = RewardBatch(
-            prompts=[request.prompt for request in requests],
-            metadata=[request.metadata for request in requests],
-            images=images,
-            texts=texts,
-        )
+        try:
+            batch = RewardBatch(
+                prompts=[request.prompt for request in requests],
+                metadata=[request.metadata for request in requests],
+                images=images,
+                texts=texts,
+            )
+        except ValueError as error:  # NaN pixels, say: no head can score them
+            raise RewardError(str(error)) from error
         rows = []
         for name, head in self.heads.items():
             start = time.perf_counter()
@@ -77,14 +80,14 @@ class Scorer:
 
     def together(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work on every process; if one fails, all raise instead of waiting for it."""
-        error, result = None, None
+        failure: Exception | None = None
+        result = torch.empty(0)
         try:
             result = work()
-        except RewardError as caught:
-            error = caught
-        if self.comm.any(error is not None):
-            raise error or RewardError("a head failed on another process; its log says which.")
-        assert result is not None
+        except Exception as caught:  # raised below, once the other processes know
+            failure = caught
+        if self.comm.any(failure is not None):
+            raise failure or RewardError("a head failed on another process; its log says which.")
         return result
 
     def close(self) -> None:

@@ -151,8 +151,7 @@ class Trainer:
         applies = ~torch.isnan(rewards.values)  # [K, N]
         scores = combine(advantages, weights, applies)  # [N]
         limit = self.surrogate.advantage_clip
-        advantage = self.normalizer.combined(scores, rewards).clamp(-limit, limit)
-        advantage = torch.where(applies.any(0), advantage, 0.0)  # [N]
+        advantage = self.normalizer.combined(scores, rewards).clamp(-limit, limit)  # [N]
 
         update = self.improve(rollout, local_slice(advantage, self.comm))
         self.completed += 1
@@ -373,7 +372,7 @@ class Trainer:
     def close(self) -> None:
         """Release worker processes, trackers and the process group."""
         self.scorer.close()
-        self.log.close()
+        self.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next rollout depends on, equal on every process."""

@@ -147,7 +147,7 @@ def main(folder: Path) -> None:
     torch.save(trainer.state_dict(), folder / f"rank-{trainer.comm.rank}.pt")
     check_failures(folder)
     trainer.close()
-    torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 # ---------------------------------------------------------------------- tests

@@ -33,7 +33,10 @@ class Normalizer(nn.Module, ABC):
 
     @abstractmethod
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        """Stage 2: the weighted sum ``scores [N]`` to one advantage per sample ``[N]``."""
+        """Stage 2: the weighted mean ``scores [N]`` to one advantage per sample ``[N]``.
+
+        Exactly 0 for a sample to which nothing applies, or whose group has no spread.
+        """
 
 
 class Weighting(nn.Module, ABC):
@@ -54,39 +57,49 @@ class Weighting(nn.Module, ABC):
         """Weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
 
 
-def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
-    """The weighted mean of the objectives that apply to each sample.
+def effective_weights(weights: Tensor, applies: Tensor) -> Tensor:
+    """Weights of each sample over the objectives that apply to it, with absolute sum 1.
 
-    Dividing by the absolute sum of the weights lets methods be compared at the same step size.
+    Dividing by the absolute sum lets methods be compared at the same step size.
+
+    Args:
+        weights: ``[K]`` or ``[K, N]``.
+        applies: ``[K, N]`` bool.
+
+    Returns:
+        ``[K, N]``; zeros for a sample to which no objective with a weight applies.
+    """
+    weights = (weights[:, None] if weights.ndim == 1 else weights) * applies  # [K, N]
+    total = weights.abs().sum(0)  # [N]
+    return weights / torch.where(total > 0, total, 1)
+
+
+def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
+    """The weighted mean of the objectives that apply to each sample: ``[N]``.
 
     Args:
         advantages: ``[K, N]``, 0 where the objective does not apply.
         weights: ``[K]`` or ``[K, N]``.
         applies: ``[K, N]`` bool.
-
-    Returns:
-        ``[N]``; 0 for a sample to which no objective with a weight applies.
     """
-    weights = weights[:, None] if weights.ndim == 1 else weights  # [K, 1] or [K, N]
-    weights = weights * applies  # [K, N]
-    total = weights.abs().sum(0)  # [N]
-    return (weights * advantages).sum(0) / torch.where(total > 0, total, 1)
+    return (effective_weights(weights, applies) * advantages).sum(0)
 
 
-def variance_share(advantages: Tensor, weights: Tensor) -> Tensor:
-    """Each objective's share of the variance of the weighted sum: what decides the gradient.
+def variance_share(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
+    """Each objective's share of the variance of ``combine``: what decides the gradient.
 
-    ``w_k (Cov(z) w)_k / (w' Cov(z) w)``: sums to 1, may be negative for an objective that the
-    others oppose. One objective near 1 is what "variance hijacking" looks like.
+    With constant weights that is ``w_k (Cov(z) w)_k / (w' Cov(z) w)``. The shares sum to 1; one
+    may be negative (an objective that the others oppose). One near 1 is "variance hijacking".
 
     Args:
         advantages: ``[K, N]``, after stage 1.
         weights: ``[K]`` or ``[K, N]``.
+        applies: ``[K, N]`` bool.
 
     Returns:
         ``[K]``; zeros if the sum does not vary.
     """
-    weighted = advantages * (weights[:, None] if weights.ndim == 1 else weights)  # [K, N]
+    weighted = effective_weights(weights, applies) * advantages  # [K, N]
     centred = weighted - weighted.mean(1, keepdim=True)
     parts = centred @ centred.sum(0)  # [K]
     total = parts.sum()

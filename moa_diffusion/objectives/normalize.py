@@ -98,9 +98,10 @@ class Raw(Normalizer):
         return centred
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        groups = rewards.groups if self.std == "group" else torch.zeros_like(rewards.groups)
-        mean, std, _ = group_moments(scores[None], groups)
-        return (scores - mean[0]) / (std[0] + self.eps)
+        if self.std == "batch":
+            return whiten(scores, rewards, self.eps)
+        centred, std = group_centred(_combined(scores, rewards))
+        return centred[0] / (std[0] + self.eps)
 
 
 class GDPO(Normalizer):
@@ -124,7 +125,7 @@ class GDPO(Normalizer):
         return centred / (std + self.eps)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return whiten(scores, self.eps)
+        return whiten(scores, rewards, self.eps)
 
 
 class DualStage(Normalizer):
@@ -168,7 +169,7 @@ class DualStage(Normalizer):
         return centred / torch.where(scale > 0, scale, 1.0)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return whiten(scores, 1e-4)
+        return whiten(scores, rewards, 1e-4)
 
 
 class PromptHistory(Normalizer):
@@ -228,9 +229,28 @@ class PromptHistory(Normalizer):
         self.history = state
 
 
-def whiten(scores: Tensor, eps: float) -> Tensor:
-    """``(S - mean S) / (std S + eps)`` over ``[N]``; population spread."""
-    return (scores - scores.mean()) / (scores.std(correction=0) + eps)
+def whiten(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
+    """``(S - mean S) / (std S + eps)`` over the samples to which anything applies: ``[N]``.
+
+    The mean taken off is the group's. Over groups centred in stage 1 it is the batch's as well;
+    only where an objective applies to a part of a group does it differ, and there the batch's
+    would give a group without any spread an advantage.
+    """
+    centred, _ = group_centred(_combined(scores, rewards))
+    counted = (~torch.isnan(rewards.values)).any(0)
+    spread = (centred[0].square().sum() / counted.sum().clamp(min=1)).sqrt()
+    return centred[0] / (spread + eps)
+
+
+def _combined(scores: Tensor, rewards: RewardMatrix) -> RewardMatrix:
+    """The weighted mean as a matrix of one objective, NaN where nothing applies."""
+    counted = (~torch.isnan(rewards.values)).any(0)
+    return RewardMatrix(
+        names=("combined",),
+        values=torch.where(counted, scores, torch.nan)[None],
+        groups=rewards.groups,
+        prompts=rewards.prompts,
+    )
 
 
 def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:

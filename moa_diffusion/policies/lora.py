@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.policies.merged import MergedForward
+
 ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -56,6 +58,9 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
         model.add_adapter(config)
     for parameter in parameters(model).values():
         parameter.data = parameter.data.float()
+    for layer in layers(model):
+        if layer.base_layer.weight.dtype == torch.float32:
+            layer.forward = MergedForward(layer)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

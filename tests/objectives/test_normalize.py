@@ -275,8 +275,18 @@ def test_moving_average_skips_what_is_unknown():
 
 
 def test_whiten():
-    torch.testing.assert_close(whiten(torch.tensor([0.0, 2.0]), 1.0), torch.tensor([-0.5, 0.5]))
-    torch.testing.assert_close(whiten(torch.full((3,), 7.0), 1e-4), torch.zeros(3))
+    two, three = rewards([[0, 2]]), rewards([[7, 7, 7]])
+    torch.testing.assert_close(
+        whiten(torch.tensor([0.0, 2.0]), two, 1.0), torch.tensor([-0.5, 0.5])
+    )
+    torch.testing.assert_close(whiten(torch.full((3,), 7.0), three, 1e-4), torch.zeros(3))
+
+
+def test_whiten_leaves_out_samples_to_which_nothing_applies():
+    matrix = rewards([[0, 2, torch.nan, torch.nan]])
+    scores = torch.tensor([0.0, 2.0, 0.0, 0.0]).double()
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0]).double()
+    torch.testing.assert_close(whiten(scores, matrix, 1e-12), expected)
 
 
 # ---------------------------------------------------------------------- each one's own numbers

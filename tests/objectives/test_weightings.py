@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_diffusion.objectives.base import Weighting, combine, variance_share
+from moa_diffusion.objectives.base import Weighting, combine
+from moa_diffusion.objectives.base import variance_share as share_where
 from moa_diffusion.objectives.normalize import DualStage, Raw
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
@@ -36,6 +37,11 @@ def stats(rewards: RewardMatrix, step: int = 0) -> ObjectiveStats:
     return ObjectiveStats(
         step=step, rewards=rewards, advantages=advantages, gramian=advantages @ advantages.T
     )
+
+
+def variance_share(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Every objective applies to every sample."""
+    return share_where(advantages, weights, torch.ones_like(advantages, dtype=torch.bool))
 
 
 def rewards_at(step: int) -> RewardMatrix:
@@ -224,3 +230,19 @@ def test_variance_share_of_an_objective_that_the_others_oppose():
     up = torch.tensor([-1.0, 1.0])
     share = variance_share(torch.stack([up * 3, -up]), torch.ones(2))
     torch.testing.assert_close(share, torch.tensor([1.5, -0.5]))
+
+
+def test_variance_share_is_that_of_the_combined_score_where_objectives_are_missing():
+    """Weights are renormalised sample by sample, in the share as in the sum."""
+    generator = torch.Generator().manual_seed(3)
+    advantages = torch.randn(2, 400, generator=generator, dtype=torch.float64)
+    applies = torch.rand(2, 400, generator=generator) < 0.6
+    advantages, weights = advantages * applies, torch.tensor([1.0, 3.0]).double()
+    shares = share_where(advantages, weights, applies)
+    score = combine(advantages, weights, applies)
+    alone = combine(advantages * torch.tensor([[1.0], [0.0]]), weights, applies)
+    expected = ((alone - alone.mean()) * (score - score.mean())).sum() / (
+        (score - score.mean()).square().sum()
+    )
+    torch.testing.assert_close(shares[0], expected)
+    torch.testing.assert_close(shares.sum(), torch.tensor(1.0).double())
