@@ -94,6 +94,7 @@ def trainer(settings: Config) -> Trainer:
             groups=geometry.groups,
             group_size=geometry.group_size,
             seed=settings.seed,
+            shared_start=settings.sampling.shared_start,
         ),
         geometry=geometry,
         comm=comm,

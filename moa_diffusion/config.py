@@ -81,6 +81,7 @@ class SamplingConfig:
         guidance: Classifier-free guidance scale; 1 switches it off and halves the cost.
         sampler: Stochastic step.
         noise_level: Of the stochastic step.
+        shared_start: Whether the samples of a group start from the same noise.
         window: Trained steps per rollout; 0 trains all but the last.
         window_mode: Where the window lies: drawn per rollout, sliding to clean, or at the start.
         window_stay: Rollouts at each place of a sliding window.
@@ -91,6 +92,7 @@ class SamplingConfig:
     guidance: float = 4.5
     sampler: Literal["flow_sde", "cps"] = "flow_sde"
     noise_level: float = 0.7
+    shared_start: bool = False
     window: int = 0
     window_mode: Literal["random", "slide", "first"] = "random"
     window_stay: int = 25

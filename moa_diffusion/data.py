@@ -136,15 +136,24 @@ class GroupSampler:
         groups: P, prompt draws per step.
         group_size: G, siblings per draw.
         seed: the run's seed.
+        shared_start: whether siblings start from the same noise, so that their rewards differ by
+            what the policy did alone (DanceGRPO, arXiv 2505.07818).
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], *, groups: int, group_size: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        groups: int,
+        group_size: int,
+        seed: int,
+        shared_start: bool = False,
     ) -> None:
         self.prompts = tuple(prompts)
         self.groups = groups
         self.group_size = group_size
         self.seed = seed
+        self.shared_start = shared_start
 
     def requests(self, step: int) -> tuple[Request, ...]:
         """All ``N = P * G`` requests of a step, siblings side by side; equal on every rank."""
@@ -155,9 +164,11 @@ class GroupSampler:
                 group=draw,
                 sibling=sibling,
                 seed=derive_seed(self.seed, "sample", step, draw, sibling),
+                start_seed=start,
             )
             for draw in range(step * self.groups, (step + 1) * self.groups)
             for prompt in [self._prompt(draw)]
+            for start in [derive_seed(self.seed, "start", draw) if self.shared_start else None]
             for sibling in range(self.group_size)
         )
 

@@ -174,7 +174,7 @@ class SD3Policy:
         window = self.trained_steps(step)
         embeds = self._embeds([request.prompt for request in requests], self.guidance)
         sources = samplers.generators([request.seed for request in requests])
-        x = samplers.noise(sources, self.latent_shape, self.device)
+        x = self._start(requests, sources)
         latents, log_probs = [], []
         for i, (s, s_next) in enumerate(pairwise(self._sigmas)):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.guidance)
@@ -224,8 +224,7 @@ class SD3Policy:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
         embeds = self._embeds([request.prompt for request in requests], self.eval_guidance)
-        sources = samplers.generators([request.seed for request in requests])
-        x = samplers.noise(sources, self.latent_shape, self.device)
+        x = self._start(requests, samplers.generators([request.seed for request in requests]))
         for s, s_next in pairwise(self._eval_sigmas):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.eval_guidance)
             x = self._steps([samplers.ode(s, s_next)]).mean(x, v)
@@ -283,6 +282,16 @@ class SD3Policy:
         if self.sampler == "cps":
             return samplers.cps(s, s_next, noise_level=self.noise_level)
         return samplers.flow_sde(s, s_next, noise_level=self.noise_level, s_second=self._sigmas[1])
+
+    def _start(self, requests: Sequence[Request], sources: Sequence[torch.Generator]) -> Tensor:
+        """Initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
+        starts = [
+            source
+            if request.start_seed is None
+            else torch.Generator("cpu").manual_seed(request.start_seed)
+            for request, source in zip(requests, sources, strict=True)
+        ]
+        return samplers.noise(starts, self.latent_shape, self.device)
 
     def _steps(self, steps: Sequence[samplers.Step]) -> samplers.Steps:
         return samplers.Steps.of(steps, self.device)
