@@ -43,10 +43,14 @@ METHODS: dict[str, tuple[type[Normalizer], type[Weighting]]] = {
 }
 
 
-def trainer(settings: Config) -> Trainer:
+def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     """Everything a run needs, checked in the order of what checking costs.
 
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
+
+    Args:
+        settings: the configuration.
+        pipeline: a ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
 
     Raises:
         ConfigError: for anything in the configuration that cannot be run.
@@ -64,7 +68,7 @@ def trainer(settings: Config) -> Trainer:
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
     scorer = Scorer(heads(settings), comm)
 
-    model = policy(settings, accelerator.device)
+    model = policy(settings, accelerator.device, pipeline)
     parameters = list(model.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters,
@@ -208,8 +212,8 @@ def heads(settings: Config) -> dict[str, RewardHead]:
     return built
 
 
-def policy(settings: Config, device: torch.device) -> Policy:
-    """The model, on its device.
+def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
+    """The model, on its device; the pipeline is loaded from ``policy.path`` if None.
 
     Raises:
         ConfigError: if the path holds no model of the kind, or a setting does not fit it.
@@ -218,9 +222,10 @@ def policy(settings: Config, device: torch.device) -> Policy:
         return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
     model, sampling = settings.policy, settings.sampling
     path = model_path(settings)
-    pipeline = load_pipeline(
-        path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
-    )
+    if pipeline is None:
+        pipeline = load_pipeline(
+            path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
+        )
     try:
         return SD3Policy(
             pipeline,

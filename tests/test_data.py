@@ -236,3 +236,14 @@ def test_minibatches_hold_siblings_of_every_group_and_change_with_the_step():
         assert Counter(i // 4 for i in part) == dict.fromkeys(range(6), 2)
     first, second = (global_minibatches(geometry, step=step) for step in (0, 1))
     assert first != second
+
+
+def test_siblings_share_their_start_only_when_asked():
+    prompts = [Prompt(text="a"), Prompt(text="b")]
+    options = {"groups": 2, "group_size": 3, "seed": 0}
+    assert {r.start_seed for r in GroupSampler(prompts, **options).requests(4)} == {None}
+    shared = GroupSampler(prompts, shared_start=True, **options).requests(4)
+    starts = [request.start_seed for request in shared]
+    assert starts[:3] == [starts[0]] * 3 and starts[3:] == [starts[3]] * 3
+    assert starts[0] != starts[3]
+    assert len({request.seed for request in shared}) == 6

@@ -67,12 +67,9 @@ class PromptEncoder:
         per_prompt = self._bytes / len(self._memory)
         if self._cache_dir is None and per_prompt * len(wanted) > self._limit:
             return
-        for start in tqdm(
-            range(0, len(wanted), self._batch_size),
-            desc="encode prompts",
-            disable=len(wanted) < 200,
-        ):
-            self(wanted[start : start + self._batch_size])
+        missing = [prompt for prompt in wanted if self._load(prompt) is None]
+        if missing:
+            self._encode(missing, progress=True)
         for name in ENCODERS:
             setattr(self._pipeline, name, None)
         if self._device.type == "cuda":
@@ -89,7 +86,9 @@ class PromptEncoder:
         pooled = torch.stack([row[1] for row in rows if row is not None])
         return embeds.to(self._device), pooled.to(self._device)
 
-    def _encode(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _encode(
+        self, prompts: list[str], *, progress: bool = False
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         if not self.encoders_loaded:
             raise RuntimeError(
                 "The text encoders were released after `prepare`; prompts used later should be "
@@ -101,7 +100,11 @@ class PromptEncoder:
                 encoder.to(self._device)
         entries = {}
         with torch.no_grad():
-            for start in range(0, len(prompts), self._batch_size):
+            for start in tqdm(
+                range(0, len(prompts), self._batch_size),
+                desc="encode prompts",
+                disable=not progress or len(prompts) < 200,
+            ):
                 batch = prompts[start : start + self._batch_size]
                 embeds, _, pooled, _ = self._pipeline.encode_prompt(
                     prompt=batch,

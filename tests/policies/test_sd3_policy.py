@@ -257,3 +257,13 @@ def test_a_path_without_an_sd3_pipeline_is_refused(tmp_path: Any) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigError, match="Found 'FluxPipeline'"):
         load_pipeline(str(tmp_path))
+
+
+def test_siblings_may_share_their_start(make: Any) -> None:
+    policy = make(window=1, window_mode="first", steps=4)
+    apart = requests(2)
+    shared = [Request(prompt=PROMPTS[0], sibling=i, seed=100 + i, start_seed=9) for i in range(2)]
+    first = [policy.sample(asked, step=0).trace["latents"] for asked in (apart, shared)]
+    assert not torch.equal(first[0][0, 0], first[0][1, 0])
+    assert torch.equal(first[1][0, 0], first[1][1, 0])
+    assert not torch.equal(first[1][0, 1], first[1][1, 1]), "the step's noise is each one's own"
