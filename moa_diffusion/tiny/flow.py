@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
     from transformers import PreTrainedTokenizerBase
 
-SIGNS = 0.5  # share of signs among the scenes
+SIGNS = 0.65  # share of signs among the scenes
 _HIDDEN = (".attn", ".ff", ".layers.", ".block.")  # parts of the names of hidden matrices
 LONG_EVERY, LONG = 10, 96  # every tenth update pads T5's prompts to this length
 

@@ -115,8 +115,8 @@ def _jitter(colour: tuple[int, int, int], rng: random.Random, by: int = 6) -> tu
 def _draw_shape(scene: Shape, rng: random.Random) -> Image.Image:
     side = SIZE * OVERSAMPLING
     picture = Image.new("RGB", (side, side), _jitter(COLOURS[scene.background], rng))
-    radius = side * rng.uniform(0.30, 0.36)
-    x, y = (side * (0.5 + rng.uniform(-0.03, 0.03)) for _ in range(2))
+    radius = side * rng.uniform(0.27, 0.38)
+    x, y = (side * (0.5 + rng.uniform(-0.07, 0.07)) for _ in range(2))
     fill = _jitter(COLOURS[scene.colour], rng)
     pen = ImageDraw.Draw(picture)
     match scene.shape:
