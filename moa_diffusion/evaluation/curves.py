@@ -21,11 +21,11 @@ from moa_diffusion.types import Request
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 
 
-def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 8) -> None:
+def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
     """Write a PNG that compares runs of one configuration family.
 
     The pictures are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
-    the first held-out prompts and the evaluation's own seeds: nothing is picked by hand.
+    held-out prompts at even distances and the evaluation's own seeds: nothing is picked by hand.
 
     Args:
         runs: run folders by label; all must have the same rewards and held-out prompts.
@@ -43,7 +43,9 @@ def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 8) -> None:
     settings = {label: config.load(folder / "config.yaml") for label, folder in runs.items()}
     first = next(iter(settings.values()))
     names = list(first.rewards)
-    asked = build.heldout_requests(first)[:shown]
+    asked = [request for request in build.heldout_requests(first) if request.sibling == 0]
+    shown = min(shown, len(asked))
+    asked = [asked[i * len(asked) // shown] for i in range(shown)]
     rows = draw(runs, first, asked)
 
     figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
@@ -59,6 +61,10 @@ def draw(
     runs: Mapping[str, Path], settings: Config, asked: Sequence[Request]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it warns that the text encoders have no adapter
+    logging.disable_progress_bar()
     scorer = Scorer(build.heads(settings), LocalComm())
     folders = {label: checkpoint.find("latest", folder) / "ema" for label, folder in runs.items()}
     rows = {}
@@ -114,7 +120,9 @@ def _pictures(
 ) -> None:
     """Rows models, columns prompts, rewards under each picture."""
     panels = figure.subplots(len(rows), len(asked), squeeze=False)
-    for row, (label, (images, scores)) in zip(panels, rows.items(), strict=True):
+    for number, (row, (label, (images, scores))) in enumerate(
+        zip(panels, rows.items(), strict=True)
+    ):
         for i, panel in enumerate(row):
             panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1), interpolation="bicubic")
             panel.set_xticks([])
@@ -122,7 +130,7 @@ def _pictures(
             panel.set_xlabel(
                 "  ".join(f"{value:.2f}" for value in scores[:, i].tolist()), fontsize=8
             )
-            if row is panels[0]:
+            if number == 0:
                 words = asked[i].prompt.split()
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
