@@ -128,11 +128,11 @@ def _pictures(
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_xlabel(
-                "  ".join(f"{value:.2f}" for value in scores[:, i].tolist()), fontsize=8
+                "  ".join("-" if s != s else f"{s:.2f}" for s in scores[:, i].tolist()), fontsize=8
             )
             if number == 0:
                 words = asked[i].prompt.split()
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)
-    figure.supxlabel(f"under each picture: {', '.join(names)}", fontsize=9)
+    figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
