@@ -40,7 +40,10 @@ def main() -> int:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
 
-    from moa_diffusion import benchmarks, config
+    from moa_diffusion import config
+    from moa_diffusion.benchmarks.gpu import measure_gpu
+    from moa_diffusion.benchmarks.tables import print_gpu, print_training
+    from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
 
     if not cpu and not torch.cuda.is_available():
@@ -48,11 +51,11 @@ def main() -> int:
         return 2
     try:
         if options.command == "train":
-            show = benchmarks.print_training
-            report = benchmarks.measure_training(options.pipeline, rounds=options.rounds)
+            show = print_training
+            report = measure_training(options.pipeline, rounds=options.rounds)
         else:
-            show = benchmarks.print_gpu
-            report = benchmarks.measure_gpu(
+            show = print_gpu
+            report = measure_gpu(
                 config.load(options.config, overrides),
                 size=options.size,
                 device=options.device,

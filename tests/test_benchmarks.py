@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion import benchmarks
-from moa_diffusion.benchmarks import REST, SMALLEST, Phases, random_pipeline
+from moa_diffusion.benchmarks import pipelines
+from moa_diffusion.benchmarks.phases import REST, Phases
+from moa_diffusion.benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -98,8 +99,8 @@ def test_random_pipelines_are_equal_for_equal_seeds_and_leave_the_generator() ->
 def test_the_full_size_has_the_published_number_of_parameters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(benchmarks, "_made", lambda *_: torch.device("meta"))
-    pipeline = random_pipeline(benchmarks.MEDIUM)
+    monkeypatch.setattr(pipelines, "made_as", lambda *_: torch.device("meta"))
+    pipeline = random_pipeline(MEDIUM)
     encoders = [getattr(pipeline, f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
     parts = [pipeline.transformer, *encoders, pipeline.vae]
     counts = [sum(p.numel() for p in part.parameters()) for part in parts]

@@ -15,7 +15,7 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
-    ("evaluation/*", "benchmarks"),
+    ("evaluation/*", "benchmarks/*"),
     ("build",),
     ("tiny/*",),
     ("trainer",),

@@ -1,0 +1,90 @@
+"""Accounts of time and memory by phase, and the machine that they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+REST = "rest"
+Label = str | Callable[[], str]  # a function is asked at each call
+
+
+class Phases:
+    """Accounts in which each second belongs to the innermost phase, so that they add up.
+
+    Args:
+        clock: seconds.
+        peak: reads the peak memory since the last reading, in bytes, and starts anew.
+    """
+
+    def __init__(self, clock: Callable[[], float], peak: Callable[[], int] | None = None) -> None:
+        self._clock, self._peak = clock, peak
+        self._open = [REST]
+        self._mark = clock()
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}  # bytes, over all of the phase's visits
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        self._account()
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def inside(self, label: str) -> bool:
+        """Whether the phase is open, innermost or not."""
+        return label in self._open
+
+    @contextmanager
+    def phase(self, label: str) -> Iterator[None]:
+        """Within the block time belongs to ``label``, or to a phase inside it."""
+        self._account()
+        self._open.append(label)
+        try:
+            yield
+        finally:
+            self._account()
+            self._open.pop()
+
+    @contextmanager
+    def watching(self, *targets: tuple[object, str, Label]) -> Iterator[None]:
+        """Within the block every call of ``owner.name`` is the phase ``label``.
+
+        Args:
+            targets: (owner, name, label), the owner an object or a module.
+        """
+        with ExitStack() as stack:
+            for owner, name, label in targets:
+                function = getattr(owner, name)
+                stack.callback(setattr, owner, name, function)
+                setattr(owner, name, self._timed(function, label))
+            yield
+
+    def _timed(self, function: Callable[..., Any], label: Label) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(label if isinstance(label, str) else label()):
+                return function(*args, **kwargs)
+
+        return timed
+
+    def _account(self) -> None:
+        now, label = self._clock(), self._open[-1]
+        self.seconds[label] = self.seconds.get(label, 0.0) + now - self._mark
+        self._mark = now
+        if self._peak is not None:
+            self.peaks[label] = max(self.peaks.get(label, 0), self._peak())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on, and how busy it is."""
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }

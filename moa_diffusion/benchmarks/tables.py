@@ -1,0 +1,98 @@
+"""The reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moa_diffusion.benchmarks.gpu import BUILD, PREPARE
+from moa_diffusion.benchmarks.train import COLUMNS, GUIDANCE, STEPS
+
+
+def print_training(report: Mapping[str, Any]) -> None:
+    """Two tables: the ratios, and where the time goes."""
+    machine = report["machine"]
+    _print(
+        f"Pipeline {report['pipeline']}: {report['parameters'] / 1e6:.1f} M parameters in "
+        f"transformer and encoders, {report['resolution']} px, {report['tokens']} T5 tokens. "
+        f"{STEPS} steps, CFG {GUIDANCE}, batch {report['batch']}, one thread; medians of "
+        f"{report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores.",
+        *_training_tables(report),
+    )
+
+
+def _training_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
+    unit = report["plain"]["seconds"]
+    ratios = Table(title="CPU seconds per image")
+    parts = Table(title="Where it goes, in plain calls")
+    for column in ("", "steps/forward", "s/image", "x plain call", "target", ""):
+        ratios.add_column(column, justify="left" if not column else "right")
+    for column in ("", "steps", *COLUMNS):
+        parts.add_column(column, justify="right" if column else "left", no_wrap=True)
+    best: dict[str, float] = {}
+    for case in report["cases"]:
+        best[case["name"]] = min(case["ratio"], best.get(case["name"], case["ratio"]))
+    plain = {"name": "plain call", "ratio": 1.0, "target": None, "trained": False}
+    for row in (plain | report["plain"], *report["cases"]):
+        chosen = row["trained"] and row["ratio"] == best[row["name"]]
+        verdict = "met" if row["target"] and row["ratio"] <= row["target"] else "missed"
+        batch = str(row["step_batch"]) if row["trained"] else ""
+        ratios.add_row(
+            row["name"],
+            batch,
+            f"{row['seconds'] / report['batch']:.4f}",
+            f"{row['ratio']:.2f}",
+            f"<= {row['target']}" if row["target"] else "",
+            f"best: {verdict}" if chosen else "",
+        )
+        shares = [row["phases"][column] / unit for column in COLUMNS]
+        parts.add_row(row["name"], batch, *(f"{s:.3f}" if s else "" for s in shares))
+    return ratios, parts
+
+
+def print_gpu(report: Mapping[str, Any]) -> None:
+    """Seconds, peak memory and share of the matrix rate by phase."""
+    machine, flops = report["machine"], report["flops"]
+    limits = ", ".join(f"{name} {value}" for name, value in report["configured"].items())
+    _print(
+        f"{machine['device']}, torch {machine['torch']}: {report['matrix_rate'] / 1e12:.4g} "
+        f"TFLOP/s in a large bf16 product. {report['size']} pipeline with random weights, "
+        f"{report['parameters'] / 1e9:.4g} B parameters in transformer and encoders, "
+        f"{report['dtype']}.",
+        f"{report['geometry']}. The configuration has {limits}. "
+        f"{report['resolution']} px, {report['trained_steps']} trained steps; "
+        f"{report['rollouts']} rollouts after a warm-up.",
+        _gpu_table(report),
+        f"{report['images_per_second']:.3g} images/s sampled, scored and trained. One denoising "
+        f"step takes {flops['forward'] / 1e12:.4g} TFLOP per image, one trained decision "
+        f"{flops['trained_decision'] / 1e12:.4g}. {report['prompts_encoded']} prompts encoded. "
+        f"On-policy check: {report['on_policy'] or 'passed'}.",
+    )
+
+
+def _gpu_table(report: Mapping[str, Any]) -> Table:
+    table = Table(title="Per rollout (medians)")
+    for column in ("phase", "seconds", "s/image", "peak GB", "share of bf16 rate"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, seconds in report["seconds"].items():
+        once = name in (BUILD, PREPARE)
+        peak, share = report["peak_bytes"].get(name), report["share"].get(name)
+        table.add_row(
+            f"{name} (once)" if once else name,
+            f"{seconds:.3f}",
+            "" if once else f"{seconds / report['images']:.4f}",
+            "" if peak is None else f"{peak / 1e9:.1f}",
+            "" if share is None else f"{share:.1%}",
+        )
+    return table
+
+
+def _print(*parts: Any) -> None:
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)  # less would cut the breakdown's numbers
+    for part in parts:
+        console.print(part)
