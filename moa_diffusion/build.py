@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 
 from moa_diffusion import checkpoint, config, tiny
 from moa_diffusion.config import Config
@@ -61,6 +62,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     prompts = read_prompts(_prompt_file(settings.prompts.train), column=settings.prompts.column)
     asked = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
+    check_trackers(settings.log.trackers)
     accelerator = make_accelerator(settings)
     comm = AccelerateComm(accelerator)
     geometry = solve_geometry(settings, comm.world_size)
@@ -113,7 +115,11 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
             advantage_clip=settings.loss.advantage_clip,
             kl_weight=settings.loss.kl_weight,
             max_grad_norm=settings.optimizer.max_grad_norm,
-            ratio_tolerance=settings.loss.ratio_tolerance,
+            ratio_tolerance=(
+                0.5 * settings.loss.clip_range
+                if settings.loss.ratio_tolerance is None
+                else settings.loss.ratio_tolerance
+            ),
             max_skipped=settings.loss.max_skipped,
         ),
         schedule=Schedule(
@@ -139,7 +145,10 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     comm.barrier()  # every process has looked for another run in the folder
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
+        saved = dataclasses.replace(settings, resume=None)  # so that it starts a run elsewhere
+        partial = folder / "config.yaml.tmp"
+        partial.write_text(config.to_yaml(saved), encoding="utf-8")
+        partial.replace(folder / "config.yaml")
     if settings.log.trackers:
         accelerator.init_trackers("moa_diffusion", config=flat(settings))
     return built
@@ -154,19 +163,18 @@ def run_folder(settings: Config) -> Path | None:
     folder = Path(settings.output_dir)
     if folder.is_file():
         raise ConfigError(f"output_dir: should be a folder. Found the file `{folder}`.")
-    if settings.resume is not None:
-        found = checkpoint.find(settings.resume, folder)
+    found = None if settings.resume is None else checkpoint.find(settings.resume, folder)
+    if found is not None and found.resolve().parent.parent == folder.resolve():
         _report_changes(folder / "config.yaml", settings)
         return found
-    traces = [
-        name for name in ("config.yaml", "metrics.jsonl", "checkpoints") if (folder / name).exists()
-    ]
+    # A config.yaml alone is what a run leaves that ended before its first result.
+    traces = [name for name in ("metrics.jsonl", "checkpoints") if (folder / name).exists()]
     if traces:
         raise ConfigError(
             f"output_dir: should be a new folder. Found another run in `{folder}` "
             f"({', '.join(traces)}). Use another --output_dir, or continue with --resume latest."
         )
-    return None
+    return found
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
@@ -202,6 +210,8 @@ def heads(settings: Config) -> dict[str, RewardHead]:
     """
     built = {}
     for name, options in settings.rewards.items():
+        if "head" in options and "path" in options:
+            raise ConfigError(f"rewards.{name}: should have `head` or `path`. Found both.")
         rest = {k: v for k, v in options.items() if k not in ("weight", "head", "path")}
         try:
             head = create_head(options.get("head", name), options.get("path"), **rest)
@@ -231,7 +241,7 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
             pipeline,
             device=device,
             seed=settings.seed,
-            source=f"{path}@{model.revision}",
+            source=_fingerprint(path, model.revision),
             lora_rank=model.lora.rank,
             lora_alpha=model.lora.alpha,
             target_modules=model.lora.target_modules,
@@ -350,6 +360,33 @@ def _construct(
 def _nearest(name: str, known: Any) -> str:
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _fingerprint(path: str, revision: str | None) -> str:
+    """Names a pipeline's text encoders; another one after files of a local folder changed."""
+    files = sorted(Path(path).glob("text_encoder*/*")) if Path(path).is_dir() else []
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return f"{path}@{revision}:{','.join(stamps)}"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Find out before the models load whether every tracker is known and installed.
+
+    Raises:
+        ConfigError: naming the nearest known tracker, or the package to install.
+    """
+    known = [str(kind) for kind in LoggerType if str(kind) != "all"]
+    installed = [str(kind) for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"log.trackers: unknown tracker {name!r}.{_nearest(name, known)} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        if name not in installed:
+            raise ConfigError(
+                f"log.trackers: {name!r} needs a package that is not installed: pip install {name}"
+            )
 
 
 def _prompt_file(path: str, kind: str = "train") -> Path:

@@ -41,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears as ``target`` only when it is complete.
 
     Files and folder are flushed to the disk before the rename. If the block raises, nothing
-    remains; an older folder of the same name stays until the new one replaces it.
+    remains, and an older folder of the same name is as it was.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

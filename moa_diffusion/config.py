@@ -139,7 +139,8 @@ class LossConfig:
         advantage_clip: Advantages are cut at plus and minus this.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out.
         kl: Kind of KL.
-        ratio_tolerance: Largest absolute log ratio of the on-policy check at the start.
+        ratio_tolerance: Largest absolute log ratio of the on-policy check at the start; half
+            the clip range if null.
         max_skipped: Consecutive updates with non-finite gradients before the run stops.
     """
 
@@ -147,7 +148,7 @@ class LossConfig:
     advantage_clip: float = 5.0
     kl_weight: float = 0.0
     kl: Literal["gaussian", "dt_free", "velocity"] = "gaussian"
-    ratio_tolerance: float = 1e-4
+    ratio_tolerance: float | None = None
     max_skipped: int = 5
 
 
@@ -377,11 +378,16 @@ def check(config: Config) -> None:
         "sampling.noise_level",
         "loss.clip_range",
         "loss.advantage_clip",
-        "loss.ratio_tolerance",
         "optimizer.lr",
         "optimizer.max_grad_norm",
     ):
         _require(config, key, lambda value: value > 0, "positive")
+    _require(
+        config,
+        "loss.ratio_tolerance",
+        lambda value: value is None or value > 0,
+        "positive or null",
+    )
     _require(config, "ema.decay", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(
         config,

@@ -107,8 +107,15 @@ def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
         if path.suffix == ".tsv"
         else csv.DictReader(file)
     )
-    prompts = []
-    for row in reader:
+    prompts: list[Prompt] = []
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            expectation = f"A line should be {path.suffix[1:]}."
+            raise _bad_line(path, reader.line_num, expectation, str(error)) from error
+        if row is None:
+            return prompts
         if None in row or None in row.values():
             raise _bad_line(
                 path,
@@ -117,7 +124,6 @@ def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
                 row,
             )
         prompts.append(_row_to_prompt(path, reader.line_num, row, column))
-    return prompts
 
 
 def _row_to_prompt(path: Path, number: int, row: dict[str, Any], column: str) -> Prompt:

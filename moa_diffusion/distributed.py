@@ -107,6 +107,8 @@ class AccelerateComm:
         self._device = accelerator.device
 
     def gather(self, local: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return local
         gathered: Tensor = self._accelerator.gather(local.to(self._device).contiguous())
         return gathered.to(local.device)
 

@@ -48,16 +48,16 @@ class RunLog:
         self._accelerator, self._main, self._scores = accelerator, main, scores
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line for rollout ``step`` (1 = the first); NaN is written as null."""
+        """Append one line for rollout ``step``, from 1; what is not finite becomes null."""
         if self._main:
             row = {"step": step} | {
-                name: None if math.isnan(value) else value for name, value in values.items()
+                name: value if math.isfinite(value) else None for name, value in values.items()
             }
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._accelerator is not None:
-            finite = {name: value for name, value in values.items() if not math.isnan(value)}
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
             self._accelerator.log(finite, step=step)
 
     def write_scores(

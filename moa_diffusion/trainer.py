@@ -128,6 +128,12 @@ class Trainer:
         self.heldout = heldout
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
+        if weighting.needs_gramian:
+            raise ValueError(
+                "Parameter `weighting` should not need the Gramian of the objectives' gradients: "
+                f"nothing measures it yet. Found {type(weighting).__name__}."
+            )
+
         self.completed = 0  # rollouts finished
         self.updates = 0  # optimizer steps taken
         self._parameters = list(policy.trainable().values())
@@ -233,7 +239,7 @@ class Trainer:
             if kl is not None:
                 losses = losses + settings.kl_weight * kl
                 sums[2] += float((kl.detach() * mask).sum())
-            torch.autograd.backward(self.scaler.scale((losses * mask).sum() / total))
+            torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
             clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
             sums[0] += float(mask.sum())
             sums[1] += float((clipped & mask).sum())
@@ -275,15 +281,15 @@ class Trainer:
         new = torch.cat([self.policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
         gap = ((new - part.log_probs).abs() * part.mask).amax(0)  # [T]
         worst = float(gap.max()) if gap.isfinite().all() else math.inf
-        if self.comm.any(worst > self.surrogate.ratio_tolerance):
+        worst = float(self.comm.gather(torch.tensor([worst])).max())
+        if worst > self.surrogate.ratio_tolerance:
             raise TrainingError(
                 "The policy is not on-policy at the start: log-probs recomputed for training "
-                f"differ from those of sampling by up to {worst:.2e} (decision "
-                f"{int(gap.argmax())} of {len(gap)}; tolerance "
+                f"differ from those of sampling by up to {worst:.2e} (tolerance "
                 f"{self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
                 "a half-precision kernel that depends on the batch size (make "
                 "`trainer.sample_batch` equal `trainer.micro_batch`), dropout that is active, or "
-                "latents rounded between sampling and training. All decisions: "
+                "latents rounded between sampling and training. By decision, on this process: "
                 f"{[f'{value:.1e}' for value in gap.tolist()]}."
             )
         self._ratio_checked = True
@@ -304,18 +310,20 @@ class Trainer:
             Interrupted: after SIGTERM, once the state is saved.
             RewardError, TrainingError: after the state is saved.
         """
-        asked = self.heldout.requests if self.heldout else ()
-        self.policy.prepare(
-            [prompt.text for prompt in self.sampler.prompts] + [request.prompt for request in asked]
-        )
         bar = tqdm(
             total=self.schedule.steps,
             initial=self.completed,
             desc="rollouts",
             disable=not self.progress,
         )
+        asked = self.heldout.requests if self.heldout else ()
         with self._sigterm(), bar:
             try:
+                self.policy.prepare(
+                    [prompt.text for prompt in self.sampler.prompts]
+                    + [request.prompt for request in asked]
+                )
+                self._leave_if_stopped()
                 if self.heldout and self.completed == 0:
                     self.log.write(0, self.evaluate() | self._take_seconds())
                 while self.completed < self.schedule.steps:
@@ -335,7 +343,7 @@ class Trainer:
         metrics = self.step()
         last = self.completed == self.schedule.steps
         try:
-            if self.heldout and self._due(self.schedule.evaluate_every, last):
+            if self.heldout and (last or self._due(self.schedule.evaluate_every)):
                 metrics |= self.evaluate()
         finally:  # an evaluation that fails or is cut short loses nothing but itself
             metrics |= self._take_seconds() | {"seconds/total": time.perf_counter() - start}
@@ -349,16 +357,16 @@ class Trainer:
                 f"The last {self._skipped_in_a_row} updates had non-finite gradients. "
                 "A smaller `optimizer.lr` or `policy.dtype: bfloat16` may help."
             )
-        if self._due(self.schedule.checkpoint_every, last):
+        if last or self._due(self.schedule.checkpoint_every):
             self.save()
 
-    def _due(self, every: int, last: bool) -> bool:
-        return bool(every) and (last or self.completed % every == 0)
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.completed % every == 0
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last completed rollout."""
         folder = checkpoint.step_folder(self.folder, self.completed)
-        if self.comm.rank == 0:
+        if self.comm.rank == 0 and not (folder / checkpoint.STATE).is_file():
             with checkpoint.atomic_folder(folder) as partial:
                 self.policy.save(partial)
                 (partial / "ema").mkdir()
@@ -421,7 +429,8 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, options, strict=True):
             group.update(values)
         self.updates = state["updates"]
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run was in float16
+            self.scaler.load_state_dict(state["scaler"])
         self.ema.load_state_dict(state["ema"])
         self.normalizer.load_state_dict(state["normalizer"])
         self.weighting.load_state_dict(state["weighting"])

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -269,6 +270,8 @@ def _import_target(path: str) -> Target:
 
 
 def _import_module(place: str, path: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # a script's own folder stands there instead
+        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:

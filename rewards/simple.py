@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ from rewards.text import without_quotes
 
 # Pixels handled at once; keeps the temporaries of large batches near 100 MB.
 _CHUNK = 2_000_000
+
+
+def _in_chunks(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """``score`` of ``images [N, 3, H, W]``, a few at a time: ``[N]``."""
+    size = max(1, _CHUNK // (images.shape[-1] * images.shape[-2]))
+    return torch.cat([score(part) for part in images.split(size)])
 
 
 @register("jpeg_compressibility")
@@ -71,7 +77,11 @@ class Colourfulness(RewardHead):
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Returns M3, `[N]`."""
-        r, g, b = batch.uint8().flatten(2).double().unbind(1)  # [N, HW] each
+        return _in_chunks(self._score, batch.uint8())
+
+    @staticmethod
+    def _score(images: Tensor) -> Tensor:
+        r, g, b = images.flatten(2).double().unbind(1)  # [N, HW] each
         rg = r - g
         yb = 0.5 * (r + g) - b
         std = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
@@ -103,6 +113,10 @@ class Sharpness(RewardHead):
             raise ValueError(
                 f"Images should be at least 3 x 3 pixels. Found shape {list(images.shape)}."
             )
+        return _in_chunks(self._score, images)
+
+    @staticmethod
+    def _score(images: Tensor) -> Tensor:
         weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.double, device=images.device)
         y = torch.einsum("nchw,c->nhw", images.double(), weights)
         ring = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:]

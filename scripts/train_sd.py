@@ -6,31 +6,39 @@ accelerate launch scripts/train_sd.py --config configs/tiny_dual_stage.yaml
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 
 def main() -> int:
-    """Train, and return the exit status: 0 also after SIGTERM, 1 for an error with a message."""
+    """Train; returns the exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input."""
     from moa_diffusion import build, config
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.trainer import Interrupted, TrainingError
     from moa_diffusion.types import ConfigError
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if main_process else logging.ERROR,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
     try:
         trainer = build.trainer(config.parse())
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, ImportError) as error:
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    # Of these all processes know; after any other error the others may be waiting for this one,
+    # and leaving the group in good order would wait for them.
     try:
         trainer.run()
     except Interrupted as stop:
         print(f"{stop} {' '.join(stop.__notes__)}", file=sys.stderr)
     except (RewardError, TrainingError) as error:
         print(f"error: {error}\n{' '.join(error.__notes__)}", file=sys.stderr)
-        return 1
-    finally:
         trainer.close()
+        return 1
+    trainer.close()
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["ACCELERATE_USE_CPU"] = "true"  # what tests compare to the bit is the CPU's
 os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes that tests start
 
 import torch

@@ -207,6 +207,9 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a red circle"}\n{"text": 1}\n')
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "hollow").mkdir()
+    index = tiny.PIPELINE_PATH / "model_index.json"
+    (tmp_path / "hollow" / "model_index.json").write_text(index.read_text())
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text("")
     cases = [
@@ -221,6 +224,7 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
         (["--resume", "latest"], "'latest' needs a checkpoint"),
         (["--resume", "nowhere"], "Found no state.pt in `nowhere`"),
         (["--policy.path", "other"], "should be a Stable Diffusion 3 pipeline. Found 'FluxPipe"),
+        (["--policy.path", "hollow"], "policy.path: the weights in 'hollow' are missing or dam"),
         (["--policy.path", "nothing/there"], "policy.path: should be a folder with"),
         (["--objectives.method", "gdp"], "unknown method 'gdp'. Did you mean 'gdpo'?"),
         (["--sampling.resolution", "60"], "sampling.resolution: should be a multiple of 16"),
@@ -243,6 +247,14 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
         assert message in log, (options, log)
         assert "Traceback" not in log, (options, log)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_is_found_in_a_module_of_the_working_folder(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def one(images, prompts):\n    return [1.0] * len(prompts)")
+    run = tmp_path / "run"
+    done = train(config, run, "--rewards.mine.path=mine:one", "--trainer.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(run / "metrics.jsonl")[0]["reward_mean/mine"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -464,7 +464,7 @@ def broken_log_probs(trainer: Trainer, change: Callable[[torch.Tensor], torch.Te
 
 @pytest.mark.parametrize("change", [lambda x: x + 1e-3, lambda x: x * math.nan])
 def test_log_probs_that_differ_from_sampling_stop_the_run_at_once(tmp_path, change):
-    trainer = make(tmp_path / "run")
+    trainer = make(tmp_path / "run", loss__ratio_tolerance=1e-4)
     broken_log_probs(trainer, change)
     with pytest.raises(TrainingError, match="not on-policy") as caught:
         trainer.run()
@@ -476,13 +476,13 @@ def test_log_probs_that_differ_from_sampling_stop_the_run_at_once(tmp_path, chan
 
 
 def test_the_on_policy_check_looks_at_every_decision(tmp_path):
-    trainer = make(tmp_path / "run", sampling__steps=3)
+    trainer = make(tmp_path / "run", sampling__steps=3, loss__ratio_tolerance=1e-4)
     log_probs = trainer.policy.log_probs
     trainer.policy.log_probs = lambda rollout, steps, with_kl=False: (
         log_probs(rollout, steps)[0] + (5e-3 if steps.start == 2 else 0.0),
         None,
     )
-    with pytest.raises(TrainingError, match="decision 2 of 3"):
+    with pytest.raises(TrainingError, match=r"By decision.*'0.0e\+00', '0.0e\+00', '5.0e-03'"):
         trainer.run()
 
 
@@ -611,3 +611,33 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         make(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+
+
+def test_half_the_clip_range_is_the_tolerance_by_default(tmp_path):
+    assert make(tmp_path / "a", loss__clip_range=1e-3).surrogate.ratio_tolerance == 5e-4
+    told = make(tmp_path / "b", loss__clip_range=1e-3, loss__ratio_tolerance=1e-5)
+    assert told.surrogate.ratio_tolerance == 1e-5
+
+
+def test_a_checkpoint_is_written_at_the_end_in_any_case(tmp_path):
+    trainer = make(tmp_path / "run", checkpoint__every=0)
+    trainer.run()
+    assert checkpoint.step_folder(tmp_path / "run", trainer.completed).is_dir()
+
+
+def test_resuming_into_the_folder_of_another_run_is_refused(tmp_path):
+    for name in ("one", "other"):
+        make(tmp_path / name).run()
+    saved = checkpoint.list_checkpoints(tmp_path / "one")[0]
+    before = checkpoint.list_checkpoints(tmp_path / "other")
+    with pytest.raises(ConfigError, match="Found another run"):
+        make(tmp_path / "other", resume=str(saved))
+    assert checkpoint.list_checkpoints(tmp_path / "other") == before
+    assert make(tmp_path / "new", resume=str(saved)).completed > 0
+
+
+def test_a_tracker_that_is_unknown_or_missing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
+        make(tmp_path / "run", log__trackers=["tensorbord"])
+    with pytest.raises(ConfigError, match="pip install clearml"):
+        make(tmp_path / "run", log__trackers=["clearml"])

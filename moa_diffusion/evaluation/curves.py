@@ -96,7 +96,7 @@ def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None
             metrics = read_metrics(folder / "metrics.jsonl")
             train = [(row["step"], row[f"reward_mean/{name}"]) for row in metrics if row["step"]]
             panel.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
-            heldout = [row for row in metrics if f"eval_mean/{name}" in row]
+            heldout = [row for row in metrics if row.get(f"eval_sem/{name}") is not None]
             steps = [row["step"] for row in heldout]
             mean = torch.tensor([row[f"eval_mean/{name}"] for row in heldout])
             error = torch.tensor([row[f"eval_sem/{name}"] for row in heldout])

@@ -53,7 +53,7 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
         init_lora_weights="gaussian",
         target_modules=list(target_modules),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
     for parameter in parameters(model).values():

@@ -41,6 +41,7 @@ def load_pipeline(
         ConfigError: before any weight is read, if there is no pipeline or one of another class.
     """
     from diffusers import StableDiffusion3Pipeline
+    from safetensors import SafetensorError
 
     try:
         index = StableDiffusion3Pipeline.load_config(path, revision=revision)
@@ -55,9 +56,13 @@ def load_pipeline(
             f"Found {index.get('_class_name')!r} in {path!r}."
         )
     load: Any = StableDiffusion3Pipeline.from_pretrained
-    pipeline = load(
-        path, revision=revision, dtype={"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
-    )
+    kinds = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
+    try:
+        pipeline = load(path, revision=revision, dtype=kinds)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"policy.path: the weights in {path!r} are missing or damaged: {error}"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
