@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from moa_diffusion import tiny
+from moa_diffusion.evaluation.curves import picture
 from moa_diffusion.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +34,11 @@ FAST = {
     "optimizer": {"lr": 1e-3},
     "trainer": {
         "steps": 3,
-        "groups": 2,
+        "groups": 4,
         "group_size": 4,
         "updates": 2,
         "sample_batch": 4,
-        "micro_batch": 2,
+        "micro_batch": 8,
     },
     "evaluation": {"every": 0},
     "checkpoint": {"every": 1, "keep": 0},
@@ -115,12 +117,17 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["trainer"]["steps"] == 2
     assert resolved["loss"]["advantage_clip"] == 5.0
-    assert len((run / "scores" / "step-000002.jsonl").read_text().splitlines()) == 8
+    assert len((run / "scores" / "step-000002.jsonl").read_text().splitlines()) == 16
     assert (run / "samples" / "step-000000.png").stat().st_size > 0
     assert list((run / "trackers").rglob("events.out.tfevents.*"))
     saved = run / "checkpoints" / "step-000002"
     assert (saved / WEIGHTS).is_file()
     assert (saved / "ema" / WEIGHTS).is_file()
+
+    picture({"mine": run}, tmp_path / "picture.png", shown=3)
+    with Image.open(tmp_path / "picture.png") as drawn:
+        assert drawn.width > 400
+        assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 1000
 
 
 def test_one_and_two_processes_and_any_micro_batch_end_alike(config: Path, tmp_path: Path) -> None:
@@ -128,7 +135,7 @@ def test_one_and_two_processes_and_any_micro_batch_end_alike(config: Path, tmp_p
     for run, processes, options in (
         (one, 1, ()),
         (two, 2, ()),
-        (cut, 1, ("--trainer.micro_batch", "1")),
+        (cut, 1, ("--trainer.micro_batch", "2")),
     ):
         done = train(config, run, *options, processes=processes)
         assert done.returncode == 0, done.stderr
@@ -259,7 +266,7 @@ def test_a_reward_is_found_in_a_module_of_the_working_folder(config: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("function", "message", "saved"),
-    [("short", "shape [8]. Found [1]", 0), ("infinite", "Found inf", 1)],
+    [("short", "shape [16]. Found [1]", 0), ("infinite", "Found inf", 1)],
 )
 def test_a_failing_reward_stops_the_run_after_saving(
     config: Path, tmp_path: Path, function: str, message: str, saved: int
@@ -279,7 +286,7 @@ def test_a_failing_reward_stops_the_run_after_saving(
 def test_print_config_is_a_config(config: Path) -> None:
     done = train(config, config.parent / "run", "--print_config")
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["trainer"]["groups"] == 2
+    assert yaml.safe_load(done.stdout)["trainer"]["groups"] == 4
 
 
 def test_shipped_prompts_are_named_tiny() -> None:

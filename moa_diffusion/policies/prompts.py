@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -63,63 +64,74 @@ class PromptEncoder:
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode these and the empty prompt; drop the encoders if everything could be kept."""
         wanted = list(dict.fromkeys(["", *prompts]))
-        self(wanted[:1])
-        per_prompt = self._bytes / len(self._memory)
-        if self._cache_dir is None and per_prompt * len(wanted) > self._limit:
-            return
         missing = [prompt for prompt in wanted if self._load(prompt) is None]
-        if missing:
-            self._encode(missing, progress=True)
-        for name in ENCODERS:
-            setattr(self._pipeline, name, None)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not missing:
+            self._drop()
+            return
+        with self._on_device():
+            self._encode(missing[:1])
+            per_prompt = self._bytes / len(self._memory)
+            if self._cache_dir is None and per_prompt * len(wanted) > self._limit:
+                return
+            self._encode(missing[1:], progress=len(missing) > 200)
+            self._drop()  # here, so that nothing is copied back first
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings ``[n, L, D]`` and pooled embeddings ``[n, E]`` of n prompts, on the device."""
         found = {prompt: self._load(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, entry in found.items() if entry is None]
         if missing:
-            found.update(self._encode(missing))
+            with self._on_device():
+                found.update(self._encode(missing))
         rows = [found[prompt] for prompt in prompts]
         embeds = torch.stack([row[0] for row in rows if row is not None])
         pooled = torch.stack([row[1] for row in rows if row is not None])
         return embeds.to(self._device), pooled.to(self._device)
 
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Within the block the encoders are on the device."""
+        self._move(self._device)
+        try:
+            yield
+        finally:
+            self._move(torch.device("cpu"))
+
+    def _drop(self) -> None:
+        for name in ENCODERS:
+            setattr(self._pipeline, name, None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _move(self, device: torch.device) -> None:
+        for name in ENCODERS:
+            if (encoder := getattr(self._pipeline, name)) is not None:
+                encoder.to(device)
+
+    @torch.no_grad()
     def _encode(
         self, prompts: list[str], *, progress: bool = False
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        if not self.encoders_loaded:
+        if prompts and not self.encoders_loaded:
             raise RuntimeError(
                 "The text encoders were released after `prepare`; prompts used later should be "
                 f"announced there. Found {prompts[0]!r} and {len(prompts) - 1} more."
             )
-        encoders = [getattr(self._pipeline, name) for name in ENCODERS]
-        for encoder in encoders:
-            if encoder is not None:
-                encoder.to(self._device)
         entries = {}
-        with torch.no_grad():
-            for start in tqdm(
-                range(0, len(prompts), self._batch_size),
-                desc="encode prompts",
-                disable=not progress or len(prompts) < 200,
-            ):
-                batch = prompts[start : start + self._batch_size]
-                embeds, _, pooled, _ = self._pipeline.encode_prompt(
-                    prompt=batch,
-                    prompt_2=None,
-                    prompt_3=None,
-                    device=self._device,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self._length,
-                )
-                for prompt, e, p in zip(batch, embeds.cpu(), pooled.cpu(), strict=True):
-                    entries[prompt] = (e.clone(), p.clone())
-                    self._store(prompt, *entries[prompt])
-        for encoder in encoders:
-            if encoder is not None:
-                encoder.to("cpu")
+        starts = range(0, len(prompts), self._batch_size)
+        for start in tqdm(starts, desc="encode prompts", disable=not progress):
+            batch = prompts[start : start + self._batch_size]
+            embeds, _, pooled, _ = self._pipeline.encode_prompt(
+                prompt=batch,
+                prompt_2=None,
+                prompt_3=None,
+                device=self._device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self._length,
+            )
+            for prompt, e, p in zip(batch, embeds.cpu(), pooled.cpu(), strict=True):
+                entries[prompt] = (e.clone(), p.clone())
+                self._store(prompt, *entries[prompt])
         return entries
 
     def _load(self, prompt: str) -> tuple[Tensor, Tensor] | None:
