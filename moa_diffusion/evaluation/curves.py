@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -98,8 +99,8 @@ def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None
             panel.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
             heldout = [row for row in metrics if row.get(f"eval_sem/{name}") is not None]
             steps = [row["step"] for row in heldout]
-            mean = torch.tensor([row[f"eval_mean/{name}"] for row in heldout])
-            error = torch.tensor([row[f"eval_sem/{name}"] for row in heldout])
+            mean = numpy.array([row[f"eval_mean/{name}"] for row in heldout])
+            error = numpy.array([row[f"eval_sem/{name}"] for row in heldout])
             panel.plot(steps, mean, color=colour, marker="o", label=label)
             panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
             if heldout and steps[0] == 0:
@@ -124,7 +125,7 @@ def _pictures(
         zip(panels, rows.items(), strict=True)
     ):
         for i, panel in enumerate(row):
-            panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1), interpolation="bicubic")
+            panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="bicubic")
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_xlabel(
