@@ -331,7 +331,7 @@ class Trainer:
                     self._round(bar)
             except (RewardError, TrainingError, Interrupted) as error:
                 folder = self.save()
-                logger.error("Stopped after %d rollouts; saved %s", self.completed, folder)
+                logger.warning("Stopped after %d rollouts; saved %s", self.completed, folder)
                 error.add_note(f"The state after {self.completed} rollouts is in {folder}.")
                 raise
 
