@@ -110,18 +110,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
             accelerator.device.type, enabled=settings.policy.dtype == "float16"
         ),
         ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
-        surrogate=Surrogate(
-            clip_range=settings.loss.clip_range,
-            advantage_clip=settings.loss.advantage_clip,
-            kl_weight=settings.loss.kl_weight,
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            ratio_tolerance=(
-                0.5 * settings.loss.clip_range
-                if settings.loss.ratio_tolerance is None
-                else settings.loss.ratio_tolerance
-            ),
-            max_skipped=settings.loss.max_skipped,
-        ),
+        surrogate=surrogate(settings),
         schedule=Schedule(
             steps=settings.trainer.steps,
             checkpoint_every=settings.checkpoint.every,
@@ -143,15 +132,33 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         built.load_state_dict(checkpoint.load_state(resumed))
         logger.info("Resumed from %s after %d rollouts.", resumed, built.completed)
     comm.barrier()  # every process has looked for another run in the folder
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = dataclasses.replace(settings, resume=None)  # so that it starts a run elsewhere
-        partial = folder / "config.yaml.tmp"
-        partial.write_text(config.to_yaml(saved), encoding="utf-8")
-        partial.replace(folder / "config.yaml")
+    if progress:
+        write_config(settings)
     if settings.log.trackers:
         accelerator.init_trackers("moa_diffusion", config=flat(settings))
     return built
+
+
+def surrogate(settings: Config) -> Surrogate:
+    """Settings of the loss."""
+    tolerance = settings.loss.ratio_tolerance
+    return Surrogate(
+        clip_range=settings.loss.clip_range,
+        advantage_clip=settings.loss.advantage_clip,
+        kl_weight=settings.loss.kl_weight,
+        max_grad_norm=settings.optimizer.max_grad_norm,
+        ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
+        max_skipped=settings.loss.max_skipped,
+    )
+
+
+def write_config(settings: Config) -> None:
+    """Write ``config.yaml`` with all defaults; without ``resume``, so that it starts a run."""
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.yaml.tmp"
+    partial.write_text(config.to_yaml(dataclasses.replace(settings, resume=None)), encoding="utf-8")
+    partial.replace(folder / "config.yaml")
 
 
 def run_folder(settings: Config) -> Path | None:
