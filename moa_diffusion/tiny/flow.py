@@ -129,6 +129,7 @@ def train_transformer(
 
     torch.manual_seed(seed)  # equal weights in every process
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    vae.register_to_config(_name_or_path="")  # or the builder's path would be shipped
     model = TinySD3()
     average = copy.deepcopy(model).requires_grad_(False)
     torch.manual_seed(1000 * seed + rank)
