@@ -26,7 +26,8 @@ class RunLog:
     """Writes one line per rollout to ``metrics.jsonl`` and one file of scores per rollout.
 
     Only the main process writes. Resuming cuts everything after the checkpoint off, so that a run
-    that was interrupted leaves the same files as one that was not.
+    that was killed leaves the same files as one that was not. An evaluation that SIGTERM cut short
+    is not made up: its row keeps the rollout's numbers alone.
 
     Args:
         folder: of the run.
