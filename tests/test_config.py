@@ -83,6 +83,11 @@ def test_files_that_are_no_mapping(tmp_path):
         loaded(tmp_path, "a: [1\n")
 
 
+def test_a_key_given_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"`steps` stands here twice(.|\n)*line 3"):
+        loaded(tmp_path, "trainer:\n  steps: 1\n  steps: 2\n")
+
+
 # ---------------------------------------------------------------------- values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moa_diffusion import build, config
 from moa_diffusion.data import read_prompts
@@ -18,7 +19,7 @@ def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(ROOT)
     settings = config.load(path)
     assert settings.output_dir == f"runs/{path.stem}"
-    assert config.from_dict(config.yaml.safe_load(config.to_yaml(settings))) == settings
+    assert config.from_dict(yaml.safe_load(config.to_yaml(settings))) == settings
     normalizer, weighting = build.objectives(settings)
     assert normalizer.objectives == weighting.objectives == tuple(settings.rewards)
     assert list(build.heads(settings)) == list(settings.rewards)

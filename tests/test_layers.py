@@ -19,10 +19,11 @@ LAYERS = (
     ("build",),
     ("tiny/*",),
     ("trainer",),
+    ("update",),
     ("heldout", "checkpoint"),
     ("policies/*", "scoring", "gradients"),
     ("metrics",),
-    ("objectives/*", "loss", "samplers", "data", "distributed", "config", "ema", "pictures"),
+    ("objectives/*", "loss", "samplers", "data", "distributed", "config/*", "ema", "pictures"),
     ("types",),
     ("moa_diffusion", "rewards/*"),
 )

@@ -1,0 +1,126 @@
+"""Ranges of every value, checked before anything is built."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from moa_diffusion.config.schema import Config
+from moa_diffusion.types import ConfigError
+
+_AT_LEAST: dict[str, float] = {
+    "policy.max_sequence_length": 1,
+    "policy.step_batch": 1,
+    "policy.vae_batch": 1,
+    "policy.lora.rank": 1,
+    "sampling.resolution": 1,
+    "sampling.steps": 2,
+    "sampling.guidance": 0,
+    "sampling.window": 0,
+    "sampling.window_stay": 1,
+    "loss.kl_weight": 0,
+    "loss.max_skipped": 1,
+    "optimizer.weight_decay": 0,
+    "optimizer.warmup": 0,
+    "ema.every": 1,
+    "trainer.steps": 1,
+    "trainer.groups": 1,
+    "trainer.group_size": 2,
+    "trainer.updates": 1,
+    "trainer.sample_batch": 1,
+    "trainer.micro_batch": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "evaluation.every": 0,
+    "evaluation.images_per_prompt": 1,
+    "evaluation.prompts": 0,
+    "evaluation.steps": 1,
+    "evaluation.guidance": 0,
+    "evaluation.pictures": 0,
+}
+_POSITIVE = (
+    "policy.embeds_memory_gb",
+    "sampling.noise_level",
+    "loss.clip_range",
+    "loss.advantage_clip",
+    "optimizer.lr",
+    "optimizer.max_grad_norm",
+)
+_POSITIVE_OR_NULL = ("loss.ratio_tolerance", "policy.lora.alpha")
+
+
+def check(config: Config) -> None:
+    """Check every value's range.
+
+    Raises:
+        ConfigError: for the first value out of range.
+    """
+    for key, bound in _AT_LEAST.items():
+        _require(config, key, partial(operator.le, bound), f"at least {bound}")
+    for key in _POSITIVE:
+        _require(config, key, lambda value: value > 0, "positive")
+    for key in _POSITIVE_OR_NULL:
+        _require(config, key, lambda value: value is None or value > 0, "positive or null")
+    _require(config, "ema.decay", lambda value: 0 <= value < 1, "in [0, 1)")
+    _require(
+        config,
+        "optimizer.betas",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "two numbers in [0, 1)",
+    )
+    _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
+    _check_together(config)
+    _check_rewards(config.rewards)
+
+
+def _check_together(config: Config) -> None:
+    """Values whose range depends on another value."""
+    steps = config.sampling.steps
+    _require(
+        config,
+        "sampling.window",
+        lambda value: value < steps,
+        f"less than sampling.steps = {steps} (the last step is not trained)",
+    )
+    if config.sampling.sampler == "cps":
+        _require(config, "sampling.noise_level", lambda value: value <= 1, "at most 1 for cps")
+    if config.evaluation.every:
+        _require(
+            config,
+            "prompts.heldout",
+            lambda value: value is not None,
+            "a prompt file while evaluation.every is not 0",
+        )
+
+
+def _check_rewards(rewards: dict[str, dict[str, Any]]) -> None:
+    if not rewards:
+        raise ConfigError(
+            "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
+            "Found none."
+        )
+    for name, options in rewards.items():
+        key = f"rewards.{name}"
+        if not isinstance(options, dict):
+            raise ConfigError(f"{key}: should be a mapping of options. Found {options!r}.")
+        weight = options.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise ConfigError(f"{key}.weight: should be a number. Found {weight!r}.")
+        if not math.isfinite(weight):
+            raise ConfigError(f"{key}.weight: should be finite. Found {weight}.")
+        for text in ("head", "path"):
+            if not isinstance(options.get(text, ""), str):
+                raise ConfigError(f"{key}.{text}: should be text. Found {options[text]!r}.")
+
+
+def _require(config: Config, key: str, holds: Callable[[Any], bool], expectation: str) -> None:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: should be finite. Found {value}.")
+    if not holds(value):
+        raise ConfigError(f"{key}: should be {expectation}. Found {value!r}.")

@@ -1,0 +1,223 @@
+"""From command line and YAML file to a checked configuration, strict about every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from moa_diffusion.config.check import check
+from moa_diffusion.config.schema import Config
+from moa_diffusion.types import ConfigError
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Read the command line (``sys.argv`` by default), check every key and value.
+
+    Raises:
+        ConfigError: naming the key, what was expected, and what was found.
+        SystemExit: for ``--help`` and ``--print_config``.
+    """
+    from jsonargparse import ArgumentParser
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _merge_open_mappings(arguments)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(Config, None)
+    try:
+        namespace = parser.parse_args(arguments)
+    except Exception as error:  # argparse and jsonargparse raise several kinds
+        raise ConfigError(" ".join(str(error).split())) from error
+    config = from_dict(namespace.as_dict())
+    _check_nulls(config)
+    check(config)
+    return config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with dotted overrides (``["--seed", "1"]``)."""
+    return parse(["--config", str(path), *overrides])
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Nested dictionaries to dataclasses; keys without a value keep their default."""
+    built: Config = _build(Config, values)
+    return built
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that ``parse`` reads back."""
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return text
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    arguments = {
+        name: _build(hints[name], value)
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
+        else value
+        for name, value in values.items()
+        if name in hints
+    }
+    return kind(**arguments)
+
+
+def _merge_open_mappings(arguments: Sequence[str]) -> list[str]:
+    """Check every key, and gather what is set below open mappings (``rewards``) into one option.
+
+    jsonargparse lets ``--rewards.ocr.weight 2`` replace all other options of ``ocr``; here it
+    changes the one.
+    """
+    rest: list[str] = []
+    open_mappings: dict[str, dict[str, Any]] = {}
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        name, separator, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name.split("=")[0] in ("help", "print_config"):
+            rest.append(argument)
+            continue
+        if not separator and queue and not queue[0].startswith("--"):
+            value, separator = queue.pop(0), " "
+        rest += [argument] if separator != " " else [argument, value]
+        if name == "config":
+            _check_mapping(values := _read_yaml(value))
+            for key, mapping in _open_values(values):
+                open_mappings[key] = _merge(open_mappings.get(key, {}), mapping)
+            continue
+        _check_key(name)
+        opened = next((key for key in _OPEN if f"{name}.".startswith(f"{key}.")), None)
+        if opened is not None:
+            del rest[-1 if separator != " " else -2 :]
+            nested = yaml.safe_load(value) if separator else None
+            for part in reversed(name.removeprefix(opened).split(".")[1:]):
+                nested = {part: nested}
+            if not isinstance(nested, dict):
+                raise ConfigError(f"{name}: should be a mapping. Found {nested!r}.")
+            open_mappings[opened] = _merge(open_mappings.get(opened, {}), nested)
+    return rest + [f"--{key}={json.dumps(mapping)}" for key, mapping in open_mappings.items()]
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Open mappings that a YAML file sets, by dotted key."""
+    found = []
+    for key in _OPEN:
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}: should be a mapping. Found {value!r}.")
+            found.append((key, value))
+    return found
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"config: should be a YAML file. Found no file `{name}`.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: `{name}` should be YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: `{name}` should hold a mapping. Found {values!r}.")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML libraries silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key `{key.value}` stands here twice",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_mapping(values: dict[str, Any], kind: Any = None, prefix: str = "") -> None:
+    """Check the keys of a YAML file, and that sections are mappings."""
+    hints = get_type_hints(Config if kind is None else kind)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        _check_key(key)
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}: should be a mapping of keys. Found {value!r}.")
+            _check_mapping(value, hints[name], f"{key}.")
+
+
+def _check_nulls(config: Any, prefix: str = "") -> None:
+    hints = get_type_hints(type(config))
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            _check_nulls(value, f"{prefix}{name}.")
+        elif value is None and type(None) not in get_args(hints[name]):
+            raise ConfigError(f"{prefix}{name}: should have a value. Found null.")
+
+
+def _check_key(key: str) -> None:
+    """Walk the dataclasses along a dotted key; open mappings accept anything below them."""
+    kind: Any = Config
+    seen = ""
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            if get_origin(kind) is dict:
+                return
+            raise ConfigError(f"{key}: `{seen.rstrip('.')}` holds a value, not a mapping.")
+        hints = get_type_hints(kind)
+        if part not in hints:
+            last = key.rsplit(".", 1)[-1]
+            same = [known for known in _all_keys() if known.split(".")[-1] == last]
+            near = same or difflib.get_close_matches(
+                seen + part, [*(seen + name for name in hints), *_all_keys()], n=1, cutoff=0.5
+            )
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(
+                f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(hints))}."
+            )
+        kind, seen = hints[part], f"{seen}{part}."
+
+
+def _all_keys(kind: Any = None, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(Config if kind is None else kind).items():
+        keys.append(f"{prefix}{name}")
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def _open_keys() -> list[str]:
+    return [key for key in _all_keys() if get_origin(_hint(key)) is dict]
+
+
+def _hint(key: str) -> Any:
+    kind: Any = Config
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part]
+    return kind
+
+
+_OPEN = _open_keys()  # mappings that take any key
