@@ -47,6 +47,10 @@ WORDS = TRAIN_WORDS + HELD_OUT_WORDS
 ALIGNMENT_WORDS = ("SET", "PAST", "SHOP", "HAT")
 
 
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """One plain shape on a plain background."""
@@ -58,7 +62,8 @@ class Shape:
     @property
     def prompt(self) -> str:
         """The sentence that asks for this scene."""
-        return f"a {self.colour} {self.shape} on a {self.background} background"
+        thing, ground = _with_article(self.colour), _with_article(self.background)
+        return f"{thing} {self.shape} on {ground} background"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +76,7 @@ class Sign:
     @property
     def prompt(self) -> str:
         """The sentence that asks for this scene."""
-        return f'a {self.colour} sign that says "{self.word}"'
+        return f'{_with_article(self.colour)} sign that says "{self.word}"'
 
 
 Scene = Shape | Sign
@@ -115,8 +120,8 @@ def _jitter(colour: tuple[int, int, int], rng: random.Random, by: int = 6) -> tu
 def _draw_shape(scene: Shape, rng: random.Random) -> Image.Image:
     side = SIZE * OVERSAMPLING
     picture = Image.new("RGB", (side, side), _jitter(COLOURS[scene.background], rng))
-    radius = side * rng.uniform(0.27, 0.38)
-    x, y = (side * (0.5 + rng.uniform(-0.07, 0.07)) for _ in range(2))
+    radius = side * rng.uniform(0.31, 0.36)
+    x, y = (side * (0.5 + rng.uniform(-0.02, 0.02)) for _ in range(2))
     fill = _jitter(COLOURS[scene.colour], rng)
     pen = ImageDraw.Draw(picture)
     match scene.shape:

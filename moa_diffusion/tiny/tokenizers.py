@@ -1,8 +1,9 @@
 """Tokenizers for the tiny text encoders, built from the vocabulary of the scenes alone.
 
 As in Stable Diffusion 3, two encoders read byte-level BPE with end-of-word marks (CLIP) and one
-reads Unigram pieces (T5). Every word of the prompts' grammar is one token; the quoted word is
-spelled letter by letter, so that a word never seen can still be read. CLIP folds case, T5 keeps it.
+reads Unigram pieces (T5). Every word of the prompts' grammar is one token (but "an", which would
+also join the letters of MAN); the quoted word is spelled letter by letter, so that a word never
+seen can still be read. CLIP folds case, T5 keeps it.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5TokenizerFast
 
 GRAMMAR = ("a", "on", "background", "sign", "that", "says", *COLOURS, *SHAPES)
-MAX_LENGTH = 16  # tokens; the longest prompt of the scenes takes 13
+MAX_LENGTH = 16  # tokens; the longest prompt of the scenes takes 14
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<pad>"
 

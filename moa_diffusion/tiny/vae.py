@@ -53,7 +53,7 @@ def random_scene(rng: random.Random) -> Scene:
     spelling.
     """
     colour, background = rng.sample(list(COLOURS), 2)
-    if rng.random() < 0.25:
+    if rng.random() < 0.35:
         return Shape(colour=colour, shape=rng.choice(SHAPES), background=background)
     if rng.random() < 0.5:
         return Sign(colour=colour, word=rng.choice(TRAIN_WORDS))
