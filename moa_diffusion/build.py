@@ -19,7 +19,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 from moa_diffusion import checkpoint, config, tiny
 from moa_diffusion.config import Config
 from moa_diffusion.data import Geometry, GroupSampler, Prompt, derive_seed, read_prompts
-from moa_diffusion.distributed import AccelerateComm
+from moa_diffusion.distributed import AccelerateComm, Comm
 from moa_diffusion.ema import EMA
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
@@ -27,11 +27,12 @@ from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.scoring import RewardHead, Scorer, create_head
-from moa_diffusion.trainer import Schedule, Surrogate, Trainer
+from moa_diffusion.trainer import Schedule, Trainer
 from moa_diffusion.types import ConfigError, Request
+from moa_diffusion.update import Surrogate, Updater
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,6 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     scorer = Scorer(heads(settings), comm)
 
     model = policy(settings, accelerator.device, pipeline)
-    parameters = list(model.trainable().values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.optimizer.lr,
-        betas=(settings.optimizer.betas[0], settings.optimizer.betas[1]),
-        weight_decay=settings.optimizer.weight_decay,
-    )
-    warmup = settings.optimizer.warmup
     progress = accelerator.is_main_process
     heldout = HeldOut(
         asked,
@@ -104,13 +97,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         ),
         geometry=geometry,
         comm=comm,
-        optimizer=optimizer,
-        lr=lambda count: settings.optimizer.lr * min(1.0, (count + 1) / (warmup + 1)),
-        scaler=torch.amp.GradScaler(
-            accelerator.device.type, enabled=settings.policy.dtype == "float16"
-        ),
-        ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
-        surrogate=surrogate(settings),
+        updater=updater(settings, model, geometry, comm, accelerator),
         schedule=Schedule(
             steps=settings.trainer.steps,
             checkpoint_every=settings.checkpoint.every,
@@ -139,16 +126,37 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     return built
 
 
-def surrogate(settings: Config) -> Surrogate:
-    """Settings of the loss."""
+def updater(
+    settings: Config, model: Policy, geometry: Geometry, comm: Comm, accelerator: Accelerator
+) -> Updater:
+    """AdamW, EMA and the loss over the policy's adapter."""
+    options, warmup = settings.optimizer, settings.optimizer.warmup
     tolerance = settings.loss.ratio_tolerance
-    return Surrogate(
-        clip_range=settings.loss.clip_range,
-        advantage_clip=settings.loss.advantage_clip,
-        kl_weight=settings.loss.kl_weight,
-        max_grad_norm=settings.optimizer.max_grad_norm,
-        ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
-        max_skipped=settings.loss.max_skipped,
+    return Updater(
+        policy=model,
+        geometry=geometry,
+        comm=comm,
+        optimizer=torch.optim.AdamW(
+            list(model.trainable().values()),
+            lr=options.lr,
+            betas=(options.betas[0], options.betas[1]),
+            weight_decay=options.weight_decay,
+        ),
+        lr=lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        scaler=torch.amp.GradScaler(
+            accelerator.device.type, enabled=settings.policy.dtype == "float16"
+        ),
+        ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+        surrogate=Surrogate(
+            clip_range=settings.loss.clip_range,
+            advantage_clip=settings.loss.advantage_clip,
+            kl_weight=settings.loss.kl_weight,
+            max_grad_norm=options.max_grad_norm,
+            ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
+            max_skipped=settings.loss.max_skipped,
+        ),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
     )
 
 
@@ -239,41 +247,52 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
         return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
     model, sampling = settings.policy, settings.sampling
     path = model_path(settings)
-    if pipeline is None:
-        pipeline = load_pipeline(
-            path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
-        )
     try:
-        return SD3Policy(
-            pipeline,
-            device=device,
-            seed=settings.seed,
-            source=_fingerprint(path, model.revision),
-            lora_rank=model.lora.rank,
-            lora_alpha=model.lora.alpha,
-            target_modules=model.lora.target_modules,
-            gradient_checkpointing=model.gradient_checkpointing,
-            resolution=sampling.resolution,
-            steps=sampling.steps,
-            guidance=sampling.guidance,
-            sampler=sampling.sampler,
-            noise_level=sampling.noise_level,
-            window=sampling.window,
-            window_mode=sampling.window_mode,
-            window_stay=sampling.window_stay,
-            kl=settings.loss.kl,
-            eval_steps=settings.evaluation.steps,
-            eval_guidance=settings.evaluation.guidance,
-            max_sequence_length=model.max_sequence_length,
-            step_batch=model.step_batch,
-            vae_batch=model.vae_batch,
-            embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
-            embeds_memory_gb=model.embeds_memory_gb,
-        )
+        if pipeline is None:
+            check_fit(
+                path,
+                revision=model.revision,
+                resolution=sampling.resolution,
+                target_modules=model.lora.target_modules,
+            )
+            pipeline = load_pipeline(
+                path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
+            )
+        return _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"policy: {error}") from error
+
+
+def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) -> SD3Policy:
+    model, sampling = settings.policy, settings.sampling
+    return SD3Policy(
+        pipeline,
+        device=device,
+        seed=settings.seed,
+        source=source,
+        lora_rank=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        target_modules=model.lora.target_modules,
+        gradient_checkpointing=model.gradient_checkpointing,
+        resolution=sampling.resolution,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
+        noise_level=sampling.noise_level,
+        window=sampling.window,
+        window_mode=sampling.window_mode,
+        window_stay=sampling.window_stay,
+        kl=settings.loss.kl,
+        eval_steps=settings.evaluation.steps,
+        eval_guidance=settings.evaluation.guidance,
+        max_sequence_length=model.max_sequence_length,
+        step_batch=model.step_batch,
+        vae_batch=model.vae_batch,
+        embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
+        embeds_memory_gb=model.embeds_memory_gb,
+    )
 
 
 def model_path(settings: Config) -> str:

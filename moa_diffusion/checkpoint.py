@@ -23,7 +23,7 @@ from moa_diffusion.types import ConfigError
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-VERSION = 1  # of the layout of ``state.pt``
+VERSION = 2  # of the layout of ``state.pt``
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -74,7 +74,18 @@ def _fsync(path: Path) -> None:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the run's state (tensors, numbers, strings, lists and dicts of them)."""
-    torch.save({"version": VERSION, **state}, folder / STATE)
+    torch.save({"version": VERSION, **to_cpu(state)}, folder / STATE)
+
+
+def to_cpu(state: Any) -> Any:
+    """A copy of a nested state that later in-place changes leave alone, on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(to_cpu(value) for value in state)
+    return state
 
 
 def load_state(folder: Path) -> dict[str, Any]:

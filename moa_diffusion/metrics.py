@@ -26,8 +26,7 @@ class RunLog:
     """Writes one line per rollout to ``metrics.jsonl`` and one file of scores per rollout.
 
     Only the main process writes. Resuming cuts everything after the checkpoint off, so that a run
-    that was killed leaves the same files as one that was not. An evaluation that SIGTERM cut short
-    is not made up: its row keeps the rollout's numbers alone.
+    that was killed leaves the same files as one that was not.
 
     Args:
         folder: of the run.
@@ -84,12 +83,18 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def rewind(self, step: int) -> None:
-        """Forget everything after rollout ``step``; at 0 also the evaluation before the first."""
+    def rewind(self, step: int, *, pending: bool = False) -> None:
+        """Forget everything after rollout ``step``; at 0 also the evaluation before the first.
+
+        Args:
+            step: the last rollout whose numbers and scores stay.
+            pending: whether its row of numbers is still to be written, and goes as well.
+        """
         if not self._main:
             return
+        last = step - pending
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if step and row["step"] <= step]
+            kept = [row for row in read_metrics(self.path) if step and row["step"] <= last]
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             partial.replace(self.path)

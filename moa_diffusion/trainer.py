@@ -1,16 +1,15 @@
 """The training loop: sample, score, normalise, weigh, improve. No algorithm lives here.
 
-What is optimised, and how rewards become advantages, are the policy's, the normalizer's and the
-weighting's business; how a rollout is cut over processes and forward passes is the geometry's.
+How rewards become advantages is the normalizer's and the weighting's business, how advantages
+improve the policy the updater's, how a rollout is cut over processes the geometry's.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,7 @@ from tqdm import tqdm
 from moa_diffusion import checkpoint
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed
 from moa_diffusion.distributed import Comm, local_slice
-from moa_diffusion.ema import EMA
 from moa_diffusion.heldout import HeldOut
-from moa_diffusion.loss import clip_fraction, clipped_surrogate
 from moa_diffusion.metrics import RunLog, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.policies.base import Policy
@@ -40,16 +37,13 @@ from moa_diffusion.types import (
     Rollout,
     concatenate,
 )
+from moa_diffusion.update import TrainingError, Updater
 
 logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +54,6 @@ class Schedule:
     checkpoint_every: int
     checkpoint_keep: int  # newest checkpoints kept; 0 keeps all
     evaluate_every: int  # held-out rewards and pictures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surrogate:
-    """Settings of the policy-gradient loss."""
-
-    clip_range: float  # of the ratio
-    advantage_clip: float  # advantages are cut at +- this
-    kl_weight: float  # beta; 0 leaves the reference out altogether
-    max_grad_norm: float
-    ratio_tolerance: float  # largest |log ratio| of the on-policy check
-    max_skipped: int  # consecutive updates with non-finite gradients before giving up
 
 
 class Trainer:
@@ -85,11 +67,7 @@ class Trainer:
         sampler: which prompts and seeds at which step.
         geometry: how a rollout is cut.
         comm: collectives over the processes.
-        optimizer: over ``policy.trainable()``.
-        lr: learning rate after so many optimizer steps.
-        scaler: loss scaler; disabled except in float16.
-        ema: average of the trained parameters.
-        surrogate: settings of the loss.
+        updater: takes the optimizer steps.
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
         log: metrics and scores.
@@ -108,11 +86,7 @@ class Trainer:
         sampler: GroupSampler,
         geometry: Geometry,
         comm: Comm,
-        optimizer: torch.optim.Optimizer,
-        lr: Callable[[int], float],
-        scaler: torch.amp.GradScaler,
-        ema: EMA,
-        surrogate: Surrogate,
+        updater: Updater,
         schedule: Schedule,
         heldout: HeldOut | None,
         log: RunLog,
@@ -123,9 +97,7 @@ class Trainer:
         self.policy, self.scorer = policy, scorer
         self.normalizer, self.weighting = normalizer, weighting
         self.sampler, self.geometry, self.comm = sampler, geometry, comm
-        self.optimizer, self.lr, self.scaler = optimizer, lr, scaler
-        self.ema, self.surrogate, self.schedule = ema, surrogate, schedule
-        self.heldout = heldout
+        self.updater, self.schedule, self.heldout = updater, schedule, heldout
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
         if weighting.needs_gramian:
@@ -135,12 +107,9 @@ class Trainer:
             )
 
         self.completed = 0  # rollouts finished
-        self.updates = 0  # optimizer steps taken
-        self._parameters = list(policy.trainable().values())
-        self._device = self._parameters[0].device
+        self._row: dict[str, float] | None = None  # metrics of a rollout not yet written
         self._stop = False  # set by SIGTERM
         self._ratio_checked = False
-        self._skipped_in_a_row = 0
         self._seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the paragraph
@@ -149,14 +118,16 @@ class Trainer:
         """One rollout and its optimizer steps; returns the step's metrics."""
         requests = self.sampler.requests(self.completed)
         rollout = self.sample(local_slice(requests, self.comm))
-        self.check_ratio(rollout)
+        if not self._ratio_checked:
+            self.updater.check_ratio(rollout)
+            self._ratio_checked = True
         rewards = self.score(rollout, requests)  # [K, N]
 
         advantages = self.normalizer.per_objective(rewards)  # [K, N]
         weights = self.weigh(rewards, advantages)  # [K] or [K, N]
         applies = ~torch.isnan(rewards.values)  # [K, N]
         scores = combine(advantages, weights, applies)  # [N]
-        limit = self.surrogate.advantage_clip
+        limit = self.updater.surrogate.advantage_clip
         advantage = self.normalizer.combined(scores, rewards).clamp(-limit, limit)  # [N]
 
         update = self.improve(rollout, local_slice(advantage, self.comm))
@@ -192,7 +163,7 @@ class Trainer:
         return weights
 
     def improve(self, rollout: Rollout, advantage: Tensor) -> dict[str, float]:
-        """The rollout's optimizer steps on the clipped surrogate plus KL.
+        """The rollout's optimizer steps.
 
         Args:
             rollout: this process's n samples.
@@ -201,104 +172,16 @@ class Trainer:
         Returns:
             metrics, averaged over all processes and optimizer steps.
         """
-        advantage = advantage.to(self._device, torch.float32)
-        minibatches = self.geometry.minibatches(
-            seed=self.seed, step=self.completed, rank=self.comm.rank
-        )
-        decisions = torch.stack([rollout.mask[index.flatten()].sum() for index in minibatches])
-        self.comm.sum_([decisions])  # [updates], over all processes
-        sums = torch.zeros(3, dtype=torch.float64)  # decisions, clipped, KL
-        norms, skipped = [], 0
-        passes = self.geometry.updates * self.geometry.accumulation
-        with self._timed("update"), self._bar(range(passes), "update") as bar:
-            for index, total in zip(minibatches, decisions.tolist(), strict=True):
-                for micro in index:
-                    sums += self._backward(rollout.select(micro), advantage[micro], total)
-                    bar.update()
-                norm = self._optimizer_step()
-                norms.append(norm)
-                skipped += not math.isfinite(norm)
-        self.comm.sum_([sums])
-        finite = [norm for norm in norms if math.isfinite(norm)]
-        return {
-            "policy/clip_fraction": float(sums[1] / sums[0]),
-            **({"policy/kl": float(sums[2] / sums[0])} if self.surrogate.kl_weight else {}),
-            "policy/grad_norm": sum(finite) / len(finite) if finite else math.nan,
-            "policy/skipped_updates": float(skipped),
-            "policy/lr": self.optimizer.param_groups[0]["lr"],
-        }
-
-    def _backward(self, part: Rollout, advantage: Tensor, total: int) -> Tensor:
-        """Add the gradients of one micro-batch; returns its decisions, clipped and KL sums."""
-        settings = self.surrogate
-        sums = torch.zeros(3, dtype=torch.float64)
-        for steps in self.policy.step_chunks(part.log_probs.shape[1]):
-            mask, old = part.mask[:, steps], part.log_probs[:, steps]
-            new, kl = self.policy.log_probs(part, steps, with_kl=settings.kl_weight > 0)
-            losses = clipped_surrogate(new, old, advantage, settings.clip_range)  # [m, t]
-            if kl is not None:
-                losses = losses + settings.kl_weight * kl
-                sums[2] += float((kl.detach() * mask).sum())
-            torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
-            clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
-            sums[0] += float(mask.sum())
-            sums[1] += float((clipped & mask).sum())
-        return sums
-
-    def _optimizer_step(self) -> float:
-        """Sum gradients over the processes, clip, step; returns the gradient norm.
-
-        A non-finite gradient skips the update and is counted.
-        """
-        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
-        self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.surrogate.max_grad_norm))
-        if math.isfinite(norm):
-            self._skipped_in_a_row = 0
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(self.updates)
-            self.scaler.step(self.optimizer)
-            self.updates += 1
-            self.ema.update()
-        else:
-            self._skipped_in_a_row += 1
-            logger.warning("Update skipped: the gradient norm is %s.", norm)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    @torch.no_grad()
-    def check_ratio(self, rollout: Rollout) -> None:
-        """Once per run: log-probs as trained must equal those of sampling.
-
-        Raises:
-            TrainingError: with a diagnosis, if they differ by more than the tolerance.
-        """
-        if self._ratio_checked:
-            return
-        part = rollout.select(torch.arange(self.geometry.micro_batch))
-        chunks = self.policy.step_chunks(part.log_probs.shape[1])
-        new = torch.cat([self.policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
-        gap = ((new - part.log_probs).abs() * part.mask).amax(0)  # [T]
-        worst = float(gap.max()) if gap.isfinite().all() else math.inf
-        worst = float(self.comm.gather(torch.tensor([worst])).max())
-        if worst > self.surrogate.ratio_tolerance:
-            raise TrainingError(
-                "The policy is not on-policy at the start: log-probs recomputed for training "
-                f"differ from those of sampling by up to {worst:.2e} (tolerance "
-                f"{self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
-                "a half-precision kernel that depends on the batch size (make "
-                "`trainer.sample_batch` equal `trainer.micro_batch`), dropout that is active, or "
-                "latents rounded between sampling and training. By decision, on this process: "
-                f"{[f'{value:.1e}' for value in gap.tolist()]}."
+        with self._timed("update"):
+            return self.updater(
+                rollout, advantage, step=self.completed, before_batch=self._leave_if_stopped
             )
-        self._ratio_checked = True
 
     def evaluate(self) -> dict[str, float]:
         """Held-out rewards of the averaged weights, and a sheet of pictures."""
         if self.heldout is None:
             return {}
-        with self._timed("evaluate"), self.ema.applied():
+        with self._timed("evaluate"), self.updater.ema.applied():
             return self.heldout(self.completed, before_batch=self._leave_if_stopped)
 
     # ------------------------------------------------------------------ the run
@@ -324,7 +207,9 @@ class Trainer:
                     + [request.prompt for request in asked]
                 )
                 self._leave_if_stopped()
-                if self.heldout and self.completed == 0:
+                if self._row is not None:
+                    self._finish_round(bar)
+                elif self.heldout and self.completed == 0:
                     self.log.write(0, self.evaluate() | self._take_seconds())
                 while self.completed < self.schedule.steps:
                     self._leave_if_stopped()
@@ -340,21 +225,33 @@ class Trainer:
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
         start = time.perf_counter()
-        metrics = self.step()
-        last = self.completed == self.schedule.steps
+        before = checkpoint.to_cpu(self._state())
         try:
-            if self.heldout and (last or self._due(self.schedule.evaluate_every)):
-                metrics |= self.evaluate()
-        finally:  # an evaluation that fails or is cut short loses nothing but itself
-            metrics |= self._take_seconds() | {"seconds/total": time.perf_counter() - start}
-            self.log.write(self.completed, metrics)
+            metrics = self.step()
+        except Interrupted:  # perhaps between two optimizer steps: undo those of this rollout
+            self._restore(before)
+            raise
+        seconds = self._take_seconds() | {"seconds/total": time.perf_counter() - start}
+        self._row = metrics | seconds
+        self._finish_round(bar)
+
+    def _finish_round(self, bar: tqdm[Any]) -> None:
+        """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
+        assert self._row is not None
+        last = self.completed == self.schedule.steps
+        if self.heldout and (last or self._due(self.schedule.evaluate_every)):
+            start = time.perf_counter()
+            self._row |= self.evaluate() | self._take_seconds()
+            self._row["seconds/total"] += time.perf_counter() - start
+        metrics, self._row = self._row, None
+        self.log.write(self.completed, metrics)
         bar.update()
         bar.set_postfix_str(
             " ".join(f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.scorer.names)
         )
-        if self._skipped_in_a_row >= self.surrogate.max_skipped:
+        if (skipped := self.updater.skipped_in_a_row) >= self.updater.surrogate.max_skipped:
             raise TrainingError(
-                f"The last {self._skipped_in_a_row} updates had non-finite gradients. "
+                f"The last {skipped} updates had non-finite gradients. "
                 "A smaller `optimizer.lr` or `policy.dtype: bfloat16` may help."
             )
         if last or self._due(self.schedule.checkpoint_every):
@@ -370,7 +267,7 @@ class Trainer:
             with checkpoint.atomic_folder(folder) as partial:
                 self.policy.save(partial)
                 (partial / "ema").mkdir()
-                with self.ema.applied():
+                with self.updater.ema.applied():
                     self.policy.save(partial / "ema")
                 checkpoint.save_state(partial, self.state_dict())
             checkpoint.prune(self.folder, self.schedule.checkpoint_keep)
@@ -389,14 +286,8 @@ class Trainer:
             "seed": self.seed,
             "objectives": list(self.scorer.names),
             "method": self._method(),
-            "trainable": {n: p.detach().cpu() for n, p in self.policy.trainable().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "updates": self.updates,
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.state_dict(),
-            "normalizer": self.normalizer.state_dict(),
-            "weighting": self.weighting.state_dict(),
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "row": self._row,
+            **self._state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,30 +306,25 @@ class Trainer:
                 raise ConfigError(
                     f"resume: the checkpoint has {key} {state[key]}. Found {mine} in this run."
                 )
-        trainable = self.policy.trainable()
-        checkpoint.check_adapter(state["trainable"], trainable)
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(state["trainable"][name])
-        # The moments come from the checkpoint; rates and decays from this run's configuration.
-        options = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(values)
-        self.updates = state["updates"]
-        if state["scaler"]:  # empty unless the run was in float16
-            self.scaler.load_state_dict(state["scaler"])
-        self.ema.load_state_dict(state["ema"])
-        self.normalizer.load_state_dict(state["normalizer"])
-        self.weighting.load_state_dict(state["weighting"])
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.completed = state["step"]
-        self.log.rewind(self.completed)
+        checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
+        self._restore(state)
+        self.completed, self._row = state["step"], state["row"]
+        self.log.rewind(self.completed, pending=self._row is not None)
         if self.comm.rank == 0:
             checkpoint.forget_after(self.folder, self.completed)
+
+    def _state(self) -> dict[str, Any]:
+        """What a step changes, and what undoing it needs."""
+        return {
+            "updater": self.updater.state_dict(),
+            "normalizer": self.normalizer.state_dict(),
+            "weighting": self.weighting.state_dict(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.updater.load_state_dict(state["updater"])
+        self.normalizer.load_state_dict(state["normalizer"])
+        self.weighting.load_state_dict(state["weighting"])
 
     # ------------------------------------------------------------------ small parts
 

@@ -14,8 +14,9 @@ def main() -> int:
     """Train; returns the exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input."""
     from moa_diffusion import build, config
     from moa_diffusion.scoring import RewardError
-    from moa_diffusion.trainer import Interrupted, TrainingError
+    from moa_diffusion.trainer import Interrupted
     from moa_diffusion.types import ConfigError
+    from moa_diffusion.update import TrainingError
 
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(

@@ -166,7 +166,7 @@ def test_a_damaged_state_is_named(tmp_path, length):
 def test_a_state_of_another_version_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     torch.save({"version": 99}, folder / checkpoint.STATE)
-    with pytest.raises(ConfigError, match=r"should have version 1\. Found 99"):
+    with pytest.raises(ConfigError, match=r"should have version 2\. Found 99"):
         checkpoint.load_state(folder)
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=r"Found no state\.pt"):

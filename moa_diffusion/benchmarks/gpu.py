@@ -16,8 +16,9 @@ from moa_diffusion.benchmarks.phases import REST, Phases, machine
 from moa_diffusion.benchmarks.pipelines import SIZES, parameter_count, random_pipeline, trainer_on
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
-from moa_diffusion.trainer import Trainer, TrainingError
+from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import Request, Rollout
+from moa_diffusion.update import TrainingError
 
 BUILD, PREPARE = "build", "encode prompts"  # once
 SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
@@ -126,7 +127,7 @@ def _work(trainer: Trainer) -> dict[str, Any]:
     batch = max(geometry.sample_batch, geometry.micro_batch)
     rollout = trainer.sample(trainer.sampler.requests(0)[:batch])
     try:
-        trainer.check_ratio(rollout)
+        trainer.updater.check_ratio(rollout)
         verdict = ""
     except TrainingError as error:
         verdict = str(error)
@@ -151,9 +152,10 @@ def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
         trainer.policy.log_probs(part, first)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        terms = trainer.policy.log_probs(part, first, with_kl=trainer.surrogate.kl_weight > 0)
+        with_kl = trainer.updater.surrogate.kl_weight > 0
+        terms = trainer.policy.log_probs(part, first, with_kl=with_kl)
         torch.autograd.backward([term.sum() for term in terms if term is not None])
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.updater.optimizer.zero_grad(set_to_none=True)
     return forward, counter.get_total_flops()
 
 

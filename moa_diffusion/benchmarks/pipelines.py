@@ -157,7 +157,7 @@ def trainer_on(pipeline: Any, settings: Config, folder: str) -> Trainer:
         log=replace(settings.log, trackers=[], scores=False),
     )
     trainer = build.trainer(quiet, pipeline)
-    trainer.progress = False
+    trainer.progress = trainer.updater.progress = False
     return trainer
 
 

@@ -162,7 +162,7 @@ def _watched(
             (policy.transformer, "forward", forward),
             (policy.vae, "decode", DECODE),
             (trainer, "improve", IMPROVE),
-            (trainer, "_optimizer_step", OPTIMIZER),
+            (trainer.updater, "_optimizer_step", OPTIMIZER),
         ]
     return targets
 

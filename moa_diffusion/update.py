@@ -1,0 +1,218 @@
+"""The optimizer steps of one rollout: micro-batches, gradients over processes, clipping, EMA."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moa_diffusion.data import Geometry
+from moa_diffusion.distributed import Comm
+from moa_diffusion.ema import EMA
+from moa_diffusion.loss import clip_fraction, clipped_surrogate
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """Settings of the policy-gradient loss."""
+
+    clip_range: float  # of the ratio
+    advantage_clip: float  # advantages are cut at +- this
+    kl_weight: float  # beta; 0 leaves the reference out altogether
+    max_grad_norm: float
+    ratio_tolerance: float  # largest |log ratio| of the on-policy check
+    max_skipped: int  # consecutive updates with non-finite gradients before giving up
+
+
+class Updater:
+    """Takes the optimizer steps of a rollout, on the clipped surrogate plus KL.
+
+    Args:
+        policy: gives log-probabilities.
+        geometry: how a rollout is cut.
+        comm: collectives over the processes.
+        optimizer: over ``policy.trainable()``.
+        lr: learning rate after so many optimizer steps.
+        scaler: loss scaler; disabled except in float16.
+        ema: average of the trained parameters.
+        surrogate: settings of the loss.
+        seed: of the order of the samples.
+        progress: whether this process shows a progress bar.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        geometry: Geometry,
+        comm: Comm,
+        optimizer: torch.optim.Optimizer,
+        lr: Callable[[int], float],
+        scaler: torch.amp.GradScaler,
+        ema: EMA,
+        surrogate: Surrogate,
+        seed: int,
+        progress: bool = True,
+    ) -> None:
+        self.policy, self.geometry, self.comm = policy, geometry, comm
+        self.optimizer, self.lr, self.scaler = optimizer, lr, scaler
+        self.ema, self.surrogate = ema, surrogate
+        self.seed, self.progress = seed, progress
+        self.updates = 0  # optimizer steps taken
+        self.skipped_in_a_row = 0
+        self._parameters = list(policy.trainable().values())
+        self._device = self._parameters[0].device
+
+    def __call__(
+        self,
+        rollout: Rollout,
+        advantage: Tensor,
+        *,
+        step: int,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Improve the policy on one rollout.
+
+        Args:
+            rollout: this process's n samples.
+            advantage: ``[n]``.
+            step: rollouts finished before this one; it decides the order of the samples.
+            before_batch: called on all processes before each micro-batch. If it raises, the
+                rollout's optimizer steps so far are not undone.
+
+        Returns:
+            metrics, averaged over all processes and optimizer steps.
+        """
+        advantage = advantage.to(self._device, torch.float32)
+        minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
+        decisions = torch.stack([rollout.mask[index.flatten()].sum() for index in minibatches])
+        self.comm.sum_([decisions])  # [updates], over all processes
+        sums = torch.zeros(3, dtype=torch.float64)  # decisions, clipped, KL
+        norms = []
+        passes = self.geometry.updates * self.geometry.accumulation
+        with tqdm(total=passes, desc="update", leave=False, disable=not self.progress) as bar:
+            for index, total in zip(minibatches, decisions.tolist(), strict=True):
+                for micro in index:
+                    before_batch()
+                    sums += self._backward(rollout.select(micro), advantage[micro], total)
+                    bar.update()
+                norms.append(self._optimizer_step())
+        self.comm.sum_([sums])
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        return {
+            "policy/clip_fraction": float(sums[1] / sums[0]),
+            **({"policy/kl": float(sums[2] / sums[0])} if self.surrogate.kl_weight else {}),
+            "policy/grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "policy/skipped_updates": float(len(norms) - len(finite)),
+            "policy/lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _backward(self, part: Rollout, advantage: Tensor, total: int) -> Tensor:
+        """Add the gradients of one micro-batch; returns its decisions, clipped and KL sums."""
+        settings = self.surrogate
+        sums = torch.zeros(3, dtype=torch.float64)
+        for steps in self.policy.step_chunks(part.log_probs.shape[1]):
+            mask, old = part.mask[:, steps], part.log_probs[:, steps]
+            new, kl = self.policy.log_probs(part, steps, with_kl=settings.kl_weight > 0)
+            losses = clipped_surrogate(new, old, advantage, settings.clip_range)  # [m, t]
+            if kl is not None:
+                losses = losses + settings.kl_weight * kl
+                sums[2] += float((kl.detach() * mask).sum())
+            torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
+            clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
+            sums[0] += float(mask.sum())
+            sums[1] += float((clipped & mask).sum())
+        return sums
+
+    def _optimizer_step(self) -> float:
+        """Sum gradients over the processes, clip, step; returns the gradient norm.
+
+        A non-finite gradient skips the update and is counted.
+        """
+        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.surrogate.max_grad_norm))
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(self.updates)
+            self.scaler.step(self.optimizer)
+            self.updates += 1
+            self.ema.update()
+        else:
+            self.skipped_in_a_row += 1
+            logger.warning("Update skipped: the gradient norm is %s.", norm)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def check_ratio(self, rollout: Rollout) -> None:
+        """Log-probs as trained must equal those of sampling.
+
+        Args:
+            rollout: this process's n samples, drawn by the policy as it is.
+
+        Raises:
+            TrainingError: with a diagnosis, if they differ by more than the tolerance.
+        """
+        part = rollout.select(torch.arange(self.geometry.micro_batch))
+        chunks = self.policy.step_chunks(part.log_probs.shape[1])
+        new = torch.cat([self.policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
+        gap = ((new - part.log_probs).abs() * part.mask).amax(0)  # [T]
+        worst = float(gap.max()) if gap.isfinite().all() else math.inf
+        worst = float(self.comm.gather(torch.tensor([worst])).max())
+        if worst > self.surrogate.ratio_tolerance:
+            raise TrainingError(
+                "The policy is not on-policy at the start: log-probs recomputed for training "
+                f"differ from those of sampling by up to {worst:.2e} (tolerance "
+                f"{self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
+                "a half-precision kernel that depends on the batch size (make "
+                "`trainer.sample_batch` equal `trainer.micro_batch`), dropout that is active, or "
+                "latents rounded between sampling and training. By decision, on this process: "
+                f"{[f'{value:.1e}' for value in gap.tolist()]}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapter, optimizer, EMA and counters, equal on every process."""
+        return {
+            "trainable": {n: p.detach() for n, p in self.policy.trainable().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state of the same adapter; rates and decays stay this run's."""
+        for name, parameter in self.policy.trainable().items():
+            parameter.copy_(state["trainable"][name])
+        self.optimizer.zero_grad(set_to_none=True)
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(values)
+        self.updates = state["updates"]
+        if state["scaler"]:  # empty unless the run was in float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.ema.load_state_dict(state["ema"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
