@@ -51,41 +51,69 @@ class HeldOut:
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> dict[str, float]:
         """Mean and standard error of every reward on the M samples.
 
-        Every process draws a contiguous share; no sample is drawn or counted twice.
+        Every process draws each ``world_size``-th request; none is counted twice. Images of one
+        prompt are alike, so the standard error is that of the mean over the prompts' means.
 
         Args:
             step: names the sheet of pictures.
             before_batch: called on all processes before each batch.
         """
-        total = len(self.requests)
-        share = -(-total // self.comm.world_size)
-        mine = self.requests[self.comm.rank * share : (self.comm.rank + 1) * share]
+        world, total = self.comm.world_size, len(self.requests)
+        # A process without a share draws the first request, which does not count.
+        mine = self.requests[self.comm.rank :: world] or self.requests[:1]
+        share = -(-total // world)  # of the largest
         parts = []
         starts = range(0, share, self.batch)  # as many on every process
         for start in tqdm(starts, desc="evaluate", leave=False, disable=not self.progress):
             before_batch()
             if batch := mine[start : start + self.batch]:
                 parts.append(self.policy.generate(batch))
-        images = torch.cat(parts) if parts else None
-        local = self.scorer.together(lambda: self._score(mine, images))  # [K, m]
-        padded = torch.full((share, len(local)), torch.nan, dtype=torch.float64)
-        padded[: len(mine)] = local.T
-        values = self.comm.gather(padded)[:total].T  # [K, M]: padding is on the last ranks only
-        if self.comm.rank == 0 and images is not None and self.shown:
-            shown = images[: self.shown]
-            sheet = pictures.grid(shown, columns=math.ceil(math.sqrt(len(shown))))
-            pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+        images = torch.cat(parts)
+        local = self.scorer.together(lambda: self.scorer.score(mine, images=images))  # [K, m]
+        values = self._gathered(local.T, share)[:total]  # [M, K]
+        if self.shown:
+            rows = min(share, -(-self.shown // world))
+            shown = self._gathered(images, rows)[: min(self.shown, total)]
+            if self.comm.rank == 0:
+                sheet = pictures.grid(shown, columns=math.ceil(math.sqrt(len(shown))))
+                pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+        prompts = torch.tensor([request.group for request in self.requests])
         metrics: dict[str, float] = {}
-        for name, row in zip(self.scorer.names, values, strict=True):
-            scores = row[~row.isnan()]
-            error = scores.std() / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-            metrics |= {
-                f"eval_mean/{name}": float(scores.mean()),
-                f"eval_sem/{name}": float(error),
-            }
+        for name, row in zip(self.scorer.names, values.T, strict=True):
+            mean, error = mean_and_error(row, prompts)
+            metrics |= {f"eval_mean/{name}": mean, f"eval_sem/{name}": error}
         return metrics
 
-    def _score(self, requests: Sequence[Request], images: Tensor | None) -> Tensor:
-        if images is None:  # fewer samples than processes
-            return torch.empty(len(self.scorer.names), 0, dtype=torch.float64)
-        return self.scorer.score(requests, images=images)
+    def _gathered(self, mine: Tensor, rows: int) -> Tensor:
+        """The first ``rows`` of every process, in the order of the requests: ``[world rows, ...]``.
+
+        Rows that a process lacks follow all others.
+        """
+        padded = mine.new_zeros(rows, *mine.shape[1:])
+        padded[: min(rows, len(mine))] = mine[:rows]
+        gathered = self.comm.gather(padded)
+        return gathered.unflatten(0, (-1, rows)).transpose(0, 1).flatten(0, 1)
+
+
+def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
+    """Mean of the samples, and its standard error with prompts as the independent units.
+
+    Args:
+        values: ``[M]``, NaN where a reward does not apply.
+        prompts: ``[M]`` int64, the prompt of each.
+
+    Returns:
+        both NaN where nothing applies; the error also with fewer than two prompts.
+    """
+    known = ~values.isnan()
+    values, prompts = values[known].double(), prompts[known]
+    _, index = torch.unique(prompts, return_inverse=True)
+    count = torch.bincount(index).double()  # [P]
+    mean = values.mean()
+    # Of a ratio of two sums over prompts (linearised), for prompts of unequal size.
+    deviations = torch.zeros_like(count).index_add_(0, index, values - mean)  # [P]
+    units = len(count)
+    if units < 2:
+        return float(mean), math.nan
+    error = (deviations.square().sum() * units / (units - 1)).sqrt() / len(values)
+    return float(mean), float(error)

@@ -68,7 +68,7 @@ def make(folder: Path, *rewards: str):
     )
     check(config)
     trainer = build.trainer(config)
-    trainer.progress = False
+    trainer.progress = trainer.updater.progress = False
     return trainer
 
 
@@ -217,20 +217,21 @@ def test_collectives_of_two_processes(two_processes):
 
 def test_both_processes_hold_the_same_state(two_processes):
     first, second = (torch.load(two_processes / f"rank-{rank}.pt") for rank in range(2))
-    assert torch.equal(first["trainable"]["drift"], second["trainable"]["drift"])
-    assert torch.equal(first["ema"]["average"]["drift"], second["ema"]["average"]["drift"])
+    one, other = first["updater"], second["updater"]
+    assert torch.equal(one["trainable"]["drift"], other["trainable"]["drift"])
+    assert torch.equal(one["ema"]["average"]["drift"], other["ema"]["average"]["drift"])
     assert torch.equal(first["normalizer"]["spread"], second["normalizer"]["spread"])
 
 
 def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
     alone = make(tmp_path / "run", "red", "length")
     alone.run()
-    shared = torch.load(two_processes / "rank-0.pt")
+    shared = torch.load(two_processes / "rank-0.pt")["updater"]
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.1
     torch.testing.assert_close(shared["trainable"]["drift"], drift, rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        shared["ema"]["average"]["drift"], alone.ema.average["drift"], rtol=0, atol=1e-6
+        shared["ema"]["average"]["drift"], alone.updater.ema.average["drift"], rtol=0, atol=1e-6
     )
     found, expected = (
         read_metrics(folder / "run" / "metrics.jsonl") for folder in (two_processes, tmp_path)
@@ -242,6 +243,8 @@ def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
         )
     # Three held-out prompts on two processes: none is counted twice.
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
+    sheets = [folder / "run/samples/step-000004.png" for folder in (two_processes, tmp_path)]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
 
 
 def test_scores_of_two_processes_are_in_the_order_of_the_samples(two_processes, tmp_path):

@@ -14,10 +14,12 @@ import torch
 
 from moa_diffusion import build, checkpoint
 from moa_diffusion.config import Config, check, from_dict
+from moa_diffusion.heldout import mean_and_error
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
-from moa_diffusion.trainer import Interrupted, Trainer, TrainingError
+from moa_diffusion.trainer import Interrupted, Trainer
 from moa_diffusion.types import ConfigError
+from moa_diffusion.update import TrainingError
 from rewards import RewardHead
 
 METHODS = ["static", "gdpo", "dual_stage", "ddpo"]
@@ -88,7 +90,7 @@ def settings(folder: Path, **changes: object) -> Config:
 
 def make(folder: Path, **changes: object) -> Trainer:
     trainer = build.trainer(settings(folder, **changes))
-    trainer.progress = False
+    trainer.progress = trainer.updater.progress = False
     return trainer
 
 
@@ -186,10 +188,10 @@ def test_the_first_update_is_the_policy_gradient(tmp_path):
     """One plain step: by hand, the gradient of mean(-A log p) of the samples drawn."""
     trainer = make(tmp_path / "run", trainer__updates=1, loss__kl_weight=0.0)
     seen = {}
-    trainer.optimizer.register_step_pre_hook(
+    trainer.updater.optimizer.register_step_pre_hook(
         lambda *_: seen.update(gradient=trainer.policy.drift.grad.clone())
     )
-    trainer.surrogate = type(trainer.surrogate)(
+    trainer.updater.surrogate = type(trainer.updater.surrogate)(
         clip_range=0.2,
         advantage_clip=5.0,
         kl_weight=0.0,
@@ -211,7 +213,7 @@ def test_the_first_update_is_the_policy_gradient(tmp_path):
 def test_advantages_and_gradients_are_clipped(tmp_path):
     trainer = make(tmp_path / "run", loss__advantage_clip=0.5, optimizer__max_grad_norm=1e-3)
     norms = []
-    trainer.optimizer.register_step_pre_hook(
+    trainer.updater.optimizer.register_step_pre_hook(
         lambda *_: norms.append(float(trainer.policy.drift.grad.norm()))
     )
     found = trainer.step()
@@ -237,7 +239,7 @@ def test_batch_sizes_do_not_matter(tmp_path):
         )
         trainer.run()
         assert trainer.geometry.micro_batch == {2: 2, 3: 2, 8: 8, 100: 8}[size]
-        ends.append((drift(trainer), trainer.ema.average["drift"]))
+        ends.append((drift(trainer), trainer.updater.ema.average["drift"]))
     for end in ends[1:]:
         for found, expected in zip(end, ends[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -333,7 +335,7 @@ def test_checkpoints_hold_both_adapters_and_the_newest_are_kept(tmp_path):
     live = json.loads((kept[-1] / "drift.json").read_text())["drift"]
     average = json.loads((kept[-1] / "ema" / "drift.json").read_text())["drift"]
     assert live == drift(trainer).tolist()
-    assert average == trainer.ema.average["drift"].tolist()
+    assert average == trainer.updater.ema.average["drift"].tolist()
     assert average != live
 
 
@@ -377,7 +379,7 @@ def test_a_setting_changed_on_resume_is_used_or_refused(tmp_path, key):
     found = rows(folder)[-1]
     used = {
         "optimizer__lr": found["policy/lr"],
-        "optimizer__weight_decay": resumed.optimizer.param_groups[0]["weight_decay"],
+        "optimizer__weight_decay": resumed.updater.optimizer.param_groups[0]["weight_decay"],
         "weight": found["weight/green"] / found["weight/red"],
     }
     assert used[key] == pytest.approx(0.07)
@@ -418,7 +420,7 @@ def test_a_failing_head_saves_what_was_learned(tmp_path):
     saved = checkpoint.step_folder(tmp_path / "run", 2)
     assert caught.value.__notes__ == [f"The state after 2 rollouts is in {saved}."]
     assert checkpoint.find("latest", tmp_path / "run") == saved
-    assert same(checkpoint.load_state(saved)["trainable"]["drift"], drift(trainer))
+    assert same(checkpoint.load_state(saved)["updater"]["trainable"]["drift"], drift(trainer))
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
 
     straight = make(tmp_path / "straight")
@@ -432,24 +434,50 @@ def test_a_failing_head_saves_what_was_learned(tmp_path):
     assert torch.equal(drift(resumed), drift(straight))
 
 
-def test_an_evaluation_that_fails_loses_only_itself(tmp_path):
+@pytest.mark.parametrize("error", [RewardError, Interrupted])
+def test_an_evaluation_cut_short_is_made_up(tmp_path, error):
+    straight = make(tmp_path / "straight", evaluation__every=2)
+    straight.run()
     trainer = make(tmp_path / "run", evaluation__every=2)
     generate, calls = trainer.policy.generate, []
 
     def fail_the_second_time(requests):
         calls.append(1)
         if len(calls) == 2:
-            raise RewardError("stop here")
+            raise error("stop here")
         return generate(requests)
 
     trainer.policy.generate = fail_the_second_time
-    with pytest.raises(RewardError):
+    with pytest.raises(error):
         trainer.run()
-    found = rows(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 1, 2]
-    assert "reward_mean/red" in found[2]
-    assert "eval_mean/red" not in found[2]
     assert checkpoint.find("latest", tmp_path / "run").name == "step-000002"
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
+    for _ in range(2):  # a second resume finds the row written, and writes it once more
+        resumed = make(
+            tmp_path / "run",
+            resume=str(checkpoint.step_folder(tmp_path / "run", 2)),
+            evaluation__every=2,
+        )
+        resumed.run()
+        assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+        assert score_files(tmp_path / "run") == score_files(tmp_path / "straight")
+
+
+def test_an_update_cut_short_is_undone(tmp_path):
+    """SIGTERM between the two optimizer steps of rollout 2: as if rollout 2 had not begun."""
+    straight = make(tmp_path / "straight", trainer__steps=3)
+    straight.run()
+    trainer = make(tmp_path / "run", trainer__steps=3)
+    trainer.updater.optimizer.register_step_post_hook(
+        lambda *_: ask_to_stop() if trainer.updater.updates == 2 else None
+    )
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert trainer.completed == 1
+    assert trainer.updater.updates == 2
+    make(tmp_path / "run", trainer__steps=3, resume="latest").run()
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert score_files(tmp_path / "run") == score_files(tmp_path / "straight")
 
 
 def broken_log_probs(trainer: Trainer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -494,7 +522,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
         if trainer.completed != 1 or not torch.is_grad_enabled():
             return values
         before.setdefault("drift", drift(trainer))
-        before.setdefault("count", trainer.ema.count)
+        before.setdefault("count", trainer.updater.ema.count)
         return values * math.nan
 
     broken_log_probs(trainer, spoil)
@@ -504,7 +532,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
     assert [row["policy/skipped_updates"] for row in found] == [0, 2, 0, 0]
     assert found[1]["policy/grad_norm"] is None
     assert torch.equal(before["after"], before["drift"])
-    assert trainer.ema.count == before["count"] + 4
+    assert trainer.updater.ema.count == before["count"] + 4
     assert drift(trainer).isfinite().all()
 
 
@@ -548,8 +576,8 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
     trainer = make(tmp_path / "run", trainer__steps=3, evaluation__every=3)
     trainer.run()
     live = drift(trainer)
-    expected = torch.sigmoid(trainer.ema.average["drift"].sum(0))
-    assert not torch.equal(trainer.ema.average["drift"], live)
+    expected = torch.sigmoid(trainer.updater.ema.average["drift"].sum(0))
+    assert not torch.equal(trainer.updater.ema.average["drift"], live)
     found = trainer.evaluate()
     assert found["eval_mean/red"] == pytest.approx(float(expected[0]))
     assert found["eval_mean/green"] == pytest.approx(float(expected[1]))
@@ -561,6 +589,18 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
         "step-000000.png",
         "step-000003.png",
     ]
+
+
+def test_the_standard_error_counts_prompts_not_images():
+    prompts = torch.tensor([0, 0, 0, 1, 1, 1])
+    values = torch.tensor([1.0, 1, 1, 0, 0, 0]).double()
+    mean, error = mean_and_error(values, prompts)
+    assert (mean, error) == (0.5, pytest.approx(0.5))  # std of (1, 0) over the root of 2
+    assert mean_and_error(values, torch.arange(6))[1] == pytest.approx((0.3 / 6) ** 0.5)
+    gaps = torch.tensor([1, math.nan, math.nan, 0, 0, 0]).double()
+    assert mean_and_error(gaps, prompts)[0] == 0.25
+    assert math.isnan(mean_and_error(torch.full((2,), math.nan), prompts[:2])[0])
+    assert math.isnan(mean_and_error(values[:3], prompts[:3])[1])
 
 
 def test_evaluation_of_a_single_prompt(tmp_path):
@@ -614,9 +654,9 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_half_the_clip_range_is_the_tolerance_by_default(tmp_path):
-    assert make(tmp_path / "a", loss__clip_range=1e-3).surrogate.ratio_tolerance == 5e-4
+    assert make(tmp_path / "a", loss__clip_range=1e-3).updater.surrogate.ratio_tolerance == 5e-4
     told = make(tmp_path / "b", loss__clip_range=1e-3, loss__ratio_tolerance=1e-5)
-    assert told.surrogate.ratio_tolerance == 1e-5
+    assert told.updater.surrogate.ratio_tolerance == 1e-5
 
 
 def test_a_checkpoint_is_written_at_the_end_in_any_case(tmp_path):
