@@ -1,6 +1,7 @@
 """Train the shipped tiny Stable Diffusion 3 on a CPU with two recipes and draw what they did.
 
-Takes a few minutes; writes runs/demo/demo.png. Run again, it continues where it stopped.
+Takes a few minutes; writes runs/demo/demo.png. Run again, it continues where it stopped. Options
+such as `--trainer.steps 2` go to both runs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def start(name: str, recipe: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         str(ROOT / "scripts" / "train_sd.py"),
-        *("--config", str(ROOT / "configs" / recipe), "--output_dir", str(folder)),
+        *("--config", str(ROOT / "configs" / recipe), *sys.argv[1:]),
+        *("--output_dir", str(folder)),
         *(("--resume", "latest") if saved else ()),
     ]
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,8 @@ def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
     """One progress bar per run, until all have ended or one has failed."""
     bars = {}
     for name in processes:
-        total = config.load(ROOT / "configs" / RECIPES[name]).trainer.steps
+        settings = config.load(ROOT / "configs" / RECIPES[name], sys.argv[1:])
+        total = settings.trainer.steps
         bars[name] = tqdm(total=total, desc=f"{name:>10}", unit="rollout", position=len(bars))
     running = True
     while running and not any(process.returncode for process in processes.values()):

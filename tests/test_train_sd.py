@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,20 +54,26 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def command(config: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        launcher += [*torchrun, str(processes)]
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch"],
+    "two": [
+        sys.executable,
+        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    ],
+}
+
+
+def command(config: Path, output: Path, *options: str, launcher: str = "python") -> list[str]:
     run = ["--config", str(config), "--output_dir", str(output), *options]
-    return [*launcher, str(SCRIPT), *run]
+    return [*LAUNCHERS[launcher], str(SCRIPT), *run]
 
 
 def train(
-    config: Path, output: Path, *options: str, processes: int = 1
+    config: Path, output: Path, *options: str, launcher: str = "python"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(config, output, *options, processes=processes),
+        command(config, output, *options, launcher=launcher),
         env=ENVIRONMENT,
         cwd=config.parent,
         capture_output=True,
@@ -100,6 +107,7 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
         *("--log.trackers", '["tensorboard"]', "--prompts.heldout", "tiny"),
         *("--evaluation.every", "2", "--evaluation.steps", "3", "--evaluation.prompts", "4"),
         *("--trainer.steps", "2"),
+        launcher="accelerate",
     )
     assert done.returncode == 0, done.stderr
     assert "Processes: 1" in done.stdout
@@ -137,7 +145,7 @@ def test_one_and_two_processes_and_any_micro_batch_end_alike(config: Path, tmp_p
         (two, 2, ()),
         (cut, 1, ("--trainer.micro_batch", "2")),
     ):
-        done = train(config, run, *options, processes=processes)
+        done = train(config, run, *options, launcher="two" if processes == 2 else "python")
         assert done.returncode == 0, done.stderr
         # A launcher may silently start one process: then this test would check nothing.
         assert f"Processes: {processes} " in done.stdout
@@ -168,12 +176,12 @@ def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) -
     ).read_text()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_exits_0(config: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize("launcher", ["python", "two"])
+def test_sigterm_saves_and_exits_0(config: Path, tmp_path: Path, launcher: str) -> None:
     run = tmp_path / "run"
     endless = ("--trainer.steps", "1000", "--checkpoint.every", "0")
     process = subprocess.Popen(
-        command(config, run, *endless, processes=processes),
+        command(config, run, *endless, launcher=launcher),
         env=ENVIRONMENT,
         cwd=tmp_path,
         stderr=subprocess.PIPE,
@@ -182,7 +190,7 @@ def test_sigterm_saves_and_exits_0(config: Path, tmp_path: Path, processes: int)
     wait_for(run / "metrics.jsonl", process)
     process.terminate()
     _, log = process.communicate(timeout=60)
-    assert process.returncode == (processes > 1), log  # torchrun itself never returns 0
+    assert process.returncode == (launcher == "two"), log  # torchrun itself never returns 0
     assert "Stopped by SIGTERM. The state after" in log
     rows = read_metrics(run / "metrics.jsonl")
     assert (run / "checkpoints" / f"step-{len(rows):06d}" / "state.pt").is_file()
@@ -219,6 +227,11 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
     (tmp_path / "hollow").mkdir()
     index = tiny.PIPELINE_PATH / "model_index.json"
     (tmp_path / "hollow" / "model_index.json").write_text(index.read_text())
+    shutil.copytree(
+        tiny.PIPELINE_PATH,
+        tmp_path / "weightless",
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text("")
     cases = [
@@ -233,10 +246,12 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
         (["--resume", "latest"], "'latest' needs a checkpoint"),
         (["--resume", "nowhere"], "Found no state.pt in `nowhere`"),
         (["--policy.path", "other"], "should be a Stable Diffusion 3 pipeline. Found 'FluxPipe"),
-        (["--policy.path", "hollow"], "policy.path: the weights in 'hollow' are missing or dam"),
+        (["--policy.path", "hollow"], "policy.path: the configuration files in 'hollow' are mis"),
+        (["--policy.path", "weightless"], "policy.path: the weights in 'weightless' are missing"),
         (["--policy.path", "nothing/there"], "policy.path: should be a folder with"),
         (["--objectives.method", "gdp"], "unknown method 'gdp'. Did you mean 'gdpo'?"),
         (["--sampling.resolution", "60"], "sampling.resolution: should be a multiple of 16"),
+        (["--policy.lora.target_modules", '["to_x"]'], "Found no layer that ends in 'to_x'"),
     ]
     # In one process each would be faster, but would not be what a user sees.
     started = [

@@ -40,13 +40,7 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
     from peft import LoraConfig
 
     model.requires_grad_(False)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in target_modules:
-        if not any(name.endswith(target) for name in names):
-            raise ValueError(
-                "Parameter `target_modules` should name linear layers of "
-                f"{type(model).__name__}. Found no layer that ends in {target!r}."
-            )
+    check_targets(model, target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -61,6 +55,21 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
     for layer in layers(model):
         if layer.base_layer.weight.dtype == torch.float32:
             layer.forward = MergedForward(layer)
+
+
+def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Check that each suffix names linear layers.
+
+    Raises:
+        ValueError: naming the first that does not.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in target_modules:
+        if not any(name.endswith(target) for name in names):
+            raise ValueError(
+                "Parameter `target_modules` should name linear layers of "
+                f"{type(model).__name__}. Found no layer that ends in {target!r}."
+            )
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:

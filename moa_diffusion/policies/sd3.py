@@ -26,6 +26,84 @@ from moa_diffusion.types import ConfigError, Request, Rollout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_pipeline(path: str, *, revision: str | None = None) -> None:
+    """Read the pipeline's index and nothing else.
+
+    Raises:
+        ConfigError: if there is no pipeline, or one of another class.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    try:
+        index = StableDiffusion3Pipeline.load_config(path, revision=revision)
+    except OSError as error:
+        raise ConfigError(
+            "policy.path: should be a folder with a model_index.json or a hub id that can be "
+            f"reached. Found {path!r}: {error}"
+        ) from error
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise ConfigError(
+            "policy.path: should be a Stable Diffusion 3 pipeline. "
+            f"Found {index.get('_class_name')!r} in {path!r}."
+        )
+
+
+def check_fit(
+    path: str,
+    *,
+    revision: str | None,
+    resolution: int,
+    target_modules: Sequence[str] | None,
+) -> None:
+    """Check settings against a pipeline's configuration files, before its weights are read.
+
+    Args:
+        path: folder or hub id.
+        revision: of a hub id.
+        resolution: as for ``SD3Policy``.
+        target_modules: as for ``SD3Policy``.
+
+    Raises:
+        ConfigError: if there is no Stable Diffusion 3 pipeline, or a setting does not fit it.
+    """
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    check_pipeline(path, revision=revision)
+    options: dict[str, Any] = {"revision": revision}
+    try:
+        vae = AutoencoderKL.load_config(path, subfolder="vae", **options)
+        shape = SD3Transformer2DModel.load_config(path, subfolder="transformer", **options)
+    except OSError as error:
+        raise ConfigError(
+            f"policy.path: the configuration files in {path!r} are missing or damaged: {error}"
+        ) from error
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(shape)
+    lora.check_targets(transformer, target_modules or lora.ATTENTION)
+    latent_shape(transformer.config, 2 ** (len(vae["block_out_channels"]) - 1), resolution)
+
+
+def latent_shape(config: Any, factor: int, resolution: int) -> tuple[int, int, int]:
+    """Shape ``(C, h, w)`` of the latents of a square image.
+
+    Args:
+        config: of the transformer.
+        factor: pixels per latent along a side.
+        resolution: side of the image, in pixels.
+
+    Raises:
+        ConfigError: if the transformer cannot draw it.
+    """
+    multiple = factor * config.patch_size
+    largest = config.pos_embed_max_size * multiple
+    if resolution % multiple or not 0 < resolution <= largest:
+        raise ConfigError(
+            f"sampling.resolution: should be a multiple of {multiple}, at most {largest}. "
+            f"Found {resolution}."
+        )
+    return (config.in_channels, resolution // factor, resolution // factor)
+
+
 def load_pipeline(
     path: str, *, revision: str | None = None, dtype: str = "float32", vae_dtype: str = "float32"
 ) -> Any:
@@ -43,18 +121,7 @@ def load_pipeline(
     from diffusers import StableDiffusion3Pipeline
     from safetensors import SafetensorError
 
-    try:
-        index = StableDiffusion3Pipeline.load_config(path, revision=revision)
-    except OSError as error:
-        raise ConfigError(
-            "policy.path: should be a folder with a model_index.json or a hub id that can be "
-            f"reached. Found {path!r}: {error}"
-        ) from error
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise ConfigError(
-            "policy.path: should be a Stable Diffusion 3 pipeline. "
-            f"Found {index.get('_class_name')!r} in {path!r}."
-        )
+    check_pipeline(path, revision=revision)
     load: Any = StableDiffusion3Pipeline.from_pretrained
     kinds = {"default": DTYPES[dtype], "vae": DTYPES[vae_dtype]}
     try:
@@ -162,7 +229,8 @@ class SD3Policy:
             cache_dir=embeds_dir,
             memory_gb=embeds_memory_gb,
         )
-        self.latent_shape = self._latent_shape(pipeline.vae_scale_factor, resolution)
+        config = self.transformer.config
+        self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, resolution)
         self._sigmas = self._schedule(steps)
         self._stochastic = [  # of every step that may be trained
             self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])
@@ -336,17 +404,6 @@ class SD3Policy:
         scheduler.set_timesteps(steps, device="cpu", **arguments)
         sigmas: list[float] = scheduler.sigmas.tolist()
         return sigmas
-
-    def _latent_shape(self, factor: int, resolution: int) -> tuple[int, int, int]:
-        multiple = factor * self.transformer.config.patch_size
-        largest = self.transformer.config.pos_embed_max_size * multiple
-        if resolution % multiple or not 0 < resolution <= largest:
-            raise ConfigError(
-                f"sampling.resolution: should be a multiple of {multiple}, at most {largest}. "
-                f"Found {resolution}."
-            )
-        side = resolution // factor
-        return (self.transformer.config.in_channels, side, side)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:

@@ -1,0 +1,40 @@
+"""The demonstration as `make demo` runs it, only smaller."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from moa_diffusion.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"trainer.steps": 2, "trainer.groups": 4, "trainer.group_size": 4, "trainer.updates": 1}
+SMALL |= {"evaluation.images_per_prompt": 1, "evaluation.prompts": 4, "evaluation.every": 2}
+
+
+def test_the_demo_draws_its_picture_and_continues(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py")]
+    command += [text for key, value in SMALL.items() for text in (f"--{key}", str(value))]
+    for steps in (2, 3):
+        done = subprocess.run(
+            [*command, "--trainer.steps", str(steps)],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        target = tmp_path / "runs" / "demo" / "demo.png"
+        with Image.open(target) as picture:
+            assert picture.width > 400
+            assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 1000
+        target.unlink()
+        for folder in target.parent.iterdir():
+            if folder.is_dir():
+                found = read_metrics(folder / "metrics.jsonl")
+                assert [row["step"] for row in found] == list(range(steps + 1))
