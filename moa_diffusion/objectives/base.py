@@ -23,9 +23,27 @@ class Normalizer(nn.Module, ABC):
         objectives: names of the K objectives, in the order of the matrix's rows.
     """
 
+    reference_samples: int = 0  # outputs of the reference wanted per prompt, see `remember`
+
     def __init__(self, objectives: Sequence[str]) -> None:
         super().__init__()
         self.objectives = tuple(objectives)
+
+    def unknown(self, prompts: Sequence[str]) -> list[str]:
+        """The distinct prompts, in order, whose reference rewards ``remember`` has not been told.
+
+        Empty for a normalizer that wants no reference samples.
+        """
+        return []
+
+    def remember(self, prompts: Sequence[str], rewards: Tensor) -> None:
+        """Keep the raw rewards of reference outputs; they are part of the saved state.
+
+        Args:
+            prompts: P distinct prompts.
+            rewards: ``[P, K, reference_samples]`` float64, NaN where an objective does not apply.
+        """
+        raise RuntimeError(f"{type(self).__name__} compares with no reference.")
 
     @abstractmethod
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
@@ -47,6 +65,9 @@ class Weighting(nn.Module, ABC):
     """
 
     needs_gramian: bool = False  # whether ``stats.gramian`` has to be measured
+    # Whether weights may be solved anew at every optimizer step, on that step's own Gramian: only
+    # where they depend on nothing else and nothing is remembered.
+    from_gramian_alone: bool = False
 
     def __init__(self, objectives: Sequence[str]) -> None:
         super().__init__()
@@ -55,6 +76,14 @@ class Weighting(nn.Module, ABC):
     @abstractmethod
     def forward(self, stats: ObjectiveStats) -> Tensor:
         """Weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
+
+    def report(self) -> dict[str, float]:
+        """What the last call found, for the metrics: ``group/objective`` to a number."""
+        return {}
+
+    def kl_scale(self) -> float:
+        """Factor of the KL's weight since the last call: 1 unless the method moves it."""
+        return 1.0
 
 
 def effective_weights(weights: Tensor, applies: Tensor) -> Tensor:
