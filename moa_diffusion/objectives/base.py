@@ -8,7 +8,9 @@ Both keep whatever they remember in buffers (or extra state), which checkpoints 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,30 @@ class Weighting(nn.Module, ABC):
     def kl_scale(self) -> float:
         """Factor of the KL's weight since the last call: 1 unless the method moves it."""
         return 1.0
+
+
+def by_name(
+    parameter: str, values: Mapping[str, float] | None, objectives: Sequence[str]
+) -> Tensor:
+    """Numbers given for some objectives, in the objectives' order: ``[K]``, NaN where none is.
+
+    Raises:
+        ValueError: naming the parameter, for an unknown objective or a value that is not finite.
+    """
+    for name, value in (values or {}).items():
+        if name not in objectives:
+            near = get_close_matches(name, objectives, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Parameter `{parameter}` should name objectives of {list(objectives)}. "
+                f"Found {name!r}.{hint}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(
+                f"Parameter `{parameter}` should give {name!r} a finite number. Found {value!r}."
+            )
+    given = [(values or {}).get(name, nan) for name in objectives]
+    return torch.tensor(given, dtype=torch.float64)
 
 
 def effective_weights(weights: Tensor, applies: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Weighting, combine
 from moa_diffusion.objectives.base import variance_share as share_where
 from moa_diffusion.objectives.normalize import DualStage, Raw
@@ -23,6 +24,9 @@ CHOSEN = {"a": 0.2, "b": 0.8, "c": 3.0}
 WEIGHTINGS: dict[str, Callable[[Sequence[str]], Weighting]] = {
     "static_equal": Static,
     "static": lambda names: Static(names, weights=[CHOSEN[name] for name in names]),
+    "apex": lambda names: Apex(names, warmup=1),
+    "apex_gradients": lambda names: Apex(names, warmup=1, conflict="gradients"),
+    "apex_need": lambda names: Apex(names, warmup=1, potential=0, conflict="off"),
 }
 
 

@@ -1,0 +1,249 @@
+"""APEX: adaptive priorities P^3 (https://arxiv.org/abs/2601.06574), reconstructed.
+
+The published description names three terms, learning *potential*, *conflict* penalty and progress
+*need*; its equations were not available. What stands here is a reconstruction from that
+description, with ``Rbar_k`` the running mean of reward k, ``s_k`` the RMS group std and ``sbar_k``
+its EMA::
+
+    L_k = v_k / max_j v_j,    v_k = max(0, Rbar_k(e) - Rbar_k(e - H)) / (H sbar_k)        in [0, 1]
+    C_k = sum_{j != k} max(0, -cos(g_j, g_k)) / (K - 1)                                    in [0, 1]
+    N_k = max(0, 1 - (Rbar_k - base_k) / (target_k - base_k))              1 at the start
+    q = softmax((a_L L - a_C C + a_N N) / tau),   w <- EMA of (1 - K f) q + f
+
+Deviations, all ours: targets need not be chosen. Unless given, ``base_k`` is the mean of the first
+rollouts and ``target_k = base_k + step * s_k(start)``: one within-group standard deviation in
+whatever unit. When all targets are reached, the automatic ones move on by another step, so that the
+need goes on telling objectives apart. The need is not clipped at 1: an objective that has *fallen*
+below its base counts more than one that has not moved; nothing else here knows which of several
+normalised rewards is being lost. ``Rbar`` is the mean over prompts of their latest group, so that
+it does not move because a rollout happened to draw easy prompts. ``cos`` is the exact cosine of the
+objectives' LoRA gradients, or the correlation of their advantages, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import Weighting, by_name
+from moa_diffusion.objectives.normalize import group_moments, rms_group_std, update_ema
+from moa_diffusion.types import ObjectiveStats, RewardMatrix
+
+CONFLICTS = ("gradients", "advantages", "off")
+
+
+class Apex(Weighting):
+    """Weights that follow each objective's potential, conflicts and need.
+
+    Args:
+        objectives: names of the K objectives.
+        potential: ``a_L`` >= 0; 0 switches the term off.
+        conflict: what conflicts are measured on: ``gradients`` (needs the Gramian),
+            ``advantages``, or ``off``.
+        penalty: ``a_C`` >= 0.
+        need: ``a_N`` >= 0; 0 switches the term off.
+        temperature: ``tau`` > 0 of the softmax.
+        floor: ``f`` in [0, 1/K], the least weight.
+        horizon: ``H`` >= 1, rollouts over which learning is measured.
+        warmup: rollouts with equal weights, >= 1; ``base`` is their mean.
+        memory: prompts, the last ones seen, over which ``Rbar`` is taken.
+        spread_decay: of the EMA of spreads, in [0, 1).
+        decay: of the EMA of weights, in [0, 1).
+        step: automatic targets lie this many within-group standard deviations above the base.
+        base: by name, the base model's mean reward; measured if absent.
+        targets: by name, the reward to reach, above the base; automatic if absent.
+    """
+
+    spread: Tensor
+    base: Tensor
+    target: Tensor
+    unit: Tensor
+    history: Tensor
+    weights: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        *,
+        potential: float = 0.5,
+        conflict: str = "advantages",
+        penalty: float = 1.0,
+        need: float = 2.0,
+        temperature: float = 1.0,
+        floor: float = 0.05,
+        horizon: int = 10,
+        warmup: int = 3,
+        memory: int = 256,
+        spread_decay: float = 0.9,
+        decay: float = 0.8,
+        step: float = 1.0,
+        base: Mapping[str, float] | None = None,
+        targets: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(objectives)
+        count = len(self.objectives)
+        if conflict not in CONFLICTS:
+            raise ValueError(
+                f"Parameter `conflict` should be one of {CONFLICTS}. Found {conflict!r}."
+            )
+        for name, value in (("potential", potential), ("penalty", penalty), ("need", need)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Parameter `{name}` should be at least 0. Found {value}.")
+        for name, value in (("temperature", temperature), ("step", step)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Parameter `{name}` should be positive. Found {value}.")
+        for name, value in (("spread_decay", spread_decay), ("decay", decay)):
+            if not 0 <= value < 1:
+                raise ValueError(f"Parameter `{name}` should be in [0, 1). Found {value}.")
+        for name, rollouts in (("horizon", horizon), ("warmup", warmup), ("memory", memory)):
+            if rollouts < 1:
+                raise ValueError(f"Parameter `{name}` should be at least 1. Found {rollouts}.")
+        if not 0 <= floor <= 1 / count:
+            raise ValueError(
+                f"Parameter `floor` should be in [0, 1 / K = {1 / count:.3g}]. Found {floor}."
+            )
+        self.needs_gramian = conflict == "gradients"
+        self.potential, self.penalty, self.need = potential, penalty, need
+        self.conflict, self.temperature, self.floor = conflict, temperature, floor
+        self.horizon, self.warmup = horizon, warmup
+        self.memory, self.spread_decay, self.decay, self.step = memory, spread_decay, decay, step
+        self.given_base = by_name("base", base, self.objectives)
+        self.given_target = by_name("targets", targets, self.objectives)
+        below = self.given_target <= self.given_base  # False where either is NaN
+        if below.any():
+            k = int(below.nonzero()[0])
+            raise ValueError(
+                f"Parameter `targets` should lie above the base level {float(self.given_base[k])} "
+                f"of {self.objectives[k]!r}. Found {float(self.given_target[k])}."
+            )
+        unknown = torch.full((count,), torch.nan, dtype=torch.float64)  # NaN: not measured yet
+        self.register_buffer("spread", unknown.clone())  # sbar
+        self.register_buffer("base", unknown.clone())
+        self.register_buffer("target", unknown.clone())
+        self.register_buffer("unit", unknown.clone())  # within-group std at the start
+        self.register_buffer("history", unknown.repeat(horizon + 1, 1))  # Rbar, oldest first
+        self.register_buffer("weights", torch.full_like(unknown, 1 / count))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rollouts
+        self.latest: dict[str, list[float]] = {}  # by prompt, in the order of the last visit: [K]
+        self._report: dict[str, float] = {}
+
+    @torch.no_grad()
+    def forward(self, stats: ObjectiveStats) -> Tensor:
+        applies = ~torch.isnan(stats.rewards.values)
+        self.seen = self.seen + 1
+        self._look(stats.rewards)
+        mean = self.history[-1]
+        self._set_targets(mean)
+
+        learning, need = self._learning(mean), self._need(mean)
+        conflicts = {"advantages": opposition(correlation(stats.advantages, applies))}
+        if stats.gramian is not None:
+            conflicts["gradients"] = opposition(cosine(stats.gramian))
+        conflict = conflicts.get(self.conflict, torch.zeros_like(need))
+        if self.seen > self.warmup:
+            priority = self.potential * learning - self.penalty * conflict + self.need * need
+            q = torch.softmax(priority / self.temperature, 0)
+            q = (1 - len(q) * self.floor) * q + self.floor
+            self.weights = self.decay * self.weights + (1 - self.decay) * q
+        columns = {"apex_potential": learning, "apex_need": need, "apex_target": self.target}
+        columns |= {f"conflict_{kind}": values for kind, values in conflicts.items()}
+        columns["apex_progress"] = (mean - self.base) / self.unit
+        self._report = {
+            f"{group}/{name}": float(values[k])
+            for group, values in columns.items()
+            for k, name in enumerate(self.objectives)
+        }
+        return self.weights.clone()
+
+    def report(self) -> dict[str, float]:
+        return self._report
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.latest
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.latest = state
+
+    # ------------------------------------------------------------------ parts
+
+    def _look(self, rewards: RewardMatrix) -> None:
+        """Take the rollout in: spreads, and the running mean."""
+        self.spread = update_ema(self.spread, rms_group_std(rewards), self.spread_decay)
+        means, _, counts = group_moments(rewards.values, rewards.groups)  # [K, N]
+        means = torch.where(counts > 0, means, torch.nan)
+        first = {group: i for i, group in reversed(list(enumerate(rewards.groups.tolist())))}
+        for group in sorted(first):
+            prompt = rewards.prompts[first[group]]
+            self.latest.pop(prompt, None)
+            self.latest[prompt] = means[:, first[group]].tolist()
+        for prompt in list(self.latest)[: -self.memory]:
+            del self.latest[prompt]
+        mean = torch.tensor(list(self.latest.values()), dtype=torch.float64).nanmean(0)  # [K]
+        self.history = torch.cat([self.history[1:], mean[None]])
+
+    def _set_targets(self, mean: Tensor) -> None:
+        """Base and target of the start, or of an objective's first appearance; moves targets on."""
+        fresh = self.base.isnan() if self.seen > self.warmup else torch.ones_like(mean).bool()
+        given = self.given_base
+        self.base = torch.where(fresh, torch.where(given.isnan(), mean, given), self.base)
+        self.unit = torch.where(fresh, self.spread, self.unit)
+        fixed = ~self.given_target.isnan()
+        start = torch.where(fixed, self.given_target, self.base + self.step * self.unit)
+        self.target = torch.where(fresh, start, self.target)
+        known = (self.target > self.base) & ~mean.isnan()
+        if known.any() and (mean >= self.target)[known].all():
+            self.target = torch.where(fixed, start, self.target + self.step * self.unit)
+
+    def _learning(self, mean: Tensor) -> Tensor:
+        """``L``: speed of the last H rollouts (or as many as there were), relative to the best."""
+        past = self.history[:-1]
+        known = ~past.isnan()
+        # The oldest known row of each objective: H rollouts ago, or fewer at the start.
+        oldest = known.to(torch.int64).argmax(0, keepdim=True)  # [1, K]
+        rollouts = len(past) - oldest[0]
+        gain = (mean - past.gather(0, oldest)[0]).clamp(min=0)
+        speed = (gain / (rollouts * self.spread)).nan_to_num(nan=0.0, posinf=0.0)
+        return speed / (speed.max() + 1e-8)
+
+    def _need(self, mean: Tensor) -> Tensor:
+        """``N``; 0 for an objective that is unknown or never varies."""
+        gap = self.target - self.base
+        need = 1 - (mean - self.base) / torch.where(gap > 0, gap, torch.nan)
+        return need.clamp(min=0).nan_to_num(nan=0.0)
+
+
+def correlation(advantages: Tensor, applies: Tensor) -> Tensor:
+    """Pearson correlation of the objectives' advantages where both apply: ``[K, K]``.
+
+    Args:
+        advantages: ``[K, N]``, centred in their groups, 0 where they do not apply.
+        applies: ``[K, N]`` bool.
+    """
+    weight = applies.to(advantages.dtype)
+    product = advantages @ advantages.T
+    square = advantages.square() @ weight.T  # [k, j]: of k, over the samples that j applies to
+    scale = (square * square.T).sqrt()
+    return product / torch.where(scale > 0, scale, 1.0)
+
+
+def cosine(gramian: Tensor) -> Tensor:
+    """Cosines of the K gradients, from their Gramian ``[K, K]``; 0 beside a zero gradient."""
+    norm = gramian.diagonal().clamp(min=0).sqrt()
+    scale = norm[:, None] * norm
+    return gramian / torch.where(scale > 0, scale, 1.0)
+
+
+def opposition(cosines: Tensor) -> Tensor:
+    """``C``: each objective's mean opposition to the others, in [0, 1]: ``[K]``.
+
+    Args:
+        cosines: ``[K, K]`` in [-1, 1].
+    """
+    against = (-cosines).clamp(0, 1)
+    against = against - torch.diag(against.diagonal())
+    return against.sum(1) / max(len(cosines) - 1, 1)
