@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,25 +25,57 @@ from moa_diffusion.distributed import AccelerateComm, Comm
 from moa_diffusion.ema import EMA
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
+from moa_diffusion.objectives import calibration
+from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
+from moa_diffusion.objectives.chebyshev import Chebyshev
+from moa_diffusion.objectives.gradient import Gradient
+from moa_diffusion.objectives.mopo import Mopo
+from moa_diffusion.objectives.noon import Noon
 from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
+from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
+from moa_diffusion.objectives.win_rate import WinRate
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.scoring import RewardHead, Scorer, create_head
-from moa_diffusion.trainer import Schedule, Trainer
+from moa_diffusion.trainer import Gradients, Schedule, Trainer
 from moa_diffusion.types import ConfigError, Request
 from moa_diffusion.update import Surrogate, Updater
 
 logger = logging.getLogger(__name__)
 
-# A method is a normalizer and a weighting.
-METHODS: dict[str, tuple[type[Normalizer], type[Weighting]]] = {
-    "static": (Raw, Static),
-    "gdpo": (GDPO, Static),
-    "dual_stage": (DualStage, Static),
-    "ddpo": (PromptHistory, Static),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A name's normalizer and weighting; ``options`` are the weighting's, fixed by the name."""
+
+    normalizer: type[Normalizer]
+    weighting: type[Weighting]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _torchjd(name: str, **options: Any) -> Method:
+    fixed = {"aggregator": name} | ({"options": options} if options else {})
+    return Method(normalizer=DualStage, weighting=Gradient, options=fixed)
+
+
+METHODS = {
+    "static": Method(normalizer=Raw, weighting=Static),
+    "gdpo": Method(normalizer=GDPO, weighting=Static),
+    "dual_stage": Method(normalizer=DualStage, weighting=Static),
+    "ddpo": Method(normalizer=PromptHistory, weighting=Static),
+    "apex": Method(normalizer=DualStage, weighting=Apex),
+    "pama": Method(normalizer=Noon, weighting=Pama),
+    "pama_vector": Method(normalizer=Noon, weighting=PamaVector),
+    "mopo": Method(normalizer=WinRate, weighting=Mopo),
+    "chebyshev": Method(normalizer=DualStage, weighting=Chebyshev),
+    "upgrad": _torchjd("upgrad"),
+    "mgda": _torchjd("mgda"),
+    "pcgrad": _torchjd("pcgrad"),
+    "cagrad": _torchjd("cagrad", c=0.5),  # TorchJD has no default; any value in [0, 1) converges
+    "gradient": Method(normalizer=DualStage, weighting=Gradient),
 }
 
 
@@ -73,12 +107,19 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
 
     model = policy(settings, accelerator.device, pipeline)
     progress = accelerator.is_main_process
+    log = RunLog(
+        folder,
+        accelerator=accelerator if settings.log.trackers else None,
+        main=accelerator.is_main_process,
+        scores=settings.log.scores,
+    )
     heldout = HeldOut(
         asked,
         policy=model,
         scorer=scorer,
         comm=comm,
         batch=geometry.sample_batch,
+        log=log,
         folder=folder,
         shown=settings.evaluation.pictures,
         progress=progress,
@@ -98,19 +139,16 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         geometry=geometry,
         comm=comm,
         updater=updater(settings, model, geometry, comm, accelerator),
+        gradients=gradients(settings, weighting),
         schedule=Schedule(
             steps=settings.trainer.steps,
+            minutes=settings.trainer.minutes,
             checkpoint_every=settings.checkpoint.every,
             checkpoint_keep=settings.checkpoint.keep,
             evaluate_every=settings.evaluation.every,
         ),
         heldout=heldout if asked else None,
-        log=RunLog(
-            folder,
-            accelerator=accelerator if settings.log.trackers else None,
-            main=accelerator.is_main_process,
-            scores=settings.log.scores,
-        ),
+        log=log,
         folder=folder,
         seed=settings.seed,
         progress=progress,
@@ -124,6 +162,22 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     if settings.log.trackers:
         accelerator.init_trackers("moa_diffusion", config=flat(settings))
     return built
+
+
+def gradients(settings: Config, weighting: Weighting) -> Gradients:
+    """When the objectives' gradients are measured.
+
+    Raises:
+        ConfigError: if they cannot be measured in the way that the configuration asks for.
+    """
+    options = settings.gradients
+    if options.mode == "fused" and not weighting.from_gramian_alone:
+        raise ConfigError(
+            f"gradients.mode: should be probe or auto for the method {settings.objectives.method}, "
+            "whose weights depend on more than the gradients. Found 'fused'."
+        )
+    fused = options.mode != "probe" and weighting.from_gramian_alone
+    return Gradients(fused=fused, every=options.every, share=options.share)
 
 
 def updater(
@@ -204,17 +258,53 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
             f"objectives.method: unknown method {method!r}.{_nearest(method, METHODS)} "
             f"Known: {', '.join(METHODS)}."
         )
-    names = tuple(settings.rewards)
-    weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
-    normalizer_class, weighting_class = METHODS[method]
+    chosen, names = METHODS[method], tuple(settings.rewards)
     normalizer = _construct(
-        normalizer_class, "objectives.normalizer", settings.objectives.normalizer, names
+        chosen.normalizer, "objectives.normalizer", settings.objectives.normalizer, names, {}
     )
-    fixed = {"weights": weights} if weighting_class is Static else {}
-    weighting = _construct(
-        weighting_class, "objectives.weighting", settings.objectives.weighting, names, fixed
-    )
+    weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
+    fixed = dict(chosen.options)
+    accepted = inspect.signature(chosen.weighting).parameters
+    if "weights" in accepted:
+        fixed["weights"] = weights
+    else:
+        for name, weight in zip(names, weights, strict=True):
+            if weight != 1:
+                logger.warning(
+                    "objectives.method %s finds its own weights: rewards.%s.weight = %g is not "
+                    "used.",
+                    *(method, name, weight),
+                )
+    options = settings.objectives.weighting
+    if settings.objectives.calibration is not None:
+        options = _calibrated(Path(settings.objectives.calibration), names, accepted) | options
+    if len(names) == 1 and not issubclass(chosen.weighting, Static):
+        logger.warning("objectives.method %s has a single reward to weigh.", method)
+    weighting = _construct(chosen.weighting, "objectives.weighting", options, names, fixed)
     return normalizer, weighting
+
+
+def _calibrated(path: Path, names: Sequence[str], accepted: Container[str]) -> dict[str, Any]:
+    """Options that a calibration file supplies: the base level, and the level to reach.
+
+    Raises:
+        ConfigError: if the file cannot be used, or lacks an objective.
+    """
+    measured = calibration.load(path).objectives
+    for name in names:
+        if name not in measured:
+            raise ConfigError(
+                f"objectives.calibration: `{path}` should have the objective {name!r}. "
+                f"Found {', '.join(measured)}."
+            )
+    known = [name for name in names if math.isfinite(measured[name].base)]
+    base = {name: measured[name].base for name in known}
+    target = {name: measured[name].target for name in known}
+    levels = {"base": base, "targets": target, "ideal": target}
+    used = {option: values for option, values in levels.items() if option in accepted}
+    if not used:
+        logger.warning("objectives.calibration: this method does not use it.")
+    return used
 
 
 def heads(settings: Config) -> dict[str, RewardHead]:
@@ -367,10 +457,10 @@ def _construct(
     key: str,
     options: Mapping[str, Any],
     names: tuple[str, ...],
-    fixed: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any],
 ) -> Any:
     valid = [name for name in inspect.signature(kind).parameters if name != "objectives"]
-    valid = [name for name in valid if name not in (fixed or {})]
+    valid = [name for name in valid if name not in fixed]
     for option in options:
         if option not in valid:
             raise ConfigError(
@@ -378,7 +468,7 @@ def _construct(
                 f"Valid: {', '.join(valid) or 'none'}."
             )
     try:
-        return kind(names, **options, **(fixed or {}))
+        return kind(names, **options, **fixed)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {error}") from error
 

@@ -68,6 +68,24 @@ def local_slice(values: S, comm: Comm) -> S:
     return values[comm.rank * share : (comm.rank + 1) * share]
 
 
+def in_turn(values: S, comm: Comm) -> S:
+    """This rank's share of M items dealt out in turn; ``gather_in_turn`` is the way back."""
+    return values[comm.rank :: comm.world_size]
+
+
+def gather_in_turn(mine: Tensor, rows: int, comm: Comm) -> Tensor:
+    """The first ``rows`` rows of every rank in the order they were dealt: ``[world rows, ...]``.
+
+    Args:
+        mine: ``[m, ...]``, this rank's; rows that a rank lacks are zero, and come last.
+        rows: of the rank with most.
+        comm: collectives over the processes.
+    """
+    padded = mine.new_zeros(rows, *mine.shape[1:])
+    padded[: min(rows, len(mine))] = mine[:rows]
+    return comm.gather(padded).unflatten(0, (-1, rows)).transpose(0, 1).flatten(0, 1)
+
+
 class LocalComm:
     """One process: every collective is the identity."""
 

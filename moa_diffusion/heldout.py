@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moa_diffusion import pictures
-from moa_diffusion.distributed import Comm
+from moa_diffusion.distributed import Comm, gather_in_turn
+from moa_diffusion.metrics import RunLog
+from moa_diffusion.objectives.normalize import rms_group_std
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
-from moa_diffusion.types import Request
+from moa_diffusion.types import Request, RewardMatrix
 
 
 class HeldOut:
@@ -26,6 +27,7 @@ class HeldOut:
         scorer: the K reward heads.
         comm: collectives over the processes.
         batch: samples per forward pass.
+        log: where every sample's rewards go.
         folder: where sheets of pictures go.
         shown: pictures per sheet, the first of the requests; 0 for none.
         progress: whether this process shows a progress bar.
@@ -39,60 +41,69 @@ class HeldOut:
         scorer: Scorer,
         comm: Comm,
         batch: int,
+        log: RunLog,
         folder: Path,
         shown: int,
         progress: bool,
     ) -> None:
         self.requests = tuple(requests)
         self.policy, self.scorer, self.comm = policy, scorer, comm
-        self.batch, self.folder, self.shown, self.progress = batch, folder, shown, progress
+        self.batch, self.log, self.folder = batch, log, folder
+        self.shown, self.progress = shown, progress
+        # [K], of the base model: mean, and RMS of the spread within a prompt.
+        self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
     @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> dict[str, float]:
-        """Mean and standard error of every reward on the M samples.
+        """Mean and standard error of every reward on the M samples, and its gain.
 
-        Every process draws each ``world_size``-th request; none is counted twice. Images of one
-        prompt are alike, so the standard error is that of the mean over the prompts' means.
+        Images of one prompt are alike, so the standard error is that of the mean over prompts.
+        The gain is in units of the base model's spread within a prompt: of one scale for all
+        rewards, whatever their unit.
 
         Args:
-            step: names the sheet of pictures.
+            step: rollouts finished; at 0 the policy is the base model.
             before_batch: called on all processes before each batch.
         """
-        world, total = self.comm.world_size, len(self.requests)
-        # A process without a share draws the first request, which does not count.
-        mine = self.requests[self.comm.rank :: world] or self.requests[:1]
-        share = -(-total // world)  # of the largest
-        parts = []
-        starts = range(0, share, self.batch)  # as many on every process
-        for start in tqdm(starts, desc="evaluate", leave=False, disable=not self.progress):
-            before_batch()
-            if batch := mine[start : start + self.batch]:
-                parts.append(self.policy.generate(batch))
-        images = torch.cat(parts)
-        local = self.scorer.together(lambda: self.scorer.score(mine, images=images))  # [K, m]
-        values = self._gathered(local.T, share)[:total]  # [M, K]
-        if self.shown:
-            rows = min(share, -(-self.shown // world))
-            shown = self._gathered(images, rows)[: min(self.shown, total)]
+        values, images = self.scorer.survey(
+            self.requests,
+            self.policy.generate,
+            batch=self.batch,
+            title="evaluate",
+            before_batch=before_batch,
+            progress=self.progress,
+        )
+        if shown := min(self.shown, len(self.requests)):
+            rows = -(-shown // self.comm.world_size)
+            first = gather_in_turn(images, rows, self.comm)[:shown]
             if self.comm.rank == 0:
-                sheet = pictures.grid(shown, columns=math.ceil(math.sqrt(len(shown))))
+                sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
                 pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+        values = values.T  # [K, M]
+        self.log.write_evaluation(step, self.requests, self.scorer.names, values)
         prompts = torch.tensor([request.group for request in self.requests])
+        if step == 0:
+            self.base = values.nanmean(1)
+            self.unit = rms_group_std(self._matrix(values, prompts))
+        gains = (values.nanmean(1) - self.base) / self.unit
         metrics: dict[str, float] = {}
-        for name, row in zip(self.scorer.names, values.T, strict=True):
+        for name, row, gain in zip(self.scorer.names, values, gains.tolist(), strict=True):
             mean, error = mean_and_error(row, prompts)
             metrics |= {f"eval_mean/{name}": mean, f"eval_sem/{name}": error}
+            if step:
+                metrics[f"eval_gain/{name}"] = gain
         return metrics
 
-    def _gathered(self, mine: Tensor, rows: int) -> Tensor:
-        """The first ``rows`` of every process, in the order of the requests: ``[world rows, ...]``.
+    def state_dict(self) -> dict[str, Tensor]:
+        """What gains are measured against."""
+        return {"base": self.base, "unit": self.unit}
 
-        Rows that a process lacks follow all others.
-        """
-        padded = mine.new_zeros(rows, *mine.shape[1:])
-        padded[: min(rows, len(mine))] = mine[:rows]
-        gathered = self.comm.gather(padded)
-        return gathered.unflatten(0, (-1, rows)).transpose(0, 1).flatten(0, 1)
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.base, self.unit = state["base"], state["unit"]
+
+    def _matrix(self, values: Tensor, prompts: Tensor) -> RewardMatrix:
+        texts = tuple(request.prompt for request in self.requests)
+        return RewardMatrix(names=self.scorer.names, values=values, groups=prompts, prompts=texts)
 
 
 def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:

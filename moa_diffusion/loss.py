@@ -29,6 +29,31 @@ def clipped_surrogate(
     return torch.maximum(-weight * ratio, -weight * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def surrogate_coefficients(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+) -> Tensor:
+    """Derivative of ``clipped_surrogate`` by the log-probability, for K sets of advantages.
+
+    It is ``-A r`` where the clip does not act and 0 where it does, so each objective has its own
+    clip mask. With it, objective k's gradient is ``sum c_knt grad log p_nt``.
+
+    Args:
+        log_probs: ``[n, t]`` under the policy being trained; no gradient is kept.
+        old_log_probs: ``[n, t]`` under the policy that sampled.
+        advantages: ``[K, n]``.
+        clip_range: as for ``clipped_surrogate``.
+
+    Returns:
+        ``[K, n, t]``.
+    """
+    ratio = torch.exp(log_probs.detach() - old_log_probs)
+    rows = []
+    for advantage in advantages.to(ratio.dtype):
+        clipped = clip_fraction(log_probs.detach(), old_log_probs, advantage, clip_range)
+        rows.append(torch.where(clipped, 0.0, -advantage[:, None] * ratio))
+    return torch.stack(rows)
+
+
 def clip_fraction(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
 ) -> Tensor:

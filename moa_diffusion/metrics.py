@@ -64,24 +64,17 @@ class RunLog:
         self, step: int, requests: Sequence[Request], rewards: RewardMatrix, advantage: Tensor
     ) -> None:
         """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage."""
-        if not (self._main and self._scores):
-            return
-        lines = []
-        for i, request in enumerate(requests):
-            row: dict[str, Any] = {
-                "step": step,
-                "group": request.group,
-                "sibling": request.sibling,
-                "prompt": request.prompt,
-                "seed": request.seed,
-                "advantage": float(advantage[i]),
-            }
-            for name, value in zip(rewards.names, rewards.values[:, i].tolist(), strict=True):
-                row[f"reward/{name}"] = None if math.isnan(value) else value
-            lines.append(json.dumps(row, ensure_ascii=False))
-        path = self._scores_path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if self._main and self._scores:
+            columns = {"advantage": advantage} | _reward_columns(rewards.names, rewards.values)
+            _write_samples(self.folder / "scores", step, requests, columns)
+
+    def write_evaluation(
+        self, step: int, requests: Sequence[Request], names: Sequence[str], values: Tensor
+    ) -> None:
+        """Write the M samples of an evaluation: prompt, seed and raw rewards ``values [K, M]``."""
+        if self._main:
+            columns = _reward_columns(names, values)
+            _write_samples(self.folder / "evaluation", step, requests, columns)
 
     def rewind(self, step: int, *, pending: bool = False) -> None:
         """Forget everything after rollout ``step``; at 0 also the evaluation before the first.
@@ -98,12 +91,36 @@ class RunLog:
             partial = self.path.with_suffix(".tmp")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             partial.replace(self.path)
-        for path in self.folder.glob("scores/step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
+        for kind in ("scores", "evaluation"):
+            for path in self.folder.glob(f"{kind}/step-*.jsonl"):
+                if int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
 
-    def _scores_path(self, step: int) -> Path:
-        return self.folder / "scores" / f"step-{step:06d}.jsonl"
+
+def _reward_columns(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:
+    return {f"reward/{name}": row for name, row in zip(names, values, strict=True)}
+
+
+def _write_samples(
+    folder: Path, step: int, requests: Sequence[Request], columns: Mapping[str, Tensor]
+) -> None:
+    """One line per sample; what is NaN becomes null."""
+    lines = []
+    for i, request in enumerate(requests):
+        row: dict[str, Any] = {
+            "step": step,
+            "group": request.group,
+            "sibling": request.sibling,
+            "prompt": request.prompt,
+            "seed": request.seed,
+        }
+        for name, values in columns.items():
+            value = float(values[i])
+            row[name] = None if math.isnan(value) else value
+        lines.append(json.dumps(row, ensure_ascii=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:06d}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> dict[str, float]:

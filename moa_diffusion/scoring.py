@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm
+from moa_diffusion.distributed import Comm, gather_in_turn, in_turn
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 from rewards import RewardBatch, RewardError, RewardHead
 from rewards import create as create_head
@@ -53,6 +54,42 @@ class Scorer:
             groups=torch.tensor([request.group for request in requests]),
             prompts=tuple(request.prompt for request in requests),
         )
+
+    def survey(
+        self,
+        requests: Sequence[Request],
+        draw: Callable[[Sequence[Request]], Tensor],
+        *,
+        batch: int,
+        title: str,
+        before_batch: Callable[[], None],
+        progress: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw and score any requests; each is drawn once, whatever the number of processes.
+
+        Args:
+            requests: M >= 1, equal on every process, which take them in turn.
+            draw: images ``[n, 3, H, W]`` of n requests.
+            batch: requests per call of ``draw``.
+            title: of the progress bar.
+            before_batch: called on all processes before each batch.
+            progress: whether this process shows the bar.
+
+        Returns:
+            rewards ``[M, K]`` float64 on every process, and this process's images ``[m, ...]``.
+        """
+        # A process without a share draws the first request, which does not count.
+        mine = in_turn(tuple(requests), self.comm) or tuple(requests[:1])
+        share = -(-len(requests) // self.comm.world_size)  # of the largest
+        parts = []
+        starts = range(0, share, batch)  # as many on every process
+        for start in tqdm(starts, desc=title, leave=False, disable=not progress):
+            before_batch()
+            if part := mine[start : start + batch]:
+                parts.append(draw(part))
+        images = torch.cat(parts)
+        local = self.together(lambda: self.score(mine, images=images))  # [K, m]
+        return gather_in_turn(local.T, share, self.comm)[: len(requests)], images
 
     def score(
         self,

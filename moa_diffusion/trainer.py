@@ -51,9 +51,19 @@ class Schedule:
     """How long, and what happens when. Counts are rollouts; 0 switches an occasion off."""
 
     steps: int  # rollouts of the whole run
+    minutes: float  # after which it ends earlier, evaluations apart
     checkpoint_every: int
     checkpoint_keep: int  # newest checkpoints kept; 0 keeps all
     evaluate_every: int  # held-out rewards and pictures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """When the gradients of the objectives are measured, if the weighting needs their Gramian."""
+
+    fused: bool = False  # at every optimizer step, inside its backward pass
+    every: int = 1  # else by a probe: rollouts between two
+    share: float = 0.25  # of the rollout's samples in a probe, in (0, 1]
 
 
 class Trainer:
@@ -68,6 +78,7 @@ class Trainer:
         geometry: how a rollout is cut.
         comm: collectives over the processes.
         updater: takes the optimizer steps.
+        gradients: when the objectives' gradients are measured, for weightings that want them.
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
         log: metrics and scores.
@@ -87,6 +98,7 @@ class Trainer:
         geometry: Geometry,
         comm: Comm,
         updater: Updater,
+        gradients: Gradients,
         schedule: Schedule,
         heldout: HeldOut | None,
         log: RunLog,
@@ -97,16 +109,19 @@ class Trainer:
         self.policy, self.scorer = policy, scorer
         self.normalizer, self.weighting = normalizer, weighting
         self.sampler, self.geometry, self.comm = sampler, geometry, comm
-        self.updater, self.schedule, self.heldout = updater, schedule, heldout
+        self.updater, self.gradients = updater, gradients
+        self.schedule, self.heldout = schedule, heldout
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
-        if weighting.needs_gramian:
+        if gradients.fused and not weighting.from_gramian_alone:
             raise ValueError(
-                "Parameter `weighting` should not need the Gramian of the objectives' gradients: "
-                f"nothing measures it yet. Found {type(weighting).__name__}."
+                "Parameter `gradients.fused` should be False for a weighting that depends on more "
+                f"than the Gramian. Found True for {type(weighting).__name__}."
             )
 
         self.completed = 0  # rollouts finished
+        self.seconds = 0.0  # that they took
+        self._gramian: Tensor | None = None  # [K, K], the last one probed
         self._row: dict[str, float] | None = None  # metrics of a rollout not yet written
         self._stop = False  # set by SIGTERM
         self._ratio_checked = False
@@ -117,6 +132,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout and its optimizer steps; returns the step's metrics."""
         requests = self.sampler.requests(self.completed)
+        self.meet(requests)
         rollout = self.sample(local_slice(requests, self.comm))
         if not self._ratio_checked:
             self.updater.check_ratio(rollout)
@@ -124,18 +140,54 @@ class Trainer:
         rewards = self.score(rollout, requests)  # [K, N]
 
         advantages = self.normalizer.per_objective(rewards)  # [K, N]
-        weights = self.weigh(rewards, advantages)  # [K] or [K, N]
-        applies = ~torch.isnan(rewards.values)  # [K, N]
-        scores = combine(advantages, weights, applies)  # [N]
-        limit = self.updater.surrogate.advantage_clip
-        advantage = self.normalizer.combined(scores, rewards).clamp(-limit, limit)  # [N]
+        if self.gradients.fused:
+            update, weights = self.improve_jointly(rollout, rewards, advantages)  # [K]
+            advantage = self.combine(rewards, advantages, weights)
+        else:
+            weights = self.weigh(rollout, rewards, advantages)  # [K] or [K, N]
+            advantage = self.combine(rewards, advantages, weights)  # [N]
+            update = self.improve(rollout, local_slice(advantage, self.comm))
 
-        update = self.improve(rollout, local_slice(advantage, self.comm))
         self.completed += 1
         self.log.write_scores(self.completed, requests, rewards, advantage)
-        return reward_metrics(rewards, advantages, weights) | update
+        found = reward_metrics(rewards, advantages, weights)
+        return found | self.weighting.report() | update
 
     # ------------------------------------------------------------------ its verbs
+
+    def meet(self, requests: Sequence[Request]) -> None:
+        """Show the normalizer what the reference draws for prompts it meets for the first time."""
+        prompts = self.normalizer.unknown([request.prompt for request in requests])
+        if not prompts:
+            return
+        metadata = {request.prompt: request.metadata for request in requests}
+        asked = [
+            Request(
+                prompt=prompt,
+                metadata=metadata[prompt],
+                group=group,
+                sibling=sibling,
+                seed=derive_seed(self.seed, "reference", prompt, sibling),
+            )
+            for group, prompt in enumerate(prompts)
+            for sibling in range(self.normalizer.reference_samples)
+        ]
+
+        def draw(batch: Sequence[Request]) -> Tensor:
+            images = self.policy.sample(batch, step=self.completed).images
+            assert images is not None
+            return images
+
+        with self._timed("reference"), self.policy.reference():
+            values, _ = self.scorer.survey(
+                asked,
+                draw,
+                batch=self.geometry.sample_batch,
+                title="reference",
+                before_batch=self._leave_if_stopped,
+                progress=self.progress,
+            )
+        self.normalizer.remember(prompts, values.unflatten(0, (len(prompts), -1)).transpose(1, 2))
 
     def sample(self, requests: Sequence[Request]) -> Rollout:
         """Draw this process's share, batch by batch; a stop request is honoured in between."""
@@ -155,12 +207,55 @@ class Trainer:
         self._seconds |= {f"score_{name}": s for name, s in self.scorer.seconds.items()}
         return rewards
 
-    def weigh(self, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
-        """Ask the weighting; rank 0's answer counts for all."""
-        stats = ObjectiveStats(step=self.completed, rewards=rewards, advantages=advantages)
-        weights: Tensor = self.weighting(stats).clone()
-        self.comm.broadcast_(weights)
-        return weights
+    def weigh(self, rollout: Rollout, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
+        """Weights of this rollout, from a probe of the gradients if the weighting wants one."""
+        stale = self._gramian is None or self.completed % self.gradients.every == 0
+        if self.weighting.needs_gramian and stale:
+            with self._timed("probe"):
+                self._gramian = self.updater.measure(
+                    rollout,
+                    local_slice(advantages.T, self.comm).T,
+                    step=self.completed,
+                    share=self.gradients.share,
+                )
+        return self._ask(rewards, advantages, self._gramian)
+
+    def combine(self, rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> Tensor:
+        """One advantage per sample: ``[N]``."""
+        applies = ~torch.isnan(rewards.values)  # [K, N]
+        scores = combine(advantages, weights, applies)  # [N]
+        limit = self.updater.surrogate.advantage_clip
+        return self.normalizer.combined(scores, rewards).clamp(-limit, limit)
+
+    def improve_jointly(
+        self, rollout: Rollout, rewards: RewardMatrix, advantages: Tensor
+    ) -> tuple[dict[str, float], Tensor]:
+        """The rollout's optimizer steps with weights solved at each on its own gradients.
+
+        Stage 2 of the normalizer becomes a factor of the weights: what it would divide by.
+
+        Returns:
+            metrics, and the mean weights ``[K]``.
+        """
+        limit = self.updater.surrogate.advantage_clip
+        applies = ~torch.isnan(rewards.values)
+
+        def solve(gramian: Tensor) -> Tensor:
+            weights = self._ask(rewards, advantages, gramian)  # [K]
+            weights = weights / weights.abs().sum()
+            scores = combine(advantages, weights, applies)
+            total = scores.square().sum()
+            whitened = self.normalizer.combined(scores, rewards)
+            return weights * (whitened @ scores / total) if total > 0 else weights
+
+        with self._timed("update"):
+            return self.updater.fused(
+                rollout,
+                local_slice(advantages.T, self.comm).T.clamp(-limit, limit),
+                solve,
+                step=self.completed,
+                before_batch=self._leave_if_stopped,
+            )
 
     def improve(self, rollout: Rollout, advantage: Tensor) -> dict[str, float]:
         """The rollout's optimizer steps.
@@ -174,7 +269,11 @@ class Trainer:
         """
         with self._timed("update"):
             return self.updater(
-                rollout, advantage, step=self.completed, before_batch=self._leave_if_stopped
+                rollout,
+                advantage,
+                step=self.completed,
+                kl_scale=self.weighting.kl_scale(),
+                before_batch=self._leave_if_stopped,
             )
 
     def evaluate(self) -> dict[str, float]:
@@ -211,7 +310,7 @@ class Trainer:
                     self._finish_round(bar)
                 elif self.heldout and self.completed == 0:
                     self.log.write(0, self.evaluate() | self._take_seconds())
-                while self.completed < self.schedule.steps:
+                while not self._last():
                     self._leave_if_stopped()
                     self._round(bar)
             except (RewardError, TrainingError, Interrupted) as error:
@@ -231,14 +330,15 @@ class Trainer:
         except Interrupted:  # perhaps between two optimizer steps: undo those of this rollout
             self._restore(before)
             raise
-        seconds = self._take_seconds() | {"seconds/total": time.perf_counter() - start}
-        self._row = metrics | seconds
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
         self._finish_round(bar)
 
     def _finish_round(self, bar: tqdm[Any]) -> None:
         """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
         assert self._row is not None
-        last = self.completed == self.schedule.steps
+        last = self._last()
         if self.heldout and (last or self._due(self.schedule.evaluate_every)):
             start = time.perf_counter()
             self._row |= self.evaluate() | self._take_seconds()
@@ -256,6 +356,11 @@ class Trainer:
             )
         if last or self._due(self.schedule.checkpoint_every):
             self.save()
+
+    def _last(self) -> bool:
+        """Whether the run is at its end; the same on every process."""
+        over = 0 < 60 * self.schedule.minutes <= self.seconds
+        return self.completed >= self.schedule.steps or self.comm.any(over)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.completed % every == 0
@@ -283,10 +388,12 @@ class Trainer:
         """Everything the next rollout depends on, equal on every process."""
         return {
             "step": self.completed,
+            "seconds": self.seconds,
             "seed": self.seed,
             "objectives": list(self.scorer.names),
             "method": self._method(),
             "row": self._row,
+            "heldout": self.heldout.state_dict() if self.heldout else {},
             **self._state(),
         }
 
@@ -308,7 +415,9 @@ class Trainer:
                 )
         checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
         self._restore(state)
-        self.completed, self._row = state["step"], state["row"]
+        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
+        if self.heldout:
+            self.heldout.load_state_dict(state["heldout"])
         self.log.rewind(self.completed, pending=self._row is not None)
         if self.comm.rank == 0:
             checkpoint.forget_after(self.folder, self.completed)
@@ -319,14 +428,29 @@ class Trainer:
             "updater": self.updater.state_dict(),
             "normalizer": self.normalizer.state_dict(),
             "weighting": self.weighting.state_dict(),
+            "gramian": self._gramian,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.updater.load_state_dict(state["updater"])
         self.normalizer.load_state_dict(state["normalizer"])
         self.weighting.load_state_dict(state["weighting"])
+        self._gramian = state["gramian"]
 
     # ------------------------------------------------------------------ small parts
+
+    def _ask(self, rewards: RewardMatrix, advantages: Tensor, gramian: Tensor | None) -> Tensor:
+        """Ask the weighting; rank 0's answer counts for all."""
+        stats = ObjectiveStats(
+            step=self.completed,
+            rewards=rewards,
+            advantages=advantages,
+            gramian=gramian,
+            win_rates=self.normalizer.win_rates(rewards),
+        )
+        weights: Tensor = self.weighting(stats).clone()
+        self.comm.broadcast_(weights)
+        return weights
 
     def _method(self) -> list[str]:
         return [type(self.normalizer).__name__, type(self.weighting).__name__]

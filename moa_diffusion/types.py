@@ -137,3 +137,4 @@ class ObjectiveStats:
     rewards: RewardMatrix
     advantages: Tensor  # [K, N] float64, after the normalizer's first stage; 0 where NaN
     gramian: Tensor | None = None  # [K, K] float64, of the objectives' policy gradients
+    win_rates: Tensor | None = None  # [K, N] float64, of `WinRate`; NaN: does not apply

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from moa_diffusion.data import Geometry
 from moa_diffusion.distributed import Comm
 from moa_diffusion.ema import EMA
-from moa_diffusion.loss import clip_fraction, clipped_surrogate
+from moa_diffusion.gradients import ObjectiveGradients
+from moa_diffusion.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import Rollout
 
@@ -83,6 +84,7 @@ class Updater:
         advantage: Tensor,
         *,
         step: int,
+        kl_scale: float = 1.0,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Improve the policy on one rollout.
@@ -91,6 +93,7 @@ class Updater:
             rollout: this process's n samples.
             advantage: ``[n]``.
             step: rollouts finished before this one; it decides the order of the samples.
+            kl_scale: factor of the KL's weight.
             before_batch: called on all processes before each micro-batch. If it raises, the
                 rollout's optimizer steps so far are not undone.
 
@@ -98,6 +101,95 @@ class Updater:
             metrics, averaged over all processes and optimizer steps.
         """
         advantage = advantage.to(self._device, torch.float32)
+        beta = self.surrogate.kl_weight * kl_scale
+
+        def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
+            return self._backward(part, advantage[index], total, beta)
+
+        return self._run(rollout, backward, self._sum_gradients, step, before_batch)
+
+    def fused(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        solve: Callable[[Tensor], Tensor],
+        *,
+        step: int,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[str, float], Tensor]:
+        """Improve the policy; weights are found at every optimizer step from its own gradients.
+
+        The gradients of all objectives come from the one backward pass that training makes anyway,
+        each with its own clip mask, so they are exact also after the first step of a rollout. A
+        KL term costs a backward pass of its own: its gradient is no combination of theirs.
+
+        Args:
+            rollout: this process's n samples.
+            advantages: ``[K, n]``.
+            solve: Gramian ``[K, K]`` of the objectives' gradients (float64, CPU, equal on every
+                process) to their weights ``[K]``.
+            step: as above.
+            before_batch: as above.
+
+        Returns:
+            metrics, and the mean weights ``[K]``.
+        """
+        advantages = advantages.to(self._device, torch.float32)
+        count = len(advantages)
+        rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), count)
+        found: list[Tensor] = []
+
+        def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
+            return self._backward_rows(rows, part, advantages[:, index], total)
+
+        def mix() -> None:
+            self._sum_gradients()  # of the KL term
+            gramian = rows.gramian(self.comm)
+            if gramian.isfinite().all():
+                found.append(solve(gramian))
+            else:  # the step will be skipped, and counted
+                found.append(torch.full((count,), 1 / count, dtype=torch.float64))
+            rows.write(found[-1] * self.scaler.get_scale())
+            rows.clear()
+
+        metrics = self._run(rollout, backward, mix, step, before_batch)
+        return metrics, torch.stack(found).mean(0)
+
+    def measure(self, rollout: Rollout, advantages: Tensor, *, step: int, share: float) -> Tensor:
+        """Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
+
+        Args:
+            rollout: this process's n samples, drawn by the policy as it is.
+            advantages: ``[K, n]``.
+            step: rollouts finished before this one; it decides which samples.
+            share: of the samples, in (0, 1], rounded up to whole micro-batches.
+        """
+        advantages = advantages.to(self._device, torch.float32)
+        rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), len(advantages))
+        minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
+        micros = [micro for index in minibatches for micro in index]
+        for micro in micros[: math.ceil(share * len(micros))]:
+            self._backward_rows(rows, rollout.select(micro), advantages[:, micro], 1, kl=False)
+        return rows.gramian(self.comm)
+
+    def _run(
+        self,
+        rollout: Rollout,
+        backward: Callable[[Rollout, Tensor, int], Tensor],
+        finish: Callable[[], None],
+        step: int,
+        before_batch: Callable[[], None],
+    ) -> dict[str, float]:
+        """The optimizer steps of a rollout.
+
+        Args:
+            rollout: this process's n samples.
+            backward: adds the gradients of a micro-batch, given its samples, their index, and the
+                number of decisions in the whole minibatch; returns sums of decisions, clipped, KL.
+            finish: completes ``.grad`` once all micro-batches of an optimizer step are through.
+            step: rollouts finished before this one.
+            before_batch: called before each micro-batch.
+        """
         minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
         decisions = torch.stack([rollout.mask[index.flatten()].sum() for index in minibatches])
         self.comm.sum_([decisions])  # [updates], over all processes
@@ -108,8 +200,9 @@ class Updater:
             for index, total in zip(minibatches, decisions.tolist(), strict=True):
                 for micro in index:
                     before_batch()
-                    sums += self._backward(rollout.select(micro), advantage[micro], total)
+                    sums += backward(rollout.select(micro), micro, total)
                     bar.update()
+                finish()
                 norms.append(self._optimizer_step())
         self.comm.sum_([sums])
         finite = [norm for norm in norms if math.isfinite(norm)]
@@ -121,29 +214,63 @@ class Updater:
             "policy/lr": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _backward(self, part: Rollout, advantage: Tensor, total: int) -> Tensor:
+    def _backward(self, part: Rollout, advantage: Tensor, total: int, beta: float) -> Tensor:
         """Add the gradients of one micro-batch; returns its decisions, clipped and KL sums."""
-        settings = self.surrogate
+        clip_range = self.surrogate.clip_range
         sums = torch.zeros(3, dtype=torch.float64)
         for steps in self.policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, steps], part.log_probs[:, steps]
-            new, kl = self.policy.log_probs(part, steps, with_kl=settings.kl_weight > 0)
-            losses = clipped_surrogate(new, old, advantage, settings.clip_range)  # [m, t]
+            new, kl = self.policy.log_probs(part, steps, with_kl=self.surrogate.kl_weight > 0)
+            losses = clipped_surrogate(new, old, advantage, clip_range)  # [m, t]
             if kl is not None:
-                losses = losses + settings.kl_weight * kl
+                losses = losses + beta * kl
                 sums[2] += float((kl.detach() * mask).sum())
             torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
-            clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
+            clipped = clip_fraction(new.detach(), old, advantage, clip_range)
             sums[0] += float(mask.sum())
             sums[1] += float((clipped & mask).sum())
         return sums
 
+    def _backward_rows(
+        self,
+        rows: ObjectiveGradients,
+        part: Rollout,
+        advantages: Tensor,
+        total: int,
+        *,
+        kl: bool = True,
+    ) -> Tensor:
+        """As ``_backward``, but every objective's gradient goes to its own row, KL to ``.grad``."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        with_kl = kl and self.surrogate.kl_weight > 0
+        for steps in self.policy.step_chunks(part.log_probs.shape[1]):
+            mask, old = part.mask[:, steps], part.log_probs[:, steps]
+            new, divergence = self.policy.log_probs(part, steps, with_kl=with_kl)
+            by_objective = surrogate_coefficients(new, old, advantages, self.surrogate.clip_range)
+            by_objective = torch.where(mask, by_objective, 0.0)  # [K, m, t]
+            rows.backward(
+                new, by_objective / total, scale=self.scaler.get_scale(), retain_graph=with_kl
+            )
+            if divergence is not None:
+                term = torch.where(mask, divergence, 0.0).sum()
+                weighted = self.surrogate.kl_weight * term / total
+                torch.autograd.backward(self.scaler.scale(weighted))
+                sums[2] += float(term.detach())
+            unclipped = (by_objective != 0).sum(0) / (advantages != 0).sum(0).clamp(min=1)[:, None]
+            clipped = 1 - unclipped  # [m, t], share of the objectives that say something
+            clipped[~(advantages != 0).any(0)] = 0
+            sums[0] += float(mask.sum())
+            sums[1] += float((clipped * mask).sum())
+        return sums
+
+    def _sum_gradients(self) -> None:
+        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
+
     def _optimizer_step(self) -> float:
-        """Sum gradients over the processes, clip, step; returns the gradient norm.
+        """Clip the gradient, which all processes share, and step; returns its norm.
 
         A non-finite gradient skips the update and is counted.
         """
-        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.surrogate.max_grad_norm))
         if math.isfinite(norm):

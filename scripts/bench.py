@@ -1,6 +1,7 @@
-"""Measure what training costs: `train` on the CPU, in plain pipeline calls; `gpu` phase by phase.
+"""Measure what training costs: on the CPU (`train`, `gradients`), on a GPU by phase (`gpu`).
 
 python scripts/bench.py train --pipeline base
+python scripts/bench.py gradients
 python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
 """
 
@@ -21,28 +22,31 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
     train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
-    train.add_argument("--rounds", type=int, default=9, help="interleaved rounds, for medians")
     gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
     gpu.add_argument("--config", type=Path, default=CONFIG, help="further --key value override it")
     gpu.add_argument("--scale", type=int, default=1, help="groups per rollout, on this one card")
     gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
     gpu.add_argument("--size", choices=("medium", "base", "tiny"), default="medium")
-    for command in (train, gpu):
+    gradients = commands.add_parser("gradients", help="CPU seconds of K gradients / one backward")
+    gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    for command in (train, gradients):
+        command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
+    for command in (train, gpu, gradients):
         command.add_argument("--json", type=Path, help="file for all numbers")
     options, overrides = parser.parse_known_args()
-    if overrides and options.command == "train":
+    if overrides and options.command != "gpu":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
 
-    cpu = options.command == "train" or options.device == "cpu"
+    cpu = options.command != "gpu" or options.device == "cpu"
     if cpu:
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # read by torch
     import torch
 
     from moa_diffusion import config
     from moa_diffusion.benchmarks.gpu import measure_gpu
-    from moa_diffusion.benchmarks.tables import print_gpu, print_training
+    from moa_diffusion.benchmarks.gradients import measure_gradients
+    from moa_diffusion.benchmarks.tables import PRINT
     from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
 
@@ -51,10 +55,10 @@ def main() -> int:
         return 2
     try:
         if options.command == "train":
-            show = print_training
             report = measure_training(options.pipeline, rounds=options.rounds)
+        elif options.command == "gradients":
+            report = measure_gradients(options.dtype, rounds=options.rounds)
         else:
-            show = print_gpu
             report = measure_gpu(
                 config.load(options.config, overrides),
                 size=options.size,
@@ -68,7 +72,7 @@ def main() -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    show(report)
+    PRINT[options.command](report)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -91,8 +91,44 @@ def _gpu_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def print_gradients(report: Mapping[str, Any]) -> None:
+    """Ratios to one ordinary backward pass, and the memory."""
+    machine, (image, text) = report["machine"], report["tokens"]
+    table = Table(title="CPU seconds")
+    for column in ("", "forward", "backward", "x ordinary", "target", "with forward", "rows, MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in report["ways"]:
+        verdict = "met" if row["target"] and row["ratio"] <= row["target"] else "missed"
+        table.add_row(
+            row["name"],
+            f"{row['forward']:.3f}",
+            f"{row['backward']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"<= {row['target']}: {verdict}" if row["target"] else "",
+            f"{row['ratio_with_forward']:.3f}",
+            f"{row['bytes'] / 1e6:.1f}",
+        )
+    _print(
+        f"Width {report['hidden']}, {report['layers']} layers with random weights, "
+        f"{report['dtype']}; {report['rows']} rows of {image} image and {text} text tokens; LoRA "
+        f"of rank {report['rank']} with {report['trained'] / 1e6:.2f} M parameters. One thread; "
+        f"medians of {report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores.",
+        table,
+        "Beyond an ordinary backward pass it takes the rows, and for a layer at a time "
+        f"{report['temporary_bytes'] / 1e6:.1f} MB, whatever K.",
+    )
+
+
 def _print(*parts: Any) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # less would cut the breakdown's numbers
     for part in parts:
         console.print(part)
+
+
+PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
+    "train": print_training,
+    "gradients": print_gradients,
+    "gpu": print_gpu,
+}

@@ -21,12 +21,14 @@ _AT_LEAST: dict[str, float] = {
     "sampling.guidance": 0,
     "sampling.window": 0,
     "sampling.window_stay": 1,
+    "gradients.every": 1,
     "loss.kl_weight": 0,
     "loss.max_skipped": 1,
     "optimizer.weight_decay": 0,
     "optimizer.warmup": 0,
     "ema.every": 1,
     "trainer.steps": 1,
+    "trainer.minutes": 0,
     "trainer.groups": 1,
     "trainer.group_size": 2,
     "trainer.updates": 1,
@@ -64,6 +66,7 @@ def check(config: Config) -> None:
         _require(config, key, lambda value: value > 0, "positive")
     for key in _POSITIVE_OR_NULL:
         _require(config, key, lambda value: value is None or value > 0, "positive or null")
+    _require(config, "gradients.share", lambda value: 0 < value <= 1, "in (0, 1]")
     _require(config, "ema.decay", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(
         config,

@@ -102,15 +102,34 @@ class ObjectivesConfig:
     """From K rewards to one advantage.
 
     Args:
-        method: static (weighted sum of raw rewards, normalised once), gdpo, dual_stage, or ddpo
-            (per-prompt history).
+        method: One of the names in the README's table "which weighting when".
+        calibration: A calibration.json, whose levels become the base and the targets of methods
+            that have such options.
         normalizer: Options of the method's normalizer.
         weighting: Options of the method's weighting.
     """
 
     method: str = "dual_stage"
+    calibration: str | None = None
     normalizer: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GradientsConfig:
+    """When the objectives' own gradients are measured, for weightings that need their Gramian.
+
+    Args:
+        mode: fused (inside every optimizer step's backward pass, weights solved at each), probe
+            (one more pass over a part of the rollout), or auto: fused where the weighting depends
+            on the gradients alone.
+        every: Rollouts between two probes.
+        share: Of the rollout's samples in a probe.
+    """
+
+    mode: Literal["auto", "fused", "probe"] = "auto"
+    every: int = 1
+    share: float = 0.25
 
 
 @dataclass
@@ -174,6 +193,8 @@ class TrainerConfig:
 
     Args:
         steps: Rollouts of the whole run.
+        minutes: The run ends earlier once its rollouts, without evaluations, have taken this long;
+            0 for no limit.
         groups: Prompts per rollout, over all processes.
         group_size: Samples per prompt.
         updates: Optimizer steps per rollout.
@@ -182,6 +203,7 @@ class TrainerConfig:
     """
 
     steps: int = 100
+    minutes: float = 0.0
     groups: int = 48
     group_size: int = 24
     updates: int = 2
@@ -252,6 +274,7 @@ class Config:
         rewards: By objective's name, its options: weight, head (a registered name, by default the
             objective's), path (an import path such as my_module:my_reward), and the head's own.
         objectives: From K rewards to one advantage.
+        gradients: When the objectives' own gradients are measured.
         loss: The policy-gradient surrogate.
         optimizer: AdamW and its schedule.
         ema: Average of the adapter.
@@ -269,6 +292,7 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -47,6 +47,13 @@ class Normalizer(nn.Module, ABC):
         """
         raise RuntimeError(f"{type(self).__name__} compares with no reference.")
 
+    def win_rates(self, rewards: RewardMatrix) -> Tensor | None:
+        """Shares of the reference's rewards that each reward beats, ``[K, N]``; None without one.
+
+        NaN where an objective does not apply.
+        """
+        return None
+
     @abstractmethod
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
         """Stage 1: advantages ``[K, N]`` float64, exactly 0 where the reward is NaN."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -48,6 +49,18 @@ class Policy(Protocol):
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters being trained, float32, by stable names."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the block the policy is its own reference: what it was before training."""
+        ...
+
+    def tapped(self) -> Sequence[Any]:
+        """The layers that hand over the gradients of all objectives in one backward pass.
+
+        They are ``moa_diffusion.gradients.Layer``. Trainable parameters outside them are
+        differentiated once per objective.
+        """
         ...
 
     def step_chunks(self, decisions: int) -> list[slice]:

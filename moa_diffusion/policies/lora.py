@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from moa_diffusion.policies.merged import MergedForward
+from moa_diffusion.policies.merged import MergedForward, Record
 
 ATTENTION = (
     "attn.to_q",
@@ -82,6 +83,75 @@ def layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on y; its backward pass hands over x and the gradient of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, leaf: Tensor, linear: TappedLinear) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.linear = linear
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        linear: TappedLinear = ctx.linear
+        if linear.record is not None:
+            linear.record(linear.weights[0], dy, *ctx.saved_tensors)
+        return dy, None, None, None
+
+
+class TappedLinear:
+    """Replaces the ``forward`` of A or B, an ``nn.Linear``, where peft's own forward calls it.
+
+    Outputs and gradients stay the same to the bit. While ``record`` is set, a backward pass that
+    is asked for ``leaves`` calls it for ``weights``, and does not form their gradient, as nothing
+    asked for leads there.
+
+    Args:
+        linear: A or B of an adapted layer.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self.weights = (linear.weight,)
+        self.leaves = (torch.zeros((), device=linear.weight.device, requires_grad=True),)
+        self.record: Record | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return nn.Linear.forward(self.linear, x)
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast would do it; done here, x is kept once, as the linear layer keeps it.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = nn.Linear.forward(self.linear, x)
+        tapped: Tensor = _Tap.apply(y, x.detach(), self.leaves[0], self)
+        return tapped
+
+
+def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
+    """Make the adapted layers hand over what per-objective gradients are made of.
+
+    Float32 layers do so anyway; in the others A and B get a ``TappedLinear``, once.
+
+    Args:
+        adapted: the model's ``layers``.
+
+    Returns:
+        the ``layers`` of ``moa_diffusion.gradients.ObjectiveGradients``.
+    """
+    found: list[MergedForward | TappedLinear] = []
+    for layer in adapted:
+        if isinstance(layer.forward, MergedForward):
+            found.append(layer.forward)
+            continue
+        for linear in (layer.lora_A["default"], layer.lora_B["default"]):
+            if not isinstance(linear.forward, TappedLinear):
+                linear.forward = TappedLinear(linear)
+            found.append(linear.forward)
+    return found
 
 
 @contextmanager

@@ -306,6 +306,12 @@ class SD3Policy:
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return self._trainable
 
+    def reference(self) -> AbstractContextManager[None]:
+        return lora.disabled(self._adapted)
+
+    def tapped(self) -> Sequence[Any]:
+        return lora.tapped(self._adapted)
+
     def step_chunks(self, decisions: int) -> list[slice]:
         return [slice(i, i + self.step_batch) for i in range(0, decisions, self.step_batch)]
 

@@ -7,8 +7,10 @@ shifts nothing: what is learned is the mean of each step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,20 @@ class ToyPolicy:
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return {"drift": self.drift}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        trained = self.drift.detach().clone()
+        with torch.no_grad():
+            self.drift.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.drift.copy_(trained)
+
+    def tapped(self) -> Sequence[Any]:
+        return ()
 
     def step_chunks(self, decisions: int) -> list[slice]:
         return [slice(i, i + 1) for i in range(decisions)]

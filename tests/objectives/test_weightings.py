@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Weighting, combine
 from moa_diffusion.objectives.base import variance_share as share_where
+from moa_diffusion.objectives.chebyshev import Chebyshev
+from moa_diffusion.objectives.gradient import Gradient
+from moa_diffusion.objectives.mopo import Mopo
 from moa_diffusion.objectives.normalize import DualStage, Raw
+from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
@@ -24,6 +29,20 @@ CHOSEN = {"a": 0.2, "b": 0.8, "c": 3.0}
 WEIGHTINGS: dict[str, Callable[[Sequence[str]], Weighting]] = {
     "static_equal": Static,
     "static": lambda names: Static(names, weights=[CHOSEN[name] for name in names]),
+    "chebyshev": Chebyshev,
+    "mopo": lambda names: Mopo(names, primary="a", bounds={"b": 0.5, "c": 0.52}),
+    "mopo_barrier": lambda names: Mopo(names, primary="a", variant="barrier"),
+    "pama": Pama,
+    "pama_vector": PamaVector,
+    **{
+        f"gradient_{name}": partial(Gradient, aggregator=name, options=options)
+        for name, options in {
+            **dict.fromkeys(("upgrad", "mgda", "pcgrad", "alignedmtl", "imtlg", "dualproj")),
+            **dict.fromkeys(("config", "random", "mean", "sum")),
+            "cagrad": {"c": 0.4},
+            "fairgrad": {"alpha": 1.0},
+        }.items()
+    },
     "apex": lambda names: Apex(names, warmup=1),
     "apex_gradients": lambda names: Apex(names, warmup=1, conflict="gradients"),
     "apex_need": lambda names: Apex(names, warmup=1, potential=0, conflict="off"),
@@ -39,7 +58,11 @@ def stats(rewards: RewardMatrix, step: int = 0) -> ObjectiveStats:
     """What the trainer would show; the Gramian is any positive semi-definite matrix."""
     advantages = DualStage(rewards.names).per_objective(rewards)
     return ObjectiveStats(
-        step=step, rewards=rewards, advantages=advantages, gramian=advantages @ advantages.T
+        step=step,
+        rewards=rewards,
+        advantages=advantages,
+        gramian=advantages @ advantages.T,
+        win_rates=torch.where(rewards.values.isnan(), torch.nan, advantages.sigmoid()),
     )
 
 

@@ -1,0 +1,301 @@
+"""Exact gradients of all K objectives from one backward pass, and their Gramian.
+
+Objective k's surrogate gradient is ``g_k = sum_nt c_knt grad log pi_nt`` with a number ``c_knt``
+per decision (advantage times ratio, 0 where it is clipped): the network is differentiated only
+through ``sum_nt log pi_nt``. One backward pass of that sum brings to every linear layer its input
+``x [R, L, in]`` and the gradient of its output ``dy [R, L, out]``, R rows of L tokens that each
+belong to one decision, and there ``g_k = sum_R c_kR dy_R^T x_R``. For the two factors of a LoRA
+layer the rows' own gradients are small, so that K objectives cost little more than one.
+
+Per-example gradients from one backward pass: Goodfellow, arXiv 1510.01799. Contracting them with
+K sets of coefficients is ours. The sum is exact for every k; what differs from K separate backward
+passes is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.distributed import Comm
+
+# Below so many tokens a row, scaling the inputs K times is cheaper than a gradient for every row
+# (one thread, rank 32, width 1024, K = 4: equal at 7 tokens).
+FEW_TOKENS = 8
+CHUNK = 2**22  # numbers in a temporary: gradients of rows, columns of the Gramian
+
+
+class Layer(Protocol):
+    """A layer that hands over what the gradients of its weights are made of.
+
+    Attributes:
+        weights: trained, each ``[p, q]``.
+        leaves: tensors that a backward pass must be asked for, in order to come by here.
+        record: while it is set, called in the backward pass with a weight, ``left [R, ..., p]``
+            and ``right [R, ..., q]``: the weight's gradient is the sum of ``left^T right`` over
+            all axes but the last. The weights get no gradient from that pass.
+    """
+
+    weights: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    record: Callable[[Tensor, Tensor, Tensor], None] | None
+
+
+class ObjectiveGradients:
+    """The gradients of K objectives, summed over the micro-batches of an optimizer step.
+
+    They may be measured under autocast and with gradient checkpointing (not the reentrant kind,
+    which diffusers does not use). K times the trained parameters are kept in float32.
+
+    A parameter that belongs to none of the ``layers`` gets its rows from K separate backward
+    passes: exact, and slow.
+
+    Args:
+        parameters: what is trained, by name; all on one device.
+        layers: that hand over, as ``Policy.tapped()`` gives them before the log-probabilities
+            are computed.
+        count: K.
+
+    Raises:
+        ValueError: if ``count`` is not positive, there is no parameter, or a layer's weight is
+            not among them.
+
+    Attributes:
+        rows: by name, ``[K, *shape]`` float32.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], layers: Sequence[Layer], count: int
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"Parameter `count` should be at least 1. Found {count}.")
+        if not parameters:
+            raise ValueError("Parameter `parameters` should not be empty.")
+        self.count = count
+        self._parameters, self._layers = dict(parameters), list(layers)
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        device = next(iter(parameters.values())).device
+        self._flat = torch.zeros(count, sum(sizes), device=device)  # [K, P]
+        self._spans = dict(zip(parameters, pairwise(accumulate(sizes, initial=0)), strict=True))
+        self.rows: dict[str, Tensor] = {
+            name: self._flat[:, slice(*self._spans[name])].view(count, *parameter.shape)
+            for name, parameter in parameters.items()
+        }
+        self._targets = {id(p): self.rows[name] for name, p in parameters.items()}
+        weights = {id(weight) for layer in self._layers for weight in layer.weights}
+        if not weights <= self._targets.keys():
+            raise ValueError(
+                "Parameter `layers` should have all their weights among the parameters. Found "
+                f"{len(weights - self._targets.keys())} that are not."
+            )
+        self._separate = {name: p for name, p in parameters.items() if id(p) not in weights}
+        self._summed = False  # over the processes
+
+    def backward(
+        self,
+        log_probs: Tensor,
+        coefficients: Tensor,
+        *,
+        scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> None:
+        """Add the K gradients of ``sum_nt c_knt log_probs_nt`` to the rows; leave ``.grad`` alone.
+
+        The layers' first axis must hold the decisions sample by sample (``[m, t]`` flattened),
+        once or, as classifier-free guidance has it, several times over, and a decision's
+        log-probability must depend on its own rows alone.
+
+        Args:
+            log_probs: ``[m, t]``, with gradient.
+            coefficients: ``[K, m, t]``, the derivatives of the K losses by ``log_probs``.
+            scale: for float16, where small gradients vanish. The backward pass starts from
+                ``scale max_k |c_knt|``, so what suits the ordinary loss (``GradScaler``) suits
+                here. The rows are divided by it again, in float32.
+            retain_graph: as ``torch.autograd.backward`` has it, for a KL term that goes through
+                the same graph afterwards.
+
+        Raises:
+            ValueError: if a shape does not fit, or ``scale`` is not positive. If that is found in
+                a layer, the rows are incomplete.
+            RuntimeError: if the rows have been summed over the processes since ``clear``, or no
+                layer was passed.
+        """
+        self._check(log_probs, coefficients, scale)
+        coefficients = coefficients.detach().to(log_probs.device, torch.float32)
+        if self._separate:
+            self._add_separately(log_probs, coefficients, scale, retain_graph)
+        if not self._layers:
+            return
+        seed = coefficients.abs().amax(0) * scale  # [m, t]
+        shares = torch.where(seed == 0, 0, coefficients / seed).flatten(1)  # [K, m t]
+        tiled: dict[int, Tensor] = {}  # by number of rows; made once, not in every layer
+
+        def record(weight: Tensor, left: Tensor, right: Tensor) -> None:
+            if len(left) not in tiled:
+                tiled[len(left)] = tile(shares, len(left))
+            add_rows(self._targets[id(weight)], tiled[len(left)], left, right)
+
+        for layer in self._layers:
+            layer.record = record
+        try:
+            torch.autograd.backward(
+                log_probs,
+                seed.to(log_probs.dtype),
+                retain_graph=retain_graph,
+                inputs=[leaf for layer in self._layers for leaf in layer.leaves],
+            )
+        finally:
+            for layer in self._layers:
+                layer.record = None
+        if not tiled:
+            raise RuntimeError(
+                "The backward pass came by none of the layers. The log-probabilities should be "
+                "computed with them, after `Policy.tapped` was called."
+            )
+
+    @torch.no_grad()
+    def gramian(self, comm: Comm) -> Tensor:
+        """Inner products of the K gradients of all processes together.
+
+        The first call since ``clear`` sums the rows over the processes, in place and in one
+        message: the Gramian is quadratic, so the sum has to come first.
+
+        Returns:
+            ``[K, K]`` float64 on the CPU; not finite where a gradient is not.
+        """
+        if not self._summed:
+            comm.sum_([self._flat])
+            self._summed = True
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self._flat.device)
+        for part in self._flat.split(max(1, CHUNK // self.count), dim=1):
+            wide = part.double()
+            total += wide @ wide.T
+        return ((total + total.T) / 2).cpu()
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        """Add ``sum_k weights_k rows_k`` to every parameter's ``.grad``, or make it that.
+
+        After ``gramian`` the rows are those of all processes: what ``.grad`` holds before (the
+        gradient of a KL term) should be summed over them as well, and the result not again. Where
+        a ``GradScaler`` will divide ``.grad``, multiply the weights by its scale.
+
+        Args:
+            weights: ``[K]``.
+
+        Raises:
+            ValueError: if the shape is another.
+        """
+        if weights.shape != (self.count,):
+            raise ValueError(
+                f"Parameter `weights` should have the shape ({self.count},). "
+                f"Found {tuple(weights.shape)}."
+            )
+        mixed = weights.to(self._flat) @ self._flat  # [P]
+        for name, parameter in self._parameters.items():
+            part = mixed[slice(*self._spans[name])].view_as(parameter)
+            if parameter.grad is None:
+                parameter.grad = part.to(parameter.dtype)
+            else:
+                parameter.grad += part
+
+    def clear(self) -> None:
+        """Start anew, for the next optimizer step."""
+        self._flat.zero_()
+        self._summed = False
+
+    def _check(self, log_probs: Tensor, coefficients: Tensor, scale: float) -> None:
+        if log_probs.ndim != 2:
+            raise ValueError(
+                "Parameter `log_probs` should have the shape [m, t]. "
+                f"Found {tuple(log_probs.shape)}."
+            )
+        expected = (self.count, *log_probs.shape)
+        if coefficients.shape != expected:
+            raise ValueError(
+                f"Parameter `coefficients` should have the shape {expected}. "
+                f"Found {tuple(coefficients.shape)}."
+            )
+        if not scale > 0:
+            raise ValueError(f"Parameter `scale` should be positive. Found {scale}.")
+        if self._summed:
+            raise RuntimeError(
+                "The rows hold the sum over the processes: call `clear` before adding to them."
+            )
+
+    def _add_separately(
+        self, log_probs: Tensor, coefficients: Tensor, scale: float, retain_graph: bool
+    ) -> None:
+        """Rows of the parameters that belong to no layer, one backward pass for each."""
+        for k, row in enumerate(coefficients):
+            last = k == self.count - 1 and not self._layers
+            gradients = torch.autograd.grad(
+                log_probs,
+                list(self._separate.values()),
+                grad_outputs=(row * scale).to(log_probs.dtype),
+                retain_graph=retain_graph or not last,
+                allow_unused=True,
+            )
+            for name, gradient in zip(self._separate, gradients, strict=True):
+                if gradient is not None:
+                    self.rows[name][k] += gradient / scale
+
+
+def tile(shares: Tensor, rows: int) -> Tensor:
+    """``[K, D]`` of the decisions to ``[K, R]`` of a layer's rows, the decisions over and over.
+
+    Raises:
+        ValueError: if R is no multiple of D.
+    """
+    decisions = shares.shape[1]
+    if rows % decisions:
+        raise ValueError(
+            f"The first axis of a layer's input should be a multiple of the {decisions} decisions "
+            f"of the micro-batch. Found {rows} rows."
+        )
+    return shares.repeat(1, rows // decisions)
+
+
+def add_rows(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``sum_R shares_kR left_R^T right_R`` to ``rows_k``, for every k.
+
+    Args:
+        rows: ``[K, p, q]`` float32.
+        shares: ``[K, R]`` float32.
+        left: ``[R, ..., p]``.
+        right: ``[R, ..., q]``, of the same dtype.
+    """
+    count = len(left)
+    left, right = (t.reshape(count, -1, t.shape[-1]) for t in (left, right))  # [R, L, p or q]
+    if left.shape[1] < FEW_TOKENS:
+        add, each = _add_by_scaling, left.shape[1] * len(rows) * sum(rows.shape[1:])
+    else:
+        add, each = _add_by_row, rows[0].numel()
+    if count * each <= CHUNK:
+        add(rows, shares, left, right)
+        return
+    step = max(1, CHUNK // each)
+    for part in zip(shares.split(step, dim=1), left.split(step), right.split(step), strict=True):
+        add(rows, *part)
+
+
+def _add_by_row(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
+    """First the gradients of every row, then K sums of them: costs L + K products per number."""
+    gradients = torch.bmm(left.transpose(1, 2), right).float()  # [R, p, q]
+    rows.flatten(1).addmm_(shares, gradients.flatten(1))
+
+
+def _add_by_scaling(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
+    """The narrower side scaled by every objective's share: K L products per number."""
+    left, right, by = left.float(), right.float(), shares.T[:, None, :, None]  # [R, 1, K, 1]
+    if left.shape[2] <= right.shape[2]:
+        scaled = (by * left[:, :, None]).flatten(2).flatten(0, 1)  # [R L, K p]
+        rows += (scaled.T @ right.flatten(0, 1)).unflatten(0, (len(rows), -1))
+    else:
+        scaled = (by * right[:, :, None]).flatten(2).flatten(0, 1)  # [R L, K q]
+        products = left.flatten(0, 1).T @ scaled  # [p, K q]
+        rows += products.unflatten(1, (len(rows), -1)).transpose(0, 1)

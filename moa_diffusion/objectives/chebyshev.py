@@ -1,0 +1,142 @@
+"""Augmented Tchebycheff scalarisation (Steuer and Choo 1983, doi:10.1007/BF02591870), smoothed.
+
+The objective that lags most behind its aim gets the weight. With the running mean ``Rbar_k`` of
+reward k, each shortfall is measured on the reward's own way from ``base_k`` to ``ideal_k``::
+
+    d_k = w_k (ideal_k - Rbar_k) / (ideal_k - base_k)
+    lambda_k = softmax(d / temperature)_k + rho
+
+Minimising ``max_k d_k`` reaches every Pareto-optimal point by some ``w``, also where the front is
+concave and no weighted sum does; ``rho`` keeps points out that are only weakly optimal, and the
+softmax keeps the weights from jumping (smooth Tchebycheff, arXiv 2402.19078).
+
+Deviations: the weights are applied to advantages that the normalizer has put on one scale, so the
+chain-rule factor ``w_k / (ideal_k - base_k)`` is left to it; with the default ``ideal``, one
+within-group standard deviation above the start, the two agree up to ``w_k``. The exact ``max``
+would need no temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import Weighting
+from moa_diffusion.objectives.normalize import rms_group_std, update_ema
+from moa_diffusion.types import ObjectiveStats
+
+
+class Chebyshev(Weighting):
+    """Weights ``[K]``, largest for the objective with the largest shortfall.
+
+    An objective without a known shortfall (never seen, or without any spread to measure an ideal
+    by) is left out of the softmax.
+
+    Args:
+        objectives: names of the K objectives.
+        weights: K positive finite numbers, the importance of each shortfall; equal by default.
+        base: raw reward at which the shortfall is ``w_k``; by default the first rollout's mean.
+        ideal: raw reward at which the shortfall is 0; by default ``base`` plus the first
+            within-group standard deviation (RMS) that is not 0.
+        decay: of the running mean, in [0, 1).
+        temperature: of the softmax, in units of ``d``.
+        rho: weight of every objective besides; not negative.
+    """
+
+    average: Tensor
+    first: Tensor
+    spread: Tensor
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        *,
+        weights: Sequence[float] | None = None,
+        base: Mapping[str, float] | None = None,
+        ideal: Mapping[str, float] | None = None,
+        decay: float = 0.9,
+        temperature: float = 0.1,
+        rho: float = 0.05,
+    ) -> None:
+        super().__init__(objectives)
+        if not 0 <= decay < 1:
+            raise ValueError(f"Parameter `decay` should be in [0, 1). Found {decay}.")
+        if not temperature > 0:
+            raise ValueError(f"Parameter `temperature` should be positive. Found {temperature}.")
+        if not 0 <= rho < math.inf:
+            raise ValueError(f"Parameter `rho` should be finite and at least 0. Found {rho}.")
+        self.decay, self.temperature, self.rho = decay, temperature, rho
+        self._w = self._importance(weights)
+        self._base, self._ideal = self._named("base", base), self._named("ideal", ideal)
+        self._check_order(self._base)
+        # NaN: not measured yet.
+        unknown = torch.full((len(self.objectives),), torch.nan, dtype=torch.float64)
+        self.register_buffer("average", unknown)  # Rbar_k
+        self.register_buffer("first", unknown.clone())  # mean of the first rollout
+        self.register_buffer("spread", unknown.clone())  # first within-group spread
+        self._d = unknown.clone()  # of the last call
+
+    def forward(self, stats: ObjectiveStats) -> Tensor:
+        mean, std = stats.rewards.values.nanmean(1), rms_group_std(stats.rewards)  # [K]
+        self.average = update_ema(self.average, mean, self.decay)
+        self.first = torch.where(self.first.isnan(), mean, self.first)
+        seen = torch.where(std > 0, std, torch.nan)
+        self.spread = torch.where(self.spread.isnan(), seen, self.spread)
+
+        base = torch.where(self._base.isnan(), self.first, self._base)
+        self._check_order(base)
+        ideal = torch.where(self._ideal.isnan(), base + self.spread, self._ideal)
+        d = self._w * (ideal - self.average) / (ideal - base)
+        self._d = d
+        return smooth_max(d, self.temperature) + self.rho
+
+    def report(self) -> dict[str, float]:
+        """The shortfalls ``d_k`` of the last call, as far as they are known."""
+        found = zip(self.objectives, self._d.tolist(), strict=True)
+        return {f"shortfall/{name}": d for name, d in found if not math.isnan(d)}
+
+    def _importance(self, weights: Sequence[float] | None) -> Tensor:
+        values = [1.0] * len(self.objectives) if weights is None else list(weights)
+        if len(values) != len(self.objectives) or not all(0 < w < math.inf for w in values):
+            raise ValueError(
+                "Parameter `weights` should have a positive finite entry per objective "
+                f"{self.objectives}. Found {values}."
+            )
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _named(self, parameter: str, values: Mapping[str, float] | None) -> Tensor:
+        """``[K]``, NaN for an objective without an entry."""
+        for name, value in (values or {}).items():
+            if name not in self.objectives:
+                near = get_close_matches(name, self.objectives, n=1)
+                raise ValueError(
+                    f"Parameter `{parameter}` should name objectives {self.objectives}. Found "
+                    f"{name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+                )
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"Parameter `{parameter}` should have finite values. Found {value} for {name}."
+                )
+        given = [(values or {}).get(name, math.nan) for name in self.objectives]
+        return torch.tensor(given, dtype=torch.float64)
+
+    def _check_order(self, base: Tensor) -> None:
+        rows = zip(self.objectives, self._ideal.tolist(), base.tolist(), strict=True)
+        for name, ideal, start in rows:
+            if ideal <= start:  # False where either is unknown
+                raise ValueError(
+                    "Parameter `ideal` should be above `base` (by default the first rollout's "
+                    f"mean). Found {ideal} <= {start} for {name}."
+                )
+
+
+def smooth_max(d: Tensor, temperature: float) -> Tensor:
+    """Softmax over the entries that are not NaN, 0 for the others; uniform if all are: ``[K]``."""
+    known = ~torch.isnan(d)
+    if not known.any():
+        return torch.full_like(d, 1 / len(d))
+    return (torch.where(known, d, -torch.inf) / temperature).softmax(0)

@@ -1,0 +1,309 @@
+"""Calibration: statistics that are known by construction, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.base import variance_share
+from moa_diffusion.objectives.calibration import (
+    Calibration,
+    advantage_shares,
+    calibrate,
+    correlations,
+    load,
+    save,
+)
+from moa_diffusion.objectives.normalize import GDPO, DualStage, Raw
+from moa_diffusion.types import ConfigError, RewardMatrix
+
+NAN = math.nan
+SHARES = ("share_static", "share_gdpo", "share_dual_stage")
+
+
+def matrix(values: Tensor | list[list[float]], size: int = 4) -> RewardMatrix:
+    """Objectives ``a``, ``b``, ... on groups of ``size``."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    groups = torch.arange(values.shape[1]) // size
+    return RewardMatrix(
+        names=tuple("abcdef"[: len(values)]),
+        values=values,
+        groups=groups,
+        prompts=tuple(str(group) for group in groups.tolist()),
+    )
+
+
+def calibrated(rewards: RewardMatrix, **options: Any) -> Calibration:
+    count = len(rewards.names)
+    defaults: dict[str, Any] = {
+        "retest": rewards.values,
+        "weights": [1.0] * count,
+        "milliseconds": [2.0] * count,
+        "model": "tiny",
+        "seed": 3,
+    }
+    return calibrate(rewards, **(defaults | options))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_a_small_case_by_hand():
+    found = calibrated(matrix([[0, 2, 5, 7, 4, 4]], size=2))
+    assert (found.model, found.prompts, found.images, found.seed) == ("tiny", 3, 2, 3)
+    a = found.objectives["a"]
+    assert a.mean == pytest.approx(22 / 6)
+    # Squared deviations inside the groups: 1 + 1, 1 + 1, 0 + 0, with one degree of freedom each.
+    assert a.std_within == pytest.approx(math.sqrt(4 / 3))
+    # Group means 1, 6, 4: variance 19 / 3, of which 4 / 3 / 2 is noise of a mean of two.
+    assert a.std_between == pytest.approx(math.sqrt(19 / 3 - 2 / 3))
+    assert a.std_total == pytest.approx(float(torch.tensor([0.0, 2, 5, 7, 4, 4]).std()))
+    assert (a.min, a.max, a.at_min, a.at_max) == (0, 7, pytest.approx(1 / 6), pytest.approx(1 / 6))
+    assert (a.applies, a.zero_variance) == (1, pytest.approx(1 / 3))
+    assert (a.retest_std, a.milliseconds) == (0, 2)
+    assert (a.base, a.target, a.bound) == (a.mean, a.mean + a.std_within, 0.5)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_spreads_within_and_between_are_recovered_for_any_group_size(size: int):
+    prompts = 4000
+    between = 3 * normal(prompts, seed=1).repeat_interleave(size)
+    within = 0.5 * normal(prompts * size, seed=2)
+    a = calibrated(matrix((10 + between + within)[None], size)).objectives["a"]
+    assert a.mean == pytest.approx(10, abs=0.15)
+    assert a.std_within == pytest.approx(0.5, rel=0.03)
+    assert a.std_between == pytest.approx(3, rel=0.03)
+    assert a.std_total == pytest.approx(math.sqrt(9.25), rel=0.03)
+
+
+def test_noise_alone_is_no_spread_between_prompts():
+    a = calibrated(matrix(normal(1, 4000), 4)).objectives["a"]
+    assert a.std_within == pytest.approx(1, rel=0.03)
+    assert a.std_between < 0.1  # the group means alone have 0.5
+
+
+def test_uneven_groups_are_unbiased():
+    """Mean over many draws of the variance between prompts, with NaN in half of each group."""
+    found = []
+    for seed in range(300):
+        values = normal(40, seed=seed) + 2 * normal(10, seed=1000 + seed).repeat_interleave(4)
+        values[[0, 1, 2, 6, 8, 9, 20, 21, 22]] = NAN
+        found.append(calibrated(matrix(values[None])).objectives["a"].std_between ** 2)
+    assert sum(found) / len(found) == pytest.approx(4, rel=0.1)
+
+
+def test_nan_stays_out():
+    values = normal(2, 16)
+    values[1, 4:] = NAN
+    values[1, 0] = NAN
+    found = calibrated(matrix(values)).objectives
+    rest = values[1, 1:4]
+    assert found["a"].applies == 1
+    assert found["b"].applies == 0.25
+    assert found["b"].mean == pytest.approx(float(rest.mean()))
+    assert found["b"].std_within == pytest.approx(float(rest.std()))
+    assert math.isnan(found["b"].std_between)  # one prompt
+    assert found["b"].max == float(rest.max())
+
+
+def test_an_objective_that_applies_to_nothing_is_not_known():
+    values = normal(2, 16)
+    values[1] = NAN
+    found = calibrated(matrix(values))
+    b = asdict(found.objectives["b"])
+    known = {"applies", "milliseconds", "bound", *SHARES}
+    assert {key for key, value in b.items() if not math.isnan(value)} == known
+    assert b["applies"] == 0
+    assert [b[share] for share in SHARES] == [0, 0, 0]
+    assert [found.objectives["a"].share_static, found.hijacker()] == [1, None]
+    assert math.isnan(found.correlations[0][1])
+
+
+def test_saturation_counts_the_samples_at_each_end():
+    a = calibrated(matrix([[0, 0, 0.3, 1, 1, 1, 1, 0.5]])).objectives["a"]
+    assert (a.min, a.at_min, a.max, a.at_max) == (0, 0.25, 1, 0.5)
+
+
+def test_a_constant_varies_by_exactly_zero():
+    values = torch.full((1, 16), 0.1, dtype=torch.float64)
+    values[0, ::3] *= 1 + 2**-52
+    a = calibrated(matrix(values)).objectives["a"]
+    assert (a.std_total, a.std_within, a.std_between, a.zero_variance) == (0, 0, 0, 1)
+    assert a.target == a.base
+    assert math.isnan(calibrated(matrix(values)).correlations[0][0])
+
+
+def test_groups_of_one_have_no_spread_to_measure():
+    a = calibrated(matrix(normal(1, 8), size=1)).objectives["a"]
+    assert math.isnan(a.std_within)
+    assert math.isnan(a.std_between)
+    assert math.isnan(a.target)
+
+
+def test_retest_noise_is_that_of_one_score():
+    truth = 5 * normal(1, 20000)
+    first, second = (truth + 0.2 * normal(1, 20000, seed=seed) for seed in (1, 2))
+    second[0, :7] = NAN
+    a = calibrated(matrix(first), retest=second + 1).objectives["a"]  # a drift is not noise
+    assert a.retest_std == pytest.approx(0.2, rel=0.03)
+
+
+def test_correlations_are_those_within_groups():
+    inside, prompts = normal(3, 4000, seed=1), normal(1000, seed=2).repeat_interleave(4)
+    # Within a prompt a and b oppose each other, across prompts they agree.
+    rows = [inside[0] + 9 * prompts, -inside[0] + inside[1] + 9 * prompts, inside[2]]
+    values = torch.stack([*rows, torch.ones(4000).double()])
+    values[2, ::3] = NAN
+    found = correlations(matrix(values))
+    assert found[0, 1] == pytest.approx(-math.sqrt(0.5), abs=0.03)
+    assert found[0, 2] == pytest.approx(0, abs=0.05)
+    assert found[:3, :3].diagonal().tolist() == pytest.approx([1, 1, 1])
+    assert torch.equal(found.nan_to_num(7), found.T.nan_to_num(7))
+    assert found[3].isnan().all()
+
+
+def test_correlations_of_a_pair_use_the_samples_that_both_have():
+    values = normal(2, 40)
+    values[1] = -2 * values[0]
+    values[0, ::4], values[1, 1::8] = NAN, NAN
+    assert correlations(matrix(values))[0, 1] == pytest.approx(-1)
+
+
+def test_shares_are_those_that_training_reports():
+    rewards = matrix(normal(3, 32) * torch.tensor([[1.0], [0.1], [5.0]]).double())
+    rewards.values[1, :9] = NAN
+    applies = ~rewards.values.isnan()
+    weights, equal = torch.tensor([3.0, 1.0, 0.5]).double(), torch.ones(3).double()
+    found = calibrated(rewards, weights=weights.tolist()).objectives.values()
+    for field, normalizer, chosen in zip(
+        SHARES, (Raw("abc"), GDPO("abc"), DualStage("abc")), (weights, equal, equal), strict=True
+    ):
+        expected = variance_share(normalizer.per_objective(rewards), chosen, applies)
+        assert [getattr(row, field) for row in found] == expected.tolist()
+        assert sum(expected.tolist()) == pytest.approx(1)
+    assert list(advantage_shares(rewards, [1, 1, 1])) == ["static", "gdpo", "dual_stage"]
+
+
+def test_the_loudest_reward_hijacks_a_raw_sum_until_its_weight_is_small():
+    rewards = matrix(normal(3, 400) * torch.tensor([[1.0], [0.1], [50.0]]).double())
+    assert calibrated(rewards).hijacker() == "c"
+    assert calibrated(rewards, weights=[1.0, 10.0, 0.02]).hijacker() is None
+    assert max(row.share_gdpo for row in calibrated(rewards).objectives.values()) < 0.5
+
+
+def test_every_matrix_of_the_zoo_survives(zoo: RewardMatrix, tmp_path: Path):
+    found = calibrated(zoo)
+    save(found, tmp_path / "calibration.json")
+    text = (tmp_path / "calibration.json").read_text()
+    assert not {"NaN", "Infinity"} & set(text.replace(",", " ").split())
+    again = load(tmp_path / "calibration.json", zoo.names)
+    assert repr(again) == repr(found)  # as == but with NaN equal to itself
+    for row in found.objectives.values():
+        assert row.zero_variance <= 1 or math.isnan(row.zero_variance)
+        assert not row.std_within < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0]}, "`weights` should have one entry per objective"),
+        ({"milliseconds": []}, "`milliseconds` should have one entry per objective"),
+        ({"retest": torch.zeros(2, 3)}, r"`retest` should have the shape \(2, 16\)"),
+    ],
+)
+def test_arguments_have_to_fit(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        calibrated(matrix(normal(2, 16)), **options)
+
+
+def test_no_sample_is_an_error():
+    with pytest.raises(ValueError, match="at least one sample"):
+        calibrated(matrix(torch.zeros(2, 0)))
+
+
+def test_the_file_has_exactly_the_promised_keys(tmp_path: Path):
+    path = tmp_path / "new" / "calibration.json"
+    values = normal(2, 16)
+    values[1] = NAN
+    save(calibrated(matrix(values)), path)
+    written = json.loads(path.read_text())
+    assert list(written) == [
+        *("version", "model", "prompts", "images", "seed", "objectives", "correlations"),
+    ]
+    assert written["version"] == 1
+    assert list(written["objectives"]["a"]) == [
+        *("mean", "std_total", "std_within", "std_between", "min", "max", "at_min", "at_max"),
+        *("applies", "zero_variance", "retest_std", "milliseconds"),
+        *("share_static", "share_gdpo", "share_dual_stage", "base", "target", "bound"),
+    ]
+    assert written["objectives"]["b"]["mean"] is None
+    assert written["correlations"]["names"] == ["a", "b"]
+    assert written["correlations"]["values"][1] == [None, None]
+    assert [file.name for file in path.parent.iterdir()] == ["calibration.json"]
+
+
+def changed(path: Path, dotted: str, value: Any) -> None:
+    """Set a key of the file, or remove it if the value is `...`."""
+    whole = json.loads(path.read_text())
+    *parents, last = dotted.split(".")
+    inner = whole
+    for parent in parents:
+        inner = inner[parent]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("version", 2, "`version` should be 1. Found 2."),
+        ("version", ..., "`version` should be 1. Found none."),
+        ("seed", ..., "should have the key `seed`. Found version, model"),
+        ("images", "8", "`images` should be of type int. Found '8'."),
+        ("objectives", [], "`objectives` should hold a mapping. Found []."),
+        ("objectives.a", ..., "`objectives` should hold 'a', which this run has. Found b."),
+        ("objectives.a.mean", ..., "`objectives.a` should have the key `mean`. Found std_total"),
+        ("objectives.a.mena", 1, "`objectives.a` should have the keys mean, std_total"),
+        ("objectives.a.mean", "1", "`objectives.a.mean` should be a finite number or null. Fou"),
+        ("objectives.a.mean", True, "`objectives.a.mean` should be a finite number or null. Fou"),
+        ("objectives.a.mean", math.inf, "should be a finite number or null. Found inf."),
+        ("correlations.names", ["b", "a"], "`correlations.names` should be the objectives ['a', "),
+        ("correlations.values", [[1, 0]], "`correlations.values` should be 2 rows of 2. Found [["),
+        ("correlations.values", 1, "`correlations.values` should be 2 rows of 2. Found 1."),
+    ],
+)
+def test_a_damaged_file_says_where(tmp_path: Path, key: str, value: Any, message: str):
+    path = tmp_path / "calibration.json"
+    save(calibrated(matrix(normal(2, 16))), path)
+    changed(path, key, value)
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["a"])
+    assert str(caught.value).startswith(f"Calibration file `{path}`")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\udcff"])
+def test_what_is_no_json_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "calibration.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=r"calibration.json` should be JSON. Found: "):
+        load(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"should hold a mapping. Found \[\]"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"none.json` should be what scripts/calibrate.py wrote"):
+        load(tmp_path / "none.json")
