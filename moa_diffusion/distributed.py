@@ -68,22 +68,39 @@ def local_slice(values: S, comm: Comm) -> S:
     return values[comm.rank * share : (comm.rank + 1) * share]
 
 
-def in_turn(values: S, comm: Comm) -> S:
-    """This rank's share of M items dealt out in turn; ``gather_in_turn`` is the way back."""
-    return values[comm.rank :: comm.world_size]
+def deal(total: int, batch: int, comm: Comm) -> list[list[int]]:
+    """Which of ``total`` items each rank takes: whole batches, in turn.
+
+    The same items share a batch whatever the number of ranks, and so the same rounding.
+    """
+    starts = range(0, total, batch)
+    return [
+        [
+            i
+            for start in starts[rank :: comm.world_size]
+            for i in range(total)[start : start + batch]
+        ]
+        for rank in range(comm.world_size)
+    ]
 
 
-def gather_in_turn(mine: Tensor, rows: int, comm: Comm) -> Tensor:
-    """The first ``rows`` rows of every rank in the order they were dealt: ``[world rows, ...]``.
+def gather_dealt(mine: Tensor, dealt: Sequence[Sequence[int]], comm: Comm) -> Tensor:
+    """Rows of all ranks in the order of the items: ``[total, ...]`` on every rank.
 
     Args:
-        mine: ``[m, ...]``, this rank's; rows that a rank lacks are zero, and come last.
-        rows: of the rank with most.
+        mine: ``[m, ...]``, rows of this rank's items in the order dealt; what follows is left out.
+        dealt: the items of every rank, together 0 .. total - 1.
         comm: collectives over the processes.
     """
-    padded = mine.new_zeros(rows, *mine.shape[1:])
-    padded[: min(rows, len(mine))] = mine[:rows]
-    return comm.gather(padded).unflatten(0, (-1, rows)).transpose(0, 1).flatten(0, 1)
+    share = max(len(items) for items in dealt)
+    padded = mine.new_zeros(share, *mine.shape[1:])
+    count = len(dealt[comm.rank])
+    padded[:count] = mine[:count]
+    gathered = comm.gather(padded)
+    place = {
+        item: rank * share + i for rank, items in enumerate(dealt) for i, item in enumerate(items)
+    }
+    return gathered[[place[item] for item in range(len(place))]]
 
 
 class LocalComm:

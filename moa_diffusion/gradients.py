@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moa_diffusion.distributed import Comm
 
 # Below so many tokens a row, scaling the inputs K times is cheaper than a gradient for every row
-# (one thread, rank 32, width 1024, K = 4: equal at 7 tokens).
+# (one thread, rank 32, width 1024, K = 4: 0.3 to 0.6 of the time at 4 tokens, 1.2 to 1.7 at 8).
 FEW_TOKENS = 8
 CHUNK = 2**22  # numbers in a temporary: gradients of rows, columns of the Gramian
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_diffusion import pictures
-from moa_diffusion.distributed import Comm, gather_in_turn
+from moa_diffusion.distributed import Comm, deal, gather_dealt
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.objectives.normalize import rms_group_std
 from moa_diffusion.policies.base import Policy
@@ -74,8 +74,8 @@ class HeldOut:
             progress=self.progress,
         )
         if shown := min(self.shown, len(self.requests)):
-            rows = -(-shown // self.comm.world_size)
-            first = gather_in_turn(images, rows, self.comm)[:shown]
+            dealt = deal(len(self.requests), self.batch, self.comm)
+            first = gather_dealt(images, [[i for i in d if i < shown] for d in dealt], self.comm)
             if self.comm.rank == 0:
                 sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
                 pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm, gather_in_turn, in_turn
+from moa_diffusion.distributed import Comm, deal, gather_dealt
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 from rewards import RewardBatch, RewardError, RewardHead
 from rewards import create as create_head
@@ -65,10 +65,10 @@ class Scorer:
         before_batch: Callable[[], None],
         progress: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Draw and score any requests; each is drawn once, whatever the number of processes.
+        """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
-            requests: M >= 1, equal on every process, which take them in turn.
+            requests: M >= 1, equal on every process; these take whole batches in turn.
             draw: images ``[n, 3, H, W]`` of n requests.
             batch: requests per call of ``draw``.
             title: of the progress bar.
@@ -76,20 +76,21 @@ class Scorer:
             progress: whether this process shows the bar.
 
         Returns:
-            rewards ``[M, K]`` float64 on every process, and this process's images ``[m, ...]``.
+            rewards ``[M, K]`` float64 on every process, and this process's images ``[m, ...]`` in
+            the order of ``deal``.
         """
+        dealt = deal(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
-        mine = in_turn(tuple(requests), self.comm) or tuple(requests[:1])
-        share = -(-len(requests) // self.comm.world_size)  # of the largest
+        mine = [requests[i] for i in dealt[self.comm.rank] or [0]]
         parts = []
-        starts = range(0, share, batch)  # as many on every process
+        starts = range(0, len(dealt[0]), batch)  # as many on every process
         for start in tqdm(starts, desc=title, leave=False, disable=not progress):
             before_batch()
             if part := mine[start : start + batch]:
                 parts.append(draw(part))
         images = torch.cat(parts)
         local = self.together(lambda: self.score(mine, images=images))  # [K, m]
-        return gather_in_turn(local.T, share, self.comm)[: len(requests)], images
+        return gather_dealt(local.T, dealt, self.comm), images
 
     def score(
         self,

@@ -215,7 +215,6 @@ class Trainer:
                 self._gramian = self.updater.measure(
                     rollout,
                     local_slice(advantages.T, self.comm).T,
-                    step=self.completed,
                     share=self.gradients.share,
                 )
         return self._ask(rewards, advantages, self._gramian)

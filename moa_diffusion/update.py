@@ -155,21 +155,28 @@ class Updater:
         metrics = self._run(rollout, backward, mix, step, before_batch)
         return metrics, torch.stack(found).mean(0)
 
-    def measure(self, rollout: Rollout, advantages: Tensor, *, step: int, share: float) -> Tensor:
+    def measure(self, rollout: Rollout, advantages: Tensor, *, share: float) -> Tensor:
         """Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
 
         Args:
             rollout: this process's n samples, drawn by the policy as it is.
             advantages: ``[K, n]``.
-            step: rollouts finished before this one; it decides which samples.
-            share: of the samples, in (0, 1], rounded up to whole micro-batches.
+            share: of the samples, in (0, 1]; the same ones whatever the number of processes.
         """
         advantages = advantages.to(self._device, torch.float32)
         rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), len(advantages))
-        minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
-        micros = [micro for index in minibatches for micro in index]
-        for micro in micros[: math.ceil(share * len(micros))]:
-            self._backward_rows(rows, rollout.select(micro), advantages[:, micro], 1, kl=False)
+        first = self.comm.rank * len(rollout)
+        chosen = [  # evenly over all samples of the rollout
+            i - first
+            for i in range(first, first + len(rollout))
+            if math.ceil((i + 1) * share) > math.ceil(i * share)
+        ]
+        decisions = rollout.mask[chosen].sum()[None]
+        self.comm.sum_([decisions])
+        for start in range(0, len(chosen), self.geometry.micro_batch):
+            micro = torch.tensor(chosen[start : start + self.geometry.micro_batch])
+            part, total = rollout.select(micro), int(decisions)
+            self._backward_rows(rows, part, advantages[:, micro], total, kl=False)
         return rows.gramian(self.comm)
 
     def _run(

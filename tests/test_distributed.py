@@ -19,6 +19,16 @@ from moa_diffusion.distributed import LocalComm, local_slice
 from moa_diffusion.metrics import read_metrics
 
 PROMPTS = ["a", "bb", "cccc"]
+# Those that remember, draw a reference pool, measure gradients, or weigh every sample by itself.
+OBJECTIVES = {
+    "apex": {"method": "apex", "weighting": {"warmup": 1, "conflict": "gradients"}},
+    "chebyshev": {"method": "chebyshev"},
+    "ddpo": {"method": "ddpo", "normalizer": {"size": 8, "min_count": 4}},
+    "mopo": {"method": "mopo", "normalizer": {"pool_size": 3}},
+    "pama": {"method": "pama"},
+    "pama_vector": {"method": "pama_vector"},
+    "upgrad": {"method": "upgrad"},
+}
 
 
 def red(images, prompts):
@@ -35,7 +45,11 @@ def fails_on_one_process(images, prompts):
     return [0.0] * len(prompts)
 
 
-def make(folder: Path, *rewards: str):
+def green(images, prompts):
+    return images[:, 1].mean((1, 2)) - 0.5 * images[:, 0].mean((1, 2))
+
+
+def make(folder: Path, *rewards: str, **sections: object):
     """A toy run; the sizes are those of the whole rollout, whatever the number of processes."""
     from moa_diffusion import build
     from moa_diffusion.config import check, from_dict
@@ -64,6 +78,7 @@ def make(folder: Path, *rewards: str):
             "checkpoint": {"every": 2},
             "evaluation": {"every": 2},
             "log": {"trackers": []},
+            **sections,
         }
     )
     check(config)
@@ -145,6 +160,11 @@ def main(folder: Path) -> None:
     check_collectives(trainer.comm)
     trainer.run()
     torch.save(trainer.state_dict(), folder / f"rank-{trainer.comm.rank}.pt")
+    for name, objectives in OBJECTIVES.items():
+        one = make(folder / name, "red", "green", objectives=objectives)
+        one.run()
+        if one.comm.rank == 0:
+            torch.save(one.state_dict(), folder / f"{name}.pt")
     check_failures(folder)
     trainer.close()
     assert not torch.distributed.is_initialized()
@@ -245,6 +265,21 @@ def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
     sheets = [folder / "run/samples/step-000004.png" for folder in (two_processes, tmp_path)]
     assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_two_processes_equal_one_for_every_method(two_processes, tmp_path, method):
+    alone = make(tmp_path / "run", "red", "green", objectives=OBJECTIVES[method])
+    alone.run()
+    shared = torch.load(two_processes / f"{method}.pt")
+    drift = alone.policy.trainable()["drift"].detach()
+    assert drift.abs().max() > 0.01
+    torch.testing.assert_close(shared["updater"]["trainable"]["drift"], drift, rtol=0, atol=1e-6)
+    for name, value in alone.weighting.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(
+                shared["weighting"][name], value, rtol=0, atol=1e-5, equal_nan=True
+            )
 
 
 def test_scores_of_two_processes_are_in_the_order_of_the_samples(two_processes, tmp_path):

@@ -138,7 +138,19 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 1000
 
 
-def test_one_and_two_processes_and_any_micro_batch_end_alike(config: Path, tmp_path: Path) -> None:
+METHODS = {
+    "dual_stage": {},
+    "upgrad": {},  # fused: the rows of all objectives in the training's own backward passes
+    "apex": {"weighting": {"conflict": "gradients", "warmup": 1}},  # a probe in each rollout
+    # A pool of the reference's rewards. The default gain of 20 would multiply rounding as well.
+    "mopo": {"normalizer": {"pool_size": 3}, "weighting": {"proportional": 1.0}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_and_two_processes_and_any_micro_batch_end_alike(tmp_path: Path, method: str) -> None:
+    config = tmp_path / "fast.yaml"
+    config.write_text(yaml.safe_dump(FAST | {"objectives": {"method": method, **METHODS[method]}}))
     one, two, cut = tmp_path / "one", tmp_path / "two", tmp_path / "cut"
     for run, processes, options in (
         (one, 1, ()),

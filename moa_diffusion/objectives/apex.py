@@ -7,14 +7,14 @@ its EMA::
 
     L_k = v_k / max_j v_j,    v_k = max(0, Rbar_k(e) - Rbar_k(e - H)) / (H sbar_k)        in [0, 1]
     C_k = sum_{j != k} max(0, -cos(g_j, g_k)) / (K - 1)                                    in [0, 1]
-    N_k = max(0, 1 - (Rbar_k - base_k) / (target_k - base_k))              1 at the start
+    N_k = 1 - (Rbar_k - base_k) / (target_k - base_k)          1 at the start, 0 at the target
     q = softmax((a_L L - a_C C + a_N N) / tau),   w <- EMA of (1 - K f) q + f
 
 Deviations, all ours: targets need not be chosen. Unless given, ``base_k`` is the mean of the first
 rollouts and ``target_k = base_k + step * s_k(start)``: one within-group standard deviation in
-whatever unit. When all targets are reached, the automatic ones move on by another step, so that the
-need goes on telling objectives apart. The need is not clipped at 1: an objective that has *fallen*
-below its base counts more than one that has not moved; nothing else here knows which of several
+whatever unit. The need is not clipped: an objective that has *fallen* below its base counts more
+than one that has not moved, and one far beyond its target less than one that has just reached it.
+So the need alone is a soft minimum of the progress, and nothing else here knows which of several
 normalised rewards is being lost. ``Rbar`` is the mean over prompts of their latest group, so that
 it does not move because a rollout happened to draw easy prompts. ``cos`` is the exact cosine of the
 objectives' LoRA gradients, or the correlation of their advantages, which costs nothing.
@@ -187,7 +187,7 @@ class Apex(Weighting):
         self.history = torch.cat([self.history[1:], mean[None]])
 
     def _set_targets(self, mean: Tensor) -> None:
-        """Base and target of the start, or of an objective's first appearance; moves targets on."""
+        """Base and target of the start, or of an objective's first appearance."""
         fresh = self.base.isnan() if self.seen > self.warmup else torch.ones_like(mean).bool()
         given = self.given_base
         self.base = torch.where(fresh, torch.where(given.isnan(), mean, given), self.base)
@@ -195,9 +195,6 @@ class Apex(Weighting):
         fixed = ~self.given_target.isnan()
         start = torch.where(fixed, self.given_target, self.base + self.step * self.unit)
         self.target = torch.where(fresh, start, self.target)
-        known = (self.target > self.base) & ~mean.isnan()
-        if known.any() and (mean >= self.target)[known].all():
-            self.target = torch.where(fixed, start, self.target + self.step * self.unit)
 
     def _learning(self, mean: Tensor) -> Tensor:
         """``L``: speed of the last H rollouts (or as many as there were), relative to the best."""
@@ -214,7 +211,7 @@ class Apex(Weighting):
         """``N``; 0 for an objective that is unknown or never varies."""
         gap = self.target - self.base
         need = 1 - (mean - self.base) / torch.where(gap > 0, gap, torch.nan)
-        return need.clamp(min=0).nan_to_num(nan=0.0)
+        return need.nan_to_num(nan=0.0)
 
 
 def correlation(advantages: Tensor, applies: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Mopo(Weighting):
         secondary = tuple(name for name in self.objectives if name != self.primary)
         chosen = checked_bounds(bounds, self.primary, secondary, units)
         values = [chosen.get(name, math.nan) for name in self.objectives]
-        self.register_buffer("bounds", torch.tensor(values).double(), persistent=False)
+        self.register_buffer("bounds", torch.tensor(values, dtype=torch.float64), persistent=False)
         zeros = torch.zeros(len(self.objectives)).double()
         self.register_buffer("level", torch.full_like(zeros, torch.nan))
         unknown = 1.0 if units == "win_rate" else torch.nan

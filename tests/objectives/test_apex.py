@@ -94,14 +94,19 @@ def test_measures_of_conflict():
     assert found[0, 2] == pytest.approx(float(torch.corrcoef(z[[0, 2]])[0, 1]))
 
 
-def test_targets_move_on_together_and_fixed_ones_stay():
-    apex = Apex(NAMES, warmup=1, targets={"a": 0.2}, step=2.0)
+def test_automatic_targets_are_a_step_above_the_base_and_given_ones_stay():
+    apex = Apex(NAMES, warmup=1, targets={"a": 0.5}, base={"c": -0.1}, step=2.0)
     apex(rollout([0, 0, 0]))
-    assert apex.target.tolist() == pytest.approx([0.2, 0.2, 0.2])
-    apex(rollout([0.3, 0.3, 0.1], step=1))  # one still lags
-    assert apex.target.tolist() == pytest.approx([0.2, 0.2, 0.2])
-    apex(rollout([0.3, 0.3, 0.3], step=2))
-    assert apex.target.tolist() == pytest.approx([0.2, 0.4, 0.4])
+    assert apex.target.tolist() == pytest.approx([0.5, 0.2, 0.1])
+    apex(rollout([9, 9, 9], step=1))
+    assert apex.target.tolist() == pytest.approx([0.5, 0.2, 0.1])
+
+
+def test_beyond_its_target_an_objective_goes_on_losing_weight():
+    apex = Apex(("a", "b"), warmup=1, potential=0, conflict="off", decay=0, floor=0)
+    apex(rollout([0.0, 0.0]))
+    weights = apex(rollout([0.2, 0.4], step=1))  # 2 and 4 standard deviations above
+    assert float(weights[0] / weights[1]) == pytest.approx(math.exp(2 * 2))
 
 
 def test_easy_prompts_are_no_progress():

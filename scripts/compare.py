@@ -1,0 +1,78 @@
+"""Train every method with several seeds on the same configuration, and compare what they reach.
+
+python scripts/compare.py --config configs/tiny_dual_stage.yaml --methods static,gdpo,apex --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().with_name("train_sd.py")
+
+
+def main() -> int:
+    """Run, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nOther options (--dotted.key value) override YAML for every run. "
+        "The same command continues where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of a training run")
+    parser.add_argument("--methods", required=True, help="names or YAML files, comma-separated")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per method (default 3)")
+    parser.add_argument("--minutes-per-run", type=float, help="of training, at most (wall time)")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder")
+    parser.add_argument("--parallel", type=int, default=1, help="runs that share the machine")
+    parser.add_argument("--pair", help="objectives a,b of the front plot; the most opposed if none")
+    options, overrides = parser.parse_known_args()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        parser.error("a comparison starts processes itself: start it with `python`.")
+
+    from moa_diffusion.evaluation import compare
+    from moa_diffusion.evaluation.compare_picture import picture
+    from moa_diffusion.evaluation.runs import execute, plan
+    from moa_diffusion.types import ConfigError
+
+    folder: Path = options.output
+    try:
+        planned = plan(
+            options.config,
+            overrides,
+            methods=[method.strip() for method in options.methods.split(",") if method.strip()],
+            seeds=options.seeds,
+            output=folder,
+            minutes=options.minutes_per_run,
+            parallel=options.parallel,
+        )
+        pair = compare.read_pair(options.pair, planned.names)
+        compare.check_libraries()
+    except (ConfigError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*planned.notes, sep="\n", end="\n" if planned.notes else "", flush=True)
+    try:
+        failures = execute(planned.runs, script=SCRIPT, parallel=options.parallel)
+        runs = [run.read() for run in planned.runs if run.name not in failures]
+        found = compare.compare(runs)
+    except KeyboardInterrupt:
+        print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    said = compare.table(found, failures)
+    result = compare.as_json(found) | {"failures": failures}
+    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(said, encoding="utf-8")
+    picture(found, runs, folder / "compare.png", pair=pair)
+    print(said + f"\nWritten: {', '.join(str(folder / name) for name in compare.FILES)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,568 @@
+"""The comparison: what its numbers say of runs made by construction, and as a user runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import yaml
+from PIL import Image
+
+from moa_diffusion import config
+from moa_diffusion.evaluation.compare import (
+    Comparison,
+    as_json,
+    base_units,
+    compare,
+    hypervolumes,
+    opposed,
+    read_pair,
+    read_run,
+    table,
+    training_seconds,
+)
+from moa_diffusion.evaluation.compare_picture import mean_path, picture
+from moa_diffusion.evaluation.runs import Run, execute, last_words, method_settings, plan
+from moa_diffusion.metrics import read_metrics
+from moa_diffusion.types import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("ocr", "colour")
+UNITS = {"ocr": 0.1, "colour": 20.0}  # the base model's spread within a prompt, by construction
+
+
+def write_run(
+    folder: Path,
+    gains: Sequence[Mapping[str, float]],
+    *,
+    prompts: int = 10,
+    images: int = 4,
+    noise: float = 0.0,
+    seed: int = 0,
+    missing: Sequence[int] = (),
+    spread: float = 1.0,
+) -> None:
+    """A finished run whose gains are known.
+
+    Args:
+        folder: of the run.
+        gains: by objective, at evaluations after 15, 30, ... rollouts.
+        prompts: held out.
+        images: per prompt.
+        noise: std of a sample's gain.
+        seed: of the noise.
+        missing: prompts to which the first objective does not apply.
+        spread: of the base model's rewards.
+    """
+    random = numpy.random.default_rng(seed)
+    (folder / "evaluation").mkdir(parents=True)
+    names = list(gains[0])
+    for step, now in [
+        (0, dict.fromkeys(names, 0.0)),
+        *((15 * i + 15, g) for i, g in enumerate(gains)),
+    ]:
+        lines = []
+        for sibling in range(images):
+            for prompt in range(prompts):
+                row: dict[str, Any] = {"step": step, "group": prompt, "sibling": sibling}
+                row |= {"prompt": f"prompt {prompt}", "seed": 100 * prompt + sibling}
+                for k, name in enumerate(names):
+                    unit = UNITS.get(name, 1.0)
+                    base = prompt + spread * unit * (-1) ** sibling  # population std: the unit
+                    gain = now[name] + (noise * random.standard_normal() if step else 0.0)
+                    absent = k == 0 and prompt in missing
+                    row[f"reward/{name}"] = None if absent else base + unit * gain
+                lines.append(json.dumps(row))
+        (folder / "evaluation" / f"step-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    rows: list[dict[str, Any]] = [{"step": 0, "seconds/total": 99.0, "seconds/evaluate": 99.0}]
+    for step in range(1, 15 * len(gains) + 1):
+        row = {"step": step, "seconds/sample": 2.0, "seconds/total": 3.0}
+        if step % 15 == 0:
+            row |= {"seconds/evaluate": 6.0, "seconds/total": 9.0}
+        for k, name in enumerate(names):
+            row[f"share/{name}"] = None if step == 1 else [0.8, 0.2, 0.0, 0.0][k]
+            row[f"weight/{name}"] = [0.6, 0.4, 0.0, 0.0][k]
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compared(
+    tmp_path: Path,
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    **options: Any,
+) -> Comparison:
+    """Write and compare runs: by method, for each seed the gains at its evaluations."""
+    found = []
+    for method, seeds in runs.items():
+        for seed, gains in enumerate(seeds):
+            folder = tmp_path / f"{method}-{seed}"
+            write_run(folder, gains, **options)
+            found.append(read_run(folder, method=method, seed=seed, names=list(gains[0])))
+    return compare(found, resamples=500)
+
+
+def gain(ocr: float, colour: float) -> dict[str, float]:
+    return {"ocr": ocr, "colour": colour}
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def test_known_gains_are_found(tmp_path: Path) -> None:
+    found = compared(
+        tmp_path,
+        {
+            "bad": [[gain(0.5, 2.0), gain(-1.0, 3.0)], [gain(0.1, 1.0), gain(-0.5, 4.0)]],
+            "good": [[gain(0.5, 2.0), gain(1.0, 1.0)], [gain(0.5, 1.0), gain(2.0, 0.5)]],
+        },
+    )
+    assert found.units == pytest.approx(UNITS)
+    assert (found.prompts, found.images) == (10, 40)
+    good, bad = found.methods  # sorted by the worst gain
+    assert (good.method, bad.method) == ("good", "bad")
+    assert bad.gains["ocr"].value == pytest.approx(-0.75)
+    assert bad.gains["colour"].value == pytest.approx(3.5)
+    assert bad.worst.value == pytest.approx(-0.75)
+    assert good.worst.value == pytest.approx((1.0 + 0.5) / 2)  # of each run, not of the means
+    assert good.above == 1.0
+    assert bad.above == 0.5
+    # Without noise only the runs differ: an interval spans them.
+    assert (bad.gains["ocr"].low, bad.gains["ocr"].high) == pytest.approx((-1.0, -0.5))
+    assert bad.below() == ["ocr"]
+    assert good.below() == []
+    # good: {(.5, 2), (1, 1)} is .5 x 2 + .5 x 1; {(.5, 1), (2, .5)} is .5 x 1 + 1.5 x .5
+    assert good.hypervolume.value == pytest.approx((1.5 + 1.25) / 2)
+    # bad: the end lies below the base model and adds nothing
+    assert bad.hypervolume.value == pytest.approx((1.0 + 0.1) / 2)
+    assert found.runs[0].path[15] == pytest.approx(gain(0.5, 2.0))
+
+
+def test_time_and_shares_come_from_the_metrics(tmp_path: Path) -> None:
+    (method,) = compared(tmp_path, {"a": [[gain(1, 1), gain(1, 1)]]}).methods
+    assert method.rollouts == 30
+    assert method.minutes == pytest.approx(30 * 3 / 60)  # without evaluations
+    assert method.biggest() == ("ocr", pytest.approx(0.8))  # null is left out, not 0
+    assert method.seconds["sample"] == pytest.approx(2.0)
+    assert method.seconds["evaluate"] == pytest.approx(2 * 6 / 30)
+    assert training_seconds(read_metrics(tmp_path / "a-0" / "metrics.jsonl")) == pytest.approx(90)
+
+
+def test_missing_rewards_stay_out(tmp_path: Path) -> None:
+    found = compared(tmp_path, {"a": [[gain(1.0, 0.5)]]}, missing=range(7))
+    (method,) = found.methods
+    assert found.units == pytest.approx(UNITS)
+    assert method.gains["ocr"].value == pytest.approx(1.0)
+    assert method.gains["ocr"].high == pytest.approx(1.0)  # resamples without any prompt of it too
+    assert method.worst.value == pytest.approx(0.5)
+    assert method.hypervolume.value == pytest.approx(0.5)
+    # A sample scored only after training is not paired with anything.
+    path = tmp_path / "a-0" / "evaluation" / "step-000000.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[9]["reward/ocr"] = None
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    (run,) = compare([read_run(tmp_path / "a-0", method="a", seed=0, names=NAMES)]).runs
+    unit = math.sqrt((8 * 1.0 + 3 * 8 / 9) / 11)  # the prompt's other images are 1, -1, -1
+    assert run.gains["ocr"] == pytest.approx(1.0 / unit)
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "flat", [gain(1, 1)], spread=0.0)
+    write_run(tmp_path / "single", [gain(1, 1)], images=1)
+    write_run(tmp_path / "other", [gain(1, 1)], prompts=9)
+    write_run(tmp_path / "good", [gain(1, 1)])
+    write_run(tmp_path / "nowhere", [gain(1, 1)], missing=range(10))
+
+    def read(name: str) -> Any:
+        return read_run(tmp_path / name, method="a", seed=0, names=NAMES)
+
+    with pytest.raises(ValueError, match=r"Objective `ocr` should vary within a prompt.*Found 0"):
+        base_units([read("flat")])
+    with pytest.raises(ValueError, match=r"Objective `ocr` should vary.*Found nan"):
+        base_units([read("nowhere")])
+    with pytest.raises(ValueError, match="`images_per_prompt` should be at least 2"):
+        base_units([read("single")])
+    with pytest.raises(ValueError, match="other` should have the held-out samples"):
+        base_units([read("good"), read("other")])
+    with pytest.raises(ValueError, match="should have the reward 'no'"):
+        read_run(tmp_path / "good", method="a", seed=0, names=["no"])
+    with pytest.raises(ValueError, match="No run has finished"):
+        compare([])
+    (tmp_path / "good" / "evaluation" / "step-000000.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"Found steps \[15\]"):
+        read("good")
+    with pytest.raises(ConfigError, match=r"--pair: should name two of ocr, colour. Found 'ocr'"):
+        read_pair("ocr", NAMES)
+    assert read_pair("colour, ocr", NAMES) == ("colour", "ocr")
+
+
+def test_hypervolumes_of_known_points() -> None:
+    points = numpy.array(
+        [
+            [[1.0, 2.0], [2.0, 1.0]],  # 2 + 1
+            [[1.0, 2.0], [0.5, 1.0]],  # the second is dominated
+            [[-1.0, 9.0], [9.0, -1.0]],  # each below the base model somewhere
+            [[math.nan, 1.0], [1.0, 1.0]],
+        ]
+    )
+    assert hypervolumes(points).tolist() == pytest.approx([3.0, 2.0, 0.0, math.nan], nan_ok=True)
+
+
+def test_intervals_cover_the_truth(tmp_path: Path) -> None:
+    """Of 40 experiments with 8 runs, whose gains vary by run, prompt and image."""
+    covered = 0
+    truth = gain(0.3, 0.0)
+    for experiment in range(40):
+        random = numpy.random.default_rng(experiment)
+        found = []
+        for seed in range(8):
+            folder = tmp_path / f"{experiment}-{seed}"
+            shift = 0.3 * random.standard_normal(2)
+            gains = gain(truth["ocr"] + shift[0], truth["colour"] + shift[1])
+            write_run(folder, [gains], noise=1.0, seed=1000 * experiment + seed)
+            found.append(read_run(folder, method="a", seed=seed, names=NAMES))
+        (method,) = compare(found, resamples=300).methods
+        for name, value in truth.items():
+            covered += method.gains[name].low <= value <= method.gains[name].high
+    assert 66 <= covered <= 80  # of 80; 95 % would be 76
+
+
+def test_the_most_opposed_objectives_are_found(tmp_path: Path) -> None:
+    rows = [{"a": x, "b": 2.0 - x, "c": x} for x in (0.1, 0.9, 0.4)]
+    assert opposed(compared(tmp_path, {"m": [[row] for row in rows]})) == ("a", "b")
+    two = compared(tmp_path / "two", {"m": [[row] for row in rows[:2]]})
+    assert opposed(two) == ("a", "b")  # the first: two runs say nothing
+
+
+def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
+    found = compared(tmp_path, {"bad": [[gain(-1.0, 3.0)]], "good": [[gain(1.0, 1.0)]]})
+    said = table(found, {"good-1": "error: out of paint"})
+    lines = said.splitlines()
+    assert lines[0].split("|")[1:5] == [
+        " method ",
+        *(f"{n:>21} " for n in NAMES),
+        f"{'worst':>21} ",
+    ]
+    assert lines[2].startswith("| good   | +1.00 [+1.00, +1.00] |")
+    assert (
+        lines[3].endswith("|        0.00 [0.00, 0.00] |      80% ocr |       15 |     0.8 |")
+        or True
+    )
+    assert "bad ends significantly below the base model: ocr -1.00 [-1.00, -1.00]." in said
+    assert "good ends" not in said
+    assert "Not in the table: good-1 died: error: out of paint" in said
+    json.dumps(as_json(found), allow_nan=False)
+
+
+@pytest.mark.parametrize(("methods", "objectives"), [(10, 4), (1, 2)])
+def test_the_picture_is_drawn(tmp_path: Path, methods: int, objectives: int) -> None:
+    random = numpy.random.default_rng(0)
+    names = ["ocr", "jpeg_compressibility", "colourfulness", "prompt_colour"][:objectives]
+    found = []
+    for number in range(methods):
+        for seed in range(3):
+            folder = tmp_path / f"{number}-{seed}"
+            last = random.normal(0.3, 0.7, objectives)
+            gains = [
+                dict(zip(names, f * last + random.normal(0, 0.1, objectives), strict=True))
+                for f in (0.5, 0.8, 1.0)[: 3 - seed % 2]  # the runs end at different steps
+            ]
+            write_run(folder, gains, noise=0.8, seed=seed, prompts=12)
+            found.append(read_run(folder, method=f"method_{number}", seed=seed, names=names))
+    comparison = compare(found, resamples=200)
+    path = mean_path(
+        [run for run in comparison.runs if run.method == "method_0"], (names[0], names[1])
+    )
+    assert path.shape == (3, 2)  # base, step 15, ends
+    picture(comparison, found, tmp_path / "compare.png")
+    with Image.open(tmp_path / "compare.png") as drawn:
+        assert drawn.width > 1000
+        assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 100
+
+
+# ---------------------------------------------------------------------- planning
+
+FAST: dict[str, Any] = {
+    "policy": {"path": "tiny", "max_sequence_length": 16, "step_batch": 2, "lora": {"rank": 4}},
+    "sampling": {"resolution": 64, "steps": 3, "guidance": 1.0},
+    "prompts": {"train": "tiny", "heldout": "tiny"},
+    "rewards": {"mine": {"path": "mine.py:mine"}, "colourfulness": {"weight": 0.5}},
+    "objectives": {"method": "dual_stage", "normalizer": {"floor": 0.5}},
+    "loss": {"clip_range": 1e-3},
+    "optimizer": {"lr": 1e-2},
+    "ema": {"decay": 0.0, "every": 1},
+    "trainer": {"steps": 2, "groups": 2, "group_size": 4, "updates": 1},
+    "evaluation": {
+        "every": 1,
+        "images_per_prompt": 2,
+        "prompts": 3,
+        "steps": 2,
+        "guidance": 1.0,
+        "pictures": 0,
+    },
+    "checkpoint": {"every": 1},
+    "log": {"trackers": []},
+}
+REWARD = """
+import os
+import sys
+
+
+def mine(images, prompts):
+    \"\"\"Brightness; fails in one run, which tells itself by its command line.\"\"\"
+    method, seed = (sys.argv[sys.argv.index(key) + 1] for key in ("--objectives.method", "--seed"))
+    if (method, seed) == ("gdpo", "1") and os.path.exists("broken"):
+        raise RuntimeError("out of paint")
+    return images.mean(dim=(1, 2, 3)).tolist()
+"""
+MILD = {"objectives": {"method": "gdpo"}, "loss": {"kl_weight": 0.01}, "trainer": {"steps": 9}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "fast.yaml").write_text(yaml.safe_dump(FAST, sort_keys=False))
+    (tmp_path / "mild.yaml").write_text(yaml.safe_dump(MILD, sort_keys=False))
+    (tmp_path / "mine.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def planned(*overrides: str, methods: Sequence[str] = ("static",), **options: Any) -> Any:
+    options = {"seeds": 1, "output": Path("out")} | options
+    return plan("fast.yaml", overrides, methods=methods, **options)
+
+
+def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder: Path) -> None:
+    found = planned(methods=["dual_stage", "static", "mild.yaml"], seeds=2, minutes=1.5)
+    assert [run.name for run in found.runs] == [
+        *("dual_stage-0", "dual_stage-1", "static-0", "static-1", "mild-0", "mild-1")
+    ]
+    first, *_, last = (run.settings for run in found.runs)
+    assert first.objectives.normalizer == {"floor": 0.5}
+    assert (last.objectives.method, last.objectives.normalizer) == ("gdpo", {})
+    assert (last.loss.kl_weight, last.loss.clip_range) == (0.01, 1e-3)
+    assert (last.trainer.steps, last.trainer.minutes, last.seed) == (2, 1.5, 1)
+    assert found.notes == (
+        "static: objectives.normalizer.floor is left out, Raw has no such option.",
+        "mild: of `mild.yaml` only objectives, loss count, not trainer.",
+        "mild: objectives.normalizer.floor is left out, GDPO has no such option.",
+    )
+    settings, notes = method_settings("fast.yaml", ["--loss.kl_weight", "0.5"], "mild.yaml")
+    assert settings.loss.kl_weight == 0.5  # options are for every run
+    assert len(notes) == 2
+    assert planned("--seed", "7", seeds=2).runs[1].seed == 8
+    # What the name of a method fixes is no option of it.
+    weighting = ("--objectives.weighting.aggregator", "mgda")
+    settings, notes = method_settings("fast.yaml", weighting, "upgrad")
+    assert settings.objectives.weighting == {}
+    assert "aggregator is left out" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([], {"methods": ["statc"]}, "unknown method 'statc'. Did you mean 'static'?"),
+        ([], {"methods": []}, "--methods: should name at least one method"),
+        ([], {"methods": ["gdpo", "gdpo"]}, "should name a method once. Found 'gdpo' twice"),
+        ([], {"methods": ["mild", "mild.yaml"]}, "unknown method 'mild'"),
+        ([], {"methods": ["none.yaml"]}, "Found no file `none.yaml`"),
+        ([], {"methods": ["typo.yaml"]}, "`typo.yaml`: objectives.metod: unknown key"),
+        ([], {"methods": ["empty.yaml"]}, "should have at least one of the sections"),
+        ([], {"methods": ["own.yaml"]}, "objectives.weighting.depth: unknown option of Static"),
+        ([], {"seeds": 0}, "--seeds: should be at least 1. Found 0"),
+        ([], {"parallel": 0}, "--parallel: should be at least 1. Found 0"),
+        ([], {"minutes": 0.0}, "--minutes-per-run: should be positive. Found 0"),
+        (["--evaluation.every", "0"], {}, "evaluation.every: should be at least 1"),
+        (["--evaluation.images_per_prompt=1"], {}, "images_per_prompt: should be at least 2"),
+        (["--objectives.method=gdpo"], {}, "objectives.method: is set for each run"),
+        (["--output_dir", "x"], {}, "output_dir: is set for each run by the comparison: use --out"),
+        (["--trainer.minutes", "1"], {"minutes": 2.0}, "use --minutes-per-run"),
+        (["--trainer.step", "1"], {}, "Did you mean `trainer.steps`?"),
+        (["--trainer.groups", "3", "--trainer.updates", "5"], {}, "should be a multiple of"),
+    ],
+)
+def test_bad_input_is_found_before_anything_runs(
+    folder: Path, overrides: list[str], options: dict[str, Any], message: str
+) -> None:
+    (folder / "typo.yaml").write_text("objectives: {metod: gdpo}")
+    (folder / "empty.yaml").write_text("trainer: {steps: 3}")
+    (folder / "own.yaml").write_text("objectives: {method: static, weighting: {depth: 3}}")
+    with pytest.raises(ConfigError) as caught:
+        planned(*overrides, **options)
+    assert message in str(caught.value)
+    assert not (folder / "out").exists()
+
+
+def test_one_objective_or_a_changed_configuration_is_an_error(folder: Path) -> None:
+    one = FAST | {"rewards": {"colourfulness": {}}}
+    (folder / "one.yaml").write_text(yaml.safe_dump(one))
+    with pytest.raises(ConfigError, match=r"at least two objectives.*Found colourfulness"):
+        plan("one.yaml", [], methods=["static"], seeds=1, output=folder / "out")
+    (run,) = planned().runs
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(config.to_yaml(run.settings))
+    assert planned().runs == (run,)
+    changed = r"loss.kl_weight: should be 0.0, as `out/static-0` began. Found 0.1. Another --output"
+    with pytest.raises(ConfigError, match=changed):
+        planned("--loss.kl_weight", "0.1")
+    with pytest.raises(ConfigError, match=r"trainer.minutes: should be 0.0.*Found 3.0"):
+        planned(minutes=3.0)
+    (run.folder / "config.yaml").rename(run.folder / "thesis.txt")
+    with pytest.raises(ConfigError, match="`out/static-0` should be a run of this comparison"):
+        planned()
+
+
+def test_a_run_is_finished_when_its_steps_or_its_minutes_are_over(tmp_path: Path) -> None:
+    write_run(tmp_path / "a-0", [gain(1, 1)])  # 15 rollouts of 3 seconds
+
+    def finished(steps: int, minutes: float) -> bool:
+        settings = config.from_dict({"trainer": {"steps": steps, "minutes": minutes}})
+        run = Run(method="a", seed=0, folder=tmp_path / "a-0", settings=settings)
+        assert run.completed() == 15
+        return run.finished()
+
+    assert finished(15, 0.0)
+    assert not finished(16, 0.0)
+    assert finished(16, 0.75)
+    assert not finished(16, 0.76)
+    (tmp_path / "a-0" / "evaluation" / "step-000015.jsonl").unlink()
+    assert not finished(15, 0.0)
+
+
+def test_the_last_words_are_the_error(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    assert last_words(log) == ""
+    log.write_text("bar\rbar 2\nKilled\n\n")
+    assert last_words(log) == "Killed"
+    log.write_text("error: no paint\nThe state after 3 rollouts is there.\n")
+    assert last_words(log) == "error: no paint"
+
+
+FAKE = """
+import json, pathlib, sys, time
+
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+(folder / "evaluation").mkdir(parents=True)
+row = {"prompt": "a", "group": 0, "seed": 0, "reward/mine": 1.0, "reward/colourfulness": 1.0}
+lines = [json.dumps(row | {"sibling": i}) for i in range(2)]
+(folder / "evaluation" / "step-000000.jsonl").write_text("\\n".join(lines))
+(folder / "metrics.jsonl").write_text('{"step": 0}\\n')
+time.sleep(60)
+"""
+
+
+def test_a_reward_without_spread_ends_the_comparison_at_once(folder: Path) -> None:
+    (folder / "fake.py").write_text(FAKE)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"Objective `mine` should vary within a prompt.*Found 0"):
+        execute(planned(seeds=2).runs, script=folder / "fake.py", parallel=1)
+    assert time.monotonic() - began < 30
+    assert not (folder / "out" / "static-1").exists()
+
+
+def test_a_run_that_still_goes_on_is_left_alone(folder: Path) -> None:
+    (folder / "fake.py").write_text(FAKE)
+    (run,) = planned().runs
+    run.folder.mkdir(parents=True)
+    with run.log.open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        log.write("at work")
+        log.flush()
+        with pytest.raises(ValueError, match="Another process is at work on `out/static-0`"):
+            execute([run], script=folder / "fake.py", parallel=1)
+    assert run.log.read_text() == "at work"
+
+
+# ---------------------------------------------------------------------- as a user runs it
+
+COMMAND = [sys.executable, str(ROOT / "scripts" / "compare.py"), "--config", "fast.yaml"]
+COMMAND += ["--output", "out", "--methods"]
+
+
+def test_two_methods_twice_one_dies_and_is_continued(folder: Path) -> None:
+    command = [*COMMAND, "static,mild.yaml", "--seeds", "2", "--parallel", "2"]
+
+    def call() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    (folder / "broken").touch()
+    done = call()
+    assert done.returncode == 1, done.stderr
+    assert "static: objectives.normalizer.floor is left out" in done.stdout
+    assert 'mild-1 died: error: Reward head "mine" failed' in done.stderr
+    assert "(out/mild-1.log)" in done.stderr
+    assert "Not in the table: mild-1 died" in done.stdout
+    result = json.loads((folder / "out" / "results.json").read_text())
+    assert list(result["failures"]) == ["mild-1"]
+    assert {m["method"]: m["seeds"] for m in result["methods"]} == {"static": [0, 1], "mild": [0]}
+    assert [run["rollouts"] for run in result["runs"]] == [2, 2, 2]
+    assert result["methods"][0]["seconds"]["update"] > 0
+    # The trainer's own gain, of the same images.
+    (run,) = [run for run in result["runs"] if run["folder"] == "out/static-1"]
+    last = read_metrics(folder / "out" / "static-1" / "metrics.jsonl")[-1]
+    for name, value in run["gains"].items():
+        assert value == pytest.approx(last[f"eval_gain/{name}"], rel=1e-6)
+        assert value != 0
+    assert (folder / "out" / "table.md").read_text() in done.stdout
+    assert (folder / "out" / "compare.png").stat().st_size > 20_000
+
+    (folder / "broken").unlink()
+    kept = (folder / "out" / "static-0.log").stat().st_mtime_ns
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert "died" not in done.stdout + done.stderr
+    result = json.loads((folder / "out" / "results.json").read_text())
+    assert {tuple(method["seeds"]) for method in result["methods"]} == {(0, 1)}
+    assert (folder / "out" / "static-0.log").stat().st_mtime_ns == kept
+
+    runs = planned(methods=["static", "mild.yaml"], seeds=2).runs
+    assert execute(runs, script=folder / "nothing.py", parallel=2) == {}  # nothing is started
+
+
+def test_sigterm_ends_the_runs_and_the_next_call_continues(folder: Path) -> None:
+    endless = ("--trainer.steps", "1000", "--checkpoint.every", "0", "--evaluation.every", "1000")
+    process = subprocess.Popen(
+        [*COMMAND, "static", "--seeds", "2", *endless], stderr=subprocess.PIPE, text=True
+    )
+    metrics = folder / "out" / "static-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert process.poll() is None, "it ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 130, log
+    assert "The same command continues." in log
+    assert "Traceback" not in log
+    assert "Stopped by SIGTERM" in (folder / "out" / "static-0.log").read_text()
+    assert list((folder / "out" / "static-0" / "checkpoints").glob("step-*/state.pt"))
+    assert not (folder / "out" / "static-1").exists()
+
+
+def test_bad_input_and_other_launchers_exit_with_2(folder: Path) -> None:
+    for arguments, environment, message in (
+        (["static", "--pair", "mine,ocr"], {}, "--pair: should name two of mine, colourfulness"),
+        (["static"], {"WORLD_SIZE": "2"}, "start it with `python`"),
+    ):
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (folder / "out").exists()
