@@ -1,7 +1,8 @@
-"""Measure what training costs: on the CPU (`train`, `gradients`), on a GPU by phase (`gpu`).
+"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`), on a GPU (`gpu`).
 
 python scripts/bench.py train --pipeline base
 python scripts/bench.py gradients
+python scripts/bench.py methods --pipeline wide
 python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
 """
 
@@ -30,14 +31,15 @@ def main() -> int:
     gpu.add_argument("--size", choices=("medium", "base", "tiny"), default="medium")
     gradients = commands.add_parser("gradients", help="CPU seconds of K gradients / one backward")
     gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    for command in (train, gradients):
+    methods = commands.add_parser("methods", help="CPU seconds of a step with each method")
+    methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
+    for command in (train, gradients, methods):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
-    for command in (train, gpu, gradients):
+    for command in (train, gpu, gradients, methods):
         command.add_argument("--json", type=Path, help="file for all numbers")
     options, overrides = parser.parse_known_args()
     if overrides and options.command != "gpu":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-
     cpu = options.command != "gpu" or options.device == "cpu"
     if cpu:
         os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # read by torch
@@ -46,6 +48,7 @@ def main() -> int:
     from moa_diffusion import config
     from moa_diffusion.benchmarks.gpu import measure_gpu
     from moa_diffusion.benchmarks.gradients import measure_gradients
+    from moa_diffusion.benchmarks.methods import measure_methods
     from moa_diffusion.benchmarks.tables import PRINT
     from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
@@ -54,18 +57,15 @@ def main() -> int:
         print("error: `gpu` needs a CUDA device. Found none; nothing was measured.")
         return 2
     try:
-        if options.command == "train":
-            report = measure_training(options.pipeline, rounds=options.rounds)
+        if options.command == "gpu":
+            settings = config.load(options.config, overrides)
+            scale = {"groups": options.scale, "rollouts": options.rollouts}
+            report = measure_gpu(settings, size=options.size, device=options.device, **scale)
         elif options.command == "gradients":
             report = measure_gradients(options.dtype, rounds=options.rounds)
         else:
-            report = measure_gpu(
-                config.load(options.config, overrides),
-                size=options.size,
-                device=options.device,
-                groups=options.scale,
-                rollouts=options.rollouts,
-            )
+            measure = {"train": measure_training, "methods": measure_methods}[options.command]
+            report = measure(options.pipeline, rounds=options.rounds)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

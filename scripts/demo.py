@@ -1,10 +1,7 @@
-"""Train the shipped tiny Stable Diffusion 3 on a CPU with two recipes and draw what they did.
+"""Train the shipped tiny Stable Diffusion 3 with two recipes and draw what they did.
 
-Takes a few minutes; writes runs/demo/demo.png. Run again, it continues where it stopped. Options
-such as `--trainer.steps 2` go to both runs.
+Takes minutes, writes runs/demo/demo.png, continues where it stopped. Options go to both runs.
 """
-
-from __future__ import annotations
 
 import shutil
 import subprocess
@@ -20,7 +17,7 @@ from moa_diffusion.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("runs/demo")
-RECIPES = {"static": "tiny_static.yaml", "dual_stage": "tiny_dual_stage.yaml"}
+RECIPES = {"static": "tiny_static.yaml", "apex": "tiny_apex.yaml"}
 
 
 def start(name: str, recipe: str) -> subprocess.Popen[bytes]:
@@ -44,10 +41,9 @@ def start(name: str, recipe: str) -> subprocess.Popen[bytes]:
 def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
     """One progress bar per run, until all have ended or one has failed."""
     bars = {}
-    for name in processes:
-        settings = config.load(ROOT / "configs" / RECIPES[name], sys.argv[1:])
-        total = settings.trainer.steps
-        bars[name] = tqdm(total=total, desc=f"{name:>10}", unit="rollout", position=len(bars))
+    for i, name in enumerate(processes):
+        total = config.load(ROOT / "configs" / RECIPES[name], sys.argv[1:]).trainer.steps
+        bars[name] = tqdm(total=total, desc=f"{name:>10}", unit="rollout", position=i)
     running = True
     while running and not any(process.returncode for process in processes.values()):
         running = any(process.poll() is None for process in processes.values())
@@ -75,7 +71,7 @@ def main() -> int:
             print(f"{name} failed: {(FOLDER / f'{name}.log').read_text()[-2000:]}")
             return 1
     picture({name: FOLDER / name for name in RECIPES}, target := FOLDER / "demo.png")
-    print(f"{target} shows what happened ({(time.monotonic() - began) / 60:.1f} minutes).")
+    print(f"{target} shows it, after {(time.monotonic() - began) / 60:.1f} minutes.")
     return 0
 
 

@@ -39,6 +39,7 @@ HEAVY = {
     "peft",
     "torchjd",
     "matplotlib",
+    "moocore",
     "jinja2",
     "plotly",
     "tensorboard",

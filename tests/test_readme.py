@@ -83,11 +83,15 @@ def test_named_files_exist(name: str) -> None:
 
 def test_every_metric_has_a_row() -> None:
     table = README.split("## Metrics")[1].split("## ")[0]
-    source = (ROOT / "moa_diffusion" / "trainer.py").read_text()
-    source += (ROOT / "moa_diffusion" / "metrics.py").read_text()
-    groups = {"weight", "share", "zero_variance", "applies"}  # built from column names
-    written = set(
-        re.findall(r'"((?:policy|eval_mean|eval_sem|reward_mean|reward_std)/[^"]*)"', source)
+    package = ROOT / "moa_diffusion"
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for path in [*package.glob("*.py"), *package.glob("objectives/*.py")]
     )
-    for name in written | {f"{group}/{{name}}" for group in groups}:
-        assert name.replace("{name}", "<objective>") in table, name
+    kinds = "policy|eval_[a-z]+|reward_[a-z]+|mopo_[a-z]+|shortfall|gradient"
+    written = {name.split("/")[0] + "/" for name in re.findall(rf'"((?:{kinds})/[^"]*)"', source)}
+    written |= set(re.findall(r'"(policy/[a-z_]+)"', source))
+    columns = set(re.findall(r'"(apex_[a-z]+)"', source)) | {"weight", "share", "applies"}
+    columns |= {"zero_variance", "conflict_advantages", "conflict_gradients"}
+    for name in written | {f"{column}/" for column in columns}:
+        assert name in table, name

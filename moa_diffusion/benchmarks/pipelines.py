@@ -14,7 +14,7 @@ from moa_diffusion.config import Config
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH, clip_tokenizer, t5_tokenizer
 from moa_diffusion.trainer import Trainer
 
-CHEAP_HEAD = {"colourfulness": {"weight": 1.0}}  # scores, and costs next to nothing
+CHEAP_HEAD: dict[str, Any] = {"colourfulness": {"weight": 1.0}}  # scores, and costs next to nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,8 @@ def _small(*, layers: int, heads: int, side: int, channels: tuple[int, ...]) -> 
 
 BASE = _small(layers=5, heads=3, side=16, channels=(16, 32, 32, 32))
 SMALLEST = _small(layers=2, heads=1, side=4, channels=(8, 8))
-SIZES = {"medium": MEDIUM, "base": BASE, "tiny": SMALLEST}
+WIDE = _small(layers=2, heads=16, side=32, channels=(16, 32, 32, 32))  # width 1024
+SIZES = {"medium": MEDIUM, "base": BASE, "wide": WIDE, "tiny": SMALLEST}
 
 
 def random_pipeline(
@@ -138,19 +139,22 @@ def parameter_count(pipeline: Any) -> int:
     return sum(p.numel() for part in parts if part is not None for p in part.parameters())
 
 
-def trainer_on(pipeline: Any, settings: Config, folder: str) -> Trainer:
+def trainer_on(
+    pipeline: Any, settings: Config, folder: str, rewards: Mapping[str, Any] = CHEAP_HEAD
+) -> Trainer:
     """The trainer that ``build`` makes of the settings, on this pipeline.
 
     Args:
         pipeline: taken over.
         settings: its prompts, rewards and log are replaced: a benchmark needs no files.
         folder: of the run.
+        rewards: as in a configuration.
     """
     quiet = replace(
         settings,
         output_dir=folder,
         resume=None,
-        rewards=CHEAP_HEAD,
+        rewards=dict(rewards),
         policy=replace(settings.policy, name="sd3", embeds_dir=None),
         prompts=replace(settings.prompts, train="tiny", heldout=None),
         evaluation=replace(settings.evaluation, every=0),

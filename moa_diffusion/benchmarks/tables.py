@@ -120,6 +120,31 @@ def print_gradients(report: Mapping[str, Any]) -> None:
     )
 
 
+def print_methods(report: Mapping[str, Any]) -> None:
+    """Ratios to the same step with static weights."""
+    machine = report["machine"]
+    table = Table(title="CPU seconds per training step")
+    for column in ("", "step", "x static", "target", "update", "x static", "objectives, ms"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in report["methods"]:
+        verdict = "met" if row["target"] and row["step_ratio"] <= row["target"] else "missed"
+        table.add_row(
+            row["name"],
+            f"{row['step']:.3f}",
+            f"{row['step_ratio']:.3f}",
+            f"<= {row['target']}: {verdict}" if row["target"] else "",
+            f"{row['update']:.3f}",
+            f"{row['update_ratio']:.3f}",
+            f"{1e3 * row['layer']:.2f}",
+        )
+    _print(
+        f"Pipeline {report['pipeline']}, {report['samples']} samples, K = 4 rewards, one thread; "
+        f"medians of {report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores. Objectives: normalise, weigh and combine 4 x 1152 rewards.",
+        table,
+    )
+
+
 def _print(*parts: Any) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # less would cut the breakdown's numbers
@@ -130,5 +155,6 @@ def _print(*parts: Any) -> None:
 PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "train": print_training,
     "gradients": print_gradients,
+    "methods": print_methods,
     "gpu": print_gpu,
 }

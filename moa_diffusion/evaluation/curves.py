@@ -13,6 +13,7 @@ from torch import Tensor
 from moa_diffusion import build, checkpoint, config
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.heldout import mean_and_error
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.samplers import generators
@@ -90,27 +91,47 @@ def draw(
 
 
 def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
-    """One panel per objective: rollouts thin, held-out with standard error bold."""
+    """One panel per objective: change over the base model on the same prompts and seeds."""
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, panel in zip(names, panels, strict=True):
         for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
-            metrics = read_metrics(folder / "metrics.jsonl")
-            train = [(row["step"], row[f"reward_mean/{name}"]) for row in metrics if row["step"]]
-            panel.plot(*zip(*train, strict=True), color=colour, alpha=0.3, linewidth=1)
-            heldout = [row for row in metrics if row.get(f"eval_sem/{name}") is not None]
-            steps = [row["step"] for row in heldout]
-            mean = numpy.array([row[f"eval_mean/{name}"] for row in heldout])
-            error = numpy.array([row[f"eval_sem/{name}"] for row in heldout])
+            steps, mean, error = changes(folder, name)
             panel.plot(steps, mean, color=colour, marker="o", label=label)
             panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
-            if heldout and steps[0] == 0:
-                panel.axhline(float(mean[0]), color="grey", linestyle=":", linewidth=1)
+        panel.axhline(0, color="grey", linestyle=":", linewidth=1)
         panel.set_title(name)
         panel.set_xlabel("rollouts")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("reward")
+    panels[0].set_ylabel("change over the base model")
     panels[0].legend(frameon=False)
-    figure.suptitle("bold: held-out prompts, deterministic, averaged weights; thin: rollouts")
+    figure.suptitle("held-out prompts, deterministic, averaged weights; bands: standard error")
+
+
+def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.ndarray]:
+    """Change of one reward at every evaluation of a run, paired with the base model's images.
+
+    Args:
+        folder: of the run.
+        name: of the objective.
+
+    Returns:
+        rollouts; mean change, in the reward's unit; its standard error over prompts.
+    """
+    found: dict[int, list[dict[str, Any]]] = {
+        int(path.stem.removeprefix("step-")): read_metrics(path)
+        for path in sorted(folder.glob("evaluation/step-*.jsonl"))
+    }
+    key, base = f"reward/{name}", found[0]
+    prompts = torch.tensor([row["group"] for row in base])
+    nan = float("nan")
+
+    def column(rows: list[dict[str, Any]]) -> Tensor:
+        values = [nan if row[key] is None else row[key] for row in rows]
+        return torch.tensor(values, dtype=torch.float64)
+
+    pairs = [mean_and_error(column(rows) - column(base), prompts) for rows in found.values()]
+    mean, error = numpy.array(pairs).T
+    return list(found), mean, error
 
 
 def _pictures(
@@ -129,7 +150,7 @@ def _pictures(
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_xlabel(
-                "  ".join("-" if s != s else f"{s:.2f}" for s in scores[:, i].tolist()), fontsize=8
+                "  ".join(_short(score) for score in scores[:, i].tolist()), fontsize=8
             )
             if number == 0:
                 words = asked[i].prompt.split()
@@ -137,3 +158,9 @@ def _pictures(
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)
     figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
+
+
+def _short(score: float) -> str:
+    if score != score:
+        return "-"
+    return f"{score:.2f}" if abs(score) < 10 else f"{score:.0f}"

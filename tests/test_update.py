@@ -1,0 +1,182 @@
+"""Weights solved inside the optimizer step: the same step as plain training, and exact Gramians."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from moa_diffusion import tiny
+from moa_diffusion.data import Geometry
+from moa_diffusion.distributed import LocalComm
+from moa_diffusion.ema import EMA
+from moa_diffusion.loss import surrogate_coefficients
+from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.types import Request, Rollout
+from moa_diffusion.update import Surrogate, Updater
+
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+LR = 100.0  # so that a step is far larger than rounding
+PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline(str(tiny.PIPELINE_PATH))
+
+
+@pytest.fixture(params=["toy", "sd3"])
+def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
+    """Two policies: one whose rows come from K backward passes, one from its LoRA layers."""
+    if request.param == "toy":
+        return ToyPolicy(steps=2)
+    made = SD3Policy(
+        copy.deepcopy(pipeline),
+        device=torch.device("cpu"),
+        seed=0,
+        resolution=64,
+        steps=4,
+        guidance=1.0,
+        max_sequence_length=16,
+        lora_rank=4,
+        step_batch=2,
+    )
+    made.prepare(PROMPTS)
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.trainable().values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=source))
+    return made
+
+
+def updater(policy: Any, *, micro: int = 4, updates: int = 1, kl_weight: float = 0.0) -> Updater:
+    parameters = list(policy.trainable().values())
+    return Updater(
+        policy=policy,
+        geometry=Geometry.solve(
+            groups=2,
+            group_size=4,
+            updates=updates,
+            world_size=1,
+            max_sample_batch=8,
+            max_micro_batch=micro,
+        ),
+        comm=LocalComm(),
+        optimizer=torch.optim.SGD(parameters, lr=LR),  # Adam would hide the step's length
+        lr=lambda count: LR,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        ema=EMA(policy.trainable(), decay=0.9, every=1),
+        surrogate=Surrogate(
+            clip_range=0.05,
+            advantage_clip=5.0,
+            kl_weight=kl_weight,
+            max_grad_norm=1e9,
+            ratio_tolerance=1e-4,
+            max_skipped=3,
+        ),
+        seed=0,
+        progress=False,
+    )
+
+
+def draw(policy: Any) -> tuple[Rollout, torch.Tensor]:
+    """Eight samples, and advantages of three objectives ``[3, 8]``."""
+    requests = [
+        Request(prompt=PROMPTS[i % 2], group=i % 2, sibling=i // 2, seed=i) for i in range(8)
+    ]
+    source = torch.Generator().manual_seed(0)
+    advantages = torch.randn(3, 8, generator=source, dtype=torch.float64)
+    return policy.sample(requests, step=0), advantages
+
+
+def values(policy: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.trainable().values()]).clone()
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+@pytest.mark.parametrize("micro", [2, 8])
+def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
+    policy: Any, kl_weight: float, micro: int
+) -> None:
+    rollout, advantages = draw(policy)
+    plain = updater(policy, kl_weight=kl_weight)
+    before = copy.deepcopy(plain.state_dict())
+    start = values(policy)
+    told = plain(rollout, WEIGHTS @ advantages, step=0)
+    expected = values(policy)
+
+    plain.load_state_dict(before)
+    assert torch.equal(values(policy), start)
+    fused = updater(policy, micro=micro, kl_weight=kl_weight)
+    found, weights = fused.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+    assert torch.equal(weights, WEIGHTS)
+    moved = (expected - start).abs().max()
+    assert moved > 0
+    assert (values(policy) - expected).abs().max() < 1e-5 * moved
+    assert found["policy/grad_norm"] == pytest.approx(told["policy/grad_norm"], rel=1e-4)
+    if kl_weight:
+        assert found["policy/kl"] == pytest.approx(told["policy/kl"], rel=1e-4)
+
+
+def test_the_gramian_is_that_of_separate_backward_passes(policy: Any) -> None:
+    """Also what a probe measures on all samples, and in any micro-batch."""
+    rollout, advantages = draw(policy)
+    parameters = list(policy.trainable().values())
+    rows = []
+    for advantage in advantages:
+        total = torch.zeros(())
+        for steps in policy.step_chunks(rollout.log_probs.shape[1]):
+            log_probs, _ = policy.log_probs(rollout, steps)
+            total = total - (advantage.float()[:, None] * log_probs).sum()
+        gradients = torch.autograd.grad(total / rollout.mask.sum(), parameters)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    expected = torch.stack(rows) @ torch.stack(rows).T
+
+    seen = []
+    updater(policy).fused(
+        rollout, advantages, lambda gramian: seen.append(gramian) or WEIGHTS, step=0
+    )
+    scale = expected.diagonal().mean()
+    torch.testing.assert_close(seen[0] / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_probe_moves_nothing_and_does_not_depend_on_the_micro_batch(
+    policy: Any, share: float
+) -> None:
+    rollout, advantages = draw(policy)
+    before = values(policy)
+    found = [updater(policy, micro=m).measure(rollout, advantages, share=share) for m in (1, 2, 8)]
+    for gramian in found[1:]:
+        torch.testing.assert_close(gramian, found[0], rtol=1e-4, atol=1e-4 * float(found[0].max()))
+    assert torch.equal(values(policy), before)
+    assert all(p.grad is None for p in policy.trainable().values())
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(policy: Any) -> None:
+    rollout, advantages = draw(policy)
+    before = values(policy)
+    found, weights = updater(policy).fused(
+        rollout, advantages * float("nan"), lambda gramian: pytest.fail("asked"), step=0
+    )
+    assert found["policy/skipped_updates"] == 1
+    assert weights.isfinite().all()
+    assert torch.equal(values(policy), before)
+
+
+def test_after_the_first_step_every_objective_has_its_own_clip() -> None:
+    """Coefficients are the derivative of each objective's own clipped surrogate."""
+    from moa_diffusion.loss import clipped_surrogate
+
+    source = torch.Generator().manual_seed(0)
+    old = torch.randn(6, 4, generator=source)
+    new = (old + 0.1 * torch.randn(6, 4, generator=source)).requires_grad_()
+    advantages = torch.randn(3, 6, generator=source)
+    found = surrogate_coefficients(new, old, advantages, 0.05)
+    for k, advantage in enumerate(advantages):
+        (expected,) = torch.autograd.grad(clipped_surrogate(new, old, advantage, 0.05).sum(), new)
+        torch.testing.assert_close(found[k], expected)
+    assert 0 < (found == 0).float().mean() < 1
