@@ -345,9 +345,8 @@ class Trainer:
         metrics, self._row = self._row, None
         self.log.write(self.completed, metrics)
         bar.update()
-        bar.set_postfix_str(
-            " ".join(f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.scorer.names)
-        )
+        means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.scorer.names]
+        bar.set_postfix_str(" ".join([*means, self.weighting.headline()]).rstrip())
         if (skipped := self.updater.skipped_in_a_row) >= self.updater.surrogate.max_skipped:
             raise TrainingError(
                 f"The last {skipped} updates had non-finite gradients. "

@@ -90,6 +90,10 @@ class Weighting(nn.Module, ABC):
         """What the last call found, for the metrics: ``group/objective`` to a number."""
         return {}
 
+    def headline(self) -> str:
+        """A few words about the last call for the progress bar; empty for nothing to say."""
+        return ""
+
     def kl_scale(self) -> float:
         """Factor of the KL's weight since the last call: 1 unless the method moves it."""
         return 1.0

@@ -157,6 +157,14 @@ class Mopo(Weighting):
                 found[f"mopo_level/{name}"] = float(self.level[k])
         return found
 
+    def headline(self) -> str:
+        """The worst violation, or that every bound is kept."""
+        violation = (self.bounds - self.level).nan_to_num(nan=-math.inf)
+        worst = int(violation.argmax())
+        if violation[worst] > 0:
+            return f"{self.objectives[worst]} {float(violation[worst]):.3g} below its bound"
+        return "bounds kept" if violation[worst] > -math.inf else ""
+
     def _measure(self, stats: ObjectiveStats) -> Tensor:
         """Mean over the batch of what the bounds are on: ``[K]``, NaN if nothing applies."""
         if self.units == "reward":

@@ -41,6 +41,15 @@ def shown(*levels: float, spread: float = 0.0) -> ObjectiveStats:
 # ---------------------------------------------------------------------- in numbers
 
 
+def test_the_progress_bar_names_the_worst_bound():
+    mopo = Mopo(NAMES, decay=0)
+    assert mopo.headline() == ""
+    mopo(shown(0.9, 0.4, 0.2))
+    assert mopo.headline() == f"{NAMES[2]} 0.3 below its bound"
+    mopo(shown(0.1, 0.6, 0.7))
+    assert mopo.headline() == "bounds kept"
+
+
 def test_lagrangian_in_numbers():
     mopo = Mopo(NAMES, bounds={"b": 0.5, "c": 0.4}, integral=1.0, proportional=2.0, decay=0.5)
     weights = mopo(shown(0.7, 0.3, 0.6))  # b is 0.2 short: I = 0.2, lambda = 0.2 + 0.4
