@@ -230,8 +230,7 @@ def run_folder(settings: Config) -> Path | None:
         ConfigError: if the folder holds another run, or there is no such checkpoint.
     """
     folder = Path(settings.output_dir)
-    if folder.is_file():
-        raise ConfigError(f"output_dir: should be a folder. Found the file `{folder}`.")
+    _check_folder("output_dir", folder)
     found = None if settings.resume is None else checkpoint.find(settings.resume, folder)
     if found is not None and found.resolve().parent.parent == folder.resolve():
         _report_changes(folder / "config.yaml", settings)
@@ -244,6 +243,13 @@ def run_folder(settings: Config) -> Path | None:
             f"({', '.join(traces)}). Use another --output_dir, or continue with --resume latest."
         )
     return found
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """It need not exist, but has to be possible."""
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{key}: should be a folder. Found the file `{part}`.")
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
@@ -277,7 +283,10 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
                 )
     options = settings.objectives.weighting
     if settings.objectives.calibration is not None:
-        options = _calibrated(Path(settings.objectives.calibration), names, accepted) | options
+        levels = _calibrated(Path(settings.objectives.calibration), names, accepted)
+        options = options | {
+            key: values | (options.get(key) or {}) for key, values in levels.items()
+        }
     if len(names) == 1 and not issubclass(chosen.weighting, Static):
         logger.warning("objectives.method %s has a single reward to weigh.", method)
     weighting = _construct(chosen.weighting, "objectives.weighting", options, names, fixed)
@@ -297,9 +306,9 @@ def _calibrated(path: Path, names: Sequence[str], accepted: Container[str]) -> d
                 f"objectives.calibration: `{path}` should have the objective {name!r}. "
                 f"Found {', '.join(measured)}."
             )
-    known = [name for name in names if math.isfinite(measured[name].base)]
-    base = {name: measured[name].base for name in known}
-    target = {name: measured[name].target for name in known}
+    base = {n: measured[n].base for n in names if math.isfinite(measured[n].base)}
+    # A reward without any spread has nothing to aim at.
+    target = {n: measured[n].target for n in base if measured[n].target > measured[n].base}
     levels = {"base": base, "targets": target, "ideal": target}
     used = {option: values for option, values in levels.items() if option in accepted}
     if not used:
@@ -337,6 +346,8 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
         return ToyPolicy(steps=settings.sampling.steps, kl=settings.loss.kl)
     model, sampling = settings.policy, settings.sampling
     path = model_path(settings)
+    if model.embeds_dir is not None:
+        _check_folder("policy.embeds_dir", Path(model.embeds_dir))
     try:
         if pipeline is None:
             check_fit(

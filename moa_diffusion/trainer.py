@@ -139,6 +139,7 @@ class Trainer:
             self._ratio_checked = True
         rewards = self.score(rollout, requests)  # [K, N]
 
+        self._report_silence(rewards)
         advantages = self.normalizer.per_objective(rewards)  # [K, N]
         if self.gradients.fused:
             update, weights = self.improve_jointly(rollout, rewards, advantages)  # [K]
@@ -212,11 +213,14 @@ class Trainer:
         stale = self._gramian is None or self.completed % self.gradients.every == 0
         if self.weighting.needs_gramian and stale:
             with self._timed("probe"):
-                self._gramian = self.updater.measure(
-                    rollout,
-                    local_slice(advantages.T, self.comm).T,
-                    share=self.gradients.share,
-                )
+                local = local_slice(advantages.T, self.comm).T
+                found = self.updater.measure(rollout, local, share=self.gradients.share)
+            if found.isfinite().all():
+                self._gramian = found
+            else:  # the loss scale of float16 was too high, say: the update will lower it
+                logger.warning("The probe's gradients are not finite; it does not count.")
+                if self._gramian is None:
+                    self._gramian = torch.eye(len(advantages), dtype=torch.float64)
         return self._ask(rewards, advantages, self._gramian)
 
     def combine(self, rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> Tensor:
@@ -231,7 +235,9 @@ class Trainer:
     ) -> tuple[dict[str, float], Tensor]:
         """The rollout's optimizer steps with weights solved at each on its own gradients.
 
-        Stage 2 of the normalizer becomes a factor of the weights: what it would divide by.
+        What stage 2 of the normalizer divides by becomes a factor of the weights. Two things differ
+        from weighing advantages: the clip of advantages acts on each objective's, and a sample to
+        which few objectives apply counts less, since weights cannot be renormalised for it alone.
 
         Returns:
             metrics, and the mean weights ``[K]``.
@@ -414,7 +420,7 @@ class Trainer:
         checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
         self._restore(state)
         self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
-        if self.heldout:
+        if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
             self.heldout.load_state_dict(state["heldout"])
         self.log.rewind(self.completed, pending=self._row is not None)
         if self.comm.rank == 0:
@@ -431,11 +437,23 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.updater.load_state_dict(state["updater"])
-        self.normalizer.load_state_dict(state["normalizer"])
-        self.weighting.load_state_dict(state["weighting"])
+        for part in ("normalizer", "weighting"):
+            try:
+                getattr(self, part).load_state_dict(state[part])
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"resume: objectives.{part} has other settings than the checkpoint: {error}"
+                ) from error
         self._gramian = state["gramian"]
 
     # ------------------------------------------------------------------ small parts
+
+    def _report_silence(self, rewards: RewardMatrix) -> None:
+        """Say so if a reward applies to nothing at the start: a wrong prompt set, perhaps."""
+        if self.completed == 0:
+            for name, row in zip(rewards.names, rewards.values, strict=True):
+                if row.isnan().all():
+                    logger.warning("Reward %s applies to no sample of the first rollout.", name)
 
     def _ask(self, rewards: RewardMatrix, advantages: Tensor, gramian: Tensor | None) -> Tensor:
         """Ask the weighting; rank 0's answer counts for all."""
@@ -446,7 +464,10 @@ class Trainer:
             gramian=gramian,
             win_rates=self.normalizer.win_rates(rewards),
         )
-        weights: Tensor = self.weighting(stats).clone()
+        try:
+            weights: Tensor = self.weighting(stats).clone()
+        except ValueError as error:  # such as a target below the base level that was measured
+            raise TrainingError(f"objectives.weighting: {error}") from error
         self.comm.broadcast_(weights)
         return weights
 

@@ -149,7 +149,7 @@ class Updater:
                 found.append(solve(gramian))
             else:  # the step will be skipped, and counted
                 found.append(torch.full((count,), 1 / count, dtype=torch.float64))
-            rows.write(found[-1] * self.scaler.get_scale())
+            rows.write(found[-1] * self._loss_scale())
             rows.clear()
 
         metrics = self._run(rollout, backward, mix, step, before_batch)
@@ -255,9 +255,7 @@ class Updater:
             new, divergence = self.policy.log_probs(part, steps, with_kl=with_kl)
             by_objective = surrogate_coefficients(new, old, advantages, self.surrogate.clip_range)
             by_objective = torch.where(mask, by_objective, 0.0)  # [K, m, t]
-            rows.backward(
-                new, by_objective / total, scale=self.scaler.get_scale(), retain_graph=with_kl
-            )
+            rows.backward(new, by_objective / total, scale=self._loss_scale(), retain_graph=with_kl)
             if divergence is not None:
                 term = torch.where(mask, divergence, 0.0).sum()
                 weighted = self.surrogate.kl_weight * term / total
@@ -269,6 +267,10 @@ class Updater:
             sums[0] += float(mask.sum())
             sums[1] += float((clipped * mask).sum())
         return sums
+
+    def _loss_scale(self) -> float:
+        """Of the GradScaler, which comes into being with the first loss that it scales."""
+        return float(self.scaler.scale(torch.ones((), device=self._device)))
 
     def _sum_gradients(self) -> None:
         self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])

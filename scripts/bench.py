@@ -25,7 +25,7 @@ def main() -> int:
     train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
     gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
     gpu.add_argument("--config", type=Path, default=CONFIG, help="further --key value override it")
-    gpu.add_argument("--scale", type=int, default=1, help="groups per rollout, on this one card")
+    gpu.add_argument("--scale", type=int, default=2, help="groups per rollout, on this one card")
     gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
     gpu.add_argument("--size", choices=("medium", "base", "tiny"), default="medium")

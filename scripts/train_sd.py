@@ -1,6 +1,6 @@
 """Fine-tune a Stable Diffusion 3.5 pipeline with LoRA on several rewards at once.
 
-accelerate launch scripts/train_sd.py --config configs/tiny_dual_stage.yaml
+accelerate launch scripts/train_sd.py --config configs/tiny_apex.yaml
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> int:
     try:
         trainer = build.trainer(config.parse())
     except (ConfigError, ImportError) as error:
-        if main_process:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: a file may lack on one
             print(f"error: {error}", file=sys.stderr)
         return 2
     # Of these all processes know; after any other error the others may be waiting for this one,

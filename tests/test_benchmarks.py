@@ -144,7 +144,7 @@ def test_gpu_reports_every_phase_on_a_small_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    assert report["images"] == 4
+    assert report["images"] == 8
     assert report["trained_steps"] == 3
     assert set(report["share"]) == {"sample", "update"}
     flops = report["flops"]

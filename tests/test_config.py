@@ -83,6 +83,30 @@ def test_files_that_are_no_mapping(tmp_path):
         loaded(tmp_path, "a: [1\n")
 
 
+def test_null_on_the_command_line_takes_a_key_away(tmp_path):
+    text = "rewards: {a: {weight: 2, x: 1}, b: {}}\nevaluation: {every: 0}\n"
+    floor = "objectives: {normalizer: {floor: 1}}\n"
+    options = ["--rewards.b", "null", "--rewards.a.x", "null"]
+    config = loaded(tmp_path, text + floor, *options, "--objectives.normalizer.floor", "null")
+    assert config.rewards == {"a": {"weight": 2}}
+    assert config.objectives.normalizer == {}
+    with pytest.raises(ConfigError, match=r"rewards.b: should be a mapping of options. Found None"):
+        loaded(tmp_path, "rewards: {a: {}, b: null}")  # in a file it was forgotten, perhaps
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "no", '"3"'])
+def test_text_in_open_mappings_stays_text(tmp_path, text):
+    """YAML 1.1 would make a truth value of a bare off, and jsonargparse of a quoted one as well."""
+    base = "rewards: {a: {}}\nevaluation: {every: 0}\n"
+    expected = text.strip("'\"")
+    from_file = loaded(tmp_path, base + f"objectives: {{weighting: {{conflict: {text}}}}}")
+    assert from_file.objectives.weighting == {"conflict": expected}
+    again = loaded(tmp_path, to_yaml(from_file))
+    assert again.objectives.weighting == {"conflict": expected}
+    told = loaded(tmp_path, base, "--objectives.weighting.conflict", text)
+    assert told.objectives.weighting == {"conflict": expected}
+
+
 def test_a_key_given_twice_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`steps` stands here twice(.|\n)*line 3"):
         loaded(tmp_path, "trainer:\n  steps: 1\n  steps: 2\n")
@@ -122,7 +146,7 @@ def test_wrong_types_name_the_key(tmp_path, key, value):
 
 
 def test_a_reward_without_options_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"rewards.* Got value: 3"):
+    with pytest.raises(ConfigError, match=rr"rewards\.red: should be a mapping of options\. Found 3"):
         loaded(tmp_path, {"rewards": {"red": 3}})
 
 

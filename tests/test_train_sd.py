@@ -254,6 +254,8 @@ def test_bad_input_says_what_was_expected_and_found(config: Path, tmp_path: Path
         (["--prompts.train", "bad.jsonl"], "bad.jsonl:2: A line should have a non-empty text"),
         (["--trainer.group_size", "1"], "trainer.group_size: should be at least 2. Found 1"),
         (["--trainer.groups", "3", "--trainer.updates", "5"], "should be a multiple of"),
+        (["--output_dir", "empty.txt/run"], "output_dir: should be a folder. Found the file"),
+        (["--policy.embeds_dir", "empty.txt"], "policy.embeds_dir: should be a folder. Found"),
         (["--output_dir", "used"], "should be a new folder. Found another run in `used`"),
         (["--resume", "latest"], "'latest' needs a checkpoint"),
         (["--resume", "nowhere"], "Found no state.pt in `nowhere`"),

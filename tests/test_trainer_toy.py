@@ -310,6 +310,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, method):
     assert score_files(tmp_path / "resumed") == score_files(tmp_path / "straight")
 
 
+def test_evaluation_switched_on_at_a_resume(tmp_path):
+    make(tmp_path / "run", trainer__steps=2, checkpoint__every=1).run()
+    make(tmp_path / "run", trainer__steps=4, evaluation__every=2, resume="latest").run()
+    last = rows(tmp_path / "run")[-1]
+    assert last["eval_mean/red"] is not None
+    assert last["eval_gain/red"] is None  # the base model was never evaluated
+
+
 def test_more_rollouts_from_a_checkpoint(tmp_path):
     straight = make(tmp_path / "straight", trainer__steps=5)
     straight.run()
@@ -588,6 +596,37 @@ def test_objectives_that_say_nothing_do_no_harm(tmp_path, method, names):
     if "never" in names:
         assert found[-1]["applies/never"] == 0
         assert found[-1]["reward_mean/never"] is found[-1]["eval_mean/never"] is None
+
+
+def test_a_probe_that_is_not_finite_does_not_count(tmp_path, caplog):
+    trainer = make(tmp_path / "run", **with_method("upgrad_probe"))
+    trainer.updater.measure = lambda *_, **__: torch.full((2, 2), math.nan)
+    trainer.run()
+    assert drift(trainer).any()
+    assert "not finite" in caplog.text
+
+
+def test_a_target_that_turns_out_too_low_stops_the_run_saved(tmp_path):
+    objectives = {"method": "apex", "weighting": {"targets": {"red": 0.0}, "warmup": 1}}
+    trainer = make(tmp_path / "run", objectives=objectives)
+    with pytest.raises(TrainingError, match=r"objectives.weighting: .*above the base level") as e:
+        trainer.run()
+    assert "The state after 0 rollouts" in e.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "before", "after"),
+    [
+        ("apex", "weighting", {"horizon": 3}, {"horizon": 4}),
+        ("mopo", "normalizer", {"pool_size": 3}, {"pool_size": 4}),
+        ("mopo", "weighting", {"primary": "red"}, {"primary": "green"}),
+    ],
+)
+def test_a_resume_with_settings_that_do_not_fit_says_so(tmp_path, method, part, before, after):
+    folder = tmp_path / "run"
+    make(folder, trainer__steps=1, objectives={"method": method, part: before}).run()
+    with pytest.raises(ConfigError, match=f"^resume: objectives.{part} has other settings"):
+        make(folder, resume="latest", objectives={"method": method, part: after})
 
 
 # ---------------------------------------------------------------------- evaluation

@@ -180,3 +180,19 @@ def test_after_the_first_step_every_objective_has_its_own_clip() -> None:
         (expected,) = torch.autograd.grad(clipped_surrogate(new, old, advantage, 0.05).sum(), new)
         torch.testing.assert_close(found[k], expected)
     assert 0 < (found == 0).float().mean() < 1
+
+
+def test_a_fused_step_with_a_loss_scale_is_the_same_step(policy: Any) -> None:
+    """As float16 has it; the scale comes into being with the first loss."""
+    rollout, advantages = draw(policy)
+    plain = updater(policy)
+    before = copy.deepcopy(plain.state_dict())
+    plain.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+    expected = values(policy)
+
+    plain.load_state_dict(before)
+    scaled = updater(policy)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    found, _ = scaled.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+    assert found["policy/skipped_updates"] == 0
+    torch.testing.assert_close(values(policy), expected, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from statistics import median
@@ -17,7 +16,7 @@ from moa_diffusion.benchmarks.pipelines import SIZES, parameter_count, random_pi
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.trainer import Trainer
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import Rollout
 from moa_diffusion.update import TrainingError
 
 BUILD, PREPARE = "build", "encode prompts"  # once
@@ -27,10 +26,11 @@ SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
 def measure_gpu(
     settings: Config, *, size: str = "medium", device: str = "cuda", groups: int, rollouts: int
 ) -> dict[str, Any]:
-    """Rollouts and updates with the settings' batches, on random weights.
+    """Training steps with the settings' rewards, objectives and batches, on random weights.
 
     Args:
-        settings: their batches are kept; the number of groups is reduced to ``groups``.
+        settings: the number of groups is reduced to ``groups``, the rest is kept; fewer samples
+            than two of their batches are sampled in smaller ones, which the geometry shows.
         size: of the pipeline, a key of ``SIZES``.
         device: 'cuda', or 'cpu' to try the code.
         groups: prompts per rollout.
@@ -57,7 +57,7 @@ def measure_gpu(
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(trainer_on(pipeline, scaled, folder)) as trainer,
+        closing(trainer_on(pipeline, scaled, folder, settings.rewards)) as trainer,
     ):
         measured = _measure(trainer, phases, rollouts)
         work = _work(trainer)
@@ -89,16 +89,19 @@ def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     assert isinstance(policy, SD3Policy)
     plan = [trainer.sampler.requests(step) for step in range(rollouts + 1)]
     prompts = sorted({request.prompt for requests in plan for request in requests})
+    trainer._ratio_checked = True  # `_work` reports on it; a mismatch should not end the run here
     with phases.watching(
         (policy, "prepare", PREPARE),
         (policy.vae, "decode", DECODE),
         (trainer, "sample", SAMPLE),
         (trainer, "score", SCORE),
         (trainer, "improve", UPDATE),
+        (trainer, "improve_jointly", UPDATE),
+        (trainer.updater, "measure", UPDATE),
     ):
         policy.prepare(prompts)
         once = phases.take()
-        rows = [_rollout(trainer, requests, phases) for requests in plan][1:]
+        rows = [_rollout(trainer, phases) for _ in plan][1:]
     seconds = {name: once[name] for name in (BUILD, PREPARE)}
     for name in (SAMPLE, DECODE, SCORE, UPDATE, REST):
         seconds[name] = median(row[name] for row in rows)
@@ -112,12 +115,10 @@ def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     }
 
 
-def _rollout(trainer: Trainer, requests: Sequence[Request], phases: Phases) -> dict[str, float]:
-    """Seconds by phase of one rollout and its updates."""
+def _rollout(trainer: Trainer, phases: Phases) -> dict[str, float]:
+    """Seconds by phase of one training step."""
     phases.take()
-    rollout = trainer.sample(requests)
-    trainer.score(rollout, requests)
-    trainer.improve(rollout, torch.randn(len(requests)))
+    trainer.step()
     return phases.take()
 
 

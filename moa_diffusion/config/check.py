@@ -76,7 +76,12 @@ def check(config: Config) -> None:
     )
     _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
     _check_together(config)
-    _check_rewards(config.rewards)
+    if not config.rewards:
+        raise ConfigError(
+            "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
+            "Found none."
+        )
+    check_rewards(config.rewards)
 
 
 def _check_together(config: Config) -> None:
@@ -99,12 +104,12 @@ def _check_together(config: Config) -> None:
         )
 
 
-def _check_rewards(rewards: dict[str, dict[str, Any]]) -> None:
-    if not rewards:
-        raise ConfigError(
-            "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
-            "Found none."
-        )
+def check_rewards(rewards: dict[str, Any]) -> None:
+    """Check every objective's options as far as they are common to all heads.
+
+    Raises:
+        ConfigError: naming the first that is wrong.
+    """
     for name, options in rewards.items():
         key = f"rewards.{name}"
         if not isinstance(options, dict):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from moa_diffusion.config.check import check
+from moa_diffusion.config.check import check, check_rewards
 from moa_diffusion.config.schema import Config
 from moa_diffusion.types import ConfigError
 
@@ -27,7 +29,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     from jsonargparse import ArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = _merge_open_mappings(arguments)
+    arguments, open_mappings = _merge_open_mappings(arguments)
+    check_rewards(open_mappings.get("rewards", {}))
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
     parser.add_class_arguments(Config, None)
@@ -35,7 +38,11 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         namespace = parser.parse_args(arguments)
     except Exception as error:  # argparse and jsonargparse raise several kinds
         raise ConfigError(" ".join(str(error).split())) from error
-    config = from_dict(namespace.as_dict())
+    values = namespace.as_dict()
+    for key, mapping in open_mappings.items():  # jsonargparse reads text in them as YAML again
+        *sections, last = key.split(".")
+        reduce(dict.__getitem__, sections, values)[last] = mapping
+    config = from_dict(values)
     _check_nulls(config)
     check(config)
     return config
@@ -70,11 +77,16 @@ def _build(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**arguments)
 
 
-def _merge_open_mappings(arguments: Sequence[str]) -> list[str]:
+def _merge_open_mappings(
+    arguments: Sequence[str],
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Check every key, and gather what is set below open mappings (``rewards``) into one option.
 
     jsonargparse lets ``--rewards.ocr.weight 2`` replace all other options of ``ocr``; here it
-    changes the one.
+    changes the one. On the command line null takes a key away.
+
+    Returns:
+        the arguments with one option per open mapping, and the open mappings by dotted key.
     """
     rest: list[str] = []
     open_mappings: dict[str, dict[str, Any]] = {}
@@ -97,13 +109,16 @@ def _merge_open_mappings(arguments: Sequence[str]) -> list[str]:
         opened = next((key for key in _OPEN if f"{name}.".startswith(f"{key}.")), None)
         if opened is not None:
             del rest[-1 if separator != " " else -2 :]
-            nested = yaml.safe_load(value) if separator else None
+            nested = yaml.load(value, Loader=_Yaml) if separator else None
             for part in reversed(name.removeprefix(opened).split(".")[1:]):
                 nested = {part: nested}
             if not isinstance(nested, dict):
                 raise ConfigError(f"{name}: should be a mapping. Found {nested!r}.")
-            open_mappings[opened] = _merge(open_mappings.get(opened, {}), nested)
-    return rest + [f"--{key}={json.dumps(mapping)}" for key, mapping in open_mappings.items()]
+            open_mappings[opened] = _without_nulls(
+                _merge(open_mappings.get(opened, {}), nested), nested
+            )
+    rest += [f"--{key}={json.dumps(mapping)}" for key, mapping in open_mappings.items()]
+    return rest, open_mappings
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +127,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _without_nulls(merged: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Take away what an option set to null: ``--rewards.ocr null``."""
+    kept = dict(merged)
+    for key, value in over.items():
+        if value is None:
+            del kept[key]
+        elif isinstance(value, dict):
+            kept[key] = _without_nulls(kept[key], value)
+    return kept
 
 
 def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -133,7 +159,7 @@ def _read_yaml(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"config: should be a YAML file. Found no file `{name}`.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: `{name}` should be YAML: {error}") from error
     if not isinstance(values, dict):
@@ -141,8 +167,11 @@ def _read_yaml(name: str) -> dict[str, Any]:
     return values
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML libraries silently keep the last."""
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's numbers and truth values: 1e-5 is a number, a bare off is a word.
+
+    A key given twice is refused; YAML libraries silently keep the last.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -154,6 +183,24 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Yaml.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
 
 
 def _check_mapping(values: dict[str, Any], kind: Any = None, prefix: str = "") -> None:

@@ -102,7 +102,7 @@ class ObjectivesConfig:
     """From K rewards to one advantage.
 
     Args:
-        method: One of the names in the README's table "which weighting when".
+        method: A name of the README's table "Which weighting when".
         calibration: A calibration.json, whose levels become the base and the targets of methods
             that have such options.
         normalizer: Options of the method's normalizer.

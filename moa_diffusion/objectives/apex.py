@@ -60,7 +60,6 @@ class Apex(Weighting):
 
     spread: Tensor
     base: Tensor
-    target: Tensor
     unit: Tensor
     history: Tensor
     weights: Tensor
@@ -124,7 +123,7 @@ class Apex(Weighting):
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)  # NaN: not measured yet
         self.register_buffer("spread", unknown.clone())  # sbar
         self.register_buffer("base", unknown.clone())
-        self.register_buffer("target", unknown.clone())
+        self.target = unknown.clone()
         self.register_buffer("unit", unknown.clone())  # within-group std at the start
         self.register_buffer("history", unknown.repeat(horizon + 1, 1))  # Rbar, oldest first
         self.register_buffer("weights", torch.full_like(unknown, 1 / count))
@@ -144,7 +143,9 @@ class Apex(Weighting):
         conflicts = {"advantages": opposition(correlation(stats.advantages, applies))}
         if stats.gramian is not None:
             conflicts["gradients"] = opposition(cosine(stats.gramian))
-        conflict = conflicts.get(self.conflict, torch.zeros_like(need))
+        if self.conflict == "gradients" and stats.gramian is None:
+            raise ValueError("Parameter `stats` should have a `gramian`. Found None.")
+        conflict = conflicts.get(self.conflict, torch.zeros_like(need))  # zeros for "off"
         if self.seen > self.warmup:
             priority = self.potential * learning - self.penalty * conflict + self.need * need
             q = torch.softmax(priority / self.temperature, 0)
@@ -187,14 +188,23 @@ class Apex(Weighting):
         self.history = torch.cat([self.history[1:], mean[None]])
 
     def _set_targets(self, mean: Tensor) -> None:
-        """Base and target of the start, or of an objective's first appearance."""
-        fresh = self.base.isnan() if self.seen > self.warmup else torch.ones_like(mean).bool()
-        given = self.given_base
-        self.base = torch.where(fresh, torch.where(given.isnan(), mean, given), self.base)
+        """Base, unit and target of the start, or of when an objective first shows a spread."""
+        late = self.base.isnan() | ~(self.unit > 0)
+        fresh = late if self.seen > self.warmup else torch.ones_like(late)
+        self.base = torch.where(fresh, mean, self.base)
         self.unit = torch.where(fresh, self.spread, self.unit)
-        fixed = ~self.given_target.isnan()
-        start = torch.where(fixed, self.given_target, self.base + self.step * self.unit)
-        self.target = torch.where(fresh, start, self.target)
+        given, fixed = ~self.given_base.isnan(), ~self.given_target.isnan()
+        self.base = torch.where(given, self.given_base, self.base)
+        automatic = self.base + self.step * self.unit
+        self.target = torch.where(fixed, self.given_target, automatic)
+        below = fixed & (self.target <= self.base)
+        if self.seen >= self.warmup and below.any():
+            k = int(below.nonzero()[0])
+            raise ValueError(
+                f"Parameter `targets` should lie above the base level {float(self.base[k]):.4g} of "
+                f"{self.objectives[k]!r}, measured on the first rollouts. "
+                f"Found {float(self.target[k]):.4g}."
+            )
 
     def _learning(self, mean: Tensor) -> Tensor:
         """``L``: speed of the last H rollouts (or as many as there were), relative to the best."""

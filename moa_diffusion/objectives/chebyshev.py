@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from moa_diffusion.objectives.base import Weighting
+from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import rms_group_std, update_ema
 from moa_diffusion.types import ObjectiveStats
 
@@ -71,7 +70,10 @@ class Chebyshev(Weighting):
             raise ValueError(f"Parameter `rho` should be finite and at least 0. Found {rho}.")
         self.decay, self.temperature, self.rho = decay, temperature, rho
         self._w = self._importance(weights)
-        self._base, self._ideal = self._named("base", base), self._named("ideal", ideal)
+        self._base, self._ideal = (
+            by_name("base", base, self.objectives),
+            by_name("ideal", ideal, self.objectives),
+        )
         self._check_order(self._base)
         # NaN: not measured yet.
         unknown = torch.full((len(self.objectives),), torch.nan, dtype=torch.float64)
@@ -107,22 +109,6 @@ class Chebyshev(Weighting):
                 f"{self.objectives}. Found {values}."
             )
         return torch.tensor(values, dtype=torch.float64)
-
-    def _named(self, parameter: str, values: Mapping[str, float] | None) -> Tensor:
-        """``[K]``, NaN for an objective without an entry."""
-        for name, value in (values or {}).items():
-            if name not in self.objectives:
-                near = get_close_matches(name, self.objectives, n=1)
-                raise ValueError(
-                    f"Parameter `{parameter}` should name objectives {self.objectives}. Found "
-                    f"{name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
-                )
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"Parameter `{parameter}` should have finite values. Found {value} for {name}."
-                )
-        given = [(values or {}).get(name, math.nan) for name in self.objectives]
-        return torch.tensor(given, dtype=torch.float64)
 
     def _check_order(self, base: Tensor) -> None:
         rows = zip(self.objectives, self._ideal.tolist(), base.tolist(), strict=True)

@@ -159,11 +159,22 @@ class Mopo(Weighting):
 
     def headline(self) -> str:
         """The worst violation, or that every bound is kept."""
-        violation = (self.bounds - self.level).nan_to_num(nan=-math.inf)
-        worst = int(violation.argmax())
-        if violation[worst] > 0:
+        violation = self.bounds - self.level  # [K], in the bounds' units
+        known = (violation / self.unit).nan_to_num(nan=-math.inf)
+        worst = int(known.argmax())
+        if known[worst] > 0:
             return f"{self.objectives[worst]} {float(violation[worst]):.3g} below its bound"
-        return "bounds kept" if violation[worst] > -math.inf else ""
+        return "bounds kept" if known[worst] > -math.inf else ""
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"primary": self.primary, "units": self.units}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        for name, mine in self.get_extra_state().items():
+            if state[name] != mine:
+                raise ValueError(
+                    f"Parameter `{name}` should be {state[name]!r} as before. Found {mine!r}."
+                )
 
     def _measure(self, stats: ObjectiveStats) -> Tensor:
         """Mean over the batch of what the bounds are on: ``[K]``, NaN if nothing applies."""

@@ -37,22 +37,24 @@ class Noon(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        eps: added to each spread, in the objective's own unit.
+        eps: added to each spread, in the objective's own unit; anything but 0 favours rewards of
+            small numbers in the minimum.
         match_rms: scale the weighted mean so that its RMS over the batch is that of the plain mean
             over the objectives that apply, of the same clamped advantages.
     """
 
     def __init__(
-        self, objectives: Sequence[str], *, eps: float = 1e-4, match_rms: bool = False
+        self, objectives: Sequence[str], *, eps: float = 0.0, match_rms: bool = False
     ) -> None:
         super().__init__(objectives)
-        if not eps > 0:
-            raise ValueError(f"Parameter `eps` should be positive. Found {eps}.")
+        if not eps >= 0:
+            raise ValueError(f"Parameter `eps` should be at least 0. Found {eps}.")
         self.eps, self.match_rms = eps, match_rms
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
         centred, std = group_centred(rewards)  # [K, N], exactly 0 for NaN and without spread
-        return (centred / (std + self.eps)).clamp(min=0)
+        scale = std + self.eps
+        return (centred / torch.where(scale > 0, scale, 1.0)).clamp(min=0)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
         if not self.match_rms:

@@ -81,15 +81,14 @@ class Raw(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        std: divide by the spread of the ``group`` (GRPO) or of the whole ``batch`` (Flow-GRPO's
-            ``global_std``).
+        std: divide by the spread of the ``group`` (GRPO) or of the whole ``batch``, that is the
+            RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in it).
         eps: added to the spread, in units of the weighted sum.
     """
 
     def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
         super().__init__(objectives)
-        if std not in ("group", "batch"):
-            raise ValueError(f"Parameter `std` should be 'group' or 'batch'. Found {std!r}.")
+        _check_std(std)
         _check_positive("eps", eps)
         self.std, self.eps = std, eps
 
@@ -112,16 +111,21 @@ class GDPO(Normalizer):
 
     Args:
         objectives: names of the K objectives.
+        std: what stage 1 divides by: the spread of the ``group``, or one for the whole ``batch``,
+            the RMS of the groups'.
         eps: added to each spread, in the objective's own unit.
     """
 
-    def __init__(self, objectives: Sequence[str], *, eps: float = 1e-4) -> None:
+    def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
         super().__init__(objectives)
+        _check_std(std)
         _check_positive("eps", eps)
-        self.eps = eps
+        self.std, self.eps = std, eps
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
         centred, std = group_centred(rewards)
+        if self.std == "batch":
+            std = rms_group_std(rewards).nan_to_num(nan=0.0)[:, None]
         return centred / (std + self.eps)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
@@ -175,7 +179,7 @@ class DualStage(Normalizer):
 class PromptHistory(Normalizer):
     """Each prompt's own running mean and spread, per objective (DDPO, arXiv 2305.13301, app. B).
 
-    Deviation: kept per objective and then summed with the weights; DDPO has a single reward.
+    Deviation: kept per objective and then averaged with the weights; DDPO has a single reward.
 
     Args:
         objectives: names of the K objectives.
@@ -257,6 +261,11 @@ def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:
     """Next average; where either is NaN (nothing known yet, or nothing new), the other one."""
     blended = decay * average + (1 - decay) * value
     return torch.where(average.isnan(), value, torch.where(value.isnan(), average, blended))
+
+
+def _check_std(std: str) -> None:
+    if std not in ("group", "batch"):
+        raise ValueError(f"Parameter `std` should be 'group' or 'batch'. Found {std!r}.")
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -135,6 +135,39 @@ def test_the_memory_of_prompts_is_bounded():
     assert list(apex.latest) == ["p1", "p2", "p3"]
 
 
+def test_an_objective_without_spread_at_first_gets_its_aim_when_it_shows_one():
+    apex = Apex(("a", "b"), warmup=2)
+    for e in range(3):
+        stats = rollout([0.0, 0.0], step=e)
+        stats.rewards.values[0] = 0.0  # legible text, say, that the base model never manages
+        apex(stats)
+    assert apex.report()["apex_need/a"] == 0
+    apex(rollout([0.0, 0.0], step=3))
+    assert apex.report()["apex_need/a"] == pytest.approx(1)
+    apex(rollout([0.05, 0.0], step=4))
+    assert apex.report()["apex_need/a"] < 1
+
+
+def test_a_target_below_the_measured_base_is_refused():
+    apex = Apex(NAMES, warmup=1, targets={"a": -1.0})
+    with pytest.raises(ValueError, match=r"above the base level 0 of 'a', measured .* Found -1"):
+        apex(rollout([0, 0, 0]))
+
+
+def test_conflict_of_gradients_needs_their_gramian():
+    with pytest.raises(ValueError, match="`stats` should have a `gramian`"):
+        Apex(NAMES, conflict="gradients")(rollout([0, 0, 0]))
+
+
+def test_given_levels_are_those_of_the_configuration_after_a_resume():
+    before = Apex(NAMES, warmup=1, targets={"a": 0.9})
+    before(rollout([0, 0, 0]))
+    resumed = Apex(NAMES, warmup=1, targets={"a": 5.0})
+    resumed.load_state_dict(before.state_dict())
+    resumed(rollout([0, 0, 0], step=1))
+    assert resumed.report()["apex_target/a"] == 5.0
+
+
 def test_an_objective_that_appears_late_gets_its_base_then():
     apex = Apex(NAMES, warmup=1)
     apex(rollout([0, 0, math.nan]))

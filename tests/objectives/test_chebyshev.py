@@ -123,7 +123,7 @@ def test_smooth_max():
         ({"weights": [1.0, 0.0]}, "`weights` should have a positive finite entry"),
         ({"base": {"x": 0.0}}, "`base` should name objectives .* Found 'x'"),
         ({"ideal": {"bb": 0.0}}, "Found 'bb'. Did you mean 'b'"),
-        ({"ideal": {"a": NAN}}, "`ideal` should have finite values. Found nan for a"),
+        ({"ideal": {"a": NAN}}, "`ideal` should give 'a' a finite number. Found nan"),
         ({"base": {"a": 2.0}, "ideal": {"a": 2.0}}, "`ideal` should be above `base`.* 2.0 <= 2.0"),
     ],
 )
