@@ -146,7 +146,7 @@ def test_wrong_types_name_the_key(tmp_path, key, value):
 
 
 def test_a_reward_without_options_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=rr"rewards\.red: should be a mapping of options\. Found 3"):
+    with pytest.raises(ConfigError, match=r"rewards.red: should be a mapping of options. Found 3"):
         loaded(tmp_path, {"rewards": {"red": 3}})
 
 
