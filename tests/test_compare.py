@@ -353,9 +353,9 @@ def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder:
     assert (last.loss.kl_weight, last.loss.clip_range) == (0.01, 1e-3)
     assert (last.trainer.steps, last.trainer.minutes, last.seed) == (2, 1.5, 1)
     assert found.notes == (
-        "static: objectives.normalizer.floor is left out, Raw has no such option.",
+        "static: objectives.normalizer.floor is left out, it is not meant for Raw.",
         "mild: of `mild.yaml` only objectives, loss count, not trainer.",
-        "mild: objectives.normalizer.floor is left out, GDPO has no such option.",
+        "mild: objectives.normalizer.floor is left out, it is not meant for GDPO.",
     )
     settings, notes = method_settings("fast.yaml", ["--loss.kl_weight", "0.5"], "mild.yaml")
     assert settings.loss.kl_weight == 0.5  # options are for every run

@@ -147,8 +147,7 @@ def plan(
 def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[Config, list[str]]:
     """The configuration of a method, and sentences about what it leaves out.
 
-    Options of the base configuration that the method's classes do not have are left out; one that
-    the method's own file gives stays, so that it is an error.
+    Options that the base configuration gives to other classes than the method's are left out.
 
     Raises:
         ConfigError: for an unknown method, or anything else that cannot be run.
@@ -169,15 +168,18 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
     if chosen is None:
         build.objectives(settings)  # it says what is known
         raise AssertionError(settings.objectives.method)
+    meant_for = build.METHODS.get(config.load(base, overrides).objectives.method)
     kept: dict[str, Any] = {}
     for part_name, kind in (("normalizer", chosen.normalizer), ("weighting", chosen.weighting)):
         given = getattr(settings.objectives, part_name)
         mine = (own.get("objectives") or {}).get(part_name) or {}
         known = set(inspect.signature(kind).parameters) - {"objectives", "weights"}
         known -= set(chosen.options) if part_name == "weighting" else set()
+        if meant_for is None or getattr(meant_for, part_name) is not kind:
+            known = set()  # of the same name perhaps, and of another meaning
         kept[part_name] = {key: given[key] for key in given if key in known or key in mine}
         notes += [
-            f"objectives.{part_name}.{key} is left out, {kind.__name__} has no such option."
+            f"objectives.{part_name}.{key} is left out, it is not meant for {kind.__name__}."
             for key in given
             if key not in kept[part_name]
         ]
