@@ -281,20 +281,23 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
                     "used.",
                     *(method, name, weight),
                 )
-    options = settings.objectives.weighting
+    options: dict[str, Any] = settings.objectives.weighting
     if settings.objectives.calibration is not None:
-        levels = _calibrated(Path(settings.objectives.calibration), names, accepted)
-        options = options | {
-            key: values | (options.get(key) or {}) for key, values in levels.items()
-        }
+        levels = _calibrated(Path(settings.objectives.calibration), names, accepted, options)
+        for key, values in levels.items():
+            given = options.get(key, {})
+            if isinstance(given, Mapping):  # not one number for all
+                options = {**options, key: {**values, **given}}
     if len(names) == 1 and not issubclass(chosen.weighting, Static):
         logger.warning("objectives.method %s has a single reward to weigh.", method)
     weighting = _construct(chosen.weighting, "objectives.weighting", options, names, fixed)
     return normalizer, weighting
 
 
-def _calibrated(path: Path, names: Sequence[str], accepted: Container[str]) -> dict[str, Any]:
-    """Options that a calibration file supplies: the base level, and the level to reach.
+def _calibrated(
+    path: Path, names: Sequence[str], accepted: Container[str], options: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Options that a calibration file supplies: base levels, levels to reach, bounds.
 
     Raises:
         ConfigError: if the file cannot be used, or lacks an objective.
@@ -309,7 +312,10 @@ def _calibrated(path: Path, names: Sequence[str], accepted: Container[str]) -> d
     base = {n: measured[n].base for n in names if math.isfinite(measured[n].base)}
     # A reward without any spread has nothing to aim at.
     target = {n: measured[n].target for n in base if measured[n].target > measured[n].base}
-    levels = {"base": base, "targets": target, "ideal": target}
+    secondary = [name for name in base if name != options.get("primary", names[0])]
+    in_units = options.get("units") == "reward"
+    bounds = {n: measured[n].base if in_units else measured[n].bound for n in secondary}
+    levels = {"base": base, "targets": target, "ideal": target, "bounds": bounds}
     used = {option: values for option, values in levels.items() if option in accepted}
     if not used:
         logger.warning("objectives.calibration: this method does not use it.")
