@@ -167,6 +167,19 @@ def test_one_and_two_processes_and_any_micro_batch_end_alike(tmp_path: Path, met
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["upgrad", "apex"])
+def test_gradients_of_all_objectives_in_float16(tmp_path: Path, method: str) -> None:
+    """With a loss scale: inside the optimizer step (upgrad), and as a probe (apex)."""
+    config = tmp_path / "fast.yaml"
+    config.write_text(yaml.safe_dump(FAST | {"objectives": {"method": method, **METHODS[method]}}))
+    run = tmp_path / "run"
+    done = train(config, run, "--policy.dtype", "float16", "--loss.kl_weight", "0")
+    assert done.returncode == 0, done.stderr
+    rows = numbers(run)
+    assert [row["policy/skipped_updates"] for row in rows] == [0, 0, 0]
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+
+
 def test_killed_and_resumed_equals_uninterrupted(config: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ("--objectives.method", "dual_stage", "--trainer.steps", "4")
