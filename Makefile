@@ -28,7 +28,7 @@ demo: setup  ## a small run on the CPU
 	$(BIN)/python scripts/demo.py
 
 test: setup  ## run every test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
