@@ -44,7 +44,7 @@ def _training_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
         ratios.add_row(
             row["name"],
             batch,
-            f"{row['seconds'] / report['batch']:.4f}",
+            f"{row['seconds']:.4f}",
             f"{row['ratio']:.2f}",
             f"<= {row['target']}" if row["target"] else "",
             f"best: {verdict}" if chosen else "",

@@ -22,7 +22,7 @@ from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH
 from moa_diffusion.trainer import Trainer
 
-BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit, and of the training
+BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit
 LENGTH_OF_PATH = 128  # T5 tokens where the pipeline is neither `tiny` nor `base`
 
 ENCODE, SAMPLING, DECODE = "encode", "sampling", "decode"
@@ -39,34 +39,48 @@ class Case:
     target: float | None = None  # at most this
     window: int = 0  # trained steps; 0 for all but the last
     guidance: float = GUIDANCE
+    batch: int = BATCH  # samples per forward while sampling, and per optimizer step
     kl_weight: float = 0.0
     step_batch: int = 1  # trained steps per forward
     trained: bool = True  # False: only sampled
 
 
 def cases() -> list[Case]:
-    """What is measured: each trained way with one step and with all steps per forward."""
+    """What is measured: each trained way with one and with two steps per forward.
+
+    Without guidance a forward pass of the plain call's size, two halves of ``BATCH``, holds twice
+    as many samples; that way is measured with both.
+    """
     ways = [
         Case(name="9 trained steps", target=2.8),
         Case(name="9 trained steps, KL", target=3.5, kl_weight=0.04),
         Case(name="window of 2", target=1.35, window=2),
-        Case(name="window of 2, no CFG", target=0.75, window=2, guidance=1.0),
+        Case(name="window of 2, no CFG", window=2, guidance=1.0),
+        Case(
+            name=f"window of 2, no CFG, batch {2 * BATCH}",
+            target=0.75,
+            window=2,
+            guidance=1.0,
+            batch=2 * BATCH,
+        ),
     ]
-    both = [
-        replace(way, step_batch=steps) for way in ways for steps in (1, way.window or STEPS - 1)
-    ]
+    both = [replace(way, step_batch=steps) for way in ways for steps in (1, 2)]
     return [Case(name="sampling alone", trained=False), *both]
 
 
 def case_settings(case: Case, *, resolution: int, length: int) -> Config:
-    """The configuration of a case: four samples, one optimizer step."""
+    """The configuration of a case: one batch of samples, one optimizer step."""
     settings = Config(
         sampling=SamplingConfig(
             resolution=resolution, steps=STEPS, guidance=case.guidance, window=case.window
         ),
         loss=LossConfig(kl_weight=case.kl_weight),
         trainer=TrainerConfig(
-            groups=BATCH // 2, group_size=2, updates=1, sample_batch=BATCH, micro_batch=BATCH
+            groups=case.batch // 2,
+            group_size=2,
+            updates=1,
+            sample_batch=case.batch,
+            micro_batch=case.batch,
         ),
     )
     settings.policy.step_batch = case.step_batch
@@ -75,7 +89,7 @@ def case_settings(case: Case, *, resolution: int, length: int) -> Config:
 
 
 def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
-    """CPU seconds of a plain pipeline call and of every case, interleaved.
+    """CPU seconds per image of a plain pipeline call and of every case, interleaved.
 
     The text encoders run once per distinct prompt of a whole run, so a case pays for looking the
     embeddings up, and the plain call for computing them.
@@ -85,7 +99,7 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
         rounds: measured rounds, after one that warms up.
 
     Returns:
-        ``plain`` and a list ``cases``, each with medians over the rounds: ``seconds`` per batch
+        ``plain`` and a list ``cases``, each with medians over the rounds: ``seconds`` per image
         and ``phases`` (seconds by name).
     """
     torch.set_num_threads(1)
@@ -107,7 +121,8 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
         for case, trainer in zip(cases(), trainers, strict=True):
             runs.append(partial(_batch, trainer, trained=case.trained))
         stack.enter_context(phases.watching(*_watched(plain, trainers, phases)))
-        first, *others = _interleaved(runs, phases, rounds)
+        batches = [BATCH, *(case.batch for case in cases())]
+        first, *others = _interleaved(runs, batches, phases, rounds)
     return {
         "pipeline": name,
         "parameters": parameter_count(plain),
@@ -135,7 +150,7 @@ def _prepared(pipeline: Any, settings: Config, folder: str) -> Trainer:
 def _batch(trainer: Trainer, *, trained: bool) -> None:
     rollout = trainer.sample(trainer.sampler.requests(0))
     if trained:
-        trainer.improve(rollout, torch.tensor([1.0, -1.0] * (BATCH // 2)))
+        trainer.improve(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
 
 
 def _watched(
@@ -168,17 +183,17 @@ def _watched(
 
 
 def _interleaved(
-    runs: Sequence[Callable[[], object]], phases: Phases, rounds: int
+    runs: Sequence[Callable[[], object]], batches: Sequence[int], phases: Phases, rounds: int
 ) -> list[dict[str, Any]]:
-    """Every run once per round, after a round that warms up; returns medians by run."""
+    """Every run once per round, after a round that warms up; returns medians per image by run."""
     measured: list[list[dict[str, float]]] = [[] for _ in runs]
     for turn in range(rounds + 1):
-        for run, rows in zip(runs, measured, strict=True):
+        for run, batch, rows in zip(runs, batches, measured, strict=True):
             phases.take()
             run()
             seconds = phases.take()
             if turn:
-                rows.append(seconds)
+                rows.append({column: spent / batch for column, spent in seconds.items()})
     return [_medians(rows) for rows in measured]
 
 

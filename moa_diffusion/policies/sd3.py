@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ def load_pipeline(
     return pipeline
 
 
+def _call_processors(transformer: nn.Module) -> None:
+    """Have every attention layer call its processor with the arguments as they come.
+
+    diffusers inspects the processor's signature in each call, to drop arguments that it does not
+    know; there are none here, and that costs 3 % of a small model's forward pass.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.forward = partial(module.processor, module)
+
+
 class SD3Policy:
     """A ``StableDiffusion3Pipeline`` whose transformer carries a LoRA adapter.
 
@@ -213,6 +227,7 @@ class SD3Policy:
             target_modules=lora.ATTENTION if target_modules is None else target_modules,
             seed=derive_seed(seed, "lora"),
         )
+        _call_processors(self.transformer)
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()  # checkpointing asks for it; the model has no dropout
