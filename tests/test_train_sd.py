@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moa_diffusion import tiny
+from moa_diffusion.config import load
 from moa_diffusion.evaluation.curves import picture
 from moa_diffusion.metrics import read_metrics
 
@@ -329,9 +330,12 @@ def test_a_failing_reward_stops_the_run_after_saving(
 
 
 def test_print_config_is_a_config(config: Path) -> None:
-    done = train(config, config.parent / "run", "--print_config")
+    words = ("--objectives.method", "apex", "--objectives.weighting.conflict", "off")
+    done = train(config, config.parent / "run", "--print_config", *words)
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["trainer"]["groups"] == 4
+    (printed := config.parent / "printed.yaml").write_text(done.stdout)
+    assert load(printed).trainer.groups == 4
+    assert load(printed).objectives.weighting == {"conflict": "off"}
 
 
 def test_shipped_prompts_are_named_tiny() -> None:

@@ -31,8 +31,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments, open_mappings = _merge_open_mappings(arguments)
     check_rewards(open_mappings.get("rewards", {}))
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    # jsonargparse's own option would print open mappings with words read as YAML again.
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the whole configuration and exit."
+    )
     parser.add_class_arguments(Config, None)
     try:
         namespace = parser.parse_args(arguments)
@@ -45,6 +49,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     config = from_dict(values)
     _check_nulls(config)
     check(config)
+    if namespace.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
     return config
 
 
