@@ -20,7 +20,17 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 
 from moa_diffusion import checkpoint, config, tiny
 from moa_diffusion.config import Config
-from moa_diffusion.data import Geometry, GroupSampler, Prompt, derive_seed, read_prompts
+from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
+from moa_diffusion.data import (
+    Geometry,
+    GroupSampler,
+    Mixture,
+    Prompt,
+    PromptSet,
+    derive_seed,
+    in_turn,
+    read_prompts,
+)
 from moa_diffusion.distributed import AccelerateComm, Comm
 from moa_diffusion.ema import EMA
 from moa_diffusion.heldout import HeldOut
@@ -94,7 +104,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     """
     folder = Path(settings.output_dir)
     resumed = run_folder(settings)
-    prompts = read_prompts(_prompt_file(settings.prompts.train), column=settings.prompts.column)
+    prompts = train_prompts(settings)
     asked = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
     check_trackers(settings.log.trackers)
@@ -103,7 +113,10 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     geometry = solve_geometry(settings, comm.world_size)
     if comm.rank == 0:
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
-    scorer = Scorer(heads(settings), comm)
+        if len(prompts.sets) > 1:
+            print(prompts.describe())
+    scoring = settings.scoring
+    scorer = Scorer(heads(settings), comm, overlap=scoring.overlap, offload=scoring.offload)
 
     model = policy(settings, accelerator.device, pipeline)
     progress = accelerator.is_main_process
@@ -408,13 +421,29 @@ def model_path(settings: Config) -> str:
     return str(tiny.PIPELINE_PATH) if path == "tiny" else path
 
 
+def train_prompts(settings: Config) -> Mixture:
+    """What training draws from: the prompt sets of ``prompts.train`` and their weights.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    return Mixture(
+        [
+            PromptSet(
+                prompts=_read(file, "train", settings),
+                weight=file.weight if isinstance(file, WeightedPromptFileConfig) else 1.0,
+            )
+            for file in _files(settings.prompts.train)
+        ]
+    )
+
+
 def heldout_requests(settings: Config) -> tuple[Request, ...]:
     """What the evaluation draws: the same for every run with the same evaluation seed."""
     if not settings.evaluation.every or settings.prompts.heldout is None:
         return ()
-    prompts: tuple[Prompt, ...] = read_prompts(
-        _prompt_file(settings.prompts.heldout, "heldout"), column=settings.prompts.column
-    )
+    files = _files(settings.prompts.heldout)
+    prompts = in_turn([_read(file, "heldout", settings) for file in files])
     prompts = prompts[: settings.evaluation.prompts or None]
     return tuple(
         Request(
@@ -522,8 +551,15 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def _prompt_file(path: str, kind: str = "train") -> Path:
-    return tiny.PROMPTS_PATH / f"{kind}.txt" if path == "tiny" else Path(path)
+def _files(value: str | Sequence[str | PromptFileConfig]) -> Sequence[str | PromptFileConfig]:
+    return [value] if isinstance(value, str) else value
+
+
+def _read(file: str | PromptFileConfig, kind: str, settings: Config) -> tuple[Prompt, ...]:
+    if isinstance(file, str):
+        file = PromptFileConfig(path=file)
+    path = tiny.PROMPTS_PATH / f"{kind}.txt" if file.path == "tiny" else Path(file.path)
+    return read_prompts(path, column=file.column or settings.prompts.column)
 
 
 def _report_changes(saved: Path, settings: Config) -> None:

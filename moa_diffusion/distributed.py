@@ -31,6 +31,10 @@ class Comm(Protocol):
         """``[n, ...]`` on every rank (same shape) to ``[N, ...]`` in rank order, on all ranks."""
         ...
 
+    def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        """What every rank holds, any number each and JSON-like, in rank order, on all ranks."""
+        ...
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over the ranks, in place."""
         ...
@@ -103,6 +107,15 @@ def gather_dealt(mine: Tensor, dealt: Sequence[Sequence[int]], comm: Comm) -> Te
     return gathered[[place[item] for item in range(len(place))]]
 
 
+def gather_dealt_objects(
+    mine: Sequence[Any], dealt: Sequence[Sequence[int]], comm: Comm
+) -> list[Any]:
+    """As ``gather_dealt``, for Python objects."""
+    gathered = comm.gather_objects(mine[: len(dealt[comm.rank])])
+    by_item = dict(zip([item for items in dealt for item in items], gathered, strict=True))
+    return [by_item[item] for item in range(len(by_item))]
+
+
 class LocalComm:
     """One process: every collective is the identity."""
 
@@ -111,6 +124,9 @@ class LocalComm:
 
     def gather(self, local: Tensor) -> Tensor:
         return local
+
+    def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        return list(local)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         pass
@@ -146,6 +162,14 @@ class AccelerateComm:
             return local
         gathered: Tensor = self._accelerator.gather(local.to(self._device).contiguous())
         return gathered.to(local.device)
+
+    def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        if self.world_size == 1:
+            return list(local)
+        from accelerate.utils import gather_object
+
+        gathered: list[Any] = gather_object(list(local))
+        return gathered
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         if self.world_size == 1 or not tensors:

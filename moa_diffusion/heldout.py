@@ -65,7 +65,7 @@ class HeldOut:
             step: rollouts finished; at 0 the policy is the base model.
             before_batch: called on all processes before each batch.
         """
-        values, images = self.scorer.survey(
+        found = self.scorer.survey(
             self.requests,
             self.policy.generate,
             batch=self.batch,
@@ -75,12 +75,13 @@ class HeldOut:
         )
         if shown := min(self.shown, len(self.requests)):
             dealt = deal(len(self.requests), self.batch, self.comm)
-            first = gather_dealt(images, [[i for i in d if i < shown] for d in dealt], self.comm)
+            wanted = [[i for i in items if i < shown] for items in dealt]
+            first = gather_dealt(found.images, wanted, self.comm)
             if self.comm.rank == 0:
                 sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
                 pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
-        values = values.T  # [K, M]
-        self.log.write_evaluation(step, self.requests, self.scorer.names, values)
+        values = found.values.T  # [K, M]
+        self.log.write_evaluation(step, self.requests, self.scorer.names, values, found.extra)
         prompts = torch.tensor([request.group for request in self.requests])
         if step == 0:
             self.base = values.nanmean(1)

@@ -6,6 +6,7 @@ Every name is ``group/name``; the README's table explains them all.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from moa_diffusion.types import Request, RewardMatrix
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -66,15 +69,45 @@ class RunLog:
         """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage."""
         if self._main and self._scores:
             columns = {"advantage": advantage} | _reward_columns(rewards.names, rewards.values)
-            _write_samples(self.folder / "scores", step, requests, columns)
+            _write_samples(self.folder / "scores", step, requests, columns, rewards.extra)
 
     def write_evaluation(
-        self, step: int, requests: Sequence[Request], names: Sequence[str], values: Tensor
+        self,
+        step: int,
+        requests: Sequence[Request],
+        names: Sequence[str],
+        values: Tensor,
+        extra: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the M samples of an evaluation: prompt, seed and raw rewards ``values [K, M]``."""
+        """Write the M samples of an evaluation: prompt, seed, raw rewards and further columns.
+
+        Args:
+            step: rollouts finished.
+            requests: M.
+            names: K objectives.
+            values: ``[K, M]``.
+            extra: M, further columns of each sample.
+        """
         if self._main:
             columns = _reward_columns(names, values)
-            _write_samples(self.folder / "evaluation", step, requests, columns)
+            _write_samples(self.folder / "evaluation", step, requests, columns, extra)
+
+    def write_heads(self, heads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write ``rewards.json``: by objective what its scores depend on (weights, digests)."""
+        path = self.folder / "rewards.json"
+        if not self._main:
+            return
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else heads
+        for name in heads:
+            if before.get(name) != heads[name]:
+                logger.warning(
+                    "Reward %s is not what it was before the run was interrupted: %s, now %s.",
+                    name,
+                    before.get(name),
+                    heads[name],
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(heads, indent=2) + "\n", encoding="utf-8")
 
     def rewind(self, step: int, *, pending: bool = False) -> None:
         """Forget everything after rollout ``step``; at 0 also the evaluation before the first.
@@ -102,7 +135,11 @@ def _reward_columns(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:
 
 
 def _write_samples(
-    folder: Path, step: int, requests: Sequence[Request], columns: Mapping[str, Tensor]
+    folder: Path,
+    step: int,
+    requests: Sequence[Request],
+    columns: Mapping[str, Tensor],
+    extra: Sequence[Mapping[str, Any]],
 ) -> None:
     """One line per sample; what is NaN becomes null."""
     lines = []
@@ -117,6 +154,8 @@ def _write_samples(
         for name, values in columns.items():
             value = float(values[i])
             row[name] = None if math.isnan(value) else value
+        if extra:
+            row |= extra[i]
         lines.append(json.dumps(row, ensure_ascii=False))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.jsonl"

@@ -3,56 +3,121 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm, deal, gather_dealt
-from moa_diffusion.types import Request, RewardMatrix, Rollout
-from rewards import RewardBatch, RewardError, RewardHead
+from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.types import Request, RewardMatrix
+from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
 
 __all__ = ["RewardError", "RewardHead", "Scorer", "create_head"]
+
+WAITING = 2  # batches per head beside the one in work, before drawing waits
+
+Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What ``Scorer.survey`` found for M requests."""
+
+    values: Tensor  # [M, K] float64, equal on every process
+    extra: list[Extra]  # M, equal on every process
+    images: Tensor  # [m, 3, H, W], of this process in the order of ``deal``
 
 
 class Scorer:
     """Runs every head on this process's samples and gathers the rewards of all processes.
 
+    Every head has a thread of its own, in which it scores one batch after the other, while the next
+    batch is drawn. A head that draws from a global random generator is then not reproducible;
+    ``overlap=False`` makes it so.
+
     Args:
         heads: K reward heads by the objective's name.
         comm: collectives over the processes.
+        overlap: whether heads work beside each other and beside the drawing of the next batch.
+        offload: whether heads free the accelerator's memory when a rollout is scored.
     """
 
-    def __init__(self, heads: Mapping[str, RewardHead], comm: Comm) -> None:
+    def __init__(
+        self,
+        heads: Mapping[str, RewardHead],
+        comm: Comm,
+        *,
+        overlap: bool = True,
+        offload: bool = False,
+    ) -> None:
         self.heads = dict(heads)
-        self.comm = comm
-        self.seconds: dict[str, float] = {}  # of the last call, this process, by objective
+        self.comm, self.overlap, self.offload = comm, overlap, offload
+        self.seconds: dict[str, float] = {}  # of the last scoring, this process, by objective
+        self._threads = {
+            name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in heads
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
         """The objectives, in the order of the matrix's rows."""
         return tuple(self.heads)
 
-    def __call__(self, rollout: Rollout, requests: Sequence[Request]) -> RewardMatrix:
-        """Score a rollout.
+    def load(self) -> dict[str, dict[str, Any]]:
+        """Have every head load what it needs.
+
+        Returns:
+            by objective what its scores depend on: the head's class, its unit, and the provenance
+            that it reports.
+
+        Raises:
+            RewardError: on every process, if a head failed on one of them.
+        """
+
+        def work() -> dict[str, dict[str, Any]]:
+            for head in self.heads.values():
+                head.load()
+                if self.offload:
+                    head.offload()
+            return {
+                name: {"head": type(head).__name__, "unit": head.unit, **head.provenance()}
+                for name, head in self.heads.items()
+            }
+
+        return self.together(work)
+
+    @contextmanager
+    def begin(self) -> Iterator[Scoring]:
+        """A scoring that batches are added to. What is not scored at the end is dropped."""
+        scoring = Scoring(self.heads, self._threads, overlap=self.overlap)
+        try:
+            yield scoring
+        finally:
+            scoring.drop()
+
+    def collect(self, scoring: Scoring, requests: Sequence[Request]) -> RewardMatrix:
+        """The rewards of a rollout whose batches were added, on every process.
 
         Args:
-            rollout: this process's n samples.
+            scoring: of this process's n samples.
             requests: all N requests, in the order in which the processes hold them.
 
         Raises:
             RewardError: on every process, if a head failed on one of them; nothing is scored 0.
         """
-        local = self.together(
-            lambda: self.score(rollout.requests, images=rollout.images, texts=rollout.texts)
-        )
+        local, extra = self.together(lambda: self._finish(scoring))
         return RewardMatrix(
             names=self.names,
             values=self.comm.gather(local.T.contiguous()).T,  # [K, N]
             groups=torch.tensor([request.group for request in requests]),
             prompts=tuple(request.prompt for request in requests),
+            extra=tuple(self.comm.gather_objects(extra)),
         )
 
     def survey(
@@ -64,7 +129,7 @@ class Scorer:
         title: str,
         before_batch: Callable[[], None],
         progress: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Survey:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
@@ -75,22 +140,26 @@ class Scorer:
             before_batch: called on all processes before each batch.
             progress: whether this process shows the bar.
 
-        Returns:
-            rewards ``[M, K]`` float64 on every process, and this process's images ``[m, ...]`` in
-            the order of ``deal``.
+        Raises:
+            RewardError: as ``collect``.
         """
         dealt = deal(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
         mine = [requests[i] for i in dealt[self.comm.rank] or [0]]
         parts = []
         starts = range(0, len(dealt[0]), batch)  # as many on every process
-        for start in tqdm(starts, desc=title, leave=False, disable=not progress):
-            before_batch()
-            if part := mine[start : start + batch]:
-                parts.append(draw(part))
-        images = torch.cat(parts)
-        local = self.together(lambda: self.score(mine, images=images))  # [K, m]
-        return gather_dealt(local.T, dealt, self.comm), images
+        with self.begin() as scoring:
+            for start in tqdm(starts, desc=title, leave=False, disable=not progress):
+                before_batch()
+                if part := mine[start : start + batch]:
+                    parts.append(draw(part))
+                    scoring.add(part, images=parts[-1])
+            local, extra = self.together(lambda: self._finish(scoring))  # [K, m]
+        return Survey(
+            values=gather_dealt(local.T, dealt, self.comm),
+            extra=gather_dealt_objects(extra, dealt, self.comm),
+            images=torch.cat(parts),
+        )
 
     def score(
         self,
@@ -99,27 +168,18 @@ class Scorer:
         images: Tensor | None = None,
         texts: Sequence[str] | None = None,
     ) -> Tensor:
-        """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply."""
-        try:
-            batch = RewardBatch(
-                prompts=[request.prompt for request in requests],
-                metadata=[request.metadata for request in requests],
-                images=images,
-                texts=texts,
-            )
-        except ValueError as error:  # NaN pixels, say: no head can score them
-            raise RewardError(str(error)) from error
-        rows = []
-        for name, head in self.heads.items():
-            start = time.perf_counter()
-            rows.append(head(batch).double())
-            self.seconds[name] = time.perf_counter() - start
-        return torch.stack(rows)
+        """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
 
-    def together(self, work: Callable[[], Tensor]) -> Tensor:
+        Raises:
+            RewardError: if a head failed.
+        """
+        with self.begin() as scoring:
+            scoring.add(requests, images=images, texts=texts)
+            return self._finish(scoring)[0]
+
+    def together(self, work: Callable[[], T]) -> T:
         """Do the work on every process; if one fails, all raise instead of waiting for it."""
         failure: Exception | None = None
-        result = torch.empty(0)
         try:
             result = work()
         except Exception as caught:  # raised below, once the other processes know
@@ -129,6 +189,102 @@ class Scorer:
         return result
 
     def close(self) -> None:
-        """Release worker processes and models of all heads."""
+        """Release worker processes, threads and models of all heads."""
+        for thread in self._threads.values():
+            thread.shutdown()
         for head in self.heads.values():
             head.close()
+
+    def _finish(self, scoring: Scoring) -> tuple[Tensor, list[Extra]]:
+        values, extra, self.seconds = scoring.finish()
+        if self.offload:
+            for head in self.heads.values():
+                head.offload()
+        return values, extra
+
+
+class Scoring:
+    """Batches on their way through the heads; made by ``Scorer.begin``."""
+
+    def __init__(
+        self,
+        heads: Mapping[str, RewardHead],
+        threads: Mapping[str, ThreadPoolExecutor],
+        *,
+        overlap: bool,
+    ) -> None:
+        self._heads, self._threads, self._overlap = heads, threads, overlap
+        self._results: dict[str, list[Future[tuple[Scores, float]]]] = {name: [] for name in heads}
+        self._failure: RewardError | None = None
+
+    def add(
+        self,
+        requests: Sequence[Request],
+        *,
+        images: Tensor | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> None:
+        """Hand n outputs to every head; waits while ``WAITING`` earlier batches are not begun.
+
+        A failure waits for ``finish``, where all processes meet.
+        """
+        try:
+            batch = RewardBatch(
+                prompts=[request.prompt for request in requests],
+                metadata=[request.metadata for request in requests],
+                images=images,
+                texts=texts,
+            )
+        except ValueError as error:  # NaN pixels, say: no head can score them
+            self._failure = self._failure or RewardError(str(error))
+            return
+        for name, head in self._heads.items():
+            results = self._results[name]
+            wait(results[:-WAITING])
+            if any(result.done() and result.exception() for result in results):
+                continue  # the rollout is lost; its other batches need no scores
+            results.append(self._threads[name].submit(_timed, head, batch))
+            if not self._overlap:
+                wait(results)
+
+    def finish(self) -> tuple[Tensor, list[Extra], dict[str, float]]:
+        """Wait for the heads.
+
+        Returns:
+            raw rewards ``[K, n]`` float64, what heads add to each of the n samples, and seconds
+            by objective.
+
+        Raises:
+            RewardError: if a head failed; the first in the order of the objectives.
+        """
+        if self._failure is not None:
+            raise self._failure
+        rows, columns, seconds = [], {}, {}
+        for name, results in self._results.items():
+            parts = [result.result() for result in results]
+            rows.append(torch.cat([scores.values.double() for scores, _ in parts]))
+            seconds[name] = sum(spent for _, spent in parts)
+            for column in {column for scores, _ in parts for column in scores.extra}:
+                columns[f"{name}/{column}"] = [
+                    cell
+                    for scores, _ in parts
+                    for cell in scores.extra.get(column, [None] * len(scores.values))
+                ]
+        extra = [
+            {column: cells[i] for column, cells in sorted(columns.items())}
+            for i in range(len(rows[0]))
+        ]
+        return torch.stack(rows), extra, seconds
+
+    def drop(self) -> None:
+        """Take back what no head has begun, and wait for the rest."""
+        results = [result for of_head in self._results.values() for result in of_head]
+        for result in results:
+            result.cancel()
+        wait(results)
+
+
+def _timed(head: RewardHead, batch: RewardBatch) -> tuple[Scores, float]:
+    start = time.perf_counter()
+    scores = head.evaluate(batch)
+    return scores, time.perf_counter() - start

@@ -28,7 +28,7 @@ from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.scoring import RewardError, Scorer
+from moa_diffusion.scoring import RewardError, Scorer, Scoring
 from moa_diffusion.types import (
     ConfigError,
     ObjectiveStats,
@@ -133,11 +133,12 @@ class Trainer:
         """One rollout and its optimizer steps; returns the step's metrics."""
         requests = self.sampler.requests(self.completed)
         self.meet(requests)
-        rollout = self.sample(local_slice(requests, self.comm))
-        if not self._ratio_checked:
-            self.updater.check_ratio(rollout)
-            self._ratio_checked = True
-        rewards = self.score(rollout, requests)  # [K, N]
+        with self.scorer.begin() as scoring:
+            rollout = self.sample(local_slice(requests, self.comm), scoring)
+            if not self._ratio_checked:
+                self.updater.check_ratio(rollout)
+                self._ratio_checked = True
+            rewards = self.score(scoring, requests)  # [K, N]
 
         self._report_silence(rewards)
         advantages = self.normalizer.per_objective(rewards)  # [K, N]
@@ -180,7 +181,7 @@ class Trainer:
             return images
 
         with self._timed("reference"), self.policy.reference():
-            values, _ = self.scorer.survey(
+            found = self.scorer.survey(
                 asked,
                 draw,
                 batch=self.geometry.sample_batch,
@@ -188,23 +189,31 @@ class Trainer:
                 before_batch=self._leave_if_stopped,
                 progress=self.progress,
             )
-        self.normalizer.remember(prompts, values.unflatten(0, (len(prompts), -1)).transpose(1, 2))
+        pools = found.values.unflatten(0, (len(prompts), -1)).transpose(1, 2)  # [P, K, samples]
+        self.normalizer.remember(prompts, pools)
 
-    def sample(self, requests: Sequence[Request]) -> Rollout:
-        """Draw this process's share, batch by batch; a stop request is honoured in between."""
+    def sample(self, requests: Sequence[Request], scoring: Scoring | None = None) -> Rollout:
+        """Draw this process's share, batch by batch; a stop request is honoured in between.
+
+        Args:
+            requests: n, of this process.
+            scoring: what each batch is handed to as soon as it is drawn.
+        """
         size = self.geometry.sample_batch
         parts = []
         with self._timed("sample"):
             for start in self._bar(range(0, len(requests), size), "sample"):
                 self._leave_if_stopped()
                 batch = requests[start : start + size]
-                parts.append(self.policy.sample(batch, step=self.completed))
+                parts.append(part := self.policy.sample(batch, step=self.completed))
+                if scoring is not None:
+                    scoring.add(part.requests, images=part.images, texts=part.texts)
         return concatenate(parts)
 
-    def score(self, rollout: Rollout, requests: Sequence[Request]) -> RewardMatrix:
-        """Raw rewards of all N samples, on every process."""
+    def score(self, scoring: Scoring, requests: Sequence[Request]) -> RewardMatrix:
+        """Raw rewards of all N samples, on every process; waits for what is not scored yet."""
         with self._timed("score"):
-            rewards = self.scorer(rollout, requests)
+            rewards = self.scorer.collect(scoring, requests)
         self._seconds |= {f"score_{name}": s for name, s in self.scorer.seconds.items()}
         return rewards
 
@@ -306,6 +315,7 @@ class Trainer:
         asked = self.heldout.requests if self.heldout else ()
         with self._sigterm(), bar:
             try:
+                self.log.write_heads(self.scorer.load())
                 self.policy.prepare(
                     [prompt.text for prompt in self.sampler.prompts]
                     + [request.prompt for request in asked]

@@ -112,6 +112,7 @@ class RewardMatrix:
     values: Tensor  # [K, N] float64 on the CPU, each objective in its own unit
     groups: Tensor  # [N] int64, globally unique id of the prompt draw
     prompts: tuple[str, ...]  # length N
+    extra: tuple[Mapping[str, Any], ...] = ()  # N, or empty: "<objective>/<column>" -> JSON value
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.names):
@@ -124,6 +125,11 @@ class RewardMatrix:
             raise ValueError(
                 f"Parameters `groups` and `prompts` should have length N = {samples}. "
                 f"Found {tuple(self.groups.shape)} and {len(self.prompts)}."
+            )
+        if self.extra and len(self.extra) != samples:
+            raise ValueError(
+                f"Parameter `extra` should be empty or have length N = {samples}. "
+                f"Found {len(self.extra)}."
             )
         if torch.isinf(self.values).any():
             raise ValueError("Parameter `values` should be finite or NaN. Found an infinity.")

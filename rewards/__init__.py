@@ -7,7 +7,7 @@
 tensor([0.])
 """
 
-from rewards.base import FunctionHead, RewardBatch, RewardError, RewardHead
+from rewards.base import FunctionHead, RewardBatch, RewardError, RewardHead, Scores
 from rewards.registry import HeadInfo, available, create, register
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RewardBatch",
     "RewardError",
     "RewardHead",
+    "Scores",
     "available",
     "create",
     "register",

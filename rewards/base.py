@@ -7,10 +7,10 @@ becomes a score.
 
 from __future__ import annotations
 
-import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,27 @@ class RewardBatch:
         return [(int(index), self.prompts[int(index)]) for index in indices]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """What a head says of N samples: a number each, and whatever else the scores table should hold.
+
+    Raises:
+        ValueError: If a column of `extra` has not one entry per sample.
+    """
+
+    values: Tensor  # [N] floating; NaN = the objective does not apply; higher is better
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # column -> N JSON values
+
+    def __post_init__(self) -> None:
+        for column, cells in self.extra.items():
+            if isinstance(cells, str) or len(cells) != len(self.values):
+                found = "a string" if isinstance(cells, str) else len(cells)
+                raise ValueError(
+                    f"`extra[{column!r}]` should have one entry per sample ({len(self.values)}). "
+                    f"Found {found}."
+                )
+
+
 def _check_images(images: Tensor, size: int) -> None:
     if not isinstance(images, Tensor):
         raise ValueError(f"`images` should be a tensor. Found {type(images).__name__}.")
@@ -203,11 +224,12 @@ class RewardHead(ABC):
     requires: tuple[str, ...] = ()
 
     @abstractmethod
-    def score(self, batch: RewardBatch) -> Tensor:
+    def score(self, batch: RewardBatch) -> Tensor | Scores:
         """Scores a batch of at least one sample.
 
         Returns:
-            Floating tensor `[N]`, any device; `NaN` where the objective does not apply.
+            Floating tensor `[N]`, any device; `NaN` where the objective does not apply. Or
+            `Scores`, to add columns to the scores table.
         """
 
     def __call__(self, batch: RewardBatch) -> Tensor:
@@ -219,11 +241,19 @@ class RewardHead(ABC):
         Raises:
             RewardError: If `score` raises, or returns an infinity, a wrong shape or a wrong type.
         """
+        return self.evaluate(batch).values
+
+    def evaluate(self, batch: RewardBatch) -> Scores:
+        """As calling the head, with the columns that it adds to the scores table.
+
+        Raises:
+            RewardError: As calling the head.
+        """
         if len(batch) == 0:
-            return torch.empty(0)
+            return Scores(values=torch.empty(0))
         try:
             with torch.no_grad():
-                rewards = self.score(batch)
+                found = self.score(batch)
         except RewardError as error:
             if error.head:
                 raise
@@ -233,7 +263,27 @@ class RewardHead(ABC):
             # A batch of one leaves no doubt about the sample.
             samples = batch.samples([0]) if len(batch) == 1 else ()
             raise RewardError(cause, head=self._label, samples=samples) from error
-        return self._checked(rewards, batch)
+        scores = found if isinstance(found, Scores) else Scores(values=found)
+        values = self._checked(scores.values, batch)
+        self._check_columns(scores.extra, batch)
+        return Scores(values=values, extra=scores.extra)
+
+    def load(self) -> None:  # noqa: B027 - most heads hold nothing
+        """Loads what the head needs, so that the first batch need not wait for it.
+
+        Raises:
+            RewardError: If weights are missing or damaged, or a server does not answer.
+        """
+
+    def offload(self) -> None:  # noqa: B027 - most heads hold nothing
+        """Frees the accelerator's memory until the next batch; what was loaded stays in memory."""
+
+    def provenance(self) -> Mapping[str, str]:
+        """What the scores depend on beside the options: weights, revision, digest, engine version.
+
+        Saved with every run and every scores table. Complete once the head has scored or loaded.
+        """
+        return {}
 
     def close(self) -> None:  # noqa: B027 - most heads hold nothing
         """Frees what the head holds (worker processes, models). May be called more than once."""
@@ -268,105 +318,22 @@ class RewardHead(ABC):
             )
         return result
 
-
-class FunctionHead(RewardHead):
-    """A plain function `f(images, prompts, **metadata) -> list[float]` as a reward head.
-
-    `images` is the tensor `[N, 3, H, W]` in [0, 1] (the list of texts when the batch holds texts),
-    `prompts` the list of N prompts. A metadata key is passed, as a list of N values, when the
-    function names it as a further parameter, or for every key of the batch when it has
-    `**metadata`. A sample without the key gets `None` in that list; but for a parameter without a
-    default that is an error, and a parameter with a default keeps it if no sample has the key.
-
-    Args:
-        function: The function; returns N numbers as a list, an array or a tensor, higher is better.
-        name: Name of the objective; the function's own name by default.
-        unit: Unit of the scores.
-        requires: What a prompt must have for the function to return something else than `NaN`.
-        options: Fixed values for further parameters of the function; never read from metadata.
-
-    Raises:
-        ValueError: If the function does not take two positional arguments, or an option names no
-            further parameter of it.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        name: str = "",
-        unit: str = "",
-        requires: Sequence[str] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.name = name or function_name(function)
-        self.unit = unit
-        self.requires = tuple(requires)
-        self.function = function
-        self.options = dict(options or {})
-        self._named, self._takes_any = further_parameters(function)
-        unknown = sorted(set(self.options) - set(self._named))
-        if unknown:
-            raise ValueError(
-                f"Options of `{self.name}` should be among {sorted(self._named)}. Found {unknown}."
-            )
-
-    def score(self, batch: RewardBatch) -> Tensor:
-        """Calls the function; see the class for what it is given."""
-        samples = list(batch.require_texts()) if batch.images is None else batch.images
-        metadata = self._metadata(batch)
-        values = self.function(samples, list(batch.prompts), **metadata, **self.options)
-        if isinstance(values, Tensor):
-            return values if values.is_floating_point() else values.double()
-        return torch.as_tensor(np.asarray(values, dtype=np.float64))
-
-    def _metadata(self, batch: RewardBatch) -> dict[str, list[Any]]:
-        present = {str(key) for entry in batch.metadata for key in entry}
-        wanted = set(self._named) | (present if self._takes_any else set())
-        columns = {}
-        for key in sorted(wanted - set(self.options)):
-            lacking = [index for index, entry in enumerate(batch.metadata) if key not in entry]
-            required = key in self._named and self._named[key] is inspect.Parameter.empty
-            if lacking and required:
+    def _check_columns(self, extra: Mapping[str, Sequence[Any]], batch: RewardBatch) -> None:
+        for column, cells in extra.items():
+            if not isinstance(column, str) or not column:
                 raise RewardError(
-                    f"The function needs the metadata key `{key}`, which these samples lack.",
-                    samples=batch.samples(lacking),
+                    f"The name of a column should be text. Found {column!r}.", head=self._label
                 )
-            if key in present:
-                columns[key] = [entry.get(key) for entry in batch.metadata]
-        return columns
+            for index, cell in enumerate(cells):
+                try:
+                    json.dumps(cell, allow_nan=False)
+                except (TypeError, ValueError) as error:
+                    raise RewardError(
+                        f"The column `{column}` should hold JSON values. Found {cell!r} ({error}).",
+                        head=self._label,
+                        samples=batch.samples([index]),
+                    ) from error
 
 
-def function_name(function: Callable[..., Any]) -> str:
-    """Name of a function, or of the class of another callable."""
-    name = getattr(function, "__name__", None)
-    return name if isinstance(name, str) else type(function).__name__
-
-
-def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Parameters of a reward function after `images` and `prompts`.
-
-    Returns:
-        Their names with defaults (`inspect.Parameter.empty` for none), and whether the function
-        takes any keyword.
-
-    Raises:
-        ValueError: If the function does not take two positional arguments.
-    """
-    parameters = list(inspect.signature(function).parameters.values())
-    kinds = inspect.Parameter
-    by_position = [
-        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(by_position) < 2 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
-        raise ValueError(
-            f"A reward function should take `(images, prompts, ...)`. "
-            f"Found `{function_name(function)}{inspect.signature(function)}`."
-        )
-    first_two = {p.name for p in by_position[:2]}
-    named = {
-        p.name: p.default
-        for p in parameters
-        if p.name not in first_two and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    }
-    return named, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+# For `rewards/__init__.py`; at the end, because that module needs this one.
+from rewards.functions import FunctionHead as FunctionHead  # noqa: E402

@@ -142,3 +142,23 @@ def test_reward_metrics_of_an_objective_that_never_applies():
     for group in ("reward_mean", "reward_std", "zero_variance"):
         assert math.isnan(found[f"{group}/b"])
     assert found["share/a"] == found["share/b"] == 0
+
+
+def test_what_scores_depend_on_is_written_and_a_change_is_told(tmp_path, caplog):
+    log, heads = RunLog(tmp_path), {"clip": {"unit": "1", "sha256": "a"}}
+    log.write_heads(heads)
+    log.write_heads(heads)
+    assert json.loads((tmp_path / "rewards.json").read_text()) == heads
+    assert not caplog.records
+    log.write_heads({"clip": {"unit": "1", "sha256": "b"}})
+    assert "Reward clip is not what it was" in caplog.text
+    assert json.loads((tmp_path / "rewards.json").read_text())["clip"]["sha256"] == "b"
+
+
+def test_further_columns_stand_in_the_scores_table(tmp_path):
+    requests = [Request(prompt=f"p{i}", group=0, sibling=i, seed=i) for i in range(2)]
+    extra = [{"ocr/read": "GO"}, {"ocr/read": None}]
+    values = torch.zeros(1, 2, dtype=torch.float64)
+    RunLog(tmp_path).write_evaluation(3, requests, ["ocr"], values, extra)
+    lines = (tmp_path / "evaluation" / "step-000003.jsonl").read_text().splitlines()
+    assert [json.loads(line)["ocr/read"] for line in lines] == ["GO", None]

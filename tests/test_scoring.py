@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.scoring import RewardError, Scorer
-from moa_diffusion.types import Request, Rollout
-from rewards import RewardHead
+from moa_diffusion.scoring import WAITING, RewardError, Scorer
+from moa_diffusion.types import Request, RewardMatrix, Rollout
+from rewards import RewardHead, Scores
 
 
 class Red(RewardHead):
@@ -68,10 +70,20 @@ def rollout(n: int = 3) -> Rollout:
     )
 
 
+def scored(scorer: Scorer, part: Rollout, batches: int = 1) -> RewardMatrix:
+    """The rewards of a rollout that is drawn in some batches."""
+    size = len(part) // batches
+    with scorer.begin() as scoring:
+        for start in range(0, len(part), size):
+            chosen = slice(start, start + size)
+            scoring.add(part.requests[chosen], images=part.images[chosen])
+        return scorer.collect(scoring, part.requests)
+
+
 def test_matrix_of_a_rollout():
     part = rollout()
     scorer = Scorer({"red": Red(), "meta": Metadata()}, Comm())
-    found = scorer(part, part.requests)
+    found = scored(scorer, part)
     assert found.names == scorer.names == ("red", "meta")
     assert found.values.dtype == torch.float64
     assert found.values[0].tolist() == [0, 0.5, 1]
@@ -87,14 +99,14 @@ def test_a_failing_head_raises_and_tells_the_others():
     comm = Comm()
     scorer = Scorer({"red": Red(), "broken": Broken()}, comm)
     with pytest.raises(RewardError, match=r"broken.*ZeroDivisionError: no pixels"):
-        scorer(rollout(), rollout().requests)
+        scored(scorer, rollout())
     assert comm.told == [True]
 
 
 def test_a_failure_elsewhere_raises_here():
     comm = Comm(other_failed=True)
     with pytest.raises(RewardError, match="failed on another process"):
-        Scorer({"red": Red()}, comm)(rollout(), rollout().requests)
+        scored(Scorer({"red": Red()}, comm), rollout())
     assert comm.told == [False]
 
 
@@ -104,7 +116,7 @@ def test_any_failure_is_told_before_it_is_raised():
     part = rollout()
     part.images[1] = math.nan  # what a policy that has diverged draws
     with pytest.raises((RewardError, ValueError), match="images"):
-        Scorer({"red": Red()}, comm)(part, part.requests)
+        scored(Scorer({"red": Red()}, comm), part)
     assert comm.told == [True]
 
 
@@ -116,10 +128,123 @@ def test_infinite_scores_are_refused():
             return torch.full((len(batch),), math.inf)
 
     with pytest.raises(RewardError, match="infinite"):
-        Scorer({"infinite": Infinite()}, Comm())(rollout(), rollout().requests)
+        scored(Scorer({"infinite": Infinite()}, Comm()), rollout())
 
 
 def test_close_reaches_every_head():
     heads = {"one": Red(), "two": Red()}
     Scorer(heads, Comm()).close()
     assert [head.closed for head in heads.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_batches_are_put_together_in_order(overlap):
+    class Numbered(RewardHead):
+        """Adds a column, but not to batches without red."""
+
+        def score(self, batch):
+            red = batch.require_images()[:, 0].mean((1, 2))
+            return Scores(values=red, extra={"n": list(batch.prompts)} if red.any() else {})
+
+    scorer = Scorer({"numbered": Numbered(), "red": Red()}, Comm(), overlap=overlap)
+    part = rollout(12)
+    found = scored(scorer, part, batches=4)
+    torch.testing.assert_close(found.values[0], torch.linspace(0, 1, 12).double())
+    assert [row["numbered/n"] for row in found.extra] == [f"p{i}" for i in range(12)]
+    part.images[:3] = 0
+    found = scored(scorer, part, batches=4)
+    assert [row["numbered/n"] for row in found.extra][:4] == [None, None, None, "p3"]
+
+
+class Gate(RewardHead):
+    """Scores once it is let through."""
+
+    def __init__(self) -> None:
+        self.entered, self.open, self.batches = threading.Event(), threading.Event(), 0
+
+    def score(self, batch):
+        self.batches += 1
+        self.entered.set()
+        assert self.open.wait(30)
+        return torch.zeros(len(batch))
+
+
+def test_heads_work_beside_the_drawing_and_beside_each_other():
+    one, two, part = Gate(), Gate(), rollout()
+    scorer = Scorer({"one": one, "two": two}, Comm())
+    with scorer.begin() as scoring:
+        scoring.add(part.requests, images=part.images)
+        assert one.entered.wait(30)
+        assert two.entered.wait(30)  # neither has ended, and the next batch could be drawn here
+        one.open.set()
+        two.open.set()
+        assert scorer.collect(scoring, part.requests).values.shape == (2, 3)
+
+
+def test_drawing_waits_for_heads_that_fall_behind():
+    gate, part = Gate(), rollout()
+    scorer = Scorer({"gate": gate}, Comm())
+    with scorer.begin() as scoring, ThreadPoolExecutor(1) as drawing:
+        for _ in range(1 + WAITING):
+            scoring.add(part.requests, images=part.images)
+        one_more = drawing.submit(scoring.add, part.requests, images=part.images)
+        with pytest.raises(TimeoutError):
+            one_more.result(timeout=0.2)
+        gate.open.set()
+        one_more.result(timeout=30)
+
+
+def test_what_is_not_begun_is_dropped():
+    gate, part = Gate(), rollout()
+    with pytest.raises(KeyboardInterrupt), Scorer({"gate": gate}, Comm()).begin() as scoring:
+        for _ in range(3):
+            scoring.add(part.requests, images=part.images)
+        assert gate.entered.wait(30)
+        threading.Timer(0.2, gate.open.set).start()
+        raise KeyboardInterrupt
+    assert gate.batches == 1
+
+
+def test_a_lost_rollout_is_not_scored_on():
+    class Counting(Broken):
+        batches = 0
+
+        def score(self, batch):
+            self.batches += 1
+            raise ValueError("no")
+
+    head, part = Counting(), rollout(9)
+    with pytest.raises(RewardError, match="no"):
+        scored(Scorer({"broken": head}, Comm(), overlap=False), part, batches=9)
+    assert head.batches == 1
+
+
+def test_heads_are_loaded_and_offloaded():
+    class Model(Red):
+        loaded = offloaded = 0
+        unit = "redness"
+
+        def load(self):
+            self.loaded += 1
+
+        def offload(self):
+            self.offloaded += 1
+
+        def provenance(self):
+            return {"sha256": "abc"}
+
+    head = Model()
+    scorer = Scorer({"red": head}, Comm(), offload=True)
+    assert scorer.load() == {"red": {"head": "Model", "unit": "redness", "sha256": "abc"}}
+    assert (head.loaded, head.offloaded) == (1, 1)
+    scored(scorer, rollout(), batches=3)
+    assert head.offloaded == 2
+
+    class Missing(Red):
+        def load(self):
+            raise RewardError("no weights", head="red")
+
+    comm = Comm()
+    with pytest.raises(RewardError, match="no weights"):
+        Scorer({"red": Missing()}, comm).load()
+    assert comm.told == [True]

@@ -427,7 +427,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 
 class Failing(RewardHead):
-    """Works for two rollouts."""
+    """Works for two rollouts of two batches."""
 
     name = "failing"
 
@@ -436,7 +436,7 @@ class Failing(RewardHead):
 
     def score(self, batch):
         self.calls += 1
-        if self.calls == 3:
+        if self.calls == 5:
             raise OSError("server gone")
         return batch.require_images()[:, 0].mean((1, 2))
 

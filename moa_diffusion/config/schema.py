@@ -83,17 +83,46 @@ class SamplingConfig:
 
 
 @dataclass
+class PromptFileConfig:
+    """One of several prompt files.
+
+    Args:
+        path: The file, as where it stands alone.
+        column: As prompts.column, which it is if null.
+    """
+
+    path: str
+    column: str | None = None
+
+
+@dataclass
+class WeightedPromptFileConfig(PromptFileConfig):
+    """One of several prompt files to train on.
+
+    Args:
+        path: The file, as where it stands alone.
+        column: As prompts.column, which it is if null.
+        weight: Draws from this file, relative to those from the others, whatever their sizes.
+    """
+
+    weight: float = 1.0
+
+
+@dataclass
 class PromptsConfig:
     """What to draw.
 
     Args:
         train: Prompt file (.txt, .jsonl, .csv, .tsv); "tiny" is the set shipped with the package.
-        heldout: Prompt file of the evaluation; "tiny" likewise.
+            Or a list of files and of {path, weight, column}: a weight of 2 draws from a file twice
+            as often as one of 1, the default, does.
+        heldout: Prompt file of the evaluation; "tiny" likewise. Or a list of files and of {path,
+            column}: all are drawn, the first prompts of each first.
         column: Key or column of the prompt in .jsonl, .csv and .tsv.
     """
 
-    train: str = "tiny"
-    heldout: str | None = None
+    train: str | list[str | WeightedPromptFileConfig] = "tiny"
+    heldout: str | list[str | PromptFileConfig] | None = None
     column: str = "prompt"
 
 
@@ -248,6 +277,19 @@ class EvaluationConfig:
 
 
 @dataclass
+class ScoringConfig:
+    """How reward heads run.
+
+    Args:
+        overlap: Heads score a batch while the next one is drawn, each in a thread of its own.
+        offload: Heads leave the accelerator while the policy is improved.
+    """
+
+    overlap: bool = True
+    offload: bool = False
+
+
+@dataclass
 class LogConfig:
     """Where numbers go besides metrics.jsonl.
 
@@ -273,6 +315,7 @@ class Config:
         prompts: What to draw.
         rewards: By objective's name, its options: weight, head (a registered name, by default the
             objective's), path (an import path such as my_module:my_reward), and the head's own.
+        scoring: How reward heads run.
         objectives: From K rewards to one advantage.
         gradients: When the objectives' own gradients are measured.
         loss: The policy-gradient surrogate.
@@ -291,6 +334,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -98,7 +98,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
     requests = draws(settings, prompts=prompts, images=images)
     if len(requests) < prompts:
         print(f"There are {len(requests)} training prompts, fewer than {prompts}: all are used.")
-    scorer = Scorer(build.heads(settings), LocalComm())
+    scorer = Scorer(build.heads(settings), LocalComm(), overlap=False)  # heads are timed one by one
     scores = folder / "scores.jsonl"
     try:
         model = build.policy(settings, Accelerator(mixed_precision="no").device)
