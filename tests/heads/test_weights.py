@@ -1,0 +1,418 @@
+"""Finding, fetching, checking and reading the files of models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rewards import RewardError
+from rewards.tensors import load_strictly, read_tensors
+from rewards.weights import Weights, check, find
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([0.5, -1.0])}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if name.endswith(".safetensors"):
+            save_file(TENSORS, folder / name)
+        elif name.endswith((".bin", ".pth")):
+            torch.save(TENSORS, folder / name)
+        else:
+            (folder / name).write_text("{}")
+    return folder
+
+
+def write_shards(folder: Path, ending: str) -> list[str]:
+    """TENSORS in two files and an index, as transformers writes them."""
+    stem, suffix = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}[
+        ending
+    ]
+    names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for name, key in zip(names, TENSORS, strict=True):
+        part = {key: TENSORS[key]}
+        if ending == "bin":
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name)
+    index = {"weight_map": dict(zip(TENSORS, names, strict=True))}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write(tmp_path / "model", ["config.json", "model.safetensors"])
+
+
+def test_a_folder_and_a_file_in_it(folder, monkeypatch):
+    found = find(str(folder))
+    assert found == Weights(
+        folder=folder, model=str(folder), revision="local", files=("model.safetensors",)
+    )
+    assert found.has("config.json", "model.safetensors")
+    assert not found.has("config.json", "tokenizer.json")
+    write(folder, ["head.pth"])
+    assert find(str(folder / "head.pth"), required=()).files == ("head.pth",)
+    assert find(str(folder), tensors=False).files == ()
+
+    monkeypatch.chdir(folder.parent)
+    for name in ("./model", "model"):  # what exists is never taken for a hub model
+        assert find(name).folder == folder
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert find("~/model").folder == folder
+
+
+def test_safetensors_come_before_pickles_and_whole_files_before_shards(folder):
+    write(folder, ["pytorch_model.bin"])
+    write_shards(folder, "safetensors")
+    assert find(str(folder)).files == ("model.safetensors",)
+    (folder / "model.safetensors").unlink()
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert find(str(folder)).files == names
+    (folder / "model.safetensors.index.json").unlink()
+    assert find(str(folder)).files == ("pytorch_model.bin",)
+
+
+def test_a_folder_inside_an_installed_package():
+    model = "package://moa_diffusion/tiny/pipeline/text_encoder"
+    found = find(model)
+    assert found.model == model
+    assert found.revision.startswith("moa-diffusion ")
+    assert found.folder.parts[-3:] == ("tiny", "pipeline", "text_encoder")
+    assert len(read_tensors(found)) > 10
+    one = find(f"{model}/model.safetensors")
+    assert (one.folder, one.files, one.digest()) == (found.folder, found.files, found.digest())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "names a file or folder that does not exist"),
+        ("/nowhere/model", "names a file or folder that does not exist"),
+        ("~/nowhere", "names a file or folder that does not exist"),
+        ("", "should name a model"),
+        (None, "should name a model"),
+        ("a b", "should be a folder, a file"),
+        ("a/b/c", "should be a folder, a file"),
+        ("https://huggingface.co/a/b", "should be a folder, a file"),
+        ("a/b:", "should be a folder, a file"),
+        ("a/b:../c", "should be a folder, a file"),
+        ("package://no_such_package/x", "'no_such_package', which is not installed"),
+        ("package://moa-diffusion/x", "'moa-diffusion', which is not installed"),
+        ("package://moa_diffusion/nowhere", "`moa_diffusion` does not have"),
+    ],
+)
+def test_names_that_cannot_be(model, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check(model, option="head")
+    assert "Parameter `head`" in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        find(model)
+
+
+def test_hub_names_pass_without_network_and_local_ones_take_no_revision(folder):
+    for name in ("gpt2", "owner/name", "owner/name.v1:folder/head.pth"):
+        check(name, revision="v1")
+    with pytest.raises(ValueError, match=r"left out for a folder or file. Found `revision = 'v1'"):
+        check(str(folder), revision="v1")
+
+
+def test_missing_files_are_listed(tmp_path, folder):
+    empty = write(tmp_path / "empty", ["other.json"])
+    with pytest.raises(RewardError, match=r"lacks `config\.json` and weights \(model\.safetensors"):
+        find(str(empty))
+    with pytest.raises(RewardError, match=r"lacks `vocab\.json` in"):
+        find(str(folder), required=["config.json", "vocab.json"])
+    (folder / "model.safetensors").unlink()
+    (folder / write_shards(folder, "safetensors")[1]).unlink()
+    with pytest.raises(RewardError, match=r"lacks `model-00002-of-00002\.safetensors` in"):
+        find(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "should be a JSON object"),
+        ("[]", "should be a JSON object"),
+        ("{}", "should be a JSON object.*weight_map"),
+        ('{"weight_map": {"a": "../secret.bin"}}', "names files outside its folder"),
+    ],
+)
+def test_broken_indices(tmp_path, text, message):
+    folder = write(tmp_path / "model", ["config.json"])
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(RewardError, match=message):
+        find(str(folder))
+
+
+def test_digests_can_be_recomputed_by_sha256sum(folder):
+    one = find(str(folder))
+    assert one.digest() == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "model.safetensors").unlink()
+    names = write_shards(folder, "safetensors")
+    listing = subprocess.run(["sha256sum", *names], cwd=folder, capture_output=True, check=True)
+    assert find(str(folder)).digest() == hashlib.sha256(listing.stdout).hexdigest()
+
+
+def test_another_digest_than_expected_is_an_error(folder):
+    found = find(str(folder))
+    digest = found.digest()
+    found.expect(None, digest)
+    found.expect(digest.upper(), digest)
+    with pytest.raises(RewardError, match=f"{digest}, expected is abc.*set `head_sha256`"):
+        found.expect("ABC", digest, option="head_sha256")
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "safetensors", "bin"])
+def test_all_formats_read_the_same(tmp_path, kind):
+    whole = [kind] if "." in kind else []
+    folder = write(tmp_path / "model", ["config.json", *whole])
+    if not whole:
+        write_shards(folder, kind)
+    found = read_tensors(find(str(folder)))
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_the_format_of_torch_before_1_6_is_read(tmp_path):
+    file = tmp_path / "old.pth"
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
+    assert read_tensors(find(str(file), required=())).keys() == TENSORS.keys()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"junk", "holds no readable weights"),
+        (b"", "holds no readable weights .*Fetch it again"),
+        (Bomb(), "is damaged, or holds other things than tensors"),
+        ([1, 2], "should hold tensors by name"),
+        ({"a": 1}, "should hold tensors by name"),
+    ],
+)
+def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "head.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(RewardError, match=message):
+        read_tensors(find(str(file), required=()))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_name_in_two_shards_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    names = write_shards(folder, "safetensors")
+    save_file(TENSORS, folder / names[1])
+    with pytest.raises(RewardError, match=r"a\.weight stand in two of the files"):
+        read_tensors(find(str(folder)))
+
+
+class Small(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.a = nn.Linear(width, 2, bias=False)
+        self.b = nn.ParameterDict({"bias": torch.zeros(2)})
+
+
+def test_strict_loading_accounts_for_every_name(folder):
+    weights = find(str(folder))
+    with torch.device("meta"):
+        module = Small()
+    load_strictly(module, weights)
+    assert torch.equal(module.a.weight, TENSORS["a.weight"])
+    assert module.b["bias"].device.type == "cpu"
+
+    with pytest.raises(RewardError, match=r"unexpected: b\.bias\.$"):
+        load_strictly(nn.ModuleDict({"a": Small().a}), weights)
+    load_strictly(nn.ModuleDict({"a": Small().a}), weights, ignore=("bias",))
+    load_strictly(Small().a, weights, prefix="a.")
+    with pytest.raises(RewardError, match=r"missing: c\.bias, c\.weight\.$"):
+        module = Small()
+        module.c = nn.Linear(1, 1)
+        load_strictly(module, weights)
+    with pytest.raises(
+        RewardError, match=r"of another shape: a\.weight \(\[2, 3\] instead of \[2, 4\]\)"
+    ):
+        load_strictly(Small(width=4), weights)
+
+
+def test_only_some_of_many_names_are_shown(folder):
+    module = nn.ModuleDict({f"m{i:02}": nn.Linear(1, 1, bias=False) for i in range(20)})
+    with pytest.raises(RewardError, match=r"m05\.weight and 14 more; unexpected"):
+        load_strictly(module, find(str(folder)))
+
+
+def test_a_cached_hub_model_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    write(repository / "snapshots" / COMMIT, ["config.json", "model.safetensors"])
+    write(repository / "refs", ["main"])
+    (repository / "refs" / "main").write_text(COMMIT)
+    found = find("owner/name")
+    assert (found.revision, found.files) == (COMMIT, ("model.safetensors",))
+    assert find("owner/name", revision=COMMIT).folder == found.folder
+    assert find("owner/name:model.safetensors").files == ("model.safetensors",)
+    # What another program left there in part is not taken for the whole.
+    with pytest.raises(RewardError, match=r"lacks `vocab\.json` .*`hf download owner/name --incl"):
+        find("owner/name", required=["config.json", "vocab.json"])
+
+
+def test_without_network_the_error_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RewardError) as caught:
+        find("owner/name", revision="v2", optional=["vocab.json"])
+    cause = caught.value.cause
+    assert "`owner/name` is not in the local cache and could not be fetched" in cause
+    assert (
+        '`hf download owner/name --revision v2 --include "config.json" --include "vocab.json" '
+        '--include "model.safetensors"' in cause
+    )
+    assert "Or name a local folder" in cause
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as fetching a snapshot takes."""
+
+    repositories: ClassVar[dict[str, Path]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *args):
+        pass
+
+    def refuse(self, status: int, code: str):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, content: bytes, kind: str, etag: str = "x"):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        api = path.startswith("/api/models/")
+        parts = path.removeprefix("/api/models/").strip("/").split("/")
+        repository, action, revision = "/".join(parts[:2]), parts[2], parts[3]
+        if repository == "owner/gated":
+            return self.refuse(403, "GatedRepo")
+        if repository not in self.repositories:
+            return self.refuse(401, "RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        folder = self.repositories[repository]
+        if api and action == "tree":
+            listing = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name}
+                for p in sorted(folder.iterdir())
+            ]
+            return self.answer(json.dumps(listing).encode(), "application/json")
+        if api:
+            about = {"id": repository, "sha": COMMIT, "siblings": []}
+            return self.answer(json.dumps(about).encode(), "application/json")
+        if self.command == "GET":
+            self.asked.append(f"{repository}/{parts[4]}")
+        return self.answer((folder / parts[4]).read_bytes(), "application/octet-stream", parts[4])
+
+    do_HEAD = do_GET
+
+
+CLIENT = """
+import json, sys
+from rewards import RewardError
+from rewards.weights import find
+for model, revision in json.load(sys.stdin):
+    try:
+        found = find(model, revision=revision, optional=["merges.txt"])
+        print(json.dumps([found.revision, found.files, found.digest()]))
+    except RewardError as error:
+        print(json.dumps(error.cause))
+"""
+
+
+def test_fetching_from_a_hub(tmp_path):
+    """Over real HTTP, in a process of its own: the hub's address is read at import."""
+    safe = write(tmp_path / "a", ["config.json", "model.safetensors", "pytorch_model.bin"])
+    pickled = write(tmp_path / "b", ["config.json", "pytorch_model.bin", "merges.txt"])
+    lacking = write(tmp_path / "c", ["config.json", "README.md"])
+    Hub.repositories = {"owner/safe": safe, "owner/pickled": pickled, "owner/lacking": lacking}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    wanted = [
+        ("owner/safe", None),
+        ("owner/pickled", COMMIT),
+        ("owner/lacking", None),
+        ("owner/gated", None),
+        ("owner/nothing", None),
+        ("owner/safe", "v9"),
+        ("owner/safe", None),
+    ]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT],
+            input=json.dumps(wanted),
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HUB_OFFLINE": "0",
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+            },
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    safe_found, pickled_found, lacking_told, gated, nothing, revision, again = [
+        json.loads(line) for line in done.stdout.splitlines()
+    ]
+    assert safe_found == [COMMIT, ["model.safetensors"], find(str(safe)).digest()]
+    assert pickled_found == [COMMIT, ["pytorch_model.bin"], find(str(pickled)).digest()]
+    assert "lacks weights (model.safetensors" in lacking_told
+    assert "accepted its licence" in gated
+    assert "https://huggingface.co/owner/gated" in gated
+    assert "no model `owner/nothing` that you may read" in nothing
+    assert "has no revision `v9`" in revision
+    assert again == safe_found
+    # Each file once, and never the pickle beside the safetensors.
+    assert sorted(Hub.asked) == [
+        "owner/lacking/config.json",
+        "owner/pickled/config.json",
+        "owner/pickled/merges.txt",
+        "owner/pickled/pytorch_model.bin",
+        "owner/safe/config.json",
+        "owner/safe/model.safetensors",
+    ]
