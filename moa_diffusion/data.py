@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -134,11 +136,70 @@ def _row_to_prompt(path: Path, number: int, row: dict[str, Any], column: str) ->
     return Prompt(text=value.strip(), metadata=metadata)
 
 
-class GroupSampler:
-    """Draws P prompts per step, each for G siblings; prompts come in shuffled epochs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Prompts that are drawn together, in shuffled epochs of their own."""
+
+    prompts: tuple[Prompt, ...]
+    weight: float = 1.0  # draws, relative to those of the other sets
+
+
+class Mixture:
+    """Several prompt sets, drawn in proportion to their weights.
+
+    The j-th draw of a set (from 0) falls due at the time (j + 1/2) / weight, and draws are made as
+    they fall due, in a tie the earlier set's first: Webster's (Sainte-Lague's) apportionment, which
+    as a schedule is called stride scheduling. After n draws, a set with the share p among K sets
+    has been drawn within (1 + p (K - 2)) / 2 of p n times, so every rollout has about its share of
+    each set, where independent draws would miss it by the square root of their number. It is exact
+    arithmetic on the draw's number: nothing to save, and the same on every machine.
 
     Args:
-        prompts: the prompt set.
+        sets: at least one; their weights are positive.
+    """
+
+    def __init__(self, sets: Sequence[PromptSet]) -> None:
+        self.sets = tuple(sets)
+        self._weights = [Fraction(str(prompts.weight)) for prompts in self.sets]  # 0.1 is 1/10
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """All prompts, set by set."""
+        return tuple(prompt for part in self.sets for prompt in part.prompts)
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        """The set that a draw (from 0) falls to, and how many draws have fallen to it before."""
+        half = Fraction(1, 2)
+        # At this time at most `draw` draws are due, and at least `draw` less the number of sets.
+        time = max(Fraction(0), (draw - half * len(self.sets)) / sum(self._weights))
+        counts = [math.floor(time * weight + half) for weight in self._weights]
+        while True:
+            due = [(count + half) / w for count, w in zip(counts, self._weights, strict=True)]
+            number = due.index(min(due))
+            if sum(counts) == draw:
+                return number, counts[number]
+            counts[number] += 1
+
+    def describe(self) -> str:
+        """One line for the log: size and share of each set."""
+        total = sum(self._weights)
+        return f"{len(self.sets)} prompt sets: " + ", ".join(
+            f"{len(part.prompts)} prompts in {float(100 * weight / total):.3g} % of the draws"
+            for part, weight in zip(self.sets, self._weights, strict=True)
+        )
+
+
+def in_turn(sets: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
+    """The first prompt of each set, the second of each, and so on until all are through."""
+    longest = max(map(len, sets), default=0)
+    return tuple(part[i] for i in range(longest) for part in sets if i < len(part))
+
+
+class GroupSampler:
+    """Draws P prompts per step, each for G siblings; every prompt set comes in shuffled epochs.
+
+    Args:
+        prompts: the prompt set, or a mixture of several.
         groups: P, prompt draws per step.
         group_size: G, siblings per draw.
         seed: the run's seed.
@@ -148,14 +209,17 @@ class GroupSampler:
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | Mixture,
         *,
         groups: int,
         group_size: int,
         seed: int,
         shared_start: bool = False,
     ) -> None:
-        self.prompts = tuple(prompts)
+        if not isinstance(prompts, Mixture):
+            prompts = Mixture([PromptSet(prompts=tuple(prompts))])
+        self.mixture = prompts
+        self.prompts = prompts.prompts
         self.groups = groups
         self.group_size = group_size
         self.seed = seed
@@ -179,9 +243,13 @@ class GroupSampler:
         )
 
     def _prompt(self, draw: int) -> Prompt:
-        epoch, position = divmod(draw, len(self.prompts))
-        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "epoch", epoch))
-        return self.prompts[int(order[position])]
+        number, count = self.mixture.locate(draw)
+        prompts = self.mixture.sets[number].prompts
+        epoch, position = divmod(count, len(prompts))
+        # The first set is drawn in the order in which it would be alone.
+        parts = ("epoch", epoch, number) if number else ("epoch", epoch)
+        order = torch.randperm(len(prompts), generator=generator(self.seed, *parts))
+        return prompts[int(order[position])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

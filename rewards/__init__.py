@@ -7,7 +7,8 @@
 tensor([0.])
 """
 
-from rewards.base import FunctionHead, RewardBatch, RewardError, RewardHead, Scores
+from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.functions import FunctionHead
 from rewards.registry import HeadInfo, available, create, register
 
 __all__ = [

@@ -333,7 +333,3 @@ class RewardHead(ABC):
                         head=self._label,
                         samples=batch.samples([index]),
                     ) from error
-
-
-# For `rewards/__init__.py`; at the end, because that module needs this one.
-from rewards.functions import FunctionHead as FunctionHead  # noqa: E402

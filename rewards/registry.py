@@ -2,33 +2,50 @@
 
 Heads that come with the package are listed by name and module and imported when first asked for,
 so that `import rewards` stays light. Their modules import heavy libraries in constructors only.
+Other installed packages declare heads of theirs as entry points of the group
+`moa_diffusion.rewards`: `their_head = "their_module:TheirHead"`.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
+import dataclasses
 import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from importlib.metadata import EntryPoint
 from typing import Any, TypeGuard, TypeVar
 
-from rewards.base import FunctionHead, RewardHead, function_name, further_parameters
+from rewards.base import RewardHead
+from rewards.functions import (
+    CONCURRENCY,
+    FunctionHead,
+    function_name,
+    further_parameters,
+    is_async,
+)
+from rewards.targets import (
+    Target,
+    declared,
+    distribution,
+    import_target,
+    load_entry_point,
+    nearest,
+)
 
-Target = type[RewardHead] | Callable[..., Any]
 TargetT = TypeVar("TargetT", bound=Callable[..., Any])
 
 _BUILT_IN = {
+    "aesthetic": "rewards.aesthetic",
+    "clipscore": "rewards.clip",
     "colourfulness": "rewards.simple",
+    "deqa": "rewards.deqa.head",
     "jpeg_compressibility": "rewards.simple",
     "ocr": "rewards.ocr",
+    "pickscore": "rewards.clip",
     "prompt_colour": "rewards.simple",
+    "qrealign": "rewards.qrealign",
+    "remote": "rewards.remote",
     "sharpness": "rewards.simple",
 }
 
@@ -41,6 +58,7 @@ class HeadInfo:
     unit: str  # unit of the scores
     requires: tuple[str, ...]  # what a prompt must have for the head to apply
     doc: str  # first line of the docstring
+    problem: str = ""  # why `create` would refuse it; empty if nothing is known against it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +66,18 @@ class _Entry:
     target: Target
     unit: str
     requires: tuple[str, ...]
+    per_image: bool | None = None  # of a function; None: it was not registered, so options say
 
 
 _entries: dict[str, _Entry] = {}
 
 
 def register(
-    name: str, *, unit: str | None = None, requires: Sequence[str] | None = None
+    name: str,
+    *,
+    unit: str | None = None,
+    requires: Sequence[str] | None = None,
+    per_image: bool = False,
 ) -> Callable[[TargetT], TargetT]:
     """Registers a `RewardHead` subclass or a plain function under a name.
 
@@ -62,14 +85,17 @@ def register(
         name: The name that `create` and configs use.
         unit: Unit of the scores; by default the class attribute, and empty for a function.
         requires: What a prompt must have for the head to apply; by default likewise.
+        per_image: Whether a function scores one image, `f(image, prompt, ...) -> float`, and not a
+            batch, `f(images, prompts, ...) -> list[float]`. `FunctionHead` tells all about both.
 
     Returns:
         A decorator that returns its argument as it was (a class takes over `name`, and `unit` and
         `requires` where given here).
 
     Raises:
-        ValueError: If the name is taken by something else. Registering the same class or function
-            again, as a module reload does, replaces it.
+        ValueError: If the name is taken by something else, the function has a wrong signature, or
+            a class is registered with `per_image`. Registering the same class or function again,
+            as a module reload does, replaces it.
     """
     if not isinstance(name, str) or not name or ":" in name:
         raise ValueError(
@@ -85,6 +111,11 @@ def register(
                     f"`@register` takes a RewardHead subclass or a function. "
                     f"Found the class `{target.__qualname__}`."
                 )
+            if per_image:
+                raise ValueError(
+                    f"`per_image` is for functions; a RewardHead scores batches. Found the class "
+                    f"`{target.__qualname__}`."
+                )
             target.name = name
             if unit is not None:
                 target.unit = unit
@@ -93,7 +124,12 @@ def register(
             entry = _Entry(target=target, unit=target.unit, requires=target.requires)
         else:
             further_parameters(target)  # a wrong signature is told here, not at the first batch
-            entry = _Entry(target=target, unit=unit or "", requires=tuple(requires or ()))
+            entry = _Entry(
+                target=target,
+                unit=unit or "",
+                requires=tuple(requires or ()),
+                per_image=per_image,
+            )
         _entries[name] = entry
         return target
 
@@ -104,12 +140,14 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
     """Builds a head from its registered name or from an import path.
 
     Args:
-        name: A registered name; with `path`, merely the name that the head gets. A name that
-            contains ":" is taken as an import path.
+        name: The name of a head that is built in, registered, or declared by an installed
+            package; with `path`, merely the name that the head gets. A name that contains ":" is
+            taken as an import path.
         path: `my_module:my_reward` or `path/to/file.py:my_reward`, naming a function or a
             `RewardHead` subclass.
         options: Constructor arguments of the head; for a function, values for its parameters
-            after `images` and `prompts`.
+            after `images` and `prompts`, `concurrency` if it is async and scores one image at a
+            time, and `per_image` if nothing registered it.
 
     Returns:
         The head, with `head.name` set to `name`.
@@ -120,13 +158,7 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
     """
     if path is None and ":" in name:
         name, path = name.rsplit(":", 1)[1], name
-    if path is None:
-        entry = _lookup(name)
-    else:
-        target = _import_target(path)
-        known = (entry for entry in _entries.values() if entry.target is target)
-        entry = next(known, None) or _describe(target)
-
+    entry = _lookup(name) if path is None else _describe(import_target(path))
     if _is_head_class(entry.target):
         parameters = inspect.signature(entry.target).parameters.values()
         # `**options` of a constructor takes nothing: a misspelt option must not vanish in it.
@@ -136,37 +168,101 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         head = entry.target(**options)
         head.name = name
         return head
+    return _create_function(name, entry, options)
+
+
+def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> FunctionHead:
     named, _ = further_parameters(entry.target)
-    _check_options(name, named, options)
+    own: dict[str, Any] = {}
+    if entry.per_image is None:
+        own["per_image"], per_image = False, options.get("per_image", False)
+    else:
+        per_image = entry.per_image
+    if per_image and is_async(entry.target):
+        own["concurrency"] = CONCURRENCY
+    _check_options(name, named | own, options)
     return FunctionHead(
-        entry.target, name=name, unit=entry.unit, requires=entry.requires, options=options
+        entry.target,
+        name=name,
+        unit=entry.unit,
+        requires=entry.requires,
+        options={key: value for key, value in options.items() if key in named},
+        per_image=per_image,
+        concurrency=options.get("concurrency", CONCURRENCY),
     )
 
 
 def available() -> dict[str, HeadInfo]:
-    """Lists every registered head: name -> unit, requirements and one line of documentation."""
+    """Lists every head: name -> unit, requirements and one line of documentation.
+
+    Imports all of them. What another package declares and cannot be used is listed with its
+    `problem`, and does not hide the others.
+    """
     for module in sorted(set(_BUILT_IN.values())):
         importlib.import_module(module)
-    infos = {}
-    for name, entry in sorted(_entries.items()):
-        doc = (inspect.getdoc(entry.target) or "").strip().split("\n")[0]
-        infos[name] = HeadInfo(name=name, unit=entry.unit, requires=entry.requires, doc=doc)
-    return infos
+    entries: dict[str, _Entry] = {}
+    problems: dict[str, str] = {}
+    for name, points in declared().items():
+        try:
+            entries[name] = _declared_entry(name, points)
+        except ValueError as error:
+            problems[name] = str(error)
+    entries |= _entries  # only now: what was declared may have registered more
+    infos = {name: _info(name, entry) for name, entry in entries.items()}
+    for name, problem in problems.items():
+        known = infos.get(name) or HeadInfo(name=name, unit="", requires=(), doc="")
+        infos[name] = dataclasses.replace(known, problem=problem)
+    return dict(sorted(infos.items()))
+
+
+def _info(name: str, entry: _Entry) -> HeadInfo:
+    doc = (inspect.getdoc(entry.target) or "").strip().split("\n")[0]
+    return HeadInfo(name=name, unit=entry.unit, requires=entry.requires, doc=doc)
 
 
 def _lookup(name: str) -> _Entry:
+    points = declared()
+    if name in points:
+        return _declared_entry(name, points[name])
     if name in _BUILT_IN:
         importlib.import_module(_BUILT_IN[name])
     if name not in _entries:
-        known = sorted(set(_BUILT_IN) | set(_entries))
+        known = sorted({*_BUILT_IN, *_entries, *points})
         raise ValueError(
-            f'Unknown reward head "{name}".{_nearest(name, known)} Known heads: '
+            f'Unknown reward head "{name}".{nearest(name, known)} Known heads: '
             f"{', '.join(known)}. A head of your own is named by `path: my_module:my_reward`."
         )
     return _entries[name]
 
 
+def _declared_entry(name: str, points: Sequence[EntryPoint]) -> _Entry:
+    """What an installed package declares under a name that nothing else has.
+
+    Raises:
+        ValueError: If something else has the name, or loading fails; the message names the package.
+    """
+    owners = [distribution(point) for point in points]
+    if name in _BUILT_IN:
+        owners.insert(0, f"the built-in module {_BUILT_IN[name]}")
+    if len(owners) > 1:
+        raise ValueError(
+            f'The reward head "{name}" is declared twice: by {" and by ".join(owners)}. Uninstall '
+            f"one, or name the head that you want by `path: {points[0].value}`."
+        )
+    target = load_entry_point(points[0])
+    if name in _entries and _identity(_entries[name].target) != _identity(target):
+        raise ValueError(
+            f'The reward head "{name}" is registered twice: by {_place(_entries[name].target)} and '
+            f"by {owners[0]}."
+        )
+    return _describe(target)
+
+
 def _describe(target: Target) -> _Entry:
+    """What is known of a function or class, by its registration if it has one."""
+    for entry in _entries.values():
+        if entry.target is target:
+            return entry
     if _is_head_class(target):
         return _Entry(target=target, unit=target.unit, requires=target.requires)
     return _Entry(target=target, unit="", requires=())
@@ -212,17 +308,12 @@ def _place(target: Target) -> str:
     return f"`{function_name(target)}` ({_source_file(target)}{line})"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
-
-
 def _check_options(name: str, named: dict[str, Any], options: dict[str, Any]) -> None:
     for option in options:
         if option not in named:
             raise ValueError(
                 f'Reward head "{name}" has no option "{option}".'
-                f"{_nearest(option, list(named))} Valid options: {', '.join(named) or 'none'}."
+                f"{nearest(option, list(named))} Valid options: {', '.join(named) or 'none'}."
             )
 
 
@@ -234,77 +325,3 @@ def _check_complete(name: str, named: dict[str, Any], options: dict[str, Any]) -
             f'Reward head "{name}" needs the option{"s" if len(missing) > 1 else ""} '
             f"{', '.join(missing)}. Valid options: {', '.join(named)}."
         )
-
-
-def _import_target(path: str) -> Target:
-    place, _, attribute = path.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(
-            f"A reward path should read `my_module:my_reward` or `path/to/file.py:my_reward`. "
-            f"Found {path!r}."
-        )
-    module = _import_file(place, path) if place.endswith(".py") else _import_module(place, path)
-    found: Any = module
-    for part in attribute.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError as error:
-            public = sorted(key for key in vars(module) if not key.startswith("_"))
-            raise ValueError(
-                f'Reward path "{path}": `{place}` has no attribute `{attribute}`.'
-                f"{_nearest(attribute, public)}"
-            ) from error
-    if isinstance(found, RewardHead):
-        raise ValueError(
-            f'Reward path "{path}": `{attribute}` is a finished head. Name its class, '
-            f"`{type(found).__name__}`, so that every objective gets its own."
-        )
-    if isinstance(found, type) and not issubclass(found, RewardHead):
-        raise ValueError(f'Reward path "{path}": `{attribute}` is a class but no RewardHead.')
-    if not callable(found):
-        raise ValueError(
-            f'Reward path "{path}": `{attribute}` is not callable. Found {type(found).__name__}.'
-        )
-    target: Target = found
-    return target
-
-
-def _import_module(place: str, path: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # a script's own folder stands there instead
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
-            raise ValueError(
-                f'Reward path "{path}": there is no module `{error.name}` on the import path. '
-                f"A file is named by `path/to/file.py:my_reward`."
-            ) from error
-        raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
-    except Exception as error:
-        raise ValueError(
-            f'Reward path "{path}": importing `{place}` failed: {type(error).__name__}: {error}'
-        ) from error
-
-
-def _import_file(place: str, path: str) -> ModuleType:
-    file = Path(place).expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f'Reward path "{path}": there is no file `{file}`.')
-    # One module per file: asked for twice, a file runs once.
-    name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f'Reward path "{path}": `{file}` cannot be imported.')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(
-            f'Reward path "{path}": importing `{file}` failed: {type(error).__name__}: {error}'
-        ) from error
-    return module

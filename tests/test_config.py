@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moa_diffusion.config import Config, check, from_dict, load, parse, to_yaml
+from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
 from moa_diffusion.types import ConfigError
 
 BASE = {"rewards": {"red": {"weight": 1.0}}, "prompts": {"heldout": "tiny"}}
@@ -302,6 +303,130 @@ def test_null_means_none(tmp_path):
     assert config.policy.lora.alpha is config.policy.embeds_dir is config.resume is None
     assert loaded(tmp_path, BASE, "--resume", "latest").resume == "latest"
     assert loaded(tmp_path, BASE | {"resume": "latest"}, "--resume", "null").resume is None
+
+
+# ---------------------------------------------------------------------- lists of prompt files
+
+
+MIXED = {
+    "train": ["a.txt", {"path": "b.csv", "weight": 2, "column": "null"}, "tiny"],
+    "heldout": ["c.txt", {"path": "d.csv", "column": "off"}],
+}
+
+
+def mixed(**prompts: object) -> dict:
+    return BASE | {"prompts": MIXED | prompts}
+
+
+def test_prompt_files_may_be_lists(tmp_path):
+    config = loaded(tmp_path, mixed())
+    assert config.prompts.train == [
+        WeightedPromptFileConfig(path="a.txt"),
+        WeightedPromptFileConfig(path="b.csv", weight=2.0, column="null"),
+        WeightedPromptFileConfig(path="tiny"),
+    ]
+    assert config.prompts.heldout == [
+        PromptFileConfig(path="c.txt"),
+        PromptFileConfig(path="d.csv", column="off"),
+    ]
+    assert loaded(tmp_path, to_yaml(config)) == config
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_prompt_files_given_in_python(tmp_path):
+    config = from_dict(mixed())
+    check(config)
+    assert config.prompts.train[0] == "a.txt"
+    assert config.prompts.train[1] == WeightedPromptFileConfig(
+        path="b.csv", weight=2, column="null"
+    )
+    config.prompts.heldout = [WeightedPromptFileConfig(path="c.txt")]
+    with pytest.raises(ConfigError, match=r"prompts.heldout\[0\].weight: unknown key"):
+        check(config)
+
+
+@pytest.mark.parametrize("form", ["option", "equals sign", "second file"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x.txt", "x.txt"),
+        ("my [odd] file.txt", "my [odd] file.txt"),
+        ("[x.txt, {path: y.txt}]", [("x.txt", 1.0, None), ("y.txt", 1.0, None)]),
+        ("[{path: x.txt, weight: 1e-1, column: '3'}]", [("x.txt", 0.1, "3")]),
+    ],
+)
+def test_an_override_replaces_the_whole_list(tmp_path, text, expected, form):
+    """Nothing of the old list's second entry stays in the new one's."""
+    values = mixed(train=["z.txt", {"path": "z.txt", "weight": 9, "column": "z"}])
+    more = tmp_path / "more.yaml"
+    more.write_text(f"prompts: {{train: {text if text[0] == '[' else repr(text)}}}")
+    options = {
+        "option": ["--prompts.train", text],
+        "equals sign": [f"--prompts.train={text}"],
+        "second file": ["--config", str(more)],
+    }
+    train = loaded(tmp_path, values, *options[form]).prompts.train
+    if not isinstance(train, str):
+        train = [(file.path, file.weight, file.column) for file in train]
+    assert train == expected
+
+
+def test_an_override_takes_a_list_away(tmp_path):
+    values = mixed() | {"evaluation": {"every": 0}}
+    assert loaded(tmp_path, values, "--prompts.heldout", "null").prompts.heldout is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train", 3, r"prompts\.train: should be a prompt file or a list of some\. Found 3"),
+        ("train", [], r"prompts\.train: should be a prompt file or a list of some\. Found \[\]"),
+        ("train", {"path": "a.txt"}, r"should be a prompt file or a list of some\. Found \{"),
+        ("train", ["a.txt", 3], r"prompts\.train\[1\]: should be a file or a mapping .* Found 3"),
+        ("train", [{"weight": 2}], r"prompts\.train\[0\]: .* mapping with `path`"),
+        ("train", [{"path": 3}], r"prompts\.train\[0\]\.path: should be text\. Found 3"),
+        ("train", [{"path": None}], r"prompts\.train\[0\]\.path: should be text\. Found None"),
+        ("train", [{"path": "a.txt", "column": 3}], r"\[0\]\.column: should be text\. Found 3"),
+        (
+            "train",
+            [{"path": "a.txt", "wieght": 3}],
+            r"\.wieght: unknown key\. Did you mean `weight`",
+        ),
+        ("train", [{"path": "a.txt", "weight": 0}], r"\.weight: should be a positive number"),
+        ("train", [{"path": "a.txt", "weight": -1.0}], r"positive number\. Found -1\.0"),
+        ("train", [{"path": "a.txt", "weight": math.inf}], r"positive number\. Found inf"),
+        ("train", [{"path": "a.txt", "weight": math.nan}], r"positive number\. Found nan"),
+        ("train", [{"path": "a.txt", "weight": True}], r"positive number\. Found True"),
+        ("train", [{"path": "a.txt", "weight": "2"}], r"positive number\. Found '2'"),
+        (
+            "train",
+            ["a.txt", "b.txt", "./a.txt"],
+            r"\[2\]: should be another file than prompts\.train",
+        ),
+        ("heldout", ["a.txt", {"path": "a.txt", "column": "prompt"}], r"Found `a\.txt` again"),
+        ("heldout", [{"path": "a.txt", "weight": 1.0}], r"weights are for prompts\.train"),
+    ],
+)
+def test_wrong_lists_name_the_entry(tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, mixed(**{key: value}))
+    with pytest.raises(ConfigError, match=message):
+        check(from_dict(mixed(**{key: value})))
+    if isinstance(value, list):
+        with pytest.raises(ConfigError, match=message):
+            loaded(tmp_path, BASE, f"--prompts.{key}", yaml.safe_dump(value, width=1000))
+
+
+def test_one_file_may_stand_twice_with_two_columns(tmp_path):
+    both = ["a.csv", {"path": "a.csv", "column": "caption"}]
+    assert len(loaded(tmp_path, mixed(train=both)).prompts.train) == 2
+
+
+def test_printing_shows_the_weights(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        loaded(tmp_path, mixed(), "--prompts.train", "[a.txt, {path: b.txt}]", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["prompts"]["train"]
+    assert printed == [{"path": f"{name}.txt", "weight": 1.0, "column": None} for name in "ab"]
 
 
 # ---------------------------------------------------------------------- there and back

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
 
 import pytest
 import torch
 
+from moa_diffusion import build
+from moa_diffusion.config import check, from_dict
 from moa_diffusion.data import (
     Geometry,
     GroupSampler,
+    Mixture,
     Prompt,
+    PromptSet,
     derive_seed,
     generator,
+    in_turn,
     read_prompts,
 )
+from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
 
 
@@ -156,6 +164,208 @@ def test_requests_are_a_function_of_seed_and_step():
     assert {r.seed for r in sampler().requests(7)}.isdisjoint(
         {r.seed for r in sampler().requests(8)} | {r.seed for r in sampler(seed=1).requests(7)}
     )
+
+
+# ---------------------------------------------------------------------- mixtures
+
+
+def mixture(*weights: float, sizes: tuple[int, ...] = ()) -> Mixture:
+    """Sets a, b, c, ... of 5 prompts each."""
+    names = "abcdefghijkl"[: len(weights)]
+    return Mixture(
+        [
+            PromptSet(prompts=tuple(Prompt(text=f"{n}{i}") for i in range(size)), weight=weight)
+            for n, weight, size in zip(names, weights, sizes or [5] * len(weights), strict=True)
+        ]
+    )
+
+
+def drawn(source: Mixture, count: int, *, groups: int = 3, seed: int = 0) -> list[str]:
+    sampler = GroupSampler(source, groups=groups, group_size=1, seed=seed)
+    return [r.prompt for step in range(count // groups) for r in sampler.requests(step)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "order"),
+    [
+        ((1, 1), "abababababab"),
+        ((3, 1), "aabaaabaaaba"),
+        ((0.75, 0.25), "aabaaabaaaba"),
+        ((1, 2), "babbabbabbab"),
+        ((1, 1, 1), "abcabcabcabc"),
+        ((0.1, 0.2, 0.3), "cbacbccbacbc"),
+        ((1e-300, 1e300), "bbbbbbbbbbbb"),
+    ],
+)
+def test_the_order_of_the_sets(weights, order):
+    assert "".join(prompt[0] for prompt in drawn(mixture(*weights), 12)) == order
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 1), (0.7, 0.3), (1, 99), (3, 1, 2), (0.1, 0.2, 0.3), (5, 1, 1, 1, 1, 0.03)]
+)
+def test_proportions_hold_in_every_stretch_of_draws(weights):
+    source, count, total = mixture(*weights), 1200, sum(weights)
+    numbers, positions = zip(*[source.locate(draw) for draw in range(count)], strict=True)
+    for number, weight in enumerate(weights):
+        share = weight / total
+        before = [0, *itertools.accumulate(chosen == number for chosen in numbers)]
+        off = [before[n] - share * n for n in range(count + 1)]
+        bound = (1 + share * (len(weights) - 2)) / 2 + 1e-9
+        assert max(map(abs, off)) <= bound
+        # Each draw of a set is counted once, whatever draw the counting starts from.
+        own = [p for chosen, p in zip(numbers, positions, strict=True) if chosen == number]
+        assert own == list(range(len(own)))
+
+
+def test_late_draws_cost_no_more_and_are_as_exact():
+    source, period = mixture(0.7, 0.2, 0.1), 10
+    for start in (10**6, 10**12):
+        shifted = [source.locate(start + draw) for draw in range(30)]
+        first = [source.locate(draw) for draw in range(30)]
+        per_period = [7, 2, 1]
+        assert shifted == [(k, p + start // period * per_period[k]) for k, p in first]
+
+
+def test_a_single_set_is_drawn_as_ever():
+    """Frozen: whoever resumes a run draws what it would have drawn."""
+    prompts = [Prompt(text=f"a{i}") for i in range(5)]
+    alone = GroupSampler(prompts, groups=3, group_size=1, seed=0)
+    texts = [r.prompt for step in range(4) for r in alone.requests(step)]
+    assert "".join(text[1] for text in texts) == "301421034221"
+    for weight in (1, 0.3, 1e9):
+        assert drawn(mixture(weight), 12) == texts
+    # In a mixture its own draws stay in that order.
+    assert [text for text in drawn(mixture(1, 1), 24) if text[0] == "a"] == texts
+
+
+def test_each_set_has_epochs_of_its_own():
+    texts = drawn(mixture(1, 2, sizes=(3, 5)), 90)
+    for name, size in (("a", 3), ("b", 5)):
+        own = [text for text in texts if text[0] == name]
+        epochs = [tuple(own[i : i + size]) for i in range(0, len(own), size)]
+        assert {frozenset(epoch) for epoch in epochs} == {frozenset(own)}
+        assert len(set(epochs)) > 3
+    same_size = drawn(mixture(1, 1), 200)
+    first, second = ([text[1] for text in same_size if text[0] == name] for name in "ab")
+    assert first != second
+
+
+def test_a_mixture_is_a_function_of_seed_and_draw():
+    source = mixture(2, 1)
+    assert drawn(source, 60, groups=3) == drawn(source, 60, groups=4)
+    assert drawn(source, 60) == drawn(mixture(4, 2), 60)
+    assert drawn(source, 60) != drawn(source, 60, seed=1)
+    one = GroupSampler(source, groups=2, group_size=3, seed=0, shared_start=True)
+    assert one.requests(7) == GroupSampler(
+        mixture(2, 1), groups=2, group_size=3, seed=0, shared_start=True
+    ).requests(7)
+    assert [prompt.text for prompt in one.prompts] == [f"{n}{i}" for n in "ab" for i in range(5)]
+
+
+def test_a_mixture_describes_itself():
+    assert mixture(3, 1, sizes=(2, 7)).describe() == (
+        "2 prompt sets: 2 prompts in 75 % of the draws, 7 prompts in 25 % of the draws"
+    )
+
+
+def test_sets_in_turn():
+    sets = [[Prompt(text=f"{n}{i}") for i in range(size)] for n, size in (("a", 1), ("b", 3))]
+    assert [prompt.text for prompt in in_turn(sets)] == ["a0", "b0", "b1", "b2"]
+    assert in_turn([]) == ()
+
+
+# ---------------------------------------------------------------------- mixtures in a run
+
+
+def legible(images, prompts):
+    """As `ocr`: NaN where the prompt quotes nothing."""
+    values = images[:, 0].mean((1, 2)).double()
+    quotes = torch.tensor(['"' in prompt for prompt in prompts])
+    return torch.where(quotes, values, torch.nan)
+
+
+def green(images, prompts):
+    return images[:, 1].mean((1, 2))
+
+
+def run_of(folder, **prompts):
+    written(folder, "signs.txt", "".join(f'a sign that says "{word}"\n' for word in ("GO", "NO")))
+    written(folder, "plain.csv", "caption\na cat\na dog\na cow\n")
+    values = {
+        "output_dir": str(folder / "run"),
+        "policy": {"name": "toy"},
+        "sampling": {"steps": 2},
+        "prompts": prompts,
+        "rewards": {name: {"path": f"{__file__}:{name}"} for name in ("legible", "green")},
+        "objectives": {"method": "dual_stage"},
+        "loss": {"clip_range": 0.2},
+        "optimizer": {"lr": 0.03},
+        "trainer": {"steps": 12, "groups": 4, "group_size": 4, "updates": 2},
+        "checkpoint": {"every": 0},
+        "evaluation": {"every": 12, "prompts": 3},
+        "log": {"trackers": []},
+    }
+    config = from_dict(values)
+    check(config)
+    return config
+
+
+def mixed_sets(folder):
+    plain = {"path": str(folder / "plain.csv"), "column": "caption"}
+    signs = str(folder / "signs.txt")
+    return {"train": [{"path": signs}, plain | {"weight": 3}], "heldout": [signs, plain]}
+
+
+def test_a_mixture_of_signs_and_plain_prompts_trains_without_false_zeros(tmp_path, capsys):
+    trainer = build.trainer(run_of(tmp_path, **mixed_sets(tmp_path)))
+    trainer.progress = trainer.updater.progress = False
+    trainer.run()
+    shares = "2 prompts in 25 % of the draws, 3 prompts in 75 % of the draws"
+    assert shares in capsys.readouterr().out
+
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert [row["applies/legible"] for row in rows] == [0.25] * 12  # in every rollout
+    assert [row["applies/green"] for row in rows] == [1.0] * 12
+    for name in ("legible", "green"):
+        curve = [row[f"reward_mean/{name}"] for row in rows]
+        assert sum(curve[-3:]) > sum(curve[:3]), name
+    lines = [
+        json.loads(line)
+        for path in (tmp_path / "run" / "scores").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    assert len(lines) == 12 * 16
+    for line in lines:
+        assert (line["reward/legible"] is None) == ('"' not in line["prompt"])
+        assert line["reward/green"] is not None
+    # What does not apply leaves no trace in the mean, as a zero would.
+    last = [line for line in lines if line["step"] == 12 and line["reward/legible"] is not None]
+    mean = sum(line["reward/legible"] for line in last) / 4
+    assert rows[-1]["reward_mean/legible"] == pytest.approx(mean, rel=1e-6)
+
+    found = (tmp_path / "run" / "evaluation" / "step-000012.jsonl").read_text().splitlines()
+    asked = [json.loads(line)["prompt"] for line in found]
+    assert asked == ['a sign that says "GO"', "a cat", 'a sign that says "NO"']  # in turn
+
+
+def test_a_bad_line_of_one_of_several_files_is_named(tmp_path):
+    settings = run_of(tmp_path, **mixed_sets(tmp_path))
+    written(tmp_path, "plain.csv", "caption\na cat\n \n")
+    with pytest.raises(ConfigError, match=r"plain\.csv:3: .*non-empty text `caption`"):
+        build.train_prompts(settings)
+    with pytest.raises(ConfigError, match=r"plain\.csv:3: "):
+        build.heldout_requests(settings)
+    (tmp_path / "signs.txt").unlink()
+    with pytest.raises(ConfigError, match=r"signs\.txt` does not exist"):
+        build.train_prompts(settings)
+
+
+def test_the_word_tiny_may_stand_in_a_list(tmp_path):
+    settings = run_of(tmp_path, train=["tiny", str(tmp_path / "signs.txt")], heldout=["tiny"])
+    tiny, signs = build.train_prompts(settings).sets
+    assert (len(tiny.prompts) > 10, len(signs.prompts), tiny.weight) == (True, 2, 1.0)
+    assert build.heldout_requests(settings)[0].prompt == 'a red sign that says "SET"'
 
 
 # ---------------------------------------------------------------------- geometry

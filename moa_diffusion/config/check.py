@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 import operator
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from moa_diffusion.config.schema import Config
+from moa_diffusion.config.schema import Config, PromptFileConfig, WeightedPromptFileConfig
 from moa_diffusion.types import ConfigError
 
 _AT_LEAST: dict[str, float] = {
@@ -52,6 +55,7 @@ _POSITIVE = (
     "optimizer.max_grad_norm",
 )
 _POSITIVE_OR_NULL = ("loss.ratio_tolerance", "policy.lora.alpha")
+_PROMPT_FILES = {"train": WeightedPromptFileConfig, "heldout": PromptFileConfig}
 
 
 def check(config: Config) -> None:
@@ -75,6 +79,7 @@ def check(config: Config) -> None:
         "two numbers in [0, 1)",
     )
     _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
+    check_prompts(dataclasses.asdict(config.prompts))
     _check_together(config)
     if not config.rewards:
         raise ConfigError(
@@ -93,6 +98,9 @@ def _check_together(config: Config) -> None:
         lambda value: value < steps,
         f"less than sampling.steps = {steps} (the last step is not trained)",
     )
+    for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
+        if isinstance(files, list):
+            _check_distinct(f"prompts.{name}", files, config.prompts.column)
     if config.sampling.sampler == "cps":
         _require(config, "sampling.noise_level", lambda value: value <= 1, "at most 1 for cps")
     if config.evaluation.every:
@@ -102,6 +110,56 @@ def _check_together(config: Config) -> None:
             lambda value: value is not None,
             "a prompt file while evaluation.every is not 0",
         )
+
+
+def _check_distinct(key: str, files: list[Any], column: str) -> None:
+    seen: dict[tuple[Path, str], int] = {}
+    for number, file in enumerate(files):
+        record = PromptFileConfig(path=file) if isinstance(file, str) else file
+        first = seen.setdefault((Path(record.path).resolve(), record.column or column), number)
+        if first != number:
+            raise ConfigError(
+                f"{key}[{number}]: should be another file than {key}[{first}]. "
+                f"Found `{record.path}` again."
+            )
+
+
+def check_prompts(prompts: dict[str, Any]) -> None:
+    """Check the lists of prompt files, as a YAML file has them.
+
+    Raises:
+        ConfigError: naming the first entry that is wrong.
+    """
+    for name, record in _PROMPT_FILES.items():
+        key, value = f"prompts.{name}", prompts.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"{key}: should be a prompt file or a list of some. Found {value!r}.")
+        for number, entry in enumerate(value):
+            if not isinstance(entry, str):
+                _check_prompt_file(f"{key}[{number}]", entry, record)
+
+
+def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> None:
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise ConfigError(f"{key}: should be a file or a mapping with `path`. Found {entry!r}.")
+    valid = [field.name for field in dataclasses.fields(record)]
+    for name in entry:
+        if name not in valid:
+            near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            if name == "weight":
+                hint = " Every held-out prompt is drawn; weights are for prompts.train."
+            raise ConfigError(f"{key}.{name}: unknown key.{hint} Valid keys: {', '.join(valid)}.")
+    for name in ("path", "column"):
+        value = entry.get(name)
+        if not isinstance(value, str) and (name == "path" or value is not None):
+            raise ConfigError(f"{key}.{name}: should be text. Found {value!r}.")
+    weight = entry.get("weight", 1.0)
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not 0 < weight < math.inf:
+        raise ConfigError(f"{key}.weight: should be a positive number. Found {weight!r}.")
 
 
 def check_rewards(rewards: dict[str, Any]) -> None:

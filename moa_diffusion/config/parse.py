@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from moa_diffusion.config.check import check, check_rewards
+from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.schema import Config
 from moa_diffusion.types import ConfigError
 
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     from jsonargparse import ArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments, open_mappings = _merge_open_mappings(arguments)
+    arguments, open_mappings, prompt_files = _merge_open_values(arguments)
     check_rewards(open_mappings.get("rewards", {}))
     # jsonargparse's own option would print open mappings with words read as YAML again.
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
@@ -43,9 +43,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     except Exception as error:  # argparse and jsonargparse raise several kinds
         raise ConfigError(" ".join(str(error).split())) from error
     values = namespace.as_dict()
-    for key, mapping in open_mappings.items():  # jsonargparse reads text in them as YAML again
-        *sections, last = key.split(".")
-        reduce(dict.__getitem__, sections, values)[last] = mapping
+    for key, value in (open_mappings | prompt_files).items():
+        *sections, last = key.split(".")  # jsonargparse reads text in them as YAML again
+        reduce(dict.__getitem__, sections, values)[last] = value
     config = from_dict(values)
     _check_nulls(config)
     check(config)
@@ -61,7 +61,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Nested dictionaries to dataclasses; keys without a value keep their default."""
+    """Nested dictionaries to dataclasses; keys without a value keep their default.
+
+    Raises:
+        ConfigError: for a list of prompt files with a wrong entry.
+    """
+    check_prompts(values.get("prompts", {}))
     built: Config = _build(Config, values)
     return built
 
@@ -74,29 +79,40 @@ def to_yaml(config: Config) -> str:
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
-    arguments = {
-        name: _build(hints[name], value)
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
-        else value
-        for name, value in values.items()
-        if name in hints
-    }
-    return kind(**arguments)
+    return kind(**{n: _convert(hints[n], value) for n, value in values.items() if n in hints})
 
 
-def _merge_open_mappings(
+def _convert(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value)
+    record = _record(hint) if isinstance(value, list) else None
+    if record is None:
+        return value
+    return [_build(record, item) if isinstance(item, dict) else item for item in value]
+
+
+def _record(hint: Any) -> Any:
+    """The dataclass in a hint such as ``str | list[str | Record]``; None if there is none."""
+    inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
+    return next((found for found in inside if found is not None), None)
+
+
+def _merge_open_values(
     arguments: Sequence[str],
-) -> tuple[list[str], dict[str, dict[str, Any]]]:
+) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, Any]]:
     """Check every key, and gather what is set below open mappings (``rewards``) into one option.
 
     jsonargparse lets ``--rewards.ocr.weight 2`` replace all other options of ``ocr``; here it
-    changes the one. On the command line null takes a key away.
+    changes the one. On the command line null takes a key away. And it lets a list of prompt files
+    inherit the weights of the list that it replaces; here only the last list counts.
 
     Returns:
-        the arguments with one option per open mapping, and the open mappings by dotted key.
+        the arguments with one option per open mapping and list of prompt files, and these mappings
+        and lists by dotted key.
     """
     rest: list[str] = []
     open_mappings: dict[str, dict[str, Any]] = {}
+    prompt_files: dict[str, Any] = {}
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
@@ -109,10 +125,13 @@ def _merge_open_mappings(
         rest += [argument] if separator != " " else [argument, value]
         if name == "config":
             _check_mapping(values := _read_yaml(value))
+            prompt_files |= _prompt_files(values.get("prompts", {}))
             for key, mapping in _open_values(values):
                 open_mappings[key] = _merge(open_mappings.get(key, {}), mapping)
             continue
         _check_key(name)
+        if name in ("prompts.train", "prompts.heldout") and separator:
+            prompt_files |= _prompt_files({name.removeprefix("prompts."): _listed(value)})
         opened = next((key for key in _OPEN if f"{name}.".startswith(f"{key}.")), None)
         if opened is not None:
             del rest[-1 if separator != " " else -2 :]
@@ -124,8 +143,30 @@ def _merge_open_mappings(
             open_mappings[opened] = _without_nulls(
                 _merge(open_mappings.get(opened, {}), nested), nested
             )
-    rest += [f"--{key}={json.dumps(mapping)}" for key, mapping in open_mappings.items()]
-    return rest, open_mappings
+    prompt_files = {key: files for key, files in prompt_files.items() if isinstance(files, list)}
+    gathered = open_mappings | prompt_files
+    rest += [f"--{key}={json.dumps(value)}" for key, value in gathered.items()]
+    return rest, open_mappings, prompt_files
+
+
+def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
+    """What is set of ``prompts.train`` and ``prompts.heldout``; in lists with all defaults."""
+    check_prompts(prompts)
+    found = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
+    for key, files in found.items():
+        if isinstance(files, list):
+            entries = [{"path": file} if isinstance(file, str) else file for file in files]
+            found[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
+    return found
+
+
+def _listed(text: str) -> Any:
+    """A list or mapping in an option's text; the text where it is a file's name."""
+    try:
+        value = yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (list, dict)) else text
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

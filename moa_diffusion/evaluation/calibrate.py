@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion import build, tiny
+from moa_diffusion import build
 from moa_diffusion.config import Config
-from moa_diffusion.data import GroupSampler, derive_seed, read_prompts
+from moa_diffusion.data import GroupSampler, derive_seed
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.objectives.calibration import HIJACK, Calibration, calibrate
 from moa_diffusion.policies.base import Policy
@@ -147,9 +147,7 @@ def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request,
             "--images: should be at least 2, or there is no spread within a prompt. "
             f"Found {images}."
         )
-    path = settings.prompts.train
-    file = tiny.PROMPTS_PATH / "train.txt" if path == "tiny" else Path(path)
-    known = read_prompts(file, column=settings.prompts.column)
+    known = build.train_prompts(settings)
     sampler = GroupSampler(
         known,
         groups=1,
@@ -157,7 +155,7 @@ def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request,
         seed=settings.seed,
         shared_start=settings.sampling.shared_start,
     )
-    return [sampler.requests(step) for step in range(min(prompts, len(known)))]
+    return [sampler.requests(step) for step in range(min(prompts, len(known.prompts)))]
 
 
 def _sample(model: Policy, group: Sequence[Request], batch: int) -> Rollout:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards import FunctionHead, RewardBatch, RewardError, RewardHead
+from rewards import RewardBatch, RewardError, RewardHead, Scores
 
 
 def images(n: int = 3, side: int = 4) -> torch.Tensor:
@@ -146,64 +146,40 @@ def test_a_long_list_of_samples_is_cut_in_the_message_only():
     assert len(error.samples) == 40
 
 
-# --- plain functions ---------------------------------------------------------------------------
+# --- columns of the scores table ----------------------------------------------------------------
+
+
+def test_columns_come_with_the_scores():
+    scores = Scores(
+        values=torch.zeros(3), extra={"text": ["a", None, "c"], "box": [[1, 2], [], {}]}
+    )
+    found = Fixed(scores).evaluate(batch())
+    assert found.extra == scores.extra
+    assert Fixed(scores)(batch()).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    "convert", [list, np.array, torch.tensor, lambda v: np.array(v, dtype=np.int64)]
+    ("extra", "message"),
+    [
+        (
+            {"text": ["a", torch.zeros(1), "c"]},
+            r"on sample #1 'prompt 1': The column `text` should",
+        ),
+        ({"text": ["a", "b", float("nan")]}, r"on sample #2 .*should hold JSON values. Found nan"),
+        ({"text": [np.float32(1), 2, 3]}, r"on sample #0 .*Found np.float32\(1.0\)"),
+        ({3: ["a", "b", "c"]}, "name of a column should be text. Found 3"),
+        ({"": ["a", "b", "c"]}, "name of a column should be text. Found ''"),
+    ],
 )
-def test_a_function_may_return_a_list_an_array_or_a_tensor(convert):
-    head = FunctionHead(lambda images, prompts: convert([0, 1, 2]))
-    assert head(batch()).tolist() == [0.0, 1.0, 2.0]
+def test_a_column_that_is_no_json_is_an_error(extra, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        Fixed(Scores(values=torch.zeros(3), extra=extra)).evaluate(batch())
+    assert caught.value.head == "fixed"
 
 
-def test_a_function_sees_the_tensor_and_the_metadata_it_names():
-    seen = {}
-
-    def f(images, prompts, tag, *, count=7, absent="default"):
-        seen.update(images=images, prompts=prompts, tag=tag, count=count, absent=absent)
-        return [0.0] * len(prompts)
-
-    b = batch(2, metadata=[{"tag": "a", "count": 1, "other": 0}, {"tag": "b"}])
-    FunctionHead(f)(b)
-    assert seen["images"] is b.images
-    assert seen["prompts"] == ["prompt 0", "prompt 1"]
-    assert (seen["tag"], seen["count"]) == (["a", "b"], [1, None])
-    assert seen["absent"] == "default"
-
-
-def test_a_function_with_keywords_sees_all_metadata():
-    seen = {}
-
-    def f(images, prompts, **metadata):
-        seen.update(metadata)
-        return [0.0] * len(prompts)
-
-    FunctionHead(f)(batch(2, metadata=[{"tag": "a"}, {"x": 1}]))
-    assert seen == {"tag": ["a", None], "x": [None, 1]}
-
-
-def test_missing_metadata_names_the_samples():
-    head = FunctionHead(lambda images, prompts, tag: [0.0] * 3, name="tagged")
-    with pytest.raises(RewardError, match=r'"tagged" failed on sample #1 .*`tag`') as caught:
-        head(batch(3, metadata=[{"tag": 1}, {}, {"tag": 2}]))
-    assert caught.value.samples == ((1, "prompt 1"),)
-
-
-def test_options_of_a_function_are_fixed_and_not_read_from_metadata():
-    head = FunctionHead(lambda images, prompts, size: [size] * 2, options={"size": 5})
-    assert head(batch(2, metadata=[{"size": 1}, {"size": 2}])).tolist() == [5.0, 5.0]
-    with pytest.raises(ValueError, match="depth"):
-        FunctionHead(lambda images, prompts, size: [], options={"depth": 5})
-
-
-def test_a_function_scores_texts_too():
-    head = FunctionHead(lambda texts, prompts: [len(text) for text in texts])
-    assert head(RewardBatch(prompts=["p", "q"], texts=["ab", "abc"])).tolist() == [2.0, 3.0]
-
-
-def test_a_function_of_the_wrong_length_or_signature_is_refused():
-    with pytest.raises(RewardError, match=r"Found \[1\]"):
-        FunctionHead(lambda images, prompts: [0.0])(batch(2))
-    with pytest.raises(ValueError, match=r"should take `\(images, prompts"):
-        FunctionHead(lambda images: [0.0])
+@pytest.mark.parametrize("cells", [["a", "b"], "abc"])
+def test_a_column_needs_an_entry_per_sample(cells):
+    with pytest.raises(
+        ValueError, match=r"`extra\['text'\]` should have one entry per sample \(3\)"
+    ):
+        Scores(values=torch.zeros(3), extra={"text": cells})

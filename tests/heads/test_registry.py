@@ -32,6 +32,17 @@ USER_FILE = """
         '''
         return [len(prompt.split()) for prompt in prompts]
 
+    @register("user_each", per_image=True)
+    def each(text, prompt, bonus=0.0):
+        return len(text) + bonus
+
+    @register("user_async", per_image=True)
+    async def each_async(text, prompt, bonus=0.0):
+        return len(text) + bonus
+
+    async def plain_async(text, prompt):
+        return len(text)
+
     @register("user_class")
     class Constant(RewardHead):
         '''A constant.'''
@@ -84,6 +95,51 @@ def test_an_import_path_names_a_function_or_a_class(user, by_file):
     assert constant(texts("a", "b")).tolist() == [6.0, 6.0]
 
     assert create(f"{place}:plain").name == "plain"
+
+
+def test_whether_a_function_takes_one_image_is_said_once(user):
+    """By `@register` in its own file, or by an option where nobody registered it."""
+    b = texts("ab", "c")
+    for function in ("each", "each_async"):
+        head = create("mine", f"user_rewards:{function}", bonus=1.0)
+        assert isinstance(head, FunctionHead)
+        assert head.per_image
+        assert head(b).tolist() == [3.0, 2.0]
+        head.close()
+    head = create("mine", "user_rewards:plain_async", per_image=True, concurrency=3)
+    assert isinstance(head, FunctionHead)
+    assert head.concurrency == 3
+    assert head(b).tolist() == [2.0, 1.0]
+    head.close()
+    assert create("mine", "user_rewards:plain", per_image=False)(b).tolist() == [2.0, 1.0]
+    assert create("user_each")(b).tolist() == [2.0, 1.0]
+    assert create("user_async", concurrency=2).concurrency == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("each", {"per_image": True}, 'no option "per_image".* Valid options: bonus'),
+        ("each", {"concurrency": 2}, 'no option "concurrency".* Valid options: bonus'),
+        ("each_async", {"concurency": 2}, 'Did you mean "concurrency"'),
+        ("plain", {"per_image": True, "concurrency": 2}, 'no option "concurrency"'),
+        ("plain_async", {"concurrency": 2}, "Valid options: per_image"),
+        ("plain", {"per_image": "yes"}, "should be true or false. Found 'yes'"),
+        ("each_async", {"concurrency": 0}, "should be a positive integer"),
+    ],
+)
+def test_options_that_do_not_fit_the_kind_of_function(user, function, options, message):
+    with pytest.raises(ValueError, match=message):
+        create("mine", f"user_rewards:{function}", **options)
+
+
+def test_a_class_scores_batches():
+    with pytest.raises(ValueError, match=r"`per_image` is for functions.*`.*Mine`"):
+
+        @register("mine", per_image=True)
+        class Mine(RewardHead):
+            def score(self, batch):
+                return torch.zeros(len(batch))
 
 
 def test_what_a_user_module_registers_is_found_by_name(user):

@@ -1,0 +1,303 @@
+"""Plain functions as reward heads: for a batch or for one image, blocking or async."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.coroutines import LoopRunner, gather
+
+CONCURRENCY = 8  # samples under way at a time, by default
+OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
+
+
+class FunctionHead(RewardHead):
+    """A plain function as a reward head.
+
+    A batch function is `f(images, prompts, **metadata) -> list[float]`, or an array, or a tensor:
+    N numbers, higher is better, `NaN` where the objective does not apply. `images` is the tensor
+    `[N, 3, H, W]` in [0, 1] (the list of texts when the batch holds texts), `prompts` the list of
+    N prompts. To add columns to the scores table it returns `Scores(values=..., extra={column: N
+    JSON values})`.
+
+    With `per_image` it is `f(image, prompt, **metadata) -> float`, called once per sample with
+    `image [3, H, W]` (or the text). To add columns it returns `(score, {column: JSON value})`; a
+    sample for which it returns none gets null in them.
+
+    A metadata key is passed when the function names it as a further parameter, or for every key
+    when it has `**metadata`: to a batch function as a list of N values, `None` for a sample without
+    the key (if no sample has it, the parameter's default holds); with `per_image` as the sample's
+    value. A sample without a key that a parameter without a default names is an error.
+
+    Either kind may be an `async def`. Its coroutines run on one event loop that the head keeps, so
+    a client with open connections may serve all batches. Nothing here limits how long they take:
+    give what waits on a network a timeout.
+
+    Args:
+        function: The function.
+        name: Name of the objective; the function's own name by default.
+        unit: Unit of the scores.
+        requires: What a prompt must have for the function to return something else than `NaN`.
+        options: Fixed values for further parameters of the function; never read from metadata.
+        per_image: Whether the function scores one image and not a batch.
+        concurrency: With `per_image` and an async function, how many samples of a batch may be
+            under way at a time.
+
+    Raises:
+        ValueError: If the function does not take two positional arguments or claims the name of an
+            option of the head, an option names no further parameter of it, or `concurrency` is not
+            a positive integer.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        unit: str = "",
+        requires: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        per_image: bool = False,
+        concurrency: int = CONCURRENCY,
+    ) -> None:
+        self.name = name or function_name(function)
+        self.unit = unit
+        self.requires = tuple(requires)
+        self.function = function
+        self.options = dict(options or {})
+        if not isinstance(per_image, bool):
+            raise ValueError(f"Parameter `per_image` should be true or false. Found {per_image!r}.")
+        self.per_image = per_image
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(
+                "Parameter `concurrency` should be a positive integer. "
+                f"Found `concurrency = {concurrency!r}`."
+            )
+        self.concurrency = concurrency
+        self._named, self._takes_any = further_parameters(function)
+        unknown = sorted(set(self.options) - set(self._named))
+        if unknown:
+            raise ValueError(
+                f"Options of `{self.name}` should be among {sorted(self._named)}. Found {unknown}."
+            )
+        self._is_async = is_async(function)
+        self._loop = LoopRunner()
+
+    def score(self, batch: RewardBatch) -> Scores:
+        """Calls the function; see the class for what it is given and may return.
+
+        Raises:
+            RewardError: If a sample lacks metadata, or the function returns something else than
+                numbers; with `per_image`, for whatever it raises. Names the samples.
+        """
+        self._check_metadata(batch)
+        return self._score_each(batch) if self.per_image else self._score_batch(batch)
+
+    def close(self) -> None:
+        """Closes the event loop of an async function; the next batch opens another."""
+        self._loop.close()
+
+    def _score_batch(self, batch: RewardBatch) -> Scores:
+        samples = list(batch.require_texts()) if batch.images is None else batch.images
+        found = self.function(samples, list(batch.prompts), **self._columns(batch), **self.options)
+        if self._is_async:
+            found = self._loop.run(found)
+        if isinstance(found, Scores):
+            return Scores(values=_tensor(found.values, batch), extra=found.extra)
+        return Scores(values=_tensor(found, batch))
+
+    def _score_each(self, batch: RewardBatch) -> Scores:
+        samples = batch.require_texts() if batch.images is None else batch.images
+        calls = [
+            partial(self.function, sample, prompt, **self._keywords(entry), **self.options)
+            for sample, prompt, entry in zip(samples, batch.prompts, batch.metadata, strict=True)
+        ]
+        if self._is_async:
+            pairs = self._loop.run(self._await_each(calls, batch))
+        else:
+            pairs = [_attempt(call, index, batch) for index, call in enumerate(calls)]
+        columns = list(dict.fromkeys(column for _, cells in pairs for column in cells))
+        return Scores(
+            values=torch.tensor([value for value, _ in pairs], dtype=torch.float64),
+            extra={column: [cells.get(column) for _, cells in pairs] for column in columns},
+        )
+
+    async def _await_each(
+        self, calls: Sequence[Callable[[], Awaitable[Any]]], batch: RewardBatch
+    ) -> list[tuple[float, Mapping[str, Any]]]:
+        attempts = [partial(_await, call, index, batch) for index, call in enumerate(calls)]
+        try:
+            return await gather(attempts, concurrency=self.concurrency)
+        except ExceptionGroup as group:
+            errors = [error for error in group.exceptions if isinstance(error, RewardError)]
+            samples = sorted(sample for error in errors for sample in error.samples)
+            raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
+
+    def _check_metadata(self, batch: RewardBatch) -> None:
+        for key, default in self._named.items():
+            if default is not inspect.Parameter.empty or key in self.options:
+                continue
+            lacking = [index for index, entry in enumerate(batch.metadata) if key not in entry]
+            if lacking:
+                raise RewardError(
+                    f"The function needs the metadata key `{key}`, which these samples lack.",
+                    samples=batch.samples(lacking),
+                )
+
+    def _keywords(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """What the function is given of one sample's metadata."""
+        return {
+            key: value
+            for key, value in entry.items()
+            if key not in self.options and (self._takes_any or key in self._named)
+        }
+
+    def _columns(self, batch: RewardBatch) -> dict[str, list[Any]]:
+        """What the function is given of all samples' metadata."""
+        keys = {key: None for entry in batch.metadata for key in self._keywords(entry)}
+        return {key: [entry.get(key) for entry in batch.metadata] for key in keys}
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Name of a function, or of the class of another callable."""
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling the function gives a coroutine; knows objects with an async `__call__`."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )
+
+
+def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """Parameters of a reward function after `images` and `prompts` (`image` and `prompt`).
+
+    Returns:
+        Their names with defaults (`inspect.Parameter.empty` for none), and whether the function
+        takes any keyword.
+
+    Raises:
+        ValueError: If the function does not take two positional arguments, or a further one has
+            the name of an option of `FunctionHead`.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = inspect.Parameter
+    by_position = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(by_position) < 2 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
+        raise ValueError(
+            f"A reward function should take `(images, prompts, ...)`, or one by one "
+            f"`(image, prompt, ...)`. "
+            f"Found `{function_name(function)}{inspect.signature(function)}`."
+        )
+    first_two = {p.name for p in by_position[:2]}
+    named = {
+        p.name: p.default
+        for p in parameters
+        if p.name not in first_two and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    for option in OWN_OPTIONS:
+        if option in named:
+            raise ValueError(
+                f"A reward function should have no parameter `{option}`: that is an option of the "
+                f"head. Found `{function_name(function)}{inspect.signature(function)}`."
+            )
+    return named, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+
+
+def _attempt(
+    call: Callable[[], Any], index: int, batch: RewardBatch
+) -> tuple[float, Mapping[str, Any]]:
+    """Scores one sample; whatever goes wrong is pinned on it."""
+    try:
+        return _pair(call())
+    except Exception as error:
+        raise _failure(error, index, batch) from error
+
+
+async def _await(
+    call: Callable[[], Awaitable[Any]], index: int, batch: RewardBatch
+) -> tuple[float, Mapping[str, Any]]:
+    """As `_attempt`, for an async function."""
+    try:
+        return _pair(await call())
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # from outside: another sample failed
+            raise
+        raise _failure(error, index, batch) from error
+    except Exception as error:
+        raise _failure(error, index, batch) from error
+
+
+def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardError:
+    if isinstance(error, RewardError):
+        return RewardError(error.cause, samples=batch.samples([index]))
+    return RewardError(f"{type(error).__name__}: {error}", samples=batch.samples([index]))
+
+
+def _pair(found: Any) -> tuple[float, Mapping[str, Any]]:
+    """A sample's score and its further columns."""
+    if not isinstance(found, tuple):
+        return _number(found), {}
+    if len(found) != 2 or not isinstance(found[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in found)
+        raise RewardError(
+            f"The function should return a number or (number, {{column: value}}). Found ({kinds})."
+        )
+    return _number(found[0]), found[1]
+
+
+def _number(value: Any) -> float:
+    # Only what is a number: float() and NumPy would read text, and NumPy makes NaN of None, which
+    # says "does not apply" where the function perhaps forgot to return.
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.item())
+    if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "biuf":
+        return float(value.item())
+    if isinstance(value, (Real, np.bool_)):
+        return float(value)
+    raise RewardError(
+        "A score should be a number, NaN where the objective does not apply. "
+        f"Found {_shown(value)}."
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return repr(value)
+    shape = f" of shape {list(value.shape)}" if isinstance(value, (Tensor, np.ndarray)) else ""
+    return f"{type(value).__name__}{shape}"
+
+
+def _tensor(values: Any, batch: RewardBatch) -> Tensor:
+    """What a batch function returned, as a floating tensor; the caller checks its length."""
+    if isinstance(values, Tensor):
+        return values if values.is_floating_point() else values.double()
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        numbers = []
+        for index, value in enumerate(values):
+            try:
+                numbers.append(_number(value))
+            except RewardError as error:
+                samples = batch.samples([index]) if index < len(batch) else ()
+                raise RewardError(error.cause, samples=samples) from None
+        return torch.tensor(numbers, dtype=torch.float64)
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise RewardError(
+            f"The function should return {len(batch)} numbers. Found {_shown(values)}."
+        )
+    return torch.as_tensor(array.astype(np.float64))

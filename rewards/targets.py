@@ -1,0 +1,150 @@
+"""From what is written down to the function or class it names: import paths and entry points."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.base import RewardHead
+from rewards.functions import further_parameters
+
+Target = type[RewardHead] | Callable[..., Any]
+
+GROUP = "moa_diffusion.rewards"  # of the entry points that declare heads
+
+
+def declared() -> dict[str, list[EntryPoint]]:
+    """Heads that installed packages declare in the entry point group `GROUP`; loads none of them.
+
+    Returns:
+        By name; more than one where several packages declare the same.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def distribution(point: EntryPoint) -> str:
+    """The package that declares an entry point, for messages: name and version."""
+    if point.dist is None:
+        return f"an unknown package (`{point.value}`)"
+    return f'the package "{point.dist.name}" {point.dist.version}'
+
+
+def load_entry_point(point: EntryPoint) -> Target:
+    """Imports what an entry point names.
+
+    Raises:
+        ValueError: If importing fails, or it names no head; the message names the package.
+    """
+    label = f'Reward head "{point.name}" of {distribution(point)} (entry point `{point.value}`)'
+    try:
+        found = point.load()
+    except Exception as error:
+        raise ValueError(f"{label}: loading failed: {type(error).__name__}: {error}") from error
+    return _checked(found, point.attr or point.value, label)
+
+
+def import_target(path: str) -> Target:
+    """Imports what a path names.
+
+    Args:
+        path: `my_module:my_reward` or `path/to/file.py:my_reward`.
+
+    Raises:
+        ValueError: If importing fails, or it names no head; the message says which part failed.
+    """
+    place, _, attribute = path.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(
+            f"A reward path should read `my_module:my_reward` or `path/to/file.py:my_reward`. "
+            f"Found {path!r}."
+        )
+    module = _import_file(place, path) if place.endswith(".py") else _import_module(place, path)
+    found: Any = module
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            public = sorted(key for key in vars(module) if not key.startswith("_"))
+            raise ValueError(
+                f'Reward path "{path}": `{place}` has no attribute `{attribute}`.'
+                f"{nearest(attribute, public)}"
+            ) from error
+    return _checked(found, attribute, f'Reward path "{path}"')
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question to end an error message with: the known name that looks most like this one."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f' Did you mean "{matches[0]}"?' if matches else ""
+
+
+def _checked(found: Any, attribute: str, label: str) -> Target:
+    if isinstance(found, RewardHead):
+        raise ValueError(
+            f"{label}: `{attribute}` is a finished head. Name its class, "
+            f"`{type(found).__name__}`, so that every objective gets its own."
+        )
+    if isinstance(found, type) and not issubclass(found, RewardHead):
+        raise ValueError(f"{label}: `{attribute}` is a class but no RewardHead.")
+    if not callable(found):
+        raise ValueError(f"{label}: `{attribute}` is not callable. Found {type(found).__name__}.")
+    if not isinstance(found, type):
+        try:
+            further_parameters(found)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+    target: Target = found
+    return target
+
+
+def _import_module(place: str, path: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # a script's own folder stands there instead
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
+            raise ValueError(
+                f'Reward path "{path}": there is no module `{error.name}` on the import path. '
+                f"A file is named by `path/to/file.py:my_reward`."
+            ) from error
+        raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
+    except Exception as error:
+        raise ValueError(
+            f'Reward path "{path}": importing `{place}` failed: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _import_file(place: str, path: str) -> ModuleType:
+    file = Path(place).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f'Reward path "{path}": there is no file `{file}`.')
+    # One module per file: asked for twice, a file runs once.
+    name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f'Reward path "{path}": `{file}` cannot be imported.')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(
+            f'Reward path "{path}": importing `{file}` failed: {type(error).__name__}: {error}'
+        ) from error
+    return module
