@@ -56,6 +56,16 @@ def test_runs_and_the_environment_are_ignored_by_git() -> None:
     assert {"runs/", ".venv/"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
+def test_scripts_import_the_package_rewards_and_not_the_script_of_that_name() -> None:
+    code = "import rewards.ocr as o, rewards as r; print(r.RewardHead, o.__name__, r.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rewards.base.RewardHead" in done.stdout
+    assert done.stdout.strip().endswith("__init__.py")
+
+
 def test_the_packages_load_no_heavy_library() -> None:
     heavy = ("diffusers", "transformers", "peft", "torchjd", "matplotlib")
     code = f"import sys, moa_diffusion, rewards; print([n for n in {heavy} if n in sys.modules])"

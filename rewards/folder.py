@@ -1,0 +1,234 @@
+"""Scores of a folder of pictures, in a table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from rewards.base import RewardBatch, RewardHead
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_OWN_COLUMNS = ("file", "prompt", "score")
+
+
+def match(
+    folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[tuple[Path, str, Mapping[str, Any]]]:
+    """Pairs pictures with prompts.
+
+    Args:
+        folder: Its pictures are taken in natural order: `2.png` before `10.png`.
+        prompts: Prompt and metadata. If the metadata has the key `file`, that names the picture in
+            the folder; else prompt i belongs to picture i.
+
+    Returns:
+        File, prompt and metadata without `file`, in the order of the files.
+
+    Raises:
+        ValueError: If a picture lacks a prompt or a prompt its picture.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder `{folder}`.")
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
+    files.sort(key=lambda file: _natural(file.name))
+    if not files:
+        raise ValueError(f"`{folder}` should hold pictures ({', '.join(SUFFIXES)}). Found none.")
+    named = [str(metadata["file"]) for _, metadata in prompts if "file" in metadata]
+    if not named:
+        if len(files) != len(prompts):
+            raise ValueError(
+                f"There should be one prompt per picture. Found {len(files)} pictures in "
+                f"`{folder}` and {len(prompts)} prompts."
+            )
+        return [(file, *pair) for file, pair in zip(files, prompts, strict=True)]
+    if len(named) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(named)} of {len(prompts)} prompts lack a `file`.")
+    twice = sorted({name for name in named if named.count(name) > 1})
+    strangers = sorted(set(named) - {file.name for file in files})
+    lacking = [file.name for file in files if file.name not in set(named)]
+    for problem, names in (
+        ("files have more than one prompt", twice),
+        ("files of the prompts are not in the folder", strangers),
+        ("pictures have no prompt", lacking),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            raise ValueError(f"{len(names)} {problem}: {', '.join(names[:5])}{more}.")
+    by_name = {str(metadata["file"]): (prompt, metadata) for prompt, metadata in prompts}
+    return [
+        (file, prompt, {key: value for key, value in metadata.items() if key != "file"})
+        for file in files
+        for prompt, metadata in [by_name[file.name]]
+    ]
+
+
+class ScoreTable:
+    """A table that grows batch by batch: a row per picture with file, prompt, score and extras.
+
+    Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none; `finish`
+    turns them into the file that was asked for.
+
+    Args:
+        output: `.parquet`, `.csv` or `.jsonl`. A file of this name is replaced by `finish`.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+        ImportError: If it is `.parquet` and pyarrow is not installed.
+    """
+
+    def __init__(self, output: Path) -> None:
+        writers = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jsonl}
+        if output.suffix not in writers:
+            raise ValueError(f"`{output}` should end in one of {', '.join(writers)}.")
+        if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise ImportError(
+                'A .parquet file needs pyarrow. Install with: pip install "moa-diffusion[report]"'
+            )
+        self.output = output
+        self.partial = output.with_name(f"{output.name}.partial.jsonl")
+        self.rows: list[dict[str, Any]] = []
+        self._write = writers[output.suffix]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.write_text("")
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows; they are on disk when this returns."""
+        with self.partial.open("a", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        self.rows.extend(rows)
+
+    def finish(self, provenance: Mapping[str, Any]) -> None:
+        """Writes the file, with the provenance in it (.parquet) or beside it (OUTPUT.json)."""
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        table = {column: [row.get(column) for row in self.rows] for column in columns}
+        draft = self.output.with_name(f"{self.output.name}.draft")
+        self._write(draft, table, provenance)
+        if self.output.suffix != ".parquet":
+            beside = self.output.with_name(f"{self.output.name}.json")
+            beside.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, self.output)
+        self.partial.unlink()
+
+
+def score_folder(
+    head: RewardHead,
+    pairs: Sequence[tuple[Path, str, Mapping[str, Any]]],
+    table: ScoreTable,
+    *,
+    batch_size: int,
+) -> None:
+    """Scores pictures and adds a row for each, in order; a progress bar shows how far it is.
+
+    Args:
+        head: The head.
+        pairs: See `match`.
+        table: Gets the rows; the score is None where the objective does not apply.
+        batch_size: Pictures read at once; those of one size among them are scored together.
+
+    Raises:
+        RewardError: If the head fails.
+        ValueError: If a picture cannot be read, or the head's further columns do not fit in.
+    """
+    with tqdm(total=len(pairs), desc=head.name, unit="picture") as bar:
+        for start in range(0, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            pictures = [_read(file) for file, _, _ in part]
+            rows: list[dict[str, Any]] = [{} for _ in part]
+            for shape in dict.fromkeys(picture.shape for picture in pictures):
+                chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
+                stack = torch.from_numpy(np.stack([pictures[i] for i in chosen]))  # [n, H, W, 3]
+                scores = head.evaluate(
+                    RewardBatch(
+                        prompts=[part[i][1] for i in chosen],
+                        metadata=[part[i][2] for i in chosen],
+                        images=stack.permute(0, 3, 1, 2).float().div(255),  # [n, 3, H, W]
+                    )
+                )
+                taken = sorted(set(_OWN_COLUMNS) & set(scores.extra))
+                if taken:
+                    raise ValueError(f"The head's columns {taken} are names of the table's own.")
+                for position, i in enumerate(chosen):
+                    file, prompt, _ = part[i]
+                    value = float(scores.values[position])
+                    score = None if math.isnan(value) else value
+                    extra = {name: cells[position] for name, cells in scores.extra.items()}
+                    rows[i] = {"file": file.name, "prompt": prompt, "score": score, **extra}
+            table.append(rows)
+            bar.update(len(part))
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Number, mean, spread and extremes of the scores of a table's rows."""
+    scored = [row for row in rows if row["score"] is not None]
+    if not scored:
+        return f"{len(rows)} pictures; the objective applies to none of them."
+    values = np.array([row["score"] for row in scored])
+    low = min(scored, key=lambda row: row["score"])
+    high = max(scored, key=lambda row: row["score"])
+    return (
+        f"{len(rows)} pictures, the objective applies to {len(scored)}: mean {values.mean():.4g}, "
+        f"standard deviation {values.std():.4g}, from {low['score']:.4g} ({low['file']}) to "
+        f"{high['score']:.4g} ({high['file']})."
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(piece), "") if piece.isdecimal() else (0, piece)
+        for piece in re.split(r"(\d+)", name.casefold())
+    ]
+
+
+def _read(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            if image.has_transparency_data:
+                raise ValueError("it has transparent pixels; lay it over a background first")
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        raise ValueError(f"Picture `{file}` cannot be used: {error}.") from error
+
+
+def _write_jsonl(file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]) -> None:
+    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def _write_csv(file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(table)
+        writer.writerows(zip(*(_plain(cells) for cells in table.values()), strict=True))
+
+
+def _write_parquet(
+    file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = pyarrow.table({name: _plain(cells) for name, cells in table.items()})
+    described = columns.replace_schema_metadata({"provenance": json.dumps(provenance)})
+    parquet.write_table(described, file)
+
+
+def _plain(cells: list[Any]) -> list[Any]:
+    # A column of a table has one type; what has several, or an inner structure, becomes JSON.
+    kinds = {type(cell) for cell in cells if cell is not None}
+    if kinds == {int, float}:
+        return [None if cell is None else float(cell) for cell in cells]
+    if len(kinds) <= 1 and kinds <= {int, float, str, bool}:
+        return cells
+    return [None if cell is None else json.dumps(cell) for cell in cells]

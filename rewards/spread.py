@@ -1,0 +1,194 @@
+"""Parts of a batch, shared out over several servers within a deadline.
+
+Every server gets some lanes, threads that take the next part as soon as they are free: so a fast
+server does more than a slow one. A part whose request failed goes back, and the lane that is free
+first takes it. A lane that fails too often in a row ends; when the last has ended, when a failure
+cannot pass, or when the time is up, the whole batch fails.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+ResultT = TypeVar("ResultT")
+
+_FIRST_PAUSE = 0.1  # seconds; doubled with every failure in a row
+_LONGEST_PAUSE = 5.0
+
+
+class SendError(Exception):
+    """A request failed.
+
+    Args:
+        cause: What went wrong, with the server's address.
+        samples: Positions within the part of the samples concerned; empty: the whole part.
+        again: Whether the part may be sent again.
+        pause: Seconds that an overloaded server asks for. Such a refusal costs no retry: the
+            server is alive, and the deadline bounds the waiting.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        samples: Sequence[int] = (),
+        again: bool = False,
+        pause: float | None = None,
+    ) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.samples = tuple(samples)
+        self.again = again
+        self.pause = pause
+
+
+class SpreadError(Exception):
+    """The batch failed.
+
+    Args:
+        cause: What went wrong.
+        parts: The parts concerned.
+        samples: Positions within the one part concerned; empty: all of it.
+    """
+
+    def __init__(self, cause: str, parts: Sequence[int], samples: Sequence[int] = ()) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.parts = tuple(parts)
+        self.samples = tuple(samples)
+
+
+class Spread(Generic[ResultT]):
+    """One batch under way.
+
+    Args:
+        urls: The servers.
+        send: Called as `send(url, part, seconds)` from the lanes; raises `SendError`. With other
+            servers left, a request gets half of the time that is left, so that its part can still
+            be sent elsewhere.
+        parts: Number of parts.
+        lanes: Requests that one server gets at once.
+        retries: Failures in a row that a lane survives.
+        seconds: Time for the batch.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        send: Callable[[str, int, float], ResultT],
+        *,
+        parts: int,
+        lanes: int,
+        retries: int,
+        seconds: float,
+    ) -> None:
+        self._send = send
+        self._parts = parts
+        self._retries = retries
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._todo = deque(range(parts))
+        self._results: dict[int, ResultT] = {}
+        self._lanes = dict.fromkeys(urls, min(lanes, parts))  # that go on, by server
+        self._causes: dict[str, str] = {}  # of the last failure, by server
+        self._fatal: tuple[int, Exception] | None = None  # part, error
+        self._over = False
+        self._changed = threading.Condition()
+
+    def run(self) -> list[ResultT]:
+        """Sends all parts.
+
+        Returns:
+            What `send` returned, in the order of the parts.
+
+        Raises:
+            SpreadError: If a part failed for good.
+        """
+        for url, count in list(self._lanes.items()):
+            for _ in range(count):
+                threading.Thread(target=self._lane, args=(url,), daemon=True).start()
+        with self._changed:
+            try:
+                self._changed.wait_for(self._settled, timeout=self._left())
+                return self._outcome()
+            finally:
+                self._over = True
+                self._changed.notify_all()
+
+    def _settled(self) -> bool:
+        done = len(self._results) == self._parts
+        return done or self._fatal is not None or not any(self._lanes.values())
+
+    def _outcome(self) -> list[ResultT]:
+        if self._fatal is not None:
+            part, error = self._fatal
+            if isinstance(error, SendError):
+                raise SpreadError(error.cause, [part], error.samples) from error
+            raise error
+        missing = [part for part in range(self._parts) if part not in self._results]
+        if not missing:
+            return [self._results[part] for part in range(self._parts)]
+        problem = "no server answered" if self._left() else f"not scored within {self._seconds:g} s"
+        causes = "; ".join(self._causes.values()) or "the servers are still computing"
+        raise SpreadError(f"{problem}: {causes}", missing)
+
+    def _lane(self, url: str) -> None:
+        failures = 0
+        while (part := self._take()) is not None:
+            try:
+                result = self._send(url, part, self._share(url))
+            except SendError as error:
+                failures += error.pause is None
+                if not self._give_back(url, part, error, last=failures > self._retries):
+                    return
+                pause = min(_FIRST_PAUSE * 2 ** (failures - 1), _LONGEST_PAUSE)
+                self._rest(pause if error.pause is None else error.pause)
+            except Exception as error:  # raised by `run`, in the thread that can handle it
+                self._stop(part, error)
+                return
+            else:
+                failures = 0
+                with self._changed:
+                    self._results[part] = result
+                    self._changed.notify_all()
+
+    def _take(self) -> int | None:
+        with self._changed:
+            # An idle lane stays: a part may come back from another.
+            self._changed.wait_for(lambda: self._todo or self._over, timeout=self._left())
+            if self._over or not self._todo or not self._left():
+                return None
+            return self._todo.popleft()
+
+    def _share(self, url: str) -> float:
+        with self._changed:
+            others = any(count for other, count in self._lanes.items() if other != url)
+        return self._left() / 2 if others else self._left()
+
+    def _give_back(self, url: str, part: int, error: SendError, *, last: bool) -> bool:
+        # Says whether the lane goes on.
+        if not error.again:
+            self._stop(part, error)
+            return False
+        with self._changed:
+            self._todo.appendleft(part)
+            self._causes[url] = error.cause
+            self._lanes[url] -= last
+            self._changed.notify_all()
+        return not last
+
+    def _stop(self, part: int, error: Exception) -> None:
+        with self._changed:
+            self._fatal = self._fatal or (part, error)
+            self._changed.notify_all()
+
+    def _rest(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over, timeout=min(seconds, self._left()))
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())

@@ -1,0 +1,80 @@
+"""Reward heads: which there are, whether they work here, scores of pictures, a server.
+
+python scripts/rewards.py list
+python scripts/rewards.py check ocr --option engine=rapidocr
+python scripts/rewards.py score ocr --images pictures --prompts prompts.txt --output scores.csv
+python scripts/rewards.py serve --heads ocr,sharpness --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+if __name__ == "rewards":  # a script of this folder asked for the package, and Python looks here
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+    del sys.modules[__name__]
+    importlib.import_module(__name__)  # takes this module's place
+
+
+def main() -> int:
+    """Run one command; return 1 if a head cannot be used or fails, 2 if the arguments are wrong."""
+    from rich.console import Console
+
+    from moa_diffusion.data import read_prompts
+    from moa_diffusion.types import ConfigError
+    from rewards import RewardError, cli
+    from rewards.check import Unusable
+    from rewards.server import Limits
+
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="a table of all heads")
+    check = commands.add_parser("check", help="load a head and score two samples")
+    check.add_argument("--texts", action="store_true", help="the head scores texts")
+    score = commands.add_parser("score", help="score a folder of pictures")
+    score.add_argument("--images", type=Path, required=True, help="folder, taken in natural order")
+    pairs = "line i for picture i (.txt), or with a column `file` (.jsonl, .csv, .tsv)"
+    score.add_argument("--prompts", type=Path, required=True, help=pairs)
+    score.add_argument("--output", type=Path, default=Path("scores.parquet"), help=".csv, .jsonl")
+    score.add_argument("--batch_size", type=int, default=16, help="pictures at once")
+    for command in (check, score):
+        command.add_argument("name", help="a head, or my_module:my_reward")
+        command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
+    serve = commands.add_parser("serve", help="serve heads over HTTP, for the head `remote`")
+    serve.add_argument("--heads", help="separated by commas; by default all that have options")
+    source = serve.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help="YAML: {head: {option: value}}")
+    source.add_argument("--options", help="the same as JSON")
+    serve.add_argument("--host", default="127.0.0.1", help="beyond loopback a token is needed")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    serve.add_argument("--token_file", type=Path, help=f"or the variable {cli.TOKEN_VARIABLE}")
+    for name, size in (sizes := asdict(Limits())).items():
+        serve.add_argument(f"--{name}", type=int, default=size, help="see rewards.server.Limits")
+    options = parser.parse_args()
+    try:
+        if options.command == "list":
+            cli.list_heads(Console(width=None if sys.stdout.isatty() else 160))
+        elif options.command == "check":
+            cli.check_head(options.name, cli.parse_options(options.option), texts=options.texts)
+        elif options.command == "score":
+            prompts = [(prompt.text, prompt.metadata) for prompt in read_prompts(options.prompts)]
+            given = (options.name, cli.parse_options(options.option), options.images, prompts)
+            cli.score_images(*given, output=options.output, batch_size=options.batch_size)
+        else:
+            limits = Limits(**{name: vars(options)[name] for name in sizes})
+            heads = cli.chosen_heads(options.heads, options.config, options.options)
+            token = cli.read_token(options.token_file)
+            cli.serve(heads, host=options.host, port=options.port, token=token, limits=limits)
+    except (Unusable, RewardError, ConfigError, ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Unusable | RewardError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

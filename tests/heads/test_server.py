@@ -1,0 +1,409 @@
+"""The reward server over real HTTP: nothing is lost or swapped, nothing costs more than allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import pickle
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rewards import RewardBatch, RewardError, RewardHead, Scores, wire
+from rewards.batching import Batcher, Overloaded
+from rewards.client import Calls, call
+from rewards.identity import Identity
+from rewards.remote import RemoteHead
+from rewards.server import Limits, Service, build_app, is_loopback, listen, run
+
+
+class MeanColour(RewardHead):
+    """1000 times the mean, with a digest of the pixels; NaN without "colour", poisoned by "no"."""
+
+    unit = "promille"
+    requires = ("the word colour",)
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []  # of the batches it was called with
+
+    def score(self, batch: RewardBatch) -> Scores:
+        self.sizes.append(len(batch))
+        bad = [index for index, prompt in enumerate(batch.prompts) if prompt == "poison"]
+        if bad:
+            raise RewardError("It was poisoned.", samples=batch.samples(bad))
+        values = batch.require_images().double().mean(dim=(1, 2, 3)) * 1000  # [N]
+        silent = [index for index, prompt in enumerate(batch.prompts) if "colour" not in prompt]
+        values[silent] = torch.nan
+        pixels = [hashlib.sha256(array.tobytes()).hexdigest() for array in batch.arrays()]
+        notes = [entry.get("note") for entry in batch.metadata]
+        return Scores(values=values, extra={"pixels": pixels, "note": notes})
+
+    def provenance(self) -> dict[str, str]:
+        return {"weights": "none"}
+
+
+class Held(MeanColour):
+    """Holds its first batch until it is let go, so that the next ones queue up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.entered = threading.Event(), threading.Event()
+
+    def score(self, batch: RewardBatch) -> Scores:
+        self.entered.set()
+        assert self.opened.wait(10)
+        return super().score(batch)
+
+
+class Words(RewardHead):
+    """Number of words of a text."""
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        return torch.tensor([float(len(text.split())) for text in batch.require_texts()])
+
+
+class Gate(RewardHead):
+    """Waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.prompts: list[str] = []  # that it was called with
+
+    def score(self, batch: RewardBatch) -> torch.Tensor:
+        self.prompts += batch.prompts
+        self.entered.set()
+        assert self.opened.wait(10)
+        return torch.ones(len(batch))
+
+
+@contextlib.contextmanager
+def serving(token: str = "", limits: Limits | None = None, **heads: RewardHead) -> Iterator[str]:
+    limits = limits or Limits()
+    services = {}
+    for name, head in heads.items():
+        head.name = name
+        batcher = Batcher(head, max_batch=limits.max_batch, max_queue=limits.max_queue)
+        services[name] = Service(identity=Identity.of(name, head, {}), batcher=batcher)
+    listener = listen("127.0.0.1", 0)
+    servers = []
+    thread = threading.Thread(
+        target=run,
+        args=(services, listener),
+        kwargs={"token": token, "limits": limits, "started": servers.append},
+    )
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        servers[0].should_exit = True
+        thread.join(20)
+        listener.close()
+        for service in services.values():
+            service.batcher.close()
+        assert not thread.is_alive()
+
+
+def pictures(seeds, side: int = 8) -> torch.Tensor:
+    """Noise of 8 bits per channel, another for every seed, `[N, 3, side, side]`."""
+    drawn = [
+        torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    return torch.stack(drawn).float() / 255
+
+
+def post(url: str, body: bytes, **headers: str) -> tuple[int, dict, dict]:
+    answer = call(url, "/score", seconds=20, calls=Calls(), body=body, headers=headers)
+    return answer.status, json.loads(answer.body), dict(answer.headers)
+
+
+def request(head: str = "mean", prompts: int = 1, side: int = 8) -> bytes:
+    batch = RewardBatch(prompts=["colour"] * prompts, images=pictures(range(prompts), side))
+    return wire.pack(head, batch, batch.arrays(), range(prompts))
+
+
+def test_scores_survive_the_journey() -> None:
+    prompts = ["a colour", "nothing", "ünï ☃ colour \ud800", "colour\n" * 50, "colour"]
+    metadata = [{"note": {"deep": [1, None]}}, {}, {"note": "☃"}, {}, {"note": 1.5}]
+    batch = RewardBatch(prompts=prompts, metadata=metadata, images=pictures(range(5)))
+    local = MeanColour().evaluate(batch)
+    with serving(mean=MeanColour()) as url:
+        head = RemoteHead(url, "mean", batch_size=2)
+        scores = head.evaluate(batch)
+        again = head(RewardBatch(prompts=prompts[:1], images=pictures([0])))
+    assert scores.values.tolist()[0] == local.values.tolist()[0] == float(again[0])  # to the bit
+    torch.testing.assert_close(scores.values, local.values, rtol=0, atol=0, equal_nan=True)
+    assert scores.values.isnan().tolist() == [False, True, False, False, False]
+    assert scores.extra == local.extra  # the same pixels and the same metadata
+    assert (head.unit, head.requires) == ("promille", ("the word colour",))
+    assert head.provenance()["weights"] == "none"
+    assert head.provenance()["url"] == url
+
+
+def test_texts_travel_too() -> None:
+    batch = RewardBatch(prompts=["?"] * 3, texts=["one", "one two", "ein zwei drei ☃"])
+    with serving(words=Words()) as url:
+        assert RemoteHead(url, "words", batch_size=2)(batch).tolist() == [1, 2, 4]
+        with pytest.raises(RewardError, match="Found a batch of images"):
+            RemoteHead(url, "words")(RewardBatch(prompts=["?"], images=pictures([0])))
+
+
+def test_64_clients_and_2000_pictures_each_get_their_own_scores() -> None:
+    mean = MeanColour()
+    limits = Limits(max_queue=2048)
+    images = pictures(range(2000))
+    digests = [hashlib.sha256(a.tobytes()).hexdigest() for a in RewardBatch(
+        prompts=[""] * 2000, images=images).arrays()]  # fmt: skip
+    means = (images.double().mean(dim=(1, 2, 3)) * 1000).float()
+
+    def client(number: int) -> int:
+        mine = range(number, 2000, 64)
+        prompts = [f"colour {index}" for index in mine]
+        batch = RewardBatch(prompts=prompts, images=images[list(mine)])
+        scores = RemoteHead(url, "mean", batch_size=8, timeout=60).evaluate(batch)
+        assert scores.extra["pixels"] == [digests[index] for index in mine]
+        torch.testing.assert_close(scores.values, means[list(mine)], rtol=1e-6, atol=0)
+        return len(mine)
+
+    with serving(limits=limits, mean=mean) as url, ThreadPoolExecutor(64) as pool:
+        assert sum(pool.map(client, range(64))) == 2000
+    assert sum(mean.sizes) == 2000  # nothing was scored twice
+    assert max(mean.sizes) > 8  # requests of several clients were scored together
+
+
+def holding() -> tuple[Held, Batcher]:
+    """A batcher whose head is busy with a first sample until it is let go."""
+    held = Held()
+    held.name = "mean"
+    batcher = Batcher(held, max_batch=64, max_queue=64)
+    batcher.admit(1)
+    batcher.submit(RewardBatch(prompts=["colour"], images=pictures([0])))
+    assert held.entered.wait(10)
+    return held, batcher
+
+
+def test_a_closed_batcher_fails_what_waits() -> None:
+    held, batcher = holding()
+    batcher.admit(1)
+    future = batcher.submit(RewardBatch(prompts=["colour"], images=pictures([0])))
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    with pytest.raises(Overloaded, match="stopping"):
+        future.result(10)
+    with pytest.raises(Overloaded, match="stopping"):
+        batcher.admit(1)
+    assert not batcher.ready
+    held.opened.set()
+    closing.join(10)
+    assert held.sizes == [1]  # what was under way was finished
+
+
+def test_a_poisoned_sample_fails_its_own_request_alone() -> None:
+    held, batcher = holding()
+    batches = {
+        "good": RewardBatch(prompts=["colour"] * 3, images=pictures(range(3))),
+        "bad": RewardBatch(prompts=["colour", "poison"], images=pictures([3, 4])),
+        "late": RewardBatch(prompts=["colour"], images=pictures([5])),
+    }
+    batcher.admit(6)
+    futures = {name: batcher.submit(batch) for name, batch in batches.items()}
+    held.opened.set()
+    assert futures["good"].result(10).values.tolist() == MeanColour()(batches["good"]).tolist()
+    assert futures["late"].result(10).values.tolist() == MeanColour()(batches["late"]).tolist()
+    with pytest.raises(RewardError, match="poisoned") as caught:
+        futures["bad"].result(10)
+    assert caught.value.samples == ((1, "poison"),)  # counted within its own request
+    assert held.sizes == [1, 6, 3, 2, 1]  # together, then one by one
+    batcher.close()
+    with serving(mean=MeanColour()) as url, pytest.raises(RewardError, match="poisoned") as caught:
+        RemoteHead(url, "mean", batch_size=2)(
+            RewardBatch(prompts=["colour"] * 3 + ["poison"], images=pictures(range(4)))
+        )
+    assert caught.value.samples == ((3, "poison"),)  # counted within the whole batch
+    assert url in caught.value.cause
+
+
+def test_pictures_of_different_sizes_and_texts_do_not_share_a_batch() -> None:
+    held, batcher = holding()
+    batches = [
+        RewardBatch(prompts=["colour"], images=pictures([0], side)) for side in (8, 9, 8, 9, 10)
+    ]
+    batcher.admit(len(batches))
+    futures = [batcher.submit(batch) for batch in batches]
+    held.opened.set()
+    for batch, future in zip(batches, futures, strict=True):
+        assert future.result(10).values.tolist() == MeanColour()(batch).tolist()
+    assert held.sizes == [1, 2, 2, 1]
+    batcher.close()
+
+
+def test_100_mb_are_refused_unread() -> None:
+    with serving(mean=MeanColour()) as url:
+        began = time.monotonic()
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            sock.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+            reply = b"".join(iter(lambda: sock.recv(4096), b""))  # to the end: it hangs up
+        assert reply.startswith(b"HTTP/1.1 413")
+        status, content, _ = post(url, bytes(100_000_000))  # sent in earnest
+        assert (status, content["error"]["kind"]) == (413, "too_large")
+        assert "at most 64000000 bytes. Found 100000000" in content["error"]["cause"]
+        assert time.monotonic() - began < 10
+
+
+def test_a_body_without_length_is_refused() -> None:
+    with serving(mean=MeanColour()) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        connection.request("POST", "/score", iter([b"abc"]), encode_chunked=True)
+        with connection.getresponse() as response:
+            assert response.status == 411
+        connection.close()
+
+
+def forged(header: object, *files: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack(">I", len(text)) + text + b"".join(files)
+
+
+def png(width: int, height: int) -> bytes:
+    """The beginning of a PNG file that claims a size."""
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + bytes(40)
+
+
+def one(*files: bytes, **more: object) -> bytes:
+    header = {"format": 1, "head": "mean", "prompts": ["p"] * len(files)}
+    return forged({**header, "images": [len(file) for file in files], **more}, *files)
+
+
+MALFORMED = {
+    "nothing": (b"", "begin with a length"),
+    "pickle": (pickle.dumps({"prompts": ["x"]}), "shorter than its header says"),
+    "no json": (struct.pack(">I", 4) + b"\xff{[(", "not JSON"),
+    "deep": (struct.pack(">I", 100_000) + b"[" * 100_000, "not JSON"),
+    "nan": (struct.pack(">I", 3) + b"NaN", "not JSON"),
+    "other format": (forged({"format": 2}), "`format` = 1"),
+    "no prompts": (forged({"format": 1, "head": "mean", "prompts": []}), "not empty"),
+    "number": (one(png(8, 8), prompts=[3]), "`images`|should be a string|cannot be read"),
+    "short": (one(png(8, 8))[:-1], "end with the last picture"),
+    "negative": (one(png(8, 8), images=[-5]), "positive sizes"),
+    "lengths": (one(png(8, 8), metadata=[{}, {}]), "`metadata` should be a list of 1"),
+    "both": (one(png(8, 8), texts=["x"]), "cannot be read|Exactly one"),
+    "neither": (forged({"format": 1, "head": "mean", "prompts": ["p"]}), "Exactly one"),
+    "jpeg": (one(b"\xff\xd8\xff\xe0" + bytes(60)), "no PNG file"),
+    "bomb": (one(png(50_000, 50_000)), "at most 4194304 pixels. Found 50000 x 50000"),
+    "damaged": (one(png(8, 8)), "cannot be read"),
+}
+
+
+def test_what_is_malformed_is_refused_with_the_reason() -> None:
+    with serving(mean=MeanColour()) as url:
+        for name, (body, reason) in MALFORMED.items():
+            status, content, _ = post(url, body)
+            assert (status, content["error"]["kind"]) == (400, "malformed"), name
+            with pytest.raises(AssertionError, match=reason):
+                raise AssertionError(content["error"]["cause"])
+        status, content, _ = post(url, request(head="means"))
+        assert (status, content["error"]["kind"]) == (404, "unknown_head")
+        status, content, _ = post(url, request(), **{wire.SECONDS_HEADER: "nan"})
+        assert (status, content["error"]["kind"]) == (400, "malformed")
+        status, content, _ = post(url, request(prompts=65))
+        assert (status, content["error"]["kind"]) == (413, "too_large")
+        assert post(url, request())[0] == 200  # and it is still well
+
+
+def test_the_token_is_asked_for() -> None:
+    with serving(token="secret", mean=MeanColour()) as url:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            status, content, _ = post(url, request(), **headers)
+            assert (status, content["error"]["kind"]) == (401, "unauthorised")
+            answer = call(url, "/health", seconds=10, calls=Calls(), headers=headers)
+            assert answer.status == 401
+            assert b"mean" not in answer.body
+        assert post(url, request(), Authorization="Bearer secret")[0] == 200
+
+
+def test_health_tells_who_scores() -> None:
+    with serving(mean=MeanColour(), words=Words()) as url:
+        health = json.loads(call(url, "/health", seconds=10, calls=Calls()).body)
+    assert list(health["heads"]) == ["mean", "words"]
+    told = health["heads"]["mean"]
+    assert told["ready"] is True
+    assert (told["unit"], told["provenance"]) == ("promille", {"weights": "none"})
+    assert len(told["digest"]) == 64
+    assert health["limits"]["max_batch"] == 64
+
+
+def test_an_overloaded_server_says_so_and_the_client_waits() -> None:
+    gate = Gate()
+    with (
+        serving(limits=Limits(max_batch=2, max_queue=2), gate=gate) as url,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(post, url, request("gate", 2))
+        assert gate.entered.wait(10)
+        status, content, headers = post(url, request("gate", 2))
+        assert (status, content["error"]["kind"]) == (503, "overloaded")
+        assert headers["retry-after"] == "1"
+        batch = RewardBatch(prompts=["p"] * 2, images=pictures([0, 1]))
+        second = pool.submit(RemoteHead(url, "gate", retries=0, timeout=20), batch)
+        time.sleep(0.3)  # it has been refused by now
+        assert not second.done()
+        gate.opened.set()
+        assert first.result(10)[0] == 200
+        assert second.result(10).tolist() == [1, 1]
+
+
+def test_what_nobody_waits_for_any_more_is_not_scored() -> None:
+    gate = Gate()
+    limits = Limits(max_batch=2, max_queue=4)
+    with serving(limits=limits, gate=gate) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, url, request("gate", 2))
+        assert gate.entered.wait(10)
+        for _ in range(3):  # more than there is room for
+            began = time.monotonic()
+            batch = RewardBatch(prompts=["late"] * 2, images=pictures([0, 1]))
+            with pytest.raises(RewardError, match=r"0\.3 s") as caught:
+                RemoteHead(url, "gate", timeout=0.3)(batch)
+            assert time.monotonic() - began < 3
+            assert len(caught.value.samples) == 2
+        time.sleep(0.5)  # the server's own clock
+        gate.opened.set()
+        assert first.result(10)[0] == 200
+        assert post(url, request("gate", 2))[0] == 200
+    assert gate.prompts == ["colour"] * 4
+
+
+def test_columns_that_are_not_json_are_an_error() -> None:
+    class Odd(RewardHead):
+        def score(self, batch: RewardBatch) -> Scores:
+            return Scores(values=torch.ones(len(batch)), extra={"x": [float("nan")] * len(batch)})
+
+    with serving(odd=Odd()) as url, pytest.raises(RewardError, match="should hold JSON values"):
+        RemoteHead(url, "odd")(RewardBatch(prompts=["p"], images=pictures([0])))
+
+
+def test_the_identity_changes_with_what_changes_the_scores() -> None:
+    digest = Identity.of("mean", MeanColour(), {}).digest
+    assert Identity.of("mean", MeanColour(), {"device": "cuda:1", "workers": 3}).digest == digest
+    assert Identity.of("mean", MeanColour(), {"dtype": "float16"}).digest != digest
+    assert Identity.of("mean", Held(), {}).digest != digest
+    identity = Identity.of("mean", MeanColour(), {})
+    assert Identity.from_json(json.loads(json.dumps(identity.to_json()))) == identity
+
+
+def test_limits_and_addresses() -> None:
+    with pytest.raises(ValueError, match="max_pixels = 0"):
+        Limits(max_pixels=0)
+    with pytest.raises(ValueError, match="max_queue = 4"):
+        Limits(max_batch=8, max_queue=4)
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+    assert build_app({}, token="", limits=Limits()).openapi_url is None

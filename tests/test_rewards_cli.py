@@ -1,0 +1,397 @@
+"""The commands of `scripts/rewards.py`: list, check, score, serve."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewards import RewardBatch, RewardError, available, cli, create, register, registry
+from rewards.cards import CARDS
+from rewards.check import PROMPT, check, prepare
+from rewards.folder import ScoreTable, match
+from rewards.server import listen
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "rewards.py"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the script in this process: exit status, stdout, stderr."""
+
+    def start(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        printed = capsys.readouterr()
+        return int(str(ended.value.code)), printed.out, printed.err
+
+    return start
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures 1.png to 12.png of grey 20 i in two sizes, a text file, and prompts."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(1, 13):
+        size = (10, 8) if number % 3 else (8, 8)
+        Image.new("RGB", size, (20 * number,) * 3).save(pictures / f"{number}.png")
+    (pictures / "notes.txt").write_text("not a picture")
+    lines = [f'prompt {number}, "ü"' for number in range(1, 13)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def grey(tmp_path: Path) -> str:
+    """Import path of a head of the user's own: the grey level, with columns; fails at 200."""
+    code = """
+        import torch
+        from rewards import RewardHead, Scores
+
+        class Grey(RewardHead):
+            unit = "level"
+
+            def __init__(self, limit: float = 300.0) -> None:
+                self.limit = limit
+
+            def score(self, batch):
+                values = batch.require_images().mean(dim=(1, 2, 3)).mul(255).round()
+                assert (values < self.limit).all(), "too bright"
+                first = [prompt.split()[1].strip(",") for prompt in batch.prompts]
+                mixed = [{"size": list(batch.images.shape[2:])} for _ in first]
+                values[[word == "2" for word in first]] = torch.nan
+                return Scores(values=values, extra={"word": first, "mixed": mixed})
+
+            def provenance(self):
+                return {"weights": "none at all"}
+    """
+    (tmp_path / "grey.py").write_text(textwrap.dedent(code))
+    return f"{tmp_path / 'grey.py'}:Grey"
+
+
+def test_every_built_in_head_has_a_card_and_the_reverse() -> None:
+    assert set(CARDS) == set(registry._BUILT_IN)
+
+
+def test_list_shows_all_heads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    available()  # imports the built-in heads, which register themselves for good
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    register("my_own_head", unit="[kg]")(lambda images, prompts: [0.0] * len(prompts))
+    status, printed, _ = run("list")
+    assert status == 0
+    lines = [line.split("│") for line in printed.splitlines()]
+    rows = {cells[1].strip(): cells for cells in lines if len(cells) > 8}
+    assert set(CARDS) <= set(rows)
+    assert [cell.strip() for cell in rows["my_own_head"][2:9]] == ["[kg]", *["-"] * 6]
+    assert "quoted text" in rows["ocr"][4]
+    assert rows["sharpness"][8].strip() == "yes"
+
+
+def test_list_names_the_packages_that_are_missing(run: Run, monkeypatch) -> None:
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "rapidocr" else found(name)
+    )
+    assert "no: rapidocr" in run("list")[1]
+
+
+def test_check_scores_the_fitting_picture_higher(run: Run) -> None:
+    status, printed, _ = run("check", "prompt_colour", "--option", "share=0.05")
+    assert status == 0
+    scores = [float(value) for value in re.findall(r"sample: (\S+)", printed)]
+    assert len(scores) == 2
+    assert scores[0] > scores[1] + 0.2
+
+
+def test_the_check_picture_can_be_read() -> None:
+    assert '"MARBLE"' in PROMPT
+    head = prepare("ocr", {"workers": 0})
+    assert check(head).scores.values.tolist() == [1, 0]
+    head.close()
+
+
+def test_check_scores_texts(run: Run, tmp_path: Path) -> None:
+    code = "def length(texts, prompts):\n    return [len(text) for text in texts]\n"
+    (tmp_path / "mine.py").write_text(code)
+    status, printed, _ = run("check", "--texts", f"{tmp_path / 'mine.py'}:length")
+    assert status == 0
+    assert "fitting sample: 31" in printed
+
+
+def test_check_says_what_is_wrong(run: Run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        from rewards import RewardHead
+
+        class Absent(RewardHead):
+            def load(self):
+                raise OSError("no weights")
+
+            def score(self, batch):
+                return 1 / 0
+        """)
+    )
+    absent = f"{tmp_path / 'mine.py'}:Absent"
+    for arguments, reason in (
+        (["sharpnes"], 'Did you mean "sharpness"'),
+        (["sharpness", "--option", "x=1"], 'has no option "x"'),
+        (["remote", "--option", "url=http://localhost:1", "--option", "remote_name=x"], "refused"),
+        ([absent], "Downloads are forbidden by HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"),
+        (["sharpness", "--texts"], "Found a batch of texts"),
+    ):
+        status, _, error = run("check", *arguments)
+        assert status == 1
+        assert reason in error
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE")
+    assert "name their folder as `model`" in run("check", absent)[2]
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    assert run("check", "sharpness", "--option", "x")[0] == 2
+
+
+def test_a_missing_package_is_told_with_the_install_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        from rewards import RewardHead
+
+        class Needy(RewardHead):
+            def __init__(self):
+                raise ImportError('Install with: pip install "moa-diffusion[ocr]"')
+
+            def score(self, batch): ...
+        """)
+    )
+    status, _, error = run("check", f"{tmp_path / 'mine.py'}:Needy")
+    assert status == 1
+    assert 'Install with: pip install "moa-diffusion[ocr]"' in error
+
+
+def expected_rows() -> list[dict[str, object]]:
+    return [
+        {
+            "file": f"{number}.png",
+            "prompt": f'prompt {number}, "ü"',
+            "score": None if number == 2 else 20 * number,
+            "word": str(number),
+            "mixed": {"size": [8, 10] if number % 3 else [8, 8]},
+        }
+        for number in range(1, 13)
+    ]
+
+
+def score(run: Run, folder: Path, head: str, output: str, *more: object) -> tuple[int, str, str]:
+    files = ("--images", folder / "pictures", "--prompts", folder / "prompts.txt")
+    return run("score", head, *files, "--output", folder / output, "--batch_size", 5, *more)
+
+
+def test_score_writes_rows_in_natural_order(run: Run, folder: Path, grey: str) -> None:
+    status, printed, _ = score(run, folder, grey, "out/scores.jsonl")
+    assert status == 0
+    lines = (folder / "out" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == expected_rows()
+    beside = json.loads((folder / "out" / "scores.jsonl.json").read_text())
+    assert beside["provenance"] == {"weights": "none at all"}
+    assert beside["unit"] == "level"
+    assert "12 pictures, the objective applies to 11: mean 138.2" in printed
+    assert "from 20 (1.png) to 240 (12.png)" in printed
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "scores.jsonl",
+        "scores.jsonl.json",
+    ]
+
+
+def test_score_writes_csv_and_parquet(run: Run, folder: Path, grey: str) -> None:
+    assert score(run, folder, grey, "scores.csv")[0] == 0
+    with (folder / "scores.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1] == {
+        "file": "2.png",
+        "prompt": 'prompt 2, "ü"',
+        "score": "",
+        "word": "2",
+        "mixed": '{"size": [8, 10]}',
+    }
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert score(run, folder, grey, "scores.parquet")[0] == 0
+    table = parquet.read_table(folder / "scores.parquet")
+    assert table["score"].to_pylist() == [row["score"] for row in expected_rows()]
+    assert table["file"].to_pylist() == [row["file"] for row in expected_rows()]
+    metadata = json.loads(table.schema.metadata[b"provenance"])
+    assert metadata["provenance"] == {"weights": "none at all"}
+
+
+def test_prompts_may_name_their_files(folder: Path) -> None:
+    files = [f"{number}.png" for number in range(12, 0, -1)]
+    prompts = [(f"of {file}", {"file": file, "tag": 1}) for file in files]
+    pairs = match(folder / "pictures", prompts)
+    assert [(file.name, prompt) for file, prompt, _ in pairs] == [
+        (f"{number}.png", f"of {number}.png") for number in range(1, 13)
+    ]
+    assert all(metadata == {"tag": 1} for _, _, metadata in pairs)
+    for wrong, reason in (
+        (prompts[1:], "1 pictures have no prompt: 12.png"),
+        ([*prompts, ("p", {"file": "13.png"})], "1 files of the prompts are not in the folder"),
+        ([*prompts, prompts[0]], "1 files have more than one prompt: 12.png"),
+        ([*prompts, ("p", {})], "1 of 13 prompts lack a `file`"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            match(folder / "pictures", wrong)
+
+
+def test_a_mismatch_is_told_before_anything_is_loaded(run: Run, folder: Path) -> None:
+    (folder / "prompts.txt").write_text("one\ntwo\n")
+    status, _, error = score(run, folder, "no_such_head", "scores.csv")
+    assert status == 2
+    assert "Found 12 pictures" in error
+    assert "and 2 prompts" in error
+    assert not (folder / "scores.csv").exists()
+
+
+def test_what_was_scored_survives_a_failure(run: Run, folder: Path, grey: str) -> None:
+    status, printed, error = score(run, folder, grey, "scores.csv", "--option", "limit=210")
+    assert status == 1
+    assert "too bright" in error
+    assert "10 of 12 scores are kept in" in printed
+    lines = (folder / "scores.csv.partial.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == expected_rows()[:10]
+    assert not (folder / "scores.csv").exists()
+    (folder / "pictures" / "12.png").write_bytes(b"\x89PNG broken")
+    status, printed, error = score(run, folder, grey, "other.csv")
+    assert status == 2
+    assert "12.png` cannot be used" in error
+    assert "10 of 12" in printed
+    Image.new("RGBA", (10, 8)).save(folder / "pictures" / "1.png")
+    status, printed, error = score(run, folder, grey, "third.csv")
+    assert "transparent" in error
+    assert "kept" not in printed
+    assert list(folder.glob("third*")) == []
+
+
+def test_score_refuses_other_formats(run: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    assert "should end in one of" in score(run, folder, "sharpness", "scores.xlsx")[2]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "moa-diffusion\[report\]"'):
+        ScoreTable(tmp_path / "scores.parquet")
+
+
+def test_serve_in_a_process_of_its_own() -> None:
+    options = json.dumps({"sharpness": None, "prompt_colour": {"share": 0.5}})
+    command = [sys.executable, str(SCRIPT), "serve", "--port", "0", "--options", options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            lines = []
+            while not lines or "Serving" not in lines[-1]:
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            url = re.search(r"http://\S+", lines[-1]).group()
+            head = create("remote", url=url, remote_name="prompt_colour")
+            head.load()
+            images = torch.from_numpy(np.random.default_rng(0).random((3, 3, 16, 16))).float()
+            batch = RewardBatch(prompts=["red", "nothing", "a blue cat"], images=images)
+            local = create("prompt_colour", share=0.5)(batch)
+            torch.testing.assert_close(head(batch), local, rtol=1e-6, atol=0, equal_nan=True)
+            assert head.unit == create("prompt_colour").unit
+            with pytest.raises(RewardError, match="Served: sharpness, prompt_colour"):
+                create("remote", url=url, remote_name="ocr").load()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert process.stdout.read() == "Stopped.\n"
+        finally:
+            process.kill()
+    assert lines[0] == "[1/2] loading sharpness ...\n"
+    assert re.fullmatch(r"\[1/2\] sharpness: \d+\.\d s, digest \w{12}\n", lines[1])
+
+
+def test_a_head_that_cannot_load_stops_the_server(run: Run) -> None:
+    options = json.dumps({"remote": {"url": "http://localhost:1", "remote_name": "x"}})
+    status, printed, error = run("serve", "--port", "0", "--options", options)
+    assert status == 1
+    assert "[1/1] loading remote" in printed
+    pairs = ("--option", "url=http://localhost:1", "--option", "remote_name=x")
+    assert error == run("check", "remote", *pairs)[2]  # the same words
+    assert "Serving" not in printed
+
+
+def test_beyond_loopback_a_token_is_needed(run: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv(cli.TOKEN_VARIABLE, raising=False)
+    for host in ("0.0.0.0", "::", "example.org"):
+        status, printed, error = run("serve", "--heads", "sharpness", "--host", host)
+        assert status == 2
+        assert "the server needs a token" in error
+        assert "loading" not in printed
+    (tmp_path / "token").write_text(" se cret\n")
+    status, _, error = run("serve", "--heads", "sharpness", "--token_file", tmp_path / "token")
+    assert "without white space" in error
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        cli.read_token(tmp_path / "token")
+    with pytest.raises(ValueError, match="cannot be read"):
+        cli.read_token(tmp_path / "none")
+    monkeypatch.setenv(cli.TOKEN_VARIABLE, "secret")
+    assert cli.read_token(None) == "secret"
+
+
+def test_a_port_that_is_taken_is_told_before_loading(run: Run) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        status, printed, error = run("serve", "--heads", "sharpness", "--port", port)
+    assert status == 2
+    assert "in use" in error
+    assert "loading" not in printed
+
+
+def test_a_server_without_its_packages_is_told_before_loading(run: Run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, printed, error = run("serve", "--heads", "sharpness", "--port", 0)
+    assert status == 2
+    assert 'needs uvicorn. Install with: pip install "moa-diffusion[server]"' in error
+    assert "loading" not in printed
+
+
+def test_heads_are_chosen_from_a_training_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("rewards:\n  text: {head: ocr, weight: 2.0, workers: 1}\n  sharpness:\n")
+    everything = {"text": {"head": "ocr", "weight": 2.0, "workers": 1}, "sharpness": {}}
+    assert cli.chosen_heads(None, config, None) == everything
+    assert cli.chosen_heads("sharpness, ocr", config, None) == {"sharpness": {}, "ocr": {}}
+    assert cli.chosen_heads("ocr", None, '{"ocr": {"workers": 1}}') == {"ocr": {"workers": 1}}
+    for arguments, reason in (
+        ((None, None, None), "Name the heads"),
+        (("ocr,ocr", None, None), "each once"),
+        (("ocr", None, "{"), "should be JSON"),
+        (("ocr", None, '{"ocr": 3}'), "should read"),
+        (("ocr", None, '{"sharpness": {}}'), "not served: sharpness"),
+        (("ocr", tmp_path / "none.yaml", None), "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            cli.chosen_heads(*arguments)
+
+
+def test_options_are_json_or_text() -> None:
+    parsed = cli.parse_options(["a=1e-3", "b=true", "c=cuda:0", "d=x=y", 'e=["u", "v"]', "f=null"])
+    assert parsed == {
+        "a": 0.001,
+        "b": True,
+        "c": "cuda:0",
+        "d": "x=y",
+        "e": ["u", "v"],
+        "f": None,
+    }
+    with pytest.raises(ValueError, match="key=value"):
+        cli.parse_options(["a"])
