@@ -59,8 +59,8 @@ CARDS: Mapping[str, HeadCard] = {
     "qrealign": HeadCard(
         range="0 to 1",
         weights="q-future/Q-ReAlign-Mini-0.8B",
-        memory="0.8 B, 2 GB",
-        licence="see source",
+        memory="0.8 B, 2.2 GB",
+        licence="Apache-2.0",
     ),
     "remote": HeadCard(range="its own there", weights="on the server"),
     "sharpness": HeadCard(range="0 to about 1e6"),

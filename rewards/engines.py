@@ -1,24 +1,38 @@
 """OCR engines: a picture in, the lines of text in it out.
 
 An engine is a class with `packages` (what must be installed), a constructor that loads its models,
-and `read`. A new one is such a class and an entry in `ENGINES`. This file is also loaded by worker
-processes, which have neither torch nor the package at hand: it imports the standard library and
-NumPy only, and an engine imports its own library in its constructor.
+and `read`; the keyword arguments of its constructor are its options. A new one is such a class and
+an entry in `ENGINES`; what it needs before it can be built stands in `engine_plans.py`. This file
+is also loaded by worker processes, which have neither torch nor the package at hand: it imports the
+standard library and NumPy only, and an engine imports its own library in its methods.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+_PROGRAM_SECONDS = 60.0  # a picture takes Tesseract 0.1 to 1 s
+
 
 class Engine(Protocol):
-    """What `OcrHead` needs of an OCR engine."""
+    """What `OcrHead` needs of an OCR engine.
 
-    packages: tuple[str, ...]  # names to import; all come with `pip install "moa-diffusion[ocr]"`
+    Its constructor takes `detect`, `detection_side` if that means something to it, and whatever
+    else it has options for; all of them but `detect` have defaults.
+    """
 
-    def __init__(self, *, detect: bool, detection_side: int) -> None: ...
+    packages: tuple[str, ...]  # names to import
+
+    def __init__(self, *, detect: bool) -> None: ...
 
     def read(self, image: np.ndarray) -> list[str]:
         """Reads `[H, W, 3]` uint8 RGB; returns the lines from top to bottom, or none."""
@@ -36,7 +50,7 @@ class RapidOcr:
 
     packages: tuple[str, ...] = ("rapidocr", "onnxruntime")
 
-    def __init__(self, *, detect: bool, detection_side: int) -> None:
+    def __init__(self, *, detect: bool, detection_side: int = 320) -> None:
         from rapidocr import RapidOCR
 
         self._engine: Any = RapidOCR(
@@ -62,4 +76,211 @@ class RapidOcr:
         return list(self._engine(bgr).txts or ())
 
 
-ENGINES: dict[str, type[Engine]] = {"rapidocr": RapidOcr}
+class EasyOcr:
+    """EasyOCR: CRAFT finds the lines and a CRNN reads them, on a GPU or on the CPU.
+
+    Its weights, about 100 MB for English, are fetched once from its releases on GitHub. They are
+    used in full precision: on the CPU, EasyOCR would quantise them through an interface that torch
+    is about to drop.
+
+    Args:
+        detect: Whether to look for lines of text first; else the picture is read as one line.
+        detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
+        languages: EasyOCR's codes, e.g. `en`, or `ch_sim` and `en`; they choose the recogniser.
+        device: A torch device. `OcrHead` also takes `auto`, this process's GPU if there is one, and
+            names the one meant here.
+        model_dir: Folder of the weights; by default EasyOCR's own, `~/.EasyOCR/model` unless the
+            environment variable EASYOCR_MODULE_PATH names another parent.
+        download_enabled: Whether weights that are not there are fetched.
+
+    Raises:
+        FileNotFoundError: If weights are damaged, or not there and not to be fetched.
+    """
+
+    packages: tuple[str, ...] = ("easyocr",)
+
+    def __init__(
+        self,
+        *,
+        detect: bool,
+        detection_side: int = 2560,
+        languages: Sequence[str] = ("en",),
+        device: str = "auto",
+        model_dir: str | None = None,
+        download_enabled: bool = True,
+    ) -> None:
+        self._detect, self._side = detect, detection_side
+        self._device = self._place = device
+        folder = easyocr_folder(model_dir)
+        with contained():
+            self._reader: Any = import_easyocr().Reader(
+                list(languages),
+                gpu=False if device == "cpu" else device,
+                model_storage_directory=str(folder),
+                user_network_directory=str(folder),  # it makes one at home otherwise
+                download_enabled=download_enabled,
+                detector=detect,
+                quantize=False,
+                verbose=False,
+            )
+        if device != "cpu":
+            # EasyOCR wraps the models for all GPUs at once; such a model starts on the first only.
+            self._reader.recognizer = self._reader.recognizer.module
+            if detect:
+                self._reader.detector = self._reader.detector.module
+
+    def read(self, image: np.ndarray) -> list[str]:
+        """Reads one picture; see `Engine`."""
+        import cv2
+
+        self._move(self._device)
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        height, width = grey.shape
+        level: list[Any] = [[0, width, 0, height]]  # boxes
+        tilted: list[Any] = []
+        with contained():
+            if self._detect:
+                # Not `readtext`: it takes an array for BGR, but shows it to the detector as RGB.
+                found = self._reader.detect(image, canvas_size=self._side, reformat=False)
+                (level,), (tilted,) = found
+            return list(self._reader.recognize(grey, level, tilted, detail=0, reformat=False))
+
+    def offload(self) -> None:
+        """Frees the GPU's memory until the next picture."""
+        import torch
+
+        if self._device != "cpu":
+            self._move("cpu")
+            torch.cuda.empty_cache()
+
+    def _move(self, place: str) -> None:
+        if place != self._place:
+            self._reader.recognizer.to(place)
+            if self._detect:
+                self._reader.detector.to(place)
+            self._place = place
+
+
+def import_easyocr() -> Any:
+    """The module, imported without traces in this process."""
+    with contained():
+        import easyocr
+    return easyocr
+
+
+def easyocr_folder(model_dir: str | None) -> Path:
+    """Where EasyOCR keeps its weights; see the option `model_dir`."""
+    if model_dir is not None:
+        return Path(model_dir).expanduser()
+    return Path(import_easyocr().config.MODULE_PATH) / "model"
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Undoes what EasyOCR does to its surroundings; drops its warnings about its own code."""
+    path, cache = list(sys.path), os.environ.get("LRU_CACHE_CAPACITY")
+    with warnings.catch_warnings():
+        # It asks for pinned memory without a GPU, and tries to quantise even if told not to.
+        warnings.filterwarnings("ignore", message="'pin_memory' argument", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"torch\.ao\.quantization is deprecated")
+        try:
+            yield
+        finally:
+            sys.path[:] = path  # it adds a folder for networks of the user's own
+            # It shrinks oneDNN's cache of kernels to one, for everything in this process.
+            if cache is None:
+                os.environ.pop("LRU_CACHE_CAPACITY", None)
+            else:
+                os.environ["LRU_CACHE_CAPACITY"] = cache
+
+
+class Tesseract:
+    """The program Tesseract: one process per picture, one thread.
+
+    The picture goes in and the text comes out through pipes. (The package pytesseract would run
+    the same program, with two temporary files per picture.)
+
+    Args:
+        detect: Whether to look for text first; else the picture is read as one line (mode 7).
+        languages: Tesseract's codes, e.g. `eng`, or `deu` and `eng`.
+        psm: Page segmentation mode with `detect`, 3 to 13 without 7: 11 looks for text anywhere.
+        min_side: A smaller picture is enlarged to this longer side, because letters below about 20
+            pixels are read badly.
+        program: Name or path of the program.
+        model_dir: Folder with the `.traineddata` files; by default the program's own.
+
+    Raises:
+        RuntimeError: If the program fails, at reading.
+    """
+
+    packages: tuple[str, ...] = ("PIL",)
+
+    def __init__(
+        self,
+        *,
+        detect: bool,
+        languages: Sequence[str] = ("eng",),
+        psm: int = 11,
+        min_side: int = 256,
+        program: str = "tesseract",
+        model_dir: str | None = None,
+    ) -> None:
+        self._min_side = min_side
+        self._command = [
+            *tesseract_command(program, model_dir),
+            *("stdin", "stdout"),
+            *("-l", "+".join(languages)),
+            *("--psm", str(psm if detect else 7)),
+            *("--dpi", "72"),  # pictures have none, and it would guess one from the letters
+        ]
+
+    def read(self, image: np.ndarray) -> list[str]:
+        """Reads one picture; see `Engine`."""
+        height, width, _ = image.shape
+        if max(height, width) < self._min_side:
+            image = _enlarged(image, self._min_side / max(height, width))
+            height, width, _ = image.shape
+        ppm = b"P6 %d %d 255\n" % (width, height) + image.tobytes()
+        lines = run_program(self._command, ppm).splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
+
+def tesseract_command(program: str, model_dir: str | None) -> list[str]:
+    """The first words of every call of Tesseract."""
+    return [program, *(("--tessdata-dir", model_dir) if model_dir is not None else ())]
+
+
+def run_program(command: Sequence[str], data: bytes = b"") -> str:
+    """Runs a program, Tesseract on one thread, and returns what it prints.
+
+    Args:
+        command: The program and its arguments.
+        data: What it reads from standard input.
+
+    Raises:
+        RuntimeError: If it fails.
+        subprocess.TimeoutExpired: If it takes more than a minute.
+    """
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run(
+        command, input=data, capture_output=True, env=environment, timeout=_PROGRAM_SECONDS
+    )
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"`{' '.join(command)}` ended with status {done.returncode}: {said}")
+    return done.stdout.decode()
+
+
+def _enlarged(image: np.ndarray, factor: float) -> np.ndarray:
+    from PIL import Image
+
+    height, width, _ = image.shape
+    size = (round(width * factor), round(height * factor))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "rapidocr": RapidOcr,
+    "easyocr": EasyOcr,
+    "tesseract": Tesseract,
+}

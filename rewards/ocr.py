@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rewards.base import RewardBatch, RewardError, RewardHead
-from rewards.engines import ENGINES, Engine
+from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.engine_plans import plan
+from rewards.engines import Engine
 from rewards.pool import PoolError, WorkerPool
 from rewards.registry import register
 from rewards.text import check_quotes, comparable, legibility, quoted_target
@@ -34,24 +34,35 @@ class OcrHead(RewardHead):
 
     where d is 0 if the target is a substring of what was read, else the edit distance capped at
     len(target). The OCR reward of Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470).
-    A prompt without quoted text scores NaN and is not read.
+    A prompt without quoted text scores NaN and is not read. The scores table shows the target and
+    what was read.
+
+    The engines:
+
+    - `rapidocr` reads on the CPU with models of its own, without network.
+    - `easyocr` is made for a GPU and fetches its weights once; on a CPU it takes seconds.
+    - `tesseract` is a program to install. It is made for scanned pages and reads nothing in noise.
 
     Args:
-        engine: One of `rewards.engines.ENGINES`.
+        engine: `rapidocr`, `easyocr` or `tesseract`.
         quotes: Which quotes hold the target: `double` (ASCII), `curly`, `single` or `any`.
         substring_ok: Whether further text in the picture goes unpunished.
         detect: Whether the engine looks for lines of text first. Without, the picture is read as
             one line: twice as fast on pictures of one word in large letters, useless on others.
         detection_side: Longer side, in pixels, to which a larger picture is shrunk for finding
-            lines; they are read at full resolution. Raise it for text below 1/25 of the height.
+            lines; they are read at full resolution. By default 320 for rapidocr, to be raised for
+            text below 1/25 of the height, and 2560 for easyocr; tesseract has no such thing.
+        engine_options: Further arguments of the engine's class in `rewards.engines`, e.g.
+            `{languages: [en, fr], device: cpu}` for easyocr or `{psm: 6}` for tesseract.
         workers: Number of processes; 0 reads in this process. By default the number of cores
-            divided by the processes of this job on this machine, at most 8.
+            divided by the processes of this job on this machine, at most 8. An engine on a GPU
+            reads in this process: others would each hold the models, and take turns all the same.
         timeout: Seconds within which a batch must be read. Without workers it is checked between
             pictures.
 
     Raises:
-        ValueError: If a parameter is out of range.
-        ImportError: If the engine's packages are not installed.
+        ValueError: If a parameter is out of range, or names weights that are not there.
+        ImportError: If the engine's packages or program are not installed.
     """
 
     unit = "1 - edit distance / length"
@@ -63,16 +74,12 @@ class OcrHead(RewardHead):
         quotes: str = "double",
         substring_ok: bool = True,
         detect: bool = True,
-        detection_side: int = 320,
+        detection_side: int | None = None,
+        engine_options: Mapping[str, Any] | None = None,
         workers: int | None = None,
         timeout: float = 300.0,
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(
-                f"Parameter `engine` should be one of {', '.join(ENGINES)}. "
-                f"Found `engine = {engine!r}`."
-            )
-        if detection_side < 32:
+        if detection_side is not None and detection_side < 32:
             raise ValueError(
                 f"Parameter `detection_side` should be at least 32. "
                 f"Found `detection_side = {detection_side}`."
@@ -85,30 +92,30 @@ class OcrHead(RewardHead):
             raise ValueError(
                 f"Parameter `timeout` should be positive. Found `timeout = {timeout}`."
             )
-        kind = ENGINES[engine]
-        missing = [name for name in kind.packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(
-                f'The OCR engine "{engine}" needs {" and ".join(missing)}. Install with: '
-                f'pip install "moa-diffusion[ocr]"'
-            )
         self.quotes = check_quotes(quotes)
         self.substring_ok = substring_ok
         self.timeout = timeout
-        self.workers = _default_workers() if workers is None else workers
-        self._kind = kind
-        self._detect = detect
-        self._detection_side = detection_side
-        self._engine: Engine | None = None
-        self._pool = WorkerPool(
-            Path(inspect.getfile(kind)),
-            kind.__name__,
-            {"detect": detect, "detection_side": detection_side},
-            max(1, self.workers),
+        self._plan = plan(
+            engine, detect=detect, detection_side=detection_side, options=engine_options or {}
         )
+        if workers and self._plan.on_gpu:
+            raise ValueError(
+                f"Parameter `workers` should be 0 for an engine on a GPU. "
+                f"Found `workers = {workers}`."
+            )
+        if workers is None:
+            workers = 0 if self._plan.on_gpu else _default_workers()
+        self.workers = workers
+        self._fetched = False
+        self._engine: Engine | None = None
+        kind = self._plan.kind
+        file = Path(inspect.getfile(kind))
+        self._pool = WorkerPool(file, kind.__name__, self._plan.options, max(1, workers))
 
-    def score(self, batch: RewardBatch) -> Tensor:
+    def score(self, batch: RewardBatch) -> Scores:
         """Returns the legibility, `[N]`; NaN where the prompt quotes nothing.
+
+        The columns `target` and `read` are None for those samples.
 
         Raises:
             RewardError: If the engine fails, dies or is late; names the samples.
@@ -116,10 +123,13 @@ class OcrHead(RewardHead):
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
         asked = [index for index, target in enumerate(targets) if comparable(target)]
-        scores = torch.full((len(batch),), torch.nan)
+        values = torch.full((len(batch),), torch.nan)
+        texts: list[str | None] = [None] * len(batch)
         for index, text in zip(asked, self.read(batch, asked), strict=True):
-            scores[index] = legibility(text, targets[index], substring_ok=self.substring_ok)
-        return scores
+            values[index] = legibility(text, targets[index], substring_ok=self.substring_ok)
+            texts[index] = text
+        wanted = [target if comparable(target) else None for target in targets]
+        return Scores(values=values, extra={"target": wanted, "read": texts})
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
         """Reads the pictures at the given indices; returns the text of each, lines joined by LF.
@@ -129,25 +139,57 @@ class OcrHead(RewardHead):
         """
         if not indices:
             return []
-        images = list(batch.arrays()[list(indices)])
         try:
-            if self.workers == 0:
-                lines = self._read_here(images)
-            else:
-                lines = self._pool.read(images, self.timeout)
+            lines = self._read(list(batch.arrays()[list(indices)]))
         except PoolError as error:
             concerned = batch.samples([indices[position] for position in error.indices])
             raise RewardError(error.cause, head=self.name, samples=concerned) from error
         return ["\n".join(found) for found in lines]
+
+    def load(self) -> None:
+        """Fetches the weights and starts the engine, in all worker processes.
+
+        Raises:
+            RewardError: If the engine does not start, or fails on a blank picture.
+        """
+        blank = np.full((64, 64, 3), 255, np.uint8)
+        try:
+            self._read([blank] * max(1, self.workers))
+        except PoolError as error:
+            raise RewardError(error.cause, head=self.name) from error
+
+    def offload(self) -> None:
+        """Moves an engine from the GPU to the CPU until the next batch."""
+        if self._engine is not None:
+            self._plan.offload(self._engine)
+
+    def provenance(self) -> dict[str, str]:
+        """The engine, the versions of its packages or program, and the SHA-256 of its weights."""
+        return {"engine": self._plan.engine} | self._plan.provenance()
 
     def close(self) -> None:
         """Ends the worker processes and drops the engine; the next batch starts them again."""
         self._pool.close()
         self._engine = None
 
+    def _read(self, images: Sequence[np.ndarray]) -> list[list[str]]:
+        if not self._fetched:
+            try:
+                self._plan.fetch()
+            except RuntimeError as error:
+                raise PoolError(str(error), []) from error
+            self._fetched = True
+        if self.workers == 0:
+            return self._read_here(images)
+        return self._pool.read(images, self.timeout)
+
     def _read_here(self, images: Sequence[np.ndarray]) -> list[list[str]]:
         if self._engine is None:
-            self._engine = self._kind(detect=self._detect, detection_side=self._detection_side)
+            try:
+                self._engine = self._plan.kind(**self._plan.options)
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}"
+                raise PoolError(f"The OCR engine did not start: {cause}", []) from error
         deadline = time.monotonic() + self.timeout
         lines: list[list[str]] = []
         for position, image in enumerate(images):

@@ -1,7 +1,7 @@
-"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`), on a GPU (`gpu`).
+"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`, `ocr`), or on a GPU.
 
 python scripts/bench.py train --pipeline base
-python scripts/bench.py gradients
+python scripts/bench.py gradients; python scripts/bench.py ocr --images 100
 python scripts/bench.py methods --pipeline wide
 python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
 """
@@ -9,22 +9,20 @@ python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-CONFIG = Path(__file__).parents[1] / "configs" / "sd35_medium_dual_stage.yaml"
-
 
 def main() -> int:
     """Measure, print, and return the exit status: 2 for a bad configuration or a missing GPU."""
+    recipe = Path(__file__).parents[1] / "configs" / "sd35_medium_dual_stage.yaml"
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
     train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
     gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
-    gpu.add_argument("--config", type=Path, default=CONFIG, help="further --key value override it")
+    gpu.add_argument("--config", type=Path, default=recipe, help="further --key value override it")
     gpu.add_argument("--scale", type=int, default=2, help="groups per rollout, on this one card")
     gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
@@ -33,9 +31,11 @@ def main() -> int:
     gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     methods = commands.add_parser("methods", help="CPU seconds of a step with each method")
     methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
+    ocr = commands.add_parser("ocr", help="accuracy and CPU ms per picture of the OCR engines")
+    ocr.add_argument("--images", type=int, default=50, help="per size and level of noise")
     for command in (train, gradients, methods):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
-    for command in (train, gpu, gradients, methods):
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for all numbers")
     options, overrides = parser.parse_known_args()
     if overrides and options.command != "gpu":
@@ -49,7 +49,8 @@ def main() -> int:
     from moa_diffusion.benchmarks.gpu import measure_gpu
     from moa_diffusion.benchmarks.gradients import measure_gradients
     from moa_diffusion.benchmarks.methods import measure_methods
-    from moa_diffusion.benchmarks.tables import PRINT
+    from moa_diffusion.benchmarks.ocr import measure_ocr
+    from moa_diffusion.benchmarks.tables import show
     from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
 
@@ -63,16 +64,15 @@ def main() -> int:
             report = measure_gpu(settings, size=options.size, device=options.device, **scale)
         elif options.command == "gradients":
             report = measure_gradients(options.dtype, rounds=options.rounds)
+        elif options.command == "ocr":
+            report = measure_ocr(options.images)
         else:
             measure = {"train": measure_training, "methods": measure_methods}[options.command]
             report = measure(options.pipeline, rounds=options.rounds)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    PRINT[options.command](report)
+    show(options.command, report, options.json)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from statistics import median
@@ -21,19 +21,20 @@ from moa_diffusion.objectives.base import combine
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH
 from moa_diffusion.trainer import Trainer
-from moa_diffusion.types import ObjectiveStats, RewardMatrix
+from moa_diffusion.types import ConfigError, ObjectiveStats, RewardMatrix
 
 HEADS: dict[str, dict[str, Any]] = {
     name: {} for name in ("prompt_colour", "jpeg_compressibility", "colourfulness", "sharpness")
 }
 METHODS = ("static", "gdpo", "dual_stage", "apex", "pama", "mopo", "chebyshev", "upgrad", "mgda")
+COMPARED = ("static", "upgrad")
 TARGET = 1.15  # of a step with UPGrad, in steps with static weights
 GROUPS, GROUP_SIZE = 2, 4  # of the training step
 LARGE = (48, 24)  # groups and group size of the objective layer: N = 1152
 REPEATS = 20  # of the objective layer
 
 
-def measure_methods(name: str, *, rounds: int) -> dict[str, Any]:
+def measure_methods(name: str, *, rounds: int, methods: Sequence[str] | None = None) -> dict[str, Any]:
     """CPU seconds of a training step with each method, interleaved, and of its objective layer.
 
     A step is a rollout with four cheap rewards, its scores and its optimizer steps; the reference
@@ -42,19 +43,31 @@ def measure_methods(name: str, *, rounds: int) -> dict[str, Any]:
     Args:
         name: 'tiny', or a key of ``SIZES`` for random weights.
         rounds: measured rounds, after one that warms up.
+        methods: names, ``static`` among them; by default all of ``METHODS``, or those of
+            ``COMPARED`` for 'wide', whose steps take long.
+
+    Raises:
+        ConfigError: if a method is not known, or ``static`` is missing.
 
     Returns:
         a list ``methods`` of medians: ``step`` and ``update`` in seconds with their ratios to
         ``static``, and ``layer`` in seconds for K = 4, N = 1152.
     """
+    if methods is None:
+        methods = COMPARED if name == "wide" else METHODS
+    if unknown := sorted(set(methods) - set(build.METHODS)):
+        known = ", ".join(build.METHODS)
+        raise ConfigError(f"methods: should be among {known}. Found {', '.join(unknown)}.")
+    if METHODS[0] not in methods:
+        raise ConfigError(f"methods: should hold `{METHODS[0]}`, the unit. Found {methods}.")
     torch.set_num_threads(1)
     load: Callable[[], Any] = partial(load_pipeline, str(tiny.PIPELINE_PATH))
     if name != "tiny":
         load = partial(random_pipeline, SIZES[name])
-    steps: dict[str, list[tuple[float, float]]] = {method: [] for method in METHODS}
+    steps: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainers = {}
-        for method in METHODS:
+        for method in methods:
             trainers[method] = _prepared(load(), method, f"{folder}/{method}", rounds)
             stack.callback(trainers[method].close)
         for turn in range(rounds + 1):
@@ -62,7 +75,7 @@ def measure_methods(name: str, *, rounds: int) -> dict[str, Any]:
                 seconds = _step(trainer)
                 if turn:
                     steps[method].append(seconds)
-    layers = {method: _layer(method) for method in METHODS}
+    layers = {method: _layer(method) for method in methods}
     rows: list[dict[str, Any]] = [
         {
             "name": method,
@@ -71,10 +84,11 @@ def measure_methods(name: str, *, rounds: int) -> dict[str, Any]:
             "layer": layers[method],
             "target": TARGET if method == "upgrad" else None,
         }
-        for method in METHODS
+        for method in methods
     ]
+    unit = rows[methods.index(METHODS[0])]
     for row in rows:
-        row |= {f"{part}_ratio": row[part] / rows[0][part] for part in ("step", "update")}
+        row |= {f"{part}_ratio": row[part] / unit[part] for part in ("step", "update")}
     return {
         "pipeline": name,
         "samples": GROUPS * GROUP_SIZE,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -145,6 +147,35 @@ def print_methods(report: Mapping[str, Any]) -> None:
     )
 
 
+def print_ocr(report: Mapping[str, Any]) -> None:
+    """Accuracy and CPU time of every engine that is installed."""
+    machine = report["machine"]
+    table = Table(title="OCR engines")
+    for column in ("engine", "pixels", "noise", "exact", "mean score", "CPU ms/image", "target"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for row in report["rows"]:
+        target = ""
+        if row["target"]:
+            exact, limit = row["target"]
+            met = row["exact"] >= exact and row["milliseconds"] <= limit
+            target = f">= {exact}, <= {limit:g} ms: {'met' if met else 'missed'}"
+        table.add_row(
+            row["engine"],
+            str(row["side"]),
+            f"{row['noise']:g}",
+            f"{row['exact']:.3f}",
+            f"{row['mean']:.3f}",
+            f"{row['milliseconds']:.0f}",
+            target,
+        )
+    _print(
+        f"{report['images']} pictures per row, one or two words each; Gaussian noise in units of "
+        f"full scale. One thread; load {machine['load']:.1f} on {machine['cores']} cores.",
+        table,
+        *(f"Without {engine}: {reason}" for engine, reason in report["absent"].items()),
+    )
+
+
 def _print(*parts: Any) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # less would cut the breakdown's numbers
@@ -157,4 +188,19 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "gradients": print_gradients,
     "methods": print_methods,
     "gpu": print_gpu,
+    "ocr": print_ocr,
 }
+
+
+def show(command: str, report: Mapping[str, Any], file: Path | None) -> None:
+    """Prints a report and, if a file is named, writes all its numbers there as JSON.
+
+    Args:
+        command: sub-command that the report is of.
+        report: what was measured.
+        file: in a folder that is made if need be.
+    """
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    PRINT[command](report)

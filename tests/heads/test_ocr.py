@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 
@@ -86,7 +87,7 @@ def test_further_text_is_punished_only_on_request(head):
     assert strict(full).item() == pytest.approx(2 / 3, abs=1e-6)
 
 
-def test_no_quoted_text_is_nan_and_costs_no_engine(monkeypatch):
+def test_no_quoted_text_is_nan_and_costs_no_engine():
     head = create("ocr", workers=2)
     prompts = ["a red circle", 'an empty sign ""', 'a blank sign "  "', "a sign \u201cGO\u201d"]
     rewards = head(batch([sign("GO", COLOURS[0])] * 4, prompts))
@@ -131,6 +132,7 @@ def test_texts_are_refused(head):
         ({"timeout": 0}, "timeout = 0"),
         ({"detection_side": 8}, "detection_side = 8"),
         ({"worker": 1}, 'Did you mean "workers"'),
+        ({"engine_options": {"psm": 6}}, 'The OCR engine "rapidocr" has no option "psm"'),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -155,12 +157,96 @@ def test_default_workers_share_the_cores_among_the_processes_of_a_job(monkeypatc
         assert _default_workers() == workers
 
 
+# What the prompt asks for, what is read, and the score with and without `substring_ok`.
+TABLE = [
+    ('a "GO" sign', "double", "GO", "GO", 1.0, 1.0),
+    ('a "GO" sign', "double", "GO", "go", 1.0, 1.0),
+    ('a "Go Home" sign', "double", "Go Home", "GO\nHOME", 1.0, 1.0),
+    ('a "GO" sign', "double", "GO", "CARGO", 1.0, 0.0),
+    ('a "STOP" sign', "double", "STOP", "STOPS", 1.0, 0.75),
+    ('a "STOP" sign', "double", "STOP", "SHOP", 0.75, 0.75),
+    ('a "STOP" sign', "double", "STOP", "", 0.0, 0.0),
+    ('"ONE" and "TWO"', "double", "ONE", "TWO", 0.0, 0.0),
+    ("a \u201cGO\u201d sign", "double", None, "GO", None, None),
+    ("a \u201cGO\u201d sign", "curly", "GO", "GO", 1.0, 1.0),
+    ("a \u2018GO\u2019 sign", "curly", "GO", "GO", 1.0, 1.0),
+    ("it's a 'GO' sign", "single", "GO", "GO", 1.0, 1.0),
+    ('it\'s a "GO" sign', "any", "GO", "GO", 1.0, 1.0),
+    ("a GO sign", "any", None, "GO", None, None),
+    ('a "" sign', "double", None, "GO", None, None),
+    ('a " " sign', "any", None, "GO", None, None),
+    ('an unclosed "GO sign', "double", None, "GO", None, None),
+    ('a "Stra\u00dfe" sign', "double", "Stra\u00dfe", "STRASSE", 1.0, 1.0),
+    ('a "CAF\u00c9" sign', "double", "CAF\u00c9", "cafe\u0301", 1.0, 1.0),
+    ('a "CAF\u00c9" sign', "double", "CAF\u00c9", "CAFE", 0.75, 0.75),
+    ('a "\uff27\uff2f" sign', "double", "\uff27\uff2f", "GO", 1.0, 1.0),
+    ('a "\u51fa\u53e3" sign', "double", "\u51fa\u53e3", "\u51fa", 0.5, 0.5),
+]
+
+
+@pytest.mark.parametrize(("prompt", "quotes", "target", "read", "loose", "strict"), TABLE)
+def test_the_formula(prompt, quotes, target, read, loose, strict):
+    class Reading:
+        def read(self, image):
+            return read.split("\n")
+
+    for substring_ok, expected in ((True, loose), (False, strict)):
+        head = create("ocr", workers=0, quotes=quotes, substring_ok=substring_ok)
+        head._engine = Reading()
+        scores = head.evaluate(batch([np.zeros((8, 8, 3), np.uint8)], [prompt]))
+        score = scores.values.item()
+        assert scores.extra["target"] == [target]
+        assert scores.extra["read"] == [read if target else None]
+        assert math.isnan(score) if expected is None else score == pytest.approx(expected)
+
+
+def test_the_scores_table_shows_target_and_reading(head):
+    arrays = [sign("STOP", COLOURS[2]), sign("GO", COLOURS[0])]
+    scores = head.evaluate(batch(arrays, [says("Step"), "no text"]))
+    assert scores.extra == {"target": ["Step", None], "read": ["STOP", None]}
+
+
+def test_load_starts_the_engine_and_close_ends_it():
+    head = create("ocr", workers=0)
+    head.load()
+    assert head._engine is not None
+    head.offload()  # nothing of it is on a GPU
+    head.close()
+    assert head._engine is None
+
+
+def test_an_engine_that_does_not_start_is_an_error(monkeypatch):
+    class Broken:
+        packages = ("json",)
+
+        def __init__(self, *, detect):
+            raise OSError("no models")
+
+        def read(self, image): ...
+
+    monkeypatch.setitem(ENGINES, "broken", Broken)
+    head = create("ocr", engine="broken", workers=0)
+    with pytest.raises(RewardError, match="did not start: OSError: no models"):
+        head.load()
+
+
+def test_provenance_names_versions_and_digests_of_the_models_in_use(head):
+    found = dict(head.provenance())
+    assert found.pop("engine") == "rapidocr"
+    for package in ("rapidocr", "onnxruntime"):
+        assert found.pop(package) == importlib.metadata.version(package)
+    assert sorted(name.split("_")[1] for name in found) == ["det", "rec"]
+    assert all(len(digest) == 64 for digest in found.values())
+
+
 def test_workers_score_like_this_process(head):
     words = [WORDS[i % len(WORDS)] for i in range(8)]
     arrays = [sign(word, COLOURS[i % len(COLOURS)]) for i, word in enumerate(words)]
     prompts = [says(word) for word in words[1:] + words[:1]]  # wrong words: scores that differ
     pooled = create("ocr", workers=2)
     try:
+        pooled.load()
+        assert len(pooled._pool._workers) == 2
         full = batch(arrays, prompts)
         torch.testing.assert_close(pooled(full), head(full), rtol=0, atol=0)
     finally:
