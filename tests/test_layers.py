@@ -29,7 +29,13 @@ LAYERS = (
 )
 
 # The only modules that import the package `rewards` (scripts may too).
-USERS_OF_REWARDS = {"moa_diffusion.scoring"}
+USERS_OF_REWARDS = {
+    "moa_diffusion.scoring",
+    "moa_diffusion.benchmarks.ocr",
+    "moa_diffusion.tiny.judging.clip",
+    "moa_diffusion.tiny.judging.deqa",
+    "moa_diffusion.tiny.judging.exam",
+}
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 # Not among what everything loads: the commands of scripts/rewards.py.

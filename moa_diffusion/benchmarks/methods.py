@@ -34,7 +34,9 @@ LARGE = (48, 24)  # groups and group size of the objective layer: N = 1152
 REPEATS = 20  # of the objective layer
 
 
-def measure_methods(name: str, *, rounds: int, methods: Sequence[str] | None = None) -> dict[str, Any]:
+def measure_methods(
+    name: str, *, rounds: int, methods: Sequence[str] | None = None
+) -> dict[str, Any]:
     """CPU seconds of a training step with each method, interleaved, and of its objective layer.
 
     A step is a rollout with four cheap rewards, its scores and its optimizer steps; the reference
