@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from moa_diffusion import build
 from moa_diffusion.benchmarks.phases import REST, Phases, machine
 from moa_diffusion.benchmarks.pipelines import SIZES, parameter_count, random_pipeline, trainer_on
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.trainer import Trainer
-from moa_diffusion.types import Rollout
+from moa_diffusion.types import ConfigError, Rollout
 from moa_diffusion.update import TrainingError
+from rewards.models import ModelHead
 
 BUILD, PREPARE = "build", "encode prompts"  # once
 SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
@@ -26,7 +28,9 @@ SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
 def measure_gpu(
     settings: Config, *, size: str = "medium", device: str = "cuda", groups: int, rollouts: int
 ) -> dict[str, Any]:
-    """Training steps with the settings' rewards, objectives and batches, on random weights.
+    """Training steps with the settings' objectives and batches, on random weights.
+
+    Of the rewards those are kept that need no weights from a hub.
 
     Args:
         settings: the number of groups is reduced to ``groups``, the rest is kept; fewer samples
@@ -41,8 +45,14 @@ def measure_gpu(
         bf16 matrix rate.
 
     Raises:
-        ConfigError: if ``groups`` do not divide over the settings' updates.
+        ConfigError: if ``groups`` do not divide over the settings' updates, or no reward is left.
     """
+    judges = [name for name, head in build.heads(settings).items() if isinstance(head, ModelHead)]
+    rewards = {name: options for name, options in settings.rewards.items() if name not in judges}
+    if not rewards:
+        raise ConfigError(
+            f"rewards: should hold one that needs no pretrained model. Found {', '.join(judges)}."
+        )
     rate, cuda = _matrix_rate(device), device == "cuda"
     phases = Phases(_synchronised if cuda else time.perf_counter, _peak_bytes if cuda else None)
     dtype, vae_dtype = DTYPES[settings.policy.dtype], DTYPES[settings.policy.vae_dtype]
@@ -57,7 +67,7 @@ def measure_gpu(
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(trainer_on(pipeline, scaled, folder, settings.rewards)) as trainer,
+        closing(trainer_on(pipeline, scaled, folder, rewards)) as trainer,
     ):
         measured = _measure(trainer, phases, rollouts)
         work = _work(trainer)
@@ -73,6 +83,8 @@ def measure_gpu(
         "parameters": parameters,
         "dtype": settings.policy.dtype,
         "geometry": trainer.geometry.describe(),
+        "rewards": list(rewards),
+        "left_out": judges,
         "configured": {name: getattr(settings.trainer, name) for name in configured},
         "rollouts": rollouts,
         "resolution": scaled.sampling.resolution,

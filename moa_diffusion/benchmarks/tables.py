@@ -67,7 +67,8 @@ def print_gpu(report: Mapping[str, Any]) -> None:
         f"{report['dtype']}.",
         f"{report['geometry']}. The configuration has {limits}. "
         f"{report['resolution']} px, {report['trained_steps']} trained steps; "
-        f"{report['rollouts']} rollouts after a warm-up.",
+        f"{report['rollouts']} rollouts after a warm-up. Rewards: {', '.join(report['rewards'])}; "
+        f"left out: {', '.join(report['left_out']) or 'none'}.",
         _gpu_table(report),
         f"{report['images_per_second']:.3g} images/s sampled, scored and trained. One denoising "
         f"step takes {flops['forward'] / 1e12:.4g} TFLOP per image, one trained decision "
