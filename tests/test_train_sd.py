@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -242,7 +243,7 @@ def short(images, prompts):
 def infinite(images, prompts):
     global calls
     calls += 1
-    return [1.0 + i for i in range(len(prompts) - 1)] + [float("inf") if calls > 1 else 0.0]
+    return [1.0 + i for i in range(len(prompts) - 1)] + [float("inf") if calls > 4 else 0.0]
 """
 
 
@@ -312,7 +313,7 @@ def test_a_reward_is_found_in_a_module_of_the_working_folder(config: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("function", "message", "saved"),
-    [("short", "shape [16]. Found [1]", 0), ("infinite", "Found inf", 1)],
+    [("short", "shape [4]. Found [1]", 0), ("infinite", "Found inf", 1)],
 )
 def test_a_failing_reward_stops_the_run_after_saving(
     config: Path, tmp_path: Path, function: str, message: str, saved: int
@@ -327,6 +328,39 @@ def test_a_failing_reward_stops_the_run_after_saving(
     assert (run / "checkpoints" / f"step-{saved:06d}" / "state.pt").is_file()
     scores = run / "scores"
     assert len(list(scores.glob("*"))) == saved if saved else not scores.exists()
+
+
+def test_a_reward_server_that_dies_stops_the_run_after_saving(config: Path, tmp_path: Path) -> None:
+    serve = [sys.executable, str(ROOT / "scripts" / "rewards.py"), "serve"]
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [*serve, "--heads", "sharpness", "--port", "0"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        url = next(re.findall(r"http://\S+", line) for line in server.stdout if "Serving" in line)
+        remote = {"head": "remote", "url": url, "remote_name": "sharpness", "timeout": 5.0}
+        endless = ("--trainer.steps", "1000", "--checkpoint.every", "0")
+        process = subprocess.Popen(
+            command(config, run, *endless, "--rewards.sharp", json.dumps(remote)),
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_for(run / "metrics.jsonl", process)
+            server.kill()
+            _, log = process.communicate(timeout=60)
+        finally:
+            server.kill()
+            process.kill()
+    assert process.returncode == 1, log
+    assert 'error: Reward head "sharp" failed on samples #0' in log
+    assert url[0] in log
+    assert "Traceback" not in log
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[0]["reward_mean/sharp"] > 0
+    assert (run / "checkpoints" / f"step-{len(rows):06d}" / "state.pt").is_file()
+    assert json.loads((run / "rewards.json").read_text())["sharp"]["head"] == "RemoteHead"
 
 
 def test_print_config_is_a_config(config: Path) -> None:
