@@ -47,9 +47,9 @@ class Aesthetic(ModelHead):
         backbone: What runs the CLIP model: `transformers` or `open_clip`.
         architecture: Name of the model in open_clip, which its files do not tell. OpenAI's
             weights need a name that ends in `-quickgelu`: without, they load and score wrongly.
-        head: The layers, named as a model is. By default the published file, from a copy on the
-            hub that the digest verifies.
-        head_sha256: Expected digest of the layers; null for a head of one's own.
+        predictor: The layers, named as a model is. By default the published file, from a copy on
+            the hub that the digest verifies.
+        predictor_sha256: Expected digest of the layers; null for a head of one's own.
         dtype: Precision of the CLIP model: `float32`, `bfloat16` or `float16`.
         device: A torch device, or `auto`.
         batch_size: Pictures at once.
@@ -68,8 +68,8 @@ class Aesthetic(ModelHead):
         revision: str | None = None,
         backbone: str = "transformers",
         architecture: str = "ViT-L-14-quickgelu",
-        head: str = f"camenduru/improved-aesthetic-predictor:{_HEAD}",
-        head_sha256: str | None = _HEAD_SHA256,
+        predictor: str = f"camenduru/improved-aesthetic-predictor:{_HEAD}",
+        predictor_sha256: str | None = _HEAD_SHA256,
         dtype: str = "float32",
         device: str = "auto",
         batch_size: int = 16,
@@ -88,11 +88,11 @@ class Aesthetic(ModelHead):
             batch_size=batch_size,
             sha256=sha256,
         )
-        check(head, option="head")
+        check(predictor, option="predictor")
         self.backbone = backbone
         self.architecture = architecture
-        self.head = head
-        self.head_sha256 = head_sha256
+        self.predictor = predictor
+        self.predictor_sha256 = predictor_sha256
         if backbone == "open_clip":
             self.required: Sequence[str] = ()
             _check_architecture(architecture)
@@ -123,19 +123,19 @@ class Aesthetic(ModelHead):
         else:
             self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
         try:
-            found = find(self.head, required=())
+            found = find(self.predictor, required=())
         except RewardError as error:
             raise RewardError(
                 f"{error.cause} The published head is the file {_HEAD} of {_HEAD_SOURCE}: put it "
-                f"where you like and set `head` to its path."
+                f"where you like and set `predictor` to its path."
             ) from error
         digest = found.digest()
-        found.expect(self.head_sha256, digest, option="head_sha256")
+        found.expect(self.predictor_sha256, digest, option="predictor_sha256")
         self._affine = read_affine(found)
         self._head_found = {
-            "head": found.model,
-            "head_revision": found.revision,
-            "head_sha256": digest,
+            "predictor": found.model,
+            "predictor_revision": found.revision,
+            "predictor_sha256": digest,
         }
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -148,8 +148,8 @@ class Aesthetic(ModelHead):
         weight, bias = self._affine  # [D], []
         if len(weight) != embedded.shape[-1]:
             raise RewardError(
-                f"The head `{self.head}` reads {len(weight)} numbers, and `{self.model}` makes "
-                f"{embedded.shape[-1]} of a picture. Name a head and a CLIP model that fit."
+                f"The predictor `{self.predictor}` reads {len(weight)} numbers, and `{self.model}` "
+                f"makes {embedded.shape[-1]} of a picture. Name two that fit."
             )
         return embedded.double() @ weight + bias
 

@@ -155,7 +155,9 @@ def test_the_affine_map_is_the_layers_multiplied_out(tmp_path, widths, names):
 
 def test_the_score_is_the_head_on_the_embedding_of_length_one(folder, tmp_path):
     head = layers(EMBEDDING, 16, 8, 1)
-    found = create("aesthetic", model=folder, head=save_head(tmp_path, head), head_sha256=None)
+    found = create(
+        "aesthetic", model=folder, predictor=save_head(tmp_path, head), predictor_sha256=None
+    )
     clip = CLIPModel.from_pretrained(folder)
     pixels = Preprocessing(side=SIDE, crop=SIDE)(batch().uint8())
     with torch.no_grad():
@@ -170,10 +172,10 @@ def test_the_score_is_the_head_on_the_embedding_of_length_one(folder, tmp_path):
 
 def test_it_shares_the_module_with_clipscore(folder, tmp_path):
     head = save_head(tmp_path, layers(EMBEDDING, 1))
-    aesthetic = create("aesthetic", model=folder, head=head, head_sha256=None)
+    aesthetic = create("aesthetic", model=folder, predictor=head, predictor_sha256=None)
     aesthetic.load()
     weights = find(folder)
-    twin = create("aesthetic", model=folder, head=head, head_sha256=None)
+    twin = create("aesthetic", model=folder, predictor=head, predictor_sha256=None)
     twin.load()
     assert aesthetic._shared is twin._shared
     assert aesthetic._recipe() is create("clipscore", model=folder)._recipe()
@@ -200,10 +202,10 @@ def test_both_backbones_agree_on_the_same_weights(folder, open_clip_file, tmp_pa
         backbone="open_clip",
         architecture=ARCHITECTURE,
         model=open_clip_file,
-        head=head,
-        head_sha256=None,
+        predictor=head,
+        predictor_sha256=None,
     )
-    ours = create("aesthetic", model=folder, head=head, head_sha256=None)
+    ours = create("aesthetic", model=folder, predictor=head, predictor_sha256=None)
     before = torch.get_rng_state()
     found, wanted = theirs(batch()), ours(batch())
     assert torch.equal(torch.get_rng_state(), before)
@@ -216,8 +218,8 @@ def test_both_backbones_agree_on_the_same_weights(folder, open_clip_file, tmp_pa
         backbone="open_clip",
         architecture="moa-small",
         model=open_clip_file,
-        head=head,
-        head_sha256=None,
+        predictor=head,
+        predictor_sha256=None,
     )
     assert (wrong(batch()) - wanted).abs().max() > 1e-4
     assert wrong._shared is not theirs._shared
@@ -256,18 +258,18 @@ def test_the_transformers_backbone_needs_no_open_clip(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     head = save_head(tmp_path, layers(EMBEDDING, 1))
-    create("aesthetic", model=folder, head=head, head_sha256=None)(batch())
+    create("aesthetic", model=folder, predictor=head, predictor_sha256=None)(batch())
 
 
 def test_another_file_than_the_published_head_is_refused_unless_named(folder, tmp_path):
     file = save_head(tmp_path, layers(EMBEDDING, 1))
     digest = find(file, required=()).digest()
-    with pytest.raises(RewardError, match=f"is {digest}, expected is 21dd590f.*`head_sha256`"):
-        create("aesthetic", model=folder, head=file).load()
-    head = create("aesthetic", model=folder, head=file, head_sha256=digest)
+    with pytest.raises(RewardError, match=f"is {digest}, expected is 21dd590f.*`predictor_sha256`"):
+        create("aesthetic", model=folder, predictor=file).load()
+    head = create("aesthetic", model=folder, predictor=file, predictor_sha256=digest)
     head.load()
-    assert head.provenance()["head_sha256"] == digest
-    assert head.provenance()["head"] == file
+    assert head.provenance()["predictor_sha256"] == digest
+    assert head.provenance()["predictor"] == file
     assert head.provenance()["backbone"] == "transformers"
 
 
@@ -299,7 +301,7 @@ def test_wrong_layers(tmp_path, tensors, message):
 def test_a_head_of_another_width_is_told(folder, tmp_path):
     head = save_head(tmp_path, layers(EMBEDDING + 1, 1))
     with pytest.raises(RewardError, match=r"reads 25 numbers, and .* makes 24 of a picture"):
-        create("aesthetic", model=folder, head=head, head_sha256=None)(batch())
+        create("aesthetic", model=folder, predictor=head, predictor_sha256=None)(batch())
 
 
 def test_without_network_the_error_tells_where_the_head_is_published(folder, tmp_path, monkeypatch):
@@ -308,11 +310,11 @@ def test_without_network_the_error_tells_where_the_head_is_published(folder, tmp
         create("aesthetic", model=folder).load()
     assert "`hf download camenduru/improved-aesthetic-predictor --include" in caught.value.cause
     assert "github.com/christophschuhmann/improved-aesthetic-predictor" in caught.value.cause
-    assert "set `head` to its path" in caught.value.cause
+    assert "set `predictor` to its path" in caught.value.cause
 
 
 def test_wrong_options(folder):
     with pytest.raises(ValueError, match=r"one of transformers, open_clip. Found `backbone = 'x'`"):
         create("aesthetic", backbone="x")
-    with pytest.raises(ValueError, match="Parameter `head` names a file or folder"):
-        create("aesthetic", model=folder, head="./nowhere.pth")
+    with pytest.raises(ValueError, match="Parameter `predictor` names a file or folder"):
+        create("aesthetic", model=folder, predictor="./nowhere.pth")
