@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REWARDS = "rewards.json"  # what scores depend on
+
 
 class RunLog:
     """Writes one line per rollout to ``metrics.jsonl`` and one file of scores per rollout.
@@ -92,12 +94,18 @@ class RunLog:
             columns = _reward_columns(names, values)
             _write_samples(self.folder / "evaluation", step, requests, columns, extra)
 
-    def write_heads(self, heads: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write ``rewards.json``: by objective what its scores depend on (weights, digests)."""
-        path = self.folder / "rewards.json"
+    def write_heads(self, step: int, heads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note in ``rewards.json`` what scores depend on (weights, digests) after ``step``.
+
+        Args:
+            step: rollouts finished so far.
+            heads: by objective.
+        """
         if not self._main:
             return
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else heads
+        path = self.folder / REWARDS
+        notes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        before = notes[-1]["heads"] if notes else heads
         for name in heads:
             if before.get(name) != heads[name]:
                 logger.warning(
@@ -106,8 +114,10 @@ class RunLog:
                     before.get(name),
                     heads[name],
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(heads, indent=2) + "\n", encoding="utf-8")
+        if not notes or before != heads:
+            notes.append({"after_step": step, "heads": heads})
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
     def rewind(self, step: int, *, pending: bool = False) -> None:
         """Forget everything after rollout ``step``; at 0 also the evaluation before the first.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from rewards import create as create_head
 __all__ = ["RewardError", "RewardHead", "Scorer", "create_head"]
 
 WAITING = 2  # batches per head beside the one in work, before drawing waits
+POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
 
 Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
 T = TypeVar("T")
@@ -61,7 +63,8 @@ class Scorer:
         self.comm, self.overlap, self.offload = comm, overlap, offload
         self.seconds: dict[str, float] = {}  # of the last scoring, this process, by objective
         self._threads = {
-            name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in heads
+            name: ThreadPoolExecutor(1, f"reward-{name}", *_on_this_threads_device())
+            for name in heads
         }
 
     @property
@@ -77,7 +80,8 @@ class Scorer:
             that it reports.
 
         Raises:
-            RewardError: on every process, if a head failed on one of them.
+            RewardError: on every process, if a head failed on one of them, or processes would
+                score with different weights.
         """
 
         def work() -> dict[str, dict[str, Any]]:
@@ -90,28 +94,47 @@ class Scorer:
                 for name, head in self.heads.items()
             }
 
-        return self.together(work)
+        facts = self.together(work)
+        for rank, others in enumerate(self.comm.gather_objects([facts])):
+            for name in self.names:
+                if others[name] != facts[name]:
+                    raise RewardError(
+                        f"Processes {self.comm.rank} and {rank} score differently: {facts[name]} "
+                        f"and {others[name]}.",
+                        head=name,
+                    )
+        return facts
 
     @contextmanager
     def begin(self) -> Iterator[Scoring]:
-        """A scoring that batches are added to. What is not scored at the end is dropped."""
+        """A scoring that batches are added to.
+
+        What no head has begun at the end is dropped; a head that is at work is not waited for.
+        """
         scoring = Scoring(self.heads, self._threads, overlap=self.overlap)
         try:
             yield scoring
         finally:
             scoring.drop()
 
-    def collect(self, scoring: Scoring, requests: Sequence[Request]) -> RewardMatrix:
+    def collect(
+        self,
+        scoring: Scoring,
+        requests: Sequence[Request],
+        *,
+        while_waiting: Callable[[], None],
+    ) -> RewardMatrix:
         """The rewards of a rollout whose batches were added, on every process.
 
         Args:
             scoring: of this process's n samples.
             requests: all N requests, in the order in which the processes hold them.
+            while_waiting: called on all processes now and then until the last head is done.
 
         Raises:
             RewardError: on every process, if a head failed on one of them; nothing is scored 0.
         """
-        local, extra = self.together(lambda: self._finish(scoring))
+        local, extra = self._wait(scoring, while_waiting)
         return RewardMatrix(
             names=self.names,
             values=self.comm.gather(local.T.contiguous()).T,  # [K, N]
@@ -154,7 +177,7 @@ class Scorer:
                 if part := mine[start : start + batch]:
                     parts.append(draw(part))
                     scoring.add(part, images=parts[-1])
-            local, extra = self.together(lambda: self._finish(scoring))  # [K, m]
+            local, extra = self._wait(scoring, before_batch)  # [K, m]
         return Survey(
             values=gather_dealt(local.T, dealt, self.comm),
             extra=gather_dealt_objects(extra, dealt, self.comm),
@@ -191,9 +214,16 @@ class Scorer:
     def close(self) -> None:
         """Release worker processes, threads and models of all heads."""
         for thread in self._threads.values():
-            thread.shutdown()
+            thread.shutdown(wait=False, cancel_futures=True)
         for head in self.heads.values():
             head.close()
+
+    def _wait(
+        self, scoring: Scoring, while_waiting: Callable[[], None]
+    ) -> tuple[Tensor, list[Extra]]:
+        while self.comm.any(not scoring.ended(within=POLL_SECONDS)):
+            while_waiting()
+        return self.together(lambda: self._finish(scoring))
 
     def _finish(self, scoring: Scoring) -> tuple[Tensor, list[Extra]]:
         values, extra, self.seconds = scoring.finish()
@@ -215,7 +245,9 @@ class Scoring:
     ) -> None:
         self._heads, self._threads, self._overlap = heads, threads, overlap
         self._results: dict[str, list[Future[tuple[Scores, float]]]] = {name: [] for name in heads}
-        self._failure: RewardError | None = None
+        self._added = 0  # samples
+        self._lost = threading.Event()  # a failure or a stop: no further batch is begun
+        self._failure: RewardError | None = None  # the first
 
     def add(
         self,
@@ -228,35 +260,48 @@ class Scoring:
 
         A failure waits for ``finish``, where all processes meet.
         """
-        try:
-            batch = RewardBatch(
-                prompts=[request.prompt for request in requests],
-                metadata=[request.metadata for request in requests],
-                images=images,
-                texts=texts,
-            )
-        except ValueError as error:  # NaN pixels, say: no head can score them
-            self._failure = self._failure or RewardError(str(error))
-            return
+        first, self._added = self._added, self._added + len(requests)
         for name, head in self._heads.items():
             results = self._results[name]
             wait(results[:-WAITING])
-            if any(result.done() and result.exception() for result in results):
-                continue  # the rollout is lost; its other batches need no scores
-            results.append(self._threads[name].submit(_timed, head, batch))
+            if self._lost.is_set():
+                return
+            try:
+                batch = RewardBatch(
+                    prompts=[request.prompt for request in requests],
+                    metadata=[request.metadata for request in requests],
+                    # A copy each: what one head does to its pictures is no other's business.
+                    images=None if images is None else images.clone(),
+                    texts=texts,
+                )
+            except ValueError as error:  # NaN pixels, say
+                self._failure = self._failure or RewardError(
+                    f"No head can score what the policy drew: {error}"
+                )
+                self._lost.set()
+                return
+            results.append(self._threads[name].submit(self._evaluate, head, batch, first))
             if not self._overlap:
                 wait(results)
 
+    def ended(self, *, within: float) -> bool:
+        """Whether all is scored, or something failed, after at most so many seconds."""
+        results = [result for of_head in self._results.values() for result in of_head]
+        pending = wait(results, within, return_when=FIRST_EXCEPTION).not_done
+        return not pending or self._lost.is_set()
+
     def finish(self) -> tuple[Tensor, list[Extra], dict[str, float]]:
-        """Wait for the heads.
+        """Wait for the heads, or for the first failure.
 
         Returns:
             raw rewards ``[K, n]`` float64, what heads add to each of the n samples, and seconds
             by objective.
 
         Raises:
-            RewardError: if a head failed; the first in the order of the objectives.
+            RewardError: if a head failed.
         """
+        results = [result for of_head in self._results.values() for result in of_head]
+        wait(results, return_when=FIRST_EXCEPTION)
         if self._failure is not None:
             raise self._failure
         rows, columns, seconds = [], {}, {}
@@ -277,14 +322,34 @@ class Scoring:
         return torch.stack(rows), extra, seconds
 
     def drop(self) -> None:
-        """Take back what no head has begun, and wait for the rest."""
-        results = [result for of_head in self._results.values() for result in of_head]
-        for result in results:
-            result.cancel()
-        wait(results)
+        """Take back what no head has begun."""
+        self._lost.set()
+
+    def _evaluate(self, head: RewardHead, batch: RewardBatch, first: int) -> tuple[Scores, float]:
+        """Scores, and the seconds that they took; ``first`` is the batch's first sample."""
+        if self._lost.is_set():
+            raise _Skipped
+        start = time.perf_counter()
+        try:
+            return head.evaluate(batch), time.perf_counter() - start
+        except BaseException as error:  # a user's code may even call `sys.exit`
+            if not isinstance(error, RewardError):
+                failure = RewardError(f"{type(error).__name__}: {error}", head=head.name)
+            else:
+                samples = [(first + index, prompt) for index, prompt in error.samples]
+                failure = RewardError(error.cause, head=error.head, samples=samples)
+            failure.__cause__ = error
+            self._failure = self._failure or failure
+            self._lost.set()  # after the failure is known: this is what others wait for
+            raise
 
 
-def _timed(head: RewardHead, batch: RewardBatch) -> tuple[Scores, float]:
-    start = time.perf_counter()
-    scores = head.evaluate(batch)
-    return scores, time.perf_counter() - start
+class _Skipped(Exception):
+    """The scoring was lost before this batch began."""
+
+
+def _on_this_threads_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
+    """Has a thread begin on the accelerator of this one; threads begin on the first."""
+    if not torch.cuda.is_available():
+        return ()
+    return torch.cuda.set_device, (torch.cuda.current_device(),)

@@ -213,7 +213,7 @@ class Trainer:
     def score(self, scoring: Scoring, requests: Sequence[Request]) -> RewardMatrix:
         """Raw rewards of all N samples, on every process; waits for what is not scored yet."""
         with self._timed("score"):
-            rewards = self.scorer.collect(scoring, requests)
+            rewards = self.scorer.collect(scoring, requests, while_waiting=self._leave_if_stopped)
         self._seconds |= {f"score_{name}": s for name, s in self.scorer.seconds.items()}
         return rewards
 
@@ -295,7 +295,9 @@ class Trainer:
         if self.heldout is None:
             return {}
         with self._timed("evaluate"), self.updater.ema.applied():
-            return self.heldout(self.completed, before_batch=self._leave_if_stopped)
+            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
+        self._seconds |= {f"evaluate_{name}": s for name, s in self.scorer.seconds.items()}
+        return found
 
     # ------------------------------------------------------------------ the run
 
@@ -315,7 +317,7 @@ class Trainer:
         asked = self.heldout.requests if self.heldout else ()
         with self._sigterm(), bar:
             try:
-                self.log.write_heads(self.scorer.load())
+                self.log.write_heads(self.completed, self.scorer.load())
                 self.policy.prepare(
                     [prompt.text for prompt in self.sampler.prompts]
                     + [request.prompt for request in asked]

@@ -146,13 +146,16 @@ def test_reward_metrics_of_an_objective_that_never_applies():
 
 def test_what_scores_depend_on_is_written_and_a_change_is_told(tmp_path, caplog):
     log, heads = RunLog(tmp_path), {"clip": {"unit": "1", "sha256": "a"}}
-    log.write_heads(heads)
-    log.write_heads(heads)
-    assert json.loads((tmp_path / "rewards.json").read_text()) == heads
+    log.write_heads(0, heads)
+    log.write_heads(3, heads)
+    noted = [{"after_step": 0, "heads": heads}]
+    assert json.loads((tmp_path / "rewards.json").read_text()) == noted
     assert not caplog.records
-    log.write_heads({"clip": {"unit": "1", "sha256": "b"}})
+    other = {"clip": {"unit": "1", "sha256": "b"}}
+    log.write_heads(5, other)
     assert "Reward clip is not what it was" in caplog.text
-    assert json.loads((tmp_path / "rewards.json").read_text())["clip"]["sha256"] == "b"
+    noted.append({"after_step": 5, "heads": other})
+    assert json.loads((tmp_path / "rewards.json").read_text()) == noted
 
 
 def test_further_columns_stand_in_the_scores_table(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,13 +47,13 @@ class Broken(RewardHead):
 class Comm(LocalComm):
     """One process that is told what the others say, and remembers what it told them."""
 
-    def __init__(self, *, other_failed: bool = False) -> None:
-        self.other_failed = other_failed
+    def __init__(self, *, failed: Sequence[bool] = ()) -> None:
+        self.failed = list(failed)  # what the others answer, in turn
         self.told: list[bool] = []
 
     def any(self, flag: bool) -> bool:
         self.told.append(flag)
-        return flag or self.other_failed
+        return flag or (self.failed.pop(0) if self.failed else False)
 
 
 def rollout(n: int = 3) -> Rollout:
@@ -77,7 +78,7 @@ def scored(scorer: Scorer, part: Rollout, batches: int = 1) -> RewardMatrix:
         for start in range(0, len(part), size):
             chosen = slice(start, start + size)
             scoring.add(part.requests[chosen], images=part.images[chosen])
-        return scorer.collect(scoring, part.requests)
+        return scorer.collect(scoring, part.requests, while_waiting=lambda: None)
 
 
 def test_matrix_of_a_rollout():
@@ -100,14 +101,14 @@ def test_a_failing_head_raises_and_tells_the_others():
     scorer = Scorer({"red": Red(), "broken": Broken()}, comm)
     with pytest.raises(RewardError, match=r"broken.*ZeroDivisionError: no pixels"):
         scored(scorer, rollout())
-    assert comm.told == [True]
+    assert comm.told == [False, True]  # nothing is pending, and something failed
 
 
 def test_a_failure_elsewhere_raises_here():
-    comm = Comm(other_failed=True)
+    comm = Comm(failed=[False, True])
     with pytest.raises(RewardError, match="failed on another process"):
         scored(Scorer({"red": Red()}, comm), rollout())
-    assert comm.told == [False]
+    assert comm.told == [False, False]
 
 
 def test_any_failure_is_told_before_it_is_raised():
@@ -115,9 +116,9 @@ def test_any_failure_is_told_before_it_is_raised():
     comm = Comm()
     part = rollout()
     part.images[1] = math.nan  # what a policy that has diverged draws
-    with pytest.raises((RewardError, ValueError), match="images"):
+    with pytest.raises(RewardError, match="what the policy drew: `images`"):
         scored(Scorer({"red": Red()}, comm), part)
-    assert comm.told == [True]
+    assert comm.told == [False, True]
 
 
 def test_infinite_scores_are_refused():
@@ -178,7 +179,8 @@ def test_heads_work_beside_the_drawing_and_beside_each_other():
         assert two.entered.wait(30)  # neither has ended, and the next batch could be drawn here
         one.open.set()
         two.open.set()
-        assert scorer.collect(scoring, part.requests).values.shape == (2, 3)
+        found = scorer.collect(scoring, part.requests, while_waiting=lambda: None)
+        assert found.values.shape == (2, 3)
 
 
 def test_drawing_waits_for_heads_that_fall_behind():
@@ -194,15 +196,90 @@ def test_drawing_waits_for_heads_that_fall_behind():
         one_more.result(timeout=30)
 
 
-def test_what_is_not_begun_is_dropped():
+def test_what_is_not_begun_is_dropped_and_the_rest_is_not_waited_for():
     gate, part = Gate(), rollout()
-    with pytest.raises(KeyboardInterrupt), Scorer({"gate": gate}, Comm()).begin() as scoring:
+    scorer = Scorer({"gate": gate}, Comm())
+    with pytest.raises(KeyboardInterrupt), scorer.begin() as scoring:
         for _ in range(3):
             scoring.add(part.requests, images=part.images)
         assert gate.entered.wait(30)
-        threading.Timer(0.2, gate.open.set).start()
         raise KeyboardInterrupt
     assert gate.batches == 1
+    gate.open.set()
+    assert scored(scorer, part).values.shape == (1, 3)
+    assert gate.batches == 2
+
+
+def test_a_stop_is_honoured_while_a_head_works(monkeypatch):
+    monkeypatch.setattr("moa_diffusion.scoring.POLL_SECONDS", 0.01)
+    gate, part = Gate(), rollout()
+
+    def leave():
+        raise KeyboardInterrupt
+
+    scorer = Scorer({"gate": gate}, Comm())
+    with pytest.raises(KeyboardInterrupt), scorer.begin() as scoring:
+        scoring.add(part.requests, images=part.images)
+        scorer.collect(scoring, part.requests, while_waiting=leave)
+    gate.open.set()
+
+
+def test_a_failure_does_not_wait_for_the_other_heads():
+    gate, part = Gate(), rollout()
+    with pytest.raises(RewardError, match="no pixels"):
+        scored(Scorer({"gate": gate, "broken": Broken()}, Comm()), part)
+    assert not gate.open.is_set()
+    gate.open.set()
+
+
+def test_a_failure_names_the_samples_of_the_rollout():
+    class Late(RewardHead):
+        def score(self, batch):
+            if "p4" in batch.prompts:
+                raise RewardError("too dark", samples=batch.samples([batch.prompts.index("p4")]))
+            return torch.zeros(len(batch))
+
+    with pytest.raises(RewardError, match="too dark") as caught:
+        scored(Scorer({"late": Late()}, Comm()), rollout(6), batches=2)
+    assert caught.value.samples == ((4, "p4"),)
+
+
+def test_a_head_that_ends_the_program_is_a_failure():
+    class Exits(RewardHead):
+        def score(self, batch):
+            raise SystemExit(3)
+
+    with pytest.raises(RewardError, match="SystemExit: 3"):
+        scored(Scorer({"exits": Exits()}, Comm()), rollout())
+
+
+def test_a_head_cannot_change_the_pictures_of_another():
+    class Darkens(RewardHead):
+        def score(self, batch):
+            return batch.require_images().mul_(0).mean((1, 2, 3))
+
+    part = rollout()
+    found = scored(Scorer({"darkens": Darkens(), "red": Red()}, Comm(), overlap=False), part)
+    assert found.values[1].tolist() == [0, 0.5, 1]
+    assert part.images.any()
+
+
+def test_processes_that_score_with_other_weights_are_an_error():
+    class Two(Comm):
+        def gather_objects(self, local):
+            return [*local, {"red": {"head": "Red", "unit": "", "sha256": "other"}}]
+
+    with pytest.raises(RewardError, match="Processes 0 and 1 score differently"):
+        Scorer({"red": Red()}, Two()).load()
+
+
+def test_threads_work_on_the_device_of_the_process(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    scored(Scorer({"red": Red(), "meta": Metadata()}, Comm()), rollout())
+    assert chosen == [3, 3]
 
 
 def test_a_lost_rollout_is_not_scored_on():

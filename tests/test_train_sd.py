@@ -360,7 +360,8 @@ def test_a_reward_server_that_dies_stops_the_run_after_saving(config: Path, tmp_
     rows = read_metrics(run / "metrics.jsonl")
     assert rows[0]["reward_mean/sharp"] > 0
     assert (run / "checkpoints" / f"step-{len(rows):06d}" / "state.pt").is_file()
-    assert json.loads((run / "rewards.json").read_text())["sharp"]["head"] == "RemoteHead"
+    (noted,) = json.loads((run / "rewards.json").read_text())
+    assert noted["heads"]["sharp"]["head"] == "RemoteHead"
 
 
 def test_print_config_is_a_config(config: Path) -> None:

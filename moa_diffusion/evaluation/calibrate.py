@@ -21,6 +21,7 @@ from moa_diffusion import build
 from moa_diffusion.config import Config
 from moa_diffusion.data import GroupSampler, derive_seed
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.metrics import REWARDS, RunLog
 from moa_diffusion.objectives.calibration import HIJACK, Calibration, calibrate
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
@@ -106,6 +107,8 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         # For heads that use the global generators; nothing here does.
         set_seed(derive_seed(settings.seed, "calibration") % 2**32)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / REWARDS).unlink(missing_ok=True)  # of an earlier calibration
+        RunLog(folder).write_heads(0, scorer.load())
         first: list[Tensor] = []  # [K, G] each
         second: list[Tensor] = []
         seconds = torch.zeros(len(scorer.names), dtype=torch.float64)
