@@ -93,13 +93,19 @@ def _read_jsonl(path: Path, text: str, column: str) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+        except ValueError as error:
             raise _bad_line(path, number, f"A line should be JSON ({error}).", line) from error
         if not isinstance(row, dict):
             raise _bad_line(path, number, "A line should be a JSON object.", line)
         prompts.append(_row_to_prompt(path, number, row, column))
     return prompts
+
+
+def _finite(text: str) -> float:  # Python reads NaN and 1e999, which no reward server would
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no JSON number")
+    return number
 
 
 def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
@@ -132,8 +138,7 @@ def _row_to_prompt(path: Path, number: int, row: dict[str, Any], column: str) ->
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise _bad_line(path, number, f"A line should have a non-empty text `{column}`.", row)
-    metadata = {name: cell for name, cell in row.items() if name != column}
-    return Prompt(text=value.strip(), metadata=metadata)
+    return Prompt(text=value.strip(), metadata={k: row[k] for k in row if k != column})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,14 +81,15 @@ class RewardBatch:
     texts: Sequence[str] | None = None  # N
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompts, str):
-            raise ValueError("`prompts` should be a sequence of strings. Found one string.")
         size = len(self.prompts)
-        for index, prompt in enumerate(self.prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(
-                    f"`prompts[{index}]` should be a string. Found {type(prompt).__name__}."
-                )
+        for name, texts in (("prompts", self.prompts), ("texts", self.texts or ())):
+            if isinstance(texts, str):
+                raise ValueError(f"`{name}` should be a sequence of strings. Found one string.")
+            for index, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"`{name}[{index}]` should be a string. Found {type(text).__name__}."
+                    )
         if not self.metadata:
             object.__setattr__(self, "metadata", tuple({} for _ in range(size)))
         if len(self.metadata) != size:
@@ -105,13 +106,10 @@ class RewardBatch:
             raise ValueError(f"Exactly one of `images` and `texts` should be given. Found {found}.")
         if self.images is not None:
             _check_images(self.images, size)
-        if self.texts is not None:
-            if isinstance(self.texts, str):
-                raise ValueError("`texts` should be a sequence of strings. Found one string.")
-            if len(self.texts) != size:
-                raise ValueError(
-                    f"`texts` should have one entry per prompt ({size}). Found {len(self.texts)}."
-                )
+        if self.texts is not None and len(self.texts) != size:
+            raise ValueError(
+                f"`texts` should have one entry per prompt ({size}). Found {len(self.texts)}."
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -217,11 +215,14 @@ class RewardHead(ABC):
         unit: Unit of the scores, e.g. "kB" or "1 - edit distance / length".
         requires: What a prompt must have for the head to apply, e.g. `("quoted text",)`. Samples
             without it score `NaN`.
+        neutral_options: Constructor arguments that say where and how fast the head computes, but
+            not what: servers that differ in them alone give the same scores.
     """
 
     name: str = ""
     unit: str = ""
     requires: tuple[str, ...] = ()
+    neutral_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Tensor | Scores:
@@ -265,8 +266,7 @@ class RewardHead(ABC):
             raise RewardError(cause, head=self._label, samples=samples) from error
         scores = found if isinstance(found, Scores) else Scores(values=found)
         values = self._checked(scores.values, batch)
-        self._check_columns(scores.extra, batch)
-        return Scores(values=values, extra=scores.extra)
+        return Scores(values=values, extra=self._checked_columns(scores.extra, batch))
 
     def load(self) -> None:  # noqa: B027 - most heads hold nothing
         """Loads what the head needs, so that the first batch need not wait for it.
@@ -318,18 +318,31 @@ class RewardHead(ABC):
             )
         return result
 
-    def _check_columns(self, extra: Mapping[str, Sequence[Any]], batch: RewardBatch) -> None:
+    def _checked_columns(
+        self, extra: Mapping[str, Sequence[Any]], batch: RewardBatch
+    ) -> dict[str, list[Any]]:
+        checked: dict[str, list[Any]] = {}
         for column, cells in extra.items():
             if not isinstance(column, str) or not column:
                 raise RewardError(
                     f"The name of a column should be text. Found {column!r}.", head=self._label
                 )
+            checked[column] = []
             for index, cell in enumerate(cells):
                 try:
-                    json.dumps(cell, allow_nan=False)
+                    text = json.dumps(cell, allow_nan=False, default=_python_scalar)
                 except (TypeError, ValueError) as error:
                     raise RewardError(
                         f"The column `{column}` should hold JSON values. Found {cell!r} ({error}).",
                         head=self._label,
                         samples=batch.samples([index]),
                     ) from error
+                checked[column].append(json.loads(text))
+        return checked
+
+
+def _python_scalar(value: Any) -> Any:
+    """What JSON is given in the place of a NumPy scalar."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no JSON value")

@@ -46,8 +46,10 @@ def prepare(name: str, options: Mapping[str, Any], path: str | None = None) -> R
     """
     try:
         head = create(name, path, **options)
-    except (ValueError, TypeError, ImportError) as error:  # these say how to mend it
-        raise Unusable(f'Head "{name}": {error}') from error
+    except Exception as error:  # a head of somebody else's may raise anything
+        plain = isinstance(error, ValueError | ImportError | RewardError)  # they say what to do
+        told = str(error) if plain else repr(error)
+        raise Unusable(f'Head "{name}": {told}{_advice(error)}') from error
     try:
         head.load()
     except Exception as error:  # a head of somebody else's may raise anything

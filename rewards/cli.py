@@ -18,7 +18,6 @@ from rich.text import Text
 
 from rewards import server
 from rewards.base import RewardHead
-from rewards.batching import Batcher
 from rewards.cards import CARDS
 from rewards.check import check, prepare
 from rewards.folder import ScoreTable, match, score_folder, summary
@@ -32,20 +31,22 @@ _TRAINER_KEYS = ("weight", "head", "path")  # of an objective in a training conf
 def list_heads(console: Console) -> None:
     """Prints all registered heads with what one wants to know before using them."""
     table = Table(title="Reward heads")
-    for column in ("name", "unit", "range", "needs", "weights", "memory", "licence", "installed"):
+    for column in ("name", "unit", "range", "needs", "weights", "memory", "licence", "packages"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for name, info in available().items():
         card = CARDS.get(name)
         facts = ["-"] * 4
-        installed = "-"
+        packages = "-"
         if card is not None:
             facts = [card.range, card.weights, card.memory, card.licence]
             lacking = [pkg for pkg in card.packages if importlib.util.find_spec(pkg) is None]
-            installed = f"no: {', '.join(lacking)}" if lacking else "yes"
+            packages = f"{', '.join(card.packages)}: installed" if card.packages else "none needed"
+            if lacking:
+                packages = f"missing: {', '.join(lacking)}"
         if info.problem:
-            installed = f"no: {info.problem}"
+            packages = f"unusable: {info.problem}"
         needs = ", ".join(info.requires) or "-"
-        cells = (name, info.unit or "-", facts[0], needs, *facts[1:], installed)
+        cells = (name, info.unit or "-", facts[0], needs, *facts[1:], packages)
         table.add_row(*map(Text, cells))  # not as markup: a unit may have brackets
     console.print(table)
 
@@ -95,7 +96,7 @@ def score_images(
 
     Raises:
         ValueError: If pictures and prompts do not match, which is seen before anything is loaded,
-            or a picture cannot be read.
+            a picture cannot be read, or the rows of an earlier failure are those of another run.
         Unusable: If the head cannot be loaded.
         RewardError: If the head fails.
     """
@@ -108,6 +109,9 @@ def score_images(
     try:
         head = prepare(name, options)
         try:
+            table.begin(Identity.of(name, head, options).digest, pairs)
+            if table.rows:
+                print(f"{len(table.rows)} of {len(pairs)} scores are in {table.partial} already.")
             score_folder(head, pairs, table, batch_size=batch_size)
             identity = Identity.of(name, head, options)
         finally:
@@ -115,9 +119,11 @@ def score_images(
         table.finish({**identity.to_json(), "options": dict(options)})
     except BaseException:  # Ctrl-C included
         if table.rows:
-            print(f"{len(table.rows)} of {len(pairs)} scores are kept in {table.partial}.")
-        else:
-            table.partial.unlink()
+            print(
+                f"{len(table.rows)} of {len(pairs)} scores are kept in {table.partial}. "
+                f"The same command goes on after them."
+            )
+        table.discard()
         raise
     print(summary(table.rows))
     print(f"Written to {output}.")
@@ -166,10 +172,8 @@ def serve(
             rest = {key: value for key, value in options.items() if key not in _TRAINER_KEYS}
             heads[name] = prepare(options.get("head", name), rest, options.get("path"))
             heads[name].name = name
-            told = {key: value for key, value in options.items() if key != "weight"}
-            identity = Identity.of(name, heads[name], told)
-            batcher = Batcher(heads[name], max_batch=limits.max_batch, max_queue=limits.max_queue)
-            services[name] = server.Service(identity=identity, batcher=batcher)
+            identity = Identity.of(name, heads[name], rest)
+            services[name] = server.Service(identity=identity, batcher=limits.batcher(heads[name]))
             seconds, digest = time.monotonic() - began, identity.digest[:12]
             print(f"[{number}/{len(wanted)}] {name}: {seconds:.1f} s, digest {digest}", flush=True)
         shown = f"[{host}]" if ":" in host else host

@@ -188,6 +188,8 @@ def _exchange(
         connection.request("GET" if body is None else "POST", path, body, dict(headers))
     with connection.getresponse() as response:
         content = response.read(_LONGEST_REPLY + 1)
+        if response.status == 200 and response.length:  # it hung up; of a refusal a part will do
+            raise http.client.IncompleteRead(content, response.length)
         if len(content) > _LONGEST_REPLY:
             raise http.client.HTTPException(f"the answer is longer than {_LONGEST_REPLY} bytes")
         fields = {name.lower(): value for name, value in response.getheaders()}

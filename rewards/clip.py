@@ -15,7 +15,7 @@ from rewards.base import RewardError
 from rewards.images import Preprocessing, read_preprocessing
 from rewards.models import ModelHead
 from rewards.registry import register
-from rewards.tensors import load_pretrained, read_tensors
+from rewards.tensors import load_pretrained, read_tensor
 from rewards.text import comparable, quoted_target
 from rewards.weights import Weights, check, find
 
@@ -296,7 +296,7 @@ def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
     # Files written by old versions hold the positions 0, 1, 2, ... too.
     model: Any = load_pretrained(CLIPModel, weights, dtype=dtype, ignore=("position_ids",))
     # In bfloat16 the exponential of the rounded scale would be 1 % off.
-    model.logit_scale.data = read_tensors(weights)["logit_scale"].float()
+    model.logit_scale.data = read_tensor(weights, "logit_scale").float()
     return model
 
 

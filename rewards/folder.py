@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import math
@@ -22,10 +23,27 @@ from rewards.base import RewardBatch, RewardHead
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _OWN_COLUMNS = ("file", "prompt", "score")
 
+Pair = tuple[Path, str, Mapping[str, Any]]  # picture, prompt, metadata
 
-def match(
-    folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]
-) -> list[tuple[Path, str, Mapping[str, Any]]]:
+
+def refuse_blank_lines(prompts: Path) -> None:
+    """Checks that line i of a `.txt` file can belong to picture i; other files have no blank rows.
+
+    Raises:
+        ValueError: If a line before the last prompt is blank; names file and line.
+    """
+    if prompts.suffix != ".txt":
+        return
+    lines = prompts.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(
+                f"{prompts}:{number}: The prompt of picture {number} should stand here. "
+                f"Found a blank line."
+            )
+
+
+def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
     """Pairs pictures with prompts.
 
     Args:
@@ -77,8 +95,10 @@ def match(
 class ScoreTable:
     """A table that grows batch by batch: a row per picture with file, prompt, score and extras.
 
-    Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none; `finish`
-    turns them into the file that was asked for.
+    Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none, and the
+    same run started again goes on after them; `finish` turns them into the file that was asked for.
+    The first line of the partial file says who scores, each further one holds a row and the digest
+    of what was scored.
 
     Args:
         output: `.parquet`, `.csv` or `.jsonl`. A file of this name is replaced by `finish`.
@@ -100,13 +120,67 @@ class ScoreTable:
         self.partial = output.with_name(f"{output.name}.partial.jsonl")
         self.rows: list[dict[str, Any]] = []
         self._write = writers[output.suffix]
+        self._begun = False
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.write_text("")
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows; they are on disk when this returns."""
+    def begin(self, scorer: str, pairs: Sequence[Pair]) -> None:
+        """Starts the partial file, or takes over the rows of one that is there.
+
+        Args:
+            scorer: Digest of the head; rows of another are not mixed with its own.
+            pairs: See `match`; the rows that are there should be those of the first ones.
+
+        Raises:
+            ValueError: If a partial file is there and is not the beginning of this run. It stays
+                as it is.
+        """
+        text = self.partial.read_bytes() if self.partial.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]  # a row may be cut where a run was killed
+        if not whole:
+            self.partial.write_text(f"{json.dumps({'scorer': scorer})}\n", encoding="utf-8")
+        else:
+            self.rows = self._rows_of(whole, scorer, pairs)
+            with self.partial.open("r+b") as file:
+                file.truncate(len(whole))
+        self._begun = True
+
+    def _rows_of(self, text: bytes, scorer: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        advice = "Delete it, or name another output."
+        try:
+            head, *lines = [json.loads(line) for line in text.splitlines()]
+            found = head["scorer"]
+            rows = [(line["of"], line["row"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`{self.partial}` is no beginning of a table. {advice}") from error
+        if found != scorer:
+            raise ValueError(
+                f"`{self.partial}` holds scores of another head, of other options or weights "
+                f"(digest {str(found)[:12]} instead of {scorer[:12]}). {advice}"
+            )
+        if len(rows) > len(pairs):
+            raise ValueError(
+                f"`{self.partial}` holds {len(rows)} rows, and here are {len(pairs)} pictures. "
+                f"{advice}"
+            )
+        for number, ((digest, _), pair) in enumerate(zip(rows, pairs, strict=False), start=1):
+            if digest != _digest(pair):
+                raise ValueError(
+                    f"`{self.partial}`: row {number} is not about `{pair[0]}` with its picture, "
+                    f"prompt and metadata as they are now. {advice}"
+                )
+        return [row for _, row in rows]
+
+    def discard(self) -> None:
+        """Removes a partial file that this table began and that holds no row."""
+        if self._begun and not self.rows:
+            self.partial.unlink()
+
+    def append(self, rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
+        """Adds the rows of some pictures; they are on disk when this returns."""
         with self.partial.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+            for row, pair in zip(rows, pairs, strict=True):
+                line = {"of": _digest(pair), "row": row}
+                file.write(f"{json.dumps(line, allow_nan=False)}\n")
         self.rows.extend(rows)
 
     def finish(self, provenance: Mapping[str, Any]) -> None:
@@ -124,12 +198,12 @@ class ScoreTable:
 
 def score_folder(
     head: RewardHead,
-    pairs: Sequence[tuple[Path, str, Mapping[str, Any]]],
+    pairs: Sequence[Pair],
     table: ScoreTable,
     *,
     batch_size: int,
 ) -> None:
-    """Scores pictures and adds a row for each, in order; a progress bar shows how far it is.
+    """Scores the pictures that have no row yet, in order; a progress bar shows how far it is.
 
     Args:
         head: The head.
@@ -141,8 +215,9 @@ def score_folder(
         RewardError: If the head fails.
         ValueError: If a picture cannot be read, or the head's further columns do not fit in.
     """
-    with tqdm(total=len(pairs), desc=head.name, unit="picture") as bar:
-        for start in range(0, len(pairs), batch_size):
+    done = len(table.rows)
+    with tqdm(total=len(pairs), initial=done, desc=head.name, unit="picture") as bar:
+        for start in range(done, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
             pictures = [_read(file) for file, _, _ in part]
             rows: list[dict[str, Any]] = [{} for _ in part]
@@ -165,7 +240,7 @@ def score_folder(
                     score = None if math.isnan(value) else value
                     extra = {name: cells[position] for name, cells in scores.extra.items()}
                     rows[i] = {"file": file.name, "prompt": prompt, "score": score, **extra}
-            table.append(rows)
+            table.append(rows, part)
             bar.update(len(part))
 
 
@@ -182,6 +257,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         f"standard deviation {values.std():.4g}, from {low['score']:.4g} ({low['file']}) to "
         f"{high['score']:.4g} ({high['file']})."
     )
+
+
+def _digest(pair: Pair) -> str:
+    file, prompt, metadata = pair
+    picture = hashlib.sha256(file.read_bytes()).hexdigest()
+    essence = json.dumps([file.name, picture, prompt, metadata], sort_keys=True, default=str)
+    return hashlib.sha256(essence.encode()).hexdigest()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scores
 from rewards.coroutines import LoopRunner, gather
+from rewards.source import source_of
 
 CONCURRENCY = 8  # samples under way at a time, by default
 OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
@@ -58,6 +59,8 @@ class FunctionHead(RewardHead):
             a positive integer.
     """
 
+    neutral_options = ("concurrency",)
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -84,6 +87,8 @@ class FunctionHead(RewardHead):
             )
         self.concurrency = concurrency
         self._named, self._takes_any = further_parameters(function)
+        self._given = _given_by_keyword(function)
+        self._source = source_of(function)
         unknown = sorted(set(self.options) - set(self._named))
         if unknown:
             raise ValueError(
@@ -101,6 +106,10 @@ class FunctionHead(RewardHead):
         """
         self._check_metadata(batch)
         return self._score_each(batch) if self.per_image else self._score_batch(batch)
+
+    def provenance(self) -> Mapping[str, str]:
+        """Module and name of the function, and the SHA-256 of the file that it stands in."""
+        return self._source
 
     def close(self) -> None:
         """Closes the event loop of an async function; the next batch opens another."""
@@ -143,6 +152,14 @@ class FunctionHead(RewardHead):
             raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
 
     def _check_metadata(self, batch: RewardBatch) -> None:
+        for name in self._given if self._takes_any else ():
+            clashing = [index for index, entry in enumerate(batch.metadata) if name in entry]
+            if clashing:
+                raise RewardError(
+                    f"The metadata key `{name}` has the name of what the function is given anyway. "
+                    f"Rename the key, or write `/` after the function's first two parameters.",
+                    samples=batch.samples(clashing),
+                )
         for key, default in self._named.items():
             if default is not inspect.Parameter.empty or key in self.options:
                 continue
@@ -215,6 +232,12 @@ def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bo
                 f"head. Found `{function_name(function)}{inspect.signature(function)}`."
             )
     return named, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+
+
+def _given_by_keyword(function: Callable[..., Any]) -> list[str]:
+    """Those of the first two parameters' names that no further keyword may have."""
+    parameters = list(inspect.signature(function).parameters.values())[:2]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _attempt(

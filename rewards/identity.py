@@ -10,19 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rewards.base import RewardHead
-
-# Options that say where and how fast a head computes, but not what.
-_NEUTRAL_OPTIONS = (
-    "batch_size",
-    "device",
-    "max_parallel",
-    "retries",
-    "sha256",
-    "timeout",
-    "token_env",
-    "url",
-    "workers",
-)
+from rewards.source import source_of_class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +21,15 @@ class Identity:
     unit: str  # unit of the scores
     requires: tuple[str, ...]  # what a prompt must have for the head to apply
     version: str  # of this package on the server
-    provenance: Mapping[str, str]  # what the head says of its weights and engines
+    provenance: Mapping[str, str]  # weights, engines, and the source of what is not of this package
     digest: str  # sha256 of class, provenance, version and the options that matter
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
         """Identity of a loaded head that was built with the given options."""
-        provenance = {str(key): str(value) for key, value in head.provenance().items()}
-        told = {key: options[key] for key in options if key not in _NEUTRAL_OPTIONS}
+        known = {**source_of_class(type(head)), **head.provenance()}
+        provenance = {str(key): str(value) for key, value in known.items()}
+        told = {key: options[key] for key in options if key not in head.neutral_options}
         try:
             version = importlib.metadata.version("moa-diffusion")
         except importlib.metadata.PackageNotFoundError:

@@ -60,6 +60,7 @@ class ModelHead(RewardHead):
 
     required: Sequence[str] = ("config.json",)  # files beside the weights
     optional: Sequence[str] = ()  # files of use if the hub has them
+    neutral_options = ("device", "batch_size", "sha256")
 
     def __init__(
         self,

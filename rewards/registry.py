@@ -24,6 +24,7 @@ from rewards.functions import (
     further_parameters,
     is_async,
 )
+from rewards.option_types import check_types
 from rewards.targets import (
     Target,
     declared,
@@ -165,6 +166,7 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
         _check_options(name, named, options)
         _check_complete(name, named, options)
+        check_types(name, entry.target, options)
         head = entry.target(**options)
         head.name = name
         return head
@@ -181,6 +183,7 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
     if per_image and is_async(entry.target):
         own["concurrency"] = CONCURRENCY
     _check_options(name, named | own, options)
+    check_types(name, entry.target, {key: options[key] for key in options if key in named})
     return FunctionHead(
         entry.target,
         name=name,
@@ -242,12 +245,15 @@ def _declared_entry(name: str, points: Sequence[EntryPoint]) -> _Entry:
         ValueError: If something else has the name, or loading fails; the message names the package.
     """
     owners = [distribution(point) for point in points]
+    paths = [point.value for point in points]
     if name in _BUILT_IN:
         owners.insert(0, f"the built-in module {_BUILT_IN[name]}")
+        paths.insert(0, _built_in_path(name))
     if len(owners) > 1:
+        chosen = " or ".join(f"`path: {path}`" for path in paths)
         raise ValueError(
             f'The reward head "{name}" is declared twice: by {" and by ".join(owners)}. Uninstall '
-            f"one, or name the head that you want by `path: {points[0].value}`."
+            f"one, or name the head that you want by {chosen}."
         )
     target = load_entry_point(points[0])
     if name in _entries and _identity(_entries[name].target) != _identity(target):
@@ -256,6 +262,11 @@ def _declared_entry(name: str, points: Sequence[EntryPoint]) -> _Entry:
             f"by {owners[0]}."
         )
     return _describe(target)
+
+
+def _built_in_path(name: str) -> str:
+    importlib.import_module(_BUILT_IN[name])
+    return f"{_BUILT_IN[name]}:{function_name(_entries[name].target)}"
 
 
 def _describe(target: Target) -> _Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import threading
@@ -20,7 +21,12 @@ from rewards.spread import SendError, Spread, SpreadError
 
 _SHOWN = 300  # characters of an answer that is quoted in an error
 _HEALTH_SECONDS = 10.0
-_PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be others in a moment
+_PASSING = (408, 429, 502, 503, 504)  # statuses that may be others in a moment
+_UNCLEAR = 500  # a status that may be, or may not
+_TOO_LARGE = "Lower `batch_size`, or raise the server's limit."
+_SERVERS_OWN = ("unauthorised", "unknown_head")  # refusals that another server may not share
+
+_log = logging.getLogger(__name__)
 
 
 @register("remote")
@@ -28,17 +34,19 @@ class RemoteHead(RewardHead):
     """The scores of a head on a reward server; higher is better. `scripts/rewards.py serve` is one.
 
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
-    one when it is free. What a dead server leaves undone goes to the others. Pictures travel as
-    PNG, which loses nothing of their 8 bits per channel. Servers are reached directly: proxies of
-    the environment are not used, redirects are not followed.
+    one when it is free. What a dead server leaves undone goes to the others, and it is asked again
+    until the time is up, since it may be starting. Pictures travel as PNG, which loses nothing of
+    their 8 bits per channel. Servers are reached directly: proxies of the environment are not used,
+    redirects are not followed.
 
     Args:
         url: Address of the server, `http://host:port`, or a list of several.
         remote_name: Name of the head on the server.
         timeout: Seconds for a batch, retries included. With several servers, a request that takes
             more than half of the time left is sent to another, so allow twice what it takes.
-        retries: Failures in a row after which a connection to a server is given up. A server that
-            is merely overloaded is asked again until the time is up.
+        retries: Answers of status 500 in a row, without a reason that is understood, after which a
+            connection to a server is given up. A server that is overloaded, late or not to be
+            reached is asked again until the time is up.
         token_env: Environment variable that holds the server's token; empty: none is sent.
         batch_size: Samples per request; the server may allow fewer.
         max_parallel: Requests under way at once, per server.
@@ -48,6 +56,7 @@ class RemoteHead(RewardHead):
     """
 
     unit = "that of the served head"  # which the first answer tells
+    neutral_options = ("url", "timeout", "retries", "token_env", "batch_size", "max_parallel")
 
     def __init__(
         self,
@@ -125,19 +134,25 @@ class RemoteHead(RewardHead):
             calls.end()
 
     def load(self) -> None:
-        """Asks every server who it is.
+        """Asks every server who it is; warns of those that cannot score, if another can.
 
         Raises:
-            RewardError: If one does not answer, does not serve the head, or scores with other
-                weights than the others.
+            RewardError: If none answers and serves the head, or one scores with other weights than
+                the others.
         """
+        problems = []
         for url in self.urls:
             try:
                 self._meet(url, self._health(url))
             except SendError as error:
                 hint = " Does a reward server run there?" if error.again else ""
-                cause = f"{error.cause.rstrip('.')}.{hint}"
-                raise RewardError(cause, head=self.name) from error
+                problems.append(f"{error.cause.rstrip('.')}.{hint}")
+                if not error.again and not error.elsewhere:
+                    raise RewardError(problems[-1], head=self.name) from error
+        if len(problems) == len(self.urls):
+            raise RewardError(" ".join(problems), head=self.name)
+        for problem in problems:
+            _log.warning('Reward head "%s" goes on without a server: %s', self._label, problem)
 
     def provenance(self) -> Mapping[str, str]:
         """What the servers' head says, with their addresses, version and digest."""
@@ -173,7 +188,7 @@ class RemoteHead(RewardHead):
         try:
             identity, scores = wire.unpack_reply(answer.body, len(indices))
         except ValueError as error:
-            raise SendError(f"{url} answered nonsense: {error}") from error
+            raise SendError(f"{url} answered nonsense: {error}", elsewhere=True) from error
         self._meet(url, identity)
         return scores
 
@@ -190,14 +205,17 @@ class RemoteHead(RewardHead):
             if self.remote_name in heads:
                 identity = Identity.from_json(heads[self.remote_name])
                 if heads[self.remote_name].get("ready") is not True:
-                    raise SendError(f'{url} says that "{self.remote_name}" is not ready.')
+                    cause = f'{url} says that "{self.remote_name}" is not ready.'
+                    raise SendError(cause, elsewhere=True)
                 return identity
         except ValueError as error:
-            raise SendError(f"{url} is no reward server of this format: {error}") from error
+            cause = f"{url} is no reward server of this format: {error}"
+            raise SendError(cause, elsewhere=True) from error
         near = difflib.get_close_matches(self.remote_name, list(heads), n=1)
         hint = f' Did you mean "{near[0]}"?' if near else ""
         known = ", ".join(heads)
-        raise SendError(f'{url} serves no head "{self.remote_name}".{hint} Served: {known}.')
+        cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {known}.'
+        raise SendError(cause, elsewhere=True)
 
     def _call(
         self, url: str, path: str, seconds: float, calls: Calls, body: bytes | None = None
@@ -208,7 +226,8 @@ class RemoteHead(RewardHead):
         try:
             answer = call(url, path, seconds=seconds, calls=calls, body=body, headers=headers)
         except CallError as error:
-            raise SendError(f"{url}: {error.cause}", again=error.again) from error
+            cause = f"{url}: {error.cause}"
+            raise SendError(cause, again=error.again, elsewhere=True) from error
         if answer.status != 200:
             raise _refused(url, answer)
         return answer
@@ -252,8 +271,13 @@ def _refused(url: str, answer: Answer) -> SendError:
     if not isinstance(error, dict) or not isinstance(error.get("cause"), str):
         where = answer.headers.get("location", "")
         said = f" to {where}" if where else f": {answer.body[:_SHOWN].decode(errors='replace')!r}"
+        if answer.status == 413:  # the server hung up on the body, and its words were lost
+            said = f". {_TOO_LARGE}"
         return SendError(
-            f"{url} answered with status {answer.status}{said}", again=answer.status in _PASSING
+            f"{url} answered with status {answer.status}{said}",
+            again=answer.status in (*_PASSING, _UNCLEAR),
+            elsewhere=True,
+            costs=answer.status == _UNCLEAR,
         )
     cause = f"{url} ({error.get('kind')}): {error['cause']}"
     kind = error.get("kind")
@@ -262,11 +286,11 @@ def _refused(url: str, answer: Answer) -> SendError:
     if kind == "unauthorised":
         cause += " Set `token_env` to the environment variable that holds the server's token."
     if kind == "too_large":
-        cause += " Lower `batch_size`, or raise the server's limit."
+        cause += f" {_TOO_LARGE}"
     samples = error.get("samples")
     if not isinstance(samples, list) or not all(type(i) is int and i >= 0 for i in samples):
         samples = ()
-    return SendError(cause, samples=samples, again=kind == "late")
+    return SendError(cause, samples=samples, again=kind == "late", elsewhere=kind in _SERVERS_OWN)
 
 
 def _retry_after(answer: Answer) -> float:

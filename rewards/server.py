@@ -2,7 +2,7 @@
 
 `POST /score` takes a batch in the format of `rewards.wire`, `GET /health` says which heads there
 are and who they are. Every refusal is typed JSON. What a client may cost is bounded: the body
-before it is read, the samples before they are decoded, the pixels before they are decompressed.
+while it is read, the samples before they are decoded, the pixels before they are decompressed.
 """
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of the handlers, and
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rewards import wire
-from rewards.base import RewardError, Scores
+from rewards.base import RewardError, RewardHead, Scores
 from rewards.batching import Batcher, Overloaded
 from rewards.identity import Identity
 
@@ -40,13 +40,16 @@ class Limits:
     """What one request, and all of them together, may cost.
 
     Raises:
-        ValueError: If a limit is not positive, or the queue is shorter than a batch.
+        ValueError: If a limit is not positive, or smaller than one that it must hold.
     """
 
     max_body: int = 64_000_000  # bytes of a request
     max_batch: int = 64  # samples of a request, and of a call of the head
     max_pixels: int = 2048 * 2048  # of a picture
+    max_batch_pixels: int = 8 * 2048 * 2048  # of a request, and of a call of the head
     max_queue: int = 512  # samples under way, per head
+    max_queue_pixels: int = 64 * 2048 * 2048  # of pictures under way, 3 bytes each, per head
+    max_upload: int = 60  # seconds that a body may take to arrive
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -54,11 +57,27 @@ class Limits:
                 raise ValueError(
                     f"Parameter `{name}` should be positive. Found `{name} = {value}`."
                 )
-        if self.max_queue < self.max_batch:
-            raise ValueError(
-                f"Parameter `max_queue` should be at least `max_batch` ({self.max_batch}). "
-                f"Found `max_queue = {self.max_queue}`."
-            )
+        given = asdict(self)
+        for small, large in (
+            ("max_batch", "max_queue"),
+            ("max_pixels", "max_batch_pixels"),
+            ("max_batch_pixels", "max_queue_pixels"),
+        ):
+            if given[large] < given[small]:
+                raise ValueError(
+                    f"Parameter `{large}` should be at least `{small}` ({given[small]}). "
+                    f"Found `{large} = {given[large]}`."
+                )
+
+    def batcher(self, head: RewardHead) -> Batcher:
+        """A batcher for the head that keeps these limits."""
+        return Batcher(
+            head,
+            max_batch=self.max_batch,
+            max_queue=self.max_queue,
+            max_batch_pixels=self.max_batch_pixels,
+            max_queue_pixels=self.max_queue_pixels,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,11 +177,13 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
     @app.post("/score")
     async def score(request: Request) -> Response:
         authorise(request)
+        if "transfer-encoding" in request.headers:  # which would overrule the length
+            raise Refusal(411, "no_length", "A request should have no Transfer-Encoding.")
         length = _length(request.headers.get("content-length"), limits.max_body)
         seconds = _seconds(request.headers.get(wire.SECONDS_HEADER))
         try:
-            async with reserved(length), asyncio.timeout(seconds):
-                body = b"".join([piece async for piece in request.stream()])
+            async with asyncio.timeout(seconds), reservation() as reserve:
+                body = await read(request, length, reserve)
                 return Response(await answer(body), media_type="application/json")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
@@ -170,16 +191,40 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
             cause = f"Not scored within the {seconds:g} s that the client waits."
             raise Refusal(504, "late", cause) from None
 
-    @asynccontextmanager
-    async def reserved(length: int) -> AsyncIterator[None]:
-        nonlocal in_memory
-        if in_memory + length > _BODIES * limits.max_body:
-            raise Refusal(503, "overloaded", f"{in_memory} bytes of requests are under way.")
-        in_memory += length
+    async def read(request: Request, length: int, reserve: Callable[[int], None]) -> bytes:
+        pieces: list[bytes] = []
+        received = 0
         try:
-            yield
+            async with asyncio.timeout(limits.max_upload):
+                async for piece in request.stream():
+                    received += len(piece)
+                    if received > length:
+                        cause = f"The body is longer than the {length} bytes it was said to have."
+                        raise Refusal(413, "too_large", cause)
+                    reserve(len(piece))
+                    pieces.append(piece)
+        except TimeoutError:
+            cause = f"{received} of {length} bytes arrived within {limits.max_upload} s."
+            raise Refusal(408, "late", cause) from None
+        return b"".join(pieces)
+
+    @asynccontextmanager
+    async def reservation() -> AsyncIterator[Callable[[int], None]]:
+        # What has arrived counts, and not what is announced: that costs a client nothing.
+        nonlocal in_memory
+        mine = 0
+
+        def reserve(count: int) -> None:
+            nonlocal in_memory, mine
+            if in_memory + count > _BODIES * limits.max_body:
+                raise Refusal(503, "overloaded", f"{in_memory} bytes of requests are under way.")
+            in_memory += count
+            mine += count
+
+        try:
+            yield reserve
         finally:
-            in_memory -= length
+            in_memory -= mine
 
     async def answer(body: bytes) -> bytes:
         try:
@@ -208,13 +253,28 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
 
     async def evaluate(batcher: Batcher, header: wire.Header, body: bytes) -> Scores:
         count = len(header.prompts)
-        batcher.admit(count)
+        pixels = wire.count_pixels(header, body, limits.max_pixels)
+        if pixels > limits.max_batch_pixels:
+            cause = (
+                f"The pictures of a request should have at most {limits.max_batch_pixels} pixels "
+                f"in all. Found {pixels}."
+            )
+            raise Refusal(413, "too_large", cause)
+        batcher.admit(count, pixels)
+        decoding = asyncio.create_task(asyncio.to_thread(wire.unpack_samples, header, body))
         try:
-            batch = await asyncio.to_thread(wire.unpack_batch, header, body, limits.max_pixels)
-        except BaseException:  # a cancelled request included
-            batcher.release(count)
+            samples = await asyncio.shield(decoding)
+        except BaseException:
+
+            def forget(ended: asyncio.Task[wire.Samples]) -> None:
+                if not ended.cancelled():
+                    ended.exception()  # or asyncio reports that nobody asked for it
+                batcher.release(count, pixels)
+
+            # Of a cancelled request too the room is free only when its thread has ended.
+            decoding.add_done_callback(forget)
             raise
-        return await asyncio.wrap_future(batcher.submit(batch))
+        return await asyncio.wrap_future(batcher.submit(samples))
 
     return app
 

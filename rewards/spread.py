@@ -2,12 +2,14 @@
 
 Every server gets some lanes, threads that take the next part as soon as they are free: so a fast
 server does more than a slow one. A part whose request failed goes back, and the lane that is free
-first takes it. A lane that fails too often in a row ends; when the last has ended, when a failure
-cannot pass, or when the time is up, the whole batch fails.
+first takes it. A server that cannot be reached is asked again, at growing intervals, until the time
+is up; one that will never score, or fails too often in a row, is left out. When none is left, when
+a failure is that of the samples, or when the time is up, the whole batch fails.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -17,7 +19,9 @@ from typing import Generic, TypeVar
 ResultT = TypeVar("ResultT")
 
 _FIRST_PAUSE = 0.1  # seconds; doubled with every failure in a row
-_LONGEST_PAUSE = 5.0
+_DOUBLINGS = 6  # to at most 6.4 s
+
+_log = logging.getLogger(__name__)
 
 
 class SendError(Exception):
@@ -26,9 +30,11 @@ class SendError(Exception):
     Args:
         cause: What went wrong, with the server's address.
         samples: Positions within the part of the samples concerned; empty: the whole part.
-        again: Whether the part may be sent again.
-        pause: Seconds that an overloaded server asks for. Such a refusal costs no retry: the
-            server is alive, and the deadline bounds the waiting.
+        again: Whether the same request to the same server may succeed later.
+        elsewhere: Where it may not: whether another server may do. Otherwise the batch fails.
+        costs: Whether the failure counts as one of the bounded retries; what is bound to pass, or
+            a server that is started, is waited for until the time is up.
+        pause: Seconds that an overloaded server asks for.
     """
 
     def __init__(
@@ -37,12 +43,16 @@ class SendError(Exception):
         *,
         samples: Sequence[int] = (),
         again: bool = False,
+        elsewhere: bool = False,
+        costs: bool = False,
         pause: float | None = None,
     ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.samples = tuple(samples)
         self.again = again
+        self.elsewhere = elsewhere
+        self.costs = costs
         self.pause = pause
 
 
@@ -68,11 +78,11 @@ class Spread(Generic[ResultT]):
     Args:
         urls: The servers.
         send: Called as `send(url, part, seconds)` from the lanes; raises `SendError`. With other
-            servers left, a request gets half of the time that is left, so that its part can still
-            be sent elsewhere.
+            servers at work, a request gets half of the time that is left, so that its part can
+            still be sent elsewhere.
         parts: Number of parts.
         lanes: Requests that one server gets at once.
-        retries: Failures in a row that a lane survives.
+        retries: Failures in a row, of those that cost one, that a lane survives.
         seconds: Time for the batch.
     """
 
@@ -94,7 +104,8 @@ class Spread(Generic[ResultT]):
         self._todo = deque(range(parts))
         self._results: dict[int, ResultT] = {}
         self._lanes = dict.fromkeys(urls, min(lanes, parts))  # that go on, by server
-        self._causes: dict[str, str] = {}  # of the last failure, by server
+        self._causes: dict[str, str] = {}  # of the last failure, by server; none after a success
+        self._warned: set[str] = set()  # servers, once in a batch; to be overloaded is no fault
         self._fatal: tuple[int, Exception] | None = None  # part, error
         self._over = False
         self._changed = threading.Condition()
@@ -132,54 +143,69 @@ class Spread(Generic[ResultT]):
         missing = [part for part in range(self._parts) if part not in self._results]
         if not missing:
             return [self._results[part] for part in range(self._parts)]
-        problem = "no server answered" if self._left() else f"not scored within {self._seconds:g} s"
+        problem = "no server is left" if self._left() else f"not scored within {self._seconds:g} s"
         causes = "; ".join(self._causes.values()) or "the servers are still computing"
         raise SpreadError(f"{problem}: {causes}", missing)
 
     def _lane(self, url: str) -> None:
-        failures = 0
-        while (part := self._take()) is not None:
+        failures = costs = 0
+        while (part := self._take(url)) is not None:
             try:
                 result = self._send(url, part, self._share(url))
             except SendError as error:
-                failures += error.pause is None
-                if not self._give_back(url, part, error, last=failures > self._retries):
+                pause = _FIRST_PAUSE * 2 ** min(failures, _DOUBLINGS)
+                failures += 1
+                costs += error.costs
+                if not self._give_back(url, part, error, last=costs > self._retries):
                     return
-                pause = min(_FIRST_PAUSE * 2 ** (failures - 1), _LONGEST_PAUSE)
                 self._rest(pause if error.pause is None else error.pause)
             except Exception as error:  # raised by `run`, in the thread that can handle it
                 self._stop(part, error)
                 return
             else:
-                failures = 0
+                failures = costs = 0
                 with self._changed:
                     self._results[part] = result
+                    self._causes.pop(url, None)
                     self._changed.notify_all()
 
-    def _take(self) -> int | None:
+    def _take(self, url: str) -> int | None:
         with self._changed:
             # An idle lane stays: a part may come back from another.
-            self._changed.wait_for(lambda: self._todo or self._over, timeout=self._left())
-            if self._over or not self._todo or not self._left():
+            self._changed.wait_for(
+                lambda: self._todo or self._over or not self._lanes[url], timeout=self._left()
+            )
+            if self._over or not self._todo or not self._lanes[url] or not self._left():
                 return None
             return self._todo.popleft()
 
     def _share(self, url: str) -> float:
         with self._changed:
-            others = any(count for other, count in self._lanes.items() if other != url)
+            others = any(
+                count and other != url and other not in self._causes
+                for other, count in self._lanes.items()
+            )
         return self._left() / 2 if others else self._left()
 
     def _give_back(self, url: str, part: int, error: SendError, *, last: bool) -> bool:
         # Says whether the lane goes on.
-        if not error.again:
+        if not error.again and not error.elsewhere:
             self._stop(part, error)
             return False
         with self._changed:
+            if url not in self._warned and error.pause is None and not self._over:
+                self._warned.add(url)
+                then = "Asking again." if error.again else "Leaving it out."
+                _log.warning("%s. %s", error.cause.rstrip("."), then)
             self._todo.appendleft(part)
             self._causes[url] = error.cause
-            self._lanes[url] -= last
+            if not error.again:
+                self._lanes[url] = 0
+            elif last and self._lanes[url]:
+                self._lanes[url] -= 1
+            going = error.again and not last and self._lanes[url] > 0
             self._changed.notify_all()
-        return not last
+        return going
 
     def _stop(self, part: int, error: Exception) -> None:
         with self._changed:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rewards.base import RewardHead
 from rewards.functions import further_parameters
+from rewards.source import FILE_MODULE
 
 Target = type[RewardHead] | Callable[..., Any]
 
@@ -50,7 +51,7 @@ def load_entry_point(point: EntryPoint) -> Target:
     label = f'Reward head "{point.name}" of {distribution(point)} (entry point `{point.value}`)'
     try:
         found = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script, where a module was meant, may end itself
         raise ValueError(f"{label}: loading failed: {type(error).__name__}: {error}") from error
     return _checked(found, point.attr or point.value, label)
 
@@ -121,7 +122,7 @@ def _import_module(place: str, path: str) -> ModuleType:
                 f"A file is named by `path/to/file.py:my_reward`."
             ) from error
         raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f'Reward path "{path}": importing `{place}` failed: {type(error).__name__}: {error}'
         ) from error
@@ -132,7 +133,7 @@ def _import_file(place: str, path: str) -> ModuleType:
     if not file.is_file():
         raise ValueError(f'Reward path "{path}": there is no file `{file}`.')
     # One module per file: asked for twice, a file runs once.
-    name = f"_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = f"{FILE_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -142,7 +143,7 @@ def _import_file(place: str, path: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(
             f'Reward path "{path}": importing `{file}` failed: {type(error).__name__}: {error}'

@@ -42,6 +42,33 @@ def read_tensors(weights: Weights) -> dict[str, Tensor]:
     return tensors
 
 
+def read_tensor(weights: Weights, name: str) -> Tensor:
+    """Reads one tensor, on the CPU, and where the format allows it nothing else.
+
+    Raises:
+        RewardError: If a file is damaged, or none holds the tensor.
+    """
+    for file in weights.files:
+        path = weights.folder / file
+        if path.suffix != ".safetensors":
+            tensors = _read_file(path)
+            if name in tensors:
+                return tensors[name]
+            continue
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt", device="cpu") as opened:
+                if name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    found: Tensor = opened.get_tensor(name)
+                    return found
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+    raise RewardError(
+        f"The weights in {weights.folder} ({', '.join(weights.files)}) lack the tensor `{name}`."
+    )
+
+
 def load_strictly(
     module: nn.Module, weights: Weights, *, ignore: Sequence[str] = (), prefix: str = ""
 ) -> None:
@@ -144,15 +171,19 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"when they are read. Fetch it again, or save it as safetensors where you trust it."
         ) from error
     except Exception as error:
-        raise RewardError(
-            f"The file {path} holds no readable weights ({type(error).__name__}: {error}). "
-            f"Fetch it again."
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(found, dict) or not all(
         isinstance(value, Tensor) for value in found.values()
     ):
         raise RewardError(f"The file {path} should hold tensors by name, a state dict.")
     return found
+
+
+def _unreadable(path: Path, error: Exception) -> RewardError:
+    return RewardError(
+        f"The file {path} holds no readable weights ({type(error).__name__}: {error}). "
+        f"Fetch it again."
+    )
 
 
 def _some(names: Sequence[str]) -> str:

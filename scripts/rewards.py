@@ -26,7 +26,7 @@ def main() -> int:
 
     from moa_diffusion.data import read_prompts
     from moa_diffusion.types import ConfigError
-    from rewards import RewardError, cli
+    from rewards import RewardError, cli, folder
     from rewards.check import Unusable
     from rewards.server import Limits
 
@@ -38,8 +38,7 @@ def main() -> int:
     check.add_argument("--texts", action="store_true", help="the head scores texts")
     score = commands.add_parser("score", help="score a folder of pictures")
     score.add_argument("--images", type=Path, required=True, help="folder, taken in natural order")
-    pairs = "line i for picture i (.txt), or with a column `file` (.jsonl, .csv, .tsv)"
-    score.add_argument("--prompts", type=Path, required=True, help=pairs)
+    score.add_argument("--prompts", type=Path, required=True, help="in order, or by column `file`")
     score.add_argument("--output", type=Path, default=Path("scores.parquet"), help=".csv, .jsonl")
     score.add_argument("--batch_size", type=int, default=16, help="pictures at once")
     for command in (check, score):
@@ -63,6 +62,7 @@ def main() -> int:
             cli.check_head(options.name, cli.parse_options(options.option), texts=options.texts)
         elif options.command == "score":
             prompts = [(prompt.text, prompt.metadata) for prompt in read_prompts(options.prompts)]
+            folder.refuse_blank_lines(options.prompts)
             given = (options.name, cli.parse_options(options.option), options.images, prompts)
             cli.score_images(*given, output=options.output, batch_size=options.batch_size)
         else:

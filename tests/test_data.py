@@ -90,6 +90,13 @@ def test_a_quoted_csv_cell_keeps_its_line_break(tmp_path):
         ("p.txt", "a\nb\x00c\n", r"p\.txt:2: .*control characters"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: A line should be JSON"),
         ("p.jsonl", '{"prompt": "a"}\n\n["b"]\n', r"p\.jsonl:3: A line should be a JSON object"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "x": NaN}\n',
+            r"p\.jsonl:2: .*NaN is no JSON",
+        ),
+        ("p.jsonl", '{"prompt": "b", "x": [-Infinity]}\n', r"p\.jsonl:1: .*-Infinity is no JSON"),
+        ("p.jsonl", '{"prompt": "b", "x": 1e999}\n', r"p\.jsonl:1: .*1e999 is no JSON number"),
         ("p.jsonl", '{"text": "a"}\n', r"p\.jsonl:1: .*non-empty text `prompt`.*'text': 'a'"),
         ("p.jsonl", '{"prompt": 3}\n', r"p\.jsonl:1: .*non-empty text `prompt`"),
         ("p.jsonl", '{"prompt": " "}\n', r"p\.jsonl:1: .*non-empty text `prompt`"),

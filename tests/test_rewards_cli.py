@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import runpy
@@ -99,7 +100,9 @@ def test_list_shows_all_heads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     assert set(CARDS) <= set(rows)
     assert [cell.strip() for cell in rows["my_own_head"][2:9]] == ["[kg]", *["-"] * 6]
     assert "quoted text" in rows["ocr"][4]
-    assert rows["sharpness"][8].strip() == "yes"
+    header = next(line.split("┃") for line in printed.splitlines() if "licence" in line)
+    assert header[8].strip() == "packages"  # not "installed": weights are not looked for
+    assert rows["sharpness"][8].strip() == "none needed"
 
 
 def test_list_names_the_packages_that_are_missing(run: Run, monkeypatch) -> None:
@@ -107,7 +110,7 @@ def test_list_names_the_packages_that_are_missing(run: Run, monkeypatch) -> None
     monkeypatch.setattr(
         cli.importlib.util, "find_spec", lambda name: None if name == "rapidocr" else found(name)
     )
-    assert "no: rapidocr" in run("list")[1]
+    assert "missing: rapidocr" in run("list")[1]
 
 
 def test_check_scores_the_fitting_picture_higher(run: Run) -> None:
@@ -181,6 +184,23 @@ def test_a_missing_package_is_told_with_the_install_line(run: Run, tmp_path: Pat
     assert 'Install with: pip install "moa-diffusion[ocr]"' in error
 
 
+def test_whatever_a_constructor_raises_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        from rewards import RewardHead
+
+        class Boom(RewardHead):
+            def __init__(self):
+                raise RuntimeError("cannot")
+
+            def score(self, batch): ...
+        """)
+    )
+    status, _, error = run("check", f"{tmp_path / 'mine.py'}:Boom")
+    assert status == 1
+    assert "mine.py:Boom\": RuntimeError('cannot')" in error
+
+
 def expected_rows() -> list[dict[str, object]]:
     return [
         {
@@ -205,7 +225,9 @@ def test_score_writes_rows_in_natural_order(run: Run, folder: Path, grey: str) -
     lines = (folder / "out" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == expected_rows()
     beside = json.loads((folder / "out" / "scores.jsonl.json").read_text())
-    assert beside["provenance"] == {"weights": "none at all"}
+    assert beside["provenance"]["weights"] == "none at all"
+    code = Path(grey.rpartition(":")[0]).read_bytes()
+    assert beside["provenance"]["source_sha256"] == hashlib.sha256(code).hexdigest()
     assert beside["unit"] == "level"
     assert "12 pictures, the objective applies to 11: mean 138.2" in printed
     assert "from 20 (1.png) to 240 (12.png)" in printed
@@ -232,7 +254,7 @@ def test_score_writes_csv_and_parquet(run: Run, folder: Path, grey: str) -> None
     assert table["score"].to_pylist() == [row["score"] for row in expected_rows()]
     assert table["file"].to_pylist() == [row["file"] for row in expected_rows()]
     metadata = json.loads(table.schema.metadata[b"provenance"])
-    assert metadata["provenance"] == {"weights": "none at all"}
+    assert metadata["provenance"]["weights"] == "none at all"
 
 
 def test_prompts_may_name_their_files(folder: Path) -> None:
@@ -262,13 +284,61 @@ def test_a_mismatch_is_told_before_anything_is_loaded(run: Run, folder: Path) ->
     assert not (folder / "scores.csv").exists()
 
 
+def test_a_blank_line_between_prompts_is_told_by_line(run: Run, folder: Path, grey: str) -> None:
+    lines = [f"prompt {number}" for number in range(1, 13)]
+    lines.insert(3, " ")
+    (folder / "prompts.txt").write_text("\n".join([*lines[:-1], "", ""]))
+    status, _, error = score(run, folder, grey, "scores.csv")
+    assert status == 2
+    assert f"{folder / 'prompts.txt'}:4: The prompt of picture 4 should stand here" in error
+    (folder / "prompts.txt").write_text("\n".join([*lines[:3], *lines[4:], "", ""]))
+    assert score(run, folder, grey, "scores.csv")[0] == 0  # at the end they shift nothing
+
+
+def test_a_failed_run_is_continued(run: Run, folder: Path, grey: str) -> None:
+    picture = folder / "pictures" / "12.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"broken")
+    partial = folder / "scores.jsonl.partial.jsonl"
+    assert score(run, folder, grey, "scores.jsonl")[0] == 2
+    before = partial.read_bytes()
+    assert len(before.splitlines()) == 1 + 10
+    assert score(run, folder, grey, "scores.jsonl")[0] == 2
+    assert partial.read_bytes() == before  # the same failure loses nothing
+    partial.write_bytes(before + b'{"of": "cut wh')
+    picture.write_bytes(whole)
+    status, printed, _ = score(run, folder, grey, "scores.jsonl")
+    assert status == 0
+    assert "10 of 12 scores are in" in printed
+    found = (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in found] == expected_rows()
+    assert not partial.exists()
+
+
+def test_the_rows_of_another_run_are_refused_and_kept(run: Run, folder: Path, grey: str) -> None:
+    partial = folder / "scores.csv.partial.jsonl"
+    assert score(run, folder, grey, "scores.csv", "--option", "limit=210")[0] == 1
+    before = partial.read_bytes()
+    status, _, error = score(run, folder, grey, "scores.csv", "--option", "limit=220")
+    assert (status, partial.read_bytes()) == (2, before)
+    assert "of another head, of other options or weights" in error
+    Image.new("RGB", (10, 8), (99,) * 3).save(folder / "pictures" / "4.png")
+    status, _, error = score(run, folder, grey, "scores.csv", "--option", "limit=210")
+    assert (status, partial.read_bytes()) == (2, before)
+    assert "row 4 is not about" in error
+    partial.write_text("file,score\n")
+    status, _, error = score(run, folder, grey, "scores.csv")
+    assert (status, partial.read_text()) == (2, "file,score\n")
+    assert "is no beginning of a table. Delete it, or name another output." in error
+
+
 def test_what_was_scored_survives_a_failure(run: Run, folder: Path, grey: str) -> None:
     status, printed, error = score(run, folder, grey, "scores.csv", "--option", "limit=210")
     assert status == 1
     assert "too bright" in error
     assert "10 of 12 scores are kept in" in printed
     lines = (folder / "scores.csv.partial.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == expected_rows()[:10]
+    assert [json.loads(line)["row"] for line in lines[1:]] == expected_rows()[:10]
     assert not (folder / "scores.csv").exists()
     (folder / "pictures" / "12.png").write_bytes(b"\x89PNG broken")
     status, printed, error = score(run, folder, grey, "other.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -39,6 +40,7 @@ class Fixed(RewardHead):
         ({"prompts": "a", "texts": ["b"]}, "Found one string"),
         ({"prompts": ["a"], "texts": "b"}, "Found one string"),
         ({"prompts": [3], "texts": ["b"]}, r"prompts\[0\].*Found int"),
+        ({"prompts": ["a"], "texts": [b"b"]}, r"texts\[0\].*Found bytes"),
         ({"prompts": ["a"], "texts": ["b", "c"]}, "Found 2"),
         ({"prompts": ["a"], "texts": ["b"], "metadata": [{}, {}]}, "Found 2"),
         ({"prompts": ["a"], "texts": ["b"], "metadata": ["x"]}, "Found str"),
@@ -158,6 +160,25 @@ def test_columns_come_with_the_scores():
     assert Fixed(scores)(batch()).tolist() == [0.0, 0.0, 0.0]
 
 
+def test_numpy_scalars_become_plain_numbers():
+    cells = {
+        "whole": list(np.arange(3)),
+        "half": list(np.float16([0.5, 1, 2])),
+        "flag": list(np.array([True, False, True])),
+        "deep": [{"x": [np.int8(1)]}, None, np.str_("a")],
+    }
+    found = Fixed(Scores(values=torch.zeros(3), extra=cells)).evaluate(batch()).extra
+    assert found == {
+        "whole": [0, 1, 2],
+        "half": [0.5, 1.0, 2.0],
+        "flag": [True, False, True],
+        "deep": [{"x": [1]}, None, "a"],
+    }
+    kinds = {type(cell) for column in found.values() for cell in column}
+    assert kinds == {int, float, bool, dict, type(None), str}
+    json.dumps(found, allow_nan=False)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -166,7 +187,9 @@ def test_columns_come_with_the_scores():
             r"on sample #1 'prompt 1': The column `text` should",
         ),
         ({"text": ["a", "b", float("nan")]}, r"on sample #2 .*should hold JSON values. Found nan"),
-        ({"text": [np.float32(1), 2, 3]}, r"on sample #0 .*Found np.float32\(1.0\)"),
+        ({"text": ["a", "b", np.float32("inf")]}, r"on sample #2 .*should hold JSON values"),
+        ({"text": [np.zeros(2), 2, 3]}, r"on sample #0 .*ndarray is no JSON value"),
+        ({"text": [np.complex64(1), 2, 3]}, r"on sample #0 .*complex is no JSON value"),
         ({3: ["a", "b", "c"]}, "name of a column should be text. Found 3"),
         ({"": ["a", "b", "c"]}, "name of a column should be text. Found ''"),
     ],

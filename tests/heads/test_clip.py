@@ -121,6 +121,17 @@ def test_half_precision_keeps_the_scale_exact(folder):
     assert torch.equal(half._shared.module.logit_scale, whole._shared.module.logit_scale)
 
 
+def test_weights_are_read_once(folder, monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        "safetensors.torch.load_file", lambda *a, **k: reads.append(1) or load_file(*a, **k)
+    )
+    head = create("pickscore", model=folder, dtype="float16")
+    head.load()
+    assert len(reads) == 1
+    assert head._shared.module.logit_scale.dtype == torch.float32
+
+
 def test_texts_are_embedded_once_and_the_oldest_are_forgotten(folder, monkeypatch):
     monkeypatch.setattr(rewards.clip, "_MOST_TEXTS", 3)
     head = create("clipscore", model=folder)

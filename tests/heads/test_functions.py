@@ -125,6 +125,27 @@ def test_a_list_may_hold_any_kind_of_number():
     assert np.isnan(found[6])
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_column_named_like_what_is_given_anyway_is_told(per_image):
+    def f(images, prompt, **metadata):
+        return 1.0 if per_image else [1.0] * len(prompt)
+
+    def separate(images, prompt, /, **metadata):
+        assert "prompt" in metadata
+        return f(images, prompt)
+
+    def modest(images, prompt, tag=None):
+        return f(images, prompt)
+
+    clashing = batch(2, metadata=[{}, {"prompt": "x"}])
+    with pytest.raises(RewardError, match="metadata key `prompt` has the name of what") as caught:
+        FunctionHead(f, per_image=per_image)(clashing)
+    assert [index for index, _ in caught.value.samples] == [1]
+    full = batch(2, metadata=[{"prompt": "y"}, {"prompt": "x"}])
+    for function in (separate, modest):
+        assert FunctionHead(function, per_image=per_image)(full).tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
 def test_a_function_may_add_columns(convert):
     def f(images, prompts):

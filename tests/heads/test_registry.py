@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -251,6 +252,13 @@ def test_every_built_in_head_is_registered_by_its_module_and_documented():
         assert infos[name].unit, name
         assert len(infos[name].doc) > 20, name
         assert "igher is better" in (entry.target.__doc__ or ""), name
+
+
+def test_neutral_options_of_the_built_in_heads_are_options():
+    available()
+    for name in registry._BUILT_IN:
+        head = registry._entries[name].target
+        assert set(head.neutral_options) <= set(inspect.signature(head).parameters), name
 
 
 def test_importing_and_listing_loads_nothing_heavy():

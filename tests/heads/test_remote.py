@@ -64,7 +64,9 @@ def health(body: bytes, identity: dict = IDENTITY, **more: object) -> Reply:
 class Scripted:
     """An HTTP server whose replies are functions of the request's body; counts the requests."""
 
-    def __init__(self, score: Callable[[bytes], Reply], health: Callable[[bytes], Reply]) -> None:
+    def __init__(
+        self, score: Callable[[bytes], Reply], health: Callable[[bytes], Reply], port: int
+    ) -> None:
         outer = self
         self.seen: list[dict[str, str]] = []  # headers
         self.lock = threading.Lock()
@@ -95,15 +97,17 @@ class Scripted:
         class Server(http.server.ThreadingHTTPServer):
             request_queue_size = 128  # by default 5: more wait a second for their connection
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 
 @contextlib.contextmanager
 def scripted(
-    score: Callable[[bytes], Reply] = honest, health: Callable[[bytes], Reply] = health
+    score: Callable[[bytes], Reply] = honest,
+    health: Callable[[bytes], Reply] = health,
+    port: int = 0,
 ) -> Iterator[Scripted]:
-    server = Scripted(score, health)
+    server = Scripted(score, health, port)
     thread = threading.Thread(target=server.server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -115,8 +119,8 @@ def scripted(
 
 
 @contextlib.contextmanager
-def raw(*pieces: bytes, pause: float = 0.0) -> Iterator[str]:
-    """A server that reads little, sends the pieces with pauses, and then holds the connection."""
+def raw(*pieces: bytes, pause: float = 0.0, hang_up: bool = False) -> Iterator[str]:
+    """A server that reads little, sends the pieces with pauses, and holds the connection or not."""
     over = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
     threads = []
@@ -128,7 +132,8 @@ def raw(*pieces: bytes, pause: float = 0.0) -> Iterator[str]:
                 connection.sendall(piece)
                 if over.wait(pause):
                     return
-            over.wait(30)
+            if not hang_up:
+                over.wait(30)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -183,8 +188,8 @@ def test_one_head_may_be_used_by_many_threads() -> None:
 
 def test_a_dead_server_is_an_error_that_names_it() -> None:
     url = dead_url()
-    error = failure(RemoteHead(url, "judge", retries=1, timeout=10))
-    assert "no server answered" in error.cause
+    error = failure(RemoteHead(url, "judge", retries=0, timeout=0.5))
+    assert "not scored within 0.5 s" in error.cause
     assert url in error.cause
     assert "ConnectionRefusedError" in error.cause
     assert error.samples == tuple((i, f"prompt {i}") for i in range(3))
@@ -202,6 +207,15 @@ def test_a_slow_server_is_an_error_at_the_deadline(pieces: tuple[bytes, ...]) ->
     with raw(*pieces) as url:
         error = failure(RemoteHead(url, "judge", timeout=0.5), within=3)
     assert "not scored within 0.5 s" in error.cause
+
+
+def test_an_answer_that_breaks_off_is_no_answer() -> None:
+    with (
+        raw(*SLOW["half a body"], hang_up=True) as url,
+        pytest.raises(CallError, match="IncompleteRead") as caught,
+    ):
+        call(url, "/health", seconds=5, calls=Calls())
+    assert caught.value.again
 
 
 DRIPS = {
@@ -273,7 +287,6 @@ STATUSES = {
     401: ({}, 1, "status 401"),
     404: ({}, 1, "status 404"),
     500: ({}, 3, "status 500: 'what?'"),
-    503: ({}, 3, "status 503"),
 }
 
 
@@ -318,7 +331,56 @@ def test_a_passing_failure_is_retried() -> None:
 def test_the_share_of_a_dead_server_goes_to_the_others() -> None:
     with scripted() as server:
         head = RemoteHead([dead_url(), server.url], "judge", batch_size=1, timeout=20)
+        began = time.monotonic()
         assert head(batch(9)).tolist() == list(range(9))
+        assert time.monotonic() - began < 5  # nobody waits for the dead one
+
+
+def test_a_server_that_is_started_later_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    score_at = time.monotonic() + 1.0
+
+    def starting(body: bytes) -> Reply:
+        return honest(body) if time.monotonic() > score_at else (503, {}, b"starting")
+
+    with scripted(starting) as server:
+        head = RemoteHead(server.url, "judge", retries=0, batch_size=2, timeout=20)
+        assert head(batch(5)).tolist() == list(range(5))
+        assert len(server.seen) < 3 + 2 * 6  # with growing pauses, from two connections
+    assert "status 503: 'starting'. Asking again." in caplog.text
+    place = socket.create_server(("127.0.0.1", 0))
+    port = place.getsockname()[1]
+    place.close()
+    with ThreadPoolExecutor(1) as pool:
+        head = RemoteHead(f"http://127.0.0.1:{port}", "judge", retries=0, timeout=20)
+        scores = pool.submit(head, batch(5))
+        time.sleep(0.5)
+        assert not scores.done()
+        with scripted(port=port):
+            assert scores.result(15).tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("status", [301, 401, 404, 500])
+def test_a_server_that_never_scores_is_left_out(status: int, caplog) -> None:
+    def other(body: bytes) -> Reply:
+        return status, {}, b"what?"
+
+    with scripted(other) as wrong, scripted() as right:
+        head = RemoteHead([wrong.url, right.url], "judge", batch_size=1, retries=1, timeout=20)
+        assert head(batch(9)).tolist() == list(range(9))
+        assert len(wrong.seen) <= 4  # two connections
+    assert f"status {status}" in caplog.text
+
+
+def test_load_warns_of_servers_that_cannot_score(caplog: pytest.LogCaptureFixture) -> None:
+    dead = dead_url()
+    with scripted(health=lambda _: (404, {}, b"?")) as wrong, scripted() as right:
+        head = RemoteHead([dead, wrong.url, right.url], "judge")
+        head.load()
+        assert f"goes on without a server: {dead}" in caplog.text
+        assert f"goes on without a server: {wrong.url} answered with status 404" in caplog.text
+        assert head.provenance()["remote_digest"] == "d1"
+        with pytest.raises(RewardError, match=r"ConnectionRefused.* status 404"):
+            RemoteHead([dead, wrong.url], "judge").load()
 
 
 def test_the_share_of_a_hanging_server_goes_to_the_others_in_time() -> None:
@@ -353,7 +415,7 @@ def test_https_is_spoken_and_certificates_are_checked(
 
 def test_all_servers_dead_names_each() -> None:
     urls = [dead_url(), dead_url()]
-    error = failure(RemoteHead(urls, "judge", retries=0))
+    error = failure(RemoteHead(urls, "judge", timeout=0.5))
     assert all(url in error.cause for url in urls)
 
 
@@ -432,6 +494,9 @@ def test_metadata_that_cannot_travel_names_its_sample() -> None:
         {"url": ["http://a", "http://a/"]},
         {"remote_name": ""},
         {"timeout": 0},
+        {"retries": True},
+        {"batch_size": "4"},
+        {"url": ["http://a", 3]},
         {"timeout": INFINITY},
         {"retries": -1},
         {"batch_size": 0},

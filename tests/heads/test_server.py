@@ -11,13 +11,14 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from rewards import RewardBatch, RewardError, RewardHead, Scores, wire
+from rewards import RewardBatch, RewardError, RewardHead, Scores, create, wire
 from rewards.batching import Batcher, Overloaded
 from rewards.client import Calls, call
 from rewards.identity import Identity
@@ -90,8 +91,8 @@ def serving(token: str = "", limits: Limits | None = None, **heads: RewardHead) 
     services = {}
     for name, head in heads.items():
         head.name = name
-        batcher = Batcher(head, max_batch=limits.max_batch, max_queue=limits.max_queue)
-        services[name] = Service(identity=Identity.of(name, head, {}), batcher=batcher)
+        identity = Identity.of(name, head, {})
+        services[name] = Service(identity=identity, batcher=limits.batcher(head))
     listener = listen("127.0.0.1", 0)
     servers = []
     thread = threading.Thread(
@@ -179,27 +180,32 @@ def test_64_clients_and_2000_pictures_each_get_their_own_scores() -> None:
     assert max(mean.sizes) > 8  # requests of several clients were scored together
 
 
+def samples(batch: RewardBatch) -> wire.Samples:
+    """The batch as it comes over the wire."""
+    return wire.Samples(prompts=batch.prompts, metadata=batch.metadata, pictures=batch.uint8())
+
+
 def holding() -> tuple[Held, Batcher]:
     """A batcher whose head is busy with a first sample until it is let go."""
     held = Held()
     held.name = "mean"
-    batcher = Batcher(held, max_batch=64, max_queue=64)
-    batcher.admit(1)
-    batcher.submit(RewardBatch(prompts=["colour"], images=pictures([0])))
+    batcher = Limits(max_batch=64, max_queue=64).batcher(held)
+    batcher.admit(1, 64)
+    batcher.submit(samples(RewardBatch(prompts=["colour"], images=pictures([0]))))
     assert held.entered.wait(10)
     return held, batcher
 
 
 def test_a_closed_batcher_fails_what_waits() -> None:
     held, batcher = holding()
-    batcher.admit(1)
-    future = batcher.submit(RewardBatch(prompts=["colour"], images=pictures([0])))
+    batcher.admit(1, 64)
+    future = batcher.submit(samples(RewardBatch(prompts=["colour"], images=pictures([0]))))
     closing = threading.Thread(target=batcher.close)
     closing.start()
     with pytest.raises(Overloaded, match="stopping"):
         future.result(10)
     with pytest.raises(Overloaded, match="stopping"):
-        batcher.admit(1)
+        batcher.admit(1, 64)
     assert not batcher.ready
     held.opened.set()
     closing.join(10)
@@ -213,8 +219,8 @@ def test_a_poisoned_sample_fails_its_own_request_alone() -> None:
         "bad": RewardBatch(prompts=["colour", "poison"], images=pictures([3, 4])),
         "late": RewardBatch(prompts=["colour"], images=pictures([5])),
     }
-    batcher.admit(6)
-    futures = {name: batcher.submit(batch) for name, batch in batches.items()}
+    batcher.admit(6, 6 * 64)
+    futures = {name: batcher.submit(samples(batch)) for name, batch in batches.items()}
     held.opened.set()
     assert futures["good"].result(10).values.tolist() == MeanColour()(batches["good"]).tolist()
     assert futures["late"].result(10).values.tolist() == MeanColour()(batches["late"]).tolist()
@@ -236,8 +242,8 @@ def test_pictures_of_different_sizes_and_texts_do_not_share_a_batch() -> None:
     batches = [
         RewardBatch(prompts=["colour"], images=pictures([0], side)) for side in (8, 9, 8, 9, 10)
     ]
-    batcher.admit(len(batches))
-    futures = [batcher.submit(batch) for batch in batches]
+    batcher.admit(len(batches), sum(batch.require_images()[0, 0].numel() for batch in batches))
+    futures = [batcher.submit(samples(batch)) for batch in batches]
     held.opened.set()
     for batch, future in zip(batches, futures, strict=True):
         assert future.result(10).values.tolist() == MeanColour()(batch).tolist()
@@ -253,9 +259,12 @@ def test_100_mb_are_refused_unread() -> None:
             sock.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
             reply = b"".join(iter(lambda: sock.recv(4096), b""))  # to the end: it hangs up
         assert reply.startswith(b"HTTP/1.1 413")
-        status, content, _ = post(url, bytes(100_000_000))  # sent in earnest
-        assert (status, content["error"]["kind"]) == (413, "too_large")
+        content = json.loads(reply.partition(b"\r\n\r\n")[2])
+        assert content["error"]["kind"] == "too_large"
         assert "at most 64000000 bytes. Found 100000000" in content["error"]["cause"]
+        # Sent in earnest, the reason may be lost with the connection, but not the status.
+        body = bytes(100_000_000)
+        assert call(url, "/score", seconds=20, calls=Calls(), body=body).status == 413
         assert time.monotonic() - began < 10
 
 
@@ -273,9 +282,29 @@ def forged(header: object, *files: bytes) -> bytes:
     return struct.pack(">I", len(text)) + text + b"".join(files)
 
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
 def png(width: int, height: int) -> bytes:
     """The beginning of a PNG file that claims a size."""
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + bytes(40)
+    return SIGNATURE + struct.pack(">I4sIIBB", 13, b"IHDR", width, height, 8, 2) + bytes(40)
+
+
+def black(
+    width: int, height: int, *, bits: int = 8, before: bytes = b"", after: bytes = b""
+) -> bytes:
+    """A whole black PNG file, with chunks put before and after the one that tells its size."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
+    packer = zlib.compressobj(9)
+    row = bytes(1 + width * 3 * bits // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    tail = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return SIGNATURE + before + header + after + tail
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
 def one(*files: bytes, **more: object) -> bytes:
@@ -283,6 +312,8 @@ def one(*files: bytes, **more: object) -> bytes:
     return forged({**header, "images": [len(file) for file in files], **more}, *files)
 
 
+SMALL = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+TEXTS = {"format": 1, "head": "mean", "prompts": ["p"]}
 MALFORMED = {
     "nothing": (b"", "begin with a length"),
     "pickle": (pickle.dumps({"prompts": ["x"]}), "shorter than its header says"),
@@ -300,6 +331,14 @@ MALFORMED = {
     "jpeg": (one(b"\xff\xd8\xff\xe0" + bytes(60)), "no PNG file"),
     "bomb": (one(png(50_000, 50_000)), "at most 4194304 pixels. Found 50000 x 50000"),
     "damaged": (one(png(8, 8)), "cannot be read"),
+    "two sizes": (one(black(3000, 3000, before=SMALL)), "no further chunk IHDR"),
+    "empty": (one(png(0, 8)), "should have pixels. Found 0 x 8"),
+    "16 bits": (one(black(8, 8, bits=16)), "RGB of 8 bits .* Found 16 bits, kind 2"),
+    "transparency": (one(black(8, 8, after=chunk(b"tRNS", bytes(6)))), "no further chunk tRNS"),
+    "number as text": (
+        forged({**TEXTS, "texts": [3]}),
+        r"`texts\[0\]` should be a string",
+    ),
 }
 
 
@@ -319,6 +358,87 @@ def test_what_is_malformed_is_refused_with_the_reason() -> None:
         assert post(url, request())[0] == 200  # and it is still well
 
 
+def test_pictures_are_counted_before_they_are_decompressed(monkeypatch) -> None:
+    decoded: list[int] = []
+    decode = wire.png.decode
+    monkeypatch.setattr(wire.png, "decode", lambda file: decoded.append(1) or decode(file))
+    limits = Limits(max_pixels=64, max_batch_pixels=128, max_queue_pixels=192)
+    gate = Gate()
+    with serving(limits=limits, gate=gate) as url, ThreadPoolExecutor(1) as pool:
+        status, content, _ = post(url, request("gate", 3))
+        assert (status, content["error"]["kind"]) == (413, "too_large")
+        assert "at most 128 pixels in all. Found 192" in content["error"]["cause"]
+        assert decoded == []
+        first = pool.submit(post, url, request("gate", 2))
+        assert gate.entered.wait(10)
+        status, content, _ = post(url, request("gate", 2))  # 128 are under way, 64 are left
+        assert (status, content["error"]["kind"]) == (503, "overloaded")
+        assert "Pictures of 128 pixels wait already" in content["error"]["cause"]
+        assert len(decoded) == 2
+        gate.opened.set()
+        assert first.result(10)[0] == 200
+        assert post(url, request("gate", 2))[0] == 200  # the room has been given back
+
+
+def test_room_is_given_back_after_a_damaged_picture() -> None:
+    limits = Limits(max_pixels=64, max_batch_pixels=64, max_queue_pixels=64)
+    with serving(limits=limits, mean=MeanColour()) as url:
+        for _ in range(3):
+            assert post(url, one(png(8, 8)))[0] == 400
+        assert post(url, request())[0] == 200
+
+
+def test_a_batch_of_the_head_is_bounded_in_pixels() -> None:
+    held = Held()
+    held.name = "mean"
+    batcher = Limits(max_pixels=64, max_batch_pixels=128).batcher(held)
+    batches = [RewardBatch(prompts=["colour"], images=pictures([seed])) for seed in range(4)]
+    batcher.admit(4, 4 * 64)
+    futures = [batcher.submit(samples(batches[0]))]
+    assert held.entered.wait(10)
+    futures += [batcher.submit(samples(batch)) for batch in batches[1:]]
+    held.opened.set()
+    assert [f.result(10).values.tolist() for f in futures] == [
+        MeanColour()(batch).tolist() for batch in batches
+    ]
+    assert held.sizes == [1, 2, 1]
+    batcher.close()
+
+
+def test_a_length_does_not_hide_a_chunked_body() -> None:
+    with serving(mean=MeanColour()) as url:
+        with connection(url) as sock:
+            sock.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n")
+            sock.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+            sent = 0
+            with contextlib.suppress(OSError):  # it hangs up
+                while sent < 1 << 30:
+                    sent += sock.send(b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n")
+            assert sent < 1 << 27
+        with connection(url) as sock:
+            sock.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n")
+            sock.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 411")
+
+
+def connection(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def test_announced_bodies_that_do_not_arrive_keep_nobody_out() -> None:
+    limits = Limits(max_upload=1)
+    with serving(limits=limits, mean=MeanColour()) as url, contextlib.ExitStack() as stack:
+        hogs = [stack.enter_context(connection(url)) for _ in range(20)]
+        for sock in hogs:
+            sock.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 64000000\r\n\r\nx")
+        assert post(url, request())[0] == 200
+        for sock in hogs:
+            reply = b"".join(iter(lambda sock=sock: sock.recv(4096), b""))  # until it hangs up
+            assert reply.startswith(b"HTTP/1.1 408")
+            assert b"1 of 64000000 bytes arrived within 1 s" in reply
+
+
 def test_the_token_is_asked_for() -> None:
     with serving(token="secret", mean=MeanColour()) as url:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -336,7 +456,7 @@ def test_health_tells_who_scores() -> None:
     assert list(health["heads"]) == ["mean", "words"]
     told = health["heads"]["mean"]
     assert told["ready"] is True
-    assert (told["unit"], told["provenance"]) == ("promille", {"weights": "none"})
+    assert (told["unit"], told["provenance"]["weights"]) == ("promille", "none")
     assert len(told["digest"]) == 64
     assert health["limits"]["max_batch"] == 64
 
@@ -391,12 +511,64 @@ def test_columns_that_are_not_json_are_an_error() -> None:
 
 
 def test_the_identity_changes_with_what_changes_the_scores() -> None:
-    digest = Identity.of("mean", MeanColour(), {}).digest
-    assert Identity.of("mean", MeanColour(), {"device": "cuda:1", "workers": 3}).digest == digest
-    assert Identity.of("mean", MeanColour(), {"dtype": "float16"}).digest != digest
+    class Wide(MeanColour):
+        neutral_options = ("device", "workers")
+
+    digest = Identity.of("mean", Wide(), {}).digest
+    assert Identity.of("mean", Wide(), {"device": "cuda:1", "workers": 3}).digest == digest
+    assert Identity.of("mean", Wide(), {"dtype": "float16"}).digest != digest
     assert Identity.of("mean", Held(), {}).digest != digest
+    # Only the head knows which options do not matter.
+    assert Identity.of("m", Held(), {"device": "x"}).digest != Identity.of("m", Held(), {}).digest
     identity = Identity.of("mean", MeanColour(), {})
+    assert identity.provenance["module"] == __name__
+    assert identity.provenance["weights"] == "none"
     assert Identity.from_json(json.loads(json.dumps(identity.to_json()))) == identity
+    own = Identity.of("sharpness", create("sharpness"), {})
+    assert own.provenance == {}  # the version says it all
+
+
+SOURCE = """
+from functools import partial
+from rewards import RewardHead
+import torch
+
+def redness(images, prompts, url=""):
+    return images[:, 0].mean(dim=(1, 2))
+
+halved = partial(redness, url="x")
+
+class Red(RewardHead):
+    def score(self, batch):
+        return batch.images[:, 0].mean(dim=(1, 2))
+"""
+
+
+def test_servers_of_other_code_are_told_apart(tmp_path) -> None:
+    changed = SOURCE.replace("images[:, 0]", "images[:, 1]")
+    for name, text in (("a", SOURCE), ("b", SOURCE), ("c", changed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(text)
+
+    def digest(folder: str, attribute: str, **options: object) -> str:
+        head = create("red", f"{tmp_path / folder / 'mine.py'}:{attribute}", **options)
+        return Identity.of("red", head, options).digest
+
+    for attribute in ("redness", "halved", "Red"):
+        assert digest("a", attribute) == digest("b", attribute)  # wherever the file lies
+        assert digest("a", attribute) != digest("c", attribute)
+    assert digest("a", "redness") != digest("a", "redness", url="http://judge")
+    found = create("red", f"{tmp_path / 'a' / 'mine.py'}:redness").provenance()
+    sha256 = hashlib.sha256(SOURCE.encode()).hexdigest()
+    assert found == {"module": "mine", "name": "redness", "source_sha256": sha256}
+    local = create(f"{tmp_path / 'a' / 'mine.py'}:redness")
+    other = create(f"{tmp_path / 'c' / 'mine.py'}:redness")
+    with (
+        serving(red=local) as first,
+        serving(red=other) as second,
+        pytest.raises(RewardError, match="scores otherwise"),
+    ):
+        RemoteHead([first, second], "red").load()
 
 
 def test_limits_and_addresses() -> None:
@@ -404,6 +576,8 @@ def test_limits_and_addresses() -> None:
         Limits(max_pixels=0)
     with pytest.raises(ValueError, match="max_queue = 4"):
         Limits(max_batch=8, max_queue=4)
+    with pytest.raises(ValueError, match="max_batch_pixels = 8"):
+        Limits(max_pixels=9, max_batch_pixels=8)
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
     assert build_app({}, token="", limits=Limits()).openapi_url is None

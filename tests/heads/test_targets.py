@@ -103,6 +103,7 @@ def test_a_declared_head_is_created_by_name_and_loaded_only_then(site):
         ("no_such_module:f", "loading failed: ModuleNotFoundError: No module named 'no_such"),
         ("their_module:gone", "loading failed: AttributeError: .*gone"),
         ("broken:f", "loading failed: ZeroDivisionError: division by zero"),
+        ("leaving:f", "loading failed: SystemExit: 3"),
         ("clashing:f", 'loading failed: ValueError: The reward head "sharpness" is registered'),
         ("their_module", "`their_module` is not callable. Found module"),
         ("their_module:VERSION", "`VERSION` is not callable. Found int"),
@@ -119,7 +120,8 @@ def test_a_broken_package_is_named_and_hides_no_other(site, value, message):
         def f(images, prompts):
             return []
     """
-    modules = {"their_module": MODULE, "broken": "1 / 0", "clashing": clashing}
+    leaving = "import sys; sys.exit(3)"
+    modules = {"their_module": MODULE, "broken": "1 / 0", "clashing": clashing, "leaving": leaving}
     install(site, "bad-rewards", f"bad = {value}", modules=modules)
     install(site, "good-rewards", "good = their_module:Constant")
     with pytest.raises(ValueError, match=message) as caught:
@@ -140,8 +142,12 @@ def test_a_name_that_is_taken_is_an_error_that_names_the_packages(site, monkeypa
     install(site, "two-rewards", "twice = their_module:Constant")
     install(site, "three-rewards", "twice = their_module:letters", "mine = their_module:letters")
 
-    with pytest.raises(ValueError, match=r'"ocr" is declared twice: by the built-in .*"one-rew'):
+    both = r"by `path: rewards\.ocr:OcrHead` or `path: their_module:Constant`"
+    with pytest.raises(ValueError, match=r'"ocr" is declared twice: by the built-in .*' + both):
         create("ocr")
+    ours = create("ocr", "rewards.ocr:OcrHead", workers=0)
+    assert (type(ours).__name__, ours.name) == ("OcrHead", "ocr")
+    ours.close()
     with pytest.raises(ValueError, match=r'"t.*-rewards" 1.2 and by the package "t.*-rewards" 1.2'):
         create("twice")
     assert create("ocr", "their_module:Constant").name == "ocr"  # the way out that is named

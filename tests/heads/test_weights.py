@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards import RewardError
-from rewards.tensors import load_strictly, read_tensors
+from rewards.tensors import load_strictly, read_tensor, read_tensors
 from rewards.weights import Weights, check, find
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([0.5, -1.0])}
@@ -187,6 +187,24 @@ def test_all_formats_read_the_same(tmp_path, kind):
     found = read_tensors(find(str(folder)))
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "safetensors", "bin"])
+def test_one_tensor_is_read_alone(tmp_path, kind, monkeypatch):
+    whole = [kind] if "." in kind else []
+    folder = write(tmp_path / "model", ["config.json", *whole])
+    if not whole:
+        write_shards(folder, kind)
+    found = find(str(folder))
+    monkeypatch.setattr("safetensors.torch.load_file", None)  # reads all of a file
+    for name in TENSORS:
+        assert torch.equal(read_tensor(found, name), TENSORS[name])
+    with pytest.raises(RewardError, match="lack the tensor `gone`"):
+        read_tensor(found, "gone")
+    if kind == "model.safetensors":
+        (folder / kind).write_bytes(b"damaged")
+        with pytest.raises(RewardError, match="holds no readable weights"):
+            read_tensor(found, "gone")
 
 
 def test_the_format_of_torch_before_1_6_is_read(tmp_path):

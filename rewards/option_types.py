@@ -1,0 +1,143 @@
+"""Options of a head against the annotations of its parameters, before the head sees them.
+
+What comes from a YAML file or a command line is a number, a text, true, false, null, a list or a
+mapping. So those are checked, alone, in unions and inside lists and mappings; an annotation that
+says something else is not, nor one that cannot be resolved at run time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+_WORDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+}
+
+
+def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Checks the types of options.
+
+    An integer will do for a `float`; true and false are no numbers; a tuple will do for a list.
+
+    Args:
+        head: Name of the head, for the message.
+        target: The class or function whose parameters they are.
+        options: Values by name.
+
+    Raises:
+        ValueError: If one has another type than its parameter's annotation says.
+    """
+    parameters = inspect.signature(target).parameters
+    for option, value in options.items():
+        expected = _resolved(target, parameters[option].annotation)
+        if not _fits(value, expected):
+            raise ValueError(
+                f'Option `{option}` of the reward head "{head}" should be {_words(expected)}. '
+                f"Found `{option} = {value!r}`, {_found(value)}.{_hint(value, expected)}"
+            )
+
+
+def _resolved(target: Callable[..., Any], annotation: Any) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    while isinstance(target, partial):
+        target = target.func
+    if isinstance(target, type):
+        target = _method(target, "__init__")
+    elif not inspect.isroutine(target):  # an object with `__call__`
+        target = _method(type(target), "__call__")
+    function = inspect.unwrap(target)
+    if inspect.ismethod(function):
+        function = function.__func__
+    names = function.__globals__ if inspect.isfunction(function) else {}
+    try:
+        return eval(annotation, names)
+    except Exception:  # a name that is imported for type checkers only, or anything
+        return Any
+
+
+def _method(kind: type, name: str) -> Callable[..., Any]:
+    # Looked up, since type checkers take `kind.__init__` for that of an instance.
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    found: Callable[..., Any] = vars(owner)[name]
+    return found
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin, inner = get_origin(expected), get_args(expected)
+    if origin is Annotated:
+        return _fits(value, inner[0])
+    if origin is Union or origin is types.UnionType:
+        return any(_fits(value, kind) for kind in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    kind = origin or expected
+    if kind is None or kind is type(None):
+        return value is None
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    if kind is int or kind is float:
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind in (list, tuple, Sequence):
+        return isinstance(value, (list, tuple)) and _each_fits(value, kind, inner)
+    if kind in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return False
+        key, cell = inner or (Any, Any)
+        return all(_fits(k, key) and _fits(v, cell) for k, v in value.items())
+    return True
+
+
+def _each_fits(values: Sequence[Any], kind: Any, inner: tuple[Any, ...]) -> bool:
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        return len(values) == len(inner) and all(map(_fits, values, inner))
+    return all(_fits(value, inner[0]) for value in values) if inner else True
+
+
+def _words(expected: Any) -> str:
+    origin, inner = get_origin(expected), get_args(expected)
+    if origin is Annotated:
+        return _words(inner[0])
+    if origin is Union or origin is types.UnionType:
+        return " or ".join(_words(kind) for kind in inner)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    kind = origin or expected
+    if kind in (list, tuple, Sequence):
+        kinds = dict.fromkeys(_words(one) for one in inner if one is not Ellipsis)
+        return f"a list (of {', '.join(kinds)})" if kinds else "a list"
+    if kind in (dict, Mapping):
+        cells = _words(inner[1]) if inner else "anything"
+        return f"a mapping (to {cells})"
+    return _WORDS.get(kind, "anything" if kind is Any else inspect.formatannotation(kind))
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return _WORDS.get(type(value), type(value).__name__)
+
+
+def _hint(value: Any, expected: Any) -> str:
+    # YAML reads `"4"` as a text, and `1e-3` too: its numbers with an exponent have a point.
+    if not isinstance(value, str):
+        return ""
+    for kind in (int, float):
+        try:
+            number = kind(value)
+        except ValueError:
+            continue
+        if _fits(number, expected):
+            return f" Write the number {number!r} without quotes, with a point before an exponent."
+    return ""
