@@ -31,6 +31,7 @@ LAYERS = (
 # The only modules that import the package `rewards` (scripts may too).
 USERS_OF_REWARDS = {
     "moa_diffusion.scoring",
+    "moa_diffusion.evaluation.score_cache",
     "moa_diffusion.benchmarks.gpu",
     "moa_diffusion.benchmarks.ocr",
     "moa_diffusion.tiny.judging.clip",

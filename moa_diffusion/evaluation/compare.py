@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,25 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
+from moa_diffusion.evaluation.intervals import (
+    LEVEL,
+    RESAMPLES,
+    Array,
+    Estimate,
+    draw,
+    estimate,
+    hypervolumes,
+    markdown,
+    prompt_sums,
+    resampled_means,
+)
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.objectives.normalize import rms_group_std
 from moa_diffusion.types import ConfigError, RewardMatrix
 
-Array: TypeAlias = NDArray[numpy.float64]
 Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt, seed
 
 FILES = ("results.json", "table.md", "compare.png")
-RESAMPLES = 2000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +56,6 @@ class RunData:
     def prompts(self) -> NDArray[numpy.int64]:
         """Index of each sample's prompt, ``[M]``."""
         return numpy.array([sample[0] for sample in self.samples])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over runs and its bootstrap interval; NaN where nothing is known."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,73 +235,12 @@ def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> A
     return spread
 
 
-def prompt_sums(run: RunData, units: Array) -> tuple[Array, Array]:
-    """Sum of the gains of each prompt's images, and their number: two ``[E, K, P]``.
+def gains(run: RunData, units: Array) -> Array:
+    """Of every image over the base model's of the same seed: ``[E, K, M]``.
 
-    A sample counts where both the base model and the later one have a reward.
+    NaN where either has no reward.
     """
-    gains = (run.values[1:] - run.values[0]) / units[:, None]  # [E, K, M]
-    known = ~numpy.isnan(gains)
-    _, index = numpy.unique(run.prompts(), return_inverse=True)
-    belongs = numpy.eye(index.max() + 1)[index]  # [M, P]
-    return numpy.where(known, gains, 0.0) @ belongs, known.astype(numpy.float64) @ belongs
-
-
-def gains_of(sums: Array, counts: Array, draws: Array) -> Array:
-    """Mean gains over the images of resampled prompts: ``[B, E, K]``.
-
-    Args:
-        sums: ``[E, K, P]``.
-        counts: ``[E, K, P]``.
-        draws: ``[B, P]``, how often each prompt is in each resample; ones for the sample itself.
-
-    Returns:
-        NaN where an objective applies to none of the prompts drawn.
-    """
-    total = numpy.moveaxis(sums @ draws.T, -1, 0)  # [B, E, K]
-    number = numpy.moveaxis(counts @ draws.T, -1, 0)
-    return numpy.divide(total, number, out=numpy.full_like(total, math.nan), where=number > 0)
-
-
-def hypervolumes(points: Array) -> Array:
-    """Volume between the base model (0) and what is dominated by any of E points: ``[B]``.
-
-    Exact (``moocore``). A point below the base model in one objective adds nothing.
-
-    Args:
-        points: ``[B, E, K]``, higher is better; NaN gives NaN.
-    """
-    import moocore
-
-    known = ~numpy.isnan(points.sum(axis=(1, 2)))
-    return numpy.array(
-        [
-            moocore.hypervolume(front, ref=0.0, maximise=True) if good else math.nan
-            for front, good in zip(points, known, strict=True)
-        ]
-    )
-
-
-def draw(count: int, *, resamples: int, seed: int) -> Array:
-    """How often each of ``count`` units is drawn with replacement, ``[B, count]``."""
-    generator = numpy.random.default_rng(seed)
-    shares = numpy.full(count, 1 / count)
-    return generator.multinomial(count, shares, size=resamples).astype(numpy.float64)
-
-
-def estimate(own: Array, resampled: Array, runs: Array) -> Estimate:
-    """Mean over R runs, with the percentile interval of a bootstrap over runs and prompts.
-
-    Args:
-        own: ``[R]``, of the sample itself.
-        resampled: ``[R, B]``, of each run on the prompts of each resample.
-        runs: ``[B, R]``, how often each run is in each resample.
-    """
-    drawn = numpy.where(runs.T > 0, runs.T * resampled, 0.0).sum(0) / len(own)  # [B]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is known, NaN says so
-        low, high = numpy.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value=float(own.mean()), low=float(low), high=float(high))
+    return (run.values[1:] - run.values[0]) / units[:, None]
 
 
 def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
@@ -329,9 +267,9 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
     methods, summaries = [], []
     for label in labels:
         mine = [run for run in runs if run.method == label]
-        tables = [prompt_sums(run, units) for run in mine]
-        own = [gains_of(*table, numpy.ones((1, prompts))) for table in tables]  # R of [1, E, K]
-        again = [gains_of(*table, prompt_draws) for table in tables]  # R of [B, E, K]
+        tables = [prompt_sums(gains(run, units), run.prompts()) for run in mine]
+        own = [resampled_means(*table, numpy.ones((1, prompts))) for table in tables]  # [1, E, K]
+        again = [resampled_means(*table, prompt_draws) for table in tables]  # R of [B, E, K]
         found = [
             _summarise_run(run, points[0], float(hypervolumes(points)[0]))
             for run, points in zip(mine, own, strict=True)
@@ -480,21 +418,14 @@ def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
         rows.append(
             [
                 method.method,
-                *(_interval(gain, "+.2f") for gain in gains),
-                _interval(method.hypervolume, ".3f"),
+                *(gain.text("+.2f") for gain in gains),
+                method.hypervolume.text(".3f"),
                 f"{share:.0%} {name}" if name else "-",
                 f"{method.rollouts:.4g}",
                 f"{method.minutes:.1f}",
             ]
         )
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])])
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n\n".join(["\n".join(lines), *_sentences(comparison, failures)]) + "\n"
+    return "\n\n".join([markdown(rows), *_sentences(comparison, failures)]) + "\n"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -523,13 +454,7 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     ]
     for method in comparison.methods:
         if below := method.below():
-            gains = ", ".join(f"{name} {_interval(method.gains[name], '+.2f')}" for name in below)
+            gains = ", ".join(f"{name} {method.gains[name].text('+.2f')}" for name in below)
             found.append(f"{method.method} ends significantly below the base model: {gains}.")
     found += [f"Not in the table: {name} died: {words}" for name, words in failures.items()]
     return found
-
-
-def _interval(found: Estimate, form: str) -> str:
-    if math.isnan(found.value):
-        return "-"
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"

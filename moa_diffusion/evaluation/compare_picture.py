@@ -10,14 +10,13 @@ from typing import Any
 import numpy
 
 from moa_diffusion.evaluation.compare import (
-    LEVEL,
     Comparison,
-    Estimate,
     MethodSummary,
     RunData,
     RunSummary,
     opposed,
 )
+from moa_diffusion.evaluation.intervals import LEVEL, Estimate
 
 # Paul Tol's "muted" scheme with black, for methods, and Okabe and Ito's, for objectives: both are
 # told apart with any colour vision, and by markers and lines besides.

@@ -1,0 +1,281 @@
+"""What is evaluated: checkpoints of runs, folders of LoRA weights, soups of them, the base model.
+
+Everything is read and checked here, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion import build, checkpoint, config
+from moa_diffusion.config import Config
+from moa_diffusion.evaluation.adapters import Adapter, read_adapter, skeleton
+from moa_diffusion.evaluation.soup import mix, mixtures
+from moa_diffusion.policies.sd3 import check_fit
+from moa_diffusion.types import ConfigError
+
+BASE = "base"
+# What all models of an evaluation share; the second is the option that settles a difference.
+_SHARED = {
+    "policy.path": None,
+    "policy.revision": None,
+    "policy.dtype": "--policy.dtype",
+    "policy.vae_dtype": "--policy.vae_dtype",
+    "policy.max_sequence_length": "--policy.max_sequence_length",
+    "sampling.resolution": "--resolution",
+    "evaluation.steps": "--steps",
+    "evaluation.guidance": "--guidance",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One model to evaluate."""
+
+    label: str  # heads its column
+    series: str  # the run, LoRA folder or soup it belongs to; empty for the base model
+    step: int | None = None  # rollouts, of a run's checkpoint
+    ema: bool | None = None  # whether a run's weights are averaged over optimizer steps
+    weights: Mapping[str, float] | None = None  # of a soup, by label
+    adapter: Adapter | None = None  # None: the base model
+
+    @property
+    def digest(self) -> str:
+        """Of the adapter; empty for the base model."""
+        return "" if self.adapter is None else self.adapter.digest
+
+
+def named_folders(option: str, entries: Sequence[str]) -> dict[str, Path]:
+    """``[name=]folder`` by name, by default the folder's own.
+
+    Args:
+        option: what the entries are of, for messages.
+        entries: as given.
+
+    Raises:
+        ConfigError: if a folder does not exist or two have one name.
+    """
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, given, rest = entry.partition("=")
+        folder = Path(rest if given else entry)
+        name = name if given else folder.resolve().name
+        if not folder.is_dir():
+            raise ConfigError(f"{option}: should be a folder. Found none at `{folder}`.")
+        if name in found or not name or name == BASE:
+            raise ConfigError(
+                f"{option}: should have another name than {', '.join([BASE, *found])}: "
+                f"{option} NAME={folder}. Found {name!r}."
+            )
+        found[name] = folder
+    return found
+
+
+def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str, Config]:
+    """The configurations that runs were made with, and the same options over each.
+
+    Raises:
+        ConfigError: for a folder that is no run.
+    """
+    for name, folder in runs.items():
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"--run: should be the folder of a run. Found no config.yaml in `{folder}`"
+                f"{f' ({name})' if name != folder.name else ''}."
+            )
+    return {name: config.load(folder / "config.yaml", overrides) for name, folder in runs.items()}
+
+
+def shared_settings(settings: Mapping[str, Config]) -> Config:
+    """One configuration for all: the first, with the rewards of all.
+
+    Raises:
+        ConfigError: if the models would not be drawn alike or are not of one base model, or if
+            they have different rewards of one name.
+    """
+    (first_name, first), *others = settings.items()
+    if first.policy.name != "sd3":
+        raise ConfigError(
+            f"policy.name: should be sd3, which draws pictures to look at. Found "
+            f"{first.policy.name!r}."
+        )
+    rewards = {name: _without_weight(options) for name, options in first.rewards.items()}
+    for name, other in others:
+        for key, option in _SHARED.items():
+            mine, theirs = _value(first, key), _value(other, key)
+            if key == "policy.path":
+                mine, theirs = build.model_path(first), build.model_path(other)
+            if mine != theirs:
+                raise ConfigError(
+                    f"{key}: should be the same for all models. Found {mine!r} in {first_name} and "
+                    f"{theirs!r} in {name}. "
+                    + (
+                        f"Give one for both: {option}."
+                        if option
+                        else "Models of different base models need an evaluation each."
+                    )
+                )
+        for reward, options in other.rewards.items():
+            options = _without_weight(options)
+            if rewards.setdefault(reward, options) != options:
+                raise ConfigError(
+                    f"rewards.{reward}: should have the same options in all runs. Found "
+                    f"{rewards[reward]} in {first_name} and {options} in {name}."
+                )
+    return dataclasses.replace(first, rewards=rewards)
+
+
+def choose_rewards(settings: Config, names: Sequence[str] | None) -> Config:
+    """Only these rewards: with the run's options where it has them, else with their defaults."""
+    if names is None:
+        chosen = settings.rewards
+    else:
+        chosen = {name: settings.rewards.get(name, {}) for name in names}
+    if not chosen:
+        raise ConfigError("--rewards: should name at least one. Found none, nor any in the run.")
+    return dataclasses.replace(settings, rewards=chosen)
+
+
+def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
+    """Rollouts of the checkpoints to evaluate, in order.
+
+    Args:
+        run: folder of the run.
+        chosen: ``latest``, ``step-N`` or ``N``, comma-separated (``base`` is always evaluated);
+            None for all.
+        every: only multiples of this; None for all.
+
+    Raises:
+        ConfigError: if there is no such checkpoint.
+    """
+    saved = [int(path.name.removeprefix("step-")) for path in checkpoint.list_checkpoints(run)]
+    if chosen is not None and every is not None:
+        raise ConfigError("--every: should stand without --checkpoints. Found both.")
+    if every is not None:
+        if every < 1:
+            raise ConfigError(f"--every: should be at least 1. Found {every}.")
+        found = [step for step in saved if step % every == 0]
+        if not found:
+            raise ConfigError(
+                f"--every: no checkpoint of `{run}` is a multiple of {every}. {_there(saved)}"
+            )
+        return found
+    if chosen is None:
+        return saved
+    found = []
+    for word in (part.strip() for part in chosen.split(",")):
+        if word == BASE:
+            continue
+        number = word.removeprefix("step-")
+        if word == "latest" and saved:
+            found.append(saved[-1])
+        elif number.isdigit() and int(number) in saved:
+            found.append(int(number))
+        else:
+            raise ConfigError(f"--checkpoints: {word!r} is not in `{run}`. {_there(saved)}")
+    return sorted(set(found))
+
+
+def candidates(
+    settings: Config,
+    runs: Mapping[str, Path],
+    loras: Mapping[str, Path],
+    *,
+    chosen: str | None = None,
+    every: int | None = None,
+    ema: bool = True,
+    soup: Sequence[str] = (),
+    points: int = 5,
+) -> list[Candidate]:
+    """All models to evaluate, the base model first.
+
+    Args:
+        settings: shared by all.
+        runs: folders by name.
+        loras: likewise.
+        chosen: see ``saved_steps``.
+        every: likewise.
+        ema: whether a run's averaged weights are taken, not those of its last optimizer step.
+        soup: members of a soup, each the name of a run (its last checkpoint among those to
+            evaluate), of a LoRA folder, or a label; empty for none.
+        points: of the soup along each edge between two members, ends included.
+
+    Raises:
+        ConfigError: for anything missing or damaged.
+    """
+    for name in loras:
+        if name in runs:
+            raise ConfigError(f"--lora: should have another name than a run. Found {name!r}.")
+    path, revision = build.model_path(settings), settings.policy.revision
+    check_fit(path, revision=revision, resolution=settings.sampling.resolution, target_modules=None)
+    transformer = skeleton(path, revision=revision)
+    found = [Candidate(label=BASE, series="")]
+    for name, run in runs.items():
+        for step in saved_steps(run, chosen, every):
+            folder = checkpoint.step_folder(run, step)
+            found.append(
+                Candidate(
+                    label=f"step-{step}" if len(runs) == 1 else f"{name}/step-{step}",
+                    series=name,
+                    step=step,
+                    ema=ema,
+                    adapter=read_adapter(folder / "ema" if ema else folder, transformer),
+                )
+            )
+    found += [
+        Candidate(label=name, series=name, adapter=read_adapter(folder, transformer))
+        for name, folder in loras.items()
+    ]
+    if soup:
+        found += _soup(found, soup, points)
+    return found
+
+
+def _soup(found: Sequence[Candidate], names: Sequence[str], points: int) -> list[Candidate]:
+    """The mixtures of these; the ends stand in the list already."""
+    members = [_member(found, name) for name in names]
+    if len({member.label for member in members}) < len(members):
+        raise ConfigError(f"--soup: should name different models. Found {', '.join(names)}.")
+    adapters = [member.adapter for member in members if member.adapter is not None]
+    mixed = []
+    for weights in mixtures(len(members), points):
+        if max(weights) == 1:
+            continue
+        text = ":".join(f"{100 * weight:.3g}" for weight in weights)
+        mixed.append(
+            Candidate(
+                label=f"{'+'.join(names)} {text}",
+                series=f"soup {'+'.join(names)}",
+                weights={
+                    member.label: weight for member, weight in zip(members, weights, strict=True)
+                },
+                adapter=mix(adapters, weights),
+            )
+        )
+    return mixed
+
+
+def _member(found: Sequence[Candidate], name: str) -> Candidate:
+    trained = [one for one in found if one.adapter is not None]
+    matching = [one for one in trained if name in (one.label, one.series)]
+    if not matching:
+        known = dict.fromkeys(text for one in trained for text in (one.series, one.label))
+        raise ConfigError(f"--soup: unknown model {name!r}. Known: {', '.join(known) or 'none'}.")
+    return matching[-1]
+
+
+def _there(saved: Sequence[int]) -> str:
+    return f"There are: {', '.join(f'step-{step}' for step in saved) or 'none'}."
+
+
+def _without_weight(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "weight"}
+
+
+def _value(settings: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return vars(vars(settings)[section])[name]

@@ -1,0 +1,164 @@
+"""The commands of scripts/evaluate.py and scripts/export.py: options to work, work to files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion import config
+from moa_diffusion.config import Config
+from moa_diffusion.data import Prompt
+from moa_diffusion.evaluation.checkpoints import (
+    Candidate,
+    candidates,
+    choose_rewards,
+    named_folders,
+    run_settings,
+    shared_settings,
+)
+from moa_diffusion.evaluation.evaluate import Evaluation, chosen_prompts
+from moa_diffusion.evaluation.grid import write_grid
+from moa_diffusion.evaluation.pareto import write_pareto
+from moa_diffusion.evaluation.summary import text, write_summary
+from moa_diffusion.evaluation.table import read_table, write_table
+from moa_diffusion.types import ConfigError
+
+FILES = ("scores.parquet", "summary.md", "summary.json", "grid.png", "pareto.png")
+_SETTINGS = {  # options of their own for what is asked for most
+    "steps": "evaluation.steps",
+    "guidance": "evaluation.guidance",
+    "resolution": "sampling.resolution",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """An evaluation that can be run."""
+
+    settings: Config
+    candidates: tuple[Candidate, ...]
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    output: Path
+    cache: Path
+
+
+def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
+    """Read and check everything that can be checked without a model.
+
+    Args:
+        options: of ``scripts/evaluate.py``, by name.
+        overrides: dotted keys and values over every configuration.
+
+    Raises:
+        ConfigError: for anything that cannot be evaluated.
+        ImportError: if what writes the results is not installed; says how to install it.
+    """
+    check_libraries()
+    given = list(overrides)
+    for option, key in _SETTINGS.items():
+        if options[option] is not None:
+            given += [f"--{key}", options[option]]
+    runs = named_folders("--run", options["run"])
+    loras = named_folders("--lora", options["lora"])
+    settings = choose_rewards(
+        _settings(options, runs, given), _words("--rewards", options["rewards"])
+    )
+    prompts = chosen_prompts(settings, options["prompts"])
+    seeds = _numbers("--seeds", options["seeds"])
+    if options["shown"] < 1:
+        raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
+    found = candidates(
+        settings,
+        runs,
+        loras,
+        chosen=options["checkpoints"],
+        every=options["every"],
+        ema=options["ema"],
+        soup=_words("--soup", options["soup"]) or (),
+        points=options["points"],
+    )
+    own = next(iter(runs.values())) / "evaluate" if len(runs) == 1 else Path("runs/evaluate")
+    output = options["output"] or own
+    return Plan(
+        settings=settings,
+        candidates=tuple(found),
+        prompts=prompts,
+        seeds=seeds,
+        output=output,
+        cache=options["cache"] or output,
+    )
+
+
+def check_libraries() -> None:
+    """Find out before anything is drawn whether what comes after is installed.
+
+    Raises:
+        ImportError: with the line that installs it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import moocore  # noqa: F401
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{error}. Try: pip install "moa-diffusion[report]"') from error
+
+
+def write(found: Evaluation, output: Path, *, shown: int) -> str:
+    """Write the table, the summary and the two pictures; returns what to print.
+
+    Numbers and pictures are made from the table that was written, not from what was in memory.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_table(found, output)
+    table = read_table(output)
+    summary = write_summary(table, output)
+    write_grid(table, output / "grid.png", shown=shown)
+    write_pareto(table, summary, output / "pareto.png")
+    return (
+        f"{text(table, summary)}\n"
+        f"Drawn: {found.drawn} of {len(found.pictures)} pictures; "
+        f"scored: {found.scored} of {table.values.size} scores; the others were there.\n"
+        f"Written: {', '.join(str(output / name) for name in FILES)}"
+    )
+
+
+def _settings(
+    options: Mapping[str, Any], runs: Mapping[str, Path], overrides: Sequence[str]
+) -> Config:
+    sources = [name for name in ("config", "pipeline") if options[name] is not None]
+    if bool(runs) + len(sources) != 1:
+        found = ", ".join([*(["--run"] if runs else []), *(f"--{name}" for name in sources)])
+        raise ConfigError(
+            "The base model and its settings should come from --run, or from one of --config and "
+            f"--pipeline. Found {found or 'none of them'}."
+        )
+    if runs:
+        return shared_settings(run_settings(runs, overrides))
+    if options["config"] is not None:
+        return shared_settings({options["config"]: config.load(options["config"], overrides)})
+    names = _words("--rewards", options["rewards"]) or []
+    given = ["--policy.path", options["pipeline"], "--evaluation.every", "0"]
+    given += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
+    return shared_settings({options["pipeline"]: config.parse(given)})
+
+
+def _words(option: str, text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(words) or len(set(words)) < len(words):
+        raise ConfigError(f"{option}: should be different names, comma-separated. Found {text!r}.")
+    return words
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{option}: should be whole numbers, comma-separated. Found {text!r}."
+        ) from None

@@ -1,0 +1,338 @@
+"""Draw and score models on the same prompts and seeds, each picture and each score once.
+
+All pictures are drawn before any is scored, so that the model and the reward heads need not share
+the accelerator's memory. Scores are of the PNG files: what one sees is what was judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from moa_diffusion import build
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import LoraConfig
+from moa_diffusion.data import Prompt, read_prompts
+from moa_diffusion.distributed import AccelerateComm, Comm, deal
+from moa_diffusion.evaluation.adapters import carrier, install
+from moa_diffusion.evaluation.checkpoints import Candidate
+from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest, model_digest
+from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache, check_metadata
+from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.scoring import RewardHead, Scorer
+from moa_diffusion.types import ConfigError, Request
+
+SCORED_AT_A_TIME = 16  # batches between two writes to the cache of scores
+T = TypeVar("T")
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that could not be finished; what it has drawn and scored is in the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One sample of an evaluation."""
+
+    candidate: int  # index of the model
+    prompt: int  # index of the prompt
+    seed: int
+    key: str  # in the cache of images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was found: everything that the table of scores has."""
+
+    candidates: tuple[Candidate, ...]
+    digests: tuple[str, ...]  # of each candidate with the base model
+    prompts: tuple[Prompt, ...]
+    sampler: Sampler
+    pictures: tuple[Picture, ...]  # M, by candidate, prompt and seed
+    scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
+    judges: Mapping[str, Judge]
+    images: ImageCache
+    drawn: int  # pictures that were not in the cache
+    scored: int  # scores likewise
+
+
+def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:
+    """The prompts of a file, or the run's held-out ones.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if file is not None:
+        return read_prompts(file, column=settings.prompts.column)
+    section = dataclasses.replace(settings.evaluation, every=1, images_per_prompt=1)
+    asked = build.heldout_requests(dataclasses.replace(settings, evaluation=section))
+    if not asked:
+        raise ConfigError("--prompts: should name a file. The run has no held-out prompts.")
+    return tuple(Prompt(text=request.prompt, metadata=request.metadata) for request in asked)
+
+
+def evaluate(
+    settings: Config,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    cache: Path,
+) -> Evaluation:
+    """Draw every model's pictures and score them; processes share the work.
+
+    A picture starts from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call, so
+    the pictures of one seed start alike whatever the prompt or the model.
+
+    Args:
+        settings: the base model, how pictures are drawn, and the rewards.
+        candidates: what is evaluated.
+        prompts: P.
+        seeds: S, of the initial noise.
+        cache: folder of pictures and scores; of a disk that all processes see.
+
+    Raises:
+        ConfigError: for what cannot be run, before a model is loaded.
+        RewardError: on every process, if a head failed on one of them.
+        EvaluationError: if the cache cannot be written; on the other processes for any failure.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
+    heads = build.heads(settings)
+    check_metadata(heads, prompts)
+    accelerator = Accelerator(mixed_precision="no")
+    comm = AccelerateComm(accelerator)
+    path, revision = build.model_path(settings), settings.policy.revision
+    sampler, images = Sampler.of(settings, path), ImageCache(cache / "images")
+    digest = partial(base_digest, path, revision=revision, memory=cache / "digests.txt")
+    on_main(comm, digest)  # the others read what the first has written down
+    base = together(comm, digest)
+    digests = [model_digest(base, candidate.digest) for candidate in candidates]
+    pictures = [
+        Picture(
+            candidate=c,
+            prompt=p,
+            seed=seed,
+            key=images.key(model=model, prompt=prompt.text, seed=seed, sampler=sampler),
+        )
+        for c, model in enumerate(digests)
+        for p, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
+    missing = set(images.missing([picture.key for picture in pictures]))
+    comm.barrier()  # nobody draws before all have looked
+    if missing:
+        _draw(settings, candidates, prompts, pictures, missing, images, accelerator, comm)
+    scores, judges, scored = _score(settings, heads, prompts, pictures, images, cache, comm)
+    comm.close()
+    return Evaluation(
+        candidates=tuple(candidates),
+        digests=tuple(digests),
+        prompts=tuple(prompts),
+        sampler=sampler,
+        pictures=tuple(pictures),
+        scores=scores,
+        judges=judges,
+        images=images,
+        drawn=len(missing),
+        scored=scored,
+    )
+
+
+def together(comm: Comm, work: Callable[[], T]) -> T:
+    """Do the work on every process; if one fails, all raise instead of waiting for it."""
+    failure: Exception | None = None
+    try:
+        result = work()
+    except OSError as caught:
+        failure = EvaluationError(f"{caught}. What is done is saved; the same command continues.")
+        failure.__cause__ = caught
+    except Exception as caught:  # raised below, once the other processes know
+        failure = caught
+    if comm.any(failure is not None):
+        raise failure or EvaluationError("another process failed; its log says why.")
+    return result
+
+
+def on_main(comm: Comm, work: Callable[[], object]) -> None:
+    """Do the work on the first process; if it fails, all raise."""
+    together(comm, work if comm.rank == 0 else lambda: None)
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def _draw(
+    settings: Config,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Picture],
+    missing: set[str],
+    images: ImageCache,
+    accelerator: Accelerator,
+    comm: Comm,
+) -> None:
+    """Draw the missing pictures, model by model; each is on the disk as soon as it is drawn."""
+    size = settings.trainer.sample_batch
+
+    def work() -> None:
+        policy = carrying_policy(settings, candidates, accelerator.device)
+        policy.prepare([prompt.text for prompt in prompts])
+        left = set(missing)
+        for c, candidate in enumerate(candidates):
+            wanted = {picture.key: picture for picture in pictures if picture.candidate == c}
+            todo = [wanted[key] for key in wanted if key in left]
+            left -= wanted.keys()  # two candidates may be the same model
+            if not todo:
+                continue
+            if candidate.adapter is not None:
+                install(policy.transformer, candidate.adapter)
+            mine = deal(len(todo), size, comm)[comm.rank]
+            title = f"draw {candidate.label}"
+            for start in tqdm(range(0, len(mine), size), desc=title, disable=comm.rank > 0):
+                batch = [todo[i] for i in mine[start : start + size]]
+                drawn = draw(policy, candidate, prompts, batch)
+                for picture, image in zip(batch, drawn, strict=True):
+                    images.write(picture.key, image)
+
+    together(comm, work)
+    lost = images.missing([picture.key for picture in pictures])
+    together(comm, lambda: _check_seen(lost, images))
+
+
+def _check_seen(lost: Sequence[str], images: ImageCache) -> None:
+    if lost:
+        raise ConfigError(
+            f"--cache: should be on a disk that all processes see. Process "
+            f"{os.environ.get('RANK', '0')} misses `{images.path(lost[0])}`."
+        )
+
+
+def carrying_policy(
+    settings: Config, candidates: Sequence[Candidate], device: torch.device
+) -> SD3Policy:
+    """The base model with a LoRA that can carry each candidate's weights in turn."""
+    adapters = [one.adapter for one in candidates if one.adapter is not None]
+    rank, names = carrier(adapters)
+    lora = LoraConfig(rank=rank, alpha=rank, target_modules=names or None)
+    model = dataclasses.replace(settings.policy, lora=lora)
+    policy = build.policy(dataclasses.replace(settings, policy=model), device)
+    assert isinstance(policy, SD3Policy)
+    return policy
+
+
+def draw(
+    policy: SD3Policy, candidate: Candidate, prompts: Sequence[Prompt], batch: Sequence[Picture]
+) -> Tensor:
+    """Pictures ``[n, 3, H, W]`` of the model whose weights the policy carries."""
+    requests = [
+        Request(prompt=prompts[picture.prompt].text, seed=picture.seed) for picture in batch
+    ]
+    if candidate.adapter is not None:
+        return policy.generate(requests)
+    with policy.reference():
+        return policy.generate(requests)
+
+
+# ---------------------------------------------------------------------- scoring
+
+
+def _score(
+    settings: Config,
+    heads: Mapping[str, RewardHead],
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Picture],
+    images: ImageCache,
+    cache: Path,
+    comm: Comm,
+) -> tuple[dict[str, tuple[Score, ...]], dict[str, Judge], int]:
+    """Scores by objective, of every picture; what is not in the cache is computed."""
+    everyone = Scorer(heads, comm, overlap=settings.scoring.overlap)
+    scorers = {tuple(heads): everyone}
+    try:
+        everyone.load()
+        judges = {
+            name: Judge.of(
+                name,
+                head,
+                {k: v for k, v in settings.rewards[name].items() if k not in ("weight", "head")},
+            )
+            for name, head in heads.items()
+        }
+        caches = {name: ScoreCache(cache / "scores", judge) for name, judge in judges.items()}
+        keys = [ScoreCache.key(picture.key, prompts[picture.prompt]) for picture in pictures]
+        known = {name: together(comm, one.read) for name, one in caches.items()}
+        comm.barrier()  # nobody writes before all have read
+        waiting: dict[tuple[str, ...], dict[str, int]] = {}  # heads -> key -> index of a picture
+        for i, key in enumerate(keys):
+            if lacking := tuple(name for name in heads if key not in known[name]):
+                waiting.setdefault(lacking, {}).setdefault(key, i)
+        for names, todo in waiting.items():
+            if names not in scorers:
+                chosen = {name: heads[name] for name in names}
+                scorers[names] = Scorer(chosen, comm, overlap=settings.scoring.overlap)
+            _score_missing(
+                settings, scorers[names], prompts, pictures, todo, images, caches, known, comm
+            )
+    finally:
+        for scorer in scorers.values():
+            scorer.close()
+    scores = {name: tuple(known[name][key] for key in keys) for name in heads}
+    return scores, judges, sum(len(names) * len(todo) for names, todo in waiting.items())
+
+
+def _score_missing(
+    settings: Config,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    pictures: Sequence[Picture],
+    todo: Mapping[str, int],
+    images: ImageCache,
+    caches: Mapping[str, ScoreCache],
+    known: Mapping[str, dict[str, Score]],
+    comm: Comm,
+) -> None:
+    """Score these pictures with all heads of the scorer, and write them down part by part."""
+    items, size = list(todo.items()), settings.trainer.sample_batch
+    part_size = size * SCORED_AT_A_TIME
+    for start in range(0, len(items), part_size):
+        part = items[start : start + part_size]
+        requests = [  # `group` says which picture it is
+            Request(
+                prompt=prompts[pictures[i].prompt].text,
+                metadata=prompts[pictures[i].prompt].metadata,
+                group=i,
+            )
+            for _, i in part
+        ]
+        found = scorer.survey(
+            requests,
+            lambda asked: images.read([pictures[request.group].key for request in asked]),
+            batch=size,
+            title="score",
+            before_batch=lambda: None,
+            progress=comm.rank == 0,
+        )
+        for name, column in zip(scorer.names, found.values.T.tolist(), strict=True):
+            prefix = f"{name}/"
+            new = {
+                key: Score(
+                    value=value,
+                    extra={
+                        k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)
+                    },
+                )
+                for (key, _), value, extra in zip(part, column, found.extra, strict=True)
+            }
+            known[name].update(new)
+            on_main(comm, partial(caches[name].add, new))

@@ -1,0 +1,127 @@
+"""Bootstrap intervals over prompts, hypervolumes, and how both are written down."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[numpy.float64]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean and its bootstrap interval; NaN where nothing is known."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, form: str) -> str:
+        """``value [low, high]``, or a dash.
+
+        Args:
+            form: format of each number, such as ``+.2f``.
+        """
+        if math.isnan(self.value):
+            return "-"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def prompt_sums(values: Array, prompts: NDArray[numpy.int64]) -> tuple[Array, Array]:
+    """Sum of the values of each prompt's images, and their number: two ``[E, K, P]``.
+
+    Args:
+        values: ``[E, K, M]``; NaN does not count.
+        prompts: ``[M]``, the prompt of each image.
+    """
+    known = ~numpy.isnan(values)
+    _, index = numpy.unique(prompts, return_inverse=True)
+    belongs = numpy.eye(index.max() + 1)[index]  # [M, P]
+    return numpy.where(known, values, 0.0) @ belongs, known.astype(numpy.float64) @ belongs
+
+
+def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
+    """Means over the images of resampled prompts: ``[B, E, K]``.
+
+    Args:
+        sums: ``[E, K, P]``.
+        counts: ``[E, K, P]``.
+        draws: ``[B, P]``, how often each prompt is in each resample; ones for the sample itself.
+
+    Returns:
+        NaN where an objective applies to none of the prompts drawn.
+    """
+    total = numpy.moveaxis(sums @ draws.T, -1, 0)  # [B, E, K]
+    number = numpy.moveaxis(counts @ draws.T, -1, 0)
+    return numpy.divide(total, number, out=numpy.full_like(total, math.nan), where=number > 0)
+
+
+def hypervolumes(points: Array) -> Array:
+    """Volume between the base model (0) and what is dominated by any of E points: ``[B]``.
+
+    Exact (``moocore``). A point below the base model in one objective adds nothing.
+
+    Args:
+        points: ``[B, E, K]``, higher is better; NaN gives NaN.
+    """
+    import moocore
+
+    known = ~numpy.isnan(points.sum(axis=(1, 2)))
+    return numpy.array(
+        [
+            moocore.hypervolume(front, ref=0.0, maximise=True) if good else math.nan
+            for front, good in zip(points, known, strict=True)
+        ]
+    )
+
+
+def draw(count: int, *, resamples: int, seed: int) -> Array:
+    """How often each of ``count`` units is drawn with replacement, ``[B, count]``."""
+    generator = numpy.random.default_rng(seed)
+    shares = numpy.full(count, 1 / count)
+    return generator.multinomial(count, shares, size=resamples).astype(numpy.float64)
+
+
+def estimate(own: Array, resampled: Array, runs: Array) -> Estimate:
+    """Mean over R runs, with the percentile interval of a bootstrap over runs and prompts.
+
+    Args:
+        own: ``[R]``, of the sample itself.
+        resampled: ``[R, B]``, of each run on the prompts of each resample.
+        runs: ``[B, R]``, how often each run is in each resample.
+    """
+    drawn = numpy.where(runs.T > 0, runs.T * resampled, 0.0).sum(0) / len(own)  # [B]
+    return Estimate(value=float(own.mean()), **_interval(drawn))
+
+
+def estimate_one(own: float, resampled: Array) -> Estimate:
+    """A statistic of one sample, with the percentile interval of a bootstrap ``[B]``."""
+    return Estimate(value=float(own), **_interval(resampled))
+
+
+def _interval(drawn: Array) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is known, NaN says so
+        low, high = numpy.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"low": float(low), "high": float(high)}
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first row the heading, padded so that it reads on a terminal too."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""Scores by picture and by who gave them: adding a model or a reward computes only what is new."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion.data import Prompt
+from moa_diffusion.evaluation.files import file_digest, json_digest
+from moa_diffusion.scoring import RewardHead
+from moa_diffusion.types import ConfigError
+from rewards.functions import FunctionHead, further_parameters
+from rewards.identity import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a head says of one picture."""
+
+    value: float  # NaN: does not apply
+    extra: Mapping[str, Any]  # further columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """A loaded head as the table of scores names it."""
+
+    identity: Identity
+    digest: str  # of the identity and of the head's source file
+
+    @classmethod
+    def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Judge:
+        """The judge that scores an objective.
+
+        A function of the user's own has no version: its source file stands for one.
+
+        Args:
+            name: of the objective.
+            head: after ``load``, when it knows its weights.
+            options: that it was built with.
+
+        Raises:
+            ConfigError: if the head's code is in no file, so that scores cannot be kept apart from
+                those of other code.
+        """
+        identity = Identity.of(name, head, options)
+        target: Any = head.function if isinstance(head, FunctionHead) else type(head)
+        if not (inspect.isfunction(target) or inspect.isclass(target)):
+            target = type(target)
+        try:
+            source = inspect.getsourcefile(target)
+        except TypeError:
+            source = None
+        if source is None or not Path(source).is_file():
+            raise ConfigError(f"rewards.{name}: should be code in a file. Found {target!r}.")
+        return cls(
+            identity=identity, digest=json_digest([identity.digest, file_digest(Path(source))])
+        )
+
+
+def check_metadata(heads: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
+    """Find out before anything is drawn whether prompts have the metadata that functions need.
+
+    Raises:
+        ConfigError: naming the reward, the key and the first prompt without it.
+    """
+    for name, head in heads.items():
+        if not isinstance(head, FunctionHead):
+            continue
+        for key, default in further_parameters(head.function)[0].items():
+            if default is not inspect.Parameter.empty or key in head.options:
+                continue
+            lacking = [prompt.text for prompt in prompts if key not in prompt.metadata]
+            if lacking:
+                raise ConfigError(
+                    f"rewards.{name}: needs prompts with the metadata `{key}` (a .jsonl, .csv or "
+                    f".tsv file has them). {len(lacking)} of {len(prompts)} lack it, first "
+                    f"{lacking[0]!r}."
+                )
+
+
+class ScoreCache:
+    """The scores of one judge: a file of lines, to which whole batches are added.
+
+    A line that a crash left incomplete does not count, and is cut off by the next writer.
+
+    Args:
+        folder: of all judges' files.
+        judge: whose scores these are.
+    """
+
+    def __init__(self, folder: Path, judge: Judge) -> None:
+        self.path = folder / f"{judge.identity.head}-{judge.digest[:16]}.jsonl"
+        self.judge = judge
+
+    @staticmethod
+    def key(image: str, prompt: Prompt) -> str:
+        """What a score depends on beside the judge; the picture's key holds the prompt's text."""
+        return json_digest([image, dict(prompt.metadata)])
+
+    def read(self) -> dict[str, Score]:
+        """All scores by key.
+
+        Raises:
+            ConfigError: if a whole line is damaged.
+        """
+        if not self.path.is_file():
+            return {}
+        found = {}
+        *lines, _ = self.path.read_bytes().split(b"\n")  # what follows the last line feed is torn
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                row = json.loads(line)
+                value = math.nan if row["value"] is None else float(row["value"])
+                found[row["key"]] = Score(value=value, extra=row["extra"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{self.path}:{number}: is damaged ({error!r}). Delete the file, and its "
+                    "pictures are scored again."
+                ) from error
+        return found
+
+    def add(self, scores: Mapping[str, Score]) -> None:
+        """Append scores; all reach the disk, or the file is as it was."""
+        lines = []
+        for key, score in scores.items():
+            value = None if math.isnan(score.value) else score.value
+            row = {"key": key, "value": value, "extra": dict(score.extra)}
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation may share the cache
+            file.seek(0)
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)
+            if end == 0:
+                lines.insert(0, json.dumps(asdict(self.judge), ensure_ascii=False))
+            try:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise

@@ -1,0 +1,165 @@
+"""``scores.parquet``: one row per model, prompt, seed and reward, with everything it depends on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from moa_diffusion.evaluation.evaluate import Evaluation
+from moa_diffusion.evaluation.files import replaced
+from moa_diffusion.evaluation.intervals import Array
+from moa_diffusion.types import ConfigError
+
+NAME = "scores.parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One model of a table."""
+
+    label: str
+    series: str  # the run, LoRA folder or soup it belongs to; empty for the base model
+    step: int | None  # rollouts, of a run's checkpoint
+    weights: Mapping[str, float] | None  # of a soup, by label
+    model_digest: str  # with the base model
+    adapter_digest: str  # empty for the base model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What a table says; the base model is the first of E models."""
+
+    models: tuple[Column, ...]  # E
+    prompts: tuple[str, ...]  # P
+    seeds: tuple[int, ...]  # S
+    rewards: tuple[str, ...]  # K
+    values: Array  # [E, K, P, S]; NaN: does not apply
+    images: tuple[tuple[tuple[Path, ...], ...], ...]  # [E][P][S]
+    units: Mapping[str, str]  # by reward
+    scorers: Mapping[str, Mapping[str, Any]]  # by reward: version, digest, provenance
+    sampler: Mapping[str, Any]  # settings by name
+
+
+def write_table(found: Evaluation, folder: Path) -> Path:
+    """Write ``scores.parquet`` into a folder; paths of pictures in it are relative to that."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for i, picture in enumerate(found.pictures):
+        candidate = found.candidates[picture.candidate]
+        path = os.path.relpath(found.images.path(picture.key), folder)
+        for name, scores in found.scores.items():
+            judge, score = found.judges[name], scores[i]
+            rows.append(
+                {
+                    "checkpoint": candidate.label,
+                    "series": candidate.series,
+                    "step": candidate.step,
+                    "ema": candidate.ema,
+                    "weights": None
+                    if candidate.weights is None
+                    else json.dumps(dict(candidate.weights)),
+                    "model_digest": found.digests[picture.candidate],
+                    "adapter_digest": candidate.digest,
+                    "prompt_index": picture.prompt,
+                    "prompt": found.prompts[picture.prompt].text,
+                    "metadata": json.dumps(dict(found.prompts[picture.prompt].metadata)),
+                    "seed": picture.seed,
+                    "reward": name,
+                    "unit": judge.identity.unit,
+                    "score": None if math.isnan(score.value) else score.value,
+                    "extra": json.dumps(dict(score.extra), ensure_ascii=False),
+                    "image": Path(path).as_posix(),
+                    "image_digest": picture.key,
+                    "scorer_version": judge.identity.version,
+                    "scorer_digest": judge.digest,
+                    "scorer_provenance": json.dumps(dict(judge.identity.provenance)),
+                    **{f"sampler_{key}": value for key, value in asdict(found.sampler).items()},
+                }
+            )
+    kinds = {"step": pyarrow.int64(), "ema": pyarrow.bool_(), "weights": pyarrow.string()}
+    kinds |= {"score": pyarrow.float64()}
+    columns = {
+        key: pyarrow.array([row[key] for row in rows], type=kinds.get(key)) for key in rows[0]
+    }
+    target = folder / NAME
+    with replaced(target) as partial:
+        parquet.write_table(pyarrow.table(columns), partial)
+    return target
+
+
+def read_table(folder: Path) -> Table:
+    """Read what ``write_table`` wrote.
+
+    Raises:
+        ConfigError: if there is no table, or one that is damaged or incomplete.
+    """
+    from pyarrow import ArrowException, parquet
+
+    path = folder / NAME
+    if not path.is_file():
+        raise ConfigError(f"`{folder}` should be the folder of an evaluation. Found no {NAME}.")
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"`{path}` is damaged: {error}") from error
+    models = {row["checkpoint"]: row for row in rows}
+    prompts = {row["prompt_index"]: row["prompt"] for row in rows}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    rewards = {row["reward"]: row for row in rows}
+    places: list[dict[Any, int]] = [
+        {key: i for i, key in enumerate(keys)} for keys in (models, rewards, prompts, seeds)
+    ]
+    values = numpy.full([len(place) for place in places], math.nan)
+    pictures: dict[tuple[int, int, int], Path] = {}
+    for row in rows:
+        keys = (row["checkpoint"], row["reward"], row["prompt_index"], row["seed"])
+        e, k, p, s = (place[key] for place, key in zip(places, keys, strict=True))
+        values[e, k, p, s] = math.nan if row["score"] is None else row["score"]
+        pictures[e, p, s] = folder / row["image"]
+    if len(rows) != values.size:
+        raise ConfigError(f"`{path}` should have {values.size} rows. Found {len(rows)}.")
+    first = rows[0]
+    return Table(
+        models=tuple(
+            Column(
+                label=label,
+                series=row["series"],
+                step=row["step"],
+                weights=None if row["weights"] is None else json.loads(row["weights"]),
+                model_digest=row["model_digest"],
+                adapter_digest=row["adapter_digest"],
+            )
+            for label, row in models.items()
+        ),
+        prompts=tuple(prompts.values()),
+        seeds=tuple(seeds),
+        rewards=tuple(rewards),
+        values=values,
+        images=tuple(
+            tuple(tuple(pictures[e, p, s] for s in range(len(seeds))) for p in range(len(prompts)))
+            for e in range(len(models))
+        ),
+        units={name: row["unit"] for name, row in rewards.items()},
+        scorers={
+            name: {
+                "version": row["scorer_version"],
+                "digest": row["scorer_digest"],
+                "provenance": json.loads(row["scorer_provenance"]),
+            }
+            for name, row in rewards.items()
+        },
+        sampler={
+            key.removeprefix("sampler_"): value
+            for key, value in first.items()
+            if key.startswith("sampler_")
+        },
+    )

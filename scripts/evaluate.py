@@ -1,0 +1,71 @@
+"""Draw and score checkpoints on the same prompts and seeds, and say which is better at what.
+
+python scripts/evaluate.py --run runs/tiny_apex --checkpoints base,step-15,latest
+accelerate launch scripts/evaluate.py --run runs/a --run runs/b --soup a,b --points 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Draw, score, write, print; 0, 1 if it failed, 2 for bad input, 130 if it was stopped."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nOther options (--dotted.key value) override the runs' settings. "
+        "What is drawn and scored is kept: the same command continues where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, several = parser.add_argument, {"action": "append", "default": []}
+    add("--run", metavar="[NAME=]FOLDER", help="of training; may be repeated", **several)
+    add("--lora", metavar="[NAME=]FOLDER", help="of diffusers LoRA weights; likewise", **several)
+    add("--config", help="YAML file of a run, where there is no --run")
+    add("--pipeline", help="folder or hub id of the base model, likewise")
+    add("--checkpoints", help="base,step-20,latest; all by default")
+    add("--every", type=int, help="checkpoints whose number of rollouts is a multiple of this")
+    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
+    add("--prompts", help="file (.txt, .jsonl, .csv, .tsv); the run's held-out prompts if none")
+    add("--seeds", default="0,1,2,3", help="of the initial noise (default 0,1,2,3)")
+    add("--rewards", help="names, comma-separated; the run's if none")
+    add("--steps", help="denoising steps; as the run evaluates if none")
+    add("--guidance", help="classifier-free guidance scale, likewise")
+    add("--resolution", help="side of the pictures, likewise")
+    add("--soup", help="two or more runs or LoRA folders, whose weights are interpolated")
+    add("--points", type=int, default=5, help="of a soup from end to end (default 5)")
+    add("--shown", type=int, default=12, help="prompts in grid.png (default 12)")
+    add("--output", type=Path, help="folder; RUN/evaluate or runs/evaluate by default")
+    add("--cache", type=Path, help="folder of pictures and scores; the output's by default")
+    options, overrides = parser.parse_known_args()
+
+    from moa_diffusion.evaluation import command
+    from moa_diffusion.evaluation.evaluate import EvaluationError, evaluate
+    from moa_diffusion.scoring import RewardError
+    from moa_diffusion.types import ConfigError
+
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        asked = command.plan(vars(options), overrides)
+        found = evaluate(
+            asked.settings, asked.candidates, asked.prompts, asked.seeds, cache=asked.cache
+        )
+        if main_process:
+            print(command.write(found, asked.output, shown=options.shown))
+    except (ConfigError, ImportError) as error:
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
+        return 130
+    except (EvaluationError, RewardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

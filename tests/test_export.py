@@ -1,0 +1,168 @@
+"""Export: the folder loads in plain diffusers, and the card tells what was measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from moa_diffusion import build, checkpoint
+from moa_diffusion.config import from_dict
+from moa_diffusion.evaluation import command
+from moa_diffusion.evaluation.adapters import (
+    WEIGHTS,
+    Adapter,
+    read_adapter,
+    skeleton,
+    write_adapter,
+)
+from moa_diffusion.evaluation.evaluate import evaluate
+from moa_diffusion.evaluation.export import export
+from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.tiny import PIPELINE_PATH
+from moa_diffusion.types import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "policy": {"max_sequence_length": 16, "lora": {"rank": 2}},
+    "sampling": {"resolution": 64, "steps": 2},
+    "prompts": {"train": "tiny", "heldout": "tiny"},
+    "rewards": {"colourfulness": {"weight": 2.0}, "sharpness": {}},
+    "trainer": {"groups": 2, "group_size": 2, "updates": 1, "sample_batch": 8},
+    "evaluation": {"steps": 1, "guidance": 1.0, "prompts": 2},
+    "log": {"trackers": []},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate("ab"):
+        settings = from_dict(SETTINGS | {"output_dir": str(folder / name), "seed": seed})
+        build.write_config(settings)
+        policy = build.policy(settings, torch.device("cpu"))
+        noise = torch.Generator().manual_seed(seed)
+        for name_of, parameter in policy.trainable().items():
+            if "lora_B" in name_of:
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=noise))
+        with checkpoint.atomic_folder(checkpoint.step_folder(folder / name, 3)) as partial:
+            policy.save(partial)
+            policy.save(partial / "ema")
+            checkpoint.save_state(partial, {"step": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both runs and the middle between them."""
+    output = tmp_path_factory.mktemp("evaluation")
+    names = ("lora", "config", "pipeline", "checkpoints", "every", "prompts", "rewards", "steps")
+    options = dict.fromkeys([*names, "guidance", "resolution", "cache"]) | {"lora": []}
+    options |= {"run": [str(runs / "a"), str(runs / "b")], "ema": True, "seeds": "0,1"}
+    plan = command.plan(options | {"soup": "a,b", "points": 3, "shown": 2, "output": output}, [])
+    found = evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
+    command.write(found, output, shown=2)
+    return output
+
+
+def test_a_checkpoint_is_copied_with_a_card(runs: Path, evaluation: Path, tmp_path: Path):
+    """As a user does it."""
+    output = tmp_path / "exported"
+    options = ["--run", str(runs / "a"), "--checkpoint", "step-3", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "scripts/export.py", *options, "--evaluation", str(evaluation)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "grid.png", WEIGHTS]
+    source = checkpoint.step_folder(runs / "a", 3) / "ema" / WEIGHTS
+    assert (output / WEIGHTS).read_bytes() == source.read_bytes()
+    card = (output / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "diffusers"
+    assert "base_model" not in head, "no folder of the machine it was trained on"
+    assert str(tmp_path) not in card
+    for said in ("colourfulness x 2, sharpness", "2 prompts x 2 seeds", "## Licence", "says"):
+        assert said in card
+    summary = (evaluation / "summary.md").read_text()
+    row = next(line for line in summary.splitlines() if line.startswith("| a/step-3 "))
+    mean = row.split("|")[2].strip()
+    assert f" {mean} " in card, "the card's means are the summary's"
+    with Image.open(output / "grid.png") as grid:
+        assert grid.width < 4 * 400
+
+
+def test_a_soup_is_written_as_it_was_evaluated(runs: Path, evaluation: Path, tmp_path: Path):
+    said = export(
+        [str(runs / "a"), str(runs / "b")],
+        weights="0.5,0.5",
+        output=tmp_path / "soup",
+        evaluation=evaluation,
+    )
+    assert "(rank 4)" in said
+    card = (tmp_path / "soup" / "README.md").read_text()
+    assert card.count("|   0.5 |") + card.count("|    0.5 |") == 2
+    transformer = skeleton(str(PIPELINE_PATH))
+    mixed = read_adapter(tmp_path / "soup", transformer)
+    members = [
+        read_adapter(checkpoint.step_folder(runs / name, 3) / "ema", transformer) for name in "ab"
+    ]
+    for name, (a, b) in mixed.layers.items():
+        expected = sum(0.5 * one.layers[name][1] @ one.layers[name][0] for one in members)
+        torch.testing.assert_close(b @ a, expected, rtol=1e-4, atol=1e-6)
+    pipeline = load_pipeline(str(PIPELINE_PATH))
+    pipeline.load_lora_weights(tmp_path / "soup")
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
+def test_ranks_that_differ_are_padded(runs: Path, tmp_path: Path):
+    """Without the file's metadata a loader would take one rank and scale for all layers."""
+    transformer = skeleton(str(PIPELINE_PATH))
+    one = read_adapter(checkpoint.step_folder(runs / "a", 3), transformer)
+    (first, (a, b)), *rest = one.layers.items()
+    mixed = Adapter(
+        layers={first: (torch.cat([a, a]), torch.cat([b, b], 1)), **dict(rest)}, digest=""
+    )
+    write_adapter(mixed, tmp_path)
+    found = read_adapter(tmp_path, transformer)
+    assert {len(low) for low, _ in found.layers.values()} == {4}
+    for name, (low, high) in found.layers.items():
+        before = mixed.layers[name]
+        torch.testing.assert_close(high @ low, before[1] @ before[0])
+
+
+def test_without_an_evaluation_the_card_says_so(runs: Path, tmp_path: Path):
+    said = export([str(runs / "a")], output=tmp_path / "out", ema=False)
+    assert "The card has no scores" in said
+    assert "Not evaluated." in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "grid.png").exists()
+
+
+def test_bad_input_is_told(runs: Path, evaluation: Path, tmp_path: Path):
+    a, b = str(runs / "a"), str(runs / "b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    cases = [
+        ([a], {"checkpoint": "9"}, "'9' is not in .*There are: step-3"),
+        ([a], {"checkpoint": "base"}, "--checkpoint: should be latest or step-N. Found 'base'"),
+        ([a], {"output": tmp_path / "full"}, "--output: should be a new folder"),
+        ([a, b], {}, "--weights: should be given for 2 runs"),
+        ([a, b], {"weights": "0.5,0.6"}, "--weights: should be 2 numbers that sum to 1"),
+        ([a, b], {"weights": "0.5,half"}, "--weights: should be 2 numbers that sum to 1"),
+        ([a, b], {"weights": "0.2,0.8", "evaluation": evaluation}, "should have these weights"),
+        ([a], {"evaluation": tmp_path}, r"Found no scores.parquet"),
+    ]
+    for entries, options, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            export(entries, **({"output": tmp_path / "out"} | options))
+    assert not (tmp_path / "out").exists()
