@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import math
+import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -263,6 +264,9 @@ def _check_folder(key: str, folder: Path) -> None:
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"{key}: should be a folder. Found the file `{part}`.")
+    nearest = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: should be writable. Found `{nearest}`, which is not.")
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:

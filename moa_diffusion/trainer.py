@@ -344,8 +344,8 @@ class Trainer:
         before = checkpoint.to_cpu(self._state())
         try:
             metrics = self.step()
-        except Interrupted:  # perhaps between two optimizer steps: undo those of this rollout
-            self._restore(before)
+        except (Interrupted, RewardError, TrainingError):  # perhaps between two optimizer steps
+            self._restore(before)  # what is saved is the state before this rollout
             raise
         seconds = time.perf_counter() - start
         self.seconds += seconds

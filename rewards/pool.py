@@ -112,7 +112,7 @@ class WorkerPool:
                 try:
                     image = images[index]
                     reply = worker.ask({"shape": image.shape}, image)
-                except (OSError, EOFError):
+                except (OSError, EOFError, ValueError):  # ValueError: the pool was closed
                     deaths.append((index, worker.obituary()))
                     return
                 if "error" in reply:
@@ -151,7 +151,7 @@ class WorkerPool:
             try:
                 # The parent's import path, so that both sides find the same packages.
                 reply = worker.ask({**self._hello, "path": sys.path, "parent": os.getpid()})
-            except (OSError, EOFError):
+            except (OSError, EOFError, ValueError):
                 causes.append(worker.obituary())
                 return
             if "error" in reply:

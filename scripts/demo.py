@@ -1,7 +1,6 @@
-"""Train the shipped tiny Stable Diffusion 3 with two recipes and draw what they did.
+"""Train the shipped tiny Stable Diffusion 3 with two recipes, and draw what they did.
 
-Takes minutes, writes runs/demo/demo.png, continues where it stopped. Options go to both runs.
-"""
+Writes runs/demo/demo.png, continues where it stopped. Options go to both runs."""
 
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from moa_diffusion import checkpoint, config
 from moa_diffusion.evaluation.curves import picture
+from moa_diffusion.evaluation.runs import interruptible
 from moa_diffusion.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
         bars[name] = tqdm(total=total, desc=f"{name:>10}", unit="rollout", position=i)
     running = True
     while running and not any(process.returncode for process in processes.values()):
-        running = any(process.poll() is None for process in processes.values())
+        running = None in [process.poll() for process in processes.values()]  # asks each of them
         for name, bar in bars.items():
             path = FOLDER / name / "metrics.jsonl"
             rows = read_metrics(path) if path.exists() else []
@@ -60,12 +60,13 @@ def main() -> int:
     """Run both recipes side by side, then draw the picture; 0 if all went well."""
     began = time.monotonic()
     processes = {name: start(name, recipe) for name, recipe in RECIPES.items()}
-    try:
-        follow(processes)
-    finally:
-        for process in processes.values():  # one that has not ended saves and ends
-            process.terminate()
-            process.wait()
+    with interruptible():
+        try:
+            follow(processes)
+        finally:
+            for process in processes.values():  # one that has not ended saves and ends
+                process.terminate()
+                process.wait()
     for name, process in processes.items():
         if process.returncode:
             print(f"{name} failed: {(FOLDER / f'{name}.log').read_text()[-2000:]}")

@@ -33,7 +33,7 @@ from moa_diffusion.evaluation.compare import (
     training_seconds,
 )
 from moa_diffusion.evaluation.compare_picture import mean_path, picture
-from moa_diffusion.evaluation.runs import Run, execute, last_words, method_settings, plan
+from moa_diffusion.evaluation.runs import Run, cause_of_death, execute, method_settings, plan
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
 
@@ -441,11 +441,11 @@ def test_a_run_is_finished_when_its_steps_or_its_minutes_are_over(tmp_path: Path
 
 def test_the_last_words_are_the_error(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
-    assert last_words(log) == ""
+    assert cause_of_death(log, 3) == "exit 3"
     log.write_text("bar\rbar 2\nKilled\n\n")
-    assert last_words(log) == "Killed"
+    assert cause_of_death(log, 1) == "Killed"
     log.write_text("error: no paint\nThe state after 3 rollouts is there.\n")
-    assert last_words(log) == "error: no paint"
+    assert cause_of_death(log, -9) == "error: no paint"
 
 
 FAKE = """

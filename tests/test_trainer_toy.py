@@ -612,6 +612,8 @@ def test_a_target_that_turns_out_too_low_stops_the_run_saved(tmp_path):
     with pytest.raises(TrainingError, match=r"objectives.weighting: .*above the base level") as e:
         trainer.run()
     assert "The state after 0 rollouts" in e.value.__notes__[0]
+    state = checkpoint.load_state(checkpoint.find("latest", tmp_path / "run"))
+    assert state["weighting"]["seen"] == 0  # the rollout that failed left no trace
 
 
 @pytest.mark.parametrize(

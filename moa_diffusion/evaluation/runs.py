@@ -315,7 +315,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
     ended = {run.name: run.completed() for run in runs if run not in waiting}
     total = sum(ended.values()) + sum(run.settings.trainer.steps for run in waiting)
     bar: tqdm[Any] = tqdm(total=total, initial=sum(ended.values()), desc="compare", unit="rollout")
-    with _interruptible(), bar:
+    with interruptible(), bar:
         try:
             while waiting or active:
                 while waiting and len(active) < parallel:
@@ -330,7 +330,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
                     total -= run.settings.trainer.steps - ended[run.name]
                     bar.total = total
                     if process.returncode or not run.finished():
-                        failures[run.name] = last_words(run.log) or f"exit {process.returncode}"
+                        failures[run.name] = cause_of_death(run.log, process.returncode)
                         bar.write(f"{run.name} died: {failures[run.name]} ({run.log})", sys.stderr)
                 evaluated = [run for run, _ in active if run.evaluated()]
                 if evaluated and not checked:  # all have the same base model
@@ -393,7 +393,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Within the block SIGTERM and SIGHUP do what Ctrl-C does; under nohup SIGHUP is ignored."""
     numbers = [signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in numbers}
@@ -407,9 +407,11 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def last_words(log: Path) -> str:
-    """The last line of a log that names an error, else the last line."""
+def cause_of_death(log: Path, status: int) -> str:
+    """The last line of a log that names an error, else the signal, else the last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or [""])[-1]
+    if status < 0 and not errors:
+        return f"killed by signal {-status}"
+    return (errors or lines or [f"exit {status}"])[-1]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moa_diffusion.types import ConfigError
+
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -140,9 +142,16 @@ class PromptEncoder:
         path = self._path(prompt)
         if path is None or not path.is_file():
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(
+                f"policy.embeds_dir: the file {path} is damaged ({error}). Delete it; the prompt "
+                "is then encoded again."
+            ) from error
         self._remember(prompt, tensors["embeds"], tensors["pooled"])
         return tensors["embeds"], tensors["pooled"]
 
