@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ class LoopRunner:
         """
         if self._runner is None:
             self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+            weakref.finalize(self, _close, self._runner)  # for those who never call `close`
         try:
             if _in_a_loop():
                 return _run_in_thread(self._runner, coroutine)
@@ -45,13 +47,8 @@ class LoopRunner:
     def close(self) -> None:
         """Closes the loop; the next coroutine opens another."""
         runner, self._runner = self._runner, None
-        if runner is None:
-            return
-        if _in_a_loop():
-            with ThreadPoolExecutor(1) as executor:
-                executor.submit(runner.close).result()
-        else:
-            runner.close()
+        if runner is not None:
+            _close(runner)
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
@@ -75,6 +72,15 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: in
         for _ in range(min(concurrency, len(calls))):
             group.create_task(work())
     return [results[index] for index in range(len(calls))]
+
+
+def _close(runner: asyncio.Runner) -> None:
+    """Closes the loop; nothing happens the second time."""
+    if _in_a_loop():
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(runner.close).result()
+    else:
+        runner.close()
 
 
 def _in_a_loop() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import signal
 import threading
@@ -444,3 +445,11 @@ def test_the_example_of_the_readme_scores_what_it_says(tmp_path):
     assert found[0] == 0.25
     assert found[1].isnan()
     assert head.unit
+
+
+def test_a_head_that_nobody_closes_leaves_no_loop_open() -> None:
+    async def one(images, prompts):
+        return [1.0] * len(prompts)
+
+    FunctionHead(one)(batch(2))
+    gc.collect()  # an open loop would warn here, and warnings are errors
