@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
-from moa_diffusion import checkpoint, config, tiny
+from moa_diffusion import alarm, checkpoint, config, tiny
+from moa_diffusion.alarm import Watch
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
 from moa_diffusion.data import (
@@ -116,8 +117,13 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
         if len(prompts.sets) > 1:
             print(prompts.describe())
-    scoring = settings.scoring
-    scorer = Scorer(heads(settings), comm, overlap=scoring.overlap, offload=scoring.offload)
+    watch = watcher(settings, asked)
+    training = heads(settings)
+    overlap, offload = settings.scoring.overlap, settings.scoring.offload
+    scorer = Scorer(training, comm, overlap=overlap, offload=offload)
+    everyone = Scorer(
+        training | heads(settings, "evaluation.rewards"), comm, overlap=overlap, offload=offload
+    )
 
     model = policy(settings, accelerator.device, pipeline)
     progress = accelerator.is_main_process
@@ -130,12 +136,14 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     heldout = HeldOut(
         asked,
         policy=model,
-        scorer=scorer,
+        scorer=everyone,
+        training=scorer,
         comm=comm,
         batch=geometry.sample_batch,
         log=log,
         folder=folder,
         shown=settings.evaluation.pictures,
+        as_rollouts=settings.evaluation.rollout_images,
         progress=progress,
     )
     built = Trainer(
@@ -159,9 +167,11 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
             minutes=settings.trainer.minutes,
             checkpoint_every=settings.checkpoint.every,
             checkpoint_keep=settings.checkpoint.keep,
+            checkpoint_front=settings.checkpoint.front,
             evaluate_every=settings.evaluation.every,
         ),
         heldout=heldout if asked else None,
+        watch=watch,
         log=log,
         folder=folder,
         seed=settings.seed,
@@ -339,21 +349,49 @@ def _calibrated(
     return used
 
 
-def heads(settings: Config) -> dict[str, RewardHead]:
-    """One reward head per objective.
+def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
+    """What looks at the evaluations for rewards that are being gamed.
+
+    Args:
+        settings: the configuration.
+        asked: what evaluations draw.
+
+    Raises:
+        ConfigError: if the rules cannot be kept.
+    """
+    rules, heldout = alarm.Rules(**vars(settings.alarm)), tuple(settings.evaluation.rewards)
+    try:
+        alarm.check(
+            rules,
+            heldout if asked else (),
+            kl_weight=settings.loss.kl_weight,
+            prompts=len({request.group for request in asked}),
+        )
+    except ValueError as error:
+        raise ConfigError(f"alarm: {error}") from error
+    return Watch(tuple(settings.rewards), heldout, rules)
+
+
+def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
+    """One reward head per objective, or per held-out reward.
+
+    Args:
+        settings: the configuration.
+        section: ``rewards`` or ``evaluation.rewards``.
 
     Raises:
         ConfigError: naming the objective, for an unknown head, import path or option.
     """
     built = {}
-    for name, options in settings.rewards.items():
+    chosen = settings.rewards if section == "rewards" else settings.evaluation.rewards
+    for name, options in chosen.items():
         if "head" in options and "path" in options:
-            raise ConfigError(f"rewards.{name}: should have `head` or `path`. Found both.")
+            raise ConfigError(f"{section}.{name}: should have `head` or `path`. Found both.")
         rest = {k: v for k, v in options.items() if k not in ("weight", "head", "path")}
         try:
             head = create_head(options.get("head", name), options.get("path"), **rest)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"rewards.{name}: {error}") from error
+            raise ConfigError(f"{section}.{name}: {error}") from error
         head.name = name
         built[name] = head
     return built

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moa_diffusion.types import ConfigError
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-VERSION = 2  # of the layout of ``state.pt``
+VERSION = 3  # of the layout of ``state.pt``
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -34,6 +34,11 @@ def step_folder(run: Path, step: int) -> Path:
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in run.glob("checkpoints/step-*") if (path / STATE).is_file())
+
+
+def step_of(folder: Path) -> int:
+    """Rollouts of a checkpoint, from the name of its folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -153,14 +158,15 @@ def find(resume: str, run: Path) -> Path:
 def forget_after(run: Path, step: int) -> None:
     """Delete checkpoints after ``step`` rollouts: a run resumed there takes another course."""
     for folder in list_checkpoints(run):
-        if int(folder.name.removeprefix("step-")) > step:
+        if step_of(folder) > step:
             logger.warning("Deleting %s: the run continues from rollout %d.", folder, step)
             shutil.rmtree(folder)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints (0 keeps all), and half-written ones."""
-    for folder in list_checkpoints(run)[:-keep] if keep else []:
-        shutil.rmtree(folder)
+def prune(run: Path, kept: Collection[int]) -> None:
+    """Delete all checkpoints but those after ``kept`` rollouts, and half-written ones."""
+    for folder in list_checkpoints(run):
+        if step_of(folder) not in kept:
+            shutil.rmtree(folder)
     for partial in run.glob("checkpoints/.step-*.partial"):  # of a process that was killed
         shutil.rmtree(partial)

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moa_diffusion import pictures
-from moa_diffusion.distributed import Comm, deal, gather_dealt
+from moa_diffusion import drift, pictures
+from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.objectives.normalize import rms_group_std
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
-from moa_diffusion.types import Request, RewardMatrix
+from moa_diffusion.types import Outputs, Request, RewardMatrix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found, equal on every process."""
+
+    step: int  # rollouts finished
+    names: tuple[str, ...]  # K, objectives and rewards that are not trained on
+    values: Tensor  # [K, M] float64, NaN: does not apply
+    prompts: Tensor  # [M] int64, the prompt of each sample
+    statistics: Mapping[str, Tensor]  # [M] by name, of the outputs
+    gaps: Mapping[str, float]  # deployed minus rollout, same prompts and seeds, by objective
+    metrics: Mapping[str, float]
 
 
 class HeldOut:
     """Draws the same requests at every call, whatever the number of processes.
 
     Args:
-        requests: M samples to draw; their seeds fix the pictures.
+        requests: M samples to draw; their seeds fix the outputs.
         policy: draws them.
-        scorer: the K reward heads.
+        scorer: the K reward heads, those that are not trained on included.
+        training: the heads of the objectives, for the comparison with rollouts.
         comm: collectives over the processes.
         batch: samples per forward pass.
         log: where every sample's rewards go.
         folder: where sheets of pictures go.
-        shown: pictures per sheet, the first of the requests; 0 for none.
+        shown: outputs per sheet, the first of the requests; 0 for none.
+        as_rollouts: outputs that are also drawn as rollouts draw them, the first likewise.
         progress: whether this process shows a progress bar.
     """
 
@@ -39,25 +55,28 @@ class HeldOut:
         *,
         policy: Policy,
         scorer: Scorer,
+        training: Scorer,
         comm: Comm,
         batch: int,
         log: RunLog,
         folder: Path,
         shown: int,
+        as_rollouts: int,
         progress: bool,
     ) -> None:
         self.requests = tuple(requests)
-        self.policy, self.scorer, self.comm = policy, scorer, comm
+        self.policy, self.comm = policy, comm
+        self.scorer, self.training = scorer, training
         self.batch, self.log, self.folder = batch, log, folder
-        self.shown, self.progress = shown, progress
+        self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
         # [K], of the base model: mean, and RMS of the spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
     @torch.no_grad()
-    def __call__(self, step: int, *, before_batch: Callable[[], None]) -> dict[str, float]:
-        """Mean and standard error of every reward on the M samples, and its gain.
+    def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
+        """Draw as deployment would, score, compare with the base model and with rollouts.
 
-        Images of one prompt are alike, so the standard error is that of the mean over prompts.
+        Outputs of one prompt are alike, so the standard error is that of the mean over prompts.
         The gain is in units of the base model's spread within a prompt: of one scale for all
         rewards, whatever their unit.
 
@@ -73,13 +92,8 @@ class HeldOut:
             before_batch=before_batch,
             progress=self.progress,
         )
-        if shown := min(self.shown, len(self.requests)):
-            dealt = deal(len(self.requests), self.batch, self.comm)
-            wanted = [[i for i in items if i < shown] for items in dealt]
-            first = gather_dealt(found.images, wanted, self.comm)
-            if self.comm.rank == 0:
-                sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
-                pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+        dealt = deal(len(self.requests), self.batch, self.comm)
+        self._show(step, found.outputs, dealt)
         values = found.values.T  # [K, M]
         self.log.write_evaluation(step, self.requests, self.scorer.names, values, found.extra)
         prompts = torch.tensor([request.group for request in self.requests])
@@ -93,7 +107,72 @@ class HeldOut:
             metrics |= {f"eval_mean/{name}": mean, f"eval_sem/{name}": error}
             if step:
                 metrics[f"eval_gain/{name}"] = gain
-        return metrics
+        statistics = {
+            name: gather_dealt(numbers, dealt, self.comm)
+            for name, numbers in drift.statistics(found.outputs).items()
+        }
+        means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
+        means["diversity"] = self._diversity(found.outputs, dealt, prompts)
+        metrics |= drift.prefixed("eval_", found.outputs, means)
+        gaps = self._gaps(step, values, before_batch)
+        return Evaluation(
+            step=step,
+            names=self.scorer.names,
+            values=values,
+            prompts=prompts,
+            statistics=statistics,
+            gaps=gaps,
+            metrics=metrics | {f"eval_gap/{name}": gap for name, gap in gaps.items()},
+        )
+
+    def _gaps(
+        self, step: int, values: Tensor, before_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
+        asked = self.requests[: self.as_rollouts]
+        if not asked:
+            return {}
+        found = self.training.survey(
+            asked,
+            lambda batch: self.policy.sample(batch, step=step).outputs,
+            batch=self.batch,
+            title="as rollouts",
+            before_batch=before_batch,
+            progress=self.progress,
+        )
+        rows = [self.scorer.names.index(name) for name in self.training.names]
+        gaps = (values[rows, : len(asked)] - found.values.T).nanmean(1)  # [objectives]
+        return dict(zip(self.training.names, gaps.tolist(), strict=True))
+
+    def _show(self, step: int, outputs: Outputs, dealt: Sequence[Sequence[int]]) -> None:
+        """Write a sheet of the first outputs."""
+        shown = min(self.shown, len(self.requests))
+        if not shown:
+            return
+        wanted = [[i for i in items if i < shown] for items in dealt]
+        target = self.folder / "samples" / f"step-{step:06d}"
+        if isinstance(outputs, Tensor):
+            first = gather_dealt(outputs, wanted, self.comm)
+            if self.comm.rank == 0:
+                sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
+                pictures.save_png(sheet, target.with_suffix(".png"))
+            return
+        texts = gather_dealt_objects(outputs, wanted, self.comm)
+        if self.comm.rank == 0:
+            parts = [
+                f"{request.prompt}\n-> {text}\n"
+                for request, text in zip(self.requests, texts, strict=False)
+            ]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_suffix(".txt").write_text("\n".join(parts), encoding="utf-8")
+
+    def _diversity(
+        self, outputs: Outputs, dealt: Sequence[Sequence[int]], prompts: Tensor
+    ) -> float:
+        kept = drift.fingerprints(outputs)
+        if isinstance(kept, Tensor):
+            return drift.diversity(gather_dealt(kept, dealt, self.comm), prompts)
+        return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), prompts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What gains are measured against."""

@@ -5,6 +5,7 @@ Every name is ``group/name``; the README's table explains them all.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+ALARMS = "alarms.jsonl"
 REWARDS = "rewards.json"  # what scores depend on
 
 
@@ -49,21 +52,32 @@ class RunLog:
         scores: bool = True,
     ) -> None:
         self.folder = folder
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self._accelerator, self._main, self._scores = accelerator, main, scores
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line for rollout ``step``, from 1; what is not finite becomes null."""
         if self._main:
-            row = {"step": step} | {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(self.path, {"step": step, **values})
         if self._accelerator is not None:
             finite = {name: value for name, value in values.items() if math.isfinite(value)}
             self._accelerator.log(finite, step=step)
+
+    def write_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Append one line to ``alarms.jsonl``, and say it."""
+        logger.warning("After %d rollouts: %s", alarm["step"], alarm["message"])
+        if self._main:
+            self._append(self.folder / ALARMS, alarm)
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """One line of JSON; a number that is not finite becomes null."""
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
     def write_scores(
         self, step: int, requests: Sequence[Request], rewards: RewardMatrix, advantage: Tensor
@@ -129,11 +143,13 @@ class RunLog:
         if not self._main:
             return
         last = step - pending
-        if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if step and row["step"] <= last]
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            partial.replace(self.path)
+        for path in (self.path, self.folder / ALARMS):
+            if path.exists():
+                kept = [row for row in read_metrics(path) if step and row["step"] <= last]
+                partial = path.with_suffix(".tmp")
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+                partial.write_text("".join(lines), encoding="utf-8")
+                partial.replace(path)
         for kind in ("scores", "evaluation"):
             for path in self.folder.glob(f"{kind}/step-*.jsonl"):
                 if int(path.stem.removeprefix("step-")) > step:
@@ -194,16 +210,46 @@ def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -
         spread = float(values.std(correction=0)) if len(values) else math.nan
         metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": spread}
         metrics |= {f"{group}/{name}": float(column[k]) for group, column in columns.items()}
+    for i, j in itertools.combinations(range(len(rewards.names)), 2):
+        both = applies[i] & applies[j]
+        value = _correlation(advantages[i, both], advantages[j, both])
+        metrics[f"correlation/{rewards.names[i]}~{rewards.names[j]}"] = value
     return metrics
 
 
+def cosine_metrics(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
+    """``cosine/<a>~<b>`` of every pair of objectives' gradients; NaN where one is zero.
+
+    Args:
+        names: K objectives.
+        gramian: ``[K, K]`` of their gradients.
+    """
+    lengths = gramian.diagonal().sqrt()
+    return {
+        f"cosine/{names[i]}~{names[j]}": float(gramian[i, j] / (lengths[i] * lengths[j]))
+        for i, j in itertools.combinations(range(len(names)), 2)
+    }
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's, of two ``[n]``; NaN where one does not vary."""
+    if len(x) < 2:
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float((x @ y) / (x.norm() * y.norm()))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line cut off by a crash is left out.
+    """Rows of a ``metrics.jsonl`` or ``alarms.jsonl``; none if there is no such file.
+
+    A last line cut off by a crash is left out.
 
     Raises:
         ValueError: if another line is not JSON; the message gives its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
-from moa_diffusion.types import Request, RewardMatrix
+from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
 
@@ -34,7 +34,7 @@ class Survey:
 
     values: Tensor  # [M, K] float64, equal on every process
     extra: list[Extra]  # M, equal on every process
-    images: Tensor  # [m, 3, H, W], of this process in the order of ``deal``
+    outputs: Outputs  # m, of this process in the order of ``deal``
 
 
 class Scorer:
@@ -146,7 +146,7 @@ class Scorer:
     def survey(
         self,
         requests: Sequence[Request],
-        draw: Callable[[Sequence[Request]], Tensor],
+        draw: Callable[[Sequence[Request]], Outputs],
         *,
         batch: int,
         title: str,
@@ -157,7 +157,7 @@ class Scorer:
 
         Args:
             requests: M >= 1, equal on every process; these take whole batches in turn.
-            draw: images ``[n, 3, H, W]`` of n requests.
+            draw: outputs of n requests.
             batch: requests per call of ``draw``.
             title: of the progress bar.
             before_batch: called on all processes before each batch.
@@ -169,19 +169,25 @@ class Scorer:
         dealt = deal(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
         mine = [requests[i] for i in dealt[self.comm.rank] or [0]]
-        parts = []
+        images: list[Tensor] = []
+        texts: list[str] = []
         starts = range(0, len(dealt[0]), batch)  # as many on every process
         with self.begin() as scoring:
             for start in tqdm(starts, desc=title, leave=False, disable=not progress):
                 before_batch()
                 if part := mine[start : start + batch]:
-                    parts.append(draw(part))
-                    scoring.add(part, images=parts[-1])
+                    drawn = draw(part)
+                    if isinstance(drawn, Tensor):
+                        images.append(drawn)
+                        scoring.add(part, images=drawn)
+                    else:
+                        texts += drawn
+                        scoring.add(part, texts=drawn)
             local, extra = self._wait(scoring, before_batch)  # [K, m]
         return Survey(
             values=gather_dealt(local.T, dealt, self.comm),
             extra=gather_dealt_objects(extra, dealt, self.comm),
-            images=torch.cat(parts),
+            outputs=torch.cat(images) if images else tuple(texts),
         )
 
     def score(

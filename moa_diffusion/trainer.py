@@ -21,17 +21,19 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion import checkpoint
+from moa_diffusion import checkpoint, drift, front
+from moa_diffusion.alarm import Alarm, Watch
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed
 from moa_diffusion.distributed import Comm, local_slice
 from moa_diffusion.heldout import HeldOut
-from moa_diffusion.metrics import RunLog, reward_metrics
+from moa_diffusion.metrics import RunLog, cosine_metrics, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import RewardError, Scorer, Scoring
 from moa_diffusion.types import (
     ConfigError,
     ObjectiveStats,
+    Outputs,
     Request,
     RewardMatrix,
     Rollout,
@@ -54,6 +56,7 @@ class Schedule:
     minutes: float  # after which it ends earlier, evaluations apart
     checkpoint_every: int
     checkpoint_keep: int  # newest checkpoints kept; 0 keeps all
+    checkpoint_front: int  # and at most so many that no other dominates in the held-out rewards
     evaluate_every: int  # held-out rewards and pictures
 
 
@@ -81,6 +84,7 @@ class Trainer:
         gradients: when the objectives' gradients are measured, for weightings that want them.
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
+        watch: looks at the evaluations for a reward that is being gamed.
         log: metrics and scores.
         folder: of the run.
         seed: of the run.
@@ -101,6 +105,7 @@ class Trainer:
         gradients: Gradients,
         schedule: Schedule,
         heldout: HeldOut | None,
+        watch: Watch,
         log: RunLog,
         folder: Path,
         seed: int,
@@ -110,7 +115,7 @@ class Trainer:
         self.normalizer, self.weighting = normalizer, weighting
         self.sampler, self.geometry, self.comm = sampler, geometry, comm
         self.updater, self.gradients = updater, gradients
-        self.schedule, self.heldout = schedule, heldout
+        self.schedule, self.heldout, self.watch = schedule, heldout, watch
         self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
         if gradients.fused and not weighting.from_gramian_alone:
@@ -122,6 +127,7 @@ class Trainer:
         self.completed = 0  # rollouts finished
         self.seconds = 0.0  # that they took
         self._gramian: Tensor | None = None  # [K, K], the last one probed
+        self._measured: Tensor | None = None  # [K, K], of this rollout's gradients, if they were
         self._row: dict[str, float] | None = None  # metrics of a rollout not yet written
         self._stop = False  # set by SIGTERM
         self._ratio_checked = False
@@ -152,7 +158,9 @@ class Trainer:
 
         self.completed += 1
         self.log.write_scores(self.completed, requests, rewards, advantage)
-        found = reward_metrics(rewards, advantages, weights)
+        found = reward_metrics(rewards, advantages, weights) | self.statistics(rollout)
+        if self._measured is not None:
+            found |= cosine_metrics(rewards.names, self._measured)
         return found | self.weighting.report() | update
 
     # ------------------------------------------------------------------ its verbs
@@ -175,10 +183,8 @@ class Trainer:
             for sibling in range(self.normalizer.reference_samples)
         ]
 
-        def draw(batch: Sequence[Request]) -> Tensor:
-            images = self.policy.sample(batch, step=self.completed).images
-            assert images is not None
-            return images
+        def draw(batch: Sequence[Request]) -> Outputs:
+            return self.policy.sample(batch, step=self.completed).outputs
 
         with self._timed("reference"), self.policy.reference():
             found = self.scorer.survey(
@@ -219,13 +225,14 @@ class Trainer:
 
     def weigh(self, rollout: Rollout, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
         """Weights of this rollout, from a probe of the gradients if the weighting wants one."""
+        self._measured = None
         stale = self._gramian is None or self.completed % self.gradients.every == 0
         if self.weighting.needs_gramian and stale:
             with self._timed("probe"):
                 local = local_slice(advantages.T, self.comm).T
                 found = self.updater.measure(rollout, local, share=self.gradients.share)
             if found.isfinite().all():
-                self._gramian = found
+                self._gramian = self._measured = found
             else:  # the loss scale of float16 was too high, say: the update will lower it
                 logger.warning("The probe's gradients are not finite; it does not count.")
                 if self._gramian is None:
@@ -255,6 +262,7 @@ class Trainer:
         applies = ~torch.isnan(rewards.values)
 
         def solve(gramian: Tensor) -> Tensor:
+            self._measured = gramian
             weights = self._ask(rewards, advantages, gramian)  # [K]
             weights = weights / weights.abs().sum()
             scores = combine(advantages, weights, applies)
@@ -268,6 +276,7 @@ class Trainer:
                 local_slice(advantages.T, self.comm).T.clamp(-limit, limit),
                 solve,
                 step=self.completed,
+                kl_scale=self.watch.kl_scale,
                 before_batch=self._leave_if_stopped,
             )
 
@@ -286,18 +295,51 @@ class Trainer:
                 rollout,
                 advantage,
                 step=self.completed,
-                kl_scale=self.weighting.kl_scale(),
+                kl_scale=self.weighting.kl_scale() * self.watch.kl_scale,
                 before_batch=self._leave_if_stopped,
             )
 
+    def statistics(self, rollout: Rollout) -> dict[str, float]:
+        """Means over all N outputs of what shows a reward being gamed, and siblings' diversity."""
+        outputs = rollout.outputs
+        columns = drift.statistics(outputs) | dict(rollout.statistics)
+        means = {
+            name: float(self.comm.gather(values.double()).mean())
+            for name, values in columns.items()
+        }
+        kept = drift.fingerprints(outputs)
+        groups = torch.tensor([request.group for request in rollout.requests])
+        if isinstance(kept, Tensor):
+            everyone: Tensor | list[list[str]] = self.comm.gather(kept)
+        else:
+            everyone = self.comm.gather_objects(kept)
+        means["diversity"] = drift.diversity(everyone, self.comm.gather(groups))
+        return drift.prefixed("", outputs, means)
+
     def evaluate(self) -> dict[str, float]:
-        """Held-out rewards of the averaged weights, and a sheet of pictures."""
+        """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
         if self.heldout is None:
             return {}
         with self._timed("evaluate"), self.updater.ema.applied():
             found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
-        self._seconds |= {f"evaluate_{name}": s for name, s in self.scorer.seconds.items()}
-        return found
+        seconds = self.heldout.scorer.seconds.items()
+        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
+        alarms = self.watch.look(found)
+        for alarm in alarms:
+            self.log.write_alarm(alarm.row())
+        self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
+        return {**found.metrics, **self.watch.report()}
+
+    def _act(self, alarm: Alarm | None) -> None:
+        """Go back to the checkpoint that an alarm names."""
+        if alarm is None:
+            return
+        assert alarm.to_step is not None
+        try:
+            state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
+        except ConfigError as error:  # somebody deleted or damaged it
+            raise TrainingError(f"alarm: cannot go back: {error}") from error
+        self._restore(state)
 
     # ------------------------------------------------------------------ the run
 
@@ -317,7 +359,8 @@ class Trainer:
         asked = self.heldout.requests if self.heldout else ()
         with self._sigterm(), bar:
             try:
-                self.log.write_heads(self.completed, self.scorer.load())
+                scorer = self.heldout.scorer if self.heldout else self.scorer
+                self.log.write_heads(self.completed, scorer.load())
                 self.policy.prepare(
                     [prompt.text for prompt in self.sampler.prompts]
                     + [request.prompt for request in asked]
@@ -327,6 +370,14 @@ class Trainer:
                     self._finish_round(bar)
                 elif self.heldout and self.completed == 0:
                     self.log.write(0, self.evaluate() | self._take_seconds())
+                    if self._may_be_wanted():
+                        self.save()
+                if self.watch.over and self.completed < self.schedule.steps:
+                    logger.warning(
+                        "An alarm ended this run after %d rollouts. It goes on with another "
+                        "alarm.action or a higher alarm.limit.",
+                        self.completed,
+                    )
                 while not self._last():
                     self._leave_if_stopped()
                     self._round(bar)
@@ -355,8 +406,7 @@ class Trainer:
     def _finish_round(self, bar: tqdm[Any]) -> None:
         """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
         assert self._row is not None
-        last = self._last()
-        if self.heldout and (last or self._due(self.schedule.evaluate_every)):
+        if self.heldout and (self._last() or self._due(self.schedule.evaluate_every)):
             start = time.perf_counter()
             self._row |= self.evaluate() | self._take_seconds()
             self._row["seconds/total"] += time.perf_counter() - start
@@ -370,13 +420,20 @@ class Trainer:
                 f"The last {skipped} updates had non-finite gradients. "
                 "A smaller `optimizer.lr` or `policy.dtype: bfloat16` may help."
             )
-        if last or self._due(self.schedule.checkpoint_every):
+        due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
+        if self._last() or due:
             self.save()
 
     def _last(self) -> bool:
         """Whether the run is at its end; the same on every process."""
         over = 0 < 60 * self.schedule.minutes <= self.seconds
-        return self.completed >= self.schedule.steps or self.comm.any(over)
+        done = self.completed >= self.schedule.steps or self.watch.over
+        return done or self.comm.any(over)
+
+    def _may_be_wanted(self) -> bool:
+        """Whether a later alarm may go back to the state as it is."""
+        back = self.watch.rules.action == "rollback"
+        return back and self.completed in self.watch.best_steps
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.completed % every == 0
@@ -391,13 +448,25 @@ class Trainer:
                 with self.updater.ema.applied():
                     self.policy.save(partial / "ema")
                 checkpoint.save_state(partial, self.state_dict())
-            checkpoint.prune(self.folder, self.schedule.checkpoint_keep)
+            self._retain()
         self.comm.barrier()
         return folder
+
+    def _retain(self) -> None:
+        """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
+        front.retain(
+            self.folder,
+            self.scorer.names,
+            newest=self.schedule.checkpoint_keep,
+            front=self.schedule.checkpoint_front,
+            best=self.watch.best_steps if self.watch.rules.action == "rollback" else (),
+        )
 
     def close(self) -> None:
         """Release worker processes, trackers and the process group."""
         self.scorer.close()
+        if self.heldout:
+            self.heldout.scorer.close()
         self.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -410,6 +479,7 @@ class Trainer:
             "method": self._method(),
             "row": self._row,
             "heldout": self.heldout.state_dict() if self.heldout else {},
+            "watch": self.watch.state_dict(),
             **self._state(),
         }
 
@@ -434,9 +504,12 @@ class Trainer:
         self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
         if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
             self.heldout.load_state_dict(state["heldout"])
+        self.watch.load_state_dict(state["watch"])
         self.log.rewind(self.completed, pending=self._row is not None)
         if self.comm.rank == 0:
             checkpoint.forget_after(self.folder, self.completed)
+            if checkpoint.list_checkpoints(self.folder):
+                self._retain()
 
     def _state(self) -> dict[str, Any]:
         """What a step changes, and what undoing it needs."""

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+# What a policy draws: images [n, 3, H, W] float32 in [0, 1] on the CPU, or n texts.
+Outputs: TypeAlias = Tensor | tuple[str, ...]
 
 
 class ConfigError(ValueError):
@@ -49,6 +52,8 @@ class Rollout:
     trace: Mapping[str, Tensor]  # leading axis n; only the policy that wrote it reads it
     images: Tensor | None = None  # [n, 3, H, W] float32 in [0, 1], on the CPU
     texts: tuple[str, ...] | None = None  # length n
+    # Numbers [n] float32 on the CPU about each sample that only the policy knows, by name.
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.requests)
@@ -64,15 +69,23 @@ class Rollout:
             )
         if (self.images is None) == (self.texts is None):
             raise ValueError("A rollout should hold exactly one of `images` and `texts`.")
-        for name, tensor in self.trace.items():
+        for name, tensor in (*self.trace.items(), *self.statistics.items()):
             if tensor.shape[:1] != (n,):
                 raise ValueError(
-                    f"Trace entry `{name}` should have the leading axis n = {n}. "
+                    f"Entry `{name}` should have the leading axis n = {n}. "
                     f"Found shape {tuple(tensor.shape)}."
                 )
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    @property
+    def outputs(self) -> Outputs:
+        """The images or the texts."""
+        if self.texts is not None:
+            return self.texts
+        assert self.images is not None
+        return self.images
 
     def select(self, index: Tensor) -> Rollout:
         """The samples at ``index [m]`` (int64), in that order."""
@@ -84,6 +97,7 @@ class Rollout:
             trace={name: tensor[index] for name, tensor in self.trace.items()},
             images=None if self.images is None else self.images[index],
             texts=None if self.texts is None else tuple(self.texts[i] for i in rows),
+            statistics={name: values[index.cpu()] for name, values in self.statistics.items()},
         )
 
 
@@ -98,6 +112,10 @@ def concatenate(parts: Sequence[Rollout]) -> Rollout:
         trace={name: torch.cat([part.trace[name] for part in parts]) for name in parts[0].trace},
         images=torch.cat(images) if images else None,
         texts=tuple(text for part in texts for text in part) if texts else None,
+        statistics={
+            name: torch.cat([part.statistics[name] for part in parts])
+            for name in parts[0].statistics
+        },
     )
 
 

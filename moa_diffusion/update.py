@@ -115,6 +115,7 @@ class Updater:
         solve: Callable[[Tensor], Tensor],
         *,
         step: int,
+        kl_scale: float = 1.0,
         before_batch: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, float], Tensor]:
         """Improve the policy; weights are found at every optimizer step from its own gradients.
@@ -129,18 +130,19 @@ class Updater:
             solve: Gramian ``[K, K]`` of the objectives' gradients (float64, CPU, equal on every
                 process) to their weights ``[K]``.
             step: as above.
+            kl_scale: as above.
             before_batch: as above.
 
         Returns:
             metrics, and the mean weights ``[K]``.
         """
         advantages = advantages.to(self._device, torch.float32)
-        count = len(advantages)
+        count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
         rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), count)
         found: list[Tensor] = []
 
         def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
-            return self._backward_rows(rows, part, advantages[:, index], total)
+            return self._backward_rows(rows, part, advantages[:, index], total, beta)
 
         def mix() -> None:
             self._sum_gradients()  # of the KL term
@@ -176,7 +178,7 @@ class Updater:
         for start in range(0, len(chosen), self.geometry.micro_batch):
             micro = torch.tensor(chosen[start : start + self.geometry.micro_batch])
             part, total = rollout.select(micro), int(decisions)
-            self._backward_rows(rows, part, advantages[:, micro], total, kl=False)
+            self._backward_rows(rows, part, advantages[:, micro], total, 0.0)
         return rows.gramian(self.comm)
 
     def _run(
@@ -244,12 +246,11 @@ class Updater:
         part: Rollout,
         advantages: Tensor,
         total: int,
-        *,
-        kl: bool = True,
+        beta: float,
     ) -> Tensor:
         """As ``_backward``, but every objective's gradient goes to its own row, KL to ``.grad``."""
         sums = torch.zeros(3, dtype=torch.float64)
-        with_kl = kl and self.surrogate.kl_weight > 0
+        with_kl = beta > 0
         for steps in self.policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, steps], part.log_probs[:, steps]
             new, divergence = self.policy.log_probs(part, steps, with_kl=with_kl)
@@ -258,7 +259,7 @@ class Updater:
             rows.backward(new, by_objective / total, scale=self._loss_scale(), retain_graph=with_kl)
             if divergence is not None:
                 term = torch.where(mask, divergence, 0.0).sum()
-                weighted = self.surrogate.kl_weight * term / total
+                weighted = beta * term / total
                 torch.autograd.backward(self.scaler.scale(weighted))
                 sums[2] += float(term.detach())
             unclipped = (by_objective != 0).sum(0) / (advantages != 0).sum(0).clamp(min=1)[:, None]

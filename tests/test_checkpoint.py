@@ -144,15 +144,16 @@ def test_find(tmp_path):
     assert checkpoint.find("latest", tmp_path).name == "step-000009"
 
 
-def test_prune_keeps_the_newest(tmp_path):
+def test_prune_keeps_what_is_named(tmp_path):
     for step in (2, 10, 9):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, 0)
+    half = tmp_path / "checkpoints" / ".step-000011.partial"
+    half.mkdir()
+    checkpoint.prune(tmp_path, {2, 9, 10, 11})
     assert len(names(tmp_path)) == 3
-    checkpoint.prune(tmp_path, 2)
-    assert names(tmp_path) == ["step-000009", "step-000010"]
-    checkpoint.prune(tmp_path, 5)
-    assert len(names(tmp_path)) == 2
+    assert not half.exists()
+    checkpoint.prune(tmp_path, [10, 2])
+    assert names(tmp_path) == ["step-000002", "step-000010"]
 
 
 @pytest.mark.parametrize("length", [0, 10, 500])
@@ -166,7 +167,7 @@ def test_a_damaged_state_is_named(tmp_path, length):
 def test_a_state_of_another_version_is_refused(tmp_path):
     folder = write(tmp_path, 1)
     torch.save({"version": 99}, folder / checkpoint.STATE)
-    with pytest.raises(ConfigError, match=r"should have version 2\. Found 99"):
+    with pytest.raises(ConfigError, match=r"should have version 3\. Found 99"):
         checkpoint.load_state(folder)
     shutil.rmtree(folder)
     with pytest.raises(ConfigError, match=r"Found no state\.pt"):

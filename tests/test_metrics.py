@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.metrics import RunLog, read_metrics, reward_metrics
+from moa_diffusion.metrics import ALARMS, RunLog, cosine_metrics, read_metrics, reward_metrics
 from moa_diffusion.types import Request, RewardMatrix
 
 NAN = math.nan
@@ -129,10 +129,38 @@ def test_reward_metrics_in_numbers():
         "share/b": 0.0,
         "zero_variance/b": 1.0,
         "applies/b": 0.25,
+        "correlation/a~b": NAN,
     }
-    assert found == pytest.approx(expected)
+    assert found == pytest.approx(expected, nan_ok=True)
     per_sample = torch.tensor([[1.0] * 4, [-3.0] * 4]).double()
-    assert reward_metrics(rewards, advantages, per_sample) == pytest.approx(expected)
+    again = reward_metrics(rewards, advantages, per_sample)
+    assert again == pytest.approx(expected, nan_ok=True)
+
+
+def test_pairs_of_objectives():
+    """Correlations of advantages where both apply; cosines of gradients."""
+    rewards = matrix([[0.0, 2.0, 5.0, 1.0], [3.0, 1.0, -7.0, NAN]])
+    advantages = torch.tensor([[1.0, 2.0, 4.0, 9.0], [3.0, 2.0, 0.0, 0.0]]).double()
+    found = reward_metrics(rewards, advantages, torch.ones(2).double())
+    assert found["correlation/a~b"] == pytest.approx(-1)
+    gramian = torch.tensor([[4.0, -3.0, 0.0], [-3.0, 9.0, 0.0], [0.0, 0.0, 0.0]]).double()
+    cosines = cosine_metrics(("a", "b", "c"), gramian)
+    expected = {"cosine/a~b": -0.5, "cosine/a~c": NAN, "cosine/b~c": NAN}
+    assert cosines == pytest.approx(expected, nan_ok=True)
+
+
+def test_alarms_are_written_said_and_rewound(tmp_path, caplog):
+    log = RunLog(tmp_path)
+    for step in (2, 4):
+        log.write_alarm({"step": step, "message": "down \u2028 it goes", "fall": -math.inf})
+    assert "After 4 rollouts: down" in caplog.text
+    rows = read_metrics(tmp_path / ALARMS)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0] == {"step": 2, "message": "down \u2028 it goes", "fall": None}
+    log.rewind(4, pending=True)  # the evaluation after 4 was not finished
+    assert read_metrics(tmp_path / ALARMS) == rows[:1]
+    RunLog(tmp_path / "other", main=False).write_alarm(rows[0])
+    assert read_metrics(tmp_path / "other" / ALARMS) == []
 
 
 def test_reward_metrics_of_an_objective_that_never_applies():

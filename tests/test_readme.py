@@ -88,10 +88,12 @@ def test_every_metric_has_a_row() -> None:
         path.read_text(encoding="utf-8")
         for path in [*package.glob("*.py"), *package.glob("objectives/*.py")]
     )
-    kinds = "policy|eval_[a-z]+|reward_[a-z]+|mopo_[a-z]+|shortfall|gradient"
+    kinds = (
+        "policy|alarm|correlation|cosine|eval_[a-z]+|reward_[a-z]+|mopo_[a-z]+|shortfall|gradient"
+    )
     written = {name.split("/")[0] + "/" for name in re.findall(rf'"((?:{kinds})/[^"]*)"', source)}
     written |= set(re.findall(r'"(policy/[a-z_]+)"', source))
     columns = set(re.findall(r'"(apex_[a-z]+)"', source)) | {"weight", "share", "applies"}
-    columns |= {"zero_variance", "conflict_advantages", "conflict_gradients"}
+    columns |= {"image", "eval_image", "zero_variance", "conflict_advantages", "conflict_gradients"}
     for name in written | {f"{column}/" for column in columns}:
         assert name in table, name

@@ -39,12 +39,20 @@ _AT_LEAST: dict[str, float] = {
     "trainer.micro_batch": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
+    "checkpoint.front": 0,
     "evaluation.every": 0,
     "evaluation.images_per_prompt": 1,
     "evaluation.prompts": 0,
     "evaluation.steps": 1,
     "evaluation.guidance": 0,
     "evaluation.pictures": 0,
+    "evaluation.rollout_images": 0,
+    "alarm.patience": 1,
+    "alarm.z": 0,
+    "alarm.kl_factor": 1,
+    "alarm.limit": 0,
+    "alarm.drift": 0,
+    "alarm.gap": 0,
 }
 _POSITIVE = (
     "policy.embeds_memory_gb",
@@ -87,6 +95,14 @@ def check(config: Config) -> None:
             "Found none."
         )
     check_rewards(config.rewards)
+    check_rewards(config.evaluation.rewards, "evaluation.rewards")
+    for name in config.evaluation.rewards:
+        if name in config.rewards:
+            raise ConfigError(
+                f"evaluation.rewards.{name}: should have another name than the rewards that are "
+                f"trained on. Found {name!r} in both; `head: {name}` under a name of its own, such "
+                f"as held_{name}, is the same head with other options."
+            )
 
 
 def _check_together(config: Config) -> None:
@@ -162,14 +178,14 @@ def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> 
         raise ConfigError(f"{key}.weight: should be a positive number. Found {weight!r}.")
 
 
-def check_rewards(rewards: dict[str, Any]) -> None:
+def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
     """Check every objective's options as far as they are common to all heads.
 
     Raises:
         ConfigError: naming the first that is wrong.
     """
     for name, options in rewards.items():
-        key = f"rewards.{name}"
+        key = f"{section}.{name}"
         if not isinstance(options, dict):
             raise ConfigError(f"{key}: should be a mapping of options. Found {options!r}.")
         weight = options.get("weight", 1.0)

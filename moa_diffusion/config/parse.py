@@ -30,7 +30,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments, open_mappings, prompt_files = _merge_open_values(arguments)
-    check_rewards(open_mappings.get("rewards", {}))
+    for section in ("rewards", "evaluation.rewards"):
+        check_rewards(open_mappings.get(section, {}), section)
     # jsonargparse's own option would print open mappings with words read as YAML again.
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")

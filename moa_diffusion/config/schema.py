@@ -247,10 +247,13 @@ class CheckpointConfig:
     Args:
         every: Rollouts between two checkpoints; 0 for none but on failure or SIGTERM.
         keep: Newest checkpoints kept; 0 keeps all.
+        front: At most this many kept besides for being on the front of the held-out rewards, of
+            those that were evaluated.
     """
 
     every: int = 20
     keep: int = 5
+    front: int = 10
 
 
 @dataclass
@@ -265,6 +268,9 @@ class EvaluationConfig:
         guidance: Classifier-free guidance scale.
         seed: Of the initial noise; equal for all runs, so that pictures can be compared.
         pictures: Images of the picture sheet in samples/; 0 for none.
+        rollout_images: Images that are also drawn as rollouts draw them, for `alarm.gap`.
+        rewards: Held-out reward heads, as in rewards: they are asked here alone and never trained
+            on, so that `alarm` can tell when the rewards that are get gamed.
     """
 
     every: int = 20
@@ -274,6 +280,33 @@ class EvaluationConfig:
     guidance: float = 4.5
     seed: int = 0
     pictures: int = 16
+    rollout_images: int = 8
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class AlarmConfig:
+    """What evaluations set off: training rewards up, a held-out reward down, drifting outputs.
+
+    Args:
+        action: What the first does: warn, stop the run, raise_kl (its weight times kl_factor), or
+            rollback to the held-out reward's best evaluation (with raise_kl, where there is KL).
+        patience: Evaluations in a row.
+        z: Standard errors, over prompts, by which a held-out reward is below its best.
+        kl_factor: Of the KL's weight, each time.
+        limit: Alarms acted upon, before the next ends the run.
+        drift: Standard deviations of the base model's outputs by which the mean of an output
+            statistic moves before a warning; 0 for none.
+        gap: The same by which deployed outputs score above rollouts; 0 for none.
+    """
+
+    action: Literal["warn", "stop", "raise_kl", "rollback"] = "warn"
+    patience: int = 2
+    z: float = 2.0
+    kl_factor: float = 3.0
+    limit: int = 3
+    drift: float = 3.0
+    gap: float = 1.0
 
 
 @dataclass
@@ -324,6 +357,7 @@ class Config:
         trainer: Length and geometry.
         checkpoint: Checkpoints.
         evaluation: Held-out rewards and pictures.
+        alarm: What evaluations set off.
         log: Where numbers go.
     """
 
@@ -343,4 +377,5 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -91,7 +91,7 @@ def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str
 
 
 def shared_settings(settings: Mapping[str, Config]) -> Config:
-    """One configuration for all: the first, with the rewards of all.
+    """One configuration for all: the first, with the rewards of all, held-out ones included.
 
     Raises:
         ConfigError: if the models would not be drawn alike or are not of one base model, or if
@@ -103,7 +103,7 @@ def shared_settings(settings: Mapping[str, Config]) -> Config:
             f"policy.name: should be sd3, which draws pictures to look at. Found "
             f"{first.policy.name!r}."
         )
-    rewards = {name: _without_weight(options) for name, options in first.rewards.items()}
+    rewards = _all_rewards(first)
     for name, other in others:
         for key, option in _SHARED.items():
             mine, theirs = _value(first, key), _value(other, key)
@@ -119,14 +119,14 @@ def shared_settings(settings: Mapping[str, Config]) -> Config:
                         else "Models of different base models need an evaluation each."
                     )
                 )
-        for reward, options in other.rewards.items():
-            options = _without_weight(options)
+        for reward, options in _all_rewards(other).items():
             if rewards.setdefault(reward, options) != options:
                 raise ConfigError(
                     f"rewards.{reward}: should have the same options in all runs. Found "
                     f"{rewards[reward]} in {first_name} and {options} in {name}."
                 )
-    return dataclasses.replace(first, rewards=rewards)
+    alone = dataclasses.replace(first.evaluation, rewards={})
+    return dataclasses.replace(first, rewards=rewards, evaluation=alone)
 
 
 def choose_rewards(settings: Config, names: Sequence[str] | None) -> Config:
@@ -272,8 +272,12 @@ def _there(saved: Sequence[int]) -> str:
     return f"There are: {', '.join(f'step-{step}' for step in saved) or 'none'}."
 
 
-def _without_weight(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "weight"}
+def _all_rewards(settings: Config) -> dict[str, dict[str, Any]]:
+    """Options of all heads but their weights, which scores do not depend on."""
+    return {
+        name: {key: value for key, value in options.items() if key != "weight"}
+        for name, options in (settings.rewards | settings.evaluation.rewards).items()
+    }
 
 
 def _value(settings: Config, key: str) -> Any:

@@ -118,6 +118,7 @@ def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) 
         raise ConfigError(
             f"--evaluation: `{folder}` should have these weights among its models: {known}."
         )
+    assert table.images is not None
     chosen = [0, found[0]]
     return dataclasses.replace(
         table,

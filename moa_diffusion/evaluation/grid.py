@@ -25,11 +25,12 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     """Write a PNG.
 
     Args:
-        table: of E models and P prompts.
+        table: of E models and P prompts, with pictures.
         target: the PNG.
         shown: at most this many prompts, at even distances in the list: none is picked by hand.
         seed: of the table's; by default the first.
     """
+    assert table.images is not None
     s = 0 if seed is None else table.seeds.index(seed)
     count = min(shown, len(table.prompts))
     prompts = [i * len(table.prompts) // count for i in range(count)]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 from moa_diffusion.evaluation.files import replaced
 from moa_diffusion.evaluation.intervals import Array
-from moa_diffusion.evaluation.summary import Summary, nondominated
+from moa_diffusion.evaluation.summary import Summary
 from moa_diffusion.evaluation.table import Table
+from moa_diffusion.front import nondominated
 
 # Okabe and Ito's colours: told apart with any colour vision, and by markers besides.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -85,7 +87,7 @@ def _panel(panel: Any, table: Table, found: Summary, x: int, y: int) -> None:
     points = numpy.array(
         [[model.rewards[name].mean.value for name in names] for model in found.models]
     )  # [E, 2]
-    front = points[nondominated(points)]
+    front = points[nondominated(torch.from_numpy(points))]
     front = front[numpy.argsort(front[:, 0])]
     panel.plot(front[:, 0], front[:, 1], "--", color="0.7", linewidth=1, zorder=1)
     for series, (colour, marker) in _style(table).items():

@@ -26,6 +26,7 @@ from moa_diffusion.evaluation.intervals import (
     resampled_means,
 )
 from moa_diffusion.evaluation.table import Table
+from moa_diffusion.front import nondominated
 from moa_diffusion.objectives.normalize import rms_group_std
 from moa_diffusion.types import RewardMatrix
 
@@ -96,7 +97,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
         again = stds_again[:, chosen][:, :, varied]
         return estimate_one(float(hypervolumes(points)[0]), hypervolumes(again))
 
-    front = nondominated(mean)
+    front = nondominated(torch.from_numpy(mean))
     sums, counts = prompt_sums(values, owner)  # [E, K, P]
     averages = numpy.divide(sums, counts, out=numpy.full_like(sums, math.nan), where=counts > 0)
     series: dict[str, list[int]] = {}
@@ -144,21 +145,6 @@ def base_spread(table: Table) -> Array:
     )
     spread: Array = rms_group_std(matrix).numpy()
     return numpy.where(spread > 0, spread, math.nan)
-
-
-def nondominated(means: Array) -> list[bool]:
-    """Which of E models no other beats in one reward without losing in another.
-
-    Args:
-        means: ``[E, K]``, higher is better. A reward that is NaN for a model is left out for all.
-    """
-    import moocore
-
-    known = means[:, ~numpy.isnan(means).any(0)]
-    if known.shape[1] == 0:
-        return [False] * len(means)
-    found: list[bool] = moocore.is_nondominated(known, maximise=True, keep_weakly=True).tolist()
-    return found
 
 
 def _improved(means: Array, base: Array) -> float:

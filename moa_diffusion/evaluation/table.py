@@ -41,7 +41,9 @@ class Table:
     seeds: tuple[int, ...]  # S
     rewards: tuple[str, ...]  # K
     values: Array  # [E, K, P, S]; NaN: does not apply
-    images: tuple[tuple[tuple[Path, ...], ...], ...]  # [E][P][S]
+    # Exactly one of the two: pictures, or completions.
+    images: tuple[tuple[tuple[Path, ...], ...], ...] | None  # [E][P][S]
+    texts: tuple[tuple[tuple[str, ...], ...], ...] | None  # [E][P][S]
     units: Mapping[str, str]  # by reward
     scorers: Mapping[str, Mapping[str, Any]]  # by reward: version, digest, provenance
     sampler: Mapping[str, Any]  # settings by name
@@ -148,6 +150,7 @@ def read_table(folder: Path) -> Table:
             tuple(tuple(pictures[e, p, s] for s in range(len(seeds))) for p in range(len(prompts)))
             for e in range(len(models))
         ),
+        texts=None,
         units={name: row["unit"] for name, row in rewards.items()},
         scorers={
             name: {

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import Outputs, Request, Rollout
 
 
 class Policy(Protocol):
@@ -43,8 +43,8 @@ class Policy(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Request]) -> Tensor:
-        """Outputs as deployment would draw them (no exploration noise): ``[n, 3, H, W]``."""
+    def generate(self, requests: Sequence[Request]) -> Outputs:
+        """Outputs as deployment would draw them: without exploration noise."""
         ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -286,6 +286,7 @@ class SD3Policy:
                 "first_step": torch.full((len(requests),), window[0]),  # [n]
             },
             images=self._decode(x),
+            statistics={"latent_norm": x.flatten(1).square().mean(1).sqrt().cpu()},
         )
 
     def log_probs(

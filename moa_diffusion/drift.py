@@ -1,0 +1,114 @@
+"""Cheap statistics of outputs: a reward that is being gamed shows in them before anybody looks.
+
+A policy that is paid for brightness draws white, one that is paid for a small file draws nothing,
+one that has collapsed draws the same picture for every seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.normalize import group_moments
+from moa_diffusion.types import Outputs
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+CUTOFF = 0.25  # cycles per pixel; the highest that a picture can hold is 0.5
+THUMBNAIL = 16  # side at which siblings are compared, in pixels
+
+
+def statistics(outputs: Outputs) -> dict[str, Tensor]:
+    """Numbers about each output: ``[n]`` float64 by name."""
+    return of_images(outputs) if isinstance(outputs, Tensor) else of_texts(outputs)
+
+
+def of_images(images: Tensor) -> dict[str, Tensor]:
+    """What changes when pictures bleach, blacken, blur or fill with noise.
+
+    Args:
+        images: ``[n, 3, H, W]`` in [0, 1].
+
+    Returns:
+        ``[n]`` each: ``brightness`` and ``contrast`` (mean and standard deviation of the luma),
+        ``saturation`` (mean of HSV's, in [0, 1]), ``high_frequency`` (share of the luma's power,
+        its mean left out, beyond a quarter of a cycle per pixel; 0 for a plain picture).
+    """
+    images = images.double()
+    luma = torch.einsum("c,nchw->nhw", images.new_tensor(LUMA), images)
+    highest, lowest = images.amax(1), images.amin(1)  # [n, H, W]
+    saturation = (highest - lowest) / torch.where(highest > 0, highest, 1.0)
+    contrast = luma.flatten(1).std(1, correction=0)
+
+    power = torch.fft.fft2(luma - luma.mean((1, 2), keepdim=True)).abs().square()
+    height, width = luma.shape[1:]
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    columns = torch.fft.fftfreq(width, dtype=torch.float64)[None]
+    fine = (rows.square() + columns.square()).sqrt() > CUTOFF  # [H, W]
+    total = power.sum((1, 2))
+    plain = contrast < 1e-6  # what is left is rounding
+    high = torch.where(plain, 0.0, (power * fine).sum((1, 2)) / torch.where(plain, 1.0, total))
+    return {
+        "brightness": luma.mean((1, 2)),
+        "saturation": saturation.mean((1, 2)),
+        "contrast": contrast,
+        "high_frequency": high,
+    }
+
+
+def of_texts(texts: Sequence[str]) -> dict[str, Tensor]:
+    """``words``, and ``distinct``: the share of a text's words that differ (1 for an empty one)."""
+    words = [text.casefold().split() for text in texts]
+    return {
+        "words": torch.tensor([float(len(found)) for found in words], dtype=torch.float64),
+        "distinct": torch.tensor(
+            [len(set(found)) / len(found) if found else 1.0 for found in words],
+            dtype=torch.float64,
+        ),
+    }
+
+
+def fingerprints(outputs: Outputs) -> Tensor | list[list[str]]:
+    """What is kept of outputs for ``diversity``: thumbnails ``[n, d]``, or the texts' words."""
+    if isinstance(outputs, Tensor):
+        small = torch.nn.functional.adaptive_avg_pool2d(
+            outputs, (min(THUMBNAIL, outputs.shape[2]), min(THUMBNAIL, outputs.shape[3]))
+        )
+        return small.flatten(1).double()
+    return [sorted(set(text.casefold().split())) for text in outputs]
+
+
+def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
+    """How much siblings differ, 0 if they are all alike; NaN without any.
+
+    Args:
+        kept: ``fingerprints`` of N outputs.
+        groups: ``[N]``, equal for siblings.
+
+    Returns:
+        pictures: the root mean square over thumbnails' pixels of the standard deviation within a
+        group. Texts: the mean over pairs of siblings of the share of their words that only one has
+        (Jaccard's distance).
+    """
+    _, index, count = torch.unique(groups, return_inverse=True, return_counts=True)
+    shared = count[index] > 1  # [N]
+    if not shared.any():
+        return float("nan")
+    if isinstance(kept, Tensor):
+        _, std, _ = group_moments(kept.T, groups)  # [d, N]
+        return float(std[:, shared].square().mean().sqrt())
+    distances = []
+    for group in range(len(count)):
+        members = [set(kept[i]) for i in (index == group).nonzero().flatten().tolist()]
+        for one, other in itertools.combinations(members, 2):
+            union = len(one | other)
+            distances.append(1 - len(one & other) / union if union else 0.0)
+    return sum(distances) / len(distances)
+
+
+def prefixed(kind: str, outputs: Outputs, values: Mapping[str, float]) -> dict[str, float]:
+    """Names of metrics: ``image/<statistic>`` or ``text/<statistic>`` after a prefix."""
+    what = "image" if isinstance(outputs, Tensor) else "text"
+    return {f"{kind}{what}/{name}": value for name, value in values.items()}
