@@ -5,11 +5,11 @@ laws for reward model overoptimization", arXiv 2210.10760). Rewards that never g
 when. Every evaluation draws the same prompts and seeds, so differences are paired: since a held-out
 reward was at its best,
 
-    fall = mean over images of (now - best),   rise = mean over objectives of (now - best) / std
+    fall = mean over images of (now - best),   rise_k = mean of (now - best) of objective k
 
-with ``std`` that over the images of both evaluations together. It counts as hacking while
-``rise > 0`` and ``fall`` is below ``-z`` of its standard errors, over prompts; the alarm goes off
-when that has held for ``patience`` evaluations in a row.
+each with a standard error over prompts. It counts as hacking while ``fall`` lies ``z`` errors below
+0 and some ``rise_k`` as many above: with several objectives, the loudest may rise alone. The alarm
+goes off when that has held for ``patience`` evaluations in a row.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Alarm:
     best_step: int | None = None  # rollouts, when the held-out reward was at its best
     fall: float | None = None  # of the held-out reward since then, in its unit
     fall_error: float | None = None  # its standard error
-    rise: float | None = None  # of the training rewards since then, in standard deviations
+    risen: str | None = None  # the objective that rose most since then
+    rise: float | None = None  # by so many standard deviations of both evaluations' images
 
     def row(self) -> dict[str, Any]:
         """As JSON."""
@@ -143,8 +144,8 @@ class Watch:
         if best is None:
             return None
         fall, error = _paired(values[name], best["values"][name], found)
-        rise = self._rise(values, best["values"], found)
-        hacking = rise > 0 and fall < -self.rules.z * error
+        risen, rise = self._rise(values, best["values"], found)
+        hacking = bool(risen) and fall < -self.rules.z * error
         self._streak[name] = self._streak[name] + 1 if hacking else 0
         if self._streak[name] < self.rules.patience:
             return None
@@ -163,13 +164,14 @@ class Watch:
             kind="reward_hack",
             name=name,
             message=f"Held-out reward {name} has fallen by {-fall:.3g} (standard error "
-            f"{error:.2g}) since rollout {best['step']}, while the training rewards rose by "
-            f"{rise:.2g} standard deviations.{done}",
+            f"{error:.2g}) since rollout {best['step']}, while the training reward {risen} "
+            f"rose by {rise:.2g} standard deviations.{done}",
             action=action,
             to_step=to_step,
             best_step=best["step"],
             fall=fall,
             fall_error=error,
+            risen=risen,
             rise=rise,
         )
 
@@ -187,14 +189,15 @@ class Watch:
 
     def _rise(
         self, now: Mapping[str, Tensor], then: Mapping[str, Tensor], found: Evaluation
-    ) -> float:
-        rises = []
+    ) -> tuple[str, float]:
+        """The objective that rose most, and by how many standard deviations; or none."""
+        risen, most = "", 0.0
         for name in self.objectives:
-            std = _spread(torch.cat([now[name], then[name]]))
-            if not math.isnan(std):  # the objective applies
-                change, _ = _paired(now[name], then[name], found)
-                rises.append(change / std if std > 0 else 0.0)
-        return sum(rises) / len(rises) if rises else 0.0
+            change, error = _paired(now[name], then[name], found)
+            if change > self.rules.z * error:  # false for an objective that does not apply
+                rise = change / _spread(torch.cat([now[name], then[name]]))
+                risen, most = max((risen, most), (name, rise), key=lambda pair: pair[1])
+        return risen, most
 
     def _drifted(self, found: Evaluation) -> list[Alarm]:
         alarms = []

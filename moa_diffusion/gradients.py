@@ -26,6 +26,7 @@ from moa_diffusion.distributed import Comm
 # Below so many tokens a row, scaling the inputs K times is cheaper than a gradient for every row
 # (one thread, rank 32, width 1024, K = 4: 0.3 to 0.6 of the time at 4 tokens, 1.2 to 1.7 at 8).
 FEW_TOKENS = 8
+ROUNDING = 1e-6  # between the proportions of decisions that are meant to have the same
 CHUNK = 2**22  # numbers in a temporary: gradients of rows, columns of the Gramian
 
 
@@ -59,6 +60,10 @@ class ObjectiveGradients:
         layers: that hand over, as ``Policy.tapped()`` gives them before the log-probabilities
             are computed.
         count: K.
+        whole: whether a row of a layer holds all t decisions of a sample (a text's tokens), instead
+            of one. Then one backward pass serves the decisions of which the K coefficients have
+            equal proportions within their sample: one pass while nothing is clipped, at most
+            three on a clipped surrogate, and never more than K.
 
     Raises:
         ValueError: if ``count`` is not positive, there is no parameter, or a layer's weight is
@@ -69,13 +74,18 @@ class ObjectiveGradients:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], layers: Sequence[Layer], count: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        layers: Sequence[Layer],
+        count: int,
+        *,
+        whole: bool = False,
     ) -> None:
         if count < 1:
             raise ValueError(f"Parameter `count` should be at least 1. Found {count}.")
         if not parameters:
             raise ValueError("Parameter `parameters` should not be empty.")
-        self.count = count
+        self.count, self._whole = count, whole
         self._parameters, self._layers = dict(parameters), list(layers)
         sizes = [parameter.numel() for parameter in parameters.values()]
         device = next(iter(parameters.values())).device
@@ -105,9 +115,9 @@ class ObjectiveGradients:
     ) -> None:
         """Add the K gradients of ``sum_nt c_knt log_probs_nt`` to the rows; leave ``.grad`` alone.
 
-        The layers' first axis must hold the decisions sample by sample (``[m, t]`` flattened),
-        once or, as classifier-free guidance has it, several times over, and a decision's
-        log-probability must depend on its own rows alone.
+        The layers' first axis must hold the decisions sample by sample (``[m, t]`` flattened), or
+        the m samples if they are ``whole``, once or, as classifier-free guidance has it, several
+        times over, and a log-probability must depend on its own rows alone.
 
         Args:
             log_probs: ``[m, t]``, with gradient.
@@ -130,8 +140,15 @@ class ObjectiveGradients:
             self._add_separately(log_probs, coefficients, scale, retain_graph)
         if not self._layers:
             return
-        seed = coefficients.abs().amax(0) * scale  # [m, t]
-        shares = torch.where(seed == 0, 0, coefficients / seed).flatten(1)  # [K, m t]
+        passes = self._by_sample(coefficients) if self._whole else [self._by_decision(coefficients)]
+        for number, (seed, shares) in enumerate(passes):
+            last = number == len(passes) - 1
+            self._contract(log_probs, seed * scale, shares / scale, retain_graph or not last)
+
+    def _contract(
+        self, log_probs: Tensor, seed: Tensor, shares: Tensor, retain_graph: bool
+    ) -> None:
+        """One backward pass from ``seed [m, t]``; objective k has ``shares_k`` of every row."""
         tiled: dict[int, Tensor] = {}  # by number of rows; made once, not in every layer
 
         def record(weight: Tensor, left: Tensor, right: Tensor) -> None:
@@ -156,6 +173,31 @@ class ObjectiveGradients:
                 "The backward pass came by none of the layers. The log-probabilities should be "
                 "computed with them, after `Policy.tapped` was called."
             )
+
+    @staticmethod
+    def _by_decision(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Seed ``[m, t]`` and shares ``[K, m t]`` of one pass, where a row is a decision."""
+        seed = coefficients.abs().amax(0)
+        return seed, torch.where(seed == 0, 0, coefficients / seed).flatten(1)
+
+    def _by_sample(self, coefficients: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Seeds ``[m, t]`` and shares ``[K, m]`` whose products add up to the coefficients."""
+        seed, flat = self._by_decision(coefficients)
+        shares, left = flat.view_as(coefficients), seed != 0
+        passes: list[tuple[Tensor, Tensor]] = []
+        while left.any():
+            if len(passes) == self.count:  # each objective by itself is as good
+                unit = torch.eye(self.count, device=seed.device)
+                return [
+                    (row, share[:, None].expand(-1, len(seed)))
+                    for row, share in zip(coefficients, unit, strict=True)
+                ]
+            first = left.float().argmax(1)[None, :, None].expand(self.count, -1, 1)
+            share = shares.gather(2, first)  # [K, m, 1]
+            chosen = left & ((shares - share).abs() <= ROUNDING).all(0)
+            passes.append((torch.where(chosen, seed, 0), share[:, :, 0]))
+            left = left & ~chosen
+        return passes or [(seed, shares[:, :, 0])]
 
     @torch.no_grad()
     def gramian(self, comm: Comm) -> Tensor:

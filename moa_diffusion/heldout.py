@@ -93,9 +93,16 @@ class HeldOut:
             progress=self.progress,
         )
         dealt = deal(len(self.requests), self.batch, self.comm)
-        self._show(step, found.outputs, dealt)
+        texts: Sequence[str] = ()
+        if isinstance(found.outputs, Tensor):
+            self._show_images(step, found.outputs, dealt)
+        else:
+            texts = gather_dealt_objects(found.outputs, dealt, self.comm)
+            self._show_texts(step, texts)
         values = found.values.T  # [K, M]
-        self.log.write_evaluation(step, self.requests, self.scorer.names, values, found.extra)
+        self.log.write_evaluation(
+            step, self.requests, self.scorer.names, values, found.extra, texts
+        )
         prompts = torch.tensor([request.group for request in self.requests])
         if step == 0:
             self.base = values.nanmean(1)
@@ -144,27 +151,26 @@ class HeldOut:
         gaps = (values[rows, : len(asked)] - found.values.T).nanmean(1)  # [objectives]
         return dict(zip(self.training.names, gaps.tolist(), strict=True))
 
-    def _show(self, step: int, outputs: Outputs, dealt: Sequence[Sequence[int]]) -> None:
-        """Write a sheet of the first outputs."""
-        shown = min(self.shown, len(self.requests))
-        if not shown:
-            return
-        wanted = [[i for i in items if i < shown] for items in dealt]
-        target = self.folder / "samples" / f"step-{step:06d}"
-        if isinstance(outputs, Tensor):
-            first = gather_dealt(outputs, wanted, self.comm)
+    def _show_images(self, step: int, images: Tensor, dealt: Sequence[Sequence[int]]) -> None:
+        """Write a sheet of the first images."""
+        if shown := min(self.shown, len(self.requests)):
+            wanted = [[i for i in items if i < shown] for items in dealt]
+            first = gather_dealt(images, wanted, self.comm)
             if self.comm.rank == 0:
                 sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
-                pictures.save_png(sheet, target.with_suffix(".png"))
+                pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+
+    def _show_texts(self, step: int, texts: Sequence[str]) -> None:
+        """Write the first texts under their prompts."""
+        if self.comm.rank > 0 or not self.shown:
             return
-        texts = gather_dealt_objects(outputs, wanted, self.comm)
-        if self.comm.rank == 0:
-            parts = [
-                f"{request.prompt}\n-> {text}\n"
-                for request, text in zip(self.requests, texts, strict=False)
-            ]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.with_suffix(".txt").write_text("\n".join(parts), encoding="utf-8")
+        parts = [
+            f"{request.prompt}\n-> {text}\n"
+            for request, text in zip(self.requests[: self.shown], texts, strict=False)
+        ]
+        target = self.folder / "samples" / f"step-{step:06d}.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("\n".join(parts), encoding="utf-8")
 
     def _diversity(
         self, outputs: Outputs, dealt: Sequence[Sequence[int]], prompts: Tensor

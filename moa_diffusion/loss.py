@@ -18,14 +18,14 @@ def clipped_surrogate(
     Args:
         log_probs: ``[n, t]`` under the policy being trained, with gradient.
         old_log_probs: ``[n, t]`` under the policy that sampled.
-        advantages: ``[n]``, constant.
+        advantages: ``[n]``, or ``[n, t]`` if each decision has its own; constant.
         clip_range: ``e`` > 0. Log-probs averaged over latent dimensions want about 1e-4.
 
     Returns:
         ``[n, t]``; its mean is minimised.
     """
     ratio = torch.exp(log_probs - old_log_probs)
-    weight = advantages.to(ratio.dtype)[:, None]
+    weight = _by_decision(advantages).to(ratio.dtype)
     return torch.maximum(-weight * ratio, -weight * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
@@ -59,5 +59,9 @@ def clip_fraction(
 ) -> Tensor:
     """Which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
     ratio = torch.exp(log_probs - old_log_probs)
-    sign = advantages.sign()[:, None]
+    sign = _by_decision(advantages).sign()
     return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))
+
+
+def _by_decision(advantages: Tensor) -> Tensor:
+    return advantages[:, None] if advantages.ndim == 1 else advantages

@@ -80,12 +80,25 @@ class RunLog:
             file.write(json.dumps(plain, ensure_ascii=False) + "\n")
 
     def write_scores(
-        self, step: int, requests: Sequence[Request], rewards: RewardMatrix, advantage: Tensor
+        self,
+        step: int,
+        requests: Sequence[Request],
+        rewards: RewardMatrix,
+        advantage: Tensor,
+        texts: Sequence[str] = (),
     ) -> None:
-        """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage."""
+        """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage.
+
+        Args:
+            step: rollouts finished.
+            requests: N.
+            rewards: raw, ``[K, N]``.
+            advantage: ``[N]``.
+            texts: N, of a language model.
+        """
         if self._main and self._scores:
             columns = {"advantage": advantage} | _reward_columns(rewards.names, rewards.values)
-            _write_samples(self.folder / "scores", step, requests, columns, rewards.extra)
+            _write_samples(self.folder / "scores", step, requests, columns, rewards.extra, texts)
 
     def write_evaluation(
         self,
@@ -94,6 +107,7 @@ class RunLog:
         names: Sequence[str],
         values: Tensor,
         extra: Sequence[Mapping[str, Any]],
+        texts: Sequence[str] = (),
     ) -> None:
         """Write the M samples of an evaluation: prompt, seed, raw rewards and further columns.
 
@@ -103,10 +117,11 @@ class RunLog:
             names: K objectives.
             values: ``[K, M]``.
             extra: M, further columns of each sample.
+            texts: M, of a language model.
         """
         if self._main:
             columns = _reward_columns(names, values)
-            _write_samples(self.folder / "evaluation", step, requests, columns, extra)
+            _write_samples(self.folder / "evaluation", step, requests, columns, extra, texts)
 
     def write_heads(self, step: int, heads: Mapping[str, Mapping[str, Any]]) -> None:
         """Note in ``rewards.json`` what scores depend on (weights, digests) after ``step``.
@@ -166,6 +181,7 @@ def _write_samples(
     requests: Sequence[Request],
     columns: Mapping[str, Tensor],
     extra: Sequence[Mapping[str, Any]],
+    texts: Sequence[str],
 ) -> None:
     """One line per sample; what is NaN becomes null."""
     lines = []
@@ -177,6 +193,8 @@ def _write_samples(
             "prompt": request.prompt,
             "seed": request.seed,
         }
+        if texts:
+            row["text"] = texts[i]
         for name, values in columns.items():
             value = float(values[i])
             row[name] = None if math.isnan(value) else value
@@ -188,19 +206,26 @@ def _write_samples(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> dict[str, float]:
+def reward_metrics(
+    rewards: RewardMatrix,
+    advantages: Tensor,
+    weights: Tensor,
+    judged: RewardMatrix | None = None,
+) -> dict[str, float]:
     """What one rollout says about each objective; NaN where nothing applies.
 
     Args:
         rewards: raw, ``[K, N]``.
-        advantages: ``[K, N]``, after stage 1.
-        weights: ``[K]`` or ``[K, N]``.
+        advantages: ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
+        weights: ``[K]``, ``[K, N]`` or ``[K, D]``.
+        judged: what the advantages are of, if not of the rewards.
     """
     applies = ~torch.isnan(rewards.values)
+    known = ~torch.isnan((judged or rewards).values)
     mean_weight = weights if weights.ndim == 1 else weights.mean(1)
     columns = {
         "weight": mean_weight / mean_weight.abs().sum(),
-        "share": variance_share(advantages, weights, applies),
+        "share": variance_share(advantages, weights, known),
         "zero_variance": zero_variance_fraction(rewards),
         "applies": applies.double().mean(1),
     }
@@ -211,7 +236,7 @@ def reward_metrics(rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -
         metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": spread}
         metrics |= {f"{group}/{name}": float(column[k]) for group, column in columns.items()}
     for i, j in itertools.combinations(range(len(rewards.names)), 2):
-        both = applies[i] & applies[j]
+        both = known[i] & known[j]
         value = _correlation(advantages[i, both], advantages[j, both])
         metrics[f"correlation/{rewards.names[i]}~{rewards.names[j]}"] = value
     return metrics

@@ -7,29 +7,27 @@ improve the policy the updater's, how a rollout is cut over processes the geomet
 from __future__ import annotations
 
 import logging
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion import checkpoint, drift, front
-from moa_diffusion.alarm import Alarm, Watch
+from moa_diffusion import checkpoint, drift
+from moa_diffusion.alarm import Watch
+from moa_diffusion.critic import Critic
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed
 from moa_diffusion.distributed import Comm, local_slice
 from moa_diffusion.heldout import HeldOut
+from moa_diffusion.loop import Interrupted, Loop, Schedule
 from moa_diffusion.metrics import RunLog, cosine_metrics, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import RewardError, Scorer, Scoring
+from moa_diffusion.stepper import TrainingError
 from moa_diffusion.types import (
     ConfigError,
     ObjectiveStats,
@@ -39,25 +37,9 @@ from moa_diffusion.types import (
     Rollout,
     concatenate,
 )
-from moa_diffusion.update import TrainingError, Updater
+from moa_diffusion.update import Updater
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How long, and what happens when. Counts are rollouts; 0 switches an occasion off."""
-
-    steps: int  # rollouts of the whole run
-    minutes: float  # after which it ends earlier, evaluations apart
-    checkpoint_every: int
-    checkpoint_keep: int  # newest checkpoints kept; 0 keeps all
-    checkpoint_front: int  # and at most so many that no other dominates in the held-out rewards
-    evaluate_every: int  # held-out rewards and pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +51,7 @@ class Gradients:
     share: float = 0.25  # of the rollout's samples in a probe, in (0, 1]
 
 
-class Trainer:
+class Trainer(Loop):
     """Improves a policy on K rewards.
 
     Args:
@@ -85,6 +67,7 @@ class Trainer:
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
         watch: looks at the evaluations for a reward that is being gamed.
+        critic: value heads, if decisions are to have advantages of their own.
         log: metrics and scores.
         folder: of the run.
         seed: of the run.
@@ -109,14 +92,26 @@ class Trainer:
         log: RunLog,
         folder: Path,
         seed: int,
+        critic: Critic | None = None,
         progress: bool = True,
     ) -> None:
-        self.policy, self.scorer = policy, scorer
+        super().__init__(
+            policy=policy,
+            stepper=updater,
+            objectives=scorer.names,
+            comm=comm,
+            schedule=schedule,
+            heldout=heldout,
+            watch=watch,
+            log=log,
+            folder=folder,
+            seed=seed,
+            progress=progress,
+        )
+        self.scorer, self.critic = scorer, critic
         self.normalizer, self.weighting = normalizer, weighting
-        self.sampler, self.geometry, self.comm = sampler, geometry, comm
+        self.sampler, self.geometry = sampler, geometry
         self.updater, self.gradients = updater, gradients
-        self.schedule, self.heldout, self.watch = schedule, heldout, watch
-        self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
 
         if gradients.fused and not weighting.from_gramian_alone:
             raise ValueError(
@@ -124,14 +119,9 @@ class Trainer:
                 f"than the Gramian. Found True for {type(weighting).__name__}."
             )
 
-        self.completed = 0  # rollouts finished
-        self.seconds = 0.0  # that they took
         self._gramian: Tensor | None = None  # [K, K], the last one probed
         self._measured: Tensor | None = None  # [K, K], of this rollout's gradients, if they were
-        self._row: dict[str, float] | None = None  # metrics of a rollout not yet written
-        self._stop = False  # set by SIGTERM
         self._ratio_checked = False
-        self._seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ the paragraph
 
@@ -147,18 +137,19 @@ class Trainer:
             rewards = self.score(scoring, requests)  # [K, N]
 
         self._report_silence(rewards)
-        advantages = self.normalizer.per_objective(rewards)  # [K, N]
+        judged, spread = self.judge(rollout, rewards)  # [K, N], or decisions [K, D]
+        advantages = self.normalizer.per_objective(judged)  # [K, N]
         if self.gradients.fused:
-            update, weights = self.improve_jointly(rollout, rewards, advantages)  # [K]
-            advantage = self.combine(rewards, advantages, weights)
+            update, weights = self.improve_jointly(rollout, judged, advantages)  # [K]
+            advantage = self.combine(judged, advantages, weights)
         else:
-            weights = self.weigh(rollout, rewards, advantages)  # [K] or [K, N]
-            advantage = self.combine(rewards, advantages, weights)  # [N]
+            weights = self.weigh(rollout, judged, advantages)  # [K] or [K, N]
+            advantage = spread(self.combine(judged, advantages, weights))  # [N] or [N, T]
             update = self.improve(rollout, local_slice(advantage, self.comm))
 
         self.completed += 1
-        self.log.write_scores(self.completed, requests, rewards, advantage)
-        found = reward_metrics(rewards, advantages, weights) | self.statistics(rollout)
+        self.record(requests, rollout, rewards, advantage)
+        found = reward_metrics(rewards, advantages, weights, judged) | self.statistics(rollout)
         if self._measured is not None:
             found |= cosine_metrics(rewards.names, self._measured)
         return found | self.weighting.report() | update
@@ -223,6 +214,36 @@ class Trainer:
         self._seconds |= {f"score_{name}": s for name, s in self.scorer.seconds.items()}
         return rewards
 
+    def judge(
+        self, rollout: Rollout, rewards: RewardMatrix
+    ) -> tuple[RewardMatrix, Callable[[Tensor], Tensor]]:
+        """What advantages are made of: the rewards ``[K, N]``, or estimates of decisions.
+
+        Returns:
+            a matrix ``[K, D]``, and what brings advantages of its columns ``[D]`` into the form
+            that the update takes: ``[N]``, or with a critic ``[N, T]``.
+        """
+        if self.critic is None:
+            return rewards, lambda advantage: advantage
+        critic = self.critic
+        with self._timed("critic"):
+            judged, everywhere = critic.judge(rollout, rewards)
+        return judged, lambda advantage: critic.spread(advantage, everywhere)
+
+    def record(
+        self,
+        requests: Sequence[Request],
+        rollout: Rollout,
+        rewards: RewardMatrix,
+        advantage: Tensor,
+    ) -> None:
+        """Write the scores of all N samples, with the mean advantage of their decisions."""
+        texts = self.comm.gather_objects(rollout.texts) if rollout.texts is not None else ()
+        if advantage.ndim == 2:
+            decisions = self.comm.gather(rollout.mask.cpu()).sum(1)  # [N]
+            advantage = advantage.sum(1) / decisions
+        self.log.write_scores(self.completed, requests, rewards, advantage, texts)
+
     def weigh(self, rollout: Rollout, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
         """Weights of this rollout, from a probe of the gradients if the weighting wants one."""
         self._measured = None
@@ -285,19 +306,20 @@ class Trainer:
 
         Args:
             rollout: this process's n samples.
-            advantage: ``[n]``.
+            advantage: ``[n]``, or ``[n, T]``.
 
         Returns:
             metrics, averaged over all processes and optimizer steps.
         """
         with self._timed("update"):
-            return self.updater(
+            found = self.updater(
                 rollout,
                 advantage,
                 step=self.completed,
                 kl_scale=self.weighting.kl_scale() * self.watch.kl_scale,
                 before_batch=self._leave_if_stopped,
             )
+        return found if self.critic is None else found | self.critic.report
 
     def statistics(self, rollout: Rollout) -> dict[str, float]:
         """Means over all N outputs of what shows a reward being gamed, and siblings' diversity."""
@@ -316,211 +338,46 @@ class Trainer:
         means["diversity"] = drift.diversity(everyone, self.comm.gather(groups))
         return drift.prefixed("", outputs, means)
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
-        if self.heldout is None:
-            return {}
-        with self._timed("evaluate"), self.updater.ema.applied():
-            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
-        seconds = self.heldout.scorer.seconds.items()
-        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
-        alarms = self.watch.look(found)
-        for alarm in alarms:
-            self.log.write_alarm(alarm.row())
-        self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
-        return {**found.metrics, **self.watch.report()}
+    # ------------------------------------------------------------------ of the run
 
-    def _act(self, alarm: Alarm | None) -> None:
-        """Go back to the checkpoint that an alarm names."""
-        if alarm is None:
-            return
-        assert alarm.to_step is not None
-        try:
-            state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
-        except ConfigError as error:  # somebody deleted or damaged it
-            raise TrainingError(f"alarm: cannot go back: {error}") from error
-        self._restore(state)
-
-    # ------------------------------------------------------------------ the run
-
-    def run(self) -> None:
-        """Train until ``schedule.steps`` rollouts are done.
-
-        Raises:
-            Interrupted: after SIGTERM, once the state is saved.
-            RewardError, TrainingError: after the state is saved.
-        """
-        bar = tqdm(
-            total=self.schedule.steps,
-            initial=self.completed,
-            desc="rollouts",
-            disable=not self.progress,
-        )
+    def prepare(self) -> None:
+        scorer = self.heldout.scorer if self.heldout else self.scorer
+        self.log.write_heads(self.completed, scorer.load())
         asked = self.heldout.requests if self.heldout else ()
-        with self._sigterm(), bar:
-            try:
-                scorer = self.heldout.scorer if self.heldout else self.scorer
-                self.log.write_heads(self.completed, scorer.load())
-                self.policy.prepare(
-                    [prompt.text for prompt in self.sampler.prompts]
-                    + [request.prompt for request in asked]
-                )
-                self._leave_if_stopped()
-                if self._row is not None:
-                    self._finish_round(bar)
-                elif self.heldout and self.completed == 0:
-                    self.log.write(0, self.evaluate() | self._take_seconds())
-                    if self._may_be_wanted():
-                        self.save()
-                if self.watch.over and self.completed < self.schedule.steps:
-                    logger.warning(
-                        "An alarm ended this run after %d rollouts. It goes on with another "
-                        "alarm.action or a higher alarm.limit.",
-                        self.completed,
-                    )
-                while not self._last():
-                    self._leave_if_stopped()
-                    self._round(bar)
-            except (RewardError, TrainingError, Interrupted) as error:
-                folder = self.save()
-                logger.warning("Stopped after %d rollouts; saved %s", self.completed, folder)
-                error.add_note(f"The state after {self.completed} rollouts is in {folder}.")
-                raise
-
-    def _round(self, bar: tqdm[Any]) -> None:
-        """One step with what belongs to it: metrics, evaluation, checkpoint."""
-        # For heads and libraries that use the global generators; nothing here does.
-        set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
-        start = time.perf_counter()
-        before = checkpoint.to_cpu(self._state())
-        try:
-            metrics = self.step()
-        except (Interrupted, RewardError, TrainingError):  # perhaps between two optimizer steps
-            self._restore(before)  # what is saved is the state before this rollout
-            raise
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
-        self._finish_round(bar)
-
-    def _finish_round(self, bar: tqdm[Any]) -> None:
-        """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
-        assert self._row is not None
-        if self.heldout and (self._last() or self._due(self.schedule.evaluate_every)):
-            start = time.perf_counter()
-            self._row |= self.evaluate() | self._take_seconds()
-            self._row["seconds/total"] += time.perf_counter() - start
-        metrics, self._row = self._row, None
-        self.log.write(self.completed, metrics)
-        bar.update()
-        means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.scorer.names]
-        bar.set_postfix_str(" ".join([*means, self.weighting.headline()]).rstrip())
-        if (skipped := self.updater.skipped_in_a_row) >= self.updater.surrogate.max_skipped:
-            raise TrainingError(
-                f"The last {skipped} updates had non-finite gradients. "
-                "A smaller `optimizer.lr` or `policy.dtype: bfloat16` may help."
-            )
-        due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
-        if self._last() or due:
-            self.save()
-
-    def _last(self) -> bool:
-        """Whether the run is at its end; the same on every process."""
-        over = 0 < 60 * self.schedule.minutes <= self.seconds
-        done = self.completed >= self.schedule.steps or self.watch.over
-        return done or self.comm.any(over)
-
-    def _may_be_wanted(self) -> bool:
-        """Whether a later alarm may go back to the state as it is."""
-        back = self.watch.rules.action == "rollback"
-        return back and self.completed in self.watch.best_steps
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.completed % every == 0
-
-    def save(self) -> Path:
-        """Write a checkpoint of the state after the last completed rollout."""
-        folder = checkpoint.step_folder(self.folder, self.completed)
-        if self.comm.rank == 0 and not (folder / checkpoint.STATE).is_file():
-            with checkpoint.atomic_folder(folder) as partial:
-                self.policy.save(partial)
-                (partial / "ema").mkdir()
-                with self.updater.ema.applied():
-                    self.policy.save(partial / "ema")
-                checkpoint.save_state(partial, self.state_dict())
-            self._retain()
-        self.comm.barrier()
-        return folder
-
-    def _retain(self) -> None:
-        """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
-        front.retain(
-            self.folder,
-            self.scorer.names,
-            newest=self.schedule.checkpoint_keep,
-            front=self.schedule.checkpoint_front,
-            best=self.watch.best_steps if self.watch.rules.action == "rollback" else (),
+        self.policy.prepare(
+            [prompt.text for prompt in self.sampler.prompts] + [request.prompt for request in asked]
         )
+
+    def attempt(self) -> dict[str, float]:
+        before = checkpoint.to_cpu(self.changing_state())
+        try:
+            return self.step()
+        except (Interrupted, RewardError, TrainingError):  # perhaps between two optimizer steps
+            self.restore(before)  # what is saved is the state before this rollout
+            raise
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.objectives]
+        return " ".join([*means, self.weighting.headline()]).rstrip()
 
     def close(self) -> None:
-        """Release worker processes, trackers and the process group."""
         self.scorer.close()
-        if self.heldout:
-            self.heldout.scorer.close()
-        self.comm.close()
+        super().close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the next rollout depends on, equal on every process."""
-        return {
-            "step": self.completed,
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "objectives": list(self.scorer.names),
-            "method": self._method(),
-            "row": self._row,
-            "heldout": self.heldout.state_dict() if self.heldout else {},
-            "watch": self.watch.state_dict(),
-            **self._state(),
-        }
+    def facts(self) -> dict[str, Any]:
+        return {"method": self._method()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state.
-
-        Raises:
-            ConfigError: if the run's objectives, seed or adapter differ from the checkpoint's.
-        """
-        facts = {
-            "objectives": list(self.scorer.names),
-            "method": self._method(),
-            "seed": self.seed,
-        }
-        for key, mine in facts.items():
-            if state[key] != mine:
-                raise ConfigError(
-                    f"resume: the checkpoint has {key} {state[key]}. Found {mine} in this run."
-                )
-        checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
-        self._restore(state)
-        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
-        if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
-            self.heldout.load_state_dict(state["heldout"])
-        self.watch.load_state_dict(state["watch"])
-        self.log.rewind(self.completed, pending=self._row is not None)
-        if self.comm.rank == 0:
-            checkpoint.forget_after(self.folder, self.completed)
-            if checkpoint.list_checkpoints(self.folder):
-                self._retain()
-
-    def _state(self) -> dict[str, Any]:
+    def changing_state(self) -> dict[str, Any]:
         """What a step changes, and what undoing it needs."""
         return {
             "updater": self.updater.state_dict(),
             "normalizer": self.normalizer.state_dict(),
             "weighting": self.weighting.state_dict(),
             "gramian": self._gramian,
+            "critic": None if self.critic is None else self.critic.state_dict(),
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         self.updater.load_state_dict(state["updater"])
         for part in ("normalizer", "weighting"):
             try:
@@ -530,6 +387,8 @@ class Trainer:
                     f"resume: objectives.{part} has other settings than the checkpoint: {error}"
                 ) from error
         self._gramian = state["gramian"]
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
 
     # ------------------------------------------------------------------ small parts
 
@@ -557,38 +416,8 @@ class Trainer:
         return weights
 
     def _method(self) -> list[str]:
-        return [type(self.normalizer).__name__, type(self.weighting).__name__]
-
-    def _leave_if_stopped(self) -> None:
-        if self.comm.any(self._stop):
-            raise Interrupted("Stopped by SIGTERM.")
-
-    @contextmanager
-    def _sigterm(self) -> Iterator[None]:
-        """Within the block SIGTERM asks for a stop at the next safe point."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
-
-    def _take_seconds(self) -> dict[str, float]:
-        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        self._seconds = {}
-        return seconds
+        parts = [self.normalizer, self.weighting, *([self.critic] if self.critic else [])]
+        return [type(part).__name__ for part in parts]
 
     def _bar(self, steps: range, phase: str) -> tqdm[int]:
         return tqdm(steps, desc=phase, leave=False, disable=not self.progress or len(steps) < 2)

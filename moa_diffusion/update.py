@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +16,8 @@ from moa_diffusion.ema import EMA
 from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.stepper import Stepper, TrainingError
 from moa_diffusion.types import Rollout
-
-logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +32,7 @@ class Surrogate:
     max_skipped: int  # consecutive updates with non-finite gradients before giving up
 
 
-class Updater:
+class Updater(Stepper):
     """Takes the optimizer steps of a rollout, on the clipped surrogate plus KL.
 
     Args:
@@ -69,13 +62,17 @@ class Updater:
         seed: int,
         progress: bool = True,
     ) -> None:
-        self.policy, self.geometry, self.comm = policy, geometry, comm
-        self.optimizer, self.lr, self.scaler = optimizer, lr, scaler
-        self.ema, self.surrogate = ema, surrogate
+        super().__init__(
+            policy=policy,
+            optimizer=optimizer,
+            lr=lr,
+            scaler=scaler,
+            ema=ema,
+            max_grad_norm=surrogate.max_grad_norm,
+            max_skipped=surrogate.max_skipped,
+        )
+        self.geometry, self.comm, self.surrogate = geometry, comm, surrogate
         self.seed, self.progress = seed, progress
-        self.updates = 0  # optimizer steps taken
-        self.skipped_in_a_row = 0
-        self._parameters = list(policy.trainable().values())
         self._device = self._parameters[0].device
 
     def __call__(
@@ -91,7 +88,7 @@ class Updater:
 
         Args:
             rollout: this process's n samples.
-            advantage: ``[n]``.
+            advantage: ``[n]``, or ``[n, T]`` if each decision has its own.
             step: rollouts finished before this one; it decides the order of the samples.
             kl_scale: factor of the KL's weight.
             before_batch: called on all processes before each micro-batch. If it raises, the
@@ -138,7 +135,7 @@ class Updater:
         """
         advantages = advantages.to(self._device, torch.float32)
         count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
-        rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), count)
+        rows = self._rows(count)
         found: list[Tensor] = []
 
         def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
@@ -166,7 +163,7 @@ class Updater:
             share: of the samples, in (0, 1]; the same ones whatever the number of processes.
         """
         advantages = advantages.to(self._device, torch.float32)
-        rows = ObjectiveGradients(self.policy.trainable(), self.policy.tapped(), len(advantages))
+        rows = self._rows(len(advantages))
         first = self.comm.rank * len(rollout)
         chosen = [  # evenly over all samples of the rollout
             i - first
@@ -180,6 +177,14 @@ class Updater:
             part, total = rollout.select(micro), int(decisions)
             self._backward_rows(rows, part, advantages[:, micro], total, 0.0)
         return rows.gramian(self.comm)
+
+    def _rows(self, count: int) -> ObjectiveGradients:
+        return ObjectiveGradients(
+            self.policy.trainable(),
+            self.policy.tapped(),
+            count,
+            whole=self.policy.whole_rows,
+        )
 
     def _run(
         self,
@@ -212,7 +217,7 @@ class Updater:
                     sums += backward(rollout.select(micro), micro, total)
                     bar.update()
                 finish()
-                norms.append(self._optimizer_step())
+                norms.append(self.optimizer_step())
         self.comm.sum_([sums])
         finite = [norm for norm in norms if math.isfinite(norm)]
         return {
@@ -230,12 +235,13 @@ class Updater:
         for steps in self.policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, steps], part.log_probs[:, steps]
             new, kl = self.policy.log_probs(part, steps, with_kl=self.surrogate.kl_weight > 0)
-            losses = clipped_surrogate(new, old, advantage, clip_range)  # [m, t]
+            mine = advantage if advantage.ndim == 1 else advantage[:, steps]
+            losses = clipped_surrogate(new, old, mine, clip_range)  # [m, t]
             if kl is not None:
                 losses = losses + beta * kl
                 sums[2] += float((kl.detach() * mask).sum())
             torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
-            clipped = clip_fraction(new.detach(), old, advantage, clip_range)
+            clipped = clip_fraction(new.detach(), old, mine, clip_range)
             sums[0] += float(mask.sum())
             sums[1] += float((clipped & mask).sum())
         return sums
@@ -276,27 +282,6 @@ class Updater:
     def _sum_gradients(self) -> None:
         self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
 
-    def _optimizer_step(self) -> float:
-        """Clip the gradient, which all processes share, and step; returns its norm.
-
-        A non-finite gradient skips the update and is counted.
-        """
-        self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.surrogate.max_grad_norm))
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(self.updates)
-            self.scaler.step(self.optimizer)
-            self.updates += 1
-            self.ema.update()
-        else:
-            self.skipped_in_a_row += 1
-            logger.warning("Update skipped: the gradient norm is %s.", norm)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
     @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> None:
         """Log-probs as trained must equal those of sampling.
@@ -323,33 +308,3 @@ class Updater:
                 "latents rounded between sampling and training. By decision, on this process: "
                 f"{[f'{value:.1e}' for value in gap.tolist()]}."
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adapter, optimizer, EMA and counters, equal on every process."""
-        return {
-            "trainable": {n: p.detach() for n, p in self.policy.trainable().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "updates": self.updates,
-            "scaler": self.scaler.state_dict(),
-            "ema": self.ema.state_dict(),
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state of the same adapter; rates and decays stay this run's."""
-        for name, parameter in self.policy.trainable().items():
-            parameter.copy_(state["trainable"][name])
-        self.optimizer.zero_grad(set_to_none=True)
-        options = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(values)
-        self.updates = state["updates"]
-        if state["scaler"]:  # empty unless the run was in float16
-            self.scaler.load_state_dict(state["scaler"])
-        self.ema.load_state_dict(state["ema"])
-        self.skipped_in_a_row = state["skipped_in_a_row"]

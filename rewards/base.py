@@ -11,12 +11,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from rewards.pixels import check_images
+
+Kind = Literal["images", "texts"]  # of the samples in a batch
+Scored = Literal["images", "texts", "both"]  # "both": a batch of either
 
 _SHOWN_SAMPLES = 5
 _SHOWN_CHARACTERS = 80
@@ -105,7 +110,7 @@ class RewardBatch:
             found = "neither" if self.images is None else "both"
             raise ValueError(f"Exactly one of `images` and `texts` should be given. Found {found}.")
         if self.images is not None:
-            _check_images(self.images, size)
+            check_images(self.images, size)
         if self.texts is not None and len(self.texts) != size:
             raise ValueError(
                 f"`texts` should have one entry per prompt ({size}). Found {len(self.texts)}."
@@ -113,6 +118,11 @@ class RewardBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def kind(self) -> Kind:
+        """What the samples are."""
+        return "texts" if self.images is None else "images"
 
     def require_images(self) -> Tensor:
         """Returns the images, `[N, 3, H, W]` float32 in [0, 1].
@@ -179,31 +189,6 @@ class Scores:
                 )
 
 
-def _check_images(images: Tensor, size: int) -> None:
-    if not isinstance(images, Tensor):
-        raise ValueError(f"`images` should be a tensor. Found {type(images).__name__}.")
-    if images.ndim != 4 or images.shape[0] != size or images.shape[1] != 3:
-        raise ValueError(
-            f"`images` should have shape [N, 3, H, W] with N = {size} prompts. "
-            f"Found {list(images.shape)}."
-        )
-    if images.dtype != torch.float32:
-        raise ValueError(f"`images` should be float32. Found {images.dtype}.")
-    if images.numel() == 0:
-        if size:
-            raise ValueError(f"`images` should have pixels. Found shape {list(images.shape)}.")
-        return
-    flat = images.detach().flatten(1)
-    low, high = flat.aminmax(dim=1)  # [N], [N]; NaN pixels make both NaN
-    bad = ~((low >= 0.0) & (high <= 1.0))
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"`images` should lie in [0, 1]. Found values from {float(low[index]):.4g} to "
-            f"{float(high[index]):.4g} in sample {index}."
-        )
-
-
 class RewardHead(ABC):
     """One objective: scores a batch, one number per sample, higher is better.
 
@@ -215,6 +200,8 @@ class RewardHead(ABC):
         unit: Unit of the scores, e.g. "kB" or "1 - edit distance / length".
         requires: What a prompt must have for the head to apply, e.g. `("quoted text",)`. Samples
             without it score `NaN`.
+        scores: What it scores; other batches are refused before `score` is called. The default
+            leaves that to `score`.
         neutral_options: Constructor arguments that say where and how fast the head computes, but
             not what: servers that differ in them alone give the same scores.
     """
@@ -222,6 +209,7 @@ class RewardHead(ABC):
     name: str = ""
     unit: str = ""
     requires: tuple[str, ...] = ()
+    scores: Scored = "both"
     neutral_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -240,7 +228,8 @@ class RewardHead(ABC):
             float32 tensor `[N]` on the CPU; `NaN` where the objective does not apply.
 
         Raises:
-            RewardError: If `score` raises, or returns an infinity, a wrong shape or a wrong type.
+            RewardError: If the head scores something else, or `score` raises, or returns an
+                infinity, a wrong shape or a wrong type.
         """
         return self.evaluate(batch).values
 
@@ -250,6 +239,7 @@ class RewardHead(ABC):
         Raises:
             RewardError: As calling the head.
         """
+        self.expect(batch.kind)
         if len(batch) == 0:
             return Scores(values=torch.empty(0))
         try:
@@ -267,6 +257,17 @@ class RewardHead(ABC):
         scores = found if isinstance(found, Scores) else Scores(values=found)
         values = self._checked(scores.values, batch)
         return Scores(values=values, extra=self._checked_columns(scores.extra, batch))
+
+    def expect(self, kind: Kind) -> None:
+        """Checks that the head scores such samples: to ask before anything is loaded or drawn.
+
+        Raises:
+            RewardError: If it does not.
+        """
+        if self.scores not in (kind, "both"):
+            raise RewardError(
+                f"This head scores {self.scores}. Found a batch of {kind}.", head=self._label
+            )
 
     def load(self) -> None:  # noqa: B027 - most heads hold nothing
         """Loads what the head needs, so that the first batch need not wait for it.

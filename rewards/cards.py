@@ -28,6 +28,11 @@ CARDS: Mapping[str, HeadCard] = {
         memory="428 M, 1.7 GB",
         licence="see source",
     ),
+    "classifier": HeadCard(
+        range="its model's own",
+        weights="named by `model`",
+        licence="see source",
+    ),
     "clipscore": HeadCard(
         range="-1 to 1, about 0.1 to 0.4",
         weights="openai/clip-vit-large-patch14",
@@ -41,7 +46,10 @@ CARDS: Mapping[str, HeadCard] = {
         memory="8.2 B, 16.4 GB",
         licence="MIT (code), Llama 2 (weights)",
     ),
+    "format": HeadCard(range="0 or 1"),
     "jpeg_compressibility": HeadCard(range="at most 0"),
+    "keyword": HeadCard(range="0 to 1"),
+    "length": HeadCard(range="0.5 to 1.5"),
     "ocr": HeadCard(
         range="0 to 1",
         weights="inside rapidocr",
@@ -63,5 +71,6 @@ CARDS: Mapping[str, HeadCard] = {
         licence="Apache-2.0",
     ),
     "remote": HeadCard(range="its own there", weights="on the server"),
+    "repetition": HeadCard(range="-1 to 0"),
     "sharpness": HeadCard(range="0 to about 1e6"),
 }

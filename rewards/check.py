@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.base import Kind, RewardBatch, RewardError, RewardHead, Scores
 from rewards.registry import create
 
 PROMPT = 'A red circle on a white wall, below it the black word "MARBLE"'
@@ -32,17 +32,24 @@ class Checked:
     provenance: Mapping[str, str]
 
 
-def prepare(name: str, options: Mapping[str, Any], path: str | None = None) -> RewardHead:
+def prepare(
+    name: str,
+    options: Mapping[str, Any],
+    path: str | None = None,
+    *,
+    kind: Kind | None = None,
+) -> RewardHead:
     """Builds a head and loads what it needs.
 
     Args:
         name: See `rewards.create`.
         options: Options of the head.
         path: See `rewards.create`.
+        kind: What it is to score, which is checked before anything is loaded; None: anything.
 
     Raises:
-        Unusable: If the head is unknown, an option is wrong, a package is missing, or weights or
-            a server cannot be had.
+        Unusable: If the head is unknown or scores something else, an option is wrong, a package
+            is missing, or weights or a server cannot be had.
     """
     try:
         head = create(name, path, **options)
@@ -51,7 +58,11 @@ def prepare(name: str, options: Mapping[str, Any], path: str | None = None) -> R
         told = str(error) if plain else repr(error)
         raise Unusable(f'Head "{name}": {told}{_advice(error)}') from error
     try:
+        if kind is not None:
+            head.expect(kind)
         head.load()
+        if kind is not None:
+            head.expect(kind)  # a remote one knows only now
     except Exception as error:  # a head of somebody else's may raise anything
         head.close()
         message = str(error) if isinstance(error, RewardError) else f'Head "{name}": {error!r}'
@@ -60,17 +71,17 @@ def prepare(name: str, options: Mapping[str, Any], path: str | None = None) -> R
 
 
 def check(head: RewardHead, *, texts: bool = False) -> Checked:
-    """Scores a fitting and a degraded sample.
+    """Scores a fitting and a degraded sample: texts if the head scores nothing else, or pictures.
 
     Args:
         head: A head as `prepare` returns it.
-        texts: Whether the head scores texts, not pictures.
+        texts: Whether to have it score texts if it scores both.
 
     Raises:
         RewardError: If the head fails.
     """
     began = time.monotonic()
-    scores = head.evaluate(_texts() if texts else _pictures())
+    scores = head.evaluate(_texts() if texts or head.scores == "texts" else _pictures())
     return Checked(
         scores=scores,
         seconds=time.monotonic() - began,

@@ -20,19 +20,31 @@ from rewards import server
 from rewards.base import RewardHead
 from rewards.cards import CARDS
 from rewards.check import check, prepare
-from rewards.folder import ScoreTable, match, score_folder, summary
+from rewards.folder import ScoreTable, match, score_pairs, summary, texts_of
 from rewards.identity import Identity
 from rewards.registry import available
 
 TOKEN_VARIABLE = "MOA_REWARDS_TOKEN"
+_WIDTHS = {"memory": 14, "licence": 12}  # leave room for the other columns of the list
 _TRAINER_KEYS = ("weight", "head", "path")  # of an objective in a training config, not options
 
 
 def list_heads(console: Console) -> None:
     """Prints all registered heads with what one wants to know before using them."""
     table = Table(title="Reward heads")
-    for column in ("name", "unit", "range", "needs", "weights", "memory", "licence", "packages"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for column in (
+        "name",
+        "unit",
+        "range",
+        "needs",
+        "weights",
+        "memory",
+        "licence",
+        "packages",
+        "scores",
+    ):
+        whole = column in ("name", "scores")
+        table.add_column(column, overflow="fold", no_wrap=whole, max_width=_WIDTHS.get(column))
     for name, info in available().items():
         card = CARDS.get(name)
         facts = ["-"] * 4
@@ -46,7 +58,7 @@ def list_heads(console: Console) -> None:
         if info.problem:
             packages = f"unusable: {info.problem}"
         needs = ", ".join(info.requires) or "-"
-        cells = (name, info.unit or "-", facts[0], needs, *facts[1:], packages)
+        cells = (name, info.unit or "-", facts[0], needs, *facts[1:], packages, info.scores)
         table.add_row(*map(Text, cells))  # not as markup: a unit may have brackets
     console.print(table)
 
@@ -54,12 +66,17 @@ def list_heads(console: Console) -> None:
 def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) -> None:
     """Loads a head, scores a fitting and a degraded sample, and prints what came out.
 
+    Args:
+        name: See `rewards.create`.
+        options: Options of the head.
+        texts: Whether to have a head that scores both, pictures and texts, score texts.
+
     Raises:
         Unusable: If the head cannot be loaded.
         RewardError: If it cannot score.
     """
     began = time.monotonic()
-    head = prepare(name, options)
+    head = prepare(name, options, kind="texts" if texts else None)
     loaded = time.monotonic() - began
     try:
         found = check(head, texts=texts)
@@ -75,28 +92,29 @@ def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) ->
         print(f"  {key}: {text}")
 
 
-def score_images(
+def score_samples(
     name: str,
     options: Mapping[str, Any],
-    folder: Path,
+    folder: Path | None,
     prompts: Sequence[tuple[str, Mapping[str, Any]]],
     output: Path,
     *,
     batch_size: int,
 ) -> None:
-    """Scores the pictures of a folder into a table and prints a summary.
+    """Scores the pictures of a folder, or texts, into a table and prints a summary.
 
     Args:
         name: See `rewards.create`.
         options: Options of the head.
-        folder: Folder of pictures.
-        prompts: See `rewards.folder.match`.
+        folder: Folder of pictures; None scores the texts that stand with the prompts.
+        prompts: See `rewards.folder.match`, and `texts_of` where there is no folder.
         output: See `rewards.folder.ScoreTable`.
-        batch_size: Pictures at once.
+        batch_size: Pictures or texts at once.
 
     Raises:
-        ValueError: If pictures and prompts do not match, which is seen before anything is loaded,
-            a picture cannot be read, or the rows of an earlier failure are those of another run.
+        ValueError: If pictures and prompts do not match or a text is missing, which is seen before
+            anything is loaded, a picture cannot be read, or the rows of an earlier failure are
+            those of another run.
         Unusable: If the head cannot be loaded.
         RewardError: If the head fails.
     """
@@ -104,15 +122,15 @@ def score_images(
         raise ValueError(
             f"Parameter `batch_size` should be at least 1. Found `batch_size = {batch_size}`."
         )
-    pairs = match(folder, prompts)
+    pairs = texts_of(prompts) if folder is None else match(folder, prompts)
     table = ScoreTable(output)
     try:
-        head = prepare(name, options)
+        head = prepare(name, options, kind="texts" if folder is None else "images")
         try:
             table.begin(Identity.of(name, head, options).digest, pairs)
             if table.rows:
                 print(f"{len(table.rows)} of {len(pairs)} scores are in {table.partial} already.")
-            score_folder(head, pairs, table, batch_size=batch_size)
+            score_pairs(head, pairs, table, batch_size=batch_size)
             identity = Identity.of(name, head, options)
         finally:
             head.close()

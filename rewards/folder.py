@@ -1,15 +1,13 @@
-"""Scores of a folder of pictures, in a table."""
+"""Scores of a folder of pictures, or of texts, in a table."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from rewards.base import RewardBatch, RewardHead
+from rewards.tables import writer_for
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_OWN_COLUMNS = ("file", "prompt", "score")
-
-Pair = tuple[Path, str, Mapping[str, Any]]  # picture, prompt, metadata
+_SUMMARY_CHARACTERS = 60  # of a file's name or a text
+Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, metadata
 
 
 def refuse_blank_lines(prompts: Path) -> None:
@@ -92,8 +90,33 @@ def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> lis
     ]
 
 
+def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
+    """Pairs texts with prompts.
+
+    Args:
+        prompts: Prompt and metadata, which holds the text under the key `text`.
+
+    Returns:
+        Text, prompt and metadata without `text`, in order.
+
+    Raises:
+        ValueError: If a text is missing or of another type.
+    """
+    for number, (_, metadata) in enumerate(prompts, start=1):
+        if not isinstance(metadata.get("text"), str):
+            found = "none" if "text" not in metadata else type(metadata["text"]).__name__
+            raise ValueError(
+                f"Prompt {number} should come with the text to score, under the key (in the "
+                f"column) `text`. Found {found}. For pictures, name their folder."
+            )
+    return [
+        (metadata["text"], prompt, {key: metadata[key] for key in metadata if key != "text"})
+        for prompt, metadata in prompts
+    ]
+
+
 class ScoreTable:
-    """A table that grows batch by batch: a row per picture with file, prompt, score and extras.
+    """A table that grows batch by batch: a row per sample with file or text, prompt, score, extras.
 
     Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none, and the
     same run started again goes on after them; `finish` turns them into the file that was asked for.
@@ -109,17 +132,10 @@ class ScoreTable:
     """
 
     def __init__(self, output: Path) -> None:
-        writers = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jsonl}
-        if output.suffix not in writers:
-            raise ValueError(f"`{output}` should end in one of {', '.join(writers)}.")
-        if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-            raise ImportError(
-                'A .parquet file needs pyarrow. Install with: pip install "moa-diffusion[report]"'
-            )
+        self._write = writer_for(output)
         self.output = output
         self.partial = output.with_name(f"{output.name}.partial.jsonl")
         self.rows: list[dict[str, Any]] = []
-        self._write = writers[output.suffix]
         self._begun = False
         output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -128,7 +144,7 @@ class ScoreTable:
 
         Args:
             scorer: Digest of the head; rows of another are not mixed with its own.
-            pairs: See `match`; the rows that are there should be those of the first ones.
+            pairs: See `match` and `texts_of`; the rows that are there should be those of the first.
 
         Raises:
             ValueError: If a partial file is there and is not the beginning of this run. It stays
@@ -159,14 +175,15 @@ class ScoreTable:
             )
         if len(rows) > len(pairs):
             raise ValueError(
-                f"`{self.partial}` holds {len(rows)} rows, and here are {len(pairs)} pictures. "
+                f"`{self.partial}` holds {len(rows)} rows, and here are {len(pairs)} samples. "
                 f"{advice}"
             )
         for number, ((digest, _), pair) in enumerate(zip(rows, pairs, strict=False), start=1):
             if digest != _digest(pair):
+                what = f"`{pair[0]}` with its picture" if isinstance(pair[0], Path) else "its text"
                 raise ValueError(
-                    f"`{self.partial}`: row {number} is not about `{pair[0]}` with its picture, "
-                    f"prompt and metadata as they are now. {advice}"
+                    f"`{self.partial}`: row {number} is not about {what}, prompt and metadata as "
+                    f"they are now. {advice}"
                 )
         return [row for _, row in rows]
 
@@ -176,7 +193,7 @@ class ScoreTable:
             self.partial.unlink()
 
     def append(self, rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
-        """Adds the rows of some pictures; they are on disk when this returns."""
+        """Adds the rows of some samples; they are on disk when this returns."""
         with self.partial.open("a", encoding="utf-8") as file:
             for row, pair in zip(rows, pairs, strict=True):
                 line = {"of": _digest(pair), "row": row}
@@ -196,73 +213,95 @@ class ScoreTable:
         self.partial.unlink()
 
 
-def score_folder(
+def score_pairs(
     head: RewardHead,
     pairs: Sequence[Pair],
     table: ScoreTable,
     *,
     batch_size: int,
 ) -> None:
-    """Scores the pictures that have no row yet, in order; a progress bar shows how far it is.
+    """Scores the samples that have no row yet, in order; a progress bar shows how far it is.
 
     Args:
         head: The head.
-        pairs: See `match`.
+        pairs: See `match` and `texts_of`.
         table: Gets the rows; the score is None where the objective does not apply.
-        batch_size: Pictures read at once; those of one size among them are scored together.
+        batch_size: Samples read at once; of pictures, those of one size are scored together.
 
     Raises:
         RewardError: If the head fails.
         ValueError: If a picture cannot be read, or the head's further columns do not fit in.
     """
     done = len(table.rows)
-    with tqdm(total=len(pairs), initial=done, desc=head.name, unit="picture") as bar:
+    with tqdm(total=len(pairs), initial=done, desc=head.name, unit="sample") as bar:
         for start in range(done, len(pairs), batch_size):
             part = pairs[start : start + batch_size]
-            pictures = [_read(file) for file, _, _ in part]
             rows: list[dict[str, Any]] = [{} for _ in part]
-            for shape in dict.fromkeys(picture.shape for picture in pictures):
-                chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
-                stack = torch.from_numpy(np.stack([pictures[i] for i in chosen]))  # [n, H, W, 3]
-                scores = head.evaluate(
-                    RewardBatch(
-                        prompts=[part[i][1] for i in chosen],
-                        metadata=[part[i][2] for i in chosen],
-                        images=stack.permute(0, 3, 1, 2).float().div(255),  # [n, 3, H, W]
-                    )
-                )
-                taken = sorted(set(_OWN_COLUMNS) & set(scores.extra))
-                if taken:
-                    raise ValueError(f"The head's columns {taken} are names of the table's own.")
+            for chosen, batch in _batches(part):
+                scores = head.evaluate(batch)
                 for position, i in enumerate(chosen):
-                    file, prompt, _ = part[i]
                     value = float(scores.values[position])
-                    score = None if math.isnan(value) else value
+                    own = {**_named(part[i]), "score": None if math.isnan(value) else value}
+                    taken = sorted(own.keys() & scores.extra.keys())
+                    if taken:
+                        raise ValueError(
+                            f"The head's columns {taken} are names of the table's own."
+                        )
                     extra = {name: cells[position] for name, cells in scores.extra.items()}
-                    rows[i] = {"file": file.name, "prompt": prompt, "score": score, **extra}
+                    rows[i] = {**own, **extra}
             table.append(rows, part)
             bar.update(len(part))
 
 
+def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
+    """What can be scored together, texts or pictures of one size: their places and the batch."""
+    texts = [sample for sample, _, _ in part if isinstance(sample, str)]
+    if texts:
+        prompts, metadata = [pair[1] for pair in part], [pair[2] for pair in part]
+        batch = RewardBatch(prompts=prompts, metadata=metadata, texts=texts)
+        yield list(range(len(part))), batch
+        return
+    pictures = [_read(sample) for sample, _, _ in part if isinstance(sample, Path)]
+    for shape in dict.fromkeys(picture.shape for picture in pictures):
+        chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
+        stack = torch.from_numpy(np.stack([pictures[i] for i in chosen]))  # [n, H, W, 3]
+        batch = RewardBatch(
+            prompts=[part[i][1] for i in chosen],
+            metadata=[part[i][2] for i in chosen],
+            images=stack.permute(0, 3, 1, 2).float().div(255),  # [n, 3, H, W]
+        )
+        yield chosen, batch
+
+
+def _named(pair: Pair) -> dict[str, str]:
+    sample, prompt, _ = pair
+    name = {"file": sample.name} if isinstance(sample, Path) else {"text": sample}
+    return {**name, "prompt": prompt}
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Number, mean, spread and extremes of the scores of a table's rows."""
+    key, what = ("text", "texts") if "text" in rows[0] else ("file", "pictures")
     scored = [row for row in rows if row["score"] is not None]
     if not scored:
-        return f"{len(rows)} pictures; the objective applies to none of them."
+        return f"{len(rows)} {what}; the objective applies to none of them."
     values = np.array([row["score"] for row in scored])
     low = min(scored, key=lambda row: row["score"])
     high = max(scored, key=lambda row: row["score"])
     return (
-        f"{len(rows)} pictures, the objective applies to {len(scored)}: mean {values.mean():.4g}, "
-        f"standard deviation {values.std():.4g}, from {low['score']:.4g} ({low['file']}) to "
-        f"{high['score']:.4g} ({high['file']})."
+        f"{len(rows)} {what}, the objective applies to {len(scored)}: mean {values.mean():.4g}, "
+        f"standard deviation {values.std():.4g}, from {low['score']:.4g} "
+        f"({low[key][:_SUMMARY_CHARACTERS]}) to {high['score']:.4g} "
+        f"({high[key][:_SUMMARY_CHARACTERS]})."
     )
 
 
 def _digest(pair: Pair) -> str:
-    file, prompt, metadata = pair
-    picture = hashlib.sha256(file.read_bytes()).hexdigest()
-    essence = json.dumps([file.name, picture, prompt, metadata], sort_keys=True, default=str)
+    sample, prompt, metadata = pair
+    content = sample.read_bytes() if isinstance(sample, Path) else json.dumps(sample).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    name = [sample.name] if isinstance(sample, Path) else []
+    essence = json.dumps([*name, digest, prompt, metadata], sort_keys=True, default=str)
     return hashlib.sha256(essence.encode()).hexdigest()
 
 
@@ -281,36 +320,3 @@ def _read(file: Path) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
         raise ValueError(f"Picture `{file}` cannot be used: {error}.") from error
-
-
-def _write_jsonl(file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]) -> None:
-    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-
-
-def _write_csv(file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]) -> None:
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(table)
-        writer.writerows(zip(*(_plain(cells) for cells in table.values()), strict=True))
-
-
-def _write_parquet(
-    file: Path, table: Mapping[str, list[Any]], provenance: Mapping[str, Any]
-) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = pyarrow.table({name: _plain(cells) for name, cells in table.items()})
-    described = columns.replace_schema_metadata({"provenance": json.dumps(provenance)})
-    parquet.write_table(described, file)
-
-
-def _plain(cells: list[Any]) -> list[Any]:
-    # A column of a table has one type; what has several, or an inner structure, becomes JSON.
-    kinds = {type(cell) for cell in cells if cell is not None}
-    if kinds == {int, float}:
-        return [None if cell is None else float(cell) for cell in cells]
-    if len(kinds) <= 1 and kinds <= {int, float, str, bool}:
-        return cells
-    return [None if cell is None else json.dumps(cell) for cell in cells]

@@ -1,4 +1,4 @@
-"""Plain functions as reward heads: for a batch or for one image, blocking or async."""
+"""Plain functions as reward heads: of images or texts, a batch or one, blocking or async."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
 from rewards.coroutines import LoopRunner, gather
 from rewards.source import source_of
 
 CONCURRENCY = 8  # samples under way at a time, by default
 OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
+_SCORED: Mapping[str, Scored] = {
+    "images": "images",
+    "image": "images",
+    "texts": "texts",
+    "text": "texts",
+}
 
 
 class FunctionHead(RewardHead):
@@ -26,13 +32,16 @@ class FunctionHead(RewardHead):
 
     A batch function is `f(images, prompts, **metadata) -> list[float]`, or an array, or a tensor:
     N numbers, higher is better, `NaN` where the objective does not apply. `images` is the tensor
-    `[N, 3, H, W]` in [0, 1] (the list of texts when the batch holds texts), `prompts` the list of
-    N prompts. To add columns to the scores table it returns `Scores(values=..., extra={column: N
-    JSON values})`.
+    `[N, 3, H, W]` in [0, 1], `prompts` the list of N prompts. To add columns to the scores table
+    it returns `Scores(values=..., extra={column: N JSON values})`. A function that scores texts is
+    `f(texts, prompts, **metadata)`, with the list of N texts.
 
     With `per_image` it is `f(image, prompt, **metadata) -> float`, called once per sample with
-    `image [3, H, W]` (or the text). To add columns it returns `(score, {column: JSON value})`; a
-    sample for which it returns none gets null in them.
+    `image [3, H, W]`, or `f(text, prompt, **metadata) -> float`. To add columns it returns
+    `(score, {column: JSON value})`; a sample for which it returns none gets null in them.
+
+    The name of the first parameter says what the function scores: `images` or `image`, `texts` or
+    `text`. One of another name is given either, as it comes.
 
     A metadata key is passed when the function names it as a further parameter, or for every key
     when it has `**metadata`: to a batch function as a list of N values, `None` for a sample without
@@ -49,7 +58,7 @@ class FunctionHead(RewardHead):
         unit: Unit of the scores.
         requires: What a prompt must have for the function to return something else than `NaN`.
         options: Fixed values for further parameters of the function; never read from metadata.
-        per_image: Whether the function scores one image and not a batch.
+        per_image: Whether the function scores one image, or one text, and not a batch.
         concurrency: With `per_image` and an async function, how many samples of a batch may be
             under way at a time.
 
@@ -75,6 +84,7 @@ class FunctionHead(RewardHead):
         self.name = name or function_name(function)
         self.unit = unit
         self.requires = tuple(requires)
+        self.scores = scored_by(function)
         self.function = function
         self.options = dict(options or {})
         if not isinstance(per_image, bool):
@@ -197,8 +207,16 @@ def is_async(function: Callable[..., Any]) -> bool:
     )
 
 
+def scored_by(function: Callable[..., Any]) -> Scored:
+    """What a reward function scores, by the name of its first parameter."""
+    first = next(iter(inspect.signature(function).parameters.values()))
+    if first.kind is first.VAR_POSITIONAL:  # it stands for the prompts too
+        return "both"
+    return _SCORED.get(first.name, "both")
+
+
 def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Parameters of a reward function after `images` and `prompts` (`image` and `prompt`).
+    """Parameters of a reward function after its samples and prompts.
 
     Returns:
         Their names with defaults (`inspect.Parameter.empty` for none), and whether the function
@@ -215,8 +233,8 @@ def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bo
     ]
     if len(by_position) < 2 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
         raise ValueError(
-            f"A reward function should take `(images, prompts, ...)`, or one by one "
-            f"`(image, prompt, ...)`. "
+            f"A reward function should take `(images, prompts, ...)` or `(texts, prompts, ...)`, "
+            f"or one by one `(image, prompt, ...)` or `(text, prompt, ...)`. "
             f"Found `{function_name(function)}{inspect.signature(function)}`."
         )
     first_two = {p.name for p in by_position[:2]}

@@ -7,9 +7,9 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
-from rewards.base import RewardHead
+from rewards.base import RewardHead, Scored
 from rewards.source import source_of_class
 
 
@@ -23,6 +23,7 @@ class Identity:
     version: str  # of this package on the server
     provenance: Mapping[str, str]  # weights, engines, and the source of what is not of this package
     digest: str  # sha256 of class, provenance, version and the options that matter
+    scores: Scored = "both"  # what the head scores; a server of an earlier version does not say
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
@@ -43,6 +44,7 @@ class Identity:
             version=version,
             provenance=provenance,
             digest=hashlib.sha256(essence.encode()).hexdigest(),
+            scores=head.scores,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class Identity:
         Raises:
             ValueError: If something is missing or of another type.
         """
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"scores"}
         if not isinstance(value, dict) or not names <= value.keys():
             raise ValueError(f"`identity` should have {', '.join(sorted(names))}.")
         provenance, requires = value["provenance"], value["requires"]
@@ -67,5 +69,8 @@ class Identity:
             texts.append(None)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("`identity` should hold texts.")
+        scores = value.get("scores", "both")
+        if scores not in get_args(Scored):
+            raise ValueError(f"`identity.scores` should be one of {', '.join(get_args(Scored))}.")
         chosen = {name: value[name] for name in names - {"requires"}}
-        return cls(requires=tuple(requires), **chosen)
+        return cls(requires=tuple(requires), scores=scores, **chosen)

@@ -12,6 +12,8 @@ the rest:
 
         def _score_batch(self, module, images, prompts) -> Tensor:
             return module(normalise(images).to(self.device, self.dtype)).squeeze(-1)
+
+A head that scores texts says `scores = "texts"` and is given them in the place of the images.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
 from rewards.weights import Weights, check, find
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelHead(RewardHead):
-    """A head that scores pictures with a pretrained model.
+    """A head that scores pictures, or texts, with a pretrained model.
 
     The model is loaded by `load` or with the first batch, by whichever thread comes first, and
     stands on the device until `offload` or `close`. Heads of one process that build the same
@@ -42,7 +44,8 @@ class ModelHead(RewardHead):
 
     Scores do not depend on `batch_size` beyond rounding, nor on an autocast around the call.
 
-    A subclass implements `_build` and `_score_batch`, and sets `required` and `optional`.
+    A subclass implements `_build` and `_score_batch`, and sets `required` and `optional`, and
+    `scores` where that is not pictures.
     What `_build` makes depends on the files, `dtype` and `_recipe` alone.
 
     Args:
@@ -51,13 +54,14 @@ class ModelHead(RewardHead):
         dtype: Precision of the model: one of `DTYPES`.
         device: A torch device; `auto` is this process's GPU (by `LOCAL_RANK`), else `mps`, else
             the CPU.
-        batch_size: Pictures at once.
+        batch_size: Samples at once.
         sha256: Expected digest of the weights, see `Weights.digest`; None expects nothing.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.
     """
 
+    scores: Scored = "images"
     required: Sequence[str] = ("config.json",)  # files beside the weights
     optional: Sequence[str] = ()  # files of use if the hub has them
     neutral_options = ("device", "batch_size", "sha256")
@@ -104,12 +108,12 @@ class ModelHead(RewardHead):
         """Loads what each head has of its own, e.g. a tokenizer."""
 
     @abstractmethod
-    def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor | Scores:
+    def _score_batch(self, module: Any, samples: Any, prompts: Sequence[str]) -> Tensor | Scores:
         """Scores a micro-batch.
 
         Args:
             module: What `_build` returned, on `self.device`.
-            images: `[n, 3, H, W]`, uint8, on the device of the batch.
+            samples: Images `[n, 3, H, W]`, uint8, on the device of the batch; or n texts.
             prompts: n prompts.
 
         Returns:
@@ -117,12 +121,13 @@ class ModelHead(RewardHead):
         """
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Scores a batch, `batch_size` pictures at a time.
+        """Scores a batch, `batch_size` samples at a time.
 
         Raises:
             RewardError: If the model cannot be loaded, memory runs out, or a score is not finite.
         """
-        images = batch.uint8()  # [N, 3, H, W]
+        # [N, 3, H, W], or N texts
+        samples = batch.require_texts() if self.scores == "texts" else batch.uint8()
         shared = self._loaded()
         values: list[Tensor] = []
         extra: dict[str, list[Any]] = {}
@@ -131,7 +136,7 @@ class ModelHead(RewardHead):
             shared.move(self.device)
             for start in range(0, len(batch), self.batch_size):
                 rows = range(start, min(start + self.batch_size, len(batch)))
-                part = self._score_rows(shared.module, batch, images, rows)
+                part = self._score_rows(shared.module, batch, samples, rows)
                 values.append(part.values)
                 for column, cells in part.extra.items():
                     extra.setdefault(column, []).extend(cells)
@@ -197,15 +202,20 @@ class ModelHead(RewardHead):
         return _Shared(self._build(weights).eval().requires_grad_(False), digest)
 
     def _score_rows(
-        self, module: nn.Module, batch: RewardBatch, images: Tensor, rows: range
+        self,
+        module: nn.Module,
+        batch: RewardBatch,
+        samples: Tensor | Sequence[str],
+        rows: range,
     ) -> Scores:
+        what = "text" if self.scores == "texts" else "picture"
         prompts = list(batch.prompts[rows.start : rows.stop])
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                found = self._score_batch(module, images[rows.start : rows.stop], prompts)
+                found = self._score_batch(module, samples[rows.start : rows.stop], prompts)
         except torch.OutOfMemoryError as error:
             raise RewardError(
-                f"No memory left on {self.device} for {len(rows)} pictures at once. Lower "
+                f"No memory left on {self.device} for {len(rows)} {what}s at once. Lower "
                 f"`batch_size`, or choose a smaller `dtype` or another `device`.",
                 samples=batch.samples(rows),
             ) from error
@@ -213,7 +223,7 @@ class ModelHead(RewardHead):
         values = part.values.to(device="cpu", dtype=torch.float32)
         if values.shape != (len(rows),):
             raise RewardError(
-                f"The model should give one score per picture ({len(rows)}). "
+                f"The model should give one score per {what} ({len(rows)}). "
                 f"Found the shape {list(values.shape)}.",
                 samples=batch.samples(rows),
             )

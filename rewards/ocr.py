@@ -67,6 +67,7 @@ class OcrHead(RewardHead):
 
     unit = "1 - edit distance / length"
     requires = ("quoted text",)
+    scores = "images"
     neutral_options = ("workers", "timeout")
 
     def __init__(

@@ -14,6 +14,8 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from rewards.targets import nearest
+
 _WORDS = {
     type(None): "null",
     bool: "true or false",
@@ -21,6 +23,40 @@ _WORDS = {
     float: "a number",
     str: "a text",
 }
+
+
+def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Checks that options are among those of a head.
+
+    Args:
+        head: Name of the head, for the message.
+        named: Its options, with defaults.
+        options: Values by name.
+
+    Raises:
+        ValueError: If one is not; names the nearest that is.
+    """
+    for option in options:
+        if option not in named:
+            raise ValueError(
+                f'Reward head "{head}" has no option "{option}".'
+                f"{nearest(option, list(named))} Valid options: {', '.join(named) or 'none'}."
+            )
+
+
+def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """As `check_names`, that none is missing that has no default (`inspect.Parameter.empty`).
+
+    Raises:
+        ValueError: If one is.
+    """
+    empty = inspect.Parameter.empty
+    missing = [key for key in named if named[key] is empty and key not in options]
+    if missing:
+        raise ValueError(
+            f'Reward head "{head}" needs the option{"s" if len(missing) > 1 else ""} '
+            f"{', '.join(missing)}. Valid options: {', '.join(named)}."
+        )
 
 
 def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:

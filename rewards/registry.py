@@ -14,17 +14,18 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_args
 
-from rewards.base import RewardHead
+from rewards.base import RewardHead, Scored
 from rewards.functions import (
     CONCURRENCY,
     FunctionHead,
     function_name,
     further_parameters,
     is_async,
+    scored_by,
 )
-from rewards.option_types import check_types
+from rewards.option_types import check_complete, check_names, check_types
 from rewards.targets import (
     Target,
     declared,
@@ -38,15 +39,20 @@ TargetT = TypeVar("TargetT", bound=Callable[..., Any])
 
 _BUILT_IN = {
     "aesthetic": "rewards.aesthetic",
+    "classifier": "rewards.classifier",
     "clipscore": "rewards.clip",
     "colourfulness": "rewards.simple",
     "deqa": "rewards.deqa.head",
+    "format": "rewards.prose",
     "jpeg_compressibility": "rewards.simple",
+    "keyword": "rewards.prose",
+    "length": "rewards.prose",
     "ocr": "rewards.ocr",
     "pickscore": "rewards.clip",
     "prompt_colour": "rewards.simple",
     "qrealign": "rewards.qrealign",
     "remote": "rewards.remote",
+    "repetition": "rewards.prose",
     "sharpness": "rewards.simple",
 }
 
@@ -59,6 +65,7 @@ class HeadInfo:
     unit: str  # unit of the scores
     requires: tuple[str, ...]  # what a prompt must have for the head to apply
     doc: str  # first line of the docstring
+    scores: Scored = "both"  # what it scores
     problem: str = ""  # why `create` would refuse it; empty if nothing is known against it
 
 
@@ -67,7 +74,16 @@ class _Entry:
     target: Target
     unit: str
     requires: tuple[str, ...]
+    scores: Scored
     per_image: bool | None = None  # of a function; None: it was not registered, so options say
+
+    def __post_init__(self) -> None:
+        if self.scores not in get_args(Scored):
+            raise ValueError(
+                f"The class attribute `scores` of a head should be one of "
+                f"{', '.join(get_args(Scored))}. Found `scores = {self.scores!r}` of "
+                f"{_place(self.target)}."
+            )
 
 
 _entries: dict[str, _Entry] = {}
@@ -86,8 +102,9 @@ def register(
         name: The name that `create` and configs use.
         unit: Unit of the scores; by default the class attribute, and empty for a function.
         requires: What a prompt must have for the head to apply; by default likewise.
-        per_image: Whether a function scores one image, `f(image, prompt, ...) -> float`, and not a
-            batch, `f(images, prompts, ...) -> list[float]`. `FunctionHead` tells all about both.
+        per_image: Whether a function scores one image, `f(image, prompt, ...) -> float`, or one
+            text, `f(text, prompt, ...) -> float`, and not a batch, `f(images, prompts, ...)` or
+            `f(texts, prompts, ...) -> list[float]`. `FunctionHead` tells all about them.
 
     Returns:
         A decorator that returns its argument as it was (a class takes over `name`, and `unit` and
@@ -122,13 +139,14 @@ def register(
                 target.unit = unit
             if requires is not None:
                 target.requires = tuple(requires)
-            entry = _Entry(target=target, unit=target.unit, requires=target.requires)
+            entry = _describe_class(target)
         else:
             further_parameters(target)  # a wrong signature is told here, not at the first batch
             entry = _Entry(
                 target=target,
                 unit=unit or "",
                 requires=tuple(requires or ()),
+                scores=scored_by(target),
                 per_image=per_image,
             )
         _entries[name] = entry
@@ -147,8 +165,8 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         path: `my_module:my_reward` or `path/to/file.py:my_reward`, naming a function or a
             `RewardHead` subclass.
         options: Constructor arguments of the head; for a function, values for its parameters
-            after `images` and `prompts`, `concurrency` if it is async and scores one image at a
-            time, and `per_image` if nothing registered it.
+            after the first two, `concurrency` if it is async and scores one sample at a time, and
+            `per_image` if nothing registered it.
 
     Returns:
         The head, with `head.name` set to `name`.
@@ -164,8 +182,8 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         parameters = inspect.signature(entry.target).parameters.values()
         # `**options` of a constructor takes nothing: a misspelt option must not vanish in it.
         named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-        _check_options(name, named, options)
-        _check_complete(name, named, options)
+        check_names(name, named, options)
+        check_complete(name, named, options)
         check_types(name, entry.target, options)
         head = entry.target(**options)
         head.name = name
@@ -182,7 +200,7 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
         per_image = entry.per_image
     if per_image and is_async(entry.target):
         own["concurrency"] = CONCURRENCY
-    _check_options(name, named | own, options)
+    check_names(name, named | own, options)
     check_types(name, entry.target, {key: options[key] for key in options if key in named})
     return FunctionHead(
         entry.target,
@@ -220,7 +238,9 @@ def available() -> dict[str, HeadInfo]:
 
 def _info(name: str, entry: _Entry) -> HeadInfo:
     doc = (inspect.getdoc(entry.target) or "").strip().split("\n")[0]
-    return HeadInfo(name=name, unit=entry.unit, requires=entry.requires, doc=doc)
+    return HeadInfo(
+        name=name, unit=entry.unit, requires=entry.requires, doc=doc, scores=entry.scores
+    )
 
 
 def _lookup(name: str) -> _Entry:
@@ -275,8 +295,12 @@ def _describe(target: Target) -> _Entry:
         if entry.target is target:
             return entry
     if _is_head_class(target):
-        return _Entry(target=target, unit=target.unit, requires=target.requires)
-    return _Entry(target=target, unit="", requires=())
+        return _describe_class(target)
+    return _Entry(target=target, unit="", requires=(), scores=scored_by(target))
+
+
+def _describe_class(target: type[RewardHead]) -> _Entry:
+    return _Entry(target=target, unit=target.unit, requires=target.requires, scores=target.scores)
 
 
 def _is_head_class(target: Target) -> TypeGuard[type[RewardHead]]:
@@ -317,22 +341,3 @@ def _place(target: Target) -> str:
     except (OSError, TypeError):
         line = ""
     return f"`{function_name(target)}` ({_source_file(target)}{line})"
-
-
-def _check_options(name: str, named: dict[str, Any], options: dict[str, Any]) -> None:
-    for option in options:
-        if option not in named:
-            raise ValueError(
-                f'Reward head "{name}" has no option "{option}".'
-                f"{nearest(option, list(named))} Valid options: {', '.join(named) or 'none'}."
-            )
-
-
-def _check_complete(name: str, named: dict[str, Any], options: dict[str, Any]) -> None:
-    empty = inspect.Parameter.empty
-    missing = [key for key in named if named[key] is empty and key not in options]
-    if missing:
-        raise ValueError(
-            f'Reward head "{name}" needs the option{"s" if len(missing) > 1 else ""} '
-            f"{', '.join(missing)}. Valid options: {', '.join(named)}."
-        )

@@ -36,8 +36,9 @@ class RemoteHead(RewardHead):
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
     until the time is up, since it may be starting. Pictures travel as PNG, which loses nothing of
-    their 8 bits per channel. Servers are reached directly: proxies of the environment are not used,
-    redirects are not followed.
+    their 8 bits per channel. What the served head scores, pictures or texts, the first answer
+    tells; until then both are sent. Servers are reached directly: proxies of the environment are
+    not used, redirects are not followed.
 
     Args:
         url: Address of the server, `http://host:port`, or a list of several.
@@ -238,6 +239,7 @@ class RemoteHead(RewardHead):
                 self._identity = (url, identity)
                 self.unit = identity.unit
                 self.requires = identity.requires
+                self.scores = identity.scores
                 return
             first, known = self._identity
         if identity.digest != known.digest:

@@ -2,7 +2,8 @@
 
 `POST /score` takes a batch in the format of `rewards.wire`, `GET /health` says which heads there
 are and who they are. Every refusal is typed JSON. What a client may cost is bounded: the body
-while it is read, the samples before they are decoded, the pixels before they are decompressed.
+while it is read, the samples before they are decoded, the pixels before they are decompressed,
+the characters before they are tokenised.
 """
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of the handlers, and
@@ -49,6 +50,7 @@ class Limits:
     max_batch_pixels: int = 8 * 2048 * 2048  # of a request, and of a call of the head
     max_queue: int = 512  # samples under way, per head
     max_queue_pixels: int = 64 * 2048 * 2048  # of pictures under way, 3 bytes each, per head
+    max_text: int = 100_000  # characters of a prompt, and of a text to score
     max_upload: int = 60  # seconds that a body may take to arrive
 
     def __post_init__(self) -> None:
@@ -239,6 +241,10 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
             cause = f"A request should have at most {limits.max_batch} samples. Found {count}."
             raise Refusal(413, "too_large", cause)
         service = services[header.head]
+        kind = "images" if header.texts is None else "texts"
+        if service.identity.scores not in (kind, "both"):
+            cause = f'The head "{header.head}" scores {service.identity.scores}. Found {kind}.'
+            raise Refusal(400, "wrong_kind", cause)
         try:
             scores = await evaluate(service.batcher, header, body)
             return wire.pack_reply(service.identity, scores)
@@ -253,6 +259,7 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
 
     async def evaluate(batcher: Batcher, header: wire.Header, body: bytes) -> Scores:
         count = len(header.prompts)
+        wire.check_texts(header, limits.max_text)
         pixels = wire.count_pixels(header, body, limits.max_pixels)
         if pixels > limits.max_batch_pixels:
             cause = (

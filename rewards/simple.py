@@ -42,6 +42,7 @@ class JpegCompressibility(RewardHead):
     """
 
     unit = "-kB"
+    scores = "images"
 
     def __init__(self, quality: int = 95) -> None:
         if not 1 <= quality <= 95:
@@ -74,6 +75,7 @@ class Colourfulness(RewardHead):
     """
 
     unit = "M3"
+    scores = "images"
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Returns M3, `[N]`."""
@@ -101,6 +103,7 @@ class Sharpness(RewardHead):
     """
 
     unit = "var(Laplacian)"
+    scores = "images"
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Returns the variances, `[N]`.
@@ -197,6 +200,7 @@ class PromptColour(RewardHead):
     """
 
     unit = "share of named colours"
+    scores = "images"
     requires = ("colour name",)
 
     def __init__(self, share: float = 0.15, tolerance: float = 0.1) -> None:

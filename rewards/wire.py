@@ -152,6 +152,25 @@ def unpack_header(body: bytes) -> Header:
     )
 
 
+def check_texts(header: Header, max_text: int) -> None:
+    """Checks how long the prompts and texts of a request are.
+
+    Raises:
+        WireError: If one is no text, or has more than `max_text` characters.
+    """
+    for key, texts in (("prompts", header.prompts), ("texts", header.texts or ())):
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise WireError(
+                    f"`{key}[{index}]` should be a string. Found {type(text).__name__}."
+                )
+            if len(text) > max_text:
+                raise WireError(
+                    f"`{key}[{index}]` should have at most {max_text} characters. "
+                    f"Found {len(text)}."
+                )
+
+
 def count_pixels(header: Header, body: bytes, max_pixels: int) -> int:
     """The pixels of all pictures of a request, which are not decompressed for that.
 

@@ -1,4 +1,4 @@
-"""Reward heads: which there are, whether they work here, scores of pictures, a server.
+"""Reward heads: which there are, whether they work here, scores of pictures or texts, a server.
 
 python scripts/rewards.py list
 python scripts/rewards.py check ocr --option engine=rapidocr
@@ -35,12 +35,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="a table of all heads")
     check = commands.add_parser("check", help="load a head and score two samples")
-    check.add_argument("--texts", action="store_true", help="the head scores texts")
-    score = commands.add_parser("score", help="score a folder of pictures")
-    score.add_argument("--images", type=Path, required=True, help="folder, taken in natural order")
+    check.add_argument("--texts", action="store_true", help="have it score texts if it scores both")
+    score = commands.add_parser("score", help="score a folder of pictures, or texts")
+    score.add_argument("--images", type=Path, help="folder, in natural order; else column `text`")
     score.add_argument("--prompts", type=Path, required=True, help="in order, or by column `file`")
     score.add_argument("--output", type=Path, default=Path("scores.parquet"), help=".csv, .jsonl")
-    score.add_argument("--batch_size", type=int, default=16, help="pictures at once")
+    score.add_argument("--batch_size", type=int, default=16, help="samples at once")
     for command in (check, score):
         command.add_argument("name", help="a head, or my_module:my_reward")
         command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
@@ -64,7 +64,7 @@ def main() -> int:
             prompts = [(prompt.text, prompt.metadata) for prompt in read_prompts(options.prompts)]
             folder.refuse_blank_lines(options.prompts)
             given = (options.name, cli.parse_options(options.option), options.images, prompts)
-            cli.score_images(*given, output=options.output, batch_size=options.batch_size)
+            cli.score_samples(*given, output=options.output, batch_size=options.batch_size)
         else:
             limits = Limits(**{name: vars(options)[name] for name in sizes})
             heads = cli.chosen_heads(options.heads, options.config, options.options)

@@ -14,9 +14,9 @@ from moa_diffusion.alarm import Rules, Watch
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.heldout import Evaluation
 from moa_diffusion.metrics import read_metrics
+from moa_diffusion.stepper import TrainingError
 from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError
-from moa_diffusion.update import TrainingError
 
 NOISE = torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
 
@@ -56,7 +56,7 @@ def test_training_up_and_held_out_down_twice_in_a_row():
         (3, "reward_hack", "held", "warn")
     ]
     one = found[0]
-    assert (one.best_step, one.to_step) == (1, None)
+    assert (one.best_step, one.to_step, one.risen) == (1, None, "a")
     assert one.fall == pytest.approx(-2, abs=0.1)
     pooled = torch.cat([NOISE + 1 + 0.1 * NOISE.roll(1), NOISE + 3 + 0.1 * NOISE.roll(3)])
     assert one.rise == pytest.approx(2 / float(pooled.std(correction=0)), rel=0.05)
@@ -75,6 +75,22 @@ def test_training_up_and_held_out_down_twice_in_a_row():
 )
 def test_no_alarm(course):
     assert alarms(watch(), course) == []
+
+
+def test_the_loudest_objective_may_rise_alone():
+    one = Watch(["quiet", "a"], ["held"], Rules(patience=1))
+    for step, expected in ((0, []), (1, ["a"])):
+        found = evaluation(step, train=step, held=-step)
+        row = Evaluation(
+            step=step,
+            names=("quiet", "a", "held"),
+            values=torch.cat([found.values[:1] - 9 * step, found.values]),
+            prompts=found.prompts,
+            statistics={},
+            gaps={},
+            metrics={},
+        )
+        assert [alarm.risen for alarm in one.look(row)] == expected
 
 
 def test_patience_and_standard_errors():

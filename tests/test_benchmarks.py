@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,23 @@ evaluation: {every: 0}
 """
 
 
-def bench(*arguments: str, hide_gpus: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide_gpus else {})
-    return subprocess.run(
-        [sys.executable, "scripts/bench.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+Bench = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Runs the script in this process: exit status, stdout."""
+    script = str(ROOT / "scripts" / "bench.py")
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the script sets them for good
+
+    def start(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        return int(str(ended.value.code)), capsys.readouterr().out
+
+    return start
 
 
 class Clock:
@@ -108,11 +117,11 @@ def test_the_full_size_has_the_published_number_of_parameters(
     assert [round(count / 1e6) for count in counts] == [2470, 124, 695, 4762, 84]
 
 
-def test_train_reports_every_way(tmp_path: Path) -> None:
+def test_train_reports_every_way(tmp_path: Path, bench: Bench) -> None:
     pipeline, file = tmp_path / "pipeline", tmp_path / "new" / "train.json"
     random_pipeline(SMALLEST).save_pretrained(pipeline)
-    done = bench("train", "--pipeline", str(pipeline), "--rounds", "1", "--json", str(file))
-    assert done.returncode == 0, done.stderr
+    status, said = bench("train", "--pipeline", str(pipeline), "--rounds", "1", "--json", str(file))
+    assert status == 0
     report = json.loads(file.read_text())
     assert [(case["name"], case["step_batch"]) for case in report["cases"]] == [
         ("sampling alone", 1),
@@ -133,18 +142,18 @@ def test_train_reports_every_way(tmp_path: Path) -> None:
         assert {"sampling", "decode", "rest"} <= spent
         assert ({"forward", "backward", "optimizer"} <= spent) == case["trained"]
         assert ("reference" in spent) == (case["kl_weight"] > 0)
-        assert case["name"] in done.stdout
+        assert case["name"] in said
     assert report["plain"]["phases"]["encode"] > 0
 
 
-def test_gpu_reports_every_phase_on_a_small_model(tmp_path: Path) -> None:
+def test_gpu_reports_every_phase_on_a_small_model(tmp_path: Path, bench: Bench) -> None:
     settings, file = tmp_path / "run.yaml", tmp_path / "gpu.json"
     settings.write_text(CONFIG)
-    done = bench(
+    status, said = bench(
         *("gpu", "--config", str(settings), "--device", "cpu", "--size", "tiny"),
         *("--rollouts", "1", "--json", str(file), "--sampling.steps", "4"),
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0
     report = json.loads(file.read_text())
     assert report["images"] == 8
     assert report["trained_steps"] == 3
@@ -154,10 +163,11 @@ def test_gpu_reports_every_phase_on_a_small_model(tmp_path: Path) -> None:
     assert 3.5 < flops["trained_decision"] / flops["forward"] < 5
     for phase in ("encode prompts", "sample", "decode", "score", "update"):
         assert report["seconds"][phase] > 0
-        assert phase in done.stdout
+        assert phase in said
 
 
-def test_gpu_without_a_gpu_says_so() -> None:
-    done = bench("gpu", hide_gpus=True)
-    assert done.returncode == 2
-    assert "needs a CUDA device" in done.stdout
+def test_gpu_without_a_gpu_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, said = bench("gpu")
+    assert status == 2
+    assert "needs a CUDA device" in said

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,23 +62,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "calibrate.py"), *options],
-        env=os.environ | environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+Here = Callable[..., tuple[int, str, str]]
 
 
-def test_the_script_leaves_what_it_promises(folder: Path):
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs the script in this process: exit status, stdout, stderr."""
+    script = str(ROOT / "scripts" / "calibrate.py")
+
+    def start(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        return int(str(ended.value.code)), printed.out, printed.err
+
+    return start
+
+
+def test_the_script_leaves_what_it_promises(folder: Path, here: Here):
     """The two rewards of the shipped pipeline: one of them hijacks, and the script says which."""
     options = ("--prompts", "4", "--images", "4", "--seed", "5", "--output", "out")
-    process = start(folder, "--config", "fast.yaml", *options, "--rewards.prompt_colour.weight=2")
-    said, log = process.communicate(timeout=240)
-    assert process.returncode == 0, log
+    status, said, log = here("--config", "fast.yaml", *options, "--rewards.prompt_colour.weight=2")
+    assert status == 0, log
     assert "calibrate: 100%" in log
     assert "colourfulness will hijack: it has 9" in said
     assert "share, raw weighted sum" in said
@@ -104,7 +110,9 @@ def test_the_script_leaves_what_it_promises(folder: Path):
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 100
 
 
-def test_bad_input_says_what_was_expected_and_found(folder: Path):
+def test_bad_input_says_what_was_expected_and_found(
+    folder: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+):
     toy = ("--config", "toy.yaml")
     cases = [
         ((*toy, "--images", "1"), "--images: should be at least 2"),
@@ -114,14 +122,13 @@ def test_bad_input_says_what_was_expected_and_found(folder: Path):
         ((*toy, "--rewards.ocrr.weight", "1"), 'rewards.ocrr: Unknown reward head "ocrr"'),
         (("--config", "none.yaml"), "config: should be a YAML file. Found no file `none.yaml`"),
     ]
-    started = [start(folder, *options) for options, _ in cases]
-    started.append(start(folder, *toy, WORLD_SIZE="2"))
-    cases.append(((), "calibration runs in one process"))
-    for process, (options, message) in zip(started, cases, strict=True):
-        _, log = process.communicate(timeout=120)
-        assert process.returncode == 2, (options, log)
+    for options, message in cases:
+        status, _, log = here(*options)
+        assert status == 2, (options, log)
         assert message in log, (options, log)
-        assert "Traceback" not in log, (options, log)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, log = here(*toy)
+    assert (status, "calibration runs in one process" in log) == (2, True), log
     assert not (folder / "runs").exists()
 
 

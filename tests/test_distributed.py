@@ -122,8 +122,8 @@ def check_collectives(comm) -> None:
 
 
 def check_failures(folder: Path) -> None:
+    from moa_diffusion.loop import Interrupted
     from moa_diffusion.scoring import RewardError
-    from moa_diffusion.trainer import Interrupted
 
     # A folder each: the process that is late must not find the other's files in a new folder.
     rank = os.environ["RANK"]

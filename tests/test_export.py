@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -71,19 +70,17 @@ def evaluation(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_checkpoint_is_copied_with_a_card(runs: Path, evaluation: Path, tmp_path: Path):
-    """As a user does it."""
+def test_a_checkpoint_is_copied_with_a_card(
+    runs: Path, evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Through the script."""
     output = tmp_path / "exported"
+    script = str(ROOT / "scripts" / "export.py")
     options = ["--run", str(runs / "a"), "--checkpoint", "step-3", "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, "scripts/export.py", *options, "--evaluation", str(evaluation)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [script, *options, "--evaluation", str(evaluation)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "grid.png", WEIGHTS]
     source = checkpoint.step_folder(runs / "a", 3) / "ema" / WEIGHTS
     assert (output / WEIGHTS).read_bytes() == source.read_bytes()

@@ -16,14 +16,15 @@ PACKAGES = ("moa_diffusion", "rewards")
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
     ("evaluation/*", "benchmarks/*"),
-    ("build",),
+    ("build/*", "launch"),
     ("tiny/*",),
     ("trainer", "offline"),
+    ("loop",),
     ("update", "alarm", "front"),
-    ("heldout", "checkpoint"),
+    ("heldout", "checkpoint", "stepper", "critic"),
     ("policies/*", "scoring", "gradients"),
-    ("metrics", "drift", "preferences"),
-    ("objectives/*", "loss", "samplers", "data", "distributed", "config/*", "ema", "pictures"),
+    ("metrics", "drift", "preference_files"),
+    ("objectives/*", "loss", "samplers", "data", "preferences", "distributed", "config/*", "ema", "pictures"),
     ("types",),
     ("moa_diffusion", "rewards/*"),
 )

@@ -94,6 +94,14 @@ def test_every_metric_has_a_row() -> None:
     written = {name.split("/")[0] + "/" for name in re.findall(rf'"((?:{kinds})/[^"]*)"', source)}
     written |= set(re.findall(r'"(policy/[a-z_]+)"', source))
     columns = set(re.findall(r'"(apex_[a-z]+)"', source)) | {"weight", "share", "applies"}
-    columns |= {"image", "eval_image", "zero_variance", "conflict_advantages", "conflict_gradients"}
+    columns |= {
+        "image",
+        "eval_image",
+        "text",
+        "eval_text",
+        "zero_variance",
+        "conflict_advantages",
+        "conflict_gradients",
+    }
     for name in written | {f"{column}/" for column in columns}:
         assert name in table, name

@@ -15,11 +15,12 @@ import torch
 from moa_diffusion import build, checkpoint
 from moa_diffusion.config import Config, check, from_dict
 from moa_diffusion.heldout import mean_and_error
+from moa_diffusion.loop import Interrupted
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
-from moa_diffusion.trainer import Interrupted, Trainer
+from moa_diffusion.stepper import TrainingError
+from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError
-from moa_diffusion.update import TrainingError
 from rewards import RewardHead
 
 METHODS = [*build.METHODS, "apex_gradients", "upgrad_probe"]

@@ -16,9 +16,9 @@ from moa_diffusion.benchmarks.phases import REST, Phases, machine
 from moa_diffusion.benchmarks.pipelines import SIZES, parameter_count, random_pipeline, trainer_on
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
+from moa_diffusion.stepper import TrainingError
 from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError, Rollout
-from moa_diffusion.update import TrainingError
 from rewards.models import ModelHead
 
 BUILD, PREPARE = "build", "encode prompts"  # once

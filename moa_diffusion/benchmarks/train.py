@@ -177,7 +177,7 @@ def _watched(
             (policy.transformer, "forward", forward),
             (policy.vae, "decode", DECODE),
             (trainer, "improve", IMPROVE),
-            (trainer.updater, "_optimizer_step", OPTIMIZER),
+            (trainer.updater, "optimizer_step", OPTIMIZER),
         ]
     return targets
 

@@ -24,12 +24,18 @@ _AT_LEAST: dict[str, float] = {
     "sampling.guidance": 0,
     "sampling.window": 0,
     "sampling.window_stay": 1,
+    "generation.max_new_tokens": 1,
+    "generation.eval_temperature": 0,
+    "critic.hidden": 1,
+    "critic.epochs": 1,
     "gradients.every": 1,
     "loss.kl_weight": 0,
     "loss.max_skipped": 1,
     "optimizer.weight_decay": 0,
     "optimizer.warmup": 0,
     "ema.every": 1,
+    "preferences.smoothing": 0,
+    "preferences.batch": 1,
     "trainer.steps": 1,
     "trainer.minutes": 0,
     "trainer.groups": 1,
@@ -57,12 +63,18 @@ _AT_LEAST: dict[str, float] = {
 _POSITIVE = (
     "policy.embeds_memory_gb",
     "sampling.noise_level",
+    "generation.temperature",
+    "critic.lr",
     "loss.clip_range",
     "loss.advantage_clip",
     "optimizer.lr",
     "optimizer.max_grad_norm",
 )
-_POSITIVE_OR_NULL = ("loss.ratio_tolerance", "policy.lora.alpha")
+_POSITIVE_OR_NULL = (
+    "loss.ratio_tolerance",
+    "policy.lora.alpha",
+    "generation.max_prompt_tokens",
+)
 _PROMPT_FILES = {"train": WeightedPromptFileConfig, "heldout": PromptFileConfig}
 
 
@@ -79,6 +91,8 @@ def check(config: Config) -> None:
     for key in _POSITIVE_OR_NULL:
         _require(config, key, lambda value: value is None or value > 0, "positive or null")
     _require(config, "gradients.share", lambda value: 0 < value <= 1, "in (0, 1]")
+    _require(config, "critic.gamma", lambda value: 0 < value <= 1, "in (0, 1]")
+    _require(config, "critic.lam", lambda value: 0 <= value <= 1, "in [0, 1]")
     _require(config, "ema.decay", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(
         config,
@@ -89,7 +103,10 @@ def check(config: Config) -> None:
     _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
     check_prompts(dataclasses.asdict(config.prompts))
     _check_together(config)
-    if not config.rewards:
+    offline = config.preferences.data is not None or bool(config.preferences.pairs)
+    if offline:
+        _check_preferences(config)
+    if not config.rewards and not offline:
         raise ConfigError(
             "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
             "Found none."
@@ -105,6 +122,34 @@ def check(config: Config) -> None:
             )
 
 
+def _check_preferences(config: Config) -> None:
+    preferences = config.preferences
+    if preferences.data is not None and preferences.pairs:
+        raise ConfigError("preferences: should have `data` or `pairs`. Found both.")
+    if preferences.data is not None and not preferences.objectives:
+        raise ConfigError(
+            "preferences.objectives: should name the objectives in preferences.data. Found none."
+        )
+    if preferences.pairs and preferences.objectives:
+        raise ConfigError(
+            "preferences.objectives: should be left out beside preferences.pairs, which names "
+            f"them. Found {preferences.objectives}."
+        )
+    for name, file in preferences.pairs.items():
+        if not isinstance(file, str):
+            raise ConfigError(f"preferences.pairs.{name}: should be a file. Found {file!r}.")
+    if config.objectives.method != "mopo":
+        raise ConfigError(
+            "objectives.method: should be mopo, which learns from preferences. "
+            f"Found {config.objectives.method!r}."
+        )
+    if config.policy.name != "causal_lm":
+        raise ConfigError(
+            "policy.name: should be causal_lm, which can be taught given responses. "
+            f"Found {config.policy.name!r}."
+        )
+
+
 def _check_together(config: Config) -> None:
     """Values whose range depends on another value."""
     steps = config.sampling.steps
@@ -113,6 +158,19 @@ def _check_together(config: Config) -> None:
         "sampling.window",
         lambda value: value < steps,
         f"less than sampling.steps = {steps} (the last step is not trained)",
+    )
+    writes = config.policy.name == "causal_lm"
+    _require(
+        config,
+        "loss.kl",
+        lambda value: value is None or (value == "k3") == writes,
+        "k3 or null for a language model" if writes else "another than k3, which is for text",
+    )
+    _require(
+        config,
+        "loss.kind",
+        lambda value: value == "grpo" or writes,
+        f"grpo for policy.name {config.policy.name}: value heads read language models",
     )
     for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
         if isinstance(files, list):

@@ -13,8 +13,8 @@ class LoraConfig:
     Args:
         rank: Rank of the update.
         alpha: Scale numerator (the update is multiplied by alpha / rank); the rank if null.
-        target_modules: Suffixes of the linear layers that get an adapter; the eight attention
-            projections if null.
+        target_modules: Suffixes of the linear layers that get an adapter; if null the eight
+            attention projections of sd3, all projections of a causal_lm.
     """
 
     rank: int = 32
@@ -27,8 +27,9 @@ class PolicyConfig:
     """The model.
 
     Args:
-        name: Kind of policy: sd3 (Stable Diffusion 3 and 3.5) or toy (a Gaussian, for tests).
-        path: Folder or hub id of the pipeline; "tiny" is the one shipped with the package.
+        name: Kind of policy: sd3 (Stable Diffusion 3 and 3.5), causal_lm (a language model of
+            transformers) or toy (a Gaussian, for tests).
+        path: Folder or hub id of the model; "tiny" is the one shipped with the package.
         revision: Revision of a hub id.
         dtype: Of the frozen weights and the forward pass; the adapter is always float32.
         vae_dtype: Of the image decoder.
@@ -41,7 +42,7 @@ class PolicyConfig:
         lora: The trained adapter.
     """
 
-    name: Literal["sd3", "toy"] = "sd3"
+    name: Literal["sd3", "causal_lm", "toy"] = "sd3"
     path: str = "tiny"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -80,6 +81,26 @@ class SamplingConfig:
     window: int = 0
     window_mode: Literal["random", "slide", "first"] = "random"
     window_stay: int = 25
+
+
+@dataclass
+class GenerationConfig:
+    """How a language model draws; in the place of `sampling`.
+
+    Args:
+        max_new_tokens: Limit of a completion, with the token that ends it.
+        temperature: Of rollouts.
+        eval_temperature: Of evaluations; 0 takes the likeliest token, so that all completions of a
+            prompt are alike.
+        max_prompt_tokens: A longer prompt is an error; what the context leaves if null.
+        chat: Whether prompts go through the tokenizer's chat template; if it has one if null.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    eval_temperature: float = 1.0
+    max_prompt_tokens: int | None = None
+    chat: bool | None = None
 
 
 @dataclass
@@ -145,6 +166,31 @@ class ObjectivesConfig:
 
 
 @dataclass
+class PreferencesConfig:
+    """Responses that are already there, to learn from instead of rollouts: offline MOPO.
+
+    `objectives.weighting` holds MOPO's options, `primary` and `bounds` (one number, or one for each
+    other objective; 0.5 is the level of the responses themselves) among them. `rewards` are then
+    asked in evaluations alone. A round is an optimizer step.
+
+    Args:
+        data: JSONL of prompt, responses, and pairs or scores by objective.
+        pairs: By objective, a JSONL of prompt, chosen and rejected (TRL's form); instead of data.
+        objectives: Names in data; needs no mention for pairs.
+        cycles: What to do with preferences that run in a circle: error or keep.
+        smoothing: Of win rates from pairs, the weight of a Beta prior around 1/2.
+        batch: Responses per optimizer step, over all processes.
+    """
+
+    data: str | None = None
+    pairs: dict[str, str] = field(default_factory=dict)
+    objectives: list[str] = field(default_factory=list)
+    cycles: Literal["error", "keep"] = "error"
+    smoothing: float = 0.0
+    batch: int = 32
+
+
+@dataclass
 class GradientsConfig:
     """When the objectives' own gradients are measured, for weightings that need their Gramian.
 
@@ -166,22 +212,47 @@ class LossConfig:
     """The policy-gradient surrogate.
 
     Args:
+        kind: grpo (one advantage per sample, from its siblings) or ppo (one per decision, from
+            value heads: see `critic`; language models).
         clip_range: Of the probability ratio. Log-probs are means over latent dimensions, so
             useful values are about 1e-4.
         advantage_clip: Advantages are cut at plus and minus this.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out.
-        kl: Kind of KL.
+        kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text; gaussian or k3 if
+            null.
         ratio_tolerance: Largest absolute log ratio of the on-policy check at the start; half
             the clip range if null.
         max_skipped: Consecutive updates with non-finite gradients before the run stops.
     """
 
+    kind: Literal["grpo", "ppo"] = "grpo"
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
     kl_weight: float = 0.0
-    kl: Literal["gaussian", "dt_free", "velocity"] = "gaussian"
+    kl: Literal["gaussian", "dt_free", "velocity", "k3"] | None = None
     ratio_tolerance: float | None = None
     max_skipped: int = 5
+
+
+@dataclass
+class CriticConfig:
+    """Value heads, one per objective, for `loss.kind: ppo`.
+
+    Args:
+        granularity: What is weighed: each decision, or a sample by the mean of its decisions.
+        gamma: Discount per decision.
+        lam: Of the generalised advantage estimator; 1 is the return minus the value.
+        hidden: Width of the layer between the model's last hidden state and the values.
+        lr: Learning rate of Adam.
+        epochs: Gradient steps per rollout.
+    """
+
+    granularity: Literal["decision", "sample"] = "decision"
+    gamma: float = 1.0
+    lam: float = 0.95
+    hidden: int = 64
+    lr: float = 1e-3
+    epochs: int = 8
 
 
 @dataclass
@@ -286,13 +357,14 @@ class EvaluationConfig:
 
 @dataclass
 class AlarmConfig:
-    """What evaluations set off: training rewards up, a held-out reward down, drifting outputs.
+    """What evaluations set off: a training reward up, a held-out one down, drifting outputs.
 
     Args:
         action: What the first does: warn, stop the run, raise_kl (its weight times kl_factor), or
             rollback to the held-out reward's best evaluation (with raise_kl, where there is KL).
         patience: Evaluations in a row.
-        z: Standard errors, over prompts, by which a held-out reward is below its best.
+        z: Standard errors, over prompts, by which a held-out reward is below its best and a
+            training reward above what it was then.
         kl_factor: Of the KL's weight, each time.
         limit: Alarms acted upon, before the next ends the run.
         drift: Standard deviations of the base model's outputs by which the mean of an output
@@ -345,13 +417,16 @@ class Config:
         seed: Of everything random.
         policy: The model.
         sampling: How rollouts are drawn.
+        generation: How a language model draws.
         prompts: What to draw.
         rewards: By objective's name, its options: weight, head (a registered name, by default the
             objective's), path (an import path such as my_module:my_reward), and the head's own.
         scoring: How reward heads run.
         objectives: From K rewards to one advantage.
+        preferences: Responses that are already there, to learn from instead of rollouts.
         gradients: When the objectives' own gradients are measured.
         loss: The policy-gradient surrogate.
+        critic: Value heads.
         optimizer: AdamW and its schedule.
         ema: Average of the adapter.
         trainer: Length and geometry.
@@ -366,12 +441,15 @@ class Config:
     seed: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

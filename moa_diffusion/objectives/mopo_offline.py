@@ -11,19 +11,38 @@ the violation::
     G_k       = E_{x, y ~ ref} rho qbar_k
     lambda_k <- [lambda_k + eta (b_k - G_k)]_+
 
+``OfflineMopo`` runs them over a set of responses. The reference follows the policy, and the bounds
+follow the reference::
+
+    every `lag` steps:   log ref(y|x) <- log pi_{t - lag}(y|x) - log mu(y|x), normalised per prompt
+                         b_k <- max(b_user, beta G_k)         "ratchet"
+                         b_k <- beta G_k                      "beta_lag", as published
+
+with ``mu`` the policy that wrote the responses: each is one draw from it.
+
 Axes: ``[K, P, Y]`` is secondary objectives, prompts, responses of a prompt.
 
 Deviations: reconstructed from descriptions of the paper, without its code. ``rho`` is normalised
 per prompt; the published form has a constant -1 in place of ``log Z(x)``, with which a bound on
-``G`` need not bind. A cap on ``lambda`` and on ``log rho`` is ours.
+``G`` need not bind. A cap on ``lambda`` and on ``log rho`` is ours, as are the ratchet (``beta G``
+alone lets a secondary objective sink by a factor ``beta`` at a time), the weights ``ref / mu`` of a
+lagged reference, levels over all responses in place of a minibatch, and the damped barrier.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = ("lagrangian", "barrier")
+FOLLOW = ("ratchet", "beta_lag")
 
 
 def tilt(
@@ -114,3 +133,217 @@ def barrier(levels: Tensor, bounds: Tensor, sigma: float, maximum: float) -> Ten
     slack = levels - bounds
     inside = sigma / torch.where(slack > 0, slack, 1.0)
     return torch.where(slack > 0, inside, maximum).clamp(max=maximum)
+
+
+def barrier_step(
+    lambdas: Tensor, levels: Tensor, bounds: Tensor, eta: float, sigma: float, maximum: float
+) -> Tensor:
+    """A dual step for the barrier, whose fixed point is ``sigma / (G - b)``: ``[K]``.
+
+    ``lambda`` minimises ``lambda (G - b) - sigma log lambda + (lambda - before)^2 / (2 eta)``.
+    Where ``G`` answers at once, ``barrier`` swings between nothing and the maximum; this step is
+    as stable as ``dual_step``, which it is for ``sigma`` = 0.
+    """
+    a = lambdas + eta * (bounds - levels)
+    return ((a + (a.square() + 4 * eta * sigma).sqrt()) / 2).clamp(max=maximum)
+
+
+def effective_samples(weights: Tensor) -> float:
+    """Responses per prompt that carry the weight, 1 to Y: mean of ``(sum w)^2 / sum w^2``.
+
+    Args:
+        weights: ``[P, Y]``, not negative, 0 for padding.
+    """
+    return float((weights.sum(1).square() / weights.square().sum(1)).mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineSettings:
+    """Settings of ``OfflineMopo``."""
+
+    tau: float = 0.08  # weight of the KL to the reference
+    eta: float = 0.05  # of a dual step
+    maximum: float = 10.0  # largest multiplier
+    log_cap: float = 10.0  # largest log rho
+    eps: float = 0.0  # radius of the pessimistic ball in nats, 0.15 in the paper; 0: the mean
+    variant: str = "lagrangian"  # or barrier, MOPO-LB
+    sigma: float = 0.01  # of the barrier; the primary objective may lose about this much per bound
+    lag: int = 500  # steps between two references; 0: it stays the data's
+    follow: str = "ratchet"  # or beta_lag: how bounds follow the level at a new reference
+    beta: float = 0.9995  # share of the level that becomes a bound; 0 with ratchet: fixed bounds
+
+    def __post_init__(self) -> None:
+        for name, choice, known in (
+            ("variant", self.variant, VARIANTS),
+            ("follow", self.follow, FOLLOW),
+        ):
+            if choice not in known:
+                raise ValueError(f"Parameter `{name}` should be one of {known}. Found {choice!r}.")
+        for name, value, good, wanted in (
+            ("tau", self.tau, 0 < self.tau < math.inf, "finite and positive"),
+            ("eta", self.eta, 0 < self.eta < math.inf, "finite and positive"),
+            ("maximum", self.maximum, 0 < self.maximum < math.inf, "finite and positive"),
+            ("log_cap", self.log_cap, self.log_cap > 0, "positive"),
+            ("eps", self.eps, 0 <= self.eps < math.inf, "finite and not negative"),
+            ("sigma", self.sigma, 0 < self.sigma < math.inf, "finite and positive"),
+            ("lag", self.lag, self.lag >= 0, "at least 0"),
+            ("beta", self.beta, 0 <= self.beta <= 1, "in [0, 1]"),
+        ):
+            if not good:
+                raise ValueError(f"Parameter `{name}` should be {wanted}. Found {value}.")
+
+
+class OfflineMopo(nn.Module):
+    """Target distribution over the responses that are there, and its multipliers.
+
+    A response that an objective was not compared on says nothing of it: in tilt and level it counts
+    as the mean of the prompt's other responses. A prompt without any comparison of an objective is
+    left out of the objective's level, and tilted by the others alone.
+
+    Args:
+        primary: name of the objective that is improved.
+        secondary: names of the K others.
+        pbar: ``[P, Y]`` win rates of the primary objective; NaN: not compared, or padding.
+        qbar: ``[K, P, Y]`` of the secondary ones.
+        log_data: ``[P, Y]``, ``-log Y`` of the prompt's responses and ``-inf`` for padding.
+        bounds: K least levels.
+        settings: of the algorithm.
+    """
+
+    lambdas: Tensor  # [K]
+    level: Tensor  # [K] G of the target; NaN: not known at the present reference
+    followed: Tensor  # [K] beta G at the last new reference; -inf: none so far
+    warned: Tensor  # [K] bool
+    log_ref: Tensor  # [P, Y] of the reference, over the responses
+    lagged: Tensor  # [P, Y] log pi - log mu of what will be the next reference
+
+    def __init__(
+        self,
+        *,
+        primary: str,
+        secondary: Sequence[str],
+        pbar: Tensor,
+        qbar: Tensor,
+        log_data: Tensor,
+        bounds: Sequence[float],
+        settings: OfflineSettings,
+    ) -> None:
+        super().__init__()
+        self.primary, self.secondary, self.settings = primary, tuple(secondary), settings
+        for name, found, wanted in (
+            ("pbar", tuple(pbar.shape), tuple(log_data.shape)),
+            ("qbar", tuple(qbar.shape), (len(self.secondary), *log_data.shape)),
+            ("bounds", (len(bounds),), (len(self.secondary),)),
+        ):
+            if found != wanted:
+                raise ValueError(f"Parameter `{name}` should have shape {wanted}. Found {found}.")
+        rates = torch.cat([pbar[None], qbar]).double()  # [1 + K, P, Y], the primary first
+        self.log_data = log_data.double()
+        rates = torch.where(self.log_data > -math.inf, rates, math.nan)
+        mean = rates.nanmean(2, keepdim=True).nan_to_num(nan=0.0)  # [1 + K, P, 1]
+        self.applies = ~rates.isnan().all(2)  # [1 + K, P]
+        self.rates = torch.where(rates.isnan(), mean, rates)
+        self.floor = torch.tensor(list(bounds), dtype=torch.float64)  # [K] the user's bounds
+        self.reached = math.nan  # the target's win rate in the primary objective
+
+        zeros = torch.zeros(len(self.secondary), dtype=torch.float64)
+        self.register_buffer("lambdas", zeros.clone())
+        self.register_buffer("level", torch.full_like(zeros, math.nan))
+        self.register_buffer("followed", torch.full_like(zeros, -math.inf))
+        self.register_buffer("warned", zeros.bool())
+        self.register_buffer("log_ref", self.log_data.clone())
+        self.register_buffer("lagged", torch.zeros_like(self.log_data))
+
+    def forward(self, kl_scale: float = 1.0) -> Tensor:
+        """One dual step; then the target ``[P, Y]`` at these multipliers.
+
+        Each row is a distribution, or sums to less than 1 where ``log_cap`` binds. ``kl_scale`` is
+        a factor of ``tau``.
+        """
+        options, b = self.settings, self.bounds()
+        if options.variant == "lagrangian":
+            stepped = dual_step(self.lambdas, self.level, b, options.eta, options.maximum)
+        else:
+            stepped = barrier_step(
+                self.lambdas, self.level, b, options.eta, options.sigma, options.maximum
+            )
+        self.lambdas = torch.where(self.level.isnan(), self.lambdas, stepped)
+        pbar, qbar = self.rates[0], self.rates[1:]
+        rho = tilt(
+            pbar, qbar, self.lambdas, options.tau * kl_scale, self.log_ref, log_cap=options.log_cap
+        )
+        self.reached = self._level(0, rho, eps=0.0)
+        levels = [self._level(k, rho, eps=options.eps) for k in range(1, len(self.rates))]
+        self.level = torch.tensor(levels, dtype=torch.float64)
+        self._watch()
+        return rho * self.log_ref.exp()
+
+    def bounds(self) -> Tensor:
+        """The bounds that hold at present: ``[K]``."""
+        if self.settings.follow == "ratchet":
+            return torch.maximum(self.floor, self.followed)
+        return torch.where(self.followed.isinf(), self.floor, self.followed)
+
+    def begin(self, log_ratio: Tensor) -> None:
+        """Start from a reference other than the policy that wrote the responses.
+
+        Args:
+            log_ratio: ``[P, Y]``, log ref - log mu of each response.
+        """
+        self.log_ref = (self.log_data + log_ratio).log_softmax(1)
+        self.lagged = log_ratio
+
+    def refer(self, log_ratio: Tensor) -> None:
+        """Take the policy of the last call (at first: the start) as the reference.
+
+        Args:
+            log_ratio: ``[P, Y]``, log pi - log mu of each response under the policy as it is.
+        """
+        self.log_ref = (self.log_data + self.lagged).log_softmax(1)
+        self.lagged = log_ratio
+        self.followed = self.settings.beta * self.level
+        self.level = torch.full_like(self.level, math.nan)
+
+    def levels_of(self, log_ratio: Tensor) -> dict[str, float]:
+        """Win rates of a policy over the responses, by objective.
+
+        Args:
+            log_ratio: ``[P, Y]``, log pi - log mu of each response.
+        """
+        pi = (self.log_data + log_ratio).softmax(1)
+        means = [
+            (pi * rate).sum(1)[a].mean() for rate, a in zip(self.rates, self.applies, strict=True)
+        ]
+        return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
+
+    def report(self) -> dict[str, float]:
+        found = {f"mopo_level/{self.primary}": self.reached}
+        for k, (name, bound) in enumerate(zip(self.secondary, self.bounds(), strict=True)):
+            found[f"mopo_level/{name}"] = float(self.level[k])
+            found[f"mopo_bound/{name}"] = float(bound)
+            found[f"mopo_violation/{name}"] = float(bound - self.level[k])
+            found[f"mopo_lambda/{name}"] = float(self.lambdas[k])
+        return found
+
+    def headline(self) -> str:
+        """Level and multiplier of every bound, for the progress bar."""
+        pairs = zip(self.secondary, self.level, self.lambdas, strict=True)
+        return ", ".join(f"{name} G {g:.3f} lambda {value:.3g}" for name, g, value in pairs)
+
+    def _level(self, k: int, rho: Tensor, *, eps: float) -> float:
+        a = self.applies[k]  # [P]
+        return float(pessimistic(rho[a], self.rates[k : k + 1, a], self.log_ref[a], eps))
+
+    def _watch(self) -> None:
+        """Warn once of a bound that the largest multiplier does not reach."""
+        stuck = (self.lambdas >= self.settings.maximum) & (self.level < self.bounds())
+        for k in (stuck & ~self.warned).nonzero().flatten().tolist():
+            logger.warning(
+                "Bound %.4g on `%s` may be out of reach: its multiplier sits at the largest, %g, "
+                "and the level is %.4g.",
+                float(self.bounds()[k]),
+                self.secondary[k],
+                self.settings.maximum,
+                float(self.level[k]),
+            )
+        self.warned = self.warned | stuck

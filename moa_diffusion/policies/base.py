@@ -18,6 +18,8 @@ class Policy(Protocol):
     The reference is the same model with the adapter switched off, never a second copy.
     """
 
+    whole_rows: bool  # a tapped layer's row holds all decisions of a sample, not one
+
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""
         ...

@@ -1,4 +1,4 @@
-"""LoRA on a diffusers model: attach, switch off, and save so that every loader reads it right."""
+"""LoRA on a diffusers or transformers model: attach, switch off, save for every loader."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ ATTENTION = (
 )
 
 
-def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], seed: int) -> None:
+def attach(
+    model: Any,
+    *,
+    rank: int,
+    alpha: int,
+    target_modules: Sequence[str],
+    seed: int,
+    task: str | None = None,
+) -> None:
     """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
 
     Args:
-        model: a diffusers model with peft support; frozen here.
+        model: a diffusers or transformers model with peft support; frozen here.
         rank: of the update.
         alpha: the update is multiplied by ``alpha / rank``.
         target_modules: suffixes of the linear layers to adapt.
         seed: of A's draw; the global generator is left alone.
+        task: peft's name of the model's task, for loaders that choose a class by it.
 
     Raises:
         ValueError: if a name matches no layer.
@@ -47,6 +56,11 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
         lora_alpha=alpha,
         init_lora_weights="gaussian",
         target_modules=list(target_modules),
+        task_type=task,
+        fan_in_fan_out=any(
+            isinstance(module, _conv1d()) and name.endswith(tuple(target_modules))
+            for name, module in model.named_modules()
+        ),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -54,7 +68,8 @@ def attach(model: Any, *, rank: int, alpha: int, target_modules: Sequence[str], 
     for parameter in parameters(model).values():
         parameter.data = parameter.data.float()
     for layer in layers(model):
-        if layer.base_layer.weight.dtype == torch.float32:
+        base = layer.base_layer
+        if isinstance(base, nn.Linear) and base.weight.dtype == torch.float32:
             layer.forward = MergedForward(layer)
 
 
@@ -64,13 +79,33 @@ def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
     Raises:
         ValueError: naming the first that does not.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = _linear_layers(model)
     for target in target_modules:
         if not any(name.endswith(target) for name in names):
             raise ValueError(
                 "Parameter `target_modules` should name linear layers of "
                 f"{type(model).__name__}. Found no layer that ends in {target!r}."
             )
+
+
+def projections(model: Any) -> list[str]:
+    """Last names of all linear layers of a language model but its output embedding."""
+    head = model.get_output_embeddings()
+    layers = _linear_layers(model)
+    return sorted({name.rpartition(".")[2] for name in layers if layers[name] is not head})
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = (nn.Linear, _conv1d())
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _conv1d() -> type[nn.Module]:
+    """GPT-2's linear layer, whose weight is ``[in, out]``."""
+    from transformers.pytorch_utils import Conv1D
+
+    kind: type[nn.Module] = Conv1D
+    return kind
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,7 +169,7 @@ class TappedLinear:
 def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
     """Make the adapted layers hand over what per-objective gradients are made of.
 
-    Float32 layers do so anyway; in the others A and B get a ``TappedLinear``, once.
+    Merged layers do so anyway; in the others A and B get a ``TappedLinear``, once.
 
     Args:
         adapted: the model's ``layers``.
@@ -199,3 +234,17 @@ def save_sd3(model: Any, folder: Path) -> None:
     StableDiffusion3Pipeline.save_lora_weights(
         folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
     )
+
+
+def save_peft(model: Any, folder: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for ``PeftModel``."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file(
+        {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    model.peft_config["default"].save_pretrained(folder)

@@ -183,6 +183,8 @@ class SD3Policy:
         embeds_memory_gb: limit of their memory cache.
     """
 
+    whole_rows = False
+
     def __init__(
         self,
         pipeline: Any,

@@ -28,6 +28,8 @@ class ToyPolicy:
         kl: kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
     """
 
+    whole_rows = False
+
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
         if steps < 1:
             raise ValueError(f"Parameter `steps` should be at least 1. Found {steps}.")

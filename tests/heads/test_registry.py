@@ -22,11 +22,11 @@ USER_FILE = """
 
     VERSION = 3
 
-    def plain(images, prompts, bonus=0.0):
+    def plain(texts, prompts, bonus=0.0):
         return [float(len(prompt)) + bonus for prompt in prompts]
 
     @register("user_registered", unit="words", requires=["words"])
-    def counted(images, prompts):
+    def counted(texts, prompts):
         '''Counts words.
 
         More.

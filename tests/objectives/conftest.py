@@ -1,10 +1,14 @@
 """The matrix zoo: the reward matrices that every normalizer and every weighting must survive.
 
 Three objectives ``a``, ``b``, ``c``; four groups of four siblings unless the name says otherwise. A
-test that takes the fixture ``zoo`` runs once per matrix.
+test that takes the fixture ``zoo`` runs once per matrix. Suites of many members take ``matrices``
+instead, and go through them in one test: a test for each pair would cost more than what it checks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -91,3 +95,24 @@ ZOO = _zoo()
 def zoo(request: pytest.FixtureRequest) -> RewardMatrix:
     """One matrix of the zoo per test."""
     return ZOO[request.param]
+
+
+@pytest.fixture(scope="session")
+def matrices() -> dict[str, RewardMatrix]:
+    """The whole zoo by name."""
+    return ZOO
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Matrix of the zoo: {name}.")
+        raise
+
+
+@pytest.fixture(scope="session")
+def naming() -> Callable[[str], AbstractContextManager[None]]:
+    """``with naming("ties"):`` what fails in it says with which matrix."""
+    return _naming

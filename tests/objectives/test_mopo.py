@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -362,6 +363,7 @@ BOUNDS = {"b": 0.55, "c": 0.6}
 B = torch.tensor([0.55, 0.6]).double()
 
 
+@cache  # several tests look at the same runs
 def run(seed: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Levels ``[R, K]``, multipliers ``[R, K - 1]``, and the optimum's levels ``[K]``."""
     second_stage = options.pop("second_stage", None)

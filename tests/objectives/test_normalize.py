@@ -113,77 +113,95 @@ def flat_groups(matrix: RewardMatrix) -> Tensor:
 # ---------------------------------------------------------------------- the common suite
 
 
-def test_advantages_are_finite_and_zero_where_nothing_applies(make, zoo):
-    normalizer, before = make(), zoo.values.clone()
-    for _ in range(3):
-        advantages = normalizer.per_objective(zoo)
-        assert advantages.shape == zoo.values.shape
-        assert advantages.dtype == torch.float64
-        assert advantages.isfinite().all()
-        assert (advantages[zoo.values.isnan()] == 0).all()
-        combined = final(make(), zoo)
-        assert combined.shape == zoo.groups.shape
-        assert combined.isfinite().all()
-    assert torch.equal(zoo.values.nan_to_num(-9), before.nan_to_num(-9)), "input was changed"
+def test_advantages_are_finite_and_zero_where_nothing_applies(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            normalizer, before = make(), zoo.values.clone()
+            for _ in range(3):
+                advantages = normalizer.per_objective(zoo)
+                assert advantages.shape == zoo.values.shape
+                assert advantages.dtype == torch.float64
+                assert advantages.isfinite().all()
+                assert (advantages[zoo.values.isnan()] == 0).all()
+                combined = final(make(), zoo)
+                assert combined.shape == zoo.groups.shape
+                assert combined.isfinite().all()
+            assert torch.equal(zoo.values.nan_to_num(-9), before.nan_to_num(-9)), (
+                "input was changed"
+            )
 
 
-def test_order_of_samples_does_not_matter(make, zoo):
-    order = torch.randperm(len(zoo.groups), generator=torch.Generator().manual_seed(3))
-    one, other = make(), make()
-    for _ in range(2):
-        torch.testing.assert_close(
-            other.per_objective(permuted(zoo, order)), one.per_objective(zoo)[:, order]
-        )
-    torch.testing.assert_close(final(make(), permuted(zoo, order)), final(make(), zoo)[order])
+def test_order_of_samples_does_not_matter(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            order = torch.randperm(len(zoo.groups), generator=torch.Generator().manual_seed(3))
+            one, other = make(), make()
+            for _ in range(2):
+                torch.testing.assert_close(
+                    other.per_objective(permuted(zoo, order)), one.per_objective(zoo)[:, order]
+                )
+            torch.testing.assert_close(
+                final(make(), permuted(zoo, order)), final(make(), zoo)[order]
+            )
 
 
-def test_order_of_objectives_does_not_matter(make, zoo):
-    order = torch.tensor([2, 0, 1])
-    other = RewardMatrix(
-        names=tuple(zoo.names[k] for k in order.tolist()),
-        values=zoo.values[order],
-        groups=zoo.groups,
-        prompts=zoo.prompts,
-    )
-    torch.testing.assert_close(make().per_objective(other), make().per_objective(zoo)[order])
-    torch.testing.assert_close(final(make(), other), final(make(), zoo))
+def test_order_of_objectives_does_not_matter(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            order = torch.tensor([2, 0, 1])
+            other = RewardMatrix(
+                names=tuple(zoo.names[k] for k in order.tolist()),
+                values=zoo.values[order],
+                groups=zoo.groups,
+                prompts=zoo.prompts,
+            )
+            torch.testing.assert_close(
+                make().per_objective(other), make().per_objective(zoo)[order]
+            )
+            torch.testing.assert_close(final(make(), other), final(make(), zoo))
 
 
 @pytest.mark.parametrize("name", RELATIVE)
-def test_adding_a_constant_to_an_objective_changes_nothing(name, zoo):
-    make = NORMALIZERS[name]
-    largest = zoo.values.nan_to_num(0).abs().amax(1, keepdim=True)
-    shift = torch.tensor([[3.0], [-2.0], [0.5]]).double() * largest
-    moved = RewardMatrix(
-        names=zoo.names, values=zoo.values + shift, groups=zoo.groups, prompts=zoo.prompts
-    )
-    before, after = make(), make()
-    for _ in range(2):
-        torch.testing.assert_close(
-            after.per_objective(moved), before.per_objective(zoo), rtol=1e-6, atol=1e-6
-        )
+def test_adding_a_constant_to_an_objective_changes_nothing(name, matrices, naming):
+    for matrix_name, zoo in matrices.items():
+        with naming(matrix_name):
+            make = NORMALIZERS[name]
+            largest = zoo.values.nan_to_num(0).abs().amax(1, keepdim=True)
+            shift = torch.tensor([[3.0], [-2.0], [0.5]]).double() * largest
+            moved = RewardMatrix(
+                names=zoo.names, values=zoo.values + shift, groups=zoo.groups, prompts=zoo.prompts
+            )
+            before, after = make(), make()
+            for _ in range(2):
+                torch.testing.assert_close(
+                    after.per_objective(moved), before.per_objective(zoo), rtol=1e-6, atol=1e-6
+                )
 
 
-def test_more_reward_is_more_advantage(make, zoo):
-    advantages = make().per_objective(zoo)
-    for k, row in enumerate(zoo.values):
-        for group in zoo.groups.unique():
-            members = (zoo.groups == group) & ~row.isnan()
-            steps = advantages[k, members][row[members].argsort()].diff()
-            assert (steps >= 0).all()
+def test_more_reward_is_more_advantage(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            advantages = make().per_objective(zoo)
+            for k, row in enumerate(zoo.values):
+                for group in zoo.groups.unique():
+                    members = (zoo.groups == group) & ~row.isnan()
+                    steps = advantages[k, members][row[members].argsort()].diff()
+                    assert (steps >= 0).all()
 
 
-def test_groups_without_spread_have_exactly_zero_advantage(make_groupwise, zoo):
-    flat = flat_groups(zoo)
-    advantages = make_groupwise().per_objective(zoo)
-    assert (advantages[flat] == 0).all()
-    silent = flat.all(0)  # [N]: none of the objectives can tell the siblings apart
-    torch.testing.assert_close(
-        final(make_groupwise(), zoo)[silent],
-        torch.zeros(int(silent.sum())).double(),
-        atol=1e-9,
-        rtol=0,
-    )
+def test_groups_without_spread_have_exactly_zero_advantage(make_groupwise, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            flat = flat_groups(zoo)
+            advantages = make_groupwise().per_objective(zoo)
+            assert (advantages[flat] == 0).all()
+            silent = flat.all(0)  # [N]: none of the objectives can tell the siblings apart
+            torch.testing.assert_close(
+                final(make_groupwise(), zoo)[silent],
+                torch.zeros(int(silent.sum())).double(),
+                atol=1e-9,
+                rtol=0,
+            )
 
 
 def test_groups_without_spread_stay_at_zero_for_hundreds_of_rollouts(make_groupwise):
@@ -224,14 +242,16 @@ def test_saved_state_continues_identically(make):
 
 @pytest.mark.parametrize("name", ["dual_stage", "dual_stage_without_floor"])
 @pytest.mark.parametrize("scale", [2.0**-30, 2.0**30])
-def test_dual_stage_does_not_see_units(name, scale, zoo):
-    plain, scaled = NORMALIZERS[name](), NORMALIZERS[name]()
-    factor = torch.tensor([[scale], [1.0], [1 / scale]]).double()
-    other = RewardMatrix(
-        names=zoo.names, values=zoo.values * factor, groups=zoo.groups, prompts=zoo.prompts
-    )
-    for _ in range(3):
-        assert torch.equal(scaled.per_objective(other), plain.per_objective(zoo))
+def test_dual_stage_does_not_see_units(name, scale, matrices, naming):
+    for matrix_name, zoo in matrices.items():
+        with naming(matrix_name):
+            plain, scaled = NORMALIZERS[name](), NORMALIZERS[name]()
+            factor = torch.tensor([[scale], [1.0], [1 / scale]]).double()
+            other = RewardMatrix(
+                names=zoo.names, values=zoo.values * factor, groups=zoo.groups, prompts=zoo.prompts
+            )
+            for _ in range(3):
+                assert torch.equal(scaled.per_objective(other), plain.per_objective(zoo))
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e10])

@@ -322,7 +322,7 @@ def test_min_norm_weights_of_duplicates_share():
 # ---------------------------------------------------------------------- what it learns
 
 
-def learned(kind: str, seeds: int = 12, updates: int = 150) -> float:
+def learned(kind: str, seeds: int = 4, updates: int = 150) -> float:
     """Mean gain of the lesser of two rewards; one softmax over six actions per seed."""
     reward = torch.tensor([[0.0, 1.0, 0.2, 0.9, 0.5, 0.1], [1.0, 0.0, 0.3, 0.9, 0.4, 0.2]]).double()
     gain = 0.0

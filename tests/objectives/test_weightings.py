@@ -84,53 +84,63 @@ def rewards_at(step: int) -> RewardMatrix:
 # ---------------------------------------------------------------------- the common suite
 
 
-def test_weights_are_finite_and_not_all_zero(make, zoo):
-    weighting = make(zoo.names)
-    for step in range(3):
-        shown = stats(zoo, step)
-        before = shown.advantages.clone()
-        weights = weighting(shown)
-        assert weights.shape in {(3,), (3, len(zoo.groups))}
-        assert weights.dtype == torch.float64
-        assert not weights.requires_grad
-        assert weights.isfinite().all()
-        assert weights.any()
-        assert torch.equal(shown.advantages, before)
+def test_weights_are_finite_and_not_all_zero(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            weighting = make(zoo.names)
+            for step in range(3):
+                shown = stats(zoo, step)
+                before = shown.advantages.clone()
+                weights = weighting(shown)
+                assert weights.shape in {(3,), (3, len(zoo.groups))}
+                assert weights.dtype == torch.float64
+                assert not weights.requires_grad
+                assert weights.isfinite().all()
+                assert weights.any()
+                assert torch.equal(shown.advantages, before)
 
 
-def test_order_of_objectives_does_not_matter(make, zoo):
-    order = [2, 0, 1]
-    other = RewardMatrix(
-        names=tuple(zoo.names[k] for k in order),
-        values=zoo.values[order],
-        groups=zoo.groups,
-        prompts=zoo.prompts,
-    )
-    torch.testing.assert_close(make(other.names)(stats(other)), make(NAMES)(stats(zoo))[order])
+def test_order_of_objectives_does_not_matter(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            order = [2, 0, 1]
+            other = RewardMatrix(
+                names=tuple(zoo.names[k] for k in order),
+                values=zoo.values[order],
+                groups=zoo.groups,
+                prompts=zoo.prompts,
+            )
+            torch.testing.assert_close(
+                make(other.names)(stats(other)), make(NAMES)(stats(zoo))[order]
+            )
 
 
-def test_order_of_samples_does_not_matter(make, zoo):
-    order = torch.randperm(len(zoo.groups), generator=torch.Generator().manual_seed(3))
-    other = RewardMatrix(
-        names=NAMES,
-        values=zoo.values[:, order],
-        groups=zoo.groups[order],
-        prompts=tuple(zoo.prompts[i] for i in order.tolist()),
-    )
-    weights, moved = make(NAMES)(stats(zoo)), make(NAMES)(stats(other))
-    torch.testing.assert_close(moved, weights if weights.ndim == 1 else weights[:, order])
+def test_order_of_samples_does_not_matter(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            order = torch.randperm(len(zoo.groups), generator=torch.Generator().manual_seed(3))
+            other = RewardMatrix(
+                names=NAMES,
+                values=zoo.values[:, order],
+                groups=zoo.groups[order],
+                prompts=tuple(zoo.prompts[i] for i in order.tolist()),
+            )
+            weights, moved = make(NAMES)(stats(zoo)), make(NAMES)(stats(other))
+            torch.testing.assert_close(moved, weights if weights.ndim == 1 else weights[:, order])
 
 
-def test_adding_a_constant_to_an_objective_changes_nothing(make, zoo):
-    shift = torch.tensor([[3.0], [-2.0], [0.5]]) * zoo.values.nan_to_num(0).abs().amax(
-        1, keepdim=True
-    )
-    other = RewardMatrix(
-        names=NAMES, values=zoo.values + shift, groups=zoo.groups, prompts=zoo.prompts
-    )
-    torch.testing.assert_close(
-        make(NAMES)(stats(other)), make(NAMES)(stats(zoo)), rtol=1e-6, atol=1e-6
-    )
+def test_adding_a_constant_to_an_objective_changes_nothing(make, matrices, naming):
+    for name, zoo in matrices.items():
+        with naming(name):
+            shift = torch.tensor([[3.0], [-2.0], [0.5]]) * zoo.values.nan_to_num(0).abs().amax(
+                1, keepdim=True
+            )
+            other = RewardMatrix(
+                names=NAMES, values=zoo.values + shift, groups=zoo.groups, prompts=zoo.prompts
+            )
+            torch.testing.assert_close(
+                make(NAMES)(stats(other)), make(NAMES)(stats(zoo)), rtol=1e-6, atol=1e-6
+            )
 
 
 def test_saved_state_continues_identically(make):

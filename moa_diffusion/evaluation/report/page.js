@@ -1,0 +1,99 @@
+// The data, the one thing that changes (which model is selected), and small helpers.
+const read = (id) => JSON.parse(document.getElementById(id).textContent);
+const data = read("data");
+const thumbnails = read("thumbnails");
+const { models, prompts, seeds, rewards, runs } = data;
+const state = { selected: data.first, seed: 0 };
+const listeners = [];
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+const find = (selector) => document.querySelector(selector);
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") made.className = value;
+    else if (name in made && typeof value !== "string") made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function options(select, names, chosen) {
+  select.replaceChildren(...names.map((name, i) => new Option(name, i, false, i === chosen)));
+}
+
+function short(value) {
+  if (value === null) return "-";
+  return Math.abs(value) < 10 ? value.toFixed(3) : String(Number(value.toPrecision(4)));
+}
+
+function signed(value) {
+  if (value === null) return "-";
+  return (value > 0 ? "+" : "") + short(value);
+}
+
+function gain(e, k, p, s, before = 0) {
+  const [here, there] = [data.values[e][k][p][s], data.values[before][k][p][s]];
+  return here === null || there === null ? null : here - there;
+}
+
+// Not by colour alone: the sign is written as well.
+const side = (change) => (change === null || change === 0 ? "open" : change > 0 ? "up" : "down");
+const arrow = (change) => ({ open: "", up: " ▲", down: " ▼" })[side(change)];
+
+function colourOf(name) {
+  const found = data.series.find((one) => one.name === name);
+  // The palette's black would vanish on a dark page, and the base model has no colour of its own.
+  if (!found || found.colour === "#000000") return variable("--ink");
+  return found.colour;
+}
+
+const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function paintSwatches() {
+  for (const swatch of document.querySelectorAll(".swatch[data-series]")) {
+    swatch.style.background = colourOf(swatch.dataset.series);
+  }
+}
+
+function select(e) {
+  state.selected = e;
+  for (const listener of listeners) listener(e);
+  find("#said").textContent = `${models[e].label} is selected.`;
+}
+
+function markChosen(e) {
+  for (const row of document.querySelectorAll("#models tr[data-model]")) {
+    row.classList.toggle("chosen", Number(row.dataset.model) === e);
+  }
+  for (const button of document.querySelectorAll("button.choose")) {
+    button.setAttribute("aria-pressed", String(Number(button.dataset.model) === e));
+  }
+}
+
+// Runs a function once, when an element is about to be seen.
+const waiting = new Map();
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) if (entry.isIntersecting) showNow(entry.target);
+  },
+  { rootMargin: "300px" },
+);
+function whenSeen(target, draw) {
+  waiting.set(target, draw);
+  watcher.observe(target);
+}
+function showNow(target) {
+  const draw = waiting.get(target);
+  waiting.delete(target);
+  watcher.unobserve(target);
+  if (draw) draw();
+}
+
+listeners.push(markChosen);
+paintSwatches();
+dark.addEventListener("change", paintSwatches);
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(showNow));

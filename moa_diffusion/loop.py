@@ -1,0 +1,336 @@
+"""Round after round: a step, its metrics, an evaluation, a checkpoint. Stops and resumes exactly.
+
+What a step is stays open: ``trainer.py`` draws and learns from rollouts, ``offline.py`` learns from
+responses that are already there.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from moa_diffusion import checkpoint, front
+from moa_diffusion.alarm import Alarm, Watch
+from moa_diffusion.data import derive_seed
+from moa_diffusion.distributed import Comm
+from moa_diffusion.heldout import HeldOut
+from moa_diffusion.metrics import RunLog
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.scoring import RewardError
+from moa_diffusion.stepper import Stepper, TrainingError
+from moa_diffusion.types import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long, and what happens when. Counts are rounds; 0 switches an occasion off."""
+
+    steps: int  # rounds of the whole run
+    minutes: float = 0.0  # after which it ends earlier, evaluations apart
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 0  # newest checkpoints kept; 0 keeps all
+    checkpoint_front: int = 0  # and at most so many that no other dominates in the held-out rewards
+    evaluate_every: int = 0  # held-out rewards and pictures
+
+
+class Loop(ABC):
+    """A run.
+
+    Args:
+        policy: is improved.
+        stepper: takes the optimizer steps.
+        objectives: names of the K objectives; their held-out means decide which checkpoints stay.
+        comm: collectives over the processes.
+        schedule: how long, and what happens when.
+        heldout: the evaluation; None for none.
+        watch: looks at the evaluations for a reward that is being gamed.
+        log: metrics and scores.
+        folder: of the run.
+        seed: of the run.
+        progress: whether this process shows progress bars.
+    """
+
+    title = "rollouts"  # what a round is called
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        stepper: Stepper,
+        objectives: tuple[str, ...],
+        comm: Comm,
+        schedule: Schedule,
+        heldout: HeldOut | None,
+        watch: Watch,
+        log: RunLog,
+        folder: Path,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.policy, self.objectives, self.comm = policy, objectives, comm
+        self.schedule, self.heldout, self.watch = schedule, heldout, watch
+        self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
+        self.completed = 0  # rounds finished
+        self.seconds = 0.0  # that they took
+        self._stepper = stepper
+        self._row: dict[str, float] | None = None  # metrics of a round not yet written
+        self._stop = False  # set by SIGTERM
+        self._seconds: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ what a run is made of
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """What has to be done once, before the first round."""
+
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """One round; adds one to ``completed`` and returns the round's metrics."""
+
+    @abstractmethod
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        """A few words about a round for the progress bar."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one before: JSON values by name."""
+
+    @abstractmethod
+    def changing_state(self) -> dict[str, Any]:
+        """What rounds change and the next one depends on."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a ``changing_state``.
+
+        Raises:
+            ConfigError: if it is of other settings.
+        """
+
+    def attempt(self) -> dict[str, float]:
+        """One round; if it is cut short, it leaves the state as it was."""
+        return self.step()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
+        if self.heldout is None:
+            return {}
+        with self._timed("evaluate"), self._stepper.ema.applied():
+            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
+        seconds = self.heldout.scorer.seconds.items()
+        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
+        alarms = self.watch.look(found)
+        for alarm in alarms:
+            self.log.write_alarm(alarm.row())
+        self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
+        return {**found.metrics, **self.watch.report()}
+
+    def _act(self, alarm: Alarm | None) -> None:
+        """Go back to the checkpoint that an alarm names."""
+        if alarm is None:
+            return
+        assert alarm.to_step is not None
+        try:
+            state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
+        except ConfigError as error:  # somebody deleted or damaged it
+            raise TrainingError(f"alarm: cannot go back: {error}") from error
+        self.restore(state)
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train until ``schedule.steps`` rounds are done.
+
+        Raises:
+            Interrupted: after SIGTERM, once the state is saved.
+            RewardError, TrainingError: after the state is saved.
+        """
+        bar = tqdm(
+            total=self.schedule.steps,
+            initial=self.completed,
+            desc=self.title,
+            disable=not self.progress,
+        )
+        with self._sigterm(), bar:
+            try:
+                self.prepare()
+                self._leave_if_stopped()
+                if self._row is not None:
+                    self._finish_round(bar)
+                elif self.completed == 0 and (found := self.evaluate()):
+                    self.log.write(0, found | self._take_seconds())
+                    if self._may_be_wanted():
+                        self.save()
+                if self.watch.over and self.completed < self.schedule.steps:
+                    logger.warning(
+                        "An alarm ended this run after %d %s. It goes on with another "
+                        "alarm.action or a higher alarm.limit.",
+                        *(self.completed, self.title),
+                    )
+                while not self._last():
+                    self._leave_if_stopped()
+                    self._round(bar)
+            except (RewardError, TrainingError, Interrupted) as error:
+                folder = self.save()
+                logger.warning("Stopped after %d %s; saved %s", self.completed, self.title, folder)
+                error.add_note(f"The state after {self.completed} {self.title} is in {folder}.")
+                raise
+
+    def _round(self, bar: tqdm[Any]) -> None:
+        """One step with what belongs to it: metrics, evaluation, checkpoint."""
+        # For heads and libraries that use the global generators; nothing here does.
+        set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
+        start = time.perf_counter()
+        metrics = self.attempt()
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
+        self._finish_round(bar)
+
+    def _finish_round(self, bar: tqdm[Any]) -> None:
+        """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
+        assert self._row is not None
+        if self._last() or self._due(self.schedule.evaluate_every):
+            start = time.perf_counter()
+            self._row |= self.evaluate() | self._take_seconds()
+            self._row["seconds/total"] += time.perf_counter() - start
+        metrics, self._row = self._row, None
+        self.log.write(self.completed, metrics)
+        bar.update()
+        bar.set_postfix_str(self.headline(metrics))
+        self._stepper.check_health()
+        due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
+        if self._last() or due:
+            self.save()
+
+    def _last(self) -> bool:
+        """Whether the run is at its end; the same on every process."""
+        over = 0 < 60 * self.schedule.minutes <= self.seconds
+        done = self.completed >= self.schedule.steps or self.watch.over
+        return done or self.comm.any(over)
+
+    def _may_be_wanted(self) -> bool:
+        """Whether a later alarm may go back to the state as it is."""
+        back = self.watch.rules.action == "rollback"
+        return back and self.completed in self.watch.best_steps
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.completed % every == 0
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the last completed round."""
+        folder = checkpoint.step_folder(self.folder, self.completed)
+        if self.comm.rank == 0 and not (folder / checkpoint.STATE).is_file():
+            with checkpoint.atomic_folder(folder) as partial:
+                self.policy.save(partial)
+                (partial / "ema").mkdir()
+                with self._stepper.ema.applied():
+                    self.policy.save(partial / "ema")
+                checkpoint.save_state(partial, self.state_dict())
+            self._retain()
+        self.comm.barrier()
+        return folder
+
+    def _retain(self) -> None:
+        """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
+        front.retain(
+            self.folder,
+            self.objectives,
+            newest=self.schedule.checkpoint_keep,
+            front=self.schedule.checkpoint_front,
+            best=self.watch.best_steps if self.watch.rules.action == "rollback" else (),
+        )
+
+    def close(self) -> None:
+        """Release worker processes, trackers and the process group."""
+        if self.heldout:
+            self.heldout.scorer.close()
+        self.comm.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next round depends on, equal on every process."""
+        return {
+            "step": self.completed,
+            "seconds": self.seconds,
+            "row": self._row,
+            "heldout": self.heldout.state_dict() if self.heldout else {},
+            "watch": self.watch.state_dict(),
+            "seed": self.seed,
+            "objectives": list(self.objectives),
+            **self.facts(),
+            **self.changing_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            ConfigError: if the run's facts or adapter differ from the checkpoint's.
+        """
+        shared = {"objectives": list(self.objectives), "seed": self.seed, **self.facts()}
+        for key, mine in shared.items():
+            if state.get(key) != mine:
+                raise ConfigError(
+                    f"resume: the checkpoint has {key} {state.get(key)}. Found {mine} in this run."
+                )
+        checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
+        self.restore(state)
+        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
+        if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
+            self.heldout.load_state_dict(state["heldout"])
+        self.watch.load_state_dict(state["watch"])
+        self.log.rewind(self.completed, pending=self._row is not None)
+        if self.comm.rank == 0:
+            checkpoint.forget_after(self.folder, self.completed)
+            if checkpoint.list_checkpoints(self.folder):
+                self._retain()
+
+    # ------------------------------------------------------------------ small parts
+
+    def _leave_if_stopped(self) -> None:
+        if self.comm.any(self._stop):
+            raise Interrupted("Stopped by SIGTERM.")
+
+    @contextmanager
+    def _sigterm(self) -> Iterator[None]:
+        """Within the block SIGTERM asks for a stop at the next safe point."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
+
+    def _take_seconds(self) -> dict[str, float]:
+        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
+        self._seconds = {}
+        return seconds

@@ -1,0 +1,296 @@
+"""Any causal language model of transformers with LoRA as a policy.
+
+A decision is one token of the response. Text is drawn by ``generate`` with a key-value cache; its
+log-probabilities come from one pass over prompt and response together, the pass that training
+makes, so that the first ratio is 1 whatever the cache rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moa_diffusion.data import derive_seed
+from moa_diffusion.policies import lora
+from moa_diffusion.policies.chat import Dialogue
+from moa_diffusion.policies.gumbel import GumbelNoise
+from moa_diffusion.policies.language_model import (
+    check_forward,
+    check_vocabulary,
+    checkpoint_layers,
+    prompt_limit,
+    stop_tokens,
+)
+from moa_diffusion.policies.token_log_probs import token_log_probs
+from moa_diffusion.types import Request, Rollout
+
+
+class CausalLMPolicy:
+    """A ``...ForCausalLM`` of transformers that carries a LoRA adapter.
+
+    A rollout has ``T = max_new_tokens`` decisions; its mask is true up to and including the token
+    that ends the response. Prompts are found again by their text; the trace holds
+    ``response [n, T]`` int64, ``widths [n, 2]`` (columns of prompts and of responses in the pass
+    that gave the log-probs), and ``features [n, T, d]`` if asked for. The statistics are
+    ``length``, tokens with the end, and ``entropy``, the mean of ``-log p`` over them in nats.
+
+    Args:
+        model: taken over: it gets the adapter, and its generation settings (penalties, top-k)
+            give way, as with them samples would not be the policy's. Dropout stays off. Frozen
+            weights and the forward pass keep its dtype; adapter and log-probs are float32.
+        tokenizer: of the model.
+        device: where the model lives.
+        seed: of the adapter's initial values.
+        lora_rank: rank of the adapter.
+        lora_alpha: scale numerator; the rank by default.
+        target_modules: suffixes of the linear layers that get an adapter; by default all of them
+            but the output embedding: the projections of attention and MLP.
+        gradient_checkpointing: recompute activations in the backward pass (less memory).
+        max_new_tokens: T, the limit of a response with its end.
+        temperature: of sampling and of the log-probs, positive.
+        eval_temperature: of ``generate``; 0 takes the likeliest token.
+        max_prompt_tokens: limit of a prompt; by default what the context leaves.
+        chat: whether prompts go through the tokenizer's chat template; by default if it has one.
+        features: whether rollouts hold the last hidden state that predicts each token, float32,
+            for value heads.
+
+    Raises:
+        ConfigError: if model, tokenizer and limits do not fit together.
+        ValueError: if a parameter is out of range, or names no layer.
+    """
+
+    whole_rows = True
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        seed: int,
+        lora_rank: int = 32,
+        lora_alpha: int | None = None,
+        target_modules: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        eval_temperature: float = 0.0,
+        max_prompt_tokens: int | None = None,
+        chat: bool | None = None,
+        features: bool = False,
+    ) -> None:
+        from transformers import GenerationConfig
+
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"Parameter `max_new_tokens` should be at least 1. Found {max_new_tokens}."
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"Parameter `temperature` should be positive. Found {temperature}.")
+        if not 0 <= eval_temperature < math.inf:
+            raise ValueError(
+                f"Parameter `eval_temperature` should be at least 0. Found {eval_temperature}."
+            )
+        check_forward(type(model))
+        check_vocabulary(model, tokenizer)
+        self.device, self.dtype = device, model.dtype
+        self.max_new_tokens, self.features = max_new_tokens, features
+        self.temperature, self.eval_temperature = temperature, eval_temperature
+        self.dialogue = Dialogue(
+            tokenizer,
+            chat=chat,
+            max_prompt_tokens=prompt_limit(
+                model.config, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens
+            ),
+            max_new_tokens=max_new_tokens,
+            stops=stop_tokens(model.generation_config),
+        )
+        self.model: Any = model.to(device).eval()
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.dialogue.stops,
+            pad_token_id=self.dialogue.filler,
+        )
+        lora.attach(
+            self.model,
+            rank=lora_rank,
+            alpha=lora_rank if lora_alpha is None else lora_alpha,
+            target_modules=lora.projections(model) if target_modules is None else target_modules,
+            seed=derive_seed(seed, "lora"),
+            task="CAUSAL_LM",
+        )
+        if gradient_checkpointing:
+            checkpoint_layers(self.model)
+        self._trainable = lora.parameters(self.model)
+        self._adapted = lora.layers(self.model)
+
+    # ------------------------------------------------------------------ the Policy protocol
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Tokenise the prompts.
+
+        Raises:
+            ConfigError: naming the first that is too long.
+        """
+        for prompt in prompts:
+            self.dialogue.prompt(prompt)
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        response, mask = self._draw(requests, self.temperature)
+        return self._rollout(requests, self.dialogue.texts(response, mask), response, mask)
+
+    @torch.no_grad()
+    def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+        """Given responses as if the policy had drawn them, with its log-probs (teacher forcing).
+
+        Args:
+            requests: n, of which the prompts count.
+            texts: n responses, each tokenised by itself; the end is appended.
+
+        Raises:
+            ValueError: naming the first that is too long.
+        """
+        if len(texts) != len(requests):
+            raise ValueError(
+                f"Parameter `texts` should have one entry per request. Found {len(texts)} for "
+                f"{len(requests)} requests."
+            )
+        rows = [self.dialogue.response(text) for text in texts]
+        response, mask = self.dialogue.pad(rows, self.max_new_tokens, left=False)
+        return self._rollout(requests, tuple(texts), response.to(self.device), mask.to(self.device))
+
+    def log_probs(
+        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the protocol says; the KL is Schulman's k3, ``exp(d) - 1 - d``, ``d = ref - new``."""
+        response, mask = rollout.trace["response"], rollout.mask
+        p, t = self._widths(rollout.requests, mask)
+        if self.dtype != torch.float32:  # its rounding depends on the widths: 0.02 in bfloat16
+            p, t = rollout.trace["widths"].amax(0).tolist()
+        new = self._score(rollout.requests, response, mask, p, t)[:, steps]
+        if not with_kl:
+            return new, None
+        with torch.no_grad(), self.reference():
+            reference = self._score(rollout.requests, response, mask, p, t)[:, steps]
+        gap = reference - new
+        return new, torch.expm1(gap) - gap
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        return self.dialogue.texts(*self._draw(requests, self.eval_temperature))
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        return self._trainable
+
+    def reference(self) -> AbstractContextManager[None]:
+        return lora.disabled(self._adapted)
+
+    def tapped(self) -> Sequence[Any]:
+        return lora.tapped(self._adapted)
+
+    def step_chunks(self, decisions: int) -> list[slice]:
+        return [slice(0, decisions)]  # the tokens of a text share their forward pass
+
+    def save(self, folder: Path) -> None:
+        lora.save_peft(self.model, folder)
+
+    # ------------------------------------------------------------------ inner workings
+
+    def _rollout(
+        self, requests: Sequence[Request], texts: tuple[str, ...], response: Tensor, mask: Tensor
+    ) -> Rollout:
+        p, t = self._widths(requests, mask)
+        trace = {"response": response, "widths": torch.tensor([[p, t]] * len(requests))}
+        states: list[Tensor] = []  # what the head is given: [n, t, d]
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        try:
+            log_probs = self._score(requests, response, mask, p, t)
+        finally:
+            hook.remove()
+        if self.features:
+            known = torch.where(mask[:, :t, None], states[0].float(), 0.0)
+            trace["features"] = functional.pad(known, (0, 0, 0, self.max_new_tokens - t))
+        length = mask.sum(1).float()
+        return Rollout(
+            requests=tuple(requests),
+            log_probs=log_probs,
+            mask=mask,
+            trace=trace,
+            texts=texts,
+            statistics={"length": length.cpu(), "entropy": (-log_probs.sum(1) / length).cpu()},
+        )
+
+    def _draw(self, requests: Sequence[Request], temperature: float) -> tuple[Tensor, Tensor]:
+        """Responses ``[n, T]`` and their mask; the likeliest tokens at temperature 0."""
+        from transformers import LogitsProcessorList
+
+        prompts, known = self._prompts(requests, self._longest(requests))
+        processors = LogitsProcessorList()
+        if temperature > 0:
+            seeds = [request.seed for request in requests]
+            processors.append(GumbelNoise(seeds, temperature=temperature, device=self.device))
+        with self._autocast():
+            drawn = self.model.generate(
+                input_ids=prompts, attention_mask=known.long(), logits_processor=processors
+            )[:, prompts.shape[1] :]  # [n, t], t the longest response
+        ended = torch.isin(drawn, torch.tensor(self.dialogue.stops, device=self.device)).long()
+        mask = ended.cumsum(1) - ended == 0  # no end before
+        short = (0, self.max_new_tokens - drawn.shape[1])
+        response = torch.where(mask, drawn, self.dialogue.filler)
+        return (
+            functional.pad(response, short, value=self.dialogue.filler),
+            functional.pad(mask, short, value=False),
+        )
+
+    def _score(
+        self, requests: Sequence[Request], response: Tensor, mask: Tensor, p: int, t: int
+    ) -> Tensor:
+        """Log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
+
+        Args:
+            requests: n, of which the prompts count.
+            response: ``[n, T]``.
+            mask: ``[n, T]``.
+            p: columns of the prompts, no less than the longest has.
+            t: columns of the responses, likewise.
+        """
+        prompts, known = self._prompts(requests, p)
+        mask, response = mask[:, :t], response[:, :t]
+        attention = torch.cat([known, mask[:, :-1]], dim=1)  # [n, p + t - 1]
+        with self._autocast():
+            logits = self.model(
+                input_ids=torch.cat([prompts, response[:, :-1]], dim=1),
+                attention_mask=attention.long(),
+                position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=torch.arange(p - 1, p - 1 + t, device=self.device),
+                use_cache=False,
+            ).logits  # [n, t, V]
+        found = token_log_probs(logits, response, self.temperature)
+        return functional.pad(torch.where(mask, found, 0.0), (0, self.max_new_tokens - t))
+
+    def _longest(self, requests: Sequence[Request]) -> int:
+        return max(len(self.dialogue.prompt(request.prompt)) for request in requests)
+
+    def _widths(self, requests: Sequence[Request], mask: Tensor) -> tuple[int, int]:
+        return self._longest(requests), int(mask.sum(1).max())
+
+    def _prompts(self, requests: Sequence[Request], width: int) -> tuple[Tensor, Tensor]:
+        """Ids ``[n, width]`` and mask of the prompts, all of which end in the last column."""
+        rows = [self.dialogue.prompt(request.prompt) for request in requests]
+        ids, known = self.dialogue.pad(rows, width, left=True)
+        return ids.to(self.device), known.to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)

@@ -1,0 +1,135 @@
+"""Prompts and responses as token ids, with or without the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.types import ConfigError
+
+
+class Dialogue:
+    """Tokenises prompts and responses apart from each other, and never cuts one short.
+
+    Padding is done here, not by the tokenizer: it needs no padding token, and on which side it
+    would pad does not matter. What is padding is said by lengths and masks, never by token ids,
+    so that the end of the text may serve as the filler.
+
+    Args:
+        tokenizer: of transformers.
+        chat: whether a prompt is a user's turn in the tokenizer's chat template, followed by the
+            opening of the assistant's. By default, if there is a template.
+        max_prompt_tokens: limit of a prompt with its template.
+        max_new_tokens: limit of a response with its end.
+        stops: further token ids that end a response.
+
+    Raises:
+        ConfigError: if the tokenizer lacks an end-of-text token, or a template that is asked for.
+
+    Attributes:
+        end: id of the token that ends a text.
+        stops: ids of all tokens that end a response, sorted.
+        filler: id of the token at places that do not exist.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool | None,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        stops: Collection[int] = (),
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "policy.path: the tokenizer should have an end-of-text token, or no response ever "
+                "ends. Name one as `eos_token` in tokenizer_config.json."
+            )
+        if chat and tokenizer.chat_template is None:
+            raise ConfigError(
+                "generation.chat: should be false or null, as the tokenizer has no chat template. "
+                "Found true."
+            )
+        self.tokenizer = tokenizer
+        self.chat = tokenizer.chat_template is not None if chat is None else chat
+        self.max_prompt_tokens, self.max_new_tokens = max_prompt_tokens, max_new_tokens
+        self.end: int = tokenizer.eos_token_id
+        self.stops = sorted({self.end, *stops})
+        pad: int | None = tokenizer.pad_token_id
+        self.filler = self.end if pad is None else pad
+        self._prompts: dict[str, list[int]] = {}
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, at least one.
+
+        Raises:
+            ConfigError: if it is too long, or nothing at all.
+        """
+        if text not in self._prompts:
+            self._prompts[text] = self._encode(text)
+        return self._prompts[text]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.chat:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            ids: list[int] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(text).input_ids
+            if ids and ids[-1] == self.end:
+                ids = ids[:-1]  # some tokenizers end every text, and the response is to follow
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            raise ConfigError(f"prompts: the prompt {text!r} has no token to start from.")
+        if len(ids) > self.max_prompt_tokens:
+            raise ConfigError(
+                f"generation.max_prompt_tokens: every prompt should have at most "
+                f"{self.max_prompt_tokens} tokens (the limit, or what the model's context leaves "
+                f"beside generation.max_new_tokens). Found {len(ids)} in {text!r}. Shorten it, take it "
+                "out, or change these numbers."
+            )
+        return ids
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a response, tokenised by itself, and its end.
+
+        Raises:
+            ValueError: if it is too long.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = [*ids, self.end]
+        if len(ids) > self.max_new_tokens:
+            raise ValueError(
+                f"A response should have at most {self.max_new_tokens} tokens with its end "
+                f"(`max_new_tokens`). Found {len(ids)} in {text!r}."
+            )
+        return ids
+
+    def texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        """Responses without special tokens, from ``ids [n, T]`` and ``mask [n, T]``."""
+        rows = [row[known].tolist() for row, known in zip(ids.cpu(), mask.cpu(), strict=True)]
+        return tuple(
+            self.tokenizer.decode(
+                row[:-1] if row[-1] in self.stops else row,  # a stop need not be a special token
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            for row in rows
+        )
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], width: int, *, left: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Ids ``[n, width]`` int64 and their mask (bool), with the filler on one side."""
+        ids = torch.full((len(rows), width), self.filler)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row), True
+        return ids, mask

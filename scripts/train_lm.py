@@ -1,0 +1,21 @@
+"""Fine-tune a causal language model with LoRA on several rewards, or on several preferences.
+
+accelerate launch scripts/train_lm.py --config configs/lm_tiny_pama.yaml
+accelerate launch scripts/train_lm.py --config configs/lm_tiny_mopo.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Train; returns the exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input."""
+    from moa_diffusion import build
+    from moa_diffusion.launch import launch
+
+    return launch(build.text_trainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,691 @@
+"""MOPO from preferences on a table of logits: the optimum, resumed, and failing well."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion import checkpoint
+from moa_diffusion.alarm import Watch
+from moa_diffusion.distributed import LocalComm
+from moa_diffusion.ema import EMA
+from moa_diffusion.heldout import Evaluation
+from moa_diffusion.loop import Interrupted, Schedule
+from moa_diffusion.metrics import RunLog, read_metrics
+from moa_diffusion.objectives.mopo_offline import OfflineSettings
+from moa_diffusion.offline import Cloning, OfflineTrainer
+from moa_diffusion.preferences import Preferences
+from moa_diffusion.scoring import RewardError
+from moa_diffusion.stepper import TrainingError
+from moa_diffusion.types import ConfigError, Request, Rollout
+
+NAN, INFINITY = math.nan, math.inf
+# Fast enough for a test, and a reference that stays, so that the optimum is the solver's.
+QUICK = OfflineSettings(tau=0.2, eta=0.5, lag=0)
+
+
+class Table:
+    """A logit for each response of each prompt; a response is one token."""
+
+    def __init__(self, data: Preferences, base: Tensor | None = None) -> None:
+        self.places = {
+            (prompt, text): (p, y)
+            for p, (prompt, texts) in enumerate(zip(data.prompts, data.responses, strict=True))
+            for y, text in enumerate(texts)
+        }
+        shape = data.log_data.shape
+        self.base = torch.zeros(shape) if base is None else base.float()
+        self.hidden = data.log_data == -INFINITY
+        self.delta = nn.Parameter(torch.zeros(shape))
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        assert set(prompts) <= {prompt for prompt, _ in self.places}
+
+    def table(self) -> Tensor:
+        """Log-probabilities ``[P, Y]``."""
+        return (self.base + self.delta).masked_fill(self.hidden, -INFINITY).log_softmax(1)
+
+    def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+        if "too long" in texts:
+            raise ValueError("Parameter `texts` should fit. Found 'too long'.")
+        pairs = zip(requests, texts, strict=True)
+        places = torch.tensor([self.places[r.prompt, text] for r, text in pairs])
+        rows = self.table().detach()[places[:, 0], places[:, 1]][:, None]
+        return Rollout(
+            requests=tuple(requests),
+            log_probs=rows,
+            mask=torch.ones_like(rows, dtype=torch.bool),
+            trace={"places": places},
+            texts=tuple(texts),
+        )
+
+    def log_probs(
+        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
+    ) -> tuple[Tensor, None]:
+        places = rollout.trace["places"]
+        return self.table()[places[:, 0], places[:, 1]][:, None][:, steps], None
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        return {"delta": self.delta}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        kept = self.delta.detach().clone()
+        with torch.no_grad():
+            self.delta.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.delta.copy_(kept)
+
+    def step_chunks(self, decisions: int) -> list[slice]:
+        return [slice(0, decisions)]
+
+    def save(self, folder: Path) -> None:
+        (folder / "delta.json").write_text(json.dumps(self.delta.tolist()))
+
+
+def preferences(
+    win_rates: Tensor, *, counts: Sequence[int] | None = None, log_probs: Tensor | None = None
+) -> Preferences:
+    """Data with these win rates ``[K, P, Y]``; ``counts`` are the responses of each prompt."""
+    k, p, y = win_rates.shape
+    counts = counts or [y] * p
+    log_data = torch.full((p, y), -INFINITY, dtype=torch.float64)
+    for row, count in zip(log_data, counts, strict=True):
+        row[:count] = -math.log(count)
+    return Preferences(
+        objectives=("taste", "price", "health")[:k],
+        prompts=tuple(f"prompt {i}" for i in range(p)),
+        responses=tuple(tuple(f"answer {j}" for j in range(count)) for count in counts),
+        metadata=({},) * p,
+        win_rates=torch.where(log_data > -INFINITY, win_rates, NAN),
+        log_data=log_data,
+        log_probs=log_probs,
+    )
+
+
+def opposed(seed: int, *, k: int = 2, p: int = 3, y: int = 4) -> Tensor:
+    """Win rates ``[K, P, Y]`` of which the others oppose the first."""
+    noise = torch.rand(k, p, y, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise[1:] = 0.5 * (1 - noise[0]) + 0.5 * noise[1:]
+    return noise
+
+
+def make(
+    folder: Path,
+    data: Preferences,
+    *,
+    bounds: dict[str, float] | float = 0.5,
+    settings: OfflineSettings = QUICK,
+    steps: int = 150,
+    batch: int | None = None,
+    micro: int = 64,
+    lr: float = 0.1,
+    comm: Any = None,
+    base: Tensor | None = None,
+    primary: str = "taste",
+    seed: int = 0,
+    **schedule: Any,
+) -> OfflineTrainer:
+    policy = Table(data, base)
+    parameters = list(policy.trainable().values())
+    comm = comm or LocalComm()
+    cloning = Cloning(
+        policy=policy,  # type: ignore[arg-type]  # what needs no pictures
+        data=data,
+        comm=comm,
+        optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+        lr=lambda count: lr * max(0.02, 1 - count / steps),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        ema=EMA(policy.trainable(), decay=0.5, every=1),
+        micro_batch=micro,
+        max_grad_norm=1.0,
+        max_skipped=3,
+    )
+    return OfflineTrainer(
+        cloning=cloning,
+        primary=primary,
+        bounds=bounds,
+        settings=settings,
+        batch=len(data.rows()) if batch is None else batch,
+        schedule=Schedule(steps=steps, **schedule),
+        log=RunLog(folder, main=comm.rank == 0),
+        folder=folder,
+        seed=seed,
+        heldout=None,
+        watch=Watch(data.objectives, ()),
+        progress=False,
+    )
+
+
+def learned(trainer: OfflineTrainer) -> Tensor:
+    """The policy's probabilities ``[P, Y]``."""
+    return trainer.policy.table().detach().exp().double()  # type: ignore[attr-defined]
+
+
+def train(trainer: OfflineTrainer) -> dict[str, float]:
+    """All steps, without files; returns the last one's metrics and an evaluation."""
+    told: dict[str, float] = {}
+    while trainer.completed < trainer.schedule.steps:
+        told = trainer.step()
+    return told | trainer.evaluate()
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Metrics without what a clock measured."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def same(left: object, right: object) -> bool:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(left, Tensor):
+        return torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def state(trainer: OfflineTrainer) -> dict[str, Any]:
+    return {key: value for key, value in trainer.state_dict().items() if key != "seconds"}
+
+
+# ---------------------------------------------------------------------- the optimum
+
+
+def by_solver(rates: Tensor, log_ref: Tensor, tau: float, bounds: Sequence[float]) -> Tensor:
+    """``max_pi E p - tau KL(pi || ref)`` subject to ``E q >= b``, by SLSQP: ``[P, Y]``."""
+    optimize = pytest.importorskip("scipy.optimize")
+    p, q, ref = rates[0].numpy(), rates[1:].numpy(), log_ref.numpy()
+    sums = np.kron(np.eye(len(p)), np.ones(p.shape[1]))  # [P, P Y]
+    levels = q.reshape(len(q), -1) / len(p)  # [K, P Y]
+
+    def loss(x):
+        pi = x.reshape(p.shape)
+        return -(pi * p - tau * pi * (np.log(pi) - ref)).sum() / len(p)
+
+    def slope(x):
+        return -(p - tau * (np.log(x.reshape(p.shape)) - ref + 1)).flatten() / len(p)
+
+    found = optimize.minimize(
+        loss,
+        np.exp(ref).flatten(),
+        jac=slope,
+        method="SLSQP",
+        bounds=[(1e-12, 1)] * p.size,
+        constraints=[
+            {"type": "eq", "fun": lambda x: sums @ x - 1, "jac": lambda x: sums},
+            {"type": "ineq", "fun": lambda x: levels @ x - bounds, "jac": lambda x: levels},
+        ],
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    assert found.success, found.message
+    return torch.from_numpy(found.x.reshape(p.shape))
+
+
+@pytest.mark.parametrize("case", ["one bound", "two bounds", "behaviour", "micro-batches"])
+def test_the_trained_policy_is_the_constrained_optimum(tmp_path, case):
+    k = 3 if case == "two bounds" else 2
+    rates, base = opposed(1, k=k), None
+    log_ref = torch.full((3, 4), -math.log(4), dtype=torch.float64)
+    data = preferences(rates)
+    if case == "behaviour":  # the responses are another policy's, the reference is the model's
+        base = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)).double()
+        data = preferences(rates, log_probs=log_ref)
+        log_ref = base.log_softmax(1)
+    free = ((rates[0] / 0.2 + log_ref).softmax(1) * rates).sum(2).mean(1)
+    least = [float(level) + 0.06 for level in free[1:]]  # so that every bound binds
+    bounds = dict(zip(data.objectives[1:], least, strict=True))
+    small = {"batch": 6, "micro": 2} if case == "micro-batches" else {}
+    trainer = make(tmp_path, data, bounds=bounds, base=base, **{"steps": 250, **small})
+    last = train(trainer)
+    expected = by_solver(rates, log_ref, 0.2, least)
+    assert (learned(trainer) - expected).abs().max() < 0.02
+    levels = (learned(trainer) * rates).sum(2).mean(1)
+    assert (levels[1:] - torch.tensor(least)).abs().max() < 0.01
+    assert levels[0] < free[0] - 0.005
+    assert last["mopo_level/price"] == pytest.approx(least[0], abs=0.005)
+    assert last["mopo_violation/price"] == pytest.approx(0, abs=0.005)
+    assert last["mopo_lambda/price"] > 0.1
+    assert last["eval_level/price"] == pytest.approx(least[0], abs=0.01)
+
+
+def test_one_objective_is_tilted_towards_without_bounds(tmp_path):
+    rates = opposed(2, k=1)
+    trainer = make(tmp_path, preferences(rates))
+    train(trainer)
+    assert (learned(trainer) - (rates[0] / 0.2).softmax(1)).abs().max() < 0.02
+    assert trainer.mopo.headline() == ""
+
+
+def test_prompts_count_the_same_however_many_responses_they_have(tmp_path):
+    """The mean over all rows is the cross-entropy to the target, averaged over prompts."""
+    data = preferences(opposed(4, p=2, y=5), counts=[5, 2])
+    trainer = make(tmp_path, data, bounds=0.0, steps=3, batch=7)
+    told = trainer.step()
+    target = (data.win_rates[0].nan_to_num(0) / 0.2 + data.log_data).softmax(1)
+    expected = -(target * torch.where(target > 0, data.log_data, 0)).sum(1).mean()
+    assert told["offline/loss"] == pytest.approx(float(expected), rel=1e-5)
+    plain = -(5 * math.log(5) + 2 * math.log(2)) / 7
+    assert told["offline/log_prob"] == pytest.approx(plain, rel=1e-5)
+    assert told["offline/tokens"] == 1
+    sizes = 1 / target.square().sum(1)
+    assert told["offline/effective_sample_size"] == pytest.approx(float(sizes.mean()))
+
+
+def test_every_epoch_shows_every_row_once(tmp_path):
+    trainer = make(tmp_path, preferences(opposed(0)), batch=5)
+    seen = []
+    for trainer.completed in range(12):
+        seen += trainer.rows()
+    epochs = [sorted(seen[start : start + 12]) for start in range(0, 60, 12)]
+    assert epochs == [list(range(12))] * 5
+    assert seen[:12] != seen[12:24] != sorted(seen[12:24])
+
+
+def test_a_bound_out_of_reach_is_warned_of_once(tmp_path, caplog):
+    settings = replace(QUICK, maximum=2.0)
+    trainer = make(tmp_path, preferences(opposed(1)), bounds=0.99, settings=settings, steps=40)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    (record,) = caplog.records
+    assert "Bound 0.99 on `price` may be out of reach" in record.getMessage()
+    assert trainer.mopo.lambdas.tolist() == [2.0]
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_the_policy_of_a_lag_ago(tmp_path):
+    data = preferences(opposed(1))
+    trainer = make(tmp_path, data, settings=replace(QUICK, lag=4), steps=20)
+    before = []
+    for _ in range(13):
+        before.append(learned(trainer))
+        trainer.step()
+    # The last was taken at step 12: the policy at step 8.
+    torch.testing.assert_close(trainer.mopo.log_ref.exp(), before[8], rtol=0, atol=1e-6)
+    assert (before[8] - before[4]).abs().max() > 1e-3
+
+
+def test_a_lagged_reference_drives_on_under_the_bound(tmp_path):
+    """Tilts multiply, so the policy goes further from its start; the bound still holds."""
+    rates = opposed(1)
+    bounds = {"price": 0.62}
+    told = []
+    for lag in (0, 25):
+        settings = replace(QUICK, lag=lag, beta=0.0)
+        trainer = make(tmp_path, preferences(rates), bounds=bounds, settings=settings)
+        told.append(train(trainer))
+    assert told[1]["eval_level/taste"] > told[0]["eval_level/taste"] + 0.02
+    for found in told:
+        assert found["eval_level/price"] == pytest.approx(0.62, abs=0.01)
+
+
+def test_the_published_rule_lets_a_bound_sink_and_the_ratchet_does_not(tmp_path):
+    told = {}
+    for follow in ("ratchet", "beta_lag"):
+        settings = replace(QUICK, lag=25, beta=0.95, follow=follow)
+        data = preferences(opposed(1))
+        told[follow] = train(make(tmp_path, data, bounds={"price": 0.62}, settings=settings))
+    assert told["ratchet"]["mopo_bound/price"] == 0.62
+    assert told["ratchet"]["eval_level/price"] == pytest.approx(0.62, abs=0.01)
+    assert told["beta_lag"]["mopo_bound/price"] < 0.56
+    assert told["beta_lag"]["eval_level/price"] < 0.58
+
+
+# ---------------------------------------------------------------------- processes
+
+
+class ThreadComm:
+    """One of several processes, as a thread."""
+
+    def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size = rank, len(shared)
+        self._shared, self._barrier = shared, barrier
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        self._shared[self.rank] = mine
+        self._barrier.wait(20)
+        everyone = list(self._shared)
+        self._barrier.wait(20)
+        return everyone
+
+    def gather(self, local: Tensor) -> Tensor:
+        return torch.cat(self._exchange(local))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        everyone = self._exchange([tensor.clone() for tensor in tensors])
+        for tensor, parts in zip(tensors, zip(*everyone, strict=True), strict=True):
+            tensor.copy_(torch.stack(parts).sum(0))
+
+    def any(self, flag: bool) -> bool:
+        return any(self._exchange(flag))
+
+    def barrier(self) -> None:
+        self._exchange(None)
+
+
+def at_once(act: Callable[[ThreadComm], Any], count: int) -> list[Any]:
+    """What each of ``count`` processes answers; an error of one is raised here."""
+    shared, barrier, found = [None] * count, threading.Barrier(count), [None] * count
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = act(ThreadComm(rank, shared, barrier))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_rows_and_end_in_the_same_parameters(tmp_path, count):
+    """Also where some have nothing to do: seven rows in micro-batches of four."""
+    data = preferences(opposed(3))
+
+    def steps(comm: Any) -> dict[str, Any]:
+        trainer = make(
+            tmp_path / str(count),
+            data,
+            settings=replace(QUICK, lag=3),
+            batch=7,
+            micro=4,
+            comm=comm,
+        )
+        told = [trainer.step() for _ in range(10)]
+        return {"state": state(trainer), "told": told}
+
+    alone = steps(LocalComm())
+    for other in at_once(steps, count):
+        assert not isinstance(other, BaseException), other
+        for part in ("trainable", "ema"):
+            mine, yours = (found["state"]["updater"][part] for found in (alone, other))
+            mine, yours = ((v["average"] if part == "ema" else v)["delta"] for v in (mine, yours))
+            assert mine.abs().max() > 0.1
+            torch.testing.assert_close(yours, mine, rtol=0, atol=1e-5)
+        for name in ("log_ref", "lambdas"):
+            torch.testing.assert_close(
+                other["state"]["mopo"][name], alone["state"]["mopo"][name], rtol=0, atol=1e-5
+            )
+        for mine, yours in zip(alone["told"], other["told"], strict=True):
+            clean = [{n: v for n, v in x.items() if v == v} for x in (mine, yours)]
+            assert clean[1] == pytest.approx(clean[0], abs=1e-4)
+
+
+def test_a_process_without_rows_keeps_up_with_a_loss_scale(tmp_path):
+    """As float16 has it: four rows in one micro-batch for three processes."""
+
+    def steps(comm: Any, scale: float | None = 1024.0) -> Tensor:
+        trainer = make(tmp_path, preferences(opposed(3)), batch=4, micro=4, comm=comm)
+        if scale is not None:
+            trainer.cloning.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+        told = [trainer.step() for _ in range(3)]
+        assert [row["policy/skipped_updates"] for row in told] == [0, 0, 0]
+        return learned(trainer)
+
+    expected = steps(LocalComm(), scale=None)
+    for found in at_once(steps, 3):
+        assert isinstance(found, Tensor), found
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    data = preferences(opposed(3))
+    found = []
+    for micro in (1, 5, 12):
+        trainer = make(tmp_path, data, batch=12, micro=micro)
+        for _ in range(5):
+            trainer.step()
+        found.append(learned(trainer))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- resumed
+
+
+@pytest.mark.parametrize("stop", [3, 4, 9])  # before, at and after a new reference
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_a_resumed_run_is_the_run_that_went_through(tmp_path, stop, log_probs):
+    mu = opposed(8)[0].log_softmax(1) if log_probs else None
+    data = preferences(opposed(5, k=3), log_probs=mu)
+    options: dict[str, Any] = {
+        "settings": replace(QUICK, lag=4),
+        "steps": 12,
+        "batch": 5,
+        "micro": 2,
+        "evaluate_every": 3,
+    }
+    straight = make(tmp_path / "straight", data, **options)
+    straight.run()
+    first = make(tmp_path / "run", data, checkpoint_every=stop, **options)
+    first.run()
+    resumed = make(tmp_path / "run", data, **options)
+    folder = checkpoint.step_folder(tmp_path / "run", stop)
+    resumed.load_state_dict(checkpoint.load_state(folder))
+    assert resumed.completed == stop
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1] == folder  # later ones are forgotten
+    resumed.run()
+    assert same(state(resumed), state(straight))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(13))
+    assert [row["step"] for row in rows(tmp_path / "run") if "eval_level/price" in row] == [
+        0,
+        3,
+        6,
+        9,
+        12,
+    ]
+
+
+def test_a_checkpoint_holds_the_adapter_and_its_average(tmp_path):
+    trainer = make(
+        tmp_path, preferences(opposed(1)), steps=6, checkpoint_every=2, checkpoint_keep=2
+    )
+    trainer.run()
+    folders = checkpoint.list_checkpoints(tmp_path)
+    assert [folder.name for folder in folders] == ["step-000004", "step-000006"]
+    live, average = (
+        torch.tensor(json.loads((folders[-1] / name).read_text()))
+        for name in ("delta.json", "ema/delta.json")
+    )
+    torch.testing.assert_close(live, trainer.policy.trainable()["delta"].detach())
+    torch.testing.assert_close(average, trainer.cloning.ema.average["delta"])
+    assert (live - average).abs().max() > 1e-3
+
+
+def test_sigterm_saves_and_the_run_goes_on_later(tmp_path):
+    data = preferences(opposed(1))
+    straight = make(tmp_path / "straight", data, steps=6, batch=5)
+    straight.run()
+    stopped = make(tmp_path / "run", data, steps=6, batch=5)
+    rollout_of, calls = stopped.policy.rollout_of, []
+
+    def then_stop(requests, texts):
+        calls.append(len(texts))
+        if stopped.completed == 0:  # in the first survey, of all rows at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rollout_of(requests, texts)
+
+    stopped.policy.rollout_of = then_stop
+    with pytest.raises(Interrupted) as caught:
+        stopped.run()
+    assert calls == [12]
+    assert "The state after 0 steps is in" in caught.value.__notes__[0]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    resumed = make(tmp_path / "run", data, steps=6, batch=5)
+    resumed.load_state_dict(checkpoint.load_state(checkpoint.find("latest", tmp_path / "run")))
+    resumed.run()
+    assert same(state(resumed), state(straight))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+def test_an_evaluation_that_fails_is_made_up_for_after_a_resume(tmp_path):
+    data = preferences(opposed(1))
+    options: dict[str, Any] = {"steps": 6, "batch": 5, "evaluate_every": 2}
+    broken = make(tmp_path / "run", data, **options)
+    levels_of = broken.mopo.levels_of
+
+    def fail(log_ratio: Tensor) -> dict[str, float]:
+        if broken.completed == 4:
+            raise RewardError("judge: out of memory")
+        return levels_of(log_ratio)
+
+    broken.mopo.levels_of = fail
+    with pytest.raises(RewardError, match="judge"):
+        broken.run()
+    assert rows(tmp_path / "run")[-1]["step"] == 3
+    resumed = make(tmp_path / "run", data, **options)
+    resumed.load_state_dict(checkpoint.load_state(checkpoint.find("latest", tmp_path / "run")))
+    assert resumed.completed == 4
+    resumed.run()
+    straight = make(tmp_path / "straight", data, **options)
+    straight.run()
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+def test_an_alarm_that_raises_the_kl_raises_tau(tmp_path):
+    trainer = make(tmp_path, preferences(opposed(1)), bounds=0.0)
+    trainer.watch.kl_scale = 2.5
+    trainer.step()
+    expected = float(((opposed(1)[0] / 0.5).softmax(1) * opposed(1)[0]).sum(1).mean())
+    assert trainer.mopo.reached == pytest.approx(expected)
+
+
+def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
+    trainer = make(tmp_path, preferences(opposed(1)), steps=4, evaluate_every=2)
+    drawn: list[Tensor] = []
+
+    class Fixed:
+        """Stands for ``HeldOut``: looks at the policy."""
+
+        requests = (Request(prompt="prompt 1"),)
+        scorer = SimpleNamespace(seconds={}, load=lambda: {"x": {"digest": "1"}}, close=list)
+
+        def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
+            drawn.append(learned(trainer))
+            return Evaluation(
+                step=step,
+                names=trainer.watch.objectives,
+                values=torch.ones(2, 1).double(),
+                prompts=torch.zeros(1, dtype=torch.int64),
+                statistics={},
+                gaps={},
+                metrics={"eval_mean/x": float(step)},
+            )
+
+        def state_dict(self) -> dict[str, Tensor]:
+            return {}
+
+    trainer.heldout = Fixed()  # type: ignore[assignment]
+    trainer.run()
+    assert [row.get("eval_mean/x") for row in rows(tmp_path)] == [0, None, 2, None, 4]
+    average = torch.log_softmax(trainer.cloning.ema.average["delta"], 1).exp().double()
+    torch.testing.assert_close(drawn[-1], average)
+    assert (learned(trainer) - average).abs().max() > 1e-3
+    assert (tmp_path / "rewards.json").is_file()
+    trainer.close()
+
+
+def test_minutes_end_the_run(tmp_path):
+    trainer = make(tmp_path, preferences(opposed(1)), steps=100, minutes=1e-9)
+    trainer.run()
+    assert trainer.completed == 1
+    assert checkpoint.list_checkpoints(tmp_path)
+
+
+# ---------------------------------------------------------------------- failing well
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "resume: the checkpoint has seed 0. Found 1"),
+        ({"primary": "price"}, r"objectives \['taste', 'price'\]. Found \['price', 'taste'\]"),
+        ({"data": preferences(opposed(2))}, "resume: the checkpoint has preferences "),
+    ],
+)
+def test_another_problem_is_not_resumed(tmp_path, change, message):
+    data = preferences(opposed(1))
+    saved = make(tmp_path, data, steps=3).state_dict()
+    other = make(tmp_path, change.pop("data", data), steps=3, **change)
+    with pytest.raises(ConfigError, match=message):
+        other.load_state_dict(saved)
+
+
+def test_a_response_that_does_not_fit_stops_the_run_before_the_first_step(tmp_path):
+    data = preferences(opposed(1))
+    texts = ("too long", *data.responses[2][1:])
+    trainer = make(tmp_path, replace(data, responses=(*data.responses[:2], texts)), micro=2)
+    with pytest.raises(TrainingError, match=r"A response cannot be learned: .* Found 'too long'"):
+        trainer.run()
+    assert trainer.completed == 0
+
+
+def test_all_processes_know_of_a_response_that_does_not_fit(tmp_path):
+    data = preferences(opposed(1))
+    texts = (*data.responses[2][:3], "too long")
+    data = replace(data, responses=(*data.responses[:2], texts))
+    found = at_once(lambda comm: make(tmp_path, data, micro=6, comm=comm).step(), 2)
+    assert all(isinstance(error, TrainingError) for error in found)
+    assert ["another process" in str(error) for error in found] == [True, False]
+
+
+def test_gradients_that_are_not_finite_end_the_run_after_a_while(tmp_path, caplog):
+    trainer = make(tmp_path, preferences(opposed(1)), steps=9)
+    log_probs, before = trainer.policy.log_probs, learned(trainer)
+
+    def broken(rollout, steps, *, with_kl=False):
+        found, _ = log_probs(rollout, steps)
+        return found * (NAN if found.requires_grad else 1.0), None
+
+    trainer.policy.log_probs = broken
+    with pytest.raises(TrainingError, match="last 3 updates had non-finite gradients"):
+        trainer.run()
+    assert trainer.completed == 3
+    assert torch.equal(learned(trainer), before)
+    assert [row["policy/skipped_updates"] for row in rows(tmp_path)[1:]] == [1, 1, 1]
+    assert checkpoint.list_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"primary": "tast"}, r"`primary` should be one of .* Found 'tast'. Did you mean 'taste'"),
+        ({"bounds": {"prise": 0.5}}, "Found 'prise'. Did you mean 'price'"),
+        ({"bounds": {"taste": 0.5, "price": 0.5}}, "leave out the primary"),
+        ({"bounds": 1.2}, r"in \[0, 1\]. Found 1.2 for `price`"),
+        ({"batch": 0}, "`batch` should be at least 1. Found 0"),
+        ({"micro": 0}, "`micro_batch` should be at least 1. Found 0"),
+    ],
+)
+def test_bad_parameters_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, preferences(opposed(1)), **change)
