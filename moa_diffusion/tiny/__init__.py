@@ -1,11 +1,14 @@
-"""The embedded default: a Stable Diffusion 3.5 pipeline small enough to ship, and how it was made.
+"""The embedded defaults: models of full-size architectures small enough to ship, and their making.
 
-`StableDiffusion3Pipeline.from_pretrained(PIPELINE_PATH)` loads it, offline. It draws the two
-families of prompts described in `scenes`, at 64 x 64 pixels. `scripts/make_tiny.py` makes it from
-nothing.
+`StableDiffusion3Pipeline.from_pretrained(PIPELINE_PATH)` loads the pipeline, offline. It draws the
+two families of prompts described in `scenes`, at 64 x 64 pixels. `scripts/make_tiny.py` makes it
+from nothing. `AutoModelForCausalLM.from_pretrained(LM_PATH)` loads a language model, which writes
+the letters described in `writing/`; `TRAITS_PATH` holds classifiers of them.
 """
 
 from pathlib import Path
 
 PIPELINE_PATH = Path(__file__).parent / "pipeline"
 PROMPTS_PATH = Path(__file__).parent / "prompts"
+LM_PATH = Path(__file__).parent / "lm"
+TRAITS_PATH = Path(__file__).parent / "traits"

@@ -1,0 +1,25 @@
+"""Configuration to objects: the only modules that know names and classes."""
+
+from moa_diffusion.build.folders import flat, write_config
+from moa_diffusion.build.judges import heads
+from moa_diffusion.build.methods import METHODS, gradients, objectives
+from moa_diffusion.build.models import model_path, policy
+from moa_diffusion.build.prompts import heldout_requests, train_prompts
+from moa_diffusion.build.runs import check_trackers, solve_geometry, text_trainer, trainer
+
+__all__ = [
+    "METHODS",
+    "check_trackers",
+    "flat",
+    "gradients",
+    "heads",
+    "heldout_requests",
+    "model_path",
+    "objectives",
+    "policy",
+    "solve_geometry",
+    "text_trainer",
+    "train_prompts",
+    "trainer",
+    "write_config",
+]

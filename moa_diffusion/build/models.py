@@ -1,0 +1,148 @@
+"""The model and its value heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_diffusion import tiny
+from moa_diffusion.build.folders import check_folder
+from moa_diffusion.build.prompts import heldout_requests, train_prompts
+from moa_diffusion.config import Config
+from moa_diffusion.critic import Critic
+from moa_diffusion.distributed import Comm
+from moa_diffusion.policies import language_model
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
+from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.types import ConfigError
+
+
+def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
+    """The model, on its device; the pipeline is loaded from ``policy.path`` if None.
+
+    Raises:
+        ConfigError: if the path holds no model of the kind, or a setting does not fit it.
+    """
+    kl = settings.loss.kl or "gaussian"
+    if settings.policy.name == "toy":
+        return ToyPolicy(steps=settings.sampling.steps, kl=kl)
+    if settings.policy.name == "causal_lm":
+        return _causal_lm(settings, device)
+    model, sampling = settings.policy, settings.sampling
+    path = model_path(settings)
+    if model.embeds_dir is not None:
+        check_folder("policy.embeds_dir", Path(model.embeds_dir))
+    try:
+        if pipeline is None:
+            check_fit(
+                path,
+                revision=model.revision,
+                resolution=sampling.resolution,
+                target_modules=model.lora.target_modules,
+            )
+            pipeline = load_pipeline(
+                path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
+            )
+        return _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) -> SD3Policy:
+    model, sampling = settings.policy, settings.sampling
+    return SD3Policy(
+        pipeline,
+        device=device,
+        seed=settings.seed,
+        source=source,
+        lora_rank=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        target_modules=model.lora.target_modules,
+        gradient_checkpointing=model.gradient_checkpointing,
+        resolution=sampling.resolution,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
+        noise_level=sampling.noise_level,
+        window=sampling.window,
+        window_mode=sampling.window_mode,
+        window_stay=sampling.window_stay,
+        kl=settings.loss.kl or "gaussian",
+        eval_steps=settings.evaluation.steps,
+        eval_guidance=settings.evaluation.guidance,
+        max_sequence_length=model.max_sequence_length,
+        step_batch=model.step_batch,
+        vae_batch=model.vae_batch,
+        embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
+        embeds_memory_gb=model.embeds_memory_gb,
+    )
+
+
+def _causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
+    model, generation = settings.policy, settings.generation
+    path, asked = model_path(settings), heldout_requests(settings)
+    prompts = [prompt.text for part in train_prompts(settings).sets for prompt in part.prompts]
+    try:
+        language_model.check_fit(
+            path,
+            revision=model.revision,
+            max_new_tokens=generation.max_new_tokens,
+            max_prompt_tokens=generation.max_prompt_tokens,
+            target_modules=model.lora.target_modules,
+            chat=generation.chat,
+            prompts=[*prompts, *(request.prompt for request in asked)],
+        )
+        loaded, tokenizer = language_model.load_model(
+            path, revision=model.revision, dtype=model.dtype
+        )
+        return CausalLMPolicy(
+            loaded,
+            tokenizer,
+            device=device,
+            seed=settings.seed,
+            lora_rank=model.lora.rank,
+            lora_alpha=model.lora.alpha,
+            target_modules=model.lora.target_modules,
+            gradient_checkpointing=model.gradient_checkpointing,
+            features=settings.loss.kind == "ppo",
+            **vars(generation),
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def model_path(settings: Config) -> str:
+    """Folder or hub id of the model; "tiny" is the one shipped with the package."""
+    path = settings.policy.path
+    shipped = tiny.LM_PATH if settings.policy.name == "causal_lm" else tiny.PIPELINE_PATH
+    return str(shipped) if path == "tiny" else path
+
+
+def critic(settings: Config, model: Policy, comm: Comm, device: torch.device) -> Critic | None:
+    """Value heads for ``loss.kind: ppo``."""
+    if settings.loss.kind != "ppo":
+        return None
+    assert isinstance(model, CausalLMPolicy)
+    return Critic(
+        tuple(settings.rewards),
+        width=model.model.config.get_text_config().hidden_size,
+        comm=comm,
+        device=device,
+        seed=settings.seed,
+        **vars(settings.critic),
+    )
+
+
+def _fingerprint(path: str, revision: str | None) -> str:
+    """Names a pipeline's text encoders; another one after files of a local folder changed."""
+    files = sorted(Path(path).glob("text_encoder*/*")) if Path(path).is_dir() else []
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return f"{path}@{revision}:{','.join(stamps)}"

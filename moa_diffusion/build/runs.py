@@ -1,0 +1,317 @@
+"""A configuration to a run that can begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
+
+from moa_diffusion import checkpoint
+from moa_diffusion.build.folders import flat, run_folder, run_log, write_config
+from moa_diffusion.build.judges import evaluation, scorers, watcher
+from moa_diffusion.build.methods import check_ppo, gradients, objectives
+from moa_diffusion.build.models import critic, policy
+from moa_diffusion.build.parts import construct, nearest
+from moa_diffusion.build.prompts import heldout_requests, train_prompts
+from moa_diffusion.config import Config
+from moa_diffusion.data import (
+    Geometry,
+    GroupSampler,
+)
+from moa_diffusion.distributed import AccelerateComm, Comm
+from moa_diffusion.ema import EMA
+from moa_diffusion.loop import Loop, Schedule
+from moa_diffusion.objectives.mopo_offline import OfflineSettings
+from moa_diffusion.offline import Cloning, OfflineTrainer, constrained
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.preference_files import read_pairs, read_preferences
+from moa_diffusion.preferences import Preferences
+from moa_diffusion.trainer import Trainer
+from moa_diffusion.types import ConfigError
+from moa_diffusion.update import Surrogate, Updater
+
+logger = logging.getLogger(__name__)
+
+
+def trainer(settings: Config, pipeline: Any = None) -> Trainer:
+    """Everything a run needs, checked in the order of what checking costs.
+
+    Files and names come first, models last. With ``settings.resume`` the state is loaded.
+
+    Args:
+        settings: the configuration.
+        pipeline: a ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
+
+    Raises:
+        ConfigError: for anything in the configuration that cannot be run.
+        ImportError: if a chosen reward head or tracker needs a package that is not installed.
+    """
+    if settings.preferences.data is not None or settings.preferences.pairs:
+        raise ConfigError(
+            "preferences: should be left out here: images are learned from rollouts, and "
+            "scripts/train_lm.py is what learns from preferences. Found "
+            f"{settings.preferences.data or settings.preferences.pairs}."
+        )
+    resumed = run_folder(settings)
+    prompts = train_prompts(settings)
+    asked = heldout_requests(settings)
+    normalizer, weighting = objectives(settings)
+    check_trackers(settings.log.trackers)
+    check_ppo(settings, weighting)
+    watch = watcher(settings, asked)
+    accelerator = make_accelerator(settings)
+    comm = AccelerateComm(accelerator)
+    geometry = solve_geometry(settings, comm.world_size)
+    if comm.rank == 0:
+        print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
+        if len(prompts.sets) > 1:
+            print(prompts.describe())
+    everyone, scorer = scorers(settings, comm)
+    model = policy(settings, accelerator.device, pipeline)
+    log = run_log(settings, accelerator)
+    built = Trainer(
+        policy=model,
+        scorer=scorer,
+        normalizer=normalizer,
+        weighting=weighting,
+        sampler=GroupSampler(
+            prompts,
+            groups=geometry.groups,
+            group_size=geometry.group_size,
+            seed=settings.seed,
+            shared_start=settings.sampling.shared_start,
+        ),
+        geometry=geometry,
+        comm=comm,
+        updater=updater(settings, model, geometry, comm, accelerator),
+        gradients=gradients(settings, weighting),
+        schedule=schedule(settings),
+        heldout=evaluation(
+            settings,
+            asked,
+            model,
+            everyone,
+            scorer,
+            comm,
+            log,
+            geometry.sample_batch,
+            accelerator.is_main_process,
+        ),
+        watch=watch,
+        critic=critic(settings, model, comm, accelerator.device),
+        log=log,
+        folder=Path(settings.output_dir),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+    )
+    _begin(settings, built, resumed, accelerator)
+    return built
+
+
+def text_trainer(settings: Config) -> Loop:
+    """A run that trains a language model: online, or from preferences where there are some.
+
+    Raises:
+        ConfigError: as ``trainer``.
+        ImportError: as ``trainer``.
+    """
+    if settings.policy.name != "causal_lm":
+        raise ConfigError(
+            "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
+            f"{settings.policy.name!r}."
+        )
+    if settings.preferences.data is None and not settings.preferences.pairs:
+        return trainer(settings)
+    resumed = run_folder(settings)
+    data = preferences(settings)
+    asked = heldout_requests(settings)
+    options = dict(settings.objectives.weighting)
+    primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
+    mopo = construct(OfflineSettings, "objectives.weighting", options, {})
+    check_trackers(settings.log.trackers)
+    watch = watcher(settings, asked)
+    try:
+        constrained(data, primary, bounds, mopo)
+    except ValueError as error:
+        raise ConfigError(f"objectives.weighting: {error}") from error
+    accelerator = make_accelerator(settings)
+    comm = AccelerateComm(accelerator)
+    if comm.rank == 0:
+        print(
+            f"Processes: {comm.world_size} ({accelerator.device.type}). {len(data.prompts)} "
+            f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
+        )
+    everyone, scorer = scorers(settings, comm)
+    model = policy(settings, accelerator.device)
+    assert isinstance(model, CausalLMPolicy)
+    log = run_log(settings, accelerator)
+    built = OfflineTrainer(
+        cloning=Cloning(
+            policy=model,
+            data=data,
+            comm=comm,
+            micro_batch=settings.trainer.micro_batch,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            max_skipped=settings.loss.max_skipped,
+            **_stepping(settings, model, accelerator),
+        ),
+        primary=primary,
+        bounds=bounds,
+        settings=mopo,
+        batch=settings.preferences.batch,
+        schedule=schedule(settings),
+        heldout=evaluation(
+            settings,
+            asked,
+            model,
+            everyone,
+            scorer,
+            comm,
+            log,
+            settings.trainer.sample_batch,
+            accelerator.is_main_process,
+        ),
+        watch=watch,
+        log=log,
+        folder=Path(settings.output_dir),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+    )
+    _begin(settings, built, resumed, accelerator)
+    return built
+
+
+def _begin(settings: Config, built: Loop, resumed: Path | None, accelerator: Accelerator) -> None:
+    """Load the state to go on from, and write down what the run is."""
+    if resumed is not None:
+        built.load_state_dict(checkpoint.load_state(resumed))
+        logger.info("Resumed from %s after %d %s.", resumed, built.completed, built.title)
+    built.comm.barrier()  # every process has looked for another run in the folder
+    if accelerator.is_main_process:
+        write_config(settings)
+    if settings.log.trackers:
+        accelerator.init_trackers("moa_diffusion", config=flat(settings))
+
+
+def preferences(settings: Config) -> Preferences:
+    """The responses to learn from.
+
+    Raises:
+        ConfigError: for anything wrong in the files.
+    """
+    options = settings.preferences
+    cycles, smoothing = options.cycles, options.smoothing
+    try:
+        if options.data is not None:
+            return read_preferences(
+                options.data, options.objectives, cycles=cycles, smoothing=smoothing
+            )
+        return read_pairs(options.pairs, cycles=cycles, smoothing=smoothing)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"preferences: {error}") from error
+
+
+def schedule(settings: Config) -> Schedule:
+    """How long, and what happens when."""
+    return Schedule(
+        steps=settings.trainer.steps,
+        minutes=settings.trainer.minutes,
+        checkpoint_every=settings.checkpoint.every,
+        checkpoint_keep=settings.checkpoint.keep,
+        checkpoint_front=settings.checkpoint.front,
+        evaluate_every=settings.evaluation.every,
+    )
+
+
+def updater(
+    settings: Config, model: Policy, geometry: Geometry, comm: Comm, accelerator: Accelerator
+) -> Updater:
+    """AdamW, EMA and the loss over the policy's adapter."""
+    tolerance = settings.loss.ratio_tolerance
+    return Updater(
+        policy=model,
+        geometry=geometry,
+        comm=comm,
+        surrogate=Surrogate(
+            clip_range=settings.loss.clip_range,
+            advantage_clip=settings.loss.advantage_clip,
+            kl_weight=settings.loss.kl_weight,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
+            max_skipped=settings.loss.max_skipped,
+        ),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+        **_stepping(settings, model, accelerator),
+    )
+
+
+def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict[str, Any]:
+    """What all optimizer steps need: AdamW, its rate, the loss scale and EMA."""
+    options, warmup = settings.optimizer, settings.optimizer.warmup
+    return {
+        "optimizer": torch.optim.AdamW(
+            list(model.trainable().values()),
+            lr=options.lr,
+            betas=(options.betas[0], options.betas[1]),
+            weight_decay=options.weight_decay,
+        ),
+        "lr": lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        "scaler": torch.amp.GradScaler(
+            accelerator.device.type, enabled=settings.policy.dtype == "float16"
+        ),
+        "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+    }
+
+
+def solve_geometry(settings: Config, world_size: int) -> Geometry:
+    """How a rollout is cut over this many processes."""
+    return Geometry.solve(
+        groups=settings.trainer.groups,
+        group_size=settings.trainer.group_size,
+        updates=settings.trainer.updates,
+        world_size=world_size,
+        max_sample_batch=settings.trainer.sample_batch,
+        max_micro_batch=settings.trainer.micro_batch,
+    )
+
+
+def make_accelerator(settings: Config) -> Accelerator:
+    """Process group, device and trackers; mixed precision is the policy's own business."""
+    folders = ProjectConfiguration(
+        project_dir=settings.output_dir, logging_dir=f"{settings.output_dir}/trackers"
+    )
+    return Accelerator(
+        log_with=list(settings.log.trackers) or None,
+        project_config=folders,
+        mixed_precision="no",
+    )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Find out before the models load whether every tracker is known and installed.
+
+    Raises:
+        ConfigError: naming the nearest known tracker, or the package to install.
+    """
+    known = [str(kind) for kind in LoggerType if str(kind) != "all"]
+    installed = [str(kind) for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"log.trackers: unknown tracker {name!r}.{nearest(name, known)} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        if name not in installed:
+            raise ConfigError(
+                f"log.trackers: {name!r} needs a package that is not installed: pip install {name}"
+            )
