@@ -79,7 +79,7 @@ def retain(
 
     Args:
         run: folder of the run.
-        objectives: whose held-out means decide, K.
+        objectives: K rewards whose means in evaluations decide.
         newest: checkpoints that stay for being new; 0 keeps all.
         front: checkpoints that stay at most for being on the front; 0 for none.
         best: rollouts of checkpoints that a rollback may go back to.

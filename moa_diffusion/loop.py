@@ -56,7 +56,8 @@ class Loop(ABC):
     Args:
         policy: is improved.
         stepper: takes the optimizer steps.
-        objectives: names of the K objectives; their held-out means decide which checkpoints stay.
+        objectives: names of the K objectives; their means in evaluations, and those of rewards that
+            are not trained on, decide which checkpoints stay.
         comm: collectives over the processes.
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
@@ -252,7 +253,7 @@ class Loop(ABC):
         """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
         front.retain(
             self.folder,
-            self.objectives,
+            (*self.objectives, *self.watch.heldout),
             newest=self.schedule.checkpoint_keep,
             front=self.schedule.checkpoint_front,
             best=self.watch.best_steps if self.watch.rules.action == "rollback" else (),
