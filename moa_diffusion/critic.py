@@ -78,7 +78,9 @@ class Critic:
             ).to(device)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr)
+        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding, which differ
+        # with the number of processes, move parameters as far as any other.
+        self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
         # [K] float64: running mean and variance of the rewards.
         self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
         self.report: dict[str, float] = {}

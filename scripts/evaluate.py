@@ -22,23 +22,28 @@ def main() -> int:
     )
     add, several = parser.add_argument, {"action": "append", "default": []}
     add("--run", metavar="[NAME=]FOLDER", help="of training; may be repeated", **several)
-    add("--lora", metavar="[NAME=]FOLDER", help="of diffusers LoRA weights; likewise", **several)
+    add("--lora", metavar="[NAME=]FOLDER", help="of LoRA weights; likewise", **several)
     add("--config", help="YAML file of a run, where there is no --run")
-    add("--pipeline", help="folder or hub id of the base model, likewise")
+    add(
+        "--pipeline",
+        help="folder or hub id of the base model, likewise; of a language model's hub "
+        "id with --policy.name causal_lm",
+    )
     add("--checkpoints", help="base,step-20,latest; all by default")
     add("--every", type=int, help="checkpoints whose number of rollouts is a multiple of this")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     add("--prompts", help="file (.txt, .jsonl, .csv, .tsv); the run's held-out prompts if none")
-    add("--seeds", default="0,1,2,3", help="of the initial noise (default 0,1,2,3)")
+    add("--seeds", default="0,1,2,3", help="of the noise (default 0,1,2,3)")
     add("--rewards", help="names, comma-separated; the run's if none")
-    add("--steps", help="denoising steps; as the run evaluates if none")
-    add("--guidance", help="classifier-free guidance scale, likewise")
-    add("--resolution", help="side of the pictures, likewise")
+    add("--steps", help="of pictures: denoising steps; as the run evaluates if none")
+    add("--guidance", help="of pictures: classifier-free guidance scale, likewise")
+    add("--resolution", help="of pictures: side in pixels, likewise")
+    add("--temperature", help="of texts: 0 takes the likeliest tokens, likewise")
     add("--soup", help="two or more runs or LoRA folders, whose weights are interpolated")
     add("--points", type=int, default=5, help="of a soup from end to end (default 5)")
-    add("--shown", type=int, default=12, help="prompts in grid.png (default 12)")
+    add("--shown", type=int, default=12, help="prompts in grid.png or completions.md (default 12)")
     add("--output", type=Path, help="folder; RUN/evaluate or runs/evaluate by default")
-    add("--cache", type=Path, help="folder of pictures and scores; the output's by default")
+    add("--cache", type=Path, help="folder of samples and scores; the output's by default")
     options, overrides = parser.parse_known_args()
 
     from moa_diffusion.evaluation import command
@@ -53,7 +58,7 @@ def main() -> int:
             asked.settings, asked.candidates, asked.prompts, asked.seeds, cache=asked.cache
         )
         if main_process:
-            print(command.write(found, asked.output, shown=options.shown))
+            print(command.write(found, asked.output, shown=options.shown, runs=asked.runs))
     except (ConfigError, ImportError) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)

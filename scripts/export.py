@@ -1,4 +1,4 @@
-"""Write a checkpoint, or a soup of several runs, as diffusers LoRA weights with a model card.
+"""Write a checkpoint, or a soup of several runs, as LoRA weights with a model card.
 
 python scripts/export.py --run runs/tiny_apex --checkpoint latest --output exported
 python scripts/export.py --run runs/a --run runs/b --weights 0.25,0.75 --output exported

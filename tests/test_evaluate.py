@@ -75,6 +75,7 @@ OPTIONS = {
     "steps": None,
     "guidance": None,
     "resolution": None,
+    "temperature": None,
     "soup": None,
     "points": 3,
     "shown": 12,
@@ -126,7 +127,7 @@ def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Two runs of two checkpoints, a soup, and a reward that does not apply to every prompt."""
     output = tmp_path_factory.mktemp("evaluated")
     found = run(ask(runs, output, f"--rewards.signs.path={runs}/mine.py:signs", soup="a,b"))
-    command.write(found, output, shown=2)
+    command.write(found, output, shown=2, runs={})
     return output, found
 
 
@@ -162,9 +163,9 @@ def test_pictures_are_those_of_plain_diffusers(
     folder = checkpoint.step_folder(runs / name, int(step)) / "ema" if step else None
     (index,) = [i for i, one in enumerate(found.candidates) if one.label == label]
     (key,) = [
-        picture.key
-        for picture in found.pictures
-        if (picture.candidate, picture.prompt, picture.seed) == (index, 0, 1)
+        sample.key
+        for sample in found.samples
+        if (sample.candidate, sample.prompt, sample.seed) == (index, 0, 1)
     ]
     with Image.open(output / "images" / f"{key}.png") as image:
         drawn = numpy.array(image, dtype=float)
@@ -291,7 +292,7 @@ def test_a_torn_line_does_not_count_and_a_damaged_one_is_told(runs: Path, tmp_pa
 def test_a_damaged_picture_is_told(runs: Path, tmp_path: Path):
     plan = ask(runs, tmp_path, run=[str(runs / "a")], checkpoints="base", rewards="sharpness")
     found = run(plan)
-    path = found.images.path(found.pictures[0].key)
+    path = found.outputs.path(found.samples[0].key)
     path.write_bytes(path.read_bytes()[:100])
     shutil.rmtree(tmp_path / "scores")
     with pytest.raises(ConfigError, match=r"cannot be read.* Delete it, and it is drawn again"):
@@ -389,7 +390,7 @@ def test_the_pictures_show_every_model(evaluated: tuple[Path, Evaluation]):
     output, found = evaluated
     with Image.open(output / "grid.png") as grid:
         pixels = numpy.array(grid.convert("RGB"), dtype=float)
-    key = next(p.key for p in found.pictures if (p.candidate, p.prompt, p.seed) == (2, 0, 0))
+    key = next(p.key for p in found.samples if (p.candidate, p.prompt, p.seed) == (2, 0, 0))
     with Image.open(output / "images" / f"{key}.png") as image:
         cell = numpy.array(image.resize((192, 192), Image.Resampling.NEAREST), dtype=float)
     width = (pixels.shape[1] + 2) // 7 - 2  # a column of prompts, six models, gaps of 2
@@ -407,7 +408,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine pictures in batches of four: one process has more than the other."""
     options = {"run": [str(runs / "a")], "seeds": "0"}
     plan = ask(runs, tmp_path / "one", **options)
-    command.write(run(plan), plan.output, shown=12)
+    command.write(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [

@@ -61,12 +61,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluation(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both runs and the middle between them."""
     output = tmp_path_factory.mktemp("evaluation")
-    names = ("lora", "config", "pipeline", "checkpoints", "every", "prompts", "rewards", "steps")
-    options = dict.fromkeys([*names, "guidance", "resolution", "cache"]) | {"lora": []}
+    names = ["lora", "config", "pipeline", "checkpoints", "every", "prompts", "rewards", "steps"]
+    names += ["guidance", "resolution", "temperature", "cache"]
+    options = dict.fromkeys(names) | {"lora": []}
     options |= {"run": [str(runs / "a"), str(runs / "b")], "ema": True, "seeds": "0,1"}
     plan = command.plan(options | {"soup": "a,b", "points": 3, "shown": 2, "output": output}, [])
     found = evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
-    command.write(found, output, shown=2)
+    command.write(found, output, shown=2, runs={})
     return output
 
 

@@ -1,4 +1,4 @@
-"""LoRA weights as updates of linear layers: read any folder of them, put them into a policy.
+"""LoRA weights as updates of linear layers: read diffusers folders, put them into a policy.
 
 An adapter adds ``s B A`` to a layer's weight. Here s is multiplied into B, so that adapters of any
 rank and scale are alike, and one policy of the largest rank can carry each in turn: rows of A and
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_diffusion.evaluation.files import file_digest
 from moa_diffusion.types import ConfigError
@@ -26,10 +26,10 @@ _PREFIX = "transformer"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """Updates ``B A`` by the name of the linear layer in the transformer."""
+    """Updates ``B A`` by the name of the linear layer in the model."""
 
     layers: Mapping[str, tuple[Tensor, Tensor]]  # A [rank, in] and B [out, rank], float32, CPU
-    digest: str  # SHA-256 of the file, or of what a soup is made of
+    digest: str  # SHA-256 of what is read, or of what a soup is made of
 
     @property
     def rank(self) -> int:
@@ -65,7 +65,11 @@ def read_adapter(folder: Path, transformer: Any) -> Adapter:
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     path = folder / WEIGHTS
-    state, config = _read(path)
+    state, metadata = read_tensors(path, f"{_PREFIX}.", of=_PREFIX)
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"LoRA weights `{path}` have damaged metadata: {error}") from error
     if not any(".lora_A." in name for name in state):
         state = convert_unet_state_dict_to_peft(state)
     try:
@@ -78,28 +82,22 @@ def read_adapter(folder: Path, transformer: Any) -> Adapter:
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(f"LoRA weights `{path}` do not fit the base model: {error}") from error
-    layers = {}
-    for name, layer in _adapted(transformer).items():
-        a, b = (state.get(f"{name}.lora_{part}.weight") for part in "AB")
-        shape = tuple(layer.base_layer.weight.shape)
-        if a is None or b is None or (len(b), a.shape[1]) != shape or len(a) != b.shape[1]:
-            raise ConfigError(
-                f"LoRA weights `{path}` do not fit the base model: layer {name} is {shape}. "
-                f"Found B {_shape(b)} and A {_shape(a)}."
-            )
-        layers[name] = (a.float(), b.float() * layer.scaling[_NAME])
+    layers = fitted(path, state, transformer, _NAME)
     transformer.delete_adapters(_NAME)
-    known = {f"{name}.lora_{part}.weight" for name in layers for part in "AB"}
-    if unknown := sorted(state.keys() - known):
-        raise ConfigError(
-            f"LoRA weights `{path}` should be updates of the base model's linear layers. "
-            f"Found `{unknown[0]}`{f' and {len(unknown) - 1} more' if unknown[1:] else ''}."
-        )
     return Adapter(layers=layers, digest=file_digest(path))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors of the transformer by name, and what diffusers makes an adapter's settings of."""
+def read_tensors(path: Path, prefix: str, *, of: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors by name without the prefix, and the file's metadata.
+
+    Args:
+        path: a safetensors file.
+        prefix: that all names in it have.
+        of: what has such names, for messages.
+
+    Raises:
+        ConfigError: if the file is missing or damaged, or is no adapter of one model.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -110,20 +108,49 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"LoRA weights `{path}` are damaged: {error}") from error
-    others = [name for name in state if not name.startswith(f"{_PREFIX}.")]
+    others = [name for name in state if not name.startswith(prefix)]
     if others or not state:
         raise ConfigError(
-            f"LoRA weights `{path}` should be of the transformer alone, `{_PREFIX}. ...`. "
+            f"LoRA weights `{path}` should be of the {of} alone, `{prefix} ...`. "
             f"Found {f'`{others[0]}`' if others else 'no tensors'}."
         )
     for name, tensor in state.items():
         if not bool(tensor.isfinite().all()):
             raise ConfigError(f"LoRA weights `{path}` should be finite. Found NaN in `{name}`.")
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"LoRA weights `{path}` have damaged metadata: {error}") from error
-    return {name.removeprefix(f"{_PREFIX}."): tensor for name, tensor in state.items()}, config
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}, metadata
+
+
+def fitted(
+    path: Path, state: Mapping[str, Tensor], model: Any, name: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The layers of an ``Adapter``, whose scales are those of the adapted model.
+
+    Args:
+        path: of the weights, for messages.
+        state: all tensors of the adapter.
+        model: carries the adapter, with any values.
+        name: of the adapter.
+
+    Raises:
+        ConfigError: if a layer lacks its tensors, their shapes do not fit, or more is left.
+    """
+    layers = {}
+    for place, layer in _adapted(model).items():
+        a, b = (state.get(f"{place}.lora_{part}.weight") for part in "AB")
+        shape = (layer.out_features, layer.in_features)
+        if a is None or b is None or (len(b), a.shape[1]) != shape or len(a) != b.shape[1]:
+            raise ConfigError(
+                f"LoRA weights `{path}` do not fit the base model: layer {place} is {shape}. "
+                f"Found B {_shape(b)} and A {_shape(a)}."
+            )
+        layers[place] = (a.float(), b.float() * layer.scaling[name])
+    known = {f"{place}.lora_{part}.weight" for place in layers for part in "AB"}
+    if unknown := sorted(state.keys() - known):
+        raise ConfigError(
+            f"LoRA weights `{path}` should be updates of the base model's linear layers. "
+            f"Found `{unknown[0]}`{f' and {len(unknown) - 1} more' if unknown[1:] else ''}."
+        )
+    return layers
 
 
 def _adapted(transformer: Any) -> dict[str, Any]:
@@ -145,25 +172,29 @@ def carrier(adapters: Sequence[Adapter]) -> tuple[int, list[str]]:
 
 
 @torch.no_grad()
-def install(transformer: Any, adapter: Adapter) -> None:
+def install(trainable: Mapping[str, nn.Parameter], adapter: Adapter) -> None:
     """Put an adapter into a policy's LoRA, in place.
 
     Args:
-        transformer: carries the LoRA "default" of at least the adapter's rank, with scale 1, on at
-            least its layers.
+        trainable: parameters of the LoRA "default", of at least the adapter's rank, with scale 1,
+            on at least its layers.
         adapter: what it is to be.
     """
-    missing = set(adapter.layers)
-    for name, layer in _adapted(transformer).items():
-        into_a, into_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        into_a.zero_()
-        into_b.zero_()
-        if name in adapter.layers:
-            a, b = adapter.layers[name]
-            into_a[: len(a)] = a
-            into_b[:, : len(a)] = b
-            missing.discard(name)
-    assert not missing, f"the policy has no LoRA on {sorted(missing)}"
+    for parameter in trainable.values():
+        parameter.zero_()
+    for name, (a, b) in adapter.layers.items():
+        trainable[f"{name}.lora_A.default.weight"][: len(a)] = a
+        trainable[f"{name}.lora_B.default.weight"][:, : len(a)] = b
+
+
+def padded(adapter: Adapter) -> dict[str, Tensor]:
+    """Its tensors by the names that peft gives them, all of the largest rank of its layers."""
+    rank, state = adapter.rank, {}
+    for name, (a, b) in adapter.layers.items():
+        more = rank - len(a)
+        state[f"{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(more, a.shape[1])])
+        state[f"{name}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), more)], dim=1)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
@@ -173,14 +204,10 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     """
     from diffusers import StableDiffusion3Pipeline
 
-    rank, state = adapter.rank, {}
-    for name, (a, b) in adapter.layers.items():
-        more = rank - len(a)
-        state[f"{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(more, a.shape[1])])
-        state[f"{name}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), more)], dim=1)
+    rank = adapter.rank
     metadata = {"r": rank, "lora_alpha": rank, "target_modules": sorted(adapter.layers)}
     StableDiffusion3Pipeline.save_lora_weights(
         folder,
-        transformer_lora_layers={name: value.contiguous() for name, value in state.items()},
+        transformer_lora_layers=padded(adapter),
         transformer_lora_adapter_metadata=metadata,
     )

@@ -13,23 +13,12 @@ from typing import Any
 
 from moa_diffusion import build, checkpoint, config
 from moa_diffusion.config import Config
-from moa_diffusion.evaluation.adapters import Adapter, read_adapter, skeleton
+from moa_diffusion.evaluation.adapters import Adapter
+from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.soup import mix, mixtures
-from moa_diffusion.policies.sd3 import check_fit
 from moa_diffusion.types import ConfigError
 
 BASE = "base"
-# What all models of an evaluation share; the second is the option that settles a difference.
-_SHARED = {
-    "policy.path": None,
-    "policy.revision": None,
-    "policy.dtype": "--policy.dtype",
-    "policy.vae_dtype": "--policy.vae_dtype",
-    "policy.max_sequence_length": "--policy.max_sequence_length",
-    "sampling.resolution": "--resolution",
-    "evaluation.steps": "--steps",
-    "evaluation.guidance": "--guidance",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +87,9 @@ def shared_settings(settings: Mapping[str, Config]) -> Config:
             they have different rewards of one name.
     """
     (first_name, first), *others = settings.items()
-    if first.policy.name != "sd3":
-        raise ConfigError(
-            f"policy.name: should be sd3, which draws pictures to look at. Found "
-            f"{first.policy.name!r}."
-        )
-    rewards = _all_rewards(first)
+    shared, rewards = medium_of(first).shared, _all_rewards(first)
     for name, other in others:
-        for key, option in _SHARED.items():
+        for key, option in shared.items():
             mine, theirs = _value(first, key), _value(other, key)
             if key == "policy.path":
                 mine, theirs = build.model_path(first), build.model_path(other)
@@ -194,7 +178,7 @@ def candidates(
     """All models to evaluate, the base model first.
 
     Args:
-        settings: shared by all.
+        settings: shared by all; ``Medium.check`` has found them to fit the base model.
         runs: folders by name.
         loras: likewise.
         chosen: see ``saved_steps``.
@@ -210,9 +194,7 @@ def candidates(
     for name in loras:
         if name in runs:
             raise ConfigError(f"--lora: should have another name than a run. Found {name!r}.")
-    path, revision = build.model_path(settings), settings.policy.revision
-    check_fit(path, revision=revision, resolution=settings.sampling.resolution, target_modules=None)
-    transformer = skeleton(path, revision=revision)
+    read = medium_of(settings).reader(settings)
     found = [Candidate(label=BASE, series="")]
     for name, run in runs.items():
         for step in saved_steps(run, chosen, every):
@@ -223,12 +205,11 @@ def candidates(
                     series=name,
                     step=step,
                     ema=ema,
-                    adapter=read_adapter(folder / "ema" if ema else folder, transformer),
+                    adapter=read(folder / "ema" if ema else folder),
                 )
             )
     found += [
-        Candidate(label=name, series=name, adapter=read_adapter(folder, transformer))
-        for name, folder in loras.items()
+        Candidate(label=name, series=name, adapter=read(folder)) for name, folder in loras.items()
     ]
     if soup:
         found += _soup(found, soup, points)

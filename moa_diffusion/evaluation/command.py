@@ -19,19 +19,16 @@ from moa_diffusion.evaluation.checkpoints import (
     run_settings,
     shared_settings,
 )
+from moa_diffusion.evaluation.completions import write_completions
 from moa_diffusion.evaluation.evaluate import Evaluation, chosen_prompts
 from moa_diffusion.evaluation.grid import write_grid
+from moa_diffusion.evaluation.medium import MEDIA, medium_of
 from moa_diffusion.evaluation.pareto import write_pareto
+from moa_diffusion.evaluation.report.page import NAME as REPORT
+from moa_diffusion.evaluation.report.page import write_report
 from moa_diffusion.evaluation.summary import text, write_summary
-from moa_diffusion.evaluation.table import read_table, write_table
+from moa_diffusion.evaluation.table import NAME, Table, read_table, write_table
 from moa_diffusion.types import ConfigError
-
-FILES = ("scores.parquet", "summary.md", "summary.json", "grid.png", "pareto.png")
-_SETTINGS = {  # options of their own for what is asked for most
-    "steps": "evaluation.steps",
-    "guidance": "evaluation.guidance",
-    "resolution": "sampling.resolution",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +36,7 @@ class Plan:
     """An evaluation that can be run."""
 
     settings: Config
+    runs: Mapping[str, Path]  # folders by series
     candidates: tuple[Candidate, ...]
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -59,15 +57,18 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
     """
     check_libraries()
     given = list(overrides)
-    for option, key in _SETTINGS.items():
-        if options[option] is not None:
-            given += [f"--{key}", options[option]]
+    for medium in MEDIA.values():
+        for option, key in medium.options.items():
+            if options[option] is not None:
+                given += [f"--{key}", options[option]]
     runs = named_folders("--run", options["run"])
     loras = named_folders("--lora", options["lora"])
     settings = choose_rewards(
         _settings(options, runs, given), _words("--rewards", options["rewards"])
     )
+    _check_options(settings, options)
     prompts = chosen_prompts(settings, options["prompts"])
+    medium_of(settings).check(settings, [prompt.text for prompt in prompts])
     seeds = _numbers("--seeds", options["seeds"])
     if options["shown"] < 1:
         raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
@@ -85,6 +86,7 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
     output = options["output"] or own
     return Plan(
         settings=settings,
+        runs=runs,
         candidates=tuple(found),
         prompts=prompts,
         seeds=seeds,
@@ -102,28 +104,56 @@ def check_libraries() -> None:
     try:
         import matplotlib  # noqa: F401
         import moocore  # noqa: F401
+        import plotly  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{error}. Try: pip install "moa-diffusion[report]"') from error
 
 
-def write(found: Evaluation, output: Path, *, shown: int) -> str:
-    """Write the table, the summary and the two pictures; returns what to print.
+def write(found: Evaluation, output: Path, *, shown: int, runs: Mapping[str, Path]) -> str:
+    """Write the table, the summary, all models side by side, the front and the page.
 
-    Numbers and pictures are made from the table that was written, not from what was in memory.
+    All but the table is made from the table that was written, not from what was in memory.
+
+    Args:
+        found: what was drawn and scored.
+        output: folder; made if need be.
+        shown: prompts beside each other at most.
+        runs: folders by series, whose training the page shows.
+
+    Returns:
+        what to print.
+
+    Raises:
+        ConfigError: if a file that a run left is damaged.
     """
     output.mkdir(parents=True, exist_ok=True)
     write_table(found, output)
     table = read_table(output)
     summary = write_summary(table, output)
-    write_grid(table, output / "grid.png", shown=shown)
+    shown_in = write_shown(table, output, shown=shown)
     write_pareto(table, summary, output / "pareto.png")
+    write_report(table, summary, runs, output / REPORT)
+    files = (NAME, "summary.md", "summary.json", shown_in, "pareto.png", REPORT)
     return (
         f"{text(table, summary)}\n"
-        f"Drawn: {found.drawn} of {len(found.pictures)} pictures; "
+        f"Drawn: {found.drawn} of {len(found.samples)} {found.noun}; "
         f"scored: {found.scored} of {table.values.size} scores; the others were there.\n"
-        f"Written: {', '.join(str(output / name) for name in FILES)}"
+        f"Written: {', '.join(str(output / name) for name in files)}"
     )
+
+
+def write_shown(table: Table, folder: Path, *, shown: int) -> str:
+    """Write some prompts with the samples of all models beside each other.
+
+    Returns:
+        the file's name.
+    """
+    if table.texts is None:
+        write_grid(table, folder / "grid.png", shown=shown)
+        return "grid.png"
+    write_completions(table, folder / "completions.md", shown=shown)
+    return "completions.md"
 
 
 def _settings(
@@ -142,8 +172,28 @@ def _settings(
         return shared_settings({options["config"]: config.load(options["config"], overrides)})
     names = _words("--rewards", options["rewards"]) or []
     given = ["--policy.path", options["pipeline"], "--evaluation.every", "0"]
+    given += ["--policy.name", _kind(Path(options["pipeline"]))]
     given += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
     return shared_settings({options["pipeline"]: config.parse(given)})
+
+
+def _kind(folder: Path) -> str:
+    """The policy that a local folder holds the model of; of a hub id nothing is known."""
+    writes = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return "causal_lm" if writes else "sd3"
+
+
+def _check_options(settings: Config, options: Mapping[str, Any]) -> None:
+    """Options of the other medium would be without effect."""
+    own = medium_of(settings)
+    for other in MEDIA.values():
+        for option in other.options:
+            if options[option] is not None and option not in own.options:
+                valid = ", ".join(f"--{name}" for name in own.options)
+                raise ConfigError(
+                    f"--{option}: is for {other.noun}. policy.name {settings.policy.name} draws "
+                    f"{own.noun}, which have {valid}."
+                )
 
 
 def _words(option: str, text: str | None) -> list[str] | None:

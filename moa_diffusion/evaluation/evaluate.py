@@ -1,7 +1,7 @@
-"""Draw and score models on the same prompts and seeds, each picture and each score once.
+"""Draw and score models on the same prompts and seeds, each output and each score once.
 
-All pictures are drawn before any is scored, so that the model and the reward heads need not share
-the accelerator's memory. Scores are of the PNG files: what one sees is what was judged.
+All is drawn before any is scored, so that the model and the reward heads need not share the
+accelerator's memory. Scores are of what was stored: what one sees is what was judged.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from moa_diffusion import build
@@ -26,11 +25,14 @@ from moa_diffusion.data import Prompt, read_prompts
 from moa_diffusion.distributed import AccelerateComm, Comm, deal
 from moa_diffusion.evaluation.adapters import carrier, install
 from moa_diffusion.evaluation.checkpoints import Candidate
-from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest, model_digest
+from moa_diffusion.evaluation.image_cache import Sampler
+from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.evaluation.output_cache import OutputCache, model_digest
 from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache, check_metadata
-from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import RewardHead, Scorer
-from moa_diffusion.types import ConfigError, Request
+from moa_diffusion.types import ConfigError, Outputs, Request
 
 SCORED_AT_A_TIME = 16  # batches between two writes to the cache of scores
 T = TypeVar("T")
@@ -41,13 +43,13 @@ class EvaluationError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """One sample of an evaluation."""
+class Sample:
+    """One picture or text of an evaluation."""
 
     candidate: int  # index of the model
     prompt: int  # index of the prompt
     seed: int
-    key: str  # in the cache of images
+    key: str  # in the cache of outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,13 @@ class Evaluation:
     candidates: tuple[Candidate, ...]
     digests: tuple[str, ...]  # of each candidate with the base model
     prompts: tuple[Prompt, ...]
-    sampler: Sampler
-    pictures: tuple[Picture, ...]  # M, by candidate, prompt and seed
+    sampler: Sampler | Generation
+    samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
     scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
     judges: Mapping[str, Judge]
-    images: ImageCache
-    drawn: int  # pictures that were not in the cache
+    outputs: OutputCache[Any]
+    noun: str  # what the samples are
+    drawn: int  # samples that were not in the cache
     scored: int  # scores likewise
 
 
@@ -89,17 +92,14 @@ def evaluate(
     *,
     cache: Path,
 ) -> Evaluation:
-    """Draw every model's pictures and score them; processes share the work.
-
-    A picture starts from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call, so
-    the pictures of one seed start alike whatever the prompt or the model.
+    """Draw every model's samples and score them; processes share the work.
 
     Args:
-        settings: the base model, how pictures are drawn, and the rewards.
+        settings: the base model, how it draws, and the rewards.
         candidates: what is evaluated.
         prompts: P.
-        seeds: S, of the initial noise.
-        cache: folder of pictures and scores; of a disk that all processes see.
+        seeds: S, of the noise; equal for all models.
+        cache: folder of samples and scores; of a disk that all processes see.
 
     Raises:
         ConfigError: for what cannot be run, before a model is loaded.
@@ -108,42 +108,42 @@ def evaluate(
     """
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
-    heads = build.heads(settings)
+    medium, heads = medium_of(settings), build.heads(settings)
     check_metadata(heads, prompts)
     accelerator = Accelerator(mixed_precision="no")
     comm = AccelerateComm(accelerator)
-    path, revision = build.model_path(settings), settings.policy.revision
-    sampler, images = Sampler.of(settings, path), ImageCache(cache / "images")
-    digest = partial(base_digest, path, revision=revision, memory=cache / "digests.txt")
+    sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
+    digest = partial(medium.base_digest, settings, cache / "digests.txt")
     on_main(comm, digest)  # the others read what the first has written down
     base = together(comm, digest)
     digests = [model_digest(base, candidate.digest) for candidate in candidates]
-    pictures = [
-        Picture(
+    samples = [
+        Sample(
             candidate=c,
             prompt=p,
             seed=seed,
-            key=images.key(model=model, prompt=prompt.text, seed=seed, sampler=sampler),
+            key=outputs.key(model=model, prompt=prompt.text, seed=seed, sampler=sampler),
         )
         for c, model in enumerate(digests)
         for p, prompt in enumerate(prompts)
         for seed in seeds
     ]
-    missing = set(images.missing([picture.key for picture in pictures]))
+    missing = set(outputs.missing([sample.key for sample in samples]))
     comm.barrier()  # nobody draws before all have looked
     if missing:
-        _draw(settings, candidates, prompts, pictures, missing, images, accelerator, comm)
-    scores, judges, scored = _score(settings, heads, prompts, pictures, images, cache, comm)
+        _draw(settings, candidates, prompts, samples, missing, outputs, accelerator, comm)
+    scores, judges, scored = _score(settings, heads, prompts, samples, outputs, cache, comm)
     comm.close()
     return Evaluation(
         candidates=tuple(candidates),
         digests=tuple(digests),
         prompts=tuple(prompts),
         sampler=sampler,
-        pictures=tuple(pictures),
+        samples=tuple(samples),
         scores=scores,
         judges=judges,
-        images=images,
+        outputs=outputs,
+        noun=medium.noun,
         drawn=len(missing),
         scored=scored,
     )
@@ -176,68 +176,63 @@ def _draw(
     settings: Config,
     candidates: Sequence[Candidate],
     prompts: Sequence[Prompt],
-    pictures: Sequence[Picture],
+    samples: Sequence[Sample],
     missing: set[str],
-    images: ImageCache,
+    outputs: OutputCache[Any],
     accelerator: Accelerator,
     comm: Comm,
 ) -> None:
-    """Draw the missing pictures, model by model; each is on the disk as soon as it is drawn."""
-    size = settings.trainer.sample_batch
+    """Draw what is missing, model by model; a batch is on the disk as soon as it is drawn."""
+    medium, size = medium_of(settings), settings.trainer.sample_batch
 
     def work() -> None:
         policy = carrying_policy(settings, candidates, accelerator.device)
         policy.prepare([prompt.text for prompt in prompts])
         left = set(missing)
         for c, candidate in enumerate(candidates):
-            wanted = {picture.key: picture for picture in pictures if picture.candidate == c}
+            wanted = {sample.key: sample for sample in samples if sample.candidate == c}
             todo = [wanted[key] for key in wanted if key in left]
             left -= wanted.keys()  # two candidates may be the same model
             if not todo:
                 continue
             if candidate.adapter is not None:
-                install(policy.transformer, candidate.adapter)
+                install(policy.trainable(), candidate.adapter)
             mine = deal(len(todo), size, comm)[comm.rank]
             title = f"draw {candidate.label}"
             for start in tqdm(range(0, len(mine), size), desc=title, disable=comm.rank > 0):
                 batch = [todo[i] for i in mine[start : start + size]]
-                drawn = draw(policy, candidate, prompts, batch)
-                for picture, image in zip(batch, drawn, strict=True):
-                    images.write(picture.key, image)
+                requests = [
+                    medium.request(prompts[sample.prompt].text, sample.seed) for sample in batch
+                ]
+                drawn = draw(policy, candidate, requests)
+                for sample, output in zip(batch, drawn, strict=True):
+                    outputs.write(sample.key, output)
 
     together(comm, work)
-    lost = images.missing([picture.key for picture in pictures])
-    together(comm, lambda: _check_seen(lost, images))
+    lost = outputs.missing([sample.key for sample in samples])
+    together(comm, lambda: _check_seen(lost, outputs))
 
 
-def _check_seen(lost: Sequence[str], images: ImageCache) -> None:
+def _check_seen(lost: Sequence[str], outputs: OutputCache[Any]) -> None:
     if lost:
         raise ConfigError(
             f"--cache: should be on a disk that all processes see. Process "
-            f"{os.environ.get('RANK', '0')} misses `{images.path(lost[0])}`."
+            f"{os.environ.get('RANK', '0')} misses `{outputs.path(lost[0])}`."
         )
 
 
 def carrying_policy(
     settings: Config, candidates: Sequence[Candidate], device: torch.device
-) -> SD3Policy:
+) -> Policy:
     """The base model with a LoRA that can carry each candidate's weights in turn."""
     adapters = [one.adapter for one in candidates if one.adapter is not None]
     rank, names = carrier(adapters)
     lora = LoraConfig(rank=rank, alpha=rank, target_modules=names or None)
-    model = dataclasses.replace(settings.policy, lora=lora)
-    policy = build.policy(dataclasses.replace(settings, policy=model), device)
-    assert isinstance(policy, SD3Policy)
-    return policy
+    return medium_of(settings).policy(settings, lora, device)
 
 
-def draw(
-    policy: SD3Policy, candidate: Candidate, prompts: Sequence[Prompt], batch: Sequence[Picture]
-) -> Tensor:
-    """Pictures ``[n, 3, H, W]`` of the model whose weights the policy carries."""
-    requests = [
-        Request(prompt=prompts[picture.prompt].text, seed=picture.seed) for picture in batch
-    ]
+def draw(policy: Policy, candidate: Candidate, requests: Sequence[Request]) -> Outputs:
+    """Outputs of the model whose weights the policy carries."""
     if candidate.adapter is not None:
         return policy.generate(requests)
     with policy.reference():
@@ -251,12 +246,12 @@ def _score(
     settings: Config,
     heads: Mapping[str, RewardHead],
     prompts: Sequence[Prompt],
-    pictures: Sequence[Picture],
-    images: ImageCache,
+    samples: Sequence[Sample],
+    outputs: OutputCache[Any],
     cache: Path,
     comm: Comm,
 ) -> tuple[dict[str, tuple[Score, ...]], dict[str, Judge], int]:
-    """Scores by objective, of every picture; what is not in the cache is computed."""
+    """Scores by objective, of every sample; what is not in the cache is computed."""
     everyone = Scorer(heads, comm, overlap=settings.scoring.overlap)
     scorers = {tuple(heads): everyone}
     try:
@@ -270,10 +265,10 @@ def _score(
             for name, head in heads.items()
         }
         caches = {name: ScoreCache(cache / "scores", judge) for name, judge in judges.items()}
-        keys = [ScoreCache.key(picture.key, prompts[picture.prompt]) for picture in pictures]
+        keys = [ScoreCache.key(sample.key, prompts[sample.prompt]) for sample in samples]
         known = {name: together(comm, one.read) for name, one in caches.items()}
         comm.barrier()  # nobody writes before all have read
-        waiting: dict[tuple[str, ...], dict[str, int]] = {}  # heads -> key -> index of a picture
+        waiting: dict[tuple[str, ...], dict[str, int]] = {}  # heads -> key -> index of a sample
         for i, key in enumerate(keys):
             if lacking := tuple(name for name in heads if key not in known[name]):
                 waiting.setdefault(lacking, {}).setdefault(key, i)
@@ -282,7 +277,7 @@ def _score(
                 chosen = {name: heads[name] for name in names}
                 scorers[names] = Scorer(chosen, comm, overlap=settings.scoring.overlap)
             _score_missing(
-                settings, scorers[names], prompts, pictures, todo, images, caches, known, comm
+                settings, scorers[names], prompts, samples, todo, outputs, caches, known, comm
             )
     finally:
         for scorer in scorers.values():
@@ -295,29 +290,29 @@ def _score_missing(
     settings: Config,
     scorer: Scorer,
     prompts: Sequence[Prompt],
-    pictures: Sequence[Picture],
+    samples: Sequence[Sample],
     todo: Mapping[str, int],
-    images: ImageCache,
+    outputs: OutputCache[Any],
     caches: Mapping[str, ScoreCache],
     known: Mapping[str, dict[str, Score]],
     comm: Comm,
 ) -> None:
-    """Score these pictures with all heads of the scorer, and write them down part by part."""
+    """Score these samples with all heads of the scorer, and write them down part by part."""
     items, size = list(todo.items()), settings.trainer.sample_batch
     part_size = size * SCORED_AT_A_TIME
     for start in range(0, len(items), part_size):
         part = items[start : start + part_size]
-        requests = [  # `group` says which picture it is
+        requests = [  # `group` says which sample it is
             Request(
-                prompt=prompts[pictures[i].prompt].text,
-                metadata=prompts[pictures[i].prompt].metadata,
+                prompt=prompts[samples[i].prompt].text,
+                metadata=prompts[samples[i].prompt].metadata,
                 group=i,
             )
             for _, i in part
         ]
         found = scorer.survey(
             requests,
-            lambda asked: images.read([pictures[request.group].key for request in asked]),
+            lambda asked: outputs.read([samples[request.group].key for request in asked]),
             batch=size,
             title="score",
             before_batch=lambda: None,

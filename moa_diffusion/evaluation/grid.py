@@ -27,13 +27,12 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     Args:
         table: of E models and P prompts, with pictures.
         target: the PNG.
-        shown: at most this many prompts, at even distances in the list: none is picked by hand.
+        shown: at most this many prompts, see ``shown_prompts``.
         seed: of the table's; by default the first.
     """
     assert table.images is not None
     s = 0 if seed is None else table.seeds.index(seed)
-    count = min(shown, len(table.prompts))
-    prompts = [i * len(table.prompts) // count for i in range(count)]
+    prompts = shown_prompts(len(table.prompts), shown)
     width = max(SIDE, *(_width(f"{name} -0.0000") + 2 * MARGIN for name in table.rewards))
     height = SIDE + LINE * len(table.rewards) + 2 * MARGIN
     # A column for the prompts, then one per model.
@@ -59,6 +58,12 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     with replaced(target) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", optimize=True)
+
+
+def shown_prompts(prompts: int, shown: int) -> list[int]:
+    """Prompts to show, at even distances in the list: none is picked by hand."""
+    count = min(shown, prompts)
+    return [i * prompts // count for i in range(count)]
 
 
 def short(score: float) -> str:

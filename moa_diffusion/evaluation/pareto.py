@@ -24,7 +24,7 @@ CROWDED = 16  # models beyond which only those of the front are named
 
 
 def write_pareto(table: Table, found: Summary, target: Path) -> None:
-    """Write a PNG: a panel per pair of rewards, means of the images.
+    """Write a PNG: a panel per pair of rewards, means of the samples.
 
     Filled: not dominated by any model in all rewards together. Dashed: the front of the pair.
 

@@ -1,4 +1,4 @@
-"""Scores by picture and by who gave them: adding a model or a reward computes only what is new."""
+"""Scores by sample and by who gave them: adding a model or a reward computes only what is new."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rewards.identity import Identity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a head says of one picture."""
+    """What a head says of one sample."""
 
     value: float  # NaN: does not apply
     extra: Mapping[str, Any]  # further columns
@@ -101,9 +101,9 @@ class ScoreCache:
         self.judge = judge
 
     @staticmethod
-    def key(image: str, prompt: Prompt) -> str:
-        """What a score depends on beside the judge; the picture's key holds the prompt's text."""
-        return json_digest([image, dict(prompt.metadata)])
+    def key(sample: str, prompt: Prompt) -> str:
+        """What a score depends on beside the judge; the sample's key holds the prompt's text."""
+        return json_digest([sample, dict(prompt.metadata)])
 
     def read(self) -> dict[str, Score]:
         """All scores by key.
@@ -122,8 +122,8 @@ class ScoreCache:
                 found[row["key"]] = Score(value=value, extra=row["extra"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{self.path}:{number}: is damaged ({error!r}). Delete the file, and its "
-                    "pictures are scored again."
+                    f"{self.path}:{number}: is damaged ({error!r}). Delete the file, and what "
+                    "it is of is scored again."
                 ) from error
         return found
 

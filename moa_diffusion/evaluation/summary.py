@@ -35,11 +35,11 @@ from moa_diffusion.types import RewardMatrix
 class RewardSummary:
     """One reward of one model."""
 
-    mean: Estimate  # over the images it applies to
-    gain: Estimate  # over the base model's image of the same prompt and seed, in the reward's unit
+    mean: Estimate  # over the samples it applies to
+    gain: Estimate  # over the base model's sample of the same prompt and seed, in the reward's unit
     gain_in_stds: Estimate  # in the base model's standard deviations within a prompt
     improved: float  # share of the prompts whose mean is above the base model's; NaN: none
-    images: int  # it applies to
+    samples: int  # it applies to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
                         gain=estimate_one(gain[e, k], gain_again[:, e, k]),
                         gain_in_stds=estimate_one(stds[e, k], stds_again[:, e, k]),
                         improved=_improved(averages[e, k], averages[0, k]),
-                        images=int(counts[e, k].sum()),
+                        samples=int(counts[e, k].sum()),
                     )
                     for k, name in enumerate(table.rewards)
                 },
@@ -148,7 +148,7 @@ def base_spread(table: Table) -> Array:
 
 
 def _improved(means: Array, base: Array) -> float:
-    """Share of the prompts ``[P]`` that a reward applies to whose images score more on average."""
+    """Share of the prompts ``[P]`` that a reward applies to whose samples score more on average."""
     applies = ~numpy.isnan(means - base)
     return float((means > base)[applies].mean()) if applies.any() else math.nan
 
@@ -167,36 +167,34 @@ def write_summary(table: Table, folder: Path) -> Summary:
 
 def text(table: Table, found: Summary) -> str:
     """The summary in Markdown."""
-    sampler = table.sampler
+    one, several = ("image", "images") if table.texts is None else ("completion", "completions")
     parts = [
         "# Evaluation",
-        f"{len(table.models)} models, {len(table.prompts)} prompts, {len(table.seeds)} images "
-        f"each (seeds {', '.join(map(str, table.seeds))}); deterministic, "
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}, "
-        f"{sampler['resolution']} x {sampler['resolution']} pixels, {sampler['dtype']}.",
+        f"{len(table.models)} models, {len(table.prompts)} prompts, {len(table.seeds)} {several} "
+        f"each (seeds {', '.join(map(str, table.seeds))}); {drawn(table)}.",
         f"In brackets {LEVEL:.0%} bootstrap intervals over prompts. A gain is the mean difference "
-        "to the base model's image of the same prompt and seed; std is the base model's standard "
-        "deviation within a prompt. Improved: prompts whose images score more on average than "
+        f"to the base model's {one} of the same prompt and seed; std is the base model's standard "
+        f"deviation within a prompt. Improved: prompts whose {several} score more on average than "
         "the base model's.",
     ]
     for name in table.rewards:
         unit, spread = table.units[name], found.units[name]
         parts.append(f"## {name}{f' ({unit})' if unit else ''}")
-        if found.models[0].rewards[name].images == 0:
+        if found.models[0].rewards[name].samples == 0:
             parts.append("Applies to none of the prompts.")
             continue
-        rows = [["checkpoint", "mean", "gain", "gain in stds", "improved", "images"]]
+        rows = [["checkpoint", "mean", "gain", "gain in stds", "improved", several]]
         for model in found.models:
-            one = model.rewards[name]
+            said = model.rewards[name]
             base = model is found.models[0]
             rows.append(
                 [
                     model.label,
-                    one.mean.text(".4g"),
-                    "-" if base else one.gain.text("+.4g"),
-                    "-" if base else one.gain_in_stds.text("+.2f"),
-                    "-" if base or math.isnan(one.improved) else f"{one.improved:.0%}",
-                    str(one.images),
+                    said.mean.text(".4g"),
+                    "-" if base else said.gain.text("+.4g"),
+                    "-" if base else said.gain_in_stds.text("+.2f"),
+                    "-" if base or math.isnan(said.improved) else f"{said.improved:.0%}",
+                    str(said.samples),
                 ]
             )
         parts.append(markdown(rows))
@@ -206,6 +204,19 @@ def text(table: Table, found: Summary) -> str:
             parts.append(f"One std is {spread:.4g}.")
     parts += ["## Front", *_front(table, found)]
     return "\n\n".join(parts) + "\n"
+
+
+def drawn(table: Table) -> str:
+    """How its samples were drawn, in words."""
+    sampler = table.sampler
+    if table.texts is None:
+        return (
+            f"deterministic, {sampler['steps']} steps, guidance {sampler['guidance']:g}, "
+            f"{sampler['resolution']} x {sampler['resolution']} pixels, {sampler['dtype']}"
+        )
+    warmth = sampler["temperature"]
+    tokens = f"temperature {warmth:g}" if warmth > 0 else "the likeliest tokens"
+    return f"{tokens}, at most {sampler['max_new_tokens']} tokens, {sampler['dtype']}"
 
 
 def _front(table: Table, found: Summary) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 
@@ -18,6 +17,7 @@ from moa_diffusion.evaluation.intervals import Array
 from moa_diffusion.types import ConfigError
 
 NAME = "scores.parquet"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +50,17 @@ class Table:
 
 
 def write_table(found: Evaluation, folder: Path) -> Path:
-    """Write ``scores.parquet`` into a folder; paths of pictures in it are relative to that."""
+    """Write ``scores.parquet`` into a folder; paths of pictures in it are relative to that.
+
+    A text stands in the table itself.
+    """
     import pyarrow
     from pyarrow import parquet
 
     rows = []
-    for i, picture in enumerate(found.pictures):
-        candidate = found.candidates[picture.candidate]
-        path = os.path.relpath(found.images.path(picture.key), folder)
+    for i, sample in enumerate(found.samples):
+        candidate = found.candidates[sample.candidate]
+        drawn = found.outputs.columns(sample.key, folder)
         for name, scores in found.scores.items():
             judge, score = found.judges[name], scores[i]
             rows.append(
@@ -69,18 +72,17 @@ def write_table(found: Evaluation, folder: Path) -> Path:
                     "weights": None
                     if candidate.weights is None
                     else json.dumps(dict(candidate.weights)),
-                    "model_digest": found.digests[picture.candidate],
+                    "model_digest": found.digests[sample.candidate],
                     "adapter_digest": candidate.digest,
-                    "prompt_index": picture.prompt,
-                    "prompt": found.prompts[picture.prompt].text,
-                    "metadata": json.dumps(dict(found.prompts[picture.prompt].metadata)),
-                    "seed": picture.seed,
+                    "prompt_index": sample.prompt,
+                    "prompt": found.prompts[sample.prompt].text,
+                    "metadata": json.dumps(dict(found.prompts[sample.prompt].metadata)),
+                    "seed": sample.seed,
                     "reward": name,
                     "unit": judge.identity.unit,
                     "score": None if math.isnan(score.value) else score.value,
                     "extra": json.dumps(dict(score.extra), ensure_ascii=False),
-                    "image": Path(path).as_posix(),
-                    "image_digest": picture.key,
+                    **drawn,
                     "scorer_version": judge.identity.version,
                     "scorer_digest": judge.digest,
                     "scorer_provenance": json.dumps(dict(judge.identity.provenance)),
@@ -122,11 +124,15 @@ def read_table(folder: Path) -> Table:
     ]
     values = numpy.full([len(place) for place in places], math.nan)
     pictures: dict[tuple[int, int, int], Path] = {}
+    texts: dict[tuple[int, int, int], str] = {}
     for row in rows:
         keys = (row["checkpoint"], row["reward"], row["prompt_index"], row["seed"])
         e, k, p, s = (place[key] for place, key in zip(places, keys, strict=True))
         values[e, k, p, s] = math.nan if row["score"] is None else row["score"]
-        pictures[e, p, s] = folder / row["image"]
+        if "text" in row:
+            texts[e, p, s] = row["text"]
+        else:
+            pictures[e, p, s] = folder / row["image"]
     if len(rows) != values.size:
         raise ConfigError(f"`{path}` should have {values.size} rows. Found {len(rows)}.")
     first = rows[0]
@@ -146,11 +152,8 @@ def read_table(folder: Path) -> Table:
         seeds=tuple(seeds),
         rewards=tuple(rewards),
         values=values,
-        images=tuple(
-            tuple(tuple(pictures[e, p, s] for s in range(len(seeds))) for p in range(len(prompts)))
-            for e in range(len(models))
-        ),
-        texts=None,
+        images=_nested(pictures, len(models), len(prompts), len(seeds)) if pictures else None,
+        texts=_nested(texts, len(models), len(prompts), len(seeds)) if texts else None,
         units={name: row["unit"] for name, row in rewards.items()},
         scorers={
             name: {
@@ -165,4 +168,13 @@ def read_table(folder: Path) -> Table:
             for key, value in first.items()
             if key.startswith("sampler_")
         },
+    )
+
+
+def _nested(
+    found: Mapping[tuple[int, int, int], T], models: int, prompts: int, seeds: int
+) -> tuple[tuple[tuple[T, ...], ...], ...]:
+    return tuple(
+        tuple(tuple(found[e, p, s] for s in range(seeds)) for p in range(prompts))
+        for e in range(models)
     )

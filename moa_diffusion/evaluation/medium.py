@@ -1,0 +1,88 @@
+"""What pictures and texts differ in where models are evaluated; all else is the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import LoraConfig
+from moa_diffusion.evaluation.adapters import Adapter
+from moa_diffusion.evaluation.image_cache import Sampler
+from moa_diffusion.evaluation.images import Images
+from moa_diffusion.evaluation.output_cache import OutputCache
+from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.evaluation.texts import Texts
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.types import ConfigError, Request
+
+
+class Medium(Protocol):
+    """How one kind of output is drawn and stored."""
+
+    noun: str  # what is drawn, in the plural
+    options: Mapping[str, str]  # of scripts/evaluate.py, and the keys that they set
+    # Keys that all models of an evaluation share, and the option that settles a difference.
+    shared: Mapping[str, str | None]
+    weights: str  # file of an adapter
+
+    def check(self, settings: Config, prompts: Sequence[str]) -> None:
+        """Check that the base model can draw these prompts so, before its weights are read.
+
+        Raises:
+            ConfigError: if not.
+        """
+        ...
+
+    def reader(self, settings: Config) -> Callable[[Path], Adapter]:
+        """What reads a folder of LoRA weights for the base model, and raises ``ConfigError``."""
+        ...
+
+    def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
+        """Write it into a folder that exists, for the loaders that read ``weights``."""
+        ...
+
+    def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
+        """Write what a checkpoint's folder holds into another, the weights as they are."""
+        ...
+
+    def sampler(self, settings: Config, device: torch.device) -> Sampler | Generation:
+        """How outputs are drawn, beside the model, the prompt and the seed."""
+        ...
+
+    def base_digest(self, settings: Config, memory: Path) -> str:
+        """Digest of the base model; see ``files_digest`` for the memory."""
+        ...
+
+    def cache(self, folder: Path) -> OutputCache[Any]:
+        """Where outputs are kept, in a folder of a name of their own."""
+        ...
+
+    def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
+        """The base model with a LoRA."""
+        ...
+
+    def request(self, prompt: str, seed: int) -> Request:
+        """What is asked of the policy."""
+        ...
+
+
+MEDIA: dict[str, Medium] = {"sd3": Images(), "causal_lm": Texts()}
+
+
+def medium_of(settings: Config) -> Medium:
+    """What a configuration's policy draws.
+
+    Raises:
+        ConfigError: if it draws nothing that could be looked at.
+    """
+    name = settings.policy.name
+    if name not in MEDIA:
+        raise ConfigError(
+            f"policy.name: should be {' or '.join(MEDIA)}, whose outputs one can look at. "
+            f"Found {name!r}."
+        )
+    return MEDIA[name]

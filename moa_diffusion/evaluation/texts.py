@@ -1,0 +1,115 @@
+"""Completions of causal language models as what an evaluation draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from moa_diffusion import build
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import LoraConfig
+from moa_diffusion.data import derive_seed
+from moa_diffusion.evaluation.adapters import Adapter
+from moa_diffusion.evaluation.peft_adapters import (
+    WEIGHTS,
+    copy_adapter,
+    read_adapter,
+    skeleton,
+    write_adapter,
+)
+from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.policies.language_model import check_fit, load_model
+from moa_diffusion.types import ConfigError, Request
+
+
+class Texts:
+    """See ``Medium``."""
+
+    noun = "completions"
+    options: Mapping[str, str] = {"temperature": "generation.eval_temperature"}
+    shared: Mapping[str, str | None] = {
+        "policy.name": None,
+        "policy.path": None,
+        "policy.revision": None,
+        "policy.dtype": "--policy.dtype",
+        "generation.max_new_tokens": "--generation.max_new_tokens",
+        "generation.eval_temperature": "--temperature",
+        "generation.chat": "--generation.chat",
+    }
+    weights = WEIGHTS
+
+    def check(self, settings: Config, prompts: Sequence[str]) -> None:
+        """Also that no prompt is too long."""
+        generation = settings.generation
+        check_fit(
+            build.model_path(settings),
+            revision=settings.policy.revision,
+            max_new_tokens=generation.max_new_tokens,
+            max_prompt_tokens=generation.max_prompt_tokens,
+            chat=generation.chat,
+            prompts=prompts,
+        )
+
+    def reader(self, settings: Config) -> Callable[[Path], Adapter]:
+        model = skeleton(build.model_path(settings), revision=settings.policy.revision)
+        return partial(read_adapter, model=model)
+
+    def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
+        model = skeleton(build.model_path(settings), revision=settings.policy.revision)
+        write_adapter(adapter, folder, model, base=_hub_id(settings))
+
+    def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
+        copy_adapter(source, folder, base=_hub_id(settings))
+
+    def sampler(self, settings: Config, device: torch.device) -> Generation:
+        return Generation.of(settings, build.model_path(settings), device)
+
+    def base_digest(self, settings: Config, memory: Path) -> str:
+        path, revision = build.model_path(settings), settings.policy.revision
+        return base_digest(path, revision=revision, memory=memory)
+
+    def cache(self, folder: Path) -> TextCache:
+        return TextCache(folder / "texts")
+
+    def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
+        """Made without ``build``, which would read the prompts that the run was trained on."""
+        model, tokenizer = load_model(
+            build.model_path(settings),
+            revision=settings.policy.revision,
+            dtype=settings.policy.dtype,
+        )
+        try:
+            return CausalLMPolicy(
+                model,
+                tokenizer,
+                device=device,
+                seed=settings.seed,
+                lora_rank=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                **vars(settings.generation),
+            )
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"policy: {error}") from error
+
+    def request(self, prompt: str, seed: int) -> Request:
+        """Drawn with noise that is the same for all models, and another for every prompt.
+
+        With one noise for all prompts their completions begin alike, and prompts are not the
+        independent units that the intervals take them for: the variance of the mean length over
+        18 prompts of the shipped model would be 11 times what they say.
+        """
+        return Request(prompt=prompt, seed=derive_seed(seed, "completion", prompt))
+
+
+def _hub_id(settings: Config) -> str | None:
+    """Of the base model; None of a folder, whose place is of no use on another machine."""
+    path = build.model_path(settings)
+    return None if Path(path).is_dir() else path
