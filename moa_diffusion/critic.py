@@ -78,7 +78,7 @@ class Critic:
             ).to(device)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding, which differ
+        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding, and differ
         # with the number of processes, move parameters as far as any other.
         self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
         # [K] float64: running mean and variance of the rewards.

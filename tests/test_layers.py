@@ -15,7 +15,7 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
-    ("evaluation/*", "benchmarks/*"),
+    ("evaluation/*", "benchmarks/*", "integrations/*"),
     ("build/*", "launch"),
     ("tiny/*",),
     ("trainer", "offline"),
@@ -24,7 +24,17 @@ LAYERS = (
     ("heldout", "checkpoint", "stepper", "critic"),
     ("policies/*", "scoring", "gradients"),
     ("metrics", "drift", "preference_files"),
-    ("objectives/*", "loss", "samplers", "data", "preferences", "distributed", "config/*", "ema", "pictures"),
+    (
+        "objectives/*",
+        "loss",
+        "samplers",
+        "data",
+        "preferences",
+        "distributed",
+        "config/*",
+        "ema",
+        "pictures",
+    ),
     ("types",),
     ("moa_diffusion", "rewards/*"),
 )
@@ -61,6 +71,9 @@ HEAVY = {
     "fastapi",
     "uvicorn",
     "pyarrow",
+    "playwright",
+    "markupsafe",
+    "trl",
 }
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 
-from moa_diffusion import checkpoint
+from moa_diffusion import checkpoint, tiny
 from moa_diffusion.build.folders import flat, run_folder, run_log, write_config
 from moa_diffusion.build.judges import evaluation, scorers, watcher
 from moa_diffusion.build.methods import check_ppo, gradients, objectives
@@ -210,8 +210,9 @@ def preferences(settings: Config) -> Preferences:
     cycles, smoothing = options.cycles, options.smoothing
     try:
         if options.data is not None:
+            shipped = tiny.PREFERENCES_PATH if options.data == "tiny" else options.data
             return read_preferences(
-                options.data, options.objectives, cycles=cycles, smoothing=smoothing
+                shipped, options.objectives, cycles=cycles, smoothing=smoothing
             )
         return read_pairs(options.pairs, cycles=cycles, smoothing=smoothing)
     except ConfigError:

@@ -174,7 +174,8 @@ class PreferencesConfig:
     asked in evaluations alone. A round is an optimizer step.
 
     Args:
-        data: JSONL of prompt, responses, and pairs or scores by objective.
+        data: JSONL of prompt, responses, and pairs or scores by objective; "tiny" is the one
+            shipped with the package.
         pairs: By objective, a JSONL of prompt, chosen and rejected (TRL's form); instead of data.
         objectives: Names in data; needs no mention for pairs.
         cycles: What to do with preferences that run in a circle: error or keep.

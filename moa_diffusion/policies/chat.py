@@ -91,8 +91,8 @@ class Dialogue:
             raise ConfigError(
                 f"generation.max_prompt_tokens: every prompt should have at most "
                 f"{self.max_prompt_tokens} tokens (the limit, or what the model's context leaves "
-                f"beside generation.max_new_tokens). Found {len(ids)} in {text!r}. Shorten it, take it "
-                "out, or change these numbers."
+                f"beside generation.max_new_tokens). Found {len(ids)} in {text!r}. Shorten it, "
+                "take it out, or change these numbers."
             )
         return ids
 

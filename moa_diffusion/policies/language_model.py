@@ -153,8 +153,8 @@ def prompt_limit(config: Any, *, max_new_tokens: int, max_prompt_tokens: int | N
     context: int = config.get_text_config().max_position_embeddings
     if context <= max_new_tokens:
         raise ConfigError(
-            f"generation.max_new_tokens: should be less than the model's context of {context} tokens. "
-            f"Found {max_new_tokens}."
+            f"generation.max_new_tokens: should be less than the model's context of {context} "
+            f"tokens. Found {max_new_tokens}."
         )
     left = context - max_new_tokens
     if max_prompt_tokens is None:

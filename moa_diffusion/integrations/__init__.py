@@ -1,0 +1,1 @@
+"""The objectives inside other people's trainers."""

@@ -1,0 +1,46 @@
+"""Makes the embedded language model and classifiers: `python scripts/make_text.py --output /tmp/t`.
+
+Ten minutes of one core, less with a second. `--examine` prints how well they do on prompts that
+they never learnt. `--write_prompts` writes the prompt lists of the package again as well.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    """Reads the command line, builds, or prints the marks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for `lm` and `traits`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lm_steps", type=int, default=1000)
+    parser.add_argument("--lm_batch", type=int, default=64)
+    parser.add_argument("--trait_steps", type=int, default=500)
+    parser.add_argument("--trait_batch", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--write_prompts", action="store_true", help="write tiny/prompts again too")
+    parser.add_argument(
+        "--examine", action="store_true", help="examine what is there; build nothing"
+    )
+    arguments = vars(parser.parse_args())
+
+    from moa_diffusion.tiny import PROMPTS_PATH
+    from moa_diffusion.tiny.writing import exam
+    from moa_diffusion.tiny.writing.build import build
+    from moa_diffusion.tiny.writing.grammar import write_prompt_files
+
+    if arguments.pop("write_prompts"):
+        write_prompt_files(PROMPTS_PATH)
+    if arguments.pop("examine"):
+        lm, traits = (arguments["output"] / name for name in ("lm", "traits"))
+        marks = {"lm": exam.writing(lm)} | exam.reading(traits, lm)
+        for name, found in marks.items():
+            print(name, ", ".join(f"{what} {mark:.3f}" for what, mark in found.items()))
+    else:
+        build(**arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The command line for language models: online, with value heads, from preferences."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moa_diffusion import build, tiny
+from moa_diffusion.config import check, from_dict
+from moa_diffusion.loop import Loop
+from moa_diffusion.metrics import read_metrics
+from moa_diffusion.types import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "train_lm.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+FAST: dict[str, Any] = {
+    "policy": {"name": "causal_lm", "path": "tiny", "lora": {"rank": 2, "alpha": 4}},
+    "generation": {"max_new_tokens": 12},
+    "prompts": {"train": "tiny", "heldout": "tiny"},
+    "rewards": {
+        "brevity": {"head": "length", "scale": 5, "low": 0, "high": None, "direction": "shorter"},
+        "thanks": {"head": "keyword", "words": ["thank you", "please", "kind"]},
+    },
+    "objectives": {"method": "pama"},
+    "loss": {"clip_range": 0.2, "kl_weight": 0.01},
+    "optimizer": {"lr": 0.01},
+    "ema": {"decay": 0.5, "every": 1},
+    "trainer": {
+        "steps": 3,
+        "groups": 4,
+        "group_size": 4,
+        "updates": 2,
+        "sample_batch": 8,
+        "micro_batch": 4,
+    },
+    "evaluation": {"every": 3, "prompts": 3, "images_per_prompt": 2, "rollout_images": 2},
+    "checkpoint": {"every": 1, "keep": 0},
+    "log": {"trackers": []},
+}
+RESPONSES = ["Thank you so much. Anna.", "No.", "Send it back now. Do it."]
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def make(output: Path, **changes: Any) -> Loop:
+    settings = from_dict(merged(FAST, {"output_dir": str(output)} | changes))
+    check(settings)
+    run = build.text_trainer(settings)
+    run.progress = False
+    return run
+
+
+def preferences(path: Path) -> dict[str, Any]:
+    """A file of pairs, and the settings that learn from it."""
+    prompts = (tiny.PROMPTS_PATH / "letters_train.txt").read_text().splitlines()[:6]
+    pairs = {"short": [[1, 0], [1, 2], [2, 0]], "polite": [[0, 1], [0, 2], [1, 2]]}
+    rows = [{"prompt": p, "responses": RESPONSES, "preferences": pairs} for p in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "preferences": {"data": str(path), "objectives": ["short", "polite"], "batch": 6},
+        "objectives": {
+            "method": "mopo",
+            "weighting": {"primary": "short", "bounds": 0.4, "lag": 2},
+        },
+        "trainer": {"steps": 4},
+        "generation": {"max_new_tokens": 24},
+    }
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Metrics without what a clock measured."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def adapter(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / "adapter_model.safetensors")
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pama": {},
+    "ppo": {"loss": {"kind": "ppo"}},
+    "ppo_sample": {"loss": {"kind": "ppo"}, "critic": {"granularity": "sample"}},
+    "apex_gradients": {"objectives": {"method": "apex", "weighting": {"conflict": "gradients"}}},
+    "upgrad": {"objectives": {"method": "upgrad"}},
+    "mopo": {"objectives": {"method": "mopo", "normalizer": {"pool_size": 4}}},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "offline"])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, kind: str) -> None:
+    changes = preferences(tmp_path / "pairs.jsonl") if kind == "offline" else KINDS[kind]
+    steps = changes.get("trainer", {}).get("steps", 3)
+    make(tmp_path / "straight", **changes).run()
+    shorter = merged(changes, {"trainer": {"steps": 1}})
+    make(tmp_path / "run", **shorter).run()
+    make(tmp_path / "run", **changes, resume="latest").run()
+    assert difference(adapter(tmp_path / "run", steps), adapter(tmp_path / "straight", steps)) == 0
+    assert rows(tmp_path / "run")[-1] == rows(tmp_path / "straight")[-1]
+    moved = difference(adapter(tmp_path / "run", steps), adapter(tmp_path / "run", 1))
+    assert moved > 1e-4
+
+
+def test_a_run_leaves_texts_scores_and_an_adapter_for_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make(tmp_path / "run", loss={"kind": "ppo"})
+    trainer.run()
+    last = rows(tmp_path / "run")[-1]
+    assert last["policy/value_loss"] > 0
+    assert {"eval_gap/brevity", "eval_text/words", "text/length", "text/diversity"} <= last.keys()
+    table = (tmp_path / "run" / "scores" / "step-000001.jsonl").read_text().splitlines()
+    sample = json.loads(table[0])
+    assert len(table) == 16
+    assert isinstance(sample["text"], str)
+    assert sample["reward/brevity"] == pytest.approx(-len(sample["text"].split()) / 5)
+    shown = (tmp_path / "run" / "samples" / "step-000003.txt").read_text()
+    evaluated = (tmp_path / "run" / "evaluation" / "step-000003.jsonl").read_text().splitlines()
+    assert shown.startswith(f"{json.loads(evaluated[0])['prompt']}\n-> ")
+
+    folder = tmp_path / "run" / "checkpoints" / "step-000003" / "ema"
+    base = AutoModelForCausalLM.from_pretrained(tiny.LM_PATH)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    ids = AutoTokenizer.from_pretrained(tiny.LM_PATH)("To the baker", return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**ids).logits.log_softmax(-1)
+        with trainer.updater.ema.applied():
+            mine = trainer.policy.model(**ids).logits.log_softmax(-1)
+    torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
+
+
+def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 6})
+    seen: list[torch.Tensor] = []
+    improve = trainer.improve
+
+    def watched(rollout: Any, advantage: torch.Tensor) -> dict[str, float]:
+        seen.append(torch.where(rollout.mask, advantage, torch.nan))
+        return improve(rollout, advantage)
+
+    trainer.improve = watched
+    trainer.run()
+    assert seen[-1].shape == (16, 12)
+    within = seen[-1].nan_to_num(0).std(1)
+    assert (within > 0).any()
+    assert (seen[-1].nan_to_num(0) >= 0).all()  # Noon
+
+
+def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
+    """Value heads, groups cut over processes, and texts gathered; then preferences."""
+    offline = preferences(tmp_path / "pairs.jsonl")
+    offline["evaluation"] = {"every": 0}
+    changes = {"ppo": {"loss": {"kind": "ppo"}, "evaluation": {"every": 0}}, "offline": offline}
+    for name, change in changes.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merged(FAST, change)))
+        make(tmp_path / name / "one", **change).run()
+        two = subprocess.run(
+            [
+                *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+                *["--nproc_per_node", "2", str(SCRIPT), "--config", str(path)],
+                *["--output_dir", str(tmp_path / name / "two")],
+            ],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert two.returncode == 0, two.stderr
+        assert "Processes: 2" in two.stdout
+        last = merged(FAST, change)["trainer"]["steps"]
+        one, other = (adapter(tmp_path / name / kind, last) for kind in ("one", "two"))
+        assert difference(one, other) < 1e-4
+        assert difference(one, adapter(tmp_path / name / "one", 1)) > 1e-3
+
+
+Here = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Here:
+    """Runs the script in this process with a configuration: exit status and stderr."""
+
+    def start(**changes: Any) -> tuple[int, str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(merged(FAST, changes)))
+        options = ["--config", str(path), "--output_dir", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(str(ended.value.code)), capsys.readouterr().err
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": {"name": "sd3"}}, "policy.name: should be causal_lm"),
+        ({"rewards": {"sharpness": {}}}, "rewards.sharpness: should score texts"),
+        (
+            {"objectives": {"method": "apex"}, "loss": {"kind": "ppo"}},
+            "loss.kind: should be grpo for the method apex",
+        ),
+        ({"loss": {"kl": "gaussian"}}, "loss.kl: should be k3 or null for a language model"),
+        (
+            {"generation": {"max_new_tokens": 500}},
+            "generation.max_new_tokens: should be less than the model's context of 192",
+        ),
+        (
+            {"generation": {"max_prompt_tokens": 5}},
+            "To the",  # the prompt that is too long is named
+        ),
+        ({"generation": {"temperature": 0}}, "generation.temperature: should be positive"),
+        ({"policy": {"path": "nowhere"}}, "policy.path: should be a folder with a causal"),
+        (
+            {"policy": {"lora": {"target_modules": ["to_q"]}}},
+            "'to_q'",
+        ),
+    ],
+)
+def test_bad_input_ends_with_one_line(here: Here, changes: dict[str, Any], message: str) -> None:
+    status, said = here(**changes)
+    assert status == 2, said
+    assert message in said
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+
+
+ROW: dict[str, Any] = {"prompt": "p", "responses": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"preferences": {"shrt": [[0, 1]]}}, {}, "Did you mean 'short'?"),
+        ({"responses": ["a"]}, {}, "at least two responses"),
+        ({"preferences": {"short": [[0, 1], [1, 0]]}}, {}, "one winner"),
+        ({"preferences": {"short": [[0, 1], [1, 2], [2, 0]]}}, {}, "run in a circle"),
+        (
+            {"preferences": {"short": [[0, 1]], "polite": [[1, 2]]}},
+            {"objectives": {"weighting": {"primary": "long"}}},
+            "objectives.weighting: Parameter `primary`",
+        ),
+        (
+            {"preferences": {"short": [[0, 1]], "polite": [[1, 2]]}},
+            {"objectives": {"weighting": {"tua": 1}}},
+            "objectives.weighting.tua: unknown option of OfflineSettings. Did you mean 'tau'?",
+        ),
+        (
+            {"preferences": {"short": [[0, 1]]}},
+            {"objectives": {"method": "pama"}},
+            "objectives.method: should be mopo",
+        ),
+        (
+            {"preferences": {"short": [[0, 1]]}},
+            {"preferences": {"pairs": {"short": "x.jsonl"}}},
+            "preferences: should have `data` or `pairs`. Found both.",
+        ),
+        (
+            {"preferences": {"short": [[0, 1]]}},
+            {"preferences": {"objectives": []}},
+            "preferences.objectives: should name",
+        ),
+    ],
+)
+def test_bad_preferences_end_with_one_line(
+    here: Here, tmp_path: Path, row: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    settings = preferences(tmp_path / "pairs.jsonl")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(ROW | row) + "\n")
+    status, said = here(**merged(settings, changes))
+    assert status == 2, said
+    assert message in said
+
+
+def test_images_are_not_learned_from_preferences(tmp_path: Path) -> None:
+    settings = from_dict(merged(FAST, preferences(tmp_path / "pairs.jsonl")))
+    with pytest.raises(ConfigError, match=r"^preferences: should be left out here"):
+        build.trainer(settings)
