@@ -1,7 +1,8 @@
 """Makes the embedded language model and classifiers: `python scripts/make_text.py --output /tmp/t`.
 
 Ten minutes of one core, less with a second. `--examine` prints how well they do on prompts that
-they never learnt. `--write_prompts` writes the prompt lists of the package again as well.
+they never learnt. `--write_prompts` writes the prompt lists of the package again as well, `--write_preferences` its
+preferences, on letters of the model in `--output`.
 """
 
 import argparse
@@ -22,18 +23,26 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--write_prompts", action="store_true", help="write tiny/prompts again too")
     parser.add_argument(
+        "--write_preferences", action="store_true", help="compare letters; build nothing"
+    )
+    parser.add_argument(
         "--examine", action="store_true", help="examine what is there; build nothing"
     )
     arguments = vars(parser.parse_args())
 
-    from moa_diffusion.tiny import PROMPTS_PATH
+    from moa_diffusion.tiny import PREFERENCES_PATH, PROMPTS_PATH
     from moa_diffusion.tiny.writing import exam
     from moa_diffusion.tiny.writing.build import build
     from moa_diffusion.tiny.writing.grammar import write_prompt_files
+    from moa_diffusion.tiny.writing.pairs import write_preferences
 
     if arguments.pop("write_prompts"):
         write_prompt_files(PROMPTS_PATH)
-    if arguments.pop("examine"):
+    compare, examine = arguments.pop("write_preferences"), arguments.pop("examine")
+    if compare:
+        prompts = (PROMPTS_PATH / "letters_train.txt").read_text(encoding="utf-8").splitlines()
+        write_preferences(PREFERENCES_PATH, lm=arguments["output"] / "lm", prompts=prompts)
+    elif examine:
         lm, traits = (arguments["output"] / name for name in ("lm", "traits"))
         marks = {"lm": exam.writing(lm)} | exam.reading(traits, lm)
         for name, found in marks.items():

@@ -9,6 +9,7 @@ import yaml
 
 from moa_diffusion import build, config
 from moa_diffusion.data import read_prompts
+from moa_diffusion.objectives.mopo_offline import OfflineSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -20,6 +21,9 @@ def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.Monkey
     settings = config.load(path)
     assert settings.output_dir == f"runs/{path.stem}"
     assert config.from_dict(yaml.safe_load(config.to_yaml(settings))) == settings
+    if settings.preferences.pairs or settings.preferences.data:
+        check_offline(settings)
+        return
     normalizer, weighting = build.objectives(settings)
     assert normalizer.objectives == weighting.objectives == tuple(settings.rewards)
     assert list(build.heads(settings)) == list(settings.rewards)
@@ -30,6 +34,18 @@ def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.Monkey
     for world_size in (1, 2, 8) if path.stem.startswith("sd35") else (1, 2):
         geometry = build.solve_geometry(settings, world_size)
         assert geometry.per_rank * world_size == geometry.samples
+
+
+def check_offline(settings: config.Config) -> None:
+    assert list(build.heads(settings)) == list(settings.rewards)
+    assert build.heldout_requests(settings)
+    options = dict(settings.objectives.weighting)
+    names = settings.preferences.objectives or list(settings.preferences.pairs)
+    assert options.pop("primary") in names
+    assert options.pop("bounds").keys() <= set(names)
+    OfflineSettings(**options)
+    if settings.preferences.data is not None:  # shipped
+        assert build.preferences(settings).objectives == tuple(names)
 
 
 def test_there_are_configurations() -> None:

@@ -5,7 +5,13 @@ from moa_diffusion.build.judges import heads
 from moa_diffusion.build.methods import METHODS, gradients, objectives
 from moa_diffusion.build.models import model_path, policy
 from moa_diffusion.build.prompts import heldout_requests, train_prompts
-from moa_diffusion.build.runs import check_trackers, solve_geometry, text_trainer, trainer
+from moa_diffusion.build.runs import (
+    check_trackers,
+    preferences,
+    solve_geometry,
+    text_trainer,
+    trainer,
+)
 
 __all__ = [
     "METHODS",
@@ -17,6 +23,7 @@ __all__ = [
     "model_path",
     "objectives",
     "policy",
+    "preferences",
     "solve_geometry",
     "text_trainer",
     "train_prompts",

@@ -211,9 +211,7 @@ def preferences(settings: Config) -> Preferences:
     try:
         if options.data is not None:
             shipped = tiny.PREFERENCES_PATH if options.data == "tiny" else options.data
-            return read_preferences(
-                shipped, options.objectives, cycles=cycles, smoothing=smoothing
-            )
+            return read_preferences(shipped, options.objectives, cycles=cycles, smoothing=smoothing)
         return read_pairs(options.pairs, cycles=cycles, smoothing=smoothing)
     except ConfigError:
         raise

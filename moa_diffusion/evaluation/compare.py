@@ -230,7 +230,7 @@ def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> A
         if not unit > 0:
             raise ValueError(
                 f"Objective `{name}` should vary within a prompt: its spread under the base model "
-                f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out images."
+                f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out samples."
             )
     return spread
 
@@ -448,7 +448,7 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     runs = "run" if seeds == "1" else "runs"
     found = [
         f"Gains over the base model, in units of its spread within a prompt; "
-        f"{comparison.prompts} held-out prompts, {comparison.images} images, {seeds} {runs} each. "
+        f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
         f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts: too narrow with few "
         "runs, and one run says nothing about other seeds."
     ]

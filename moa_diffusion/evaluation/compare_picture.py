@@ -69,7 +69,7 @@ def picture(
     _weights(right, comparison, runs, columns)
     figure.suptitle(
         "Gains over the base model, in units of its spread within a prompt: "
-        f"{comparison.prompts} held-out prompts, {comparison.images} images"
+        f"{comparison.prompts} held-out prompts, {comparison.images} samples"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_diffusion.tiny import PROMPTS_PATH
+from moa_diffusion.tiny import PREFERENCES_PATH, PROMPTS_PATH
 from moa_diffusion.tiny.writing import exam, grammar, phrases, traits
 from moa_diffusion.tiny.writing.classifiers import mangled, train_classifier, trait_loss
 from moa_diffusion.tiny.writing.grammar import Situation
+from moa_diffusion.tiny.writing.pairs import compare
 from moa_diffusion.tiny.writing.pretrain import train_language_model
 from moa_diffusion.tiny.writing.tokenizer import CONTEXT, VOCABULARY
 
@@ -335,3 +336,18 @@ def test_can_be_rebuilt(tmp_path) -> None:
                 assert json.loads((made / name).read_text()) == json.loads(
                     (kept / name).read_text()
                 )
+
+
+def test_shipped_preferences_say_what_the_rules_say() -> None:
+    """Every pair, of every prompt; and no letter that does not end."""
+    rows = [json.loads(line) for line in PREFERENCES_PATH.read_text().splitlines()]
+    prompts = (PROMPTS_PATH / "letters_train.txt").read_text().splitlines()
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        assert len(set(row["responses"])) == len(row["responses"]) >= 16
+        assert compare(row["responses"]) == row["preferences"]
+
+
+def test_pairs_put_the_better_letter_first_and_leave_ties_out() -> None:
+    letters = [" Thank you.", " Do it now.", " Thank you."]
+    assert compare(letters) == {"politeness": [[0, 1], [2, 1]], "brevity": [[0, 1], [2, 1]]}
