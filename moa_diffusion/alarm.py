@@ -14,8 +14,9 @@ goes off when that has held for ``patience`` evaluations in a row.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.heldout import Evaluation, mean_and_error
+
+logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "stop", "raise_kl", "rollback")
 
@@ -61,6 +64,19 @@ class Alarm:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Suspect:
+    """A held-out reward against its best evaluation."""
+
+    name: str
+    count: int  # evaluations in a row that looked like hacking
+    best_step: int
+    fall: float
+    error: float
+    risen: str
+    rise: float
+
+
 class Watch:
     """Looks at one evaluation after the other, and remembers the best of each held-out reward.
 
@@ -77,7 +93,8 @@ class Watch:
         self.rules = rules or Rules()
         self.kl_scale = 1.0  # factor of the KL's weight that alarms have brought about
         self._acted = 0  # alarms acted upon
-        self._streak = dict.fromkeys(self.heldout, 0)
+        self._streak = dict.fromkeys(self.heldout, 0)  # evaluations in a row, towards an alarm
+        self._count = dict.fromkeys(self.heldout, 0)  # the same, as of the last look
         self._best: dict[str, dict[str, Any]] = {}  # by held-out reward: step, values [K, M]
         self._base: dict[str, Any] = {}  # of the first evaluation: std [K], statistics
         self._said: list[str] = []  # warnings that still hold: said once
@@ -106,19 +123,27 @@ class Watch:
                     for name, row in found.statistics.items()
                 },
             }
-        hacked = [self._hacking(found, name, values) for name in self.heldout]
-        alarms = [alarm for alarm in hacked if alarm is not None]
-        if not any(alarm.action == "rollback" for alarm in alarms):
-            # After a rollback the weights are not those that were just evaluated.
+            self._warn_of_silence(found, values)
+        suspects = [self._suspect(found, name, values) for name in self.heldout]
+        ripe = [one for one in suspects if one is not None and one.count >= self.rules.patience]
+        # One is acted upon, the clearest; going back twice at once means nothing.
+        ripe.sort(key=lambda one: one.fall / one.error if one.error > 0 else -math.inf)
+        alarms = [self._alarm(found, one, first=i == 0) for i, one in enumerate(ripe)]
+        if any(alarm.action == "rollback" for alarm in alarms):
+            # The weights are no longer those that were just evaluated, nor those before.
+            self._streak = dict.fromkeys(self.heldout, 0)
+        else:
             for name in self.heldout:
-                best = self._best.get(name)
-                if best is None or _paired(values[name], best["values"][name], found)[0] > 0:
-                    self._best[name] = {"step": found.step, "values": values}
+                self._remember(found, name, values)
         return alarms + self._drifted(found) + self._apart(found)
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Have evaluations after these rollouts count no longer as anybody's best."""
+        self._best = {n: best for n, best in self._best.items() if best["step"] not in steps}
 
     def report(self) -> dict[str, float]:
         """``alarm/<held-out reward>``: evaluations in a row that looked like hacking."""
-        return {f"alarm/{name}": float(count) for name, count in self._streak.items()}
+        return {f"alarm/{name}": float(count) for name, count in self._count.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next evaluation is compared with."""
@@ -139,41 +164,73 @@ class Watch:
 
     # ------------------------------------------------------------------ the rules
 
-    def _hacking(self, found: Evaluation, name: str, values: Mapping[str, Tensor]) -> Alarm | None:
+    def _suspect(
+        self, found: Evaluation, name: str, values: Mapping[str, Tensor]
+    ) -> _Suspect | None:
+        """How a held-out reward stands against its best evaluation; None if it has none."""
         best = self._best.get(name)
         if best is None:
             return None
         fall, error = _paired(values[name], best["values"][name], found)
         risen, rise = self._rise(values, best["values"], found)
         hacking = bool(risen) and fall < -self.rules.z * error
-        self._streak[name] = self._streak[name] + 1 if hacking else 0
-        if self._streak[name] < self.rules.patience:
-            return None
-        self._streak[name] = 0
-        action, to_step = self._act(best["step"])
+        self._count[name] = self._streak[name] + 1 if hacking else 0
+        self._streak[name] = self._count[name] % self.rules.patience  # at the limit from 0 again
+        return _Suspect(
+            name=name,
+            count=self._count[name],
+            best_step=best["step"],
+            fall=fall,
+            error=error,
+            risen=risen,
+            rise=rise,
+        )
+
+    def _alarm(self, found: Evaluation, one: _Suspect, *, first: bool) -> Alarm:
+        action, to_step = self._act(one.best_step) if first else ("warn", None)
         done = {
             "warn": "",
             "stop": "",
             "raise_kl": f" The KL's weight is now {self.kl_scale:g} times that of the settings.",
-            "rollback": f" The weights go back to those after {best['step']} rollouts.",
+            "rollback": f" The weights go back to those after {one.best_step} rollouts.",
         }[action]
-        if self.over:
+        if first and self.over:
             done += " The run ends."
         return Alarm(
             step=found.step,
             kind="reward_hack",
-            name=name,
-            message=f"Held-out reward {name} has fallen by {-fall:.3g} (standard error "
-            f"{error:.2g}) since rollout {best['step']}, while the training reward {risen} "
-            f"rose by {rise:.2g} standard deviations.{done}",
+            name=one.name,
+            message=f"Held-out reward {one.name} has fallen by {-one.fall:.3g} (standard error "
+            f"{one.error:.2g}) since rollout {one.best_step}, while the training reward "
+            f"{one.risen} rose by {one.rise:.2g} standard deviations.{done}",
             action=action,
             to_step=to_step,
-            best_step=best["step"],
-            fall=fall,
-            fall_error=error,
-            risen=risen,
-            rise=rise,
+            best_step=one.best_step,
+            fall=one.fall,
+            fall_error=one.error,
+            risen=one.risen,
+            rise=one.rise,
         )
+
+    def _remember(self, found: Evaluation, name: str, values: Mapping[str, Tensor]) -> None:
+        """Take the evaluation for a held-out reward's best, if it is that."""
+        if values[name].isnan().all():
+            return
+        best = self._best.get(name)
+        change = math.inf if best is None else _paired(values[name], best["values"][name], found)[0]
+        if not change <= 0:  # also if the two have no image in common
+            self._best[name] = {"step": found.step, "values": values}
+
+    def _warn_of_silence(self, found: Evaluation, values: Mapping[str, Tensor]) -> None:
+        for name in self.heldout:
+            prompts = found.prompts[~values[name].isnan()].unique()
+            if len(prompts) < 2:
+                logger.warning(
+                    "Held-out reward %s applies to %d prompts; with less than 2 a fall has no "
+                    "standard error, and its alarm cannot go off.",
+                    name,
+                    len(prompts),
+                )
 
     def _act(self, best_step: int) -> tuple[str, int | None]:
         """What an alarm leads to, given the alarms before it."""

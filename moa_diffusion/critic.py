@@ -33,7 +33,8 @@ MOMENTUM = 0.95  # of the running scale of rewards
 class Critic:
     """K value heads on the policy's features, and the advantages that follow from them.
 
-    Rewards are seen in units of their running spread, so that one learning rate suits all.
+    The heads see rewards in units of their running spread, so that one learning rate suits all;
+    estimates are in the rewards' own units.
 
     Args:
         objectives: names of the K objectives.
@@ -97,7 +98,8 @@ class Critic:
             processes, and ``[N, T]`` bool: which decisions they are, in this order.
         """
         n, first = len(rollout), self.comm.rank * len(rollout)
-        local = self._scaled(rewards)[:, first : first + n]  # [K, n]
+        scaled, spread = self._scaled(rewards)
+        local = scaled[:, first : first + n]  # [K, n]
         features = rollout.trace["features"].to(self.device, torch.float32)
         with torch.no_grad():
             values = self.heads(features).double().cpu().permute(2, 0, 1)  # [K, n, T]
@@ -107,6 +109,7 @@ class Critic:
 
         everywhere = self.comm.gather(mask)  # [N, T]
         whole = self.comm.gather(estimates.transpose(0, 1).contiguous()).transpose(0, 1)
+        whole = whole * spread[:, None, None]  # [K, N, T]
         if self.granularity == "sample":
             counts = everywhere.sum(1)
             columns = torch.where(everywhere, whole, 0.0).sum(2) / counts  # [K, N]
@@ -147,8 +150,8 @@ class Critic:
             group["lr"] = rate  # this run's, not the checkpoint's
         self.mean, self.variance = state["mean"], state["variance"]
 
-    def _scaled(self, rewards: RewardMatrix) -> Tensor:
-        """Rewards in units of their running spread ``[K, N]``; NaN stays."""
+    def _scaled(self, rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
+        """Rewards in units of their running spread ``[K, N]``, NaN stays; and that ``[K]``."""
         values = rewards.values
         mean = values.nanmean(1)
         variance = (values - mean[:, None]).square().nanmean(1)
@@ -158,7 +161,7 @@ class Critic:
         self.variance = _blend(self.variance, variance, blend)
         spread = self.variance.sqrt()
         spread = torch.where(spread > 0, spread, 1.0)  # NaN > 0 is false as well
-        return (values - self.mean.nan_to_num()[:, None]) / spread[:, None]
+        return (values - self.mean.nan_to_num()[:, None]) / spread[:, None], spread
 
     def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +47,7 @@ class HeldOut:
         batch: samples per forward pass.
         log: where every sample's rewards go.
         folder: where sheets of pictures go.
+        drawing: names the settings that outputs depend on beside the requests and the weights.
         shown: outputs per sheet, the first of the requests; 0 for none.
         as_rollouts: outputs that are also drawn as rollouts draw them, the first likewise.
         progress: whether this process shows a progress bar.
@@ -60,6 +64,7 @@ class HeldOut:
         batch: int,
         log: RunLog,
         folder: Path,
+        drawing: str,
         shown: int,
         as_rollouts: int,
         progress: bool,
@@ -69,6 +74,10 @@ class HeldOut:
         self.scorer, self.training = scorer, training
         self.batch, self.log, self.folder = batch, log, folder
         self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
+        asked = [[request.prompt, request.seed] for request in self.requests]
+        text = json.dumps([asked, scorer.names, drawing])
+        # Evaluations with another one cannot be compared with these.
+        self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
         # [K], of the base model: mean, and RMS of the spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
@@ -180,11 +189,11 @@ class HeldOut:
             return drift.diversity(gather_dealt(kept, dealt, self.comm), prompts)
         return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), prompts)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What gains are measured against."""
-        return {"base": self.base, "unit": self.unit}
+    def state_dict(self) -> dict[str, Any]:
+        """What gains are measured against, and what it was measured on."""
+        return {"base": self.base, "unit": self.unit, "identity": self.identity}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.base, self.unit = state["base"], state["unit"]
 
     def _matrix(self, values: Tensor, prompts: Tensor) -> RewardMatrix:

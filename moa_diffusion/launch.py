@@ -40,10 +40,15 @@ def launch(make: Callable[[Config], Loop]) -> int:
     try:
         run.run()
     except Interrupted as stop:
-        print(f"{stop} {' '.join(stop.__notes__)}", file=sys.stderr)
+        print(" ".join([str(stop), *error_notes(stop)]), file=sys.stderr)
     except (RewardError, TrainingError) as error:
-        print(f"error: {error}\n{' '.join(error.__notes__)}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
         run.close()
         return 1
     run.close()
     return 0
+
+
+def error_notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way."""
+    return list(error.__notes__) if "__notes__" in vars(error) else []

@@ -161,7 +161,7 @@ class Loop(ABC):
 
         Raises:
             Interrupted: after SIGTERM, once the state is saved.
-            RewardError, TrainingError: after the state is saved.
+            RewardError, TrainingError: after the state is saved, unless nothing has begun.
         """
         bar = tqdm(
             total=self.schedule.steps,
@@ -170,8 +170,9 @@ class Loop(ABC):
             disable=not self.progress,
         )
         with self._sigterm(), bar:
+            self._forget_lost_checkpoints()
+            self.prepare()  # if it fails, nothing has happened that would have to be saved
             try:
-                self.prepare()
                 self._leave_if_stopped()
                 if self._row is not None:
                     self._finish_round(bar)
@@ -229,8 +230,7 @@ class Loop(ABC):
 
     def _may_be_wanted(self) -> bool:
         """Whether a later alarm may go back to the state as it is."""
-        back = self.watch.rules.action == "rollback"
-        return back and self.completed in self.watch.best_steps
+        return self._rolls_back and self.completed in self.watch.best_steps
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.completed % every == 0
@@ -249,6 +249,26 @@ class Loop(ABC):
         self.comm.barrier()
         return folder
 
+    def _forget_lost_checkpoints(self) -> None:
+        """An alarm goes back only to what is there: a run may go on in another folder."""
+        lost = [
+            step
+            for step in sorted(self.watch.best_steps if self._rolls_back else ())
+            if not (checkpoint.step_folder(self.folder, step) / checkpoint.STATE).is_file()
+        ]
+        if lost:
+            self.watch.forget(lost)
+            logger.warning(
+                "There are no checkpoints after %s %s to go back to; alarms compare with later "
+                "evaluations.",
+                ", ".join(map(str, lost)),
+                self.title,
+            )
+
+    @property
+    def _rolls_back(self) -> bool:
+        return self.watch.rules.action == "rollback"
+
     def _retain(self) -> None:
         """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
         front.retain(
@@ -256,7 +276,7 @@ class Loop(ABC):
             (*self.objectives, *self.watch.heldout),
             newest=self.schedule.checkpoint_keep,
             front=self.schedule.checkpoint_front,
-            best=self.watch.best_steps if self.watch.rules.action == "rollback" else (),
+            best=self.watch.best_steps if self._rolls_back else (),
         )
 
     def close(self) -> None:
@@ -295,8 +315,14 @@ class Loop(ABC):
         self.restore(state)
         self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
         if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
-            self.heldout.load_state_dict(state["heldout"])
-        self.watch.load_state_dict(state["watch"])
+            if state["heldout"]["identity"] == self.heldout.identity:
+                self.heldout.load_state_dict(state["heldout"])
+                self.watch.load_state_dict(state["watch"])
+            else:
+                logger.warning(
+                    "Evaluations have other prompts, seeds, rewards or drawing settings than the "
+                    "checkpoint's: gains stay empty, and alarms compare with those from here on."
+                )
         self.log.rewind(self.completed, pending=self._row is not None)
         if self.comm.rank == 0:
             checkpoint.forget_after(self.folder, self.completed)

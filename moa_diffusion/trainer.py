@@ -388,7 +388,12 @@ class Trainer(Loop):
                 ) from error
         self._gramian = state["gramian"]
         if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
+            try:
+                self.critic.load_state_dict(state["critic"])
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"resume: critic has other settings than the checkpoint: {error}"
+                ) from error
 
     # ------------------------------------------------------------------ small parts
 

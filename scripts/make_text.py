@@ -1,8 +1,8 @@
 """Makes the embedded language model and classifiers: `python scripts/make_text.py --output /tmp/t`.
 
 Ten minutes of one core, less with a second. `--examine` prints how well they do on prompts that
-they never learnt. `--write_prompts` writes the prompt lists of the package again as well, `--write_preferences` its
-preferences, on letters of the model in `--output`.
+they never learnt. `--write_prompts` writes the prompt lists of the package again as well,
+`--write_preferences` its preferences, on letters of the model in `--output`.
 """
 
 import argparse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,50 @@ def test_a_best_evaluation_of_weights_that_are_given_up_does_not_count():
         )
         one.look(row)
     assert one.best_steps == {0}
+
+
+def three(step: int, train: float, one: float, other: float) -> Evaluation:
+    """An evaluation with two held-out rewards."""
+    found = evaluation(step, train=train, held=one)
+    return Evaluation(
+        step=step,
+        names=("a", "held", "other"),
+        values=torch.cat([found.values, (NOISE + other + 0.1 * NOISE.roll(step))[None]]),
+        prompts=found.prompts,
+        statistics={},
+        gaps={},
+        metrics={},
+    )
+
+
+def test_of_two_alarms_at_once_the_clearer_is_acted_upon():
+    one = Watch(["a"], ["held", "other"], Rules(action="rollback", patience=2, kl_factor=3))
+    course = [(0, 0, 0), (1, 1, -1), (2, -1, -2), (3, -2, -3)]
+    found = [
+        (alarm.step, alarm.name, alarm.action, alarm.to_step)
+        for step, means in enumerate(course)
+        for alarm in one.look(three(step, *means))
+    ]
+    assert found == [(2, "other", "rollback", 0)]
+    assert one.kl_scale == 3
+    both = Watch(["a"], ["held", "other"], Rules(action="rollback", patience=1))
+    both.look(three(0, 0, 0, 0))
+    alarms = both.look(three(1, 1, -1, -4))
+    assert [(alarm.name, alarm.action) for alarm in alarms] == [
+        ("other", "rollback"),
+        ("held", "warn"),
+    ]
+
+
+def test_a_held_out_reward_that_begins_with_nothing_is_watched_later(caplog):
+    one = watch(patience=1)
+    assert one.look(evaluation(0, train=0, held=math.nan)) == []
+    assert "Held-out reward held applies to 0 prompts" in caplog.text
+    assert one.best_steps == set()
+    assert one.look(evaluation(1, train=1, held=1)) == []
+    assert one.best_steps == {1}
+    assert one.look(evaluation(2, train=2, held=math.nan)) == []
+    assert [alarm.step for alarm in one.look(evaluation(3, train=3, held=-1))] == [3]
 
 
 def test_raise_kl_until_the_limit():
@@ -350,21 +395,42 @@ def test_a_run_cut_short_goes_back_just_the_same(tmp_path):
     assert steps(tmp_path / "run") == steps(tmp_path / "straight")
 
 
-def test_a_checkpoint_to_go_back_to_that_is_gone_is_told(tmp_path):
+def test_a_checkpoint_to_go_back_to_that_is_gone_is_told(tmp_path, caplog):
     trainer = make(tmp_path / "run", alarm__action="rollback")
-    trainer.watch.look(  # as if rollout 0 had been much better, whose checkpoint nobody wrote
-        Evaluation(
-            step=77,
-            names=("red", "not_red"),
-            values=torch.tensor([[0.0] * 3, [9.0] * 3]).double(),
-            prompts=torch.arange(3),
-            statistics={name: torch.zeros(3).double() for name in STATISTICS},
-            gaps={},
-            metrics={},
-        )
-    )
-    with pytest.raises(TrainingError, match=r"alarm: cannot go back: .*step-000077"):
+    target = checkpoint.step_folder(tmp_path / "run", 0)
+    trainer.log.write_alarm = lambda row: shutil.rmtree(target)
+    with pytest.raises(TrainingError, match=r"alarm: cannot go back: .*step-000000"):
         trainer.run()
+    resumed = make(tmp_path / "run", resume="latest", alarm__action="rollback")
+    resumed.run()
+    assert "There are no checkpoints after 0 rollouts to go back to" in caplog.text
+    assert steps(tmp_path / "run") == list(range(7))
+
+
+def test_a_run_that_goes_on_in_another_folder_forgets_what_is_not_there(tmp_path, caplog):
+    make(tmp_path / "run", alarm__action="rollback", trainer__steps=1).run()
+    latest = str(checkpoint.find("latest", tmp_path / "run"))
+    make(tmp_path / "other", resume=latest, alarm__action="rollback", trainer__steps=3).run()
+    assert "There are no checkpoints after 0 rollouts" in caplog.text
+    assert steps(tmp_path / "other") == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation__images_per_prompt": 3},
+        {"evaluation__seed": 7},
+        {"evaluation__steps": 3},
+        {"evaluation__rewards": {}},
+    ],
+)
+def test_evaluations_of_another_kind_are_not_compared(tmp_path, caplog, change):
+    make(tmp_path / "run", trainer__steps=3).run()
+    resumed = make(tmp_path / "run", resume="latest", **change)
+    assert "Evaluations have other prompts, seeds, rewards or drawing settings" in caplog.text
+    resumed.run()
+    assert [row["step"] for row in told(tmp_path / "run")][:1] == [2]
+    assert steps(tmp_path / "run") == list(range(7))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from moa_diffusion.loop import Loop
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
 
+pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train_lm.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -82,6 +85,7 @@ def preferences(path: Path) -> dict[str, Any]:
         },
         "trainer": {"steps": 4},
         "generation": {"max_new_tokens": 24},
+        "loss": {"kl_weight": 0.0},
     }
 
 
@@ -230,6 +234,10 @@ def here(
             {"objectives": {"method": "apex"}, "loss": {"kind": "ppo"}},
             "loss.kind: should be grpo for the method apex",
         ),
+        (
+            {"objectives": {"method": "ddpo"}, "loss": {"kind": "ppo"}},
+            "loss.kind: should be grpo for the method ddpo",
+        ),
         ({"loss": {"kl": "gaussian"}}, "loss.kl: should be k3 or null for a language model"),
         (
             {"generation": {"max_new_tokens": 500}},
@@ -290,6 +298,11 @@ ROW: dict[str, Any] = {"prompt": "p", "responses": ["a", "b", "c"]}
             {"preferences": {"objectives": []}},
             "preferences.objectives: should name",
         ),
+        (
+            {"preferences": {"short": [[0, 1]], "polite": [[1, 2]]}},
+            {"loss": {"kind": "ppo"}},
+            "loss.kind: should be grpo (the default) with preferences",
+        ),
     ],
 )
 def test_bad_preferences_end_with_one_line(
@@ -306,3 +319,35 @@ def test_images_are_not_learned_from_preferences(tmp_path: Path) -> None:
     settings = from_dict(merged(FAST, preferences(tmp_path / "pairs.jsonl")))
     with pytest.raises(ConfigError, match=r"^preferences: should be left out here"):
         build.trainer(settings)
+
+
+def test_a_prompt_of_the_preferences_that_is_too_long_is_named(here: Here, tmp_path: Path) -> None:
+    settings = preferences(tmp_path / "pairs.jsonl")
+    pairs = {"short": [[0, 1]], "polite": [[1, 0]]}
+    row = {"prompt": "bread " * 200, "responses": ["a", "b"], "preferences": pairs}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    status, said = here(**settings)
+    assert status == 2, said
+    assert "generation.max_prompt_tokens: every prompt should have at most" in said
+
+
+def test_a_response_that_is_too_long_leaves_the_folder_free(here: Here, tmp_path: Path) -> None:
+    settings = preferences(tmp_path / "pairs.jsonl")
+    pairs = {"short": [[0, 1]], "polite": [[1, 0]]}
+    row = {"prompt": "To the baker", "responses": ["bread " * 99, "b"], "preferences": pairs}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    status, said = here(**settings)
+    assert status == 1, said
+    assert "A response should have at most 24 tokens with its end" in said
+    assert len(said) < 2000
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    preferences(tmp_path / "pairs.jsonl")
+    assert here(**merged(settings, {"trainer": {"steps": 1}, "evaluation": {"every": 0}}))[0] == 0
+
+
+def test_other_value_heads_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
+    make(
+        tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 1}, evaluation={"every": 0}
+    ).run()
+    with pytest.raises(ConfigError, match="resume: critic has other settings"):
+        make(tmp_path / "run", loss={"kind": "ppo"}, critic={"hidden": 8}, resume="latest")

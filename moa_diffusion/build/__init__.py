@@ -3,7 +3,7 @@
 from moa_diffusion.build.folders import flat, write_config
 from moa_diffusion.build.judges import heads
 from moa_diffusion.build.methods import METHODS, gradients, objectives
-from moa_diffusion.build.models import model_path, policy
+from moa_diffusion.build.models import causal_lm, model_path, policy
 from moa_diffusion.build.prompts import heldout_requests, train_prompts
 from moa_diffusion.build.runs import (
     check_trackers,
@@ -15,6 +15,7 @@ from moa_diffusion.build.runs import (
 
 __all__ = [
     "METHODS",
+    "causal_lm",
     "check_trackers",
     "flat",
     "gradients",

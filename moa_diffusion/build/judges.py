@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,6 +107,14 @@ def evaluation(
         batch=batch,
         log=log,
         folder=Path(settings.output_dir),
+        drawing=json.dumps(
+            [
+                settings.evaluation.steps,
+                settings.evaluation.guidance,
+                settings.sampling.resolution,
+                vars(settings.generation),
+            ]
+        ),
         shown=settings.evaluation.pictures,
         as_rollouts=settings.evaluation.rollout_images if online else 0,
         progress=progress,

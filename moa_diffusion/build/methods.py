@@ -150,19 +150,19 @@ def gradients(settings: Config, weighting: Weighting) -> Gradients:
     return Gradients(fused=fused, every=options.every, share=options.share)
 
 
-def check_ppo(settings: Config, weighting: Weighting) -> None:
+def check_ppo(settings: Config) -> None:
     """Whether the method can weigh decisions, if there are value heads to judge them.
 
     Raises:
         ConfigError: if not.
     """
-    if settings.loss.kind == "ppo" and not isinstance(weighting, (Static, Pama, PamaVector)):
-        fitting = [
-            name
-            for name, method in METHODS.items()
-            if issubclass(method.weighting, (Static, Pama, PamaVector))
-            and issubclass(method.normalizer, (Raw, GDPO, DualStage, Noon))
-        ]
+    fitting = [
+        name
+        for name, method in METHODS.items()
+        if issubclass(method.weighting, (Static, Pama, PamaVector))
+        and issubclass(method.normalizer, (Raw, GDPO, DualStage, Noon))
+    ]
+    if settings.loss.kind == "ppo" and settings.objectives.method not in fitting:
         raise ConfigError(
             f"loss.kind: should be grpo for the method {settings.objectives.method}, which looks "
             f"at rewards of whole samples or at gradients. Found 'ppo', with which "

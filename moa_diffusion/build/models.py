@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from moa_diffusion import tiny
 from moa_diffusion.build.folders import check_folder
-from moa_diffusion.build.prompts import heldout_requests, train_prompts
+from moa_diffusion.build.prompts import heldout_requests
 from moa_diffusion.config import Config
 from moa_diffusion.critic import Critic
 from moa_diffusion.distributed import Comm
@@ -31,7 +32,7 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
     if settings.policy.name == "toy":
         return ToyPolicy(steps=settings.sampling.steps, kl=kl)
     if settings.policy.name == "causal_lm":
-        return _causal_lm(settings, device)
+        return causal_lm(settings, device)
     model, sampling = settings.policy, settings.sampling
     path = model_path(settings)
     if model.embeds_dir is not None:
@@ -84,23 +85,41 @@ def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) 
     )
 
 
-def _causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
-    model, generation = settings.policy, settings.generation
-    path, asked = model_path(settings), heldout_requests(settings)
-    prompts = [prompt.text for part in train_prompts(settings).sets for prompt in part.prompts]
+def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
+    """Whether the settings fit a language model and no prompt is too long; loads no weights.
+
+    Raises:
+        ConfigError: if not.
+    """
+    generation = settings.generation
+    asked = [request.prompt for request in heldout_requests(settings)]
     try:
         language_model.check_fit(
-            path,
-            revision=model.revision,
+            model_path(settings),
+            revision=settings.policy.revision,
             max_new_tokens=generation.max_new_tokens,
             max_prompt_tokens=generation.max_prompt_tokens,
-            target_modules=model.lora.target_modules,
+            target_modules=settings.policy.lora.target_modules,
             chat=generation.chat,
-            prompts=[*prompts, *(request.prompt for request in asked)],
+            prompts=[*prompts, *asked],
         )
-        loaded, tokenizer = language_model.load_model(
-            path, revision=model.revision, dtype=model.dtype
-        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
+    """A language model on its device.
+
+    Raises:
+        ConfigError: if the path holds none, or a setting does not fit it.
+    """
+    model = settings.policy
+    loaded, tokenizer = language_model.load_model(
+        model_path(settings), revision=model.revision, dtype=model.dtype
+    )
+    try:
         return CausalLMPolicy(
             loaded,
             tokenizer,
@@ -111,7 +130,7 @@ def _causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
             target_modules=model.lora.target_modules,
             gradient_checkpointing=model.gradient_checkpointing,
             features=settings.loss.kind == "ppo",
-            **vars(generation),
+            **vars(settings.generation),
         )
     except ConfigError:
         raise

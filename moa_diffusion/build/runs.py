@@ -16,7 +16,7 @@ from moa_diffusion import checkpoint, tiny
 from moa_diffusion.build.folders import flat, run_folder, run_log, write_config
 from moa_diffusion.build.judges import evaluation, scorers, watcher
 from moa_diffusion.build.methods import check_ppo, gradients, objectives
-from moa_diffusion.build.models import critic, policy
+from moa_diffusion.build.models import causal_lm, check_prompts, critic, policy
 from moa_diffusion.build.parts import construct, nearest
 from moa_diffusion.build.prompts import heldout_requests, train_prompts
 from moa_diffusion.config import Config
@@ -30,7 +30,6 @@ from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.preference_files import read_pairs, read_preferences
 from moa_diffusion.preferences import Preferences
 from moa_diffusion.trainer import Trainer
@@ -64,7 +63,9 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     asked = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
     check_trackers(settings.log.trackers)
-    check_ppo(settings, weighting)
+    check_ppo(settings)
+    if settings.policy.name == "causal_lm":
+        check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
     watch = watcher(settings, asked)
     accelerator = make_accelerator(settings)
     comm = AccelerateComm(accelerator)
@@ -131,6 +132,7 @@ def text_trainer(settings: Config) -> Loop:
         return trainer(settings)
     resumed = run_folder(settings)
     data = preferences(settings)
+    check_prompts(settings, data.prompts)
     asked = heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
@@ -149,8 +151,7 @@ def text_trainer(settings: Config) -> Loop:
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
     everyone, scorer = scorers(settings, comm)
-    model = policy(settings, accelerator.device)
-    assert isinstance(model, CausalLMPolicy)
+    model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     built = OfflineTrainer(
         cloning=Cloning(

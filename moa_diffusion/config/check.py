@@ -143,6 +143,15 @@ def _check_preferences(config: Config) -> None:
             "objectives.method: should be mopo, which learns from preferences. "
             f"Found {config.objectives.method!r}."
         )
+    for key, value, neutral in (
+        ("loss.kind", config.loss.kind, "grpo"),
+        ("loss.kl_weight", config.loss.kl_weight, 0.0),
+    ):
+        if value != neutral:
+            raise ConfigError(
+                f"{key}: should be {neutral} (the default) with preferences, where MOPO's `tau` "
+                f"holds the policy back and nothing is estimated. Found {value!r}."
+            )
     if config.policy.name != "causal_lm":
         raise ConfigError(
             "policy.name: should be causal_lm, which can be taught given responses. "

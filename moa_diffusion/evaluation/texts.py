@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,8 @@ from moa_diffusion.evaluation.peft_adapters import (
 )
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.policies.causal_lm import CausalLMPolicy
-from moa_diffusion.policies.language_model import check_fit, load_model
-from moa_diffusion.types import ConfigError, Request
+from moa_diffusion.policies.language_model import check_fit
+from moa_diffusion.types import Request
 
 
 class Texts:
@@ -77,27 +77,9 @@ class Texts:
         return TextCache(folder / "texts")
 
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        """Made without ``build``, which would read the prompts that the run was trained on."""
-        model, tokenizer = load_model(
-            build.model_path(settings),
-            revision=settings.policy.revision,
-            dtype=settings.policy.dtype,
-        )
-        try:
-            return CausalLMPolicy(
-                model,
-                tokenizer,
-                device=device,
-                seed=settings.seed,
-                lora_rank=lora.rank,
-                lora_alpha=lora.alpha,
-                target_modules=lora.target_modules,
-                **vars(settings.generation),
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"policy: {error}") from error
+        model = dataclasses.replace(settings.policy, lora=lora)
+        loss = dataclasses.replace(settings.loss, kind="grpo")  # no features for value heads
+        return build.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
 
     def request(self, prompt: str, seed: int) -> Request:
         """Drawn with noise that is the same for all models, and another for every prompt.

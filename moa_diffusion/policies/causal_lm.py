@@ -146,7 +146,7 @@ class CausalLMPolicy:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         response, mask = self._draw(requests, self.temperature)
-        return self._rollout(requests, self.dialogue.texts(response, mask), response, mask)
+        return self._rollout(requests, self._texts(requests, response, mask), response, mask)
 
     @torch.no_grad()
     def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
@@ -186,7 +186,7 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:
-        return self.dialogue.texts(*self._draw(requests, self.eval_temperature))
+        return self._texts(requests, *self._draw(requests, self.eval_temperature))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return self._trainable
@@ -229,6 +229,9 @@ class CausalLMPolicy:
             texts=texts,
             statistics={"length": length.cpu(), "entropy": (-log_probs.sum(1) / length).cpu()},
         )
+
+    def _texts(self, requests: Sequence[Request], ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        return self.dialogue.texts([request.prompt for request in requests], ids, mask)
 
     def _draw(self, requests: Sequence[Request], temperature: float) -> tuple[Tensor, Tensor]:
         """Responses ``[n, T]`` and their mask; the likeliest tokens at temperature 0."""

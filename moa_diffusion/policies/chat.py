@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moa_diffusion.types import ConfigError
 
+SHOWN = 80  # characters of a text in a message
+
 
 class Dialogue:
     """Tokenises prompts and responses apart from each other, and never cuts one short.
@@ -86,13 +88,13 @@ class Dialogue:
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
         if not ids:
-            raise ConfigError(f"prompts: the prompt {text!r} has no token to start from.")
+            raise ConfigError(f"prompts: the prompt {short(text)} has no token to start from.")
         if len(ids) > self.max_prompt_tokens:
             raise ConfigError(
                 f"generation.max_prompt_tokens: every prompt should have at most "
                 f"{self.max_prompt_tokens} tokens (the limit, or what the model's context leaves "
-                f"beside generation.max_new_tokens). Found {len(ids)} in {text!r}. Shorten it, "
-                "take it out, or change these numbers."
+                f"beside generation.max_new_tokens). Found {len(ids)} in {short(text)}. "
+                "Shorten it, take it out, or change these numbers."
             )
         return ids
 
@@ -100,28 +102,44 @@ class Dialogue:
         """Token ids of a response, tokenised by itself, and its end.
 
         Raises:
-            ValueError: if it is too long.
+            ValueError: if it is too long, or a token inside it would have ended it.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if inside := [i for i in ids if i in self.stops]:
+            raise ValueError(
+                f"A response should not spell {self.tokenizer.decode(inside[:1])!r}, which ends "
+                f"it. Found it in {short(text)}."
+            )
         ids = [*ids, self.end]
         if len(ids) > self.max_new_tokens:
             raise ValueError(
                 f"A response should have at most {self.max_new_tokens} tokens with its end "
-                f"(`max_new_tokens`). Found {len(ids)} in {text!r}."
+                f"(`max_new_tokens`). Found {len(ids)} in {short(text)}."
             )
         return ids
 
-    def texts(self, ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Responses without special tokens, from ``ids [n, T]`` and ``mask [n, T]``."""
+    def texts(self, prompts: Sequence[str], ids: Tensor, mask: Tensor) -> tuple[str, ...]:
+        """Responses without special tokens.
+
+        Args:
+            prompts: n, after which they stand: some tokenizers write a space in front of a word
+                only where something is before it.
+            ids: ``[n, T]``.
+            mask: ``[n, T]``.
+        """
         rows = [row[known].tolist() for row, known in zip(ids.cpu(), mask.cpu(), strict=True)]
-        return tuple(
-            self.tokenizer.decode(
-                row[:-1] if row[-1] in self.stops else row,  # a stop need not be a special token
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
-            for row in rows
+        found = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            written = row[:-1] if row[-1] in self.stops else row  # a stop need not be special
+            before = [] if self.chat else self.prompt(prompt)[-1:]
+            found.append(self._decode([*before, *written])[len(self._decode(before)) :])
+        return tuple(found)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text
 
     def pad(
         self, rows: Sequence[Sequence[int]], width: int, *, left: bool
@@ -133,3 +151,8 @@ class Dialogue:
             place = slice(width - len(row), width) if left else slice(len(row))
             ids[i, place], mask[i, place] = torch.tensor(row), True
         return ids, mask
+
+
+def short(text: str) -> str:
+    """The beginning of a text, for messages."""
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")

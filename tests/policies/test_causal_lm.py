@@ -33,6 +33,7 @@ from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.loss import surrogate_coefficients
 from moa_diffusion.policies import token_log_probs
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.policies.chat import Dialogue
 from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.policies.language_model import check_fit, load_model
 from moa_diffusion.policies.merged import MergedForward
@@ -525,6 +526,29 @@ def test_gradients_of_objectives_are_those_of_separate_passes(family: str, kind:
         expected = torch.autograd.grad(loss, list(parameters.values()))
         for (name, found), gradient in zip(rows.rows.items(), expected, strict=True):
             assert (found[k] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_completion_keeps_the_space_in_front_of_its_first_word() -> None:
+    """Tokenizers in the manner of SentencePiece write it only where something is before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "\u2581This", "\u2581film", "\u2581was", "\u2581great"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<s>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    metaspace = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    dialogue = Dialogue(metaspace, chat=False, max_prompt_tokens=9, max_new_tokens=9)
+    ids = torch.tensor([[4, 5, 1]])
+    found = dialogue.texts(["This film"], ids, torch.ones_like(ids, dtype=torch.bool))
+    assert found == (" was great",)
+
+
+def test_a_response_may_not_spell_what_ends_it() -> None:
+    policy = policy_on()
+    end = policy.dialogue.tokenizer.eos_token
+    with pytest.raises(ValueError, match="A response should not spell"):
+        policy.rollout_of(requests(1), [f"a{end}b"])
 
 
 # ---------------------------------------------------------------- training

@@ -53,6 +53,7 @@ function alarms(name) {
   const traces = [];
   const shapes = [];
   for (const run of runs) {
+    let taken = 0; // what an earlier rollback took back is shaded already
     for (const alarm of run.alarms) {
       if (alarm.name !== name && alarm.kind !== "reward_hack" && alarm.action === "warn") continue;
       const colour = colourOf(run.name);
@@ -79,7 +80,7 @@ function alarms(name) {
           type: "rect",
           xref: "x",
           yref: "paper",
-          x0: alarm.to_step,
+          x0: Math.max(alarm.to_step, taken),
           x1: alarm.step,
           y0: 0,
           y1: 1,
@@ -88,6 +89,7 @@ function alarms(name) {
           line: { width: 0 },
           layer: "below",
         });
+        taken = alarm.step;
       }
     }
   }
