@@ -511,6 +511,12 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(fresh())
     with pytest.raises(ConfigError, match=r"should be of a LoRA\. Found peft_type .*IA3"):
         read_adapter(tmp_path / "lora", model)
+    other = damaged(fresh(), base_model_name_or_path="somebody/gpt2-xl")
+    assert read_adapter(other, model, base="elsewhere/gpt2-xl").layers
+    with pytest.raises(
+        ConfigError, match="should be of the base model 'gpt2'. Found those of 'some"
+    ):
+        read_adapter(other, model, base="gpt2")
     (fresh() / CONFIG).write_text("{")
     with pytest.raises(ConfigError, match=f"{CONFIG}` is damaged"):
         read_adapter(tmp_path / "lora", model)
@@ -528,8 +534,8 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
 def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     a = str(runs / "a")
     other, broken = tmp_path / "other", tmp_path / "broken"
-    llama(24).save_pretrained(tmp_path / "wide")
-    tokenizer().save_pretrained(tmp_path / "wide")
+    llama(24).save_pretrained(tmp_path / "wide" / "base")
+    tokenizer().save_pretrained(tmp_path / "wide" / "base")
     for copy in (other, broken):
         build.write_config(from_dict(settings_of(runs, "a", 1, output_dir=str(copy))))
         for path in (runs / "a").rglob("*"):
@@ -538,7 +544,9 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace(str(runs / "base"), str(tmp_path / "wide")))
+    (other / "config.yaml").write_text(
+        text.replace(str(runs / "base"), str(tmp_path / "wide" / "base"))
+    )
     weights = checkpoint.step_folder(broken, 1) / "ema" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:500])
     (tmp_path / "empty.txt").write_text("\n\n")

@@ -297,6 +297,7 @@ def test_long_curves_are_averaged(tmp_path: Path):
         ("alarms.jsonl", '{"step": 1, "kind": "drift"}\n', "jsonl:1: .* name, action, message"),
         ("front.json", '{"objectives": []}', "front.json` is damaged: KeyError"),
         ("front.json", "{", "front.json` is damaged"),
+        ("front.json", '{"checkpoints": [1]}', "front.json` is damaged: TypeError"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: str):

@@ -44,13 +44,17 @@ def skeleton(path: str, *, revision: str | None = None) -> Any:
         return AutoModelForCausalLM.from_config(read_config(path, revision=revision))
 
 
-def read_adapter(folder: Path, model: Any) -> Adapter:
+def read_adapter(folder: Path, model: Any, base: str | None = None) -> Adapter:
     """Read a folder of LoRA weights as ``PeftModel.from_pretrained`` would.
+
+    That it belongs to another base model is noticed by shapes and, where the folder names one, by
+    the last part of the name.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         model: a ``skeleton`` of the base model, which peft fits the weights to; as it was
             afterwards.
+        base: folder or hub id of the base model; None for no comparison of names.
 
     Raises:
         ConfigError: if a file is missing or damaged, is no plain LoRA, or does not fit the base
@@ -60,6 +64,12 @@ def read_adapter(folder: Path, model: Any) -> Adapter:
 
     config = _config(folder / CONFIG)
     config.init_lora_weights = False  # reading it draws nothing
+    named = config.base_model_name_or_path
+    if base is not None and named and Path(named).name != Path(base).name:
+        raise ConfigError(
+            f"LoRA weights `{folder}` should be of the base model {base!r}. Found those of "
+            f"{named!r} ({CONFIG}); where that is another name of the same model, take it out."
+        )
     path = folder / WEIGHTS
     state, _ = read_tensors(path, _PREFIX, of="model")
     try:

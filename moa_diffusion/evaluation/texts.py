@@ -56,8 +56,10 @@ class Texts:
         )
 
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        model = skeleton(build.model_path(settings), revision=settings.policy.revision)
-        return partial(read_adapter, model=model)
+        path = build.model_path(settings)
+        return partial(
+            read_adapter, model=skeleton(path, revision=settings.policy.revision), base=path
+        )
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
         model = skeleton(build.model_path(settings), revision=settings.policy.revision)

@@ -15,6 +15,7 @@ from moa_diffusion.types import ConfigError
 
 POINTS = 500  # of a curve at most; a longer one is averaged over neighbours
 FILES = ("config.yaml", REWARDS)
+CHECKPOINT = ("step", "means", "non_dominated", "kept_for")  # what front.json says of each
 ALARM = ("step", "kind", "name", "action", "message")  # what every line of alarms.jsonl has
 
 
@@ -122,6 +123,7 @@ def _front(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
     try:
-        return tuple(json.loads(path.read_text(encoding="utf-8"))["checkpoints"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        return tuple({key: row[key] for key in CHECKPOINT} for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"`{path}` is damaged: {error!r}.") from error
