@@ -513,9 +513,7 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
         read_adapter(tmp_path / "lora", model)
     other = damaged(fresh(), base_model_name_or_path="somebody/gpt2-xl")
     assert read_adapter(other, model, base="elsewhere/gpt2-xl").layers
-    with pytest.raises(
-        ConfigError, match="should be of the base model 'gpt2'. Found those of 'some"
-    ):
+    with pytest.raises(ConfigError, match="should be of the base model 'gpt2'"):
         read_adapter(other, model, base="gpt2")
     (fresh() / CONFIG).write_text("{")
     with pytest.raises(ConfigError, match=f"{CONFIG}` is damaged"):
