@@ -102,7 +102,8 @@ class Watch:
     @property
     def over(self) -> bool:
         """Whether the run should end: after the first alarm, or one more than the limit."""
-        return self._acted > (0 if self.rules.action == "stop" else self.rules.limit)
+        limits = {"warn": math.inf, "stop": 0}
+        return self._acted > limits.get(self.rules.action, self.rules.limit)
 
     @property
     def best_steps(self) -> set[int]:

@@ -381,6 +381,8 @@ def test_rollback_goes_back_and_ends_at_the_best_weights(tmp_path):
     assert front[0]["means"] == front[1]["means"]
     saved = checkpoint.load_state(checkpoint.find("latest", folder))
     assert torch.equal(saved["updater"]["trainable"]["drift"], torch.zeros(2, 3))
+    make(folder, resume="latest", alarm__action="warn", trainer__steps=5).run()
+    assert steps(folder)[-1] == 5
 
 
 def test_a_run_cut_short_goes_back_just_the_same(tmp_path):
