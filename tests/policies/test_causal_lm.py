@@ -217,7 +217,8 @@ def test_generate_takes_the_likeliest_tokens_or_draws() -> None:
         while len(found) < T and 2 not in found:
             with torch.no_grad():
                 found.append(int(policy.model(torch.tensor([ids + found])).logits[0, -1].argmax()))
-        assert text == policy.dialogue.texts(*policy.dialogue.pad([found], T, left=False))[0]
+        row = policy.dialogue.pad([found], T, left=False)
+        assert (text,) == policy.dialogue.texts([prompt], *row)
     warm = policy_on(temperature=0.3, eval_temperature=1.0)
     drawn = warm.generate(requests(4))
     assert drawn == policy_on(temperature=1.0).sample(requests(4), step=0).texts
@@ -379,7 +380,8 @@ def test_given_responses_are_forced() -> None:
     with torch.no_grad():
         expected = by_transformers(policy.model, policy, rollout)
     torch.testing.assert_close(rollout.log_probs, expected, atol=1e-5, rtol=0)
-    assert policy.dialogue.texts(rollout.trace["response"], rollout.mask) == texts
+    asked = [request.prompt for request in rollout.requests]
+    assert policy.dialogue.texts(asked, rollout.trace["response"], rollout.mask) == texts
     with pytest.raises(ValueError, match=r"at most 8 tokens.*Found 9 in 'too long'"):
         policy.rollout_of(requests(2), ["short", "too long"])
     with pytest.raises(ValueError, match=r"one entry per request\. Found 1 for 2"):
