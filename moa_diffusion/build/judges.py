@@ -97,7 +97,6 @@ def evaluation(
     """The evaluation during training; None if nothing is asked, or nobody answers."""
     if not asked or not everyone.names:
         return None
-    online = settings.preferences.data is None and not settings.preferences.pairs
     return HeldOut(
         asked,
         policy=model,
@@ -116,6 +115,7 @@ def evaluation(
             ]
         ),
         shown=settings.evaluation.pictures,
-        as_rollouts=settings.evaluation.rollout_images if online else 0,
+        # Offline nothing is drawn as rollouts are, so there is nothing to compare with.
+        as_rollouts=0 if settings.preferences.given else settings.evaluation.rollout_images,
         progress=progress,
     )

@@ -52,7 +52,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         ConfigError: for anything in the configuration that cannot be run.
         ImportError: if a chosen reward head or tracker needs a package that is not installed.
     """
-    if settings.preferences.data is not None or settings.preferences.pairs:
+    if settings.preferences.given:
         raise ConfigError(
             "preferences: should be left out here: images are learned from rollouts, and "
             "scripts/train_lm.py is what learns from preferences. Found "
@@ -128,7 +128,7 @@ def text_trainer(settings: Config) -> Loop:
             "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
             f"{settings.policy.name!r}."
         )
-    if settings.preferences.data is None and not settings.preferences.pairs:
+    if not settings.preferences.given:
         return trainer(settings)
     resumed = run_folder(settings)
     data = preferences(settings)

@@ -103,10 +103,9 @@ def check(config: Config) -> None:
     _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
     check_prompts(dataclasses.asdict(config.prompts))
     _check_together(config)
-    offline = config.preferences.data is not None or bool(config.preferences.pairs)
-    if offline:
+    if config.preferences.given:
         _check_preferences(config)
-    if not config.rewards and not offline:
+    if not config.rewards and not config.preferences.given:
         raise ConfigError(
             "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
             "Found none."

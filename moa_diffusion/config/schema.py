@@ -190,6 +190,11 @@ class PreferencesConfig:
     smoothing: float = 0.0
     batch: int = 32
 
+    @property
+    def given(self) -> bool:
+        """Whether there are any: the run is then offline."""
+        return self.data is not None or bool(self.pairs)
+
 
 @dataclass
 class GradientsConfig:
