@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moa_diffusion.data import derive_seed
 from moa_diffusion.distributed import Comm
+from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.types import RewardMatrix, Rollout
 
 MOMENTUM = 0.95  # of the running scale of rewards
@@ -48,6 +49,8 @@ class Critic:
         hidden: width of the layer between features and values.
         lr: learning rate of Adam.
         epochs: gradient steps per rollout, on all of it.
+        batch: samples per pass of the heads, as they were drawn, so that any number of processes
+            makes the same passes.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Critic:
         hidden: int = 64,
         lr: float = 1e-3,
         epochs: int = 8,
+        batch: int,
     ) -> None:
         if granularity not in ("decision", "sample"):
             raise ValueError(
@@ -71,6 +75,7 @@ class Critic:
             )
         self.objectives, self.comm, self.device = tuple(objectives), comm, device
         self.granularity, self.gamma, self.lam, self.epochs = granularity, gamma, lam, epochs
+        self.batch = batch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "critic") % 2**63)
             last = nn.Linear(hidden, len(objectives))
@@ -79,8 +84,8 @@ class Critic:
             ).to(device)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding, and differ
-        # with the number of processes, move parameters as far as any other.
+        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding move
+        # parameters as far as any other.
         self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
         # [K] float64: running mean and variance of the rewards.
         self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
@@ -102,7 +107,8 @@ class Critic:
         local = scaled[:, first : first + n]  # [K, n]
         features = rollout.trace["features"].to(self.device, torch.float32)
         with torch.no_grad():
-            values = self.heads(features).double().cpu().permute(2, 0, 1)  # [K, n, T]
+            parts = [self.heads(part) for part in features.split(self.batch)]
+            values = torch.cat(parts).double().cpu().permute(2, 0, 1)  # [K, n, T]
         mask = rollout.mask.cpu()
         estimates = gae(values, local, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
         self._fit(features, values + estimates, mask)
@@ -170,15 +176,20 @@ class Critic:
         weight = known.permute(1, 2, 0).to(self.device, torch.float32)  # [n, T, K]
         count = weight.sum((0, 1))  # [K]
         self.comm.sum_([count])
+        gradients = GradientSum(list(self.heads.parameters()))
+        parts = [tensor.split(self.batch) for tensor in (features, targets, weight)]
         losses = []
         for _ in range(self.epochs):
-            errors = weight * (self.heads(features) - targets).square()
-            loss = (errors.sum((0, 1)) / count.clamp(min=1)).sum()
+            total = torch.zeros(1, dtype=torch.float64)
             self.optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            total = loss.detach().clone()[None]
+            for feature, target, share in zip(*parts, strict=True):
+                errors = share * (self.heads(feature) - target).square()
+                loss = (errors.sum((0, 1)) / count.clamp(min=1)).sum()
+                torch.autograd.backward(loss)
+                gradients.take()
+                total += loss.detach().cpu()
             self.comm.sum_([total])
-            self.comm.sum_([p.grad for p in self.heads.parameters() if p.grad is not None])
+            gradients.write(self.comm)
             self.optimizer.step()
             losses.append(float(total))
         self.report = {"policy/value_loss": losses[0] / len(self.objectives)}

@@ -28,6 +28,7 @@ from moa_diffusion.alarm import Watch
 from moa_diffusion.data import generator
 from moa_diffusion.distributed import Comm, deal, gather_dealt
 from moa_diffusion.ema import EMA
+from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.metrics import RunLog
@@ -102,8 +103,7 @@ class Cloning(Stepper):
             weights: ``[B]``, constant.
         """
         sums = torch.zeros(3, dtype=torch.float64)  # weighted and plain log-probs, tokens
-        for parameter in self._parameters:  # a process without rows takes part in the sum as well
-            parameter.grad = torch.zeros_like(parameter)
+        gradients = GradientSum(self._parameters)
         self.scaler.scale(sums.new_zeros((), device=self._parameters[0].device))  # now it exists
         for part in self._batches(len(rows)):
             rollout = self._given([rows[i] for i in part])
@@ -112,8 +112,9 @@ class Cloning(Stepper):
                 weighted = (weights[part].to(log_pi) * log_pi).sum()
                 torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
                 sums += torch.stack([weighted, log_pi.sum(), tokens]).detach().double().cpu()
+            gradients.take()
         self.comm.sum_([sums])
-        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
+        gradients.write(self.comm)
         norm = self.optimizer_step()
         return {
             "offline/loss": float(-sums[0]) / len(rows),

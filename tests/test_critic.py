@@ -43,8 +43,14 @@ def matrix(values: list[list[float]]) -> RewardMatrix:
 
 
 def critic(**changes) -> Critic:
-    options = {"width": D, "comm": LocalComm(), "device": torch.device("cpu"), "seed": 0} | changes
-    return Critic(("a", "b"), **options)
+    options = {
+        "width": D,
+        "comm": LocalComm(),
+        "device": torch.device("cpu"),
+        "seed": 0,
+        "batch": 4,
+    }
+    return Critic(("a", "b"), **(options | changes))
 
 
 def test_estimates_by_hand():

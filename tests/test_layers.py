@@ -23,7 +23,7 @@ LAYERS = (
     ("update", "alarm", "front"),
     ("heldout", "checkpoint", "stepper", "critic"),
     ("policies/*", "scoring", "gradients"),
-    ("metrics", "drift", "preference_files"),
+    ("metrics", "drift", "preference_files", "gradient_sum"),
     (
         "objectives/*",
         "loss",

@@ -145,8 +145,10 @@ def model_path(settings: Config) -> str:
     return str(shipped) if path == "tiny" else path
 
 
-def critic(settings: Config, model: Policy, comm: Comm, device: torch.device) -> Critic | None:
-    """Value heads for ``loss.kind: ppo``."""
+def critic(
+    settings: Config, model: Policy, comm: Comm, device: torch.device, batch: int
+) -> Critic | None:
+    """Value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time."""
     if settings.loss.kind != "ppo":
         return None
     assert isinstance(model, CausalLMPolicy)
@@ -156,6 +158,7 @@ def critic(settings: Config, model: Policy, comm: Comm, device: torch.device) ->
         comm=comm,
         device=device,
         seed=settings.seed,
+        batch=batch,
         **vars(settings.critic),
     )
 
