@@ -279,9 +279,14 @@ class Geometry:
         return self.samples // self.world_size
 
     @property
+    def per_update(self) -> int:
+        """Samples per optimizer step and process."""
+        return self.per_rank // self.updates
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches per optimizer step and process."""
-        return self.per_rank // self.updates // self.micro_batch
+        return self.per_update // self.micro_batch
 
     @classmethod
     def solve(
@@ -294,7 +299,10 @@ class Geometry:
         max_sample_batch: int,
         max_micro_batch: int,
     ) -> Geometry:
-        """The largest batches within the two limits that cut the rollout evenly.
+        """The largest batches within the two limits that cut each process's share evenly.
+
+        Where the limits themselves do, any number of processes makes the same forward passes, of
+        the same samples, and all of them train the same parameters to the last bit.
 
         Raises:
             ConfigError: if the samples cannot be shared evenly; the message names the numbers.
@@ -344,6 +352,33 @@ class Geometry:
         local_blocks = order.view(self.world_size, -1, self.updates)[rank]
         local = local_blocks - rank * self.per_rank
         return [part.reshape(self.accumulation, self.micro_batch) for part in local.T]
+
+    def probe(self, share: float, *, seed: int, step: int, rank: int) -> list[Tensor]:
+        """Local sample indices of the micro-batches on which gradients are measured.
+
+        Those of the first optimizer steps, of the last of these evenly spaced ones: all processes
+        together make the passes that one process would make, and each its share of them to within
+        one per optimizer step.
+
+        Args:
+            share: of all micro-batches of the rollout, in (0, 1]; at least one is taken.
+            seed: as for ``minibatches``.
+            step: likewise.
+            rank: likewise.
+
+        Returns:
+            int64 tensors ``[micro_batch]``.
+        """
+        each = self.accumulation * self.world_size  # micro-batches of an optimizer step
+        left = max(1, round(share * each * self.updates))
+        chosen: list[Tensor] = []
+        for index in self.minibatches(seed=seed, step=step, rank=rank):
+            taken = min(left, each)
+            left -= taken
+            places = {(2 * i + 1) * each // (2 * taken) for i in range(taken)}
+            first = rank * self.accumulation
+            chosen += [index[i] for i in range(self.accumulation) if first + i in places]
+        return chosen
 
 
 def _largest_divisor(total: int, limit: int) -> int:

@@ -48,7 +48,7 @@ class Gradients:
 
     fused: bool = False  # at every optimizer step, inside its backward pass
     every: int = 1  # else by a probe: rollouts between two
-    share: float = 0.25  # of the rollout's samples in a probe, in (0, 1]
+    share: float = 0.25  # of the rollout's micro-batches in a probe, in (0, 1]
 
 
 class Trainer(Loop):
@@ -251,7 +251,9 @@ class Trainer(Loop):
         if self.weighting.needs_gramian and stale:
             with self._timed("probe"):
                 local = local_slice(advantages.T, self.comm).T
-                found = self.updater.measure(rollout, local, share=self.gradients.share)
+                found = self.updater.measure(
+                    rollout, local, step=self.completed, share=self.gradients.share
+                )
             if found.isfinite().all():
                 self._gramian = self._measured = found
             else:  # the loss scale of float16 was too high, say: the update will lower it

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from moa_diffusion.data import Geometry
 from moa_diffusion.distributed import Comm
 from moa_diffusion.ema import EMA
+from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
 from moa_diffusion.policies.base import Policy
@@ -103,7 +104,7 @@ class Updater(Stepper):
         def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
             return self._backward(part, advantage[index], total, beta)
 
-        return self._run(rollout, backward, self._sum_gradients, step, before_batch)
+        return self._run(rollout, backward, step=step, before_batch=before_batch)
 
     def fused(
         self,
@@ -142,7 +143,6 @@ class Updater(Stepper):
             return self._backward_rows(rows, part, advantages[:, index], total, beta)
 
         def mix() -> None:
-            self._sum_gradients()  # of the KL term
             gramian = rows.gramian(self.comm)
             if gramian.isfinite().all():
                 found.append(solve(gramian))
@@ -151,29 +151,25 @@ class Updater(Stepper):
             rows.write(found[-1] * self._loss_scale())
             rows.clear()
 
-        metrics = self._run(rollout, backward, mix, step, before_batch)
+        metrics = self._run(rollout, backward, mix, step=step, before_batch=before_batch)
         return metrics, torch.stack(found).mean(0)
 
-    def measure(self, rollout: Rollout, advantages: Tensor, *, share: float) -> Tensor:
+    def measure(self, rollout: Rollout, advantages: Tensor, *, step: int, share: float) -> Tensor:
         """Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
 
         Args:
             rollout: this process's n samples, drawn by the policy as it is.
             advantages: ``[K, n]``.
-            share: of the samples, in (0, 1]; the same ones whatever the number of processes.
+            step: rollouts finished before this one; it decides the order of the samples.
+            share: of the micro-batches that training will make of the rollout, in (0, 1].
         """
         advantages = advantages.to(self._device, torch.float32)
         rows = self._rows(len(advantages))
-        first = self.comm.rank * len(rollout)
-        chosen = [  # evenly over all samples of the rollout
-            i - first
-            for i in range(first, first + len(rollout))
-            if math.ceil((i + 1) * share) > math.ceil(i * share)
-        ]
-        decisions = rollout.mask[chosen].sum()[None]
+        chosen = self.geometry.probe(share, seed=self.seed, step=step, rank=self.comm.rank)
+        index = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])  # perhaps none is ours
+        decisions = rollout.mask[index].sum()[None]
         self.comm.sum_([decisions])
-        for start in range(0, len(chosen), self.geometry.micro_batch):
-            micro = torch.tensor(chosen[start : start + self.geometry.micro_batch])
+        for micro in chosen:
             part, total = rollout.select(micro), int(decisions)
             self._backward_rows(rows, part, advantages[:, micro], total, 0.0)
         return rows.gramian(self.comm)
@@ -190,7 +186,8 @@ class Updater(Stepper):
         self,
         rollout: Rollout,
         backward: Callable[[Rollout, Tensor, int], Tensor],
-        finish: Callable[[], None],
+        finish: Callable[[], None] = lambda: None,
+        *,
         step: int,
         before_batch: Callable[[], None],
     ) -> dict[str, float]:
@@ -200,7 +197,8 @@ class Updater(Stepper):
             rollout: this process's n samples.
             backward: adds the gradients of a micro-batch, given its samples, their index, and the
                 number of decisions in the whole minibatch; returns sums of decisions, clipped, KL.
-            finish: completes ``.grad`` once all micro-batches of an optimizer step are through.
+            finish: adds to ``.grad``, which holds the sum over all micro-batches and processes,
+                what ``backward`` kept elsewhere.
             step: rollouts finished before this one.
             before_batch: called before each micro-batch.
         """
@@ -208,14 +206,16 @@ class Updater(Stepper):
         decisions = torch.stack([rollout.mask[index.flatten()].sum() for index in minibatches])
         self.comm.sum_([decisions])  # [updates], over all processes
         sums = torch.zeros(3, dtype=torch.float64)  # decisions, clipped, KL
-        norms = []
+        norms, gradients = [], GradientSum(self._parameters)
         passes = self.geometry.updates * self.geometry.accumulation
         with tqdm(total=passes, desc="update", leave=False, disable=not self.progress) as bar:
             for index, total in zip(minibatches, decisions.tolist(), strict=True):
                 for micro in index:
                     before_batch()
                     sums += backward(rollout.select(micro), micro, total)
+                    gradients.take()
                     bar.update()
+                gradients.write(self.comm)
                 finish()
                 norms.append(self.optimizer_step())
         self.comm.sum_([sums])
@@ -278,9 +278,6 @@ class Updater(Stepper):
     def _loss_scale(self) -> float:
         """Of the GradScaler, which comes into being with the first loss that it scales."""
         return float(self.scaler.scale(torch.ones((), device=self._device)))
-
-    def _sum_gradients(self) -> None:
-        self.comm.sum_([p.grad for p in self._parameters if p.grad is not None])
 
     @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> None:

@@ -455,6 +455,45 @@ def test_minibatches_hold_siblings_of_every_group_and_change_with_the_step():
     assert first != second
 
 
+def updated(geometry: Geometry, update: int) -> list[list[int]]:
+    """Global sample numbers of the forward passes of an optimizer step."""
+    return [
+        (micro + rank * geometry.per_rank).tolist()
+        for rank in range(geometry.world_size)
+        for micro in geometry.minibatches(seed=0, step=2, rank=rank)[update]
+    ]
+
+
+def probed(geometry: Geometry, share: float) -> list[list[int]]:
+    """Global sample numbers of a probe's forward passes, sorted."""
+    return sorted(
+        (micro + rank * geometry.per_rank).tolist()
+        for rank in range(geometry.world_size)
+        for micro in geometry.probe(share, seed=0, step=2, rank=rank)
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_any_number_of_processes_makes_the_same_forward_passes(world_size):
+    """Of the same samples in the same order: rows at other places of a pass round differently."""
+    sizes = {"groups": 8, "group_size": 12, "updates": 4, "max_micro_batch": 3}
+    alone, shared = (solve(**sizes, world_size=number) for number in (1, world_size))
+    assert shared.micro_batch == alone.micro_batch == 3
+    for update in range(4):
+        assert updated(shared, update) == updated(alone, update)
+    for share in (0.01, 0.1, 0.25, 0.4, 1.0):
+        assert probed(shared, share) == probed(alone, share)
+        assert len(probed(shared, share)) == max(1, round(share * 32))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.6, 1.0])
+def test_processes_share_a_probe_evenly(share):
+    geometry = solve(groups=16, group_size=8, updates=2, world_size=4, max_micro_batch=4)
+    counts = [len(geometry.probe(share, seed=0, step=0, rank=rank)) for rank in range(4)]
+    assert sum(counts) == round(share * 32)
+    assert max(counts) - min(counts) <= 2  # one for each of the two optimizer steps
+
+
 def test_siblings_share_their_start_only_when_asked():
     prompts = [Prompt(text="a"), Prompt(text="b")]
     options = {"groups": 2, "group_size": 3, "seed": 0}

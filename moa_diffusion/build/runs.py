@@ -106,7 +106,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
             accelerator.is_main_process,
         ),
         watch=watch,
-        critic=critic(settings, model, comm, accelerator.device),
+        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
@@ -274,15 +274,34 @@ def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict
 
 
 def solve_geometry(settings: Config, world_size: int) -> Geometry:
-    """How a rollout is cut over this many processes."""
-    return Geometry.solve(
-        groups=settings.trainer.groups,
-        group_size=settings.trainer.group_size,
-        updates=settings.trainer.updates,
+    """How a rollout is cut over this many processes, with a warning of smaller batches than stated.
+
+    Raises:
+        ConfigError: if the samples cannot be shared evenly.
+    """
+    options = settings.trainer
+    geometry = Geometry.solve(
+        groups=options.groups,
+        group_size=options.group_size,
+        updates=options.updates,
         world_size=world_size,
-        max_sample_batch=settings.trainer.sample_batch,
-        max_micro_batch=settings.trainer.micro_batch,
+        max_sample_batch=options.sample_batch,
+        max_micro_batch=options.micro_batch,
     )
+    for key, stated, used, share in (
+        ("sample_batch", options.sample_batch, geometry.sample_batch, geometry.per_rank),
+        ("micro_batch", options.micro_batch, geometry.micro_batch, geometry.per_update),
+    ):
+        if used != stated:
+            logger.warning(
+                "trainer.%s: %d should divide the %d samples that a process has%s; %d are taken. "
+                "Forward passes of another size round differently: a run with another number of "
+                "processes ends in the same parameters only if its passes have %d samples too.",
+                *(key, stated, share),
+                " in an optimizer step" if key == "micro_batch" else "",
+                *(used, used),
+            )
+    return geometry
 
 
 def make_accelerator(settings: Config) -> Accelerator:
