@@ -16,10 +16,10 @@ from torch import Tensor
 from moa_diffusion import drift, pictures
 from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
 from moa_diffusion.metrics import RunLog
-from moa_diffusion.objectives.normalize import rms_group_std
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
-from moa_diffusion.types import Outputs, Request, RewardMatrix
+from moa_diffusion.types import Outputs, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Evaluation:
     step: int  # rollouts finished
     names: tuple[str, ...]  # K, objectives and rewards that are not trained on
     values: Tensor  # [K, M] float64, NaN: does not apply
-    prompts: Tensor  # [M] int64, the prompt of each sample
+    prompts: Tensor  # [M] int64, the prompt of each sample, equal for equal texts
     statistics: Mapping[str, Tensor]  # [M] by name, of the outputs
     gaps: Mapping[str, float]  # deployed minus rollout, same prompts and seeds, by objective
     metrics: Mapping[str, float]
@@ -78,16 +78,17 @@ class HeldOut:
         text = json.dumps([asked, scorer.names, drawing])
         # Evaluations with another one cannot be compared with these.
         self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
-        # [K], of the base model: mean, and RMS of the spread within a prompt.
+        # [K], of the base model: mean, and spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
     @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
         """Draw as deployment would, score, compare with the base model and with rollouts.
 
-        Outputs of one prompt are alike, so the standard error is that of the mean over prompts.
-        The gain is in units of the base model's spread within a prompt: of one scale for all
-        rewards, whatever their unit.
+        Outputs of one prompt are alike, so the standard error is that of the mean over prompts,
+        which are distinct texts. The gain is in units of the base model's spread within a prompt
+        (``spread_within``): of one scale for all rewards, whatever their unit, and for any number
+        of outputs per prompt.
 
         Args:
             step: rollouts finished; at 0 the policy is the base model.
@@ -112,10 +113,11 @@ class HeldOut:
         self.log.write_evaluation(
             step, self.requests, self.scorer.names, values, found.extra, texts
         )
-        prompts = torch.tensor([request.group for request in self.requests])
+        prompts = same_prompt([request.prompt for request in self.requests])
+        siblings = torch.tensor([request.group for request in self.requests])
         if step == 0:
             self.base = values.nanmean(1)
-            self.unit = rms_group_std(self._matrix(values, prompts))
+            self.unit = spread_within(values, siblings)
         gains = (values.nanmean(1) - self.base) / self.unit
         metrics: dict[str, float] = {}
         for name, row, gain in zip(self.scorer.names, values, gains.tolist(), strict=True):
@@ -128,7 +130,7 @@ class HeldOut:
             for name, numbers in drift.statistics(found.outputs).items()
         }
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
-        means["diversity"] = self._diversity(found.outputs, dealt, prompts)
+        means["diversity"] = self._diversity(found.outputs, dealt, siblings)
         metrics |= drift.prefixed("eval_", found.outputs, means)
         gaps = self._gaps(step, values, before_batch)
         return Evaluation(
@@ -182,12 +184,12 @@ class HeldOut:
         target.write_text("\n".join(parts), encoding="utf-8")
 
     def _diversity(
-        self, outputs: Outputs, dealt: Sequence[Sequence[int]], prompts: Tensor
+        self, outputs: Outputs, dealt: Sequence[Sequence[int]], siblings: Tensor
     ) -> float:
         kept = drift.fingerprints(outputs)
         if isinstance(kept, Tensor):
-            return drift.diversity(gather_dealt(kept, dealt, self.comm), prompts)
-        return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), prompts)
+            return drift.diversity(gather_dealt(kept, dealt, self.comm), siblings)
+        return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), siblings)
 
     def state_dict(self) -> dict[str, Any]:
         """What gains are measured against, and what it was measured on."""
@@ -195,10 +197,6 @@ class HeldOut:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.base, self.unit = state["base"], state["unit"]
-
-    def _matrix(self, values: Tensor, prompts: Tensor) -> RewardMatrix:
-        texts = tuple(request.prompt for request in self.requests)
-        return RewardMatrix(names=self.scorer.names, values=values, groups=prompts, prompts=texts)
 
 
 def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:

@@ -79,7 +79,9 @@ def write_run(
                 row |= {"prompt": f"prompt {prompt}", "seed": 100 * prompt + sibling}
                 for k, name in enumerate(names):
                     unit = UNITS.get(name, 1.0)
-                    base = prompt + spread * unit * (-1) ** sibling  # population std: the unit
+                    # Of an even number of images, the spread within the prompt is the unit.
+                    deviation = unit * math.sqrt((images - 1) / images)
+                    base = prompt + spread * deviation * (-1) ** sibling
                     gain = now[name] + (noise * random.standard_normal() if step else 0.0)
                     absent = k == 0 and prompt in missing
                     row[f"reward/{name}"] = None if absent else base + unit * gain
@@ -172,8 +174,8 @@ def test_missing_rewards_stay_out(tmp_path: Path) -> None:
     rows[9]["reward/ocr"] = None
     path.write_text("\n".join(json.dumps(row) for row in rows))
     (run,) = compare([read_run(tmp_path / "a-0", method="a", seed=0, names=NAMES)]).runs
-    unit = math.sqrt((8 * 1.0 + 3 * 8 / 9) / 11)  # the prompt's other images are 1, -1, -1
-    assert run.gains["ocr"] == pytest.approx(1.0 / unit)
+    # Of the prompt's images 1, -1, -1 are left, whose spread, sqrt(4/3), is that of 1, -1, 1, -1.
+    assert run.gains["ocr"] == pytest.approx(1.0)
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:

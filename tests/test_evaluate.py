@@ -322,7 +322,7 @@ def test_the_summary_says_what_the_table_holds(evaluated: tuple[Path, Evaluation
         prompts = sorted({key[1] for key in scores})
         assert prompts == ([0] if reward == "signs" else [0, 1, 2])
         base = {p: [scores["base", p, s] for s in (0, 1)] for p in prompts}
-        std = math.sqrt(numpy.mean([numpy.var(pair) for pair in base.values()]))
+        std = math.sqrt(numpy.mean([numpy.var(pair, ddof=1) for pair in base.values()]))
         for name in names:
             mine = {p: [scores[name, p, s] for s in (0, 1)] for p in prompts}
             line = next(row for row in section.splitlines() if row.startswith(f"| {name} "))

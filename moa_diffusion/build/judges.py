@@ -76,7 +76,7 @@ def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
             rules,
             heldout if asked else (),
             kl_weight=settings.loss.kl_weight,
-            prompts=len({request.group for request in asked}),
+            prompts=len({request.prompt for request in asked}),
         )
     except ValueError as error:
         raise ConfigError(f"alarm: {error}") from error

@@ -32,8 +32,8 @@ from moa_diffusion.evaluation.intervals import (
     resampled_means,
 )
 from moa_diffusion.metrics import read_metrics
-from moa_diffusion.objectives.normalize import rms_group_std
-from moa_diffusion.types import ConfigError, RewardMatrix
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.types import ConfigError
 
 Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt, seed
 
@@ -54,8 +54,8 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]]  # a row per rollout, from 1
 
     def prompts(self) -> NDArray[numpy.int64]:
-        """Index of each sample's prompt, ``[M]``."""
-        return numpy.array([sample[0] for sample in self.samples])
+        """Number of each sample's prompt, ``[M]``; one that is held out twice has one number."""
+        return same_prompt([sample[2] for sample in self.samples]).numpy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Comparison:
     units: Mapping[str, float]  # by objective: the base model's spread within a prompt
     methods: tuple[MethodSummary, ...]
     runs: tuple[RunSummary, ...]
-    prompts: int  # held out
+    prompts: int  # held out, distinct
     images: int  # held out, all prompts together
 
 
@@ -182,9 +182,8 @@ def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
 def base_units(runs: Sequence[RunData]) -> Array:
     """The base model's spread within a prompt, of every objective: ``[K]``.
 
-    The root mean square over held-out samples of their prompt's standard deviation (population),
-    as ``eval_gain`` has it. All runs start from the same base model; what noisy rewards make of it
-    is averaged.
+    As ``eval_gain`` has it (``spread_within``). All runs start from the same base model; what noisy
+    rewards make of it is averaged.
 
     Raises:
         ValueError: if runs drew different samples or one image per prompt, or if an objective does
@@ -213,19 +212,13 @@ def check_base(folder: Path, names: Sequence[str]) -> None:
 
 def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> Array:
     """Of rewards ``[K, M]`` within a prompt: ``[K]``."""
-    prompts = torch.tensor([sample[0] for sample in samples])
-    if len(prompts.unique()) == len(prompts):
+    siblings = torch.tensor([sample[0] for sample in samples])
+    if len(siblings.unique()) == len(siblings):
         raise ValueError(
             "Parameter `images_per_prompt` should be at least 2: gains are in units of the "
             "spread within a prompt. Found 1."
         )
-    matrix = RewardMatrix(
-        names=tuple(names),
-        values=torch.from_numpy(values),
-        groups=prompts,
-        prompts=tuple(sample[2] for sample in samples),
-    )
-    spread: Array = rms_group_std(matrix).numpy()
+    spread: Array = spread_within(torch.from_numpy(values), siblings).numpy()
     for name, unit in zip(names, spread, strict=True):
         if not unit > 0:
             raise ValueError(

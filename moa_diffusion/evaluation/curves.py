@@ -15,6 +15,7 @@ from moa_diffusion.config import Config
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.heldout import mean_and_error
 from moa_diffusion.metrics import read_metrics
+from moa_diffusion.objectives.normalize import same_prompt
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.samplers import generators
 from moa_diffusion.scoring import Scorer
@@ -122,7 +123,7 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
         for path in sorted(folder.glob("evaluation/step-*.jsonl"))
     }
     key, base = f"reward/{name}", found[0]
-    prompts = torch.tensor([row["group"] for row in base])
+    prompts = same_prompt([row["prompt"] for row in base])
     nan = float("nan")
 
     def column(rows: list[dict[str, Any]]) -> Tensor:

@@ -27,8 +27,7 @@ from moa_diffusion.evaluation.intervals import (
 )
 from moa_diffusion.evaluation.table import Table
 from moa_diffusion.front import nondominated
-from moa_diffusion.objectives.normalize import rms_group_std
-from moa_diffusion.types import RewardMatrix
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,8 @@ class Summary:
 def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
     """Statistics of a table; intervals are percentiles of a bootstrap over prompts.
 
-    The same prompts are drawn for all models, and the unit of gains stays that of all prompts.
+    The same prompts are drawn for all models, and the unit of gains stays that of all prompts. A
+    prompt that the table holds twice is one prompt.
 
     Args:
         table: of E models, the base model first.
@@ -76,10 +76,11 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
     """
     models, rewards, prompts, seeds = table.values.shape
     values = table.values.reshape(models, rewards, prompts * seeds)  # [E, K, M]
-    owner = numpy.repeat(numpy.arange(prompts), seeds)  # [M]
+    owner = same_prompt(table.prompts).repeat_interleave(seeds).numpy()  # [M]
     units = base_spread(table)  # [K]
-    draws = draw(prompts, resamples=resamples, seed=seed)
-    everyone = numpy.ones((1, prompts))
+    distinct = len(set(table.prompts))
+    draws = draw(distinct, resamples=resamples, seed=seed)
+    everyone = numpy.ones((1, distinct))
 
     def means(samples: Array) -> tuple[Array, Array]:
         sums = prompt_sums(samples, owner)
@@ -134,16 +135,13 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
 def base_spread(table: Table) -> Array:
     """The base model's standard deviation within a prompt, of every reward: ``[K]``.
 
-    NaN where there is one seed, or where a reward does not vary within any prompt.
+    The unit of gains, see ``spread_within``. NaN where there is one seed, or where a reward does
+    not vary within any prompt.
     """
     _, rewards, prompts, seeds = table.values.shape
-    matrix = RewardMatrix(
-        names=table.rewards,
-        values=torch.from_numpy(table.values[0].reshape(rewards, prompts * seeds)),
-        groups=torch.arange(prompts).repeat_interleave(seeds),
-        prompts=tuple(prompt for prompt in table.prompts for _ in range(seeds)),
-    )
-    spread: Array = rms_group_std(matrix).numpy()
+    values = torch.from_numpy(table.values[0].reshape(rewards, prompts * seeds))
+    siblings = torch.arange(prompts).repeat_interleave(seeds)
+    spread: Array = spread_within(values, siblings).numpy()
     return numpy.where(spread > 0, spread, math.nan)
 
 

@@ -27,6 +27,7 @@ from moa_diffusion.objectives.normalize import (
     Raw,
     group_centred,
     group_moments,
+    spread_within,
 )
 from moa_diffusion.types import ConfigError, RewardMatrix
 
@@ -148,9 +149,9 @@ def calibrate(
 def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
     """Location, spread and saturation of one objective.
 
-    With ``n_g`` samples in each of P groups, ``s_g`` their population standard deviation::
+    With ``n_g`` samples in each of P groups, ``m_g`` their mean, ``std_within`` from
+    ``spread_within``::
 
-        std_within^2  = sum_g n_g s_g^2 / sum_g (n_g - 1)
         std_between^2 = max(0, var_g(m_g) - std_within^2 mean_g(1 / n_g))
 
     Args:
@@ -170,17 +171,17 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
     m, s, n = (moment[0] for moment in group_moments(values[None], groups))  # each [N]
     # A sum over samples of x / n is a sum over groups of x.
     count = float((1 / n).sum())  # P
-    within = float(s.square().sum() / (len(values) - count)) if len(values) > count else math.nan
+    within = float(spread_within(values[None], groups))
     grand = (m / n).sum() / count
     spread = float(((m - grand).square() / n).sum() / (count - 1)) if count > 1 else math.nan
     if spread <= (RESIDUE * float(values.abs().max())) ** 2:
         spread = 0.0  # only rounding
-    between = spread - within * float((1 / n.square()).sum()) / count
+    between = spread - within**2 * float((1 / n.square()).sum()) / count
     low, high = values.min(), values.max()
     return {
         "mean": float(values.mean()),
         "std_total": _std(values),
-        "std_within": math.sqrt(within),
+        "std_within": within,
         "std_between": between if math.isnan(between) else math.sqrt(max(0.0, between)),
         "min": float(low),
         "max": float(high),

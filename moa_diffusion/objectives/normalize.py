@@ -49,10 +49,46 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def rms_group_std(rewards: RewardMatrix) -> Tensor:
-    """Root mean square over the samples of their group's std: ``[K]``; NaN if nothing applies."""
+    """Root mean square over the samples of their group's std: ``[K]``; NaN if nothing applies.
+
+    The population's std, which is what a group z-score divides by. In groups of n it is
+    ``sqrt((n - 1) / n)`` of the true spread; `spread_within` is the estimate to report.
+    """
     _, std, _ = group_moments(rewards.values, rewards.groups)
     applies = ~torch.isnan(rewards.values)
     return ((std.square() * applies).sum(1) / applies.sum(1)).sqrt()
+
+
+def spread_within(values: Tensor, groups: Tensor) -> Tensor:
+    """Spread within a group, whatever the size of the groups: ``[K]``.
+
+    The pooled estimate with an unbiased square, ``sqrt(sum_g n_g s_g^2 / sum_g (n_g - 1))``. It is
+    the unit of every gain that is reported: with the population's std a gain measured on two
+    samples per prompt would be 41 % larger than on many.
+
+    Args:
+        values: ``[K, N]`` float64, NaN where an objective does not apply.
+        groups: ``[N]`` int64, any ids.
+
+    Returns:
+        NaN for an objective that applies to no two samples of any group.
+    """
+    _, std, count = group_moments(values, groups)
+    applies = ~torch.isnan(values)
+    # A sum over samples of x is a sum over groups of n x.
+    freedom = torch.where(applies, 1 - 1 / count.clamp(min=1), 0.0).sum(1)  # [K]
+    squares = (std.square() * applies).sum(1)
+    return torch.where(freedom > 0, squares / freedom, torch.nan).sqrt()
+
+
+def same_prompt(prompts: Sequence[str]) -> Tensor:
+    """The samples' prompts as numbers, equal for equal texts: ``[N]`` int64.
+
+    What a standard error takes as independent: a prompt that was drawn twice, because a file holds
+    it twice, tells no more about other prompts than a prompt that was drawn once.
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([number[prompt] for prompt in prompts], dtype=torch.int64)
 
 
 def zero_variance_fraction(rewards: RewardMatrix) -> Tensor:

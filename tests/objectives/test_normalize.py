@@ -19,6 +19,8 @@ from moa_diffusion.objectives.normalize import (
     Raw,
     group_moments,
     rms_group_std,
+    same_prompt,
+    spread_within,
     update_ema,
     whiten,
     zero_variance_fraction,
@@ -303,6 +305,50 @@ def test_spread_and_zero_variance_in_numbers():
     fraction = zero_variance_fraction(matrix)
     assert fraction[:2].tolist() == pytest.approx([1 / 2, 1 / 3])  # one value alone has no spread
     assert fraction[2].isnan()
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_the_spread_within_groups_does_not_depend_on_their_size(size):
+    """Its square is unbiased; of 20,000 groups it is exact to 2 %, as chi-squared says."""
+    values = torch.randn(2, 20_000 * size, generator=torch.Generator().manual_seed(size)).double()
+    groups = torch.arange(20_000).repeat_interleave(size)
+    offsets = torch.randn(20_000, generator=torch.Generator().manual_seed(9)).double()[groups]
+    scale = torch.tensor([1.0, 7.0]).double()
+    found = spread_within(values * scale[:, None] + 5 * offsets, groups)
+    torch.testing.assert_close(found, scale, rtol=0.02, atol=0)
+    biased = rms_group_std(
+        RewardMatrix(names=("a", "b"), values=values, groups=groups, prompts=("",) * len(groups))
+    )
+    torch.testing.assert_close(
+        biased / found * scale, torch.full((2,), math.sqrt((size - 1) / size)).double()
+    )
+
+
+def test_the_spread_within_groups_in_numbers():
+    values = torch.tensor([[0, 2, 5, 5], [NAN, 1, 2, 8], [3, NAN, NAN, 4], [NAN] * 4]).double()
+    found = spread_within(values, torch.tensor([0, 0, 1, 1]))
+    # (0, 2) has a squared spread of 2, (5, 5) of 0; a value alone tells nothing; (2, 8) has 18.
+    torch.testing.assert_close(found[:2], torch.tensor([1.0, 18.0]).double().sqrt())
+    assert found[2:].isnan().all()
+    assert spread_within(torch.empty(2, 0).double(), torch.empty(0).long()).isnan().all()
+
+
+def test_the_spread_within_groups_against_a_loop(zoo):
+    found = spread_within(zoo.values, zoo.groups)
+    for k, row in enumerate(zoo.values):
+        parts = [row[(zoo.groups == group) & ~row.isnan()] for group in zoo.groups.unique()]
+        squares = [len(part) * part.var(correction=0) for part in parts if len(part) > 1]
+        freedom = sum(len(part) - 1 for part in parts if len(part) > 1)
+        expected = math.sqrt(float(sum(squares)) / freedom) if freedom else NAN
+        largest = float(row.nan_to_num(nan=0.0).abs().max())
+        assert float(found[k]) == pytest.approx(
+            expected, rel=1e-9, abs=largest * 1e-12, nan_ok=True
+        )
+
+
+def test_equal_texts_are_one_prompt():
+    assert same_prompt(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
+    assert same_prompt([]).tolist() == []
 
 
 def test_moving_average_skips_what_is_unknown():
