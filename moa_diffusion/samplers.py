@@ -6,6 +6,18 @@ Every kind of step is linear in ``x`` and ``v``, so a step is four numbers::
 
     x_next = step.x * x + step.v * v + step.std * noise
 
+How much a step weighs in the policy gradient follows from how fast its log-prob changes with
+``v``: for unit noise by ``|step.v| / step.std``, if the log-prob is the density. With ten steps,
+shift 3 and noise level 0.7 that is, from the first trained step to the last,
+
+    Flow-SDE         .057  .078  .13  .19  .26  .37  .54  .83  1.5
+    CPS              .047  .082  .13  .18  .26  .38  .58  1.1  34
+    CPS, unscaled    .068  .11   .15  .18  .21  .22  .20  .13  .004
+
+since ``std`` of a CPS step is a share of ``s_next``, which at the end is nearly 0: the last step
+alone would be trained. Flow-CPS's code has no such step, because its log-prob leaves ``1 / (2
+std^2)`` out. So does a step that is ``unscaled``, whose rate is ``2 |step.v| step.std``.
+
 All functions are pure; latents and velocities are ``[N, C, H, W]`` in float32 (cast before
 calling), sigmas Python floats.
 """
@@ -30,16 +42,18 @@ class Step:
     v: float
     std: float
     length: float  # s - s_next
+    unscaled: bool = False  # its log-prob is minus the squared distance, as Flow-CPS has it
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Coefficients of a batch, each ``[N, 1, 1, 1]`` (or ``[1, 1, 1, 1]``) float32."""
+    """Coefficients of a batch, each ``[N, 1, 1, 1]`` (or ``[1, 1, 1, 1]``), float32 or bool."""
 
     x: Tensor
     v: Tensor
     std: Tensor
     length: Tensor
+    unscaled: Tensor | None = None  # None: no step is
 
     @classmethod
     def of(cls, steps: Sequence[Step], device: torch.device) -> Steps:
@@ -47,7 +61,10 @@ class Steps:
         rows = [[step.x, step.v, step.std, step.length] for step in steps]
         columns = torch.tensor(rows, dtype=torch.float32, device=device).T
         x, v, std, length = columns[:, :, None, None, None]
-        return cls(x=x, v=v, std=std, length=length)
+        if not any(step.unscaled for step in steps):
+            return cls(x=x, v=v, std=std, length=length)
+        unscaled = torch.tensor([step.unscaled for step in steps], device=device)
+        return cls(x=x, v=v, std=std, length=length, unscaled=unscaled[:, None, None, None])
 
     def mean(self, x: Tensor, v: Tensor) -> Tensor:
         """Mean ``[N, C, H, W]`` of ``x_next``, given latents and velocities after guidance."""
@@ -58,9 +75,15 @@ class Steps:
 
         The average, not the sum, is the field's convention (Flow-GRPO), and why clip ranges are
         as small as 1e-4: a ratio of 1.0001 per dimension is a large step for the whole image.
+
+        Of an ``unscaled`` step it is ``-(x_next - mean)^2``, which is ``2 std^2`` times the density
+        up to a constant: a clip range that goes with it does not go with the density.
         """
-        z = (x_next - mean) / self.std
+        gap = x_next - mean
+        z = gap / self.std
         per_dimension = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)
+        if self.unscaled is not None:
+            per_dimension = torch.where(self.unscaled, -gap.square(), per_dimension)
         return per_dimension.flatten(1).mean(1)
 
     def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
@@ -69,9 +92,12 @@ class Steps:
         Args:
             v: ``[N, C, H, W]`` velocity of the policy.
             v_ref: ``[N, C, H, W]`` velocity of the reference.
-            kind: ``gaussian``, the true KL ``|difference of means|^2 / 2 std^2``; ``dt_free``, the
-                same times the step's length, as Flow-GRPO's code has it; ``velocity``, the mean
-                squared difference of the velocities, which weighs all steps alike.
+            kind: ``gaussian``, the true KL ``|difference of means|^2 / 2 std^2``; ``dt_free``, what
+                Flow-GRPO's and Flow-CPS's code have: ``std`` there is the spread per unit time in
+                Flow-SDE, so that the true KL is multiplied by the step's length, and the spread
+                itself in CPS, so that it is the true KL; ``velocity``, the mean squared difference
+                of the velocities, which weighs all steps alike. The first two divide by ``std^2``:
+                with CPS nearly all of them is the last trained step's.
 
         Raises:
             ValueError: for another kind.
@@ -83,7 +109,11 @@ class Steps:
             return gap
         factor = (self.v / self.std).square() / 2  # [N, 1, 1, 1]
         if kind == "dt_free":
-            factor = factor * self.length
+            factor = factor * (
+                self.length
+                if self.unscaled is None
+                else torch.where(self.unscaled, 1.0, self.length)
+            )
         return factor.flatten() * gap
 
 
@@ -115,6 +145,7 @@ def cps(s: float, s_next: float, *, noise_level: float) -> Step:
 
     With ``std = s_next sin(noise_level pi/2)``, ``x_next = (1 - s_next) data + sqrt(s_next^2 -
     std^2) old noise + std fresh noise``, where data is ``x - s v`` and old noise ``x + (1 - s) v``.
+    The step is ``unscaled``: its log-prob is the published code's, not the density.
 
     Args:
         s: this step's sigma, in (0, 1].
@@ -124,7 +155,8 @@ def cps(s: float, s_next: float, *, noise_level: float) -> Step:
     std = s_next * math.sin(noise_level * math.pi / 2)
     # max(): the difference of two equal numbers may round below zero when noise_level is 1.
     keep = math.sqrt(max(s_next**2 - std**2, 0.0))
-    return Step(1 - s_next + keep, keep * (1 - s) - (1 - s_next) * s, std, s - s_next)
+    v = keep * (1 - s) - (1 - s_next) * s
+    return Step(1 - s_next + keep, v, std, s - s_next, unscaled=True)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

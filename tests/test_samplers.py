@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -117,6 +118,48 @@ def test_cps_leaves_exactly_s_next_of_noise(s, s_next, noise_level):
     assert step.length == pytest.approx(s - s_next)
 
 
+# Of ten steps with shift 3, without the last, which is not trained.
+SIGMAS = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
+
+
+def rates(steps: list[Step]) -> list[float]:
+    """How fast the log-prob of each step changes with ``v``, for noise of 1: by autograd."""
+    batch = Steps.of(steps, CPU)
+    v = torch.zeros(len(steps), 1, 1, 1, requires_grad=True)
+    x_next = batch.std  # of x = 0, one standard deviation off
+    batch.log_prob(x_next, batch.mean(torch.zeros(1), v)).sum().backward()
+    return v.grad.abs().flatten().tolist()
+
+
+def test_cps_trains_all_its_steps():
+    """Flow-CPS's log-prob is minus the squared distance; by the density one step has it all."""
+    steps = [cps(s, s_next, noise_level=0.7) for s, s_next in pairwise(SIGMAS)]
+    found = rates(steps)
+    assert found == pytest.approx([2 * abs(step.v) * step.std for step in steps], rel=1e-5)
+    expected = [0.0682, 0.1085, 0.1471, 0.1813, 0.2068, 0.2161, 0.1974, 0.1328, 0.0043]
+    assert found == pytest.approx(expected, rel=0.02)  # the sigmas have four digits
+    density = rates([replace(step, unscaled=False) for step in steps])
+    assert max(density) / sorted(density)[-2] == pytest.approx(32, rel=0.05)
+    assert max(found) / sorted(found)[-2] < 1.05
+
+
+def test_flow_sde_weighs_its_steps_by_the_density():
+    steps = [flow_sde(s, t, noise_level=0.7, s_second=SIGMAS[1]) for s, t in pairwise(SIGMAS)]
+    assert not any(step.unscaled for step in steps)
+    expected = [0.057, 0.078, 0.129, 0.188, 0.264, 0.371, 0.536, 0.825, 1.487]
+    assert rates(steps) == pytest.approx(expected, rel=0.01)
+
+
+def test_log_prob_of_cps_is_the_published_one():
+    x_next, mean = draw(2, 3, 4, 5, 6)
+    steps = [cps(0.8, 0.7, noise_level=0.7), cps(0.278, 0.0089, noise_level=0.7), sde(0.8, 0.7)]
+    found = Steps.of(steps, CPU).log_prob(x_next, mean)
+    published = -((x_next - mean) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(found[:2], published[:2])
+    # In a batch with others, Flow-SDE's is the bits that it is alone.
+    assert torch.equal(found[2:], Steps.of(steps[2:], CPU).log_prob(x_next[2:], mean[2:]))
+
+
 def test_a_batch_of_steps_is_each_step_on_its_own():
     steps = [sde(0.9, 0.8), cps(0.5, 0.3, noise_level=0.7), sde(0.2, 0.1)]
     x, v, x_next = draw(3, 3, 4, 5, 6)
@@ -152,7 +195,8 @@ def test_kl_is_that_of_two_normals(step):
     found = steps.kl(v, v_ref, "gaussian")
     assert found.shape == (3,)
     torch.testing.assert_close(found, true)
-    torch.testing.assert_close(steps.kl(v, v_ref, "dt_free"), true * 0.1)
+    published = true if step.unscaled else true * 0.1  # see the formulas below
+    torch.testing.assert_close(steps.kl(v, v_ref, "dt_free"), published)
     torch.testing.assert_close(steps.kl(v, v_ref, "velocity"), ((v - v_ref) ** 2).mean((1, 2, 3)))
     assert not steps.kl(v, v, "gaussian").any()
 
@@ -173,6 +217,16 @@ def test_kl_dt_free_is_the_original_codes_formula():
     v, v_ref = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1, 1)
     found = Steps.of([step], CPU).kl(v, v_ref, "dt_free")
     assert float(found) == pytest.approx((step.v * 0.5) ** 2 / (2 * 1.4**2), rel=1e-5)
+
+
+def test_kl_dt_free_of_cps_is_the_original_codes_formula():
+    """There `std_dev_t` is the step's whole spread, so the length is in it already."""
+    step = cps(0.8, 0.7, noise_level=0.7)
+    v, v_ref = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1, 1)
+    expected = (step.v * 0.5) ** 2 / (2 * (0.7 * math.sin(0.35 * math.pi)) ** 2)
+    for batch in ([step], [step, sde(0.5, 0.4)]):
+        found = Steps.of(batch, CPU).kl(v, v_ref, "dt_free")
+        assert float(found[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_noise_of_a_sample_depends_on_its_seed_alone():

@@ -64,7 +64,8 @@ class SamplingConfig:
         resolution: Side of the square images, in pixels.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 switches it off and halves the cost.
-        sampler: Stochastic step.
+        sampler: Stochastic step: flow_sde or cps. The log-prob of cps is the published code's, not
+            the density (samplers.py); loss.clip_range goes with it (Flow-CPS's recipes: 1e-5).
         noise_level: Of the stochastic step.
         shared_start: Whether the samples of a group start from the same noise.
         window: Trained steps per rollout; 0 trains all but the last.

@@ -166,7 +166,8 @@ class SD3Policy:
         resolution: side of the square images, in pixels.
         steps: denoising steps of a rollout.
         guidance: classifier-free guidance scale; 1 or less switches it off and halves the cost.
-        sampler: stochastic step, 'flow_sde' or 'cps'.
+        sampler: stochastic step, 'flow_sde' or 'cps'; their log-probs have different units, and
+            want different clip ranges.
         noise_level: of the stochastic step.
         window: trained steps per rollout; 0 trains every step but the last.
         window_mode: 'random' draws the first trained step for each rollout, 'slide' moves it from
