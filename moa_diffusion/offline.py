@@ -16,6 +16,7 @@ a long response less than ``w`` says, and its minimum would be another policy.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,24 +35,29 @@ from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.objectives.mopo import checked_bounds
 from moa_diffusion.objectives.mopo_offline import OfflineMopo, OfflineSettings, effective_samples
+from moa_diffusion.objectives.reachable import check_bounds
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.preferences import Preferences
 from moa_diffusion.stepper import Stepper, TrainingError
-from moa_diffusion.types import Request, Rollout, concatenate
+from moa_diffusion.types import ConfigError
 
 
 class TeachablePolicy(Policy, Protocol):
     """A policy that can say how likely a given response is."""
 
-    def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
-        """Given responses as if the policy had drawn them; ValueError if one does not fit."""
+    def tokens_of(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Responses as token ids, without a forward pass; ValueError if one does not fit."""
+        ...
+
+    def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
         ...
 
 
 class Cloning(Stepper):
     """Takes the optimizer steps of weighted behaviour cloning.
 
-    A response's tokens are kept once it was met, so memory grows with the data.
+    All responses are kept as token ids on the CPU, four bytes a token.
 
     Args:
         policy: is taught.
@@ -93,7 +99,22 @@ class Cloning(Stepper):
         )
         self.teachable, self.data, self.comm, self.micro_batch = policy, data, comm, micro_batch
         self._places = data.rows().tolist()  # R pairs of prompt and position
-        self._met: dict[int, Rollout] = {}  # by row, one sample each
+        self._tokens: list[array[int]] = []  # R token ids, once `read` was called
+
+    def read(self) -> None:
+        """Tokenise all responses, once.
+
+        Raises:
+            TrainingError: on every process alike, for a response that the policy cannot take.
+        """
+        if self._tokens:
+            return
+        texts = [self.data.responses[prompt][position] for prompt, position in self._places]
+        try:
+            tokens = self.teachable.tokens_of(texts)
+        except ValueError as error:
+            raise TrainingError(f"A response cannot be learned: {error}") from error
+        self._tokens = [array("i", ids) for ids in tokens]
 
     def __call__(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
         """One optimizer step on ``-mean(weight log pi(y|x))``; returns metrics.
@@ -102,57 +123,45 @@ class Cloning(Stepper):
             rows: B, of all processes together.
             weights: ``[B]``, constant.
         """
-        sums = torch.zeros(3, dtype=torch.float64)  # weighted and plain log-probs, tokens
+        self.read()
+        device = self._parameters[0].device
+        told = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
         gradients = GradientSum(self._parameters)
-        self.scaler.scale(sums.new_zeros((), device=self._parameters[0].device))  # now it exists
+        self.scaler.scale(torch.zeros((), device=device))  # now it exists
         for part in self._batches(len(rows)):
-            rollout = self._given([rows[i] for i in part])
-            for steps in self.policy.step_chunks(rollout.log_probs.shape[1]):
-                log_pi, tokens = self._log_pi(rollout, steps)  # [m]
-                weighted = (weights[part].to(log_pi) * log_pi).sum()
-                torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
-                sums += torch.stack([weighted, log_pi.sum(), tokens]).detach().double().cpu()
+            log_pi = self._log_pi([rows[i] for i in part])  # [m]
+            weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
+            torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
             gradients.take()
+            told.append(torch.stack([weighted, log_pi.sum()]).detach().float())
+        sums = torch.stack(told).cpu().double().sum(0)
         self.comm.sum_([sums])
         gradients.write(self.comm)
         norm = self.optimizer_step()
         return {
             "offline/loss": float(-sums[0]) / len(rows),
             "offline/log_prob": float(sums[1]) / len(rows),
-            "offline/tokens": float(sums[2]) / len(rows),
+            "offline/tokens": sum(len(self._tokens[row]) for row in rows) / len(rows),
             "policy/grad_norm": norm,
             "policy/skipped_updates": float(not math.isfinite(norm)),
             "policy/lr": self.optimizer.param_groups[0]["lr"],
         }
 
     @torch.no_grad()
-    def log_probs(self, before_batch: Callable[[], None]) -> Tensor:
-        """``log pi(y|x)`` of all rows as the policy is: ``[R]`` float64, on every process.
+    def log_probs(self, rows: Sequence[int], before_batch: Callable[[], None]) -> Tensor:
+        """``log pi(y|x)`` of some rows as the policy is: ``[rows]`` float64, on every process.
 
         ``before_batch`` is called on all processes before each batch.
-
-        Raises:
-            TrainingError: on all processes, for a response that the policy cannot take.
         """
-        batches, found = self._batches(len(self._places)), []
-        problem: ValueError | None = None
-        most = math.ceil(math.ceil(len(self._places) / self.micro_batch) / self.comm.world_size)
+        self.read()
+        batches, found = self._batches(len(rows)), [torch.zeros(0)]
+        most = math.ceil(math.ceil(len(rows) / self.micro_batch) / self.comm.world_size)
         for number in range(most):
             before_batch()
-            for part in batches[number : number + 1]:
-                try:
-                    rollout = self._given(part)
-                except ValueError as error:
-                    problem = error
-                    continue
-                chunks = self.policy.step_chunks(rollout.log_probs.shape[1])
-                sums = [self._log_pi(rollout, steps)[0].double().cpu() for steps in chunks]
-                found.append(torch.stack(sums).sum(0))
-        if self.comm.any(problem is not None):
-            which = str(problem or "another process says which.")
-            raise TrainingError(f"A response cannot be learned: {which}") from problem
-        dealt = deal(len(self._places), self.micro_batch, self.comm)
-        return gather_dealt(torch.cat([*found, torch.zeros(0).double()]), dealt, self.comm)
+            mine = batches[number : number + 1]  # none, if other processes have more
+            found += [self._log_pi([rows[i] for i in part]).float().cpu() for part in mine]
+        dealt = deal(len(rows), self.micro_batch, self.comm)
+        return gather_dealt(torch.cat(found).double(), dealt, self.comm)
 
     def table(self, values: Tensor) -> Tensor:
         """Numbers of the rows ``[R]`` in their places ``[P, Y]``, with 0 for padding."""
@@ -167,31 +176,23 @@ class Cloning(Stepper):
         size = self.micro_batch
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
-    def _given(self, rows: Sequence[int]) -> Rollout:
-        """The responses at these rows."""
-        new = [row for row in dict.fromkeys(rows) if row not in self._met]
-        if new:
-            requests, texts = [], []
-            for prompt, position in (self._places[row] for row in new):
-                text, metadata = self.data.prompts[prompt], self.data.metadata[prompt]
-                requests.append(Request(prompt=text, metadata=metadata))
-                texts.append(self.data.responses[prompt][position])
-            made = self.teachable.rollout_of(requests, texts)
-            self._met |= {row: made.select(torch.tensor([i])) for i, row in enumerate(new)}
-        return concatenate([self._met[row] for row in rows])
-
-    def _log_pi(self, rollout: Rollout, steps: slice) -> tuple[Tensor, Tensor]:
-        """Sums over the tokens in ``steps``: log-probabilities ``[m]``, and how many they are."""
-        mask = rollout.mask[:, steps]
-        new, _ = self.policy.log_probs(rollout, steps)
-        return torch.where(mask, new, 0.0).sum(1), mask.sum()
+    def _log_pi(self, rows: Sequence[int]) -> Tensor:
+        """Log-probabilities of the responses at these rows, ``[m]``."""
+        prompts = [self.data.prompts[self._places[row][0]] for row in rows]
+        return self.teachable.log_probs_of(prompts, [self._tokens[row] for row in rows])
 
 
 class OfflineTrainer(Loop):
     """Improves one objective under bounds on the others, from preferences.
 
-    A new reference costs a pass over all responses, as does an evaluation: ``settings.lag`` should
-    be some epochs where that matters. An alarm that raises the KL's weight raises ``tau``.
+    What is surveyed, read without being learned from, is what is needed and no more. A reference is
+    asked for the prompts whose responses are trained on while it holds: the order of the rows is
+    known ahead, so the policy that will be the next reference is asked now. Levels are over these
+    prompts then. So a new reference costs, for each row that is trained on in ``settings.lag``
+    steps, a forward pass of its prompt's Y responses (and the first time one of each for ``mu``),
+    at most all R; while the reference is the data's, nothing. An evaluation costs a pass over the
+    responses of ``level_prompts`` prompts, the same ones each time. An alarm that raises the KL's
+    weight raises ``tau``.
 
     Args:
         cloning: takes the optimizer steps; its policy starts as its own reference.
@@ -199,6 +200,7 @@ class OfflineTrainer(Loop):
         bounds: least win rate of each other objective; one number for all, or one for each.
         settings: of MOPO.
         batch: rows per optimizer step, over all processes.
+        level_prompts: prompts over whose responses evaluations take the win rates; 0 for all.
         schedule: how long, and what happens when; a round is an optimizer step.
         heldout: the evaluation by reward heads; None for none.
         watch: looks at the evaluations for a reward that is being gamed.
@@ -224,10 +226,12 @@ class OfflineTrainer(Loop):
         log: RunLog,
         folder: Path,
         seed: int,
+        level_prompts: int = 512,
         progress: bool = True,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"Parameter `batch` should be at least 1. Found {batch}.")
+        for name, value, least in (("batch", batch, 1), ("level_prompts", level_prompts, 0)):
+            if value < least:
+                raise ValueError(f"Parameter `{name}` should be at least {least}. Found {value}.")
         self.mopo = constrained(cloning.data, primary, bounds, settings)
         super().__init__(
             policy=cloning.policy,
@@ -243,61 +247,82 @@ class OfflineTrainer(Loop):
             progress=progress,
         )
         self.cloning, self.data, self.batch = cloning, cloning.data, batch
-        self._log_mu: Tensor | None = None  # [R], of the policy that wrote the responses
+        # [R], of the policy that wrote the responses; NaN where it has not been asked for yet.
+        self._log_mu: Tensor | None = None
         self._where = self.data.rows().T  # [2, R]
+        shuffled = torch.randperm(len(self.data.prompts), generator=generator(seed, "levels"))
+        self._level_prompts = shuffled[: level_prompts or None]
 
     def step(self) -> dict[str, float]:
         """One dual step and one optimizer step; returns the step's metrics."""
         self.refer()
-        target = self.mopo(self.watch.kl_scale)  # [P, Y]
+        target = self.mopo(self.watch.kl_scale)  # [P, Y], NaN where the reference is not known
         rows = self.rows()
         weights = target[self._where[0], self._where[1]] * self._where.shape[1] / len(target)  # [R]
+        if weights[rows].isnan().any():
+            raise TrainingError(
+                "The reference was not asked for all rows of this step: `preferences.batch` and "
+                "`objectives.weighting.lag` should be those of the run that saved the checkpoint."
+            )
         with self._timed("update"):
             update = self.cloning(rows, weights[rows])
         self.completed += 1
-        samples = {"offline/effective_sample_size": effective_samples(target)}
+        known = target[~target.isnan().any(1)]
+        samples = {"offline/effective_sample_size": effective_samples(known)}
         return self.mopo.report() | samples | update
 
-    def rows(self) -> list[int]:
-        """The rows of this step, a part of a shuffled epoch or of several; equal everywhere."""
-        total = self._where.shape[1]
+    def rows(self, steps: range | None = None) -> list[int]:
+        """The rows of these steps, by default of this one; equal everywhere.
+
+        They are a part of a shuffled epoch, or of several.
+        """
+        chosen = range(self.completed, self.completed + 1) if steps is None else steps
+        total, first = self._where.shape[1], chosen.start * self.batch
         found: list[int] = []
-        while len(found) < self.batch:
-            epoch, position = divmod(self.completed * self.batch + len(found), total)
+        while (left := len(chosen) * self.batch - len(found)) > 0:
+            epoch, position = divmod(first + len(found), total)
             order = torch.randperm(total, generator=generator(self.seed, "rows", epoch))
-            found += order[position : position + self.batch - len(found)].tolist()
+            found += order[position : position + left].tolist()
         return found
 
     def refer(self) -> None:
         """Take the next reference if it is time. Cut short, it changes nothing."""
-        lag = self.mopo.settings.lag
+        lag, now = self.mopo.settings.lag, self.completed
         if self._log_mu is None:
+            if self.data.log_probs is None:  # the reference is what wrote them
+                self._log_mu = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
+                return
+            wrote = self.data.log_probs[self._where[0], self._where[1]]
+            # The base model is the reference of the first `lag` steps and of the next.
+            prompts = self._prompts_of(range(2 * lag)) if lag else self._where[0].unique()
             with self.policy.reference():
-                base = self._survey()
-            if self.data.log_probs is None:
-                self._log_mu = base
-            else:
-                self._log_mu = self.data.log_probs[self._where[0], self._where[1]]
-                self.mopo.begin(self.cloning.table(base - self._log_mu))
-        elif lag and self.completed and self.completed % lag == 0:
-            self.mopo.refer(self.cloning.table(self._survey() - self._log_mu))
+                base = self._survey(rows := self._rows_of(prompts))
+            self.mopo.begin(self._ratio(rows, base - wrote[rows]))
+            try:
+                check_bounds(self.mopo)
+            except ValueError as error:
+                raise ConfigError(f"objectives.weighting: {error}") from error
+            self._log_mu = wrote
+        elif lag and now and now % lag == 0:
+            # From here on it is the reference of a `lag` ago; this policy is the one after it.
+            self.mopo.refer(self._log_ratio(self._prompts_of(range(now + lag, now + 2 * lag))))
 
     def evaluate(self) -> dict[str, float]:
         """Win rates of the averaged weights over the responses, and held-out rewards."""
-        assert self._log_mu is not None
         with self.cloning.ema.applied():
-            levels = self.mopo.levels_of(self.cloning.table(self._survey() - self._log_mu))
+            levels = self.mopo.levels_of(self._log_ratio(self._level_prompts))
         found = {f"eval_level/{name}": level for name, level in levels.items()}
         return found | super().evaluate()
 
     # ------------------------------------------------------------------ what the loop asks
 
     def prepare(self) -> None:
-        """Load the heads, and read all responses once: what does not fit is known at the start."""
+        """Load the heads, and tokenise all responses: what does not fit is known at the start."""
         if self.heldout:
             self.log.write_heads(self.completed, self.heldout.scorer.load())
         asked = self.heldout.requests if self.heldout else ()
         self.policy.prepare([*self.data.prompts, *(request.prompt for request in asked)])
+        self.cloning.read()
         if self._log_mu is None:
             self.refer()
 
@@ -319,9 +344,32 @@ class OfflineTrainer(Loop):
         self.mopo.load_state_dict(state["mopo"])
         self._log_mu = state["log_mu"]
 
-    def _survey(self) -> Tensor:
+    def _prompts_of(self, steps: range) -> Tensor:
+        """The prompts whose responses are trained on in these steps."""
+        return self._where[0][self.rows(steps)].unique()
+
+    def _rows_of(self, prompts: Tensor) -> Tensor:
+        """All rows of these prompts, in order."""
+        return torch.isin(self._where[0], prompts).nonzero()[:, 0]
+
+    def _log_ratio(self, prompts: Tensor) -> Tensor:
+        """``log pi - log mu`` of the responses of these prompts ``[P, Y]``, NaN of the others."""
+        assert self._log_mu is not None
+        rows = self._rows_of(prompts)
+        if len(new := rows[self._log_mu[rows].isnan()]):
+            with self.policy.reference():
+                self._log_mu[new] = self._survey(new)
+        return self._ratio(rows, self._survey(rows) - self._log_mu[rows])
+
+    def _ratio(self, rows: Tensor, values: Tensor) -> Tensor:
+        """These rows' numbers in their places ``[P, Y]``, NaN of all others."""
+        found = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
+        found[rows] = values
+        return self.cloning.table(found)
+
+    def _survey(self, rows: Tensor) -> Tensor:
         with self._timed("survey"):
-            return self.cloning.log_probs(self._leave_if_stopped)
+            return self.cloning.log_probs(rows.tolist(), self._leave_if_stopped)
 
 
 def constrained(
@@ -330,7 +378,8 @@ def constrained(
     """MOPO's state for these preferences.
 
     Raises:
-        ValueError: for a primary objective or a bound that the preferences do not have.
+        ValueError: for a primary objective or a bound that the preferences do not have, or for
+            bounds that no multipliers reach.
     """
     if primary not in data.objectives:
         near = get_close_matches(primary, data.objectives, n=1, cutoff=0.5)
@@ -340,7 +389,7 @@ def constrained(
     secondary = [name for name in data.objectives if name != primary]
     chosen = checked_bounds(bounds, primary, secondary, "win_rate")
     index = [data.objectives.index(name) for name in secondary]
-    return OfflineMopo(
+    mopo = OfflineMopo(
         primary=primary,
         secondary=secondary,
         pbar=data.win_rates[data.objectives.index(primary)],
@@ -349,3 +398,6 @@ def constrained(
         bounds=[chosen[name] for name in secondary],
         settings=settings,
     )
+    # With `log_probs`, the reference is not known before the model has been asked.
+    check_bounds(mopo, reference_known=data.log_probs is None)
+    return mopo

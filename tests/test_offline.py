@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from moa_diffusion.offline import Cloning, OfflineTrainer
 from moa_diffusion.preferences import Preferences
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
-from moa_diffusion.types import ConfigError, Request, Rollout
+from moa_diffusion.types import ConfigError, Request
 
 NAN, INFINITY = math.nan, math.inf
 # Fast enough for a test, and a reference that stays, so that the optimum is the solver's.
@@ -52,6 +53,7 @@ class Table:
         self.base = torch.zeros(shape) if base is None else base.float()
         self.hidden = data.log_data == -INFINITY
         self.delta = nn.Parameter(torch.zeros(shape))
+        self.asked = 0  # rows that it was asked about
 
     def prepare(self, prompts: Sequence[str]) -> None:
         assert set(prompts) <= {prompt for prompt, _ in self.places}
@@ -60,25 +62,16 @@ class Table:
         """Log-probabilities ``[P, Y]``."""
         return (self.base + self.delta).masked_fill(self.hidden, -INFINITY).log_softmax(1)
 
-    def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         if "too long" in texts:
             raise ValueError("Parameter `texts` should fit. Found 'too long'.")
-        pairs = zip(requests, texts, strict=True)
-        places = torch.tensor([self.places[r.prompt, text] for r, text in pairs])
-        rows = self.table().detach()[places[:, 0], places[:, 1]][:, None]
-        return Rollout(
-            requests=tuple(requests),
-            log_probs=rows,
-            mask=torch.ones_like(rows, dtype=torch.bool),
-            trace={"places": places},
-            texts=tuple(texts),
-        )
+        return [[int(text.removeprefix("answer "))] for text in texts]
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, None]:
-        places = rollout.trace["places"]
-        return self.table()[places[:, 0], places[:, 1]][:, None][:, steps], None
+    def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
+        self.asked += len(tokens)
+        pairs = zip(prompts, tokens, strict=True)
+        places = torch.tensor([self.places[p, f"answer {answer}"] for p, (answer,) in pairs])
+        return self.table()[places[:, 0], places[:, 1]]
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return {"delta": self.delta}
@@ -93,9 +86,6 @@ class Table:
         finally:
             with torch.no_grad():
                 self.delta.copy_(kept)
-
-    def step_chunks(self, decisions: int) -> list[slice]:
-        return [slice(0, decisions)]
 
     def save(self, folder: Path) -> None:
         (folder / "delta.json").write_text(json.dumps(self.delta.tolist()))
@@ -142,6 +132,7 @@ def make(
     base: Tensor | None = None,
     primary: str = "taste",
     seed: int = 0,
+    level_prompts: int = 512,
     **schedule: Any,
 ) -> OfflineTrainer:
     policy = Table(data, base)
@@ -165,6 +156,7 @@ def make(
         bounds=bounds,
         settings=settings,
         batch=len(data.rows()) if batch is None else batch,
+        level_prompts=level_prompts,
         schedule=Schedule(steps=steps, **schedule),
         log=RunLog(folder, main=comm.rank == 0),
         folder=folder,
@@ -304,14 +296,36 @@ def test_every_epoch_shows_every_row_once(tmp_path):
     assert seen[:12] != seen[12:24] != sorted(seen[12:24])
 
 
-def test_a_bound_out_of_reach_is_warned_of_once(tmp_path, caplog):
-    settings = replace(QUICK, maximum=2.0)
-    trainer = make(tmp_path, preferences(opposed(1)), bounds=0.99, settings=settings, steps=40)
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_a_bound_out_of_reach_is_refused_at_the_start(tmp_path, log_probs):
+    mu = torch.full((3, 4), -1.0).double() if log_probs else None
+    data = preferences(opposed(1), log_probs=mu)
+    most = float(opposed(1)[1].amax(1).mean())  # of the policy that knows the price alone
+    with pytest.raises(ValueError, match=r"Found 0\.99 for `price`") as caught:
+        make(tmp_path, data, bounds=0.99, settings=replace(QUICK, maximum=20.0))
+    (said,) = re.findall(r"reach is (0\.\d+)\.", str(caught.value))
+    assert float(said) == pytest.approx(most, abs=0.005)  # a tilt at a finite multiplier
+    if log_probs:  # what this reference cannot keep is known once the model has been asked
+        base = 20.0 * (opposed(1)[1] == opposed(1)[1].amin(1, keepdim=True))
+        trainer = make(tmp_path, data, bounds=most - 0.01, base=base, settings=QUICK)
+        with pytest.raises(ConfigError, match=r"^objectives\.weighting: Parameter `bounds`"):
+            trainer.run()
+        assert trainer.completed == 0
+
+
+def test_bounds_that_exclude_each_other_are_warned_of_once(tmp_path, caplog):
+    """Within the smaller multipliers of a test: what is possible, but not with these."""
+    rates = opposed(1, k=3)
+    settings = replace(QUICK, maximum=0.3)
+    free = ((rates[0] / 0.2).softmax(1) * rates).sum(2).mean(1)
+    trainer = make(tmp_path, preferences(rates), bounds=0.0, settings=settings, steps=60)
+    with torch.no_grad():
+        trainer.mopo.floor[0] = float(free[1]) + 0.2
     with caplog.at_level(logging.WARNING):
         trainer.run()
     (record,) = caplog.records
-    assert "Bound 0.99 on `price` may be out of reach" in record.getMessage()
-    assert trainer.mopo.lambdas.tolist() == [2.0]
+    assert "on `price` may be out of reach" in record.getMessage()
+    assert trainer.mopo.lambdas[0] == 0.3
 
 
 # ---------------------------------------------------------------------- the reference
@@ -353,6 +367,74 @@ def test_the_published_rule_lets_a_bound_sink_and_the_ratchet_does_not(tmp_path)
     assert told["ratchet"]["eval_level/price"] == pytest.approx(0.62, abs=0.01)
     assert told["beta_lag"]["mopo_bound/price"] < 0.56
     assert told["beta_lag"]["eval_level/price"] < 0.58
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("lag", [0, 5])
+def test_surveys_read_what_is_needed(tmp_path, lag):
+    """200 prompts of two responses, two of which are trained on in a step."""
+    data = preferences(torch.rand(2, 200, 2, generator=torch.Generator().manual_seed(0)).double())
+    trainer = make(
+        tmp_path,
+        data,
+        bounds=0.0,
+        settings=replace(QUICK, lag=lag),
+        steps=20,
+        batch=2,
+        evaluate_every=10,
+        level_prompts=7,
+    )
+    trainer.run()
+    policy = trainer.policy
+    evaluations = 3 * 14 + 14  # of the average, and once of the base model
+    assert isinstance(policy, Table)
+    # At steps 5, 10, 15 ten rows' prompts are asked about, of which some meet twice, with the
+    # siblings and once more of the base model; trained on are 40 rows.
+    references = 3 * 10 * 2 * 2 if lag else 0
+    assert evaluations + references / 2 <= policy.asked - 40
+    assert policy.asked - 40 <= evaluations + references
+    known = ~trainer.mopo.log_ref.isnan().any(1)
+    assert int(known.sum()) == (
+        200 if lag == 0 else len({r // 2 for r in trainer.rows(range(15, 20))})
+    )
+
+
+def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
+    """Trained on are the same rows with the same weights as after a survey of everything."""
+    data = preferences(opposed(1, p=40))
+    trainers = []
+    for everything in (False, True):
+        trainer = make(
+            tmp_path, data, bounds=0.0, settings=replace(QUICK, lag=3), steps=12, batch=2
+        )
+        if everything:
+            trainer._prompts_of = lambda steps: torch.arange(40)  # type: ignore[method-assign]
+        for _ in range(12):
+            trainer.step()
+        trainers.append(trainer)
+    few, all_ = trainers
+    assert few.policy.asked < all_.policy.asked
+    # A policy in float32; a softmax over fewer rows may round another way.
+    torch.testing.assert_close(learned(few), learned(all_), rtol=0, atol=1e-6)
+    known = ~few.mopo.log_ref.isnan().any(1)
+    assert 0 < known.sum() <= 6  # rows of three steps
+    torch.testing.assert_close(few.mopo.log_ref[known], all_.mopo.log_ref[known], rtol=0, atol=1e-5)
+
+
+def test_rows_that_the_reference_was_not_asked_for_stop_the_run(tmp_path):
+    data, options = (
+        preferences(opposed(1, p=40)),
+        {"bounds": 0.0, "settings": replace(QUICK, lag=3)},
+    )
+    first = make(tmp_path, data, batch=4, **options)
+    for _ in range(7):
+        first.step()
+    other = make(tmp_path, data, batch=9, **options)
+    other.load_state_dict(first.state_dict())
+    with pytest.raises(TrainingError, match=r"`preferences\.batch` .* should be those of the run"):
+        other.step()
 
 
 # ---------------------------------------------------------------------- processes
@@ -526,15 +608,14 @@ def test_sigterm_saves_and_the_run_goes_on_later(tmp_path):
     straight = make(tmp_path / "straight", data, steps=6, batch=5)
     straight.run()
     stopped = make(tmp_path / "run", data, steps=6, batch=5)
-    rollout_of, calls = stopped.policy.rollout_of, []
+    tokens_of, calls = stopped.policy.tokens_of, []
 
-    def then_stop(requests, texts):
+    def then_stop(texts):
         calls.append(len(texts))
-        if stopped.completed == 0:  # in the first survey, of all rows at once
-            os.kill(os.getpid(), signal.SIGTERM)
-        return rollout_of(requests, texts)
+        os.kill(os.getpid(), signal.SIGTERM)  # before the first step
+        return tokens_of(texts)
 
-    stopped.policy.rollout_of = then_stop
+    stopped.policy.tokens_of = then_stop
     with pytest.raises(Interrupted) as caught:
         stopped.run()
     assert calls == [12]
@@ -655,18 +736,18 @@ def test_all_processes_know_of_a_response_that_does_not_fit(tmp_path):
     data = replace(data, responses=(*data.responses[:2], texts))
     found = at_once(lambda comm: make(tmp_path, data, micro=6, comm=comm).step(), 2)
     assert all(isinstance(error, TrainingError) for error in found)
-    assert ["another process" in str(error) for error in found] == [True, False]
+    assert all("Found 'too long'" in str(error) for error in found)
 
 
 def test_gradients_that_are_not_finite_end_the_run_after_a_while(tmp_path, caplog):
     trainer = make(tmp_path, preferences(opposed(1)), steps=9)
-    log_probs, before = trainer.policy.log_probs, learned(trainer)
+    log_probs_of, before = trainer.policy.log_probs_of, learned(trainer)
 
-    def broken(rollout, steps, *, with_kl=False):
-        found, _ = log_probs(rollout, steps)
-        return found * (NAN if found.requires_grad else 1.0), None
+    def broken(prompts, tokens):
+        found = log_probs_of(prompts, tokens)
+        return found * (NAN if found.requires_grad else 1.0)
 
-    trainer.policy.log_probs = broken
+    trainer.policy.log_probs_of = broken
     with pytest.raises(TrainingError, match="last 3 updates had non-finite gradients"):
         trainer.run()
     assert trainer.completed == 3
@@ -683,6 +764,7 @@ def test_gradients_that_are_not_finite_end_the_run_after_a_while(tmp_path, caplo
         ({"bounds": {"taste": 0.5, "price": 0.5}}, "leave out the primary"),
         ({"bounds": 1.2}, r"in \[0, 1\]. Found 1.2 for `price`"),
         ({"batch": 0}, "`batch` should be at least 1. Found 0"),
+        ({"level_prompts": -1}, "`level_prompts` should be at least 0. Found -1"),
         ({"micro": 0}, "`micro_batch` should be at least 1. Found 0"),
     ],
 )

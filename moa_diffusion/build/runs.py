@@ -167,6 +167,7 @@ def text_trainer(settings: Config) -> Loop:
         bounds=bounds,
         settings=mopo,
         batch=settings.preferences.batch,
+        level_prompts=settings.preferences.level_prompts,
         schedule=schedule(settings),
         heldout=evaluation(
             settings,

@@ -36,6 +36,7 @@ _AT_LEAST: dict[str, float] = {
     "ema.every": 1,
     "preferences.smoothing": 0,
     "preferences.batch": 1,
+    "preferences.level_prompts": 0,
     "trainer.steps": 1,
     "trainer.minutes": 0,
     "trainer.groups": 1,

@@ -182,6 +182,7 @@ class PreferencesConfig:
         cycles: What to do with preferences that run in a circle: error or keep.
         smoothing: Of win rates from pairs, the weight of a Beta prior around 1/2.
         batch: Responses per optimizer step, over all processes.
+        level_prompts: Prompts over whose responses evaluations take the win rates; 0 for all.
     """
 
     data: str | None = None
@@ -190,6 +191,7 @@ class PreferencesConfig:
     cycles: Literal["error", "keep"] = "error"
     smoothing: float = 0.0
     batch: int = 32
+    level_prompts: int = 512
 
     @property
     def given(self) -> bool:

@@ -26,7 +26,7 @@ Deviations: reconstructed from descriptions of the paper, without its code. ``rh
 per prompt; the published form has a constant -1 in place of ``log Z(x)``, with which a bound on
 ``G`` need not bind. A cap on ``lambda`` and on ``log rho`` is ours, as are the ratchet (``beta G``
 alone lets a secondary objective sink by a factor ``beta`` at a time), the weights ``ref / mu`` of a
-lagged reference, levels over all responses in place of a minibatch, and the damped barrier.
+lagged reference, levels over many responses in place of a minibatch, and the damped barrier.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
     """The smallest ``G_k`` over all data distributions within KL ``eps`` of this one: ``[K]``.
 
     That is ``max_chi -chi log E_ref exp(-rho qbar_k / chi) - chi eps`` over ``chi > 0``. With
-    ``f = rho qbar`` the worst distribution is ``~ ref exp(-f / chi)``; its KL falls with ``chi``,
-    which is found by bisection.
+    ``f = rho qbar`` the worst distribution is ``q ~ ref exp(-f / chi)``, and the value of the dual
+    ``E_q f + chi (KL(q) - eps)``. ``KL`` falls with ``chi``, which is found by bisection and a step
+    of Newton's; at the maximum the value is flat, so that an error of 1e-6 in ``chi`` is one of
+    1e-12 in it.
 
     Args:
         rho: ``[P, Y]``.
@@ -106,16 +108,23 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
     spread = f.amax(1) - f.amin(1)  # [K]
     spread = torch.where(spread > 0, spread, 1.0)
 
-    def worst(log_chi: Tensor) -> Tensor:  # log-probabilities [K, J]
-        return (log_p - f / (spread * log_chi.exp())[:, None]).log_softmax(1)
+    def worst(log_chi: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # chi, KL(q), q: [K], [K], [K, J]
+        chi = spread * log_chi.exp()
+        log_q = (log_p - f / chi[:, None]).log_softmax(1)
+        q = log_q.exp()
+        return chi, (q * (log_q - log_p)).sum(1), q
 
     low, high = torch.full_like(spread, -12.0), torch.full_like(spread, 12.0)  # of log chi/spread
-    for _ in range(60):
+    for _ in range(14):
         middle = (low + high) / 2
-        log_q = worst(middle)
-        outside = (log_q.exp() * (log_q - log_p)).sum(1) > eps
+        outside = worst(middle)[1] > eps
         low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    return (worst(high).exp() * f).sum(1)
+    chi, kl, q = worst(high)
+    variance = (q * f.square()).sum(1) - (q * f).sum(1).square()
+    step = (kl - eps) * chi.square() / torch.where(variance > 0, variance, math.inf)
+    chi, kl, q = worst((high + step).clamp(low, high))
+    # Where the ball holds even the distribution on the smallest value, chi goes to 0.
+    return (q * f).sum(1) + torch.where(low > -12, chi * (kl - eps), 0.0)
 
 
 def dual_step(
@@ -198,7 +207,8 @@ class OfflineMopo(nn.Module):
 
     A response that an objective was not compared on says nothing of it: in tilt and level it counts
     as the mean of the prompt's other responses. A prompt without any comparison of an objective is
-    left out of the objective's level, and tilted by the others alone.
+    left out of the objective's level, and tilted by the others alone. A prompt whose reference is
+    not known (NaN) is left out of everything.
 
     Args:
         primary: name of the objective that is improved.
@@ -214,8 +224,8 @@ class OfflineMopo(nn.Module):
     level: Tensor  # [K] G of the target; NaN: not known at the present reference
     followed: Tensor  # [K] beta G at the last new reference; -inf: none so far
     warned: Tensor  # [K] bool
-    log_ref: Tensor  # [P, Y] of the reference, over the responses
-    lagged: Tensor  # [P, Y] log pi - log mu of what will be the next reference
+    log_ref: Tensor  # [P, Y] of the reference, over the responses; NaN: not known
+    lagged: Tensor  # [P, Y] log pi - log mu of what will be the next reference; likewise
 
     def __init__(
         self,
@@ -257,8 +267,8 @@ class OfflineMopo(nn.Module):
     def forward(self, kl_scale: float = 1.0) -> Tensor:
         """One dual step; then the target ``[P, Y]`` at these multipliers.
 
-        Each row is a distribution, or sums to less than 1 where ``log_cap`` binds. ``kl_scale`` is
-        a factor of ``tau``.
+        Each row is a distribution, or sums to less than 1 where ``log_cap`` binds; NaN where the
+        reference is not known. ``kl_scale`` is a factor of ``tau``.
         """
         options, b = self.settings, self.bounds()
         if options.variant == "lagrangian":
@@ -268,15 +278,24 @@ class OfflineMopo(nn.Module):
                 self.lambdas, self.level, b, options.eta, options.sigma, options.maximum
             )
         self.lambdas = torch.where(self.level.isnan(), self.lambdas, stepped)
-        pbar, qbar = self.rates[0], self.rates[1:]
-        rho = tilt(
-            pbar, qbar, self.lambdas, options.tau * kl_scale, self.log_ref, log_cap=options.log_cap
-        )
-        self.reached = self._level(0, rho, eps=0.0)
-        levels = [self._level(k, rho, eps=options.eps) for k in range(1, len(self.rates))]
+        rho = self.tilted(self.lambdas, kl_scale)
+        self.reached = self.level_at(rho, 0, eps=0.0)
+        levels = [self.level_at(rho, k, eps=options.eps) for k in range(1, len(self.rates))]
         self.level = torch.tensor(levels, dtype=torch.float64)
         self._watch()
         return rho * self.log_ref.exp()
+
+    def tilted(self, lambdas: Tensor, kl_scale: float = 1.0) -> Tensor:
+        """``rho [P, Y]`` at these multipliers ``[K]``."""
+        tau, cap = self.settings.tau * kl_scale, self.settings.log_cap
+        return tilt(self.rates[0], self.rates[1:], lambdas, tau, self.log_ref, log_cap=cap)
+
+    def level_at(self, rho: Tensor, k: int, *, eps: float) -> float:
+        """Level of objective k (0: the primary) under ``rho``; NaN if nothing is known of it."""
+        a = self.applies[k] & ~self.log_ref.isnan().any(1)  # [P]
+        if not a.any():
+            return math.nan
+        return float(pessimistic(rho[a], self.rates[k : k + 1, a], self.log_ref[a], eps))
 
     def bounds(self) -> Tensor:
         """The bounds that hold at present: ``[K]``."""
@@ -288,7 +307,7 @@ class OfflineMopo(nn.Module):
         """Start from a reference other than the policy that wrote the responses.
 
         Args:
-            log_ratio: ``[P, Y]``, log ref - log mu of each response.
+            log_ratio: ``[P, Y]``, log ref - log mu of each response; NaN: not known.
         """
         self.log_ref = (self.log_data + log_ratio).log_softmax(1)
         self.lagged = log_ratio
@@ -297,7 +316,8 @@ class OfflineMopo(nn.Module):
         """Take the policy of the last call (at first: the start) as the reference.
 
         Args:
-            log_ratio: ``[P, Y]``, log pi - log mu of each response under the policy as it is.
+            log_ratio: ``[P, Y]``, log pi - log mu of each response under the policy as it is;
+                NaN for prompts that will not be asked about while it is the reference.
         """
         self.log_ref = (self.log_data + self.lagged).log_softmax(1)
         self.lagged = log_ratio
@@ -308,11 +328,13 @@ class OfflineMopo(nn.Module):
         """Win rates of a policy over the responses, by objective.
 
         Args:
-            log_ratio: ``[P, Y]``, log pi - log mu of each response.
+            log_ratio: ``[P, Y]``, log pi - log mu of each response; NaN for prompts to leave out.
         """
         pi = (self.log_data + log_ratio).softmax(1)
+        known = ~log_ratio.isnan().any(1)  # [P]
         means = [
-            (pi * rate).sum(1)[a].mean() for rate, a in zip(self.rates, self.applies, strict=True)
+            (pi * rate).sum(1)[a & known].mean()
+            for rate, a in zip(self.rates, self.applies, strict=True)
         ]
         return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
 
@@ -329,10 +351,6 @@ class OfflineMopo(nn.Module):
         """Level and multiplier of every bound, for the progress bar."""
         pairs = zip(self.secondary, self.level, self.lambdas, strict=True)
         return ", ".join(f"{name} G {g:.3f} lambda {value:.3g}" for name, g, value in pairs)
-
-    def _level(self, k: int, rho: Tensor, *, eps: float) -> float:
-        a = self.applies[k]  # [P]
-        return float(pessimistic(rho[a], self.rates[k : k + 1, a], self.log_ref[a], eps))
 
     def _watch(self) -> None:
         """Warn once of a bound that the largest multiplier does not reach."""

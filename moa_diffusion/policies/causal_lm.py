@@ -164,9 +164,29 @@ class CausalLMPolicy:
                 f"Parameter `texts` should have one entry per request. Found {len(texts)} for "
                 f"{len(requests)} requests."
             )
-        rows = [self.dialogue.response(text) for text in texts]
-        response, mask = self.dialogue.pad(rows, self.max_new_tokens, left=False)
+        response, mask = self.dialogue.pad(self.tokens_of(texts), self.max_new_tokens, left=False)
         return self._rollout(requests, tuple(texts), response.to(self.device), mask.to(self.device))
+
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Given responses as token ids, each tokenised by itself, with its end; no forward pass.
+
+        Raises:
+            ValueError: naming the first that is too long, or that spells its end.
+        """
+        return [self.dialogue.response(text) for text in texts]
+
+    def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities ``[n]`` float32 of whole given responses, with gradient.
+
+        Args:
+            prompts: n.
+            tokens: n responses, as ``tokens_of`` gives them.
+        """
+        requests = [Request(prompt=prompt) for prompt in prompts]
+        response, mask = self.dialogue.pad(tokens, self.max_new_tokens, left=False)
+        p, t = self._widths(requests, mask)
+        response, mask = response.to(self.device), mask.to(self.device)
+        return self._score(requests, response, mask, p, t).sum(1)
 
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False

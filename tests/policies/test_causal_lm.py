@@ -388,6 +388,24 @@ def test_given_responses_are_forced() -> None:
         policy.rollout_of(requests(2), ["short"])
 
 
+def test_given_responses_cost_one_pass_and_no_memory_of_the_device() -> None:
+    policy = policy_on()
+    asked, texts = requests(3), ("yes", "", "no.")
+    expected = policy.rollout_of(asked, texts).log_probs.sum(1)
+    passes: list[int] = []
+    policy.model.register_forward_hook(lambda *_: passes.append(1))
+    tokens = policy.tokens_of(texts)
+    assert passes == []
+    assert tokens == [[*map(token_of, text), 2] for text in texts]
+    found = policy.log_probs_of([request.prompt for request in asked], tokens)
+    assert passes == [1]
+    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=0)
+    found.sum().backward()
+    assert all(p.grad is not None for p in policy.trainable().values())
+    with pytest.raises(ValueError, match=r"at most 8 tokens.*Found 9 in 'too long'"):
+        policy.tokens_of(["short", "too long"])
+
+
 def token_of(letter: str) -> int:
     return LETTERS.index(letter) + len(SPECIAL)
 

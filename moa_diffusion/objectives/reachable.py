@@ -1,0 +1,143 @@
+"""Whether offline MOPO's bounds can be kept at all, found out before anything is trained.
+
+A bound is out of reach if no multipliers up to the largest bring the objective's level up to it. A
+level of the mean rises with its own multiplier. A pessimistic one need not: the tilt that favours
+an objective also spreads ``rho q``, and the worst case of a wide distribution is far below its mean
+(``mopo_offline.py``), so that the largest level lies at some multiplier in between.
+
+Bounds that can be kept one by one may still exclude each other. For weights ``c`` on the simplex,
+``sum_k c_k G_k`` is at most ``mean_x max_y sum_k c_k q_k``, whatever the policy over the responses.
+If that is below ``sum_k c_k b_k``, the bounds are out of reach, whatever the reference and the
+multipliers. Such a ``c`` is looked for by mirror descent. Of pessimistic levels, which are below
+the means, it is a sufficient sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.objectives.mopo_offline import OfflineMopo
+
+TOLERANCE = 1e-4  # of a win rate: less is not called out of reach
+STEPS = 40  # multipliers that are tried, over five powers of ten, and again around the best
+DESCENT = 300  # steps towards the weights of bounds that exclude each other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfReach:
+    """Bounds that no multipliers keep."""
+
+    weights: Tensor  # [K] on the simplex: 1 for a single bound, or the mean that is out of reach
+    level: float  # the most that this mean can be
+
+    def bounds(self, mopo: OfflineMopo) -> str:
+        """The bounds in words."""
+        pairs = zip(mopo.secondary, mopo.bounds().tolist(), self.weights.tolist(), strict=True)
+        involved = [(name, bound, weight) for name, bound, weight in pairs if weight > 0.01]
+        said = " and ".join(f"{bound:g} for `{name}`" for name, bound, _ in involved)
+        if len(involved) == 1:
+            return said
+        shares = " + ".join(f"{weight:.2g} {name}" for name, _, weight in involved)
+        mean = sum(bound * weight for _, bound, weight in involved)
+        return f"{said}, which exclude each other: they ask {mean:.4g} of the mean {shares}"
+
+
+def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:
+    """Check that some multipliers keep the bounds.
+
+    Args:
+        mopo: whose bounds.
+        reference_known: whether its reference is the one that it will have; if not, what no
+            reference can keep is found.
+
+    Raises:
+        ValueError: naming the objectives, the bounds, what can be reached, and what to change.
+    """
+    if not (found := _out_of_reach(mopo, reference_known)):
+        return
+    eps, maximum = mopo.settings.eps, mopo.settings.maximum
+    pessimism = f" in the worst case within `eps` = {eps:g}" if eps else ""
+    raise ValueError(
+        f"Parameter `bounds` should be within reach of the responses that are there. Found "
+        f"{found.bounds(mopo)}; the most that multipliers up to {maximum:g} reach is "
+        f"{found.level:.4g}{pessimism}. Lower the bounds"
+        f"{', or `eps` (0 takes the mean itself)' if eps else ''}, or `preferences.smoothing`, "
+        "which draws win rates towards 1/2; several comparisons per response help as well."
+    )
+
+
+def _out_of_reach(mopo: OfflineMopo, reference_known: bool) -> OutOfReach | None:
+    """The first bound, or bounds together, that cannot be kept."""
+    bounds = mopo.bounds()  # [K]
+    for k, bound in enumerate(bounds.tolist() if reference_known else ()):
+        level = _largest_level(mopo, k, bound - TOLERANCE)
+        if level < bound - TOLERANCE:  # False if nothing is known
+            weights = torch.zeros_like(bounds)
+            weights[k] = 1.0
+            return OutOfReach(weights=weights, level=level)
+    return _excluding(mopo, bounds) if len(bounds) else None
+
+
+def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
+    """Of secondary objective k, over its multiplier and then the others'; or some level enough."""
+    best = torch.zeros(len(mopo.secondary), dtype=torch.float64)
+
+    def level(lambdas: Tensor) -> float:
+        return mopo.level_at(mopo.tilted(lambdas), k + 1, eps=mopo.settings.eps)
+
+    most = level(best)
+    for j in [k, *(j for j in range(len(best)) if j != k)]:
+
+        def along(value: float, j: int = j) -> float:
+            trial = best.clone()
+            trial[j] = value
+            return level(trial)
+
+        value, found = _maximum(along, mopo.settings.maximum, enough)
+        if found > most:
+            best[j], most = value, found
+        if not most < enough:
+            break
+    return most
+
+
+def _maximum(level: Callable[[float], float], largest: float, enough: float) -> tuple[float, float]:
+    """Where in (0, largest] a level is largest, and how large; ends early at ``enough``."""
+    values = (largest * torch.logspace(0, -5, STEPS, dtype=torch.float64)).tolist()
+    found: list[tuple[float, float]] = []
+    for _ in range(2):
+        for value in values:
+            found.append((level(value), value))
+            if not found[-1][0] < enough:
+                return value, found[-1][0]
+        centre = max(found)[1]
+        values = (centre * torch.logspace(-0.13, 0.13, STEPS, dtype=torch.float64)).tolist()
+        values = [value for value in values if value <= largest]
+    most, value = max(found)
+    return value, most
+
+
+def _excluding(mopo: OfflineMopo, bounds: Tensor) -> OutOfReach | None:
+    """Weights under which no policy over the responses reaches the bounds' mean."""
+    applies = (mopo.applies[1:] & ~mopo.log_ref.isnan().any(1)).double()  # [K, P]
+    counts = applies.sum(1)
+    if (counts == 0).any():
+        return None
+    share = (applies / counts[:, None])[:, :, None]  # [K, P, 1]
+    possible = mopo.log_data > -torch.inf  # [P, Y]
+    scores = torch.where(possible, mopo.rates[1:] * share, 0.0)  # [K, P, Y]
+    log_weights = torch.zeros_like(bounds)
+    for step in range(DESCENT):
+        weights = log_weights.softmax(0)
+        mean = torch.einsum("k,kpy->py", weights, scores).masked_fill(~possible, -torch.inf)
+        best, chosen = mean.max(1)  # [P]
+        level = float(best.sum())
+        if level < float(weights @ bounds) - TOLERANCE:
+            return OutOfReach(weights=weights, level=level)
+        levels = scores.gather(2, chosen.expand(len(bounds), -1)[:, :, None]).sum((1, 2))  # [K]
+        log_weights = log_weights - 10 * (levels - bounds) / (1 + step) ** 0.5
+    return None
