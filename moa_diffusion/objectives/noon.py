@@ -30,7 +30,8 @@ class Noon(Normalizer):
     A minimum over K objectives is far smaller than their mean, and the step with it: for
     independent objectives in groups of 24 its RMS is 0.43, 0.27, 0.18, 0.07 of that of the mean
     z-score, for K = 2, 3, 4, 6. ``match_rms`` undoes this up to the clamp. The whole batch is
-    scaled by one factor, so that what one sample counts relative to another stays.
+    scaled by one factor, so that what one sample counts relative to another stays; prompts to which
+    fewer objectives apply weigh more, by these numbers.
 
     Nothing is remembered between the two stages: stage 1 depends on the rewards alone, so stage 2
     computes it again.

@@ -6,6 +6,7 @@ population standard deviation of objective k over the members of group g to whic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +114,8 @@ class Raw(Normalizer):
     """Normalise once, after the weighted sum of raw rewards: what most codebases do.
 
     Stage 1 only centres, ``z_ki = r_ki - m_kg``, so the objective with the largest spread times
-    weight decides; stage 2 is GRPO's group z-score (arXiv 2402.03300, section 4.1.2).
+    weight decides; stage 2 is GRPO's group z-score (arXiv 2402.03300, section 4.1.2), which gives
+    every group the same weight, whatever applies to it. With ``std='batch'`` it does not.
 
     Args:
         objectives: names of the K objectives.
@@ -143,7 +145,11 @@ class GDPO(Normalizer):
     """Group z-score per objective, then whitening of the weighted sum over the batch.
 
     Source: GDPO (arXiv 2601.05242). Stage 1: ``z_ki = (r_ki - m_kg) / (s_kg + eps)``; stage 2:
-    ``A_i = (S_i - mean_B S) / (std_B S + eps)``.
+    ``A_i = (S_i - mean_B S) / (std_B S + eps)``. In the paper every objective applies to every
+    sample. Where that is not so, ``S_i`` is the weighted mean of those that do, and the batch stays
+    the whole batch, as published: prompts to which fewer objectives apply have the larger
+    advantages (1.15 times with three of four, twice with one of four, if the objectives are
+    independent). ``DualStage`` evens that out.
 
     Args:
         objectives: names of the K objectives.
@@ -177,10 +183,14 @@ class DualStage(Normalizer):
         z_ki = (r_ki - m_kg) / max(s_kg, c sbar_k),   sbar_k = EMA of the RMS group std
 
     keeps a group whose members differ only by noise from being blown up to unit variance, whatever
-    the reward's unit; a group without any spread gets exactly 0. Stage 2 whitens the weighted sum
+    the reward's unit; a group without any spread gets exactly 0. Stage 2 whitens the weighted mean
     over the batch::
 
         A_i = (S_i - mean_B S) / (std_B S + 1e-4)
+
+    where B are the groups of the batch to which the same objectives apply (``whiten_alike``), so
+    that a prompt counts the same however many objectives have something to say about it. The
+    description does not say what happens where some do not apply.
 
     Args:
         objectives: names of the K objectives.
@@ -209,13 +219,14 @@ class DualStage(Normalizer):
         return centred / torch.where(scale > 0, scale, 1.0)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return whiten(scores, rewards, 1e-4)
+        return whiten_alike(scores, rewards, 1e-4)
 
 
 class PromptHistory(Normalizer):
     """Each prompt's own running mean and spread, per objective (DDPO, arXiv 2305.13301, app. B).
 
-    Deviation: kept per objective and then averaged with the weights; DDPO has a single reward.
+    Deviation: kept per objective and then averaged with the weights; DDPO has a single reward. The
+    average is not normalised again, so prompts to which fewer objectives apply weigh more.
 
     Args:
         objectives: names of the K objectives.
@@ -277,9 +288,51 @@ def whiten(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
     would give a group without any spread an advantage.
     """
     centred, _ = group_centred(_combined(scores, rewards))
+    return centred[0] / (batch_spread(scores, rewards) + eps)
+
+
+def whiten_alike(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
+    """As ``whiten``, over groups to which the same objectives apply: ``[N]``.
+
+    A mean of K objectives that have little to do with each other varies as ``1 / sqrt(K)``. Divided
+    by one spread for all, prompts to which one objective applies would weigh twice as much as
+    prompts to which four apply; so each group is treated as in a batch of its like.
+    """
+    advantages = torch.zeros_like(scores)
+    patterns = _patterns(rewards)
+    for pattern in patterns.unique():
+        alike = patterns == pattern
+        part = RewardMatrix(
+            names=rewards.names,
+            values=rewards.values[:, alike],
+            groups=rewards.groups[alike],
+            prompts=tuple(itertools.compress(rewards.prompts, alike.tolist())),
+        )
+        advantages[alike] = whiten(scores[alike], part, eps)
+    return advantages
+
+
+def batch_spread(scores: Tensor, rewards: RewardMatrix) -> Tensor:
+    """RMS, over the samples to which anything applies, of the distance to their group's mean."""
+    centred, _ = group_centred(_combined(scores, rewards))
     counted = (~torch.isnan(rewards.values)).any(0)
-    spread = (centred[0].square().sum() / counted.sum().clamp(min=1)).sqrt()
-    return centred[0] / (spread + eps)
+    return (centred[0].square().sum() / counted.sum().clamp(min=1)).sqrt()
+
+
+def _patterns(rewards: RewardMatrix) -> Tensor:
+    """Number of the set of objectives that apply to some sample of each sample's group: ``[N]``.
+
+    Of the group, since a head that cannot judge one of its samples makes that no prompt of another
+    kind.
+    """
+    _, index = torch.unique(rewards.groups, return_inverse=True)  # [N] in 0..P-1
+    applies = (~torch.isnan(rewards.values)).double()
+    count = applies.new_zeros(len(applies), int(index.max()) + 1 if len(index) else 0)
+    heard = count.index_add_(1, index, applies) > 0  # [K, P]
+    if not heard.numel():
+        return index
+    _, pattern = torch.unique(heard, dim=1, return_inverse=True)  # [P]
+    return pattern[index]
 
 
 def _combined(scores: Tensor, rewards: RewardMatrix) -> RewardMatrix:

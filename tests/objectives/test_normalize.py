@@ -88,7 +88,8 @@ def normal(seed: int, samples: int = 16) -> Tensor:
 def final(normalizer: Normalizer, matrix: RewardMatrix) -> Tensor:
     """Both stages with equal weights, ``[N]``."""
     advantages = normalizer.per_objective(matrix)
-    scores = combine(advantages, torch.ones(3).double(), ~matrix.values.isnan())
+    equal = advantages.new_ones(len(advantages))
+    scores = combine(advantages, equal, ~matrix.values.isnan())
     return normalizer.combined(scores, matrix)
 
 
@@ -349,6 +350,65 @@ def test_the_spread_within_groups_against_a_loop(zoo):
 def test_equal_texts_are_one_prompt():
     assert same_prompt(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
     assert same_prompt([]).tolist() == []
+
+
+# ---------------------------------------------------------------------- what applies to a part
+
+
+def mixed(groups: int = 60, size: int = 12) -> RewardMatrix:
+    """Four independent objectives, of which only the first applies to every second group."""
+    count = groups * size
+    values = torch.randn(4, count, generator=torch.Generator().manual_seed(0)).double()
+    index = torch.arange(count) // size
+    values[1:, index % 2 == 1] = NAN
+    prompts = tuple(f"p{i}" for i in index.tolist())
+    return RewardMatrix(names=("a", "b", "c", "d"), values=values, groups=index, prompts=prompts)
+
+
+def test_prompts_weigh_the_same_whatever_applies_to_them():
+    """GDPO whitens over the batch, as published: there the others weigh half as much."""
+    matrix = mixed()
+    few = matrix.groups % 2 == 1
+    found = {}
+    for kind in (DualStage, GDPO):
+        z = final(kind(matrix.names), matrix)
+        found[kind] = [float(z[part].square().mean().sqrt()) for part in (few, ~few)]
+    assert found[DualStage] == pytest.approx([1.0, 1.0], abs=2e-4)  # 1 / (1 + eps / std)
+    assert found[GDPO] == pytest.approx([1.26, 0.64], abs=0.02)
+
+
+def test_two_patterns_in_numbers():
+    matrix = rewards([[0, 2, 0, 2, 0, 2], [NAN, NAN, 0, 2, 2, 0]], group_size=2)
+    # z is -1 or 1; the mean of the last group is 0, as its objectives oppose each other.
+    root = 2**0.5
+    expected = torch.tensor([-1, 1, -root, root, 0, 0]).double()
+    torch.testing.assert_close(final(DualStage(["a", "b"]), matrix), expected, rtol=2e-4, atol=0)
+    whole = 1.5**0.5  # one spread, the root of 4 / 6, for all
+    expected = torch.tensor([-whole, whole, -whole, whole, 0, 0]).double()
+    torch.testing.assert_close(final(GDPO(["a", "b"]), matrix), expected, rtol=3e-4, atol=0)
+
+
+def test_a_group_is_whitened_as_in_a_batch_of_its_like():
+    matrix = mixed(groups=6)
+    together = final(DualStage(matrix.names, floor=0.0), matrix)
+    for parity in (0, 1):
+        alike = matrix.groups % 2 == parity
+        part = RewardMatrix(
+            names=matrix.names,
+            values=matrix.values[:, alike],
+            groups=matrix.groups[alike],
+            prompts=tuple(p for p, chosen in zip(matrix.prompts, alike, strict=True) if chosen),
+        )
+        assert torch.equal(together[alike], final(DualStage(matrix.names, floor=0.0), part))
+
+
+def test_a_sample_that_a_head_cannot_judge_makes_no_pattern():
+    """By itself it would have a spread of its own, and the advantage -1 or 1 with it."""
+    matrix = rewards([[0, 2, 4, 0, 2, 4], [1, 5, 3, 1, 2, NAN]], group_size=3)
+    scores = torch.tensor([-1.0, 0.8, 0.2, -1.0, 0.9, 0.1]).double()
+    found = DualStage(["a", "b"]).combined(scores, matrix)
+    spread = scores.square().mean().sqrt() + 1e-4
+    torch.testing.assert_close(found, scores / spread)
 
 
 def test_moving_average_skips_what_is_unknown():
