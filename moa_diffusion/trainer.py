@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from moa_diffusion import checkpoint, drift
 from moa_diffusion.alarm import Watch
 from moa_diffusion.critic import Critic
-from moa_diffusion.data import Geometry, GroupSampler, derive_seed
+from moa_diffusion.data import Geometry, GroupSampler, derive_seed, generator
 from moa_diffusion.distributed import Comm, local_slice
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.loop import Interrupted, Loop, Schedule
@@ -157,7 +158,12 @@ class Trainer(Loop):
     # ------------------------------------------------------------------ its verbs
 
     def meet(self, requests: Sequence[Request]) -> None:
-        """Show the normalizer what the reference draws for prompts it meets for the first time."""
+        """Show the normalizer what the reference draws for prompts it meets for the first time.
+
+        Rollouts differ in which decisions have noise, and rewards with them, so the reference's
+        draws of a prompt are spread over the run: sibling m is drawn as a rollout in the m-th part
+        of it would be.
+        """
         prompts = self.normalizer.unknown([request.prompt for request in requests])
         if not prompts:
             return
@@ -170,12 +176,17 @@ class Trainer(Loop):
                 sibling=sibling,
                 seed=derive_seed(self.seed, "reference", prompt, sibling),
             )
+            for sibling in range(self.normalizer.reference_samples)  # so that a batch has few steps
             for group, prompt in enumerate(prompts)
-            for sibling in range(self.normalizer.reference_samples)
         ]
+        steps = self._reference_steps()
 
         def draw(batch: Sequence[Request]) -> Outputs:
-            return self.policy.sample(batch, step=self.completed).outputs
+            parts = [
+                self.policy.sample(list(part), step=step)
+                for step, part in groupby(batch, lambda request: steps[request.sibling])
+            ]
+            return concatenate(parts).outputs
 
         with self._timed("reference"), self.policy.reference():
             found = self.scorer.survey(
@@ -186,8 +197,8 @@ class Trainer(Loop):
                 before_batch=self._leave_if_stopped,
                 progress=self.progress,
             )
-        pools = found.values.unflatten(0, (len(prompts), -1)).transpose(1, 2)  # [P, K, samples]
-        self.normalizer.remember(prompts, pools)
+        pools = found.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
+        self.normalizer.remember(prompts, pools.permute(1, 2, 0))
 
     def sample(self, requests: Sequence[Request], scoring: Scoring | None = None) -> Rollout:
         """Draw this process's share, batch by batch; a stop request is honoured in between.
@@ -318,7 +329,9 @@ class Trainer(Loop):
                 rollout,
                 advantage,
                 step=self.completed,
-                kl_scale=self.weighting.kl_scale() * self.watch.kl_scale,
+                kl_scale=(
+                    self.weighting.kl_scale() * self.normalizer.kl_scale() * self.watch.kl_scale
+                ),
                 before_batch=self._leave_if_stopped,
             )
         return found if self.critic is None else found | self.critic.report
@@ -398,6 +411,16 @@ class Trainer(Loop):
                 ) from error
 
     # ------------------------------------------------------------------ small parts
+
+    def _reference_steps(self) -> list[int]:
+        """Rollouts at even distances over the run, one for each reference sample of a prompt.
+
+        They begin elsewhere in each rollout that meets new prompts.
+        """
+        count = self.normalizer.reference_samples
+        draws = generator(self.seed, "reference steps", self.completed)
+        start = float(torch.rand((), generator=draws, dtype=torch.float64))
+        return [int((m + start) * self.schedule.steps / count) for m in range(count)]
 
     def _report_silence(self, rewards: RewardMatrix) -> None:
         """Say so if a reward applies to nothing at the start: a wrong prompt set, perhaps."""

@@ -14,13 +14,14 @@ import torch
 
 from moa_diffusion import build, checkpoint
 from moa_diffusion.config import Config, check, from_dict
+from moa_diffusion.data import derive_seed
 from moa_diffusion.heldout import mean_and_error
 from moa_diffusion.loop import Interrupted
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
 from moa_diffusion.trainer import Trainer
-from moa_diffusion.types import ConfigError
+from moa_diffusion.types import ConfigError, Request, RewardMatrix
 from rewards import RewardHead
 
 METHODS = [*build.METHODS, "apex_gradients", "upgrad_probe"]
@@ -230,6 +231,85 @@ def test_the_first_update_is_the_policy_gradient(tmp_path):
     grad_log_prob = steps / trainer.policy.std**2 / 3  # a mean over 3 dimensions
     expected = -(advantage[:, None, None] * grad_log_prob).sum(0) / advantage.numel() / 2
     torch.testing.assert_close(seen["gradient"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
+    """E S_0 + lambda E S_1 - beta KL, by autograd; the update is a positive multiple of it."""
+    trainer = make(
+        tmp_path / "run",
+        trainer__updates=1,
+        loss__kl_weight=0.05,
+        optimizer__max_grad_norm=1e9,
+        objectives={
+            "method": "mopo",
+            "normalizer": {"pool_size": 4},
+            "weighting": {"bounds": 0.9, "proportional": 2.0},
+        },
+    )
+    policy, seen = trainer.policy, {}
+    with torch.no_grad():
+        policy.drift.copy_(torch.tensor([[0.2, -0.1, 0.1], [-0.1, 0.15, 0.05]]))
+    before = policy.drift.detach().clone()
+    trainer.updater.optimizer.register_step_pre_hook(
+        lambda *_: seen.update(gradient=policy.drift.grad.clone())
+    )
+    rollout = policy.sample(trainer.sampler.requests(0), step=0)
+    trainer.step()
+    lines = score_files(tmp_path / "run")["step-000001.jsonl"].splitlines()
+    found = [json.loads(line) for line in lines]
+    values = torch.tensor([[row[f"reward/{name}"] for row in found] for name in ("red", "green")])
+    matrix = RewardMatrix(
+        names=("red", "green"),
+        values=values.double(),
+        groups=torch.tensor([row["group"] for row in found]),
+        prompts=tuple(row["prompt"] for row in found),
+    )
+    multiplier = trainer.weighting.multipliers[1]
+    assert multiplier > 0.1
+    S = trainer.normalizer.win_rates(matrix)
+    score = (S[0] + multiplier * S[1]).float()
+    score = score - score.view(4, 4).mean(1).repeat_interleave(4)
+    with torch.no_grad():
+        policy.drift.copy_(before)
+    policy.drift.grad = None
+    log_probs, kl = policy.log_probs(rollout, slice(0, 2), with_kl=True)
+    (-(score[:, None] * log_probs).mean() + 0.05 * kl.mean()).backward()
+    expected = policy.drift.grad
+    kl_alone = 0.05 * before / policy.std**2 / 6
+    assert (expected - kl_alone).norm() > 0.3 * kl_alone.norm() > 0.1 * expected.norm()
+    factor = seen["gradient"].norm() / expected.norm()
+    assert factor > 1.5  # 1 / ((1 + L) sigma)
+    torch.testing.assert_close(seen["gradient"], factor * expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 8, 80])
+def test_reference_draws_are_spread_over_the_run(tmp_path, steps):
+    """A rollout's windows differ by its number, so a pool of one rollout's would be biased."""
+    trainer = make(
+        tmp_path / "run",
+        trainer__steps=steps,
+        objectives={"method": "mopo", "normalizer": {"pool_size": 4}},
+    )
+    drawn: dict[tuple[str, int], int] = {}
+    sample = trainer.policy.sample
+
+    def watched(requests, *, step):
+        drawn.update({(request.prompt, request.sibling): step for request in requests})
+        return sample(requests, step=step)
+
+    trainer.policy.sample = watched
+    trainer.meet(trainer.sampler.requests(0))
+    assert {prompt for prompt, _ in drawn} == {"a", "b", "c"}
+    for sibling in range(4):
+        (step,) = {drawn[prompt, sibling] for prompt in "abc"}
+        assert sibling * steps // 4 <= step < (sibling + 1) * steps / 4 + 1
+    assert max(drawn.values()) < steps
+    assert trainer._reference_steps() == [drawn["a", sibling] for sibling in range(4)]
+    # Each draw is scored in the pool of its own prompt.
+    for prompt, row in trainer.normalizer.rows.items():
+        seeds = [derive_seed(trainer.seed, "reference", prompt, sibling) for sibling in range(4)]
+        outputs = sample([Request(prompt=prompt, seed=seed) for seed in seeds], step=0).images
+        torch.testing.assert_close(trainer.normalizer.pool[row, 0], red(outputs, []).double())
 
 
 def test_advantages_and_gradients_are_clipped(tmp_path):

@@ -65,6 +65,12 @@ class Normalizer(nn.Module, ABC):
         Exactly 0 for a sample to which nothing applies, or whose group has no spread.
         """
 
+    def kl_scale(self) -> float:
+        """Factor of the KL's weight since the last call of ``combined``: 1, unless the two stages
+        keep the reward's unit up to one number, which then has to scale the KL as well.
+        """
+        return 1.0
+
 
 class Weighting(nn.Module, ABC):
     """Decides how much each objective counts.

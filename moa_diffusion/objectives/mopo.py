@@ -8,7 +8,10 @@ The multipliers of the bounds ``b`` (in win rates, ``S`` of ``win_rate.py``) are
     lambda_k  = clip(I_k + proportional (b_k - Gbar_k), 0, maximum)       "lagrangian"
     lambda_k  = min(sigma / (Gbar_k - b_k), maximum)                      "barrier", MOPO-LB
 
-and the KL's weight is divided by ``1 + L`` too, so that the sum is the Lagrangian over ``1 + L``.
+and the KL's weight is divided by ``1 + L`` too. Together with ``WinRate``, which divides the
+weighted mean and the KL's weight ``beta`` by the batch's spread ``sigma_B``, what is climbed is
+``(E S_0 + sum_k lambda_k E S_k - beta KL) / ((1 + L) sigma_B)``: the Lagrangian, up to one positive
+number.
 
 Deviations: the online form is ours; the paper learns from a fixed set of preferences
 (``mopo_offline.py`` has its closed form). The proportional term damps the ripple of plain dual

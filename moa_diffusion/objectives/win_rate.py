@@ -7,12 +7,17 @@ drawn once and never again::
     z_ki = S_ki - mean_group S_k
     A_i  = (s_i - mean_group s) / (std_B s + eps),   s_i the weighted mean of z_ki
 
+The weight of the KL is divided by ``std_B s + eps`` as well, so that it stays what it is beside the
+mean win rate: ``loss.kl_weight`` is in win rates per unit of KL, whatever a batch's spread.
+
 ``S`` is between 0 and 1 whatever the reward's unit, and 1/2 means "no better than the reference".
 It can be averaged over a batch and held to a bound, which the win rate inside a group cannot: that
 averages 1/2 for every policy.
 
 Deviations: all of this is ours; MOPO is offline and reads win rates off labelled pairs. The std is
-one per batch, not per group, so that the mean that is improved is the mean that the bound is on.
+one per batch, not per group or per set of objectives that apply, so that the mean that is improved
+is the mean that the bound is on. Of a sample to which an objective does not apply, the others'
+weights are scaled to the sum of 1, so that it counts more for them than the Lagrangian has it.
 A pool without spread (less than a tenth of the usual) says nothing about the reward's unit; its
 prompt takes the objective's mean std over the pools that have a spread, of the prompts known until
 then and those told in the same call. It is frozen then, so later prompts change no score. Where no
@@ -29,7 +34,7 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Normalizer
-from moa_diffusion.objectives.normalize import RESIDUE, group_centred, whiten
+from moa_diffusion.objectives.normalize import RESIDUE, batch_spread, group_centred, whiten
 from moa_diffusion.types import RewardMatrix
 
 USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of its own
@@ -53,6 +58,7 @@ class WinRate(Normalizer):
         if not eps > 0:
             raise ValueError(f"Parameter `eps` should be positive. Found {eps}.")
         self.reference_samples, self.eps = pool_size, eps
+        self._divisor = 1.0  # of the last `combined`
         self.rows: dict[str, int] = {}  # prompt to its row in pool and scale
         self.pool = torch.empty(0, len(self.objectives), pool_size).double()  # [P, K, M]
         self.scale = torch.empty(0, len(self.objectives)).double()  # [P, K]; 0: nothing has spread
@@ -113,7 +119,12 @@ class WinRate(Normalizer):
         return torch.where(std > 0, centred, 0.0)
 
     def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+        spread = float(batch_spread(scores, rewards))
+        self._divisor = spread + self.eps if spread > 0 else 1.0  # else there is only the KL
         return whiten(scores, rewards, self.eps)
+
+    def kl_scale(self) -> float:
+        return 1 / self._divisor
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"prompts": list(self.rows), "pool": self.pool, "scale": self.scale}

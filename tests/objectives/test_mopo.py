@@ -74,6 +74,34 @@ def test_lagrangian_in_numbers():
     )
 
 
+def test_advantages_and_the_kl_are_the_lagrangian_up_to_one_number():
+    """Whatever the batch's spread: a bound is kept against the same KL in a flat batch."""
+    pool = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    for spread in (1.0, 0.05):
+        normalizer = WinRate(NAMES, pool_size=8)
+        normalizer.remember(["x", "y"], pool)
+        values = spread * torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double()
+        rewards = RewardMatrix(
+            names=NAMES,
+            values=values,
+            groups=torch.tensor([0] * 4 + [1] * 4),
+            prompts=("x",) * 4 + ("y",) * 4,
+        )
+        advantages, S = normalizer.per_objective(rewards), normalizer.win_rates(rewards)
+        mopo = Mopo(NAMES, bounds={"b": 0.9, "c": 0.6})
+        weights = mopo(ObjectiveStats(step=0, rewards=rewards, advantages=advantages, win_rates=S))
+        scores = combine(advantages, weights, torch.ones(3, 8, dtype=torch.bool))
+        A = normalizer.combined(scores, rewards)
+        # What the KL's weight is multiplied by is what the Lagrangian is.
+        assert (mopo.multipliers[1:] > 0).all()
+        lagrangian = S[0] + mopo.multipliers @ S
+        centred = lagrangian - lagrangian.view(2, 4).mean(1).repeat_interleave(4)
+        torch.testing.assert_close(A / (mopo.kl_scale() * normalizer.kl_scale()), centred)
+    flat = RewardMatrix(names=NAMES, values=values * 0, groups=rewards.groups, prompts=("x",) * 8)
+    assert not normalizer.combined(scores * 0, flat).any()
+    assert normalizer.kl_scale() == 1  # nothing but the KL is left, at its own weight
+
+
 def test_barrier_in_numbers():
     mopo = Mopo(NAMES, variant="barrier", sigma=0.01, maximum=8.0)
     weights = mopo(shown(0.7, 0.52, 0.5))
