@@ -12,7 +12,9 @@ the objective that it serves least: with all decisions as one group, that is wha
 and weightings do to samples, so they are given decisions in the samples' place.
 
 Deviations: the heads read the policy's last hidden state as it was when the sample was drawn, and
-give no gradient to the policy, so that no weight between value and policy loss is needed.
+give no gradient to the policy, so that no weight between value and policy loss is needed. Rewards
+hold no KL: PAMA, as PPO in TRL, takes the KL of each token off its reward before advantages are
+estimated; here it is a loss of its own (``loss.kl_weight``), which value heads and Noon do not see.
 """
 
 from __future__ import annotations

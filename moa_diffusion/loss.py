@@ -2,6 +2,11 @@
 
 PPO's clipped objective (Schulman et al., arXiv 1707.06347, eq. 7) as GRPO (arXiv 2402.03300) and
 Flow-GRPO (arXiv 2505.05470, eq. 4) use it: one advantage per sample, shared by its decisions.
+
+Deviation: the mean is over all decisions of a minibatch. For pictures, which all have equally many,
+that is the papers' mean. Of texts, GRPO takes the mean over the tokens of a response first and then
+over responses; here each token counts the same, so a long response counts more (as in DAPO, arXiv
+2503.14476).
 """
 
 from __future__ import annotations
@@ -36,6 +41,12 @@ def surrogate_coefficients(
 
     It is ``-A r`` where the clip does not act and 0 where it does, so each objective has its own
     clip mask. With it, objective k's gradient is ``sum c_knt grad log p_nt``.
+
+    A weighted sum of these gradients is not the gradient of the clipped surrogate of the weighted
+    advantage. Once the ratio of a sample is above ``1 + clip_range``, the objectives that ask for
+    more of it are silent, and those that ask for less go on: the sample is pushed down, also where
+    the weighted advantage is positive and its own surrogate would leave it alone (below ``1 -
+    clip_range`` the other way round). The objectives that oppose a step thus hold it to the clip.
 
     Args:
         log_probs: ``[n, t]`` under the policy being trained; no gradient is kept.

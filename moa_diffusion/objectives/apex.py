@@ -15,9 +15,12 @@ rollouts and ``target_k = base_k + step * s_k(start)``: one within-group standar
 whatever unit. The need is not clipped: an objective that has *fallen* below its base counts more
 than one that has not moved, and one far beyond its target less than one that has just reached it.
 So the need alone is a soft minimum of the progress, and nothing else here knows which of several
-normalised rewards is being lost. ``Rbar`` is the mean over prompts of their latest group, so that
-it does not move because a rollout happened to draw easy prompts. ``cos`` is the exact cosine of the
-objectives' LoRA gradients, or the correlation of their advantages, which costs nothing.
+normalised rewards is being lost. ``Rbar`` is the mean over prompts of their latest group. Once all
+prompts were met, and if there are at most ``memory`` of them, it does not move because a rollout
+happened to draw easy prompts; before that, and with more prompts, it still does, the less the more
+of them it holds. It also moves with the decisions that have noise: at the same policy, a rollout in
+a late window of denoising steps scores unlike one in an early window. ``cos`` is the exact cosine
+of the objectives' LoRA gradients, or the correlation of their advantages, which costs nothing.
 """
 
 from __future__ import annotations
