@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 
 # Small matrices run slower on two threads than on one, and tests run in several processes.
-export OMP_NUM_THREADS = 1
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,17 +1,29 @@
-"""What holds for every test: no network, one thread, Ctrl-C works."""
+"""What holds for every test: no network, few threads, Ctrl-C works."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"  # what tests compare to the bit is the CPU's
-os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes that tests start
+# One thread unless the environment asks for more; read when torch is imported, here and in the
+# processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
 # Shells start background jobs with SIGINT ignored, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    """What measures or builds sets a number of threads; the next test has that of the others."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 
 from moa_diffusion.distributed import LocalComm, local_slice
 from moa_diffusion.metrics import read_metrics
+from waiting import HANG, two_processes
 
 PROMPTS = ["a", "bb", "cccc"]
 # Those that remember, draw a reference pool, measure gradients, or weigh every sample by itself.
@@ -154,8 +153,7 @@ def check_failures(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    signal.alarm(120)  # a collective that waits for ever ends here
-    torch.set_num_threads(1)
+    signal.alarm(int(HANG))  # a collective that waits for ever ends here
     trainer = make(folder / "run", "red", "length")
     check_collectives(trainer.comm)
     trainer.run()
@@ -196,57 +194,34 @@ def test_a_share_must_be_even():
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs this file twice, as torchrun would start it."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    outputs = two_processes(__file__, folder)
     assert "Processes: 2 (cpu)" in outputs[0]
     assert "Processes:" not in outputs[1], "only the first process should print"
     return folder
 
 
-def test_collectives_of_two_processes(two_processes):
+def test_collectives_of_two_processes(both):
     """The checks ran inside, see ``check_collectives``; each process wrote this as the last."""
-    assert (two_processes / "rank-0.pt").is_file()
-    assert (two_processes / "rank-1.pt").is_file()
+    assert (both / "rank-0.pt").is_file()
+    assert (both / "rank-1.pt").is_file()
 
 
-def test_both_processes_hold_the_same_state(two_processes):
-    first, second = (torch.load(two_processes / f"rank-{rank}.pt") for rank in range(2))
+def test_both_processes_hold_the_same_state(both):
+    first, second = (torch.load(both / f"rank-{rank}.pt") for rank in range(2))
     one, other = first["updater"], second["updater"]
     assert torch.equal(one["trainable"]["drift"], other["trainable"]["drift"])
     assert torch.equal(one["ema"]["average"]["drift"], other["ema"]["average"]["drift"])
     assert torch.equal(first["normalizer"]["spread"], second["normalizer"]["spread"])
 
 
-def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
+def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     alone = make(tmp_path / "run", "red", "length")
     alone.run()
-    shared = torch.load(two_processes / "rank-0.pt")["updater"]
+    shared = torch.load(both / "rank-0.pt")["updater"]
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.1
     torch.testing.assert_close(shared["trainable"]["drift"], drift, rtol=0, atol=1e-6)
@@ -254,7 +229,7 @@ def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
         shared["ema"]["average"]["drift"], alone.updater.ema.average["drift"], rtol=0, atol=1e-6
     )
     found, expected = (
-        read_metrics(folder / "run" / "metrics.jsonl") for folder in (two_processes, tmp_path)
+        read_metrics(folder / "run" / "metrics.jsonl") for folder in (both, tmp_path)
     )
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
     for mine, other in zip(found, expected, strict=True):
@@ -263,15 +238,15 @@ def test_two_processes_train_the_parameters_of_one(two_processes, tmp_path):
         )
     # Three held-out prompts on two processes: none is counted twice.
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
-    sheets = [folder / "run/samples/step-000004.png" for folder in (two_processes, tmp_path)]
+    sheets = [folder / "run/samples/step-000004.png" for folder in (both, tmp_path)]
     assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_two_processes_equal_one_for_every_method(two_processes, tmp_path, method):
+def test_two_processes_equal_one_for_every_method(both, tmp_path, method):
     alone = make(tmp_path / "run", "red", "green", objectives=OBJECTIVES[method])
     alone.run()
-    shared = torch.load(two_processes / f"{method}.pt")
+    shared = torch.load(both / f"{method}.pt")
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.01
     torch.testing.assert_close(shared["updater"]["trainable"]["drift"], drift, rtol=0, atol=1e-6)
@@ -282,10 +257,10 @@ def test_two_processes_equal_one_for_every_method(two_processes, tmp_path, metho
             )
 
 
-def test_scores_of_two_processes_are_in_the_order_of_the_samples(two_processes, tmp_path):
+def test_scores_of_two_processes_are_in_the_order_of_the_samples(both, tmp_path):
     make(tmp_path / "run", "red", "length").run()
     for path in (tmp_path / "run" / "scores").iterdir():
-        other = two_processes / "run" / "scores" / path.name
+        other = both / "run" / "scores" / path.name
         keys = ["group", "sibling", "prompt", "seed"]
         found, expected = (
             [[row[key] for key in keys] for row in read_metrics(file)] for file in (other, path)
@@ -293,8 +268,8 @@ def test_scores_of_two_processes_are_in_the_order_of_the_samples(two_processes, 
         assert found == expected
 
 
-def test_only_one_process_writes_checkpoints(two_processes):
-    names = sorted(path.name for path in (two_processes / "run" / "checkpoints").iterdir())
+def test_only_one_process_writes_checkpoints(both):
+    names = sorted(path.name for path in (both / "run" / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000004"]
 
 

@@ -9,8 +9,6 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from moa_diffusion.objectives.mopo import Mopo
 from moa_diffusion.objectives.normalize import GDPO, DualStage, Raw
 from moa_diffusion.objectives.pama import Pama
 from moa_diffusion.objectives.static import Static
+from waiting import HANG, two_processes
 
 pytestmark = pytest.mark.filterwarnings(  # TRL asks transformers by the old names
     r"ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
@@ -467,8 +466,7 @@ def test_wrong_rewards_and_prompts_are_refused(trl, tmp_path):
 
 
 def main(folder: Path) -> None:
-    signal.alarm(120)  # a collective that waits for ever ends here
-    torch.set_num_threads(1)
+    signal.alarm(int(HANG))  # a collective that waits for ever ends here
     reward = reward_function()
     # Two completions of each group on either process.
     small = {"per_device_train_batch_size": 2, "max_steps": 2, "eval_strategy": "no"}
@@ -479,29 +477,7 @@ def main(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_groups_may_lie_on_two_processes(trl, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
+    two_processes(__file__, tmp_path)
     check_advantages(tmp_path, steps=2)
     first, second = ((tmp_path / f"{rank}.json").read_text() for rank in range(2))
     assert first == second

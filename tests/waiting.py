@@ -1,0 +1,79 @@
+"""Processes, and waiting for what must come: the one clock that tests read, which only ends a hang.
+
+A machine may be busy, so no test says how long something takes, and none fails because it took
+long. What has to end before something else is shown by events and by the order of what happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+HANG = 1200.0  # seconds; what takes longer hangs, however busy the machine is
+# Seconds for tests of a deadline that some work has to meet: where the first is too short on a busy
+# machine, the next is tried.
+DEADLINES = (0.5, 5.0, 50.0, 500.0)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Returns as soon as the condition holds; fails if it never does."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {HANG:g} s"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test, however that ends."""
+    with subprocess.Popen(command, text=True, **options) as process:  # closes pipes at the end
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # a launcher ends its processes, which a kill would leave
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def two_processes(script: str, folder: Path) -> list[str]:
+    """Starts a script twice, as torchrun would, with the folder as argument; what each wrote.
+
+    The store where they meet is this process's: a port that is free now may soon be another's.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    logs = [folder / f"output-{rank}.txt" for rank in range(2)]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running(
+                    [sys.executable, script, str(folder)],
+                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=Path(__file__).parents[1],
+                    stdout=stack.enter_context(log.open("w")),
+                    stderr=subprocess.STDOUT,
+                )
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(HANG) == 0, log.read_text()
+    return [log.read_text() for log in logs]
