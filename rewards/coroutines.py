@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,9 +95,14 @@ def _in_a_loop() -> bool:
 def _run_in_thread(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, T]) -> T:
     loop = runner.get_loop()
 
+    ended = threading.Event()
+
     def work() -> T:
-        with torch.no_grad():  # gradients are switched off by thread
-            return runner.run(coroutine)
+        try:
+            with torch.no_grad():  # gradients are switched off by thread
+                return runner.run(coroutine)
+        finally:
+            ended.set()
 
     def cancel() -> None:
         for task in asyncio.all_tasks(loop):
@@ -107,4 +113,5 @@ def _run_in_thread(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, T]) ->
             return executor.submit(work).result()
         except KeyboardInterrupt:
             loop.call_soon_threadsafe(cancel)  # or leaving the block would wait for the coroutine
+            ended.wait()  # leaving it does not, if the signal came while the thread was started
             raise

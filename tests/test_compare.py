@@ -9,7 +9,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from moa_diffusion.evaluation.compare_picture import mean_path, picture
 from moa_diffusion.evaluation.runs import Run, cause_of_death, execute, method_settings, plan
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
+from waiting import HANG, running, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("ocr", "colour")
@@ -456,16 +456,14 @@ row = {"prompt": "a", "group": 0, "seed": 0, "reward/mine": 1.0, "reward/colourf
 lines = [json.dumps(row | {"sibling": i}) for i in range(2)]
 (folder / "evaluation" / "step-000000.jsonl").write_text("\\n".join(lines))
 (folder / "metrics.jsonl").write_text('{"step": 0}\\n')
-time.sleep(60)
+time.sleep(1e6)
 """
 
 
 def test_a_reward_without_spread_ends_the_comparison_at_once(folder: Path) -> None:
     (folder / "fake.py").write_text(FAKE)
-    began = time.monotonic()
     with pytest.raises(ValueError, match=r"Objective `mine` should vary within a prompt.*Found 0"):
         execute(planned(seeds=2).runs, script=folder / "fake.py", parallel=1)
-    assert time.monotonic() - began < 30
     assert not (folder / "out" / "static-1").exists()
 
 
@@ -541,19 +539,11 @@ def test_two_methods_twice_one_dies_and_is_continued(folder: Path, here: Here) -
 
 def test_sigterm_ends_the_runs_and_the_next_call_continues(folder: Path) -> None:
     endless = ("--trainer.steps", "1000", "--checkpoint.every", "0", "--evaluation.every", "1000")
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND, "static", "--seeds", "2", *endless],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = folder / "out" / "static-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists():
-        assert process.poll() is None, "it ended early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
+    command = [sys.executable, *COMMAND, "static", "--seeds", "2", *endless]
+    with running(command, stderr=subprocess.PIPE) as process:
+        wait_for(folder / "out" / "static-0" / "metrics.jsonl", process)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=HANG)
     assert process.returncode == 130, log
     assert "The same command continues." in log
     assert "Traceback" not in log

@@ -35,6 +35,7 @@ from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.samplers import generators
 from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
+from waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ['a red sign that says "SHOP"', "a blue star on a white background", "a green square"]
@@ -419,7 +420,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr

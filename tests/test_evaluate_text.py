@@ -47,6 +47,7 @@ from moa_diffusion.evaluation.table import read_table
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.evaluation.texts import Texts
 from moa_diffusion.types import ConfigError
+from waiting import HANG
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -377,7 +378,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ from moa_diffusion.preferences import Preferences
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
 from moa_diffusion.types import ConfigError, Request
+from waiting import HANG
 
 NAN, INFINITY = math.nan, math.inf
 # Fast enough for a test, and a reference that stays, so that the optimum is the solver's.
@@ -449,9 +450,9 @@ class ThreadComm:
 
     def _exchange(self, mine: Any) -> list[Any]:
         self._shared[self.rank] = mine
-        self._barrier.wait(20)
+        self._barrier.wait(HANG)
         everyone = list(self._shared)
-        self._barrier.wait(20)
+        self._barrier.wait(HANG)
         return everyone
 
     def gather(self, local: Tensor) -> Tensor:
@@ -478,12 +479,13 @@ def at_once(act: Callable[[ThreadComm], Any], count: int) -> list[Any]:
             found[rank] = act(ThreadComm(rank, shared, barrier))
         except BaseException as error:
             found[rank] = error
+            barrier.abort()  # nobody waits for this one
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from moa_diffusion import build, config
+from waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_the_custom_reward_trains(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert '"applies/redness": 0.5' in (tmp_path / "out" / "metrics.jsonl").read_text()

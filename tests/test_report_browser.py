@@ -17,6 +17,7 @@ from PIL import Image
 from moa_diffusion.evaluation.report.page import write_report
 from moa_diffusion.evaluation.summary import summarise
 from moa_diffusion.evaluation.table import Column, Table
+from waiting import HANG
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright: pip install playwright")
 
@@ -120,9 +121,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=EXECUTABLE, args=list(FLAGS))
-        yield found
-        found.close()
+        found = playwright.chromium.launch(
+            executable_path=EXECUTABLE, args=list(FLAGS), timeout=HANG * 1000
+        )
+        try:
+            yield found
+        finally:
+            found.close()
 
 
 @contextmanager
@@ -131,6 +136,7 @@ def opened(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
     wrong: list[str] = []
     settings = {"viewport": {"width": 1200, "height": 800}, "reduced_motion": "reduce"} | options
     context = browser.new_context(**settings)
+    context.set_default_timeout(HANG * 1000)
     page = context.new_page()
     page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
@@ -140,16 +146,18 @@ def opened(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
             wrong.append(f"request: {request.url}")
 
     page.on("request", ask)
-    page.goto(path.as_uri())
-    yield page
-    assert page.evaluate("window.stolen") is None
-    context.close()
+    try:
+        page.goto(path.as_uri())
+        yield page
+        assert page.evaluate("window.stolen") is None
+    finally:
+        context.close()
     assert wrong == []
 
 
 def until(page: Any, expression: str) -> None:
     """Wait until an expression holds; Playwright's own way is what the page's policy forbids."""
-    for _ in range(200):
+    for _ in range(int(HANG / 0.05)):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(50)

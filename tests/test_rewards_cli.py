@@ -24,6 +24,7 @@ from rewards.cards import CARDS
 from rewards.check import PROMPT, check, prepare
 from rewards.folder import ScoreTable, match
 from rewards.server import listen
+from waiting import HANG
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "rewards.py"
 Run = Callable[..., tuple[int, str, str]]
@@ -380,7 +381,7 @@ def test_serve_in_a_process_of_its_own() -> None:
             with pytest.raises(RewardError, match="Served: sharpness, prompt_colour"):
                 create("remote", url=url, remote_name="ocr").load()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(HANG) == 0
             assert process.stdout.read() == "Stopped.\n"
         finally:
             process.kill()

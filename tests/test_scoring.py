@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from moa_diffusion.distributed import LocalComm
 from moa_diffusion.scoring import WAITING, RewardError, Scorer
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 from rewards import RewardHead, Scores
+from waiting import HANG
 
 
 class Red(RewardHead):
@@ -166,7 +167,7 @@ class Gate(RewardHead):
     def score(self, batch):
         self.batches += 1
         self.entered.set()
-        assert self.open.wait(30)
+        assert self.open.wait(HANG)
         return torch.zeros(len(batch))
 
 
@@ -175,25 +176,33 @@ def test_heads_work_beside_the_drawing_and_beside_each_other():
     scorer = Scorer({"one": one, "two": two}, Comm())
     with scorer.begin() as scoring:
         scoring.add(part.requests, images=part.images)
-        assert one.entered.wait(30)
-        assert two.entered.wait(30)  # neither has ended, and the next batch could be drawn here
+        assert one.entered.wait(HANG)
+        assert two.entered.wait(HANG)  # neither has ended, and the next batch could be drawn here
         one.open.set()
         two.open.set()
         found = scorer.collect(scoring, part.requests, while_waiting=lambda: None)
         assert found.values.shape == (2, 3)
 
 
-def test_drawing_waits_for_heads_that_fall_behind():
-    gate, part = Gate(), rollout()
+def test_drawing_waits_for_heads_that_fall_behind(monkeypatch):
+    gate, part, waits = Gate(), rollout(), threading.Event()
+
+    def watched(futures):
+        if not all(future.done() for future in futures):
+            waits.set()
+        return wait(futures)
+
+    monkeypatch.setattr("moa_diffusion.scoring.wait", watched)
     scorer = Scorer({"gate": gate}, Comm())
     with scorer.begin() as scoring, ThreadPoolExecutor(1) as drawing:
         for _ in range(1 + WAITING):
             scoring.add(part.requests, images=part.images)
+        assert not waits.is_set()
         one_more = drawing.submit(scoring.add, part.requests, images=part.images)
-        with pytest.raises(TimeoutError):
-            one_more.result(timeout=0.2)
+        assert waits.wait(HANG)
+        assert not one_more.done()
         gate.open.set()
-        one_more.result(timeout=30)
+        one_more.result(timeout=HANG)
 
 
 def test_what_is_not_begun_is_dropped_and_the_rest_is_not_waited_for():
@@ -202,7 +211,7 @@ def test_what_is_not_begun_is_dropped_and_the_rest_is_not_waited_for():
     with pytest.raises(KeyboardInterrupt), scorer.begin() as scoring:
         for _ in range(3):
             scoring.add(part.requests, images=part.images)
-        assert gate.entered.wait(30)
+        assert gate.entered.wait(HANG)
         raise KeyboardInterrupt
     assert gate.batches == 1
     gate.open.set()

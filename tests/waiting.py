@@ -23,12 +23,18 @@ HANG = 1200.0  # seconds; what takes longer hangs, however busy the machine is
 DEADLINES = (0.5, 5.0, 50.0, 500.0)
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Returns as soon as the condition holds; fails if it never does."""
+def wait_until(condition: Callable[[], object], failure: str) -> None:
+    """Returns as soon as the condition holds; fails with these words if it never does."""
     deadline = time.monotonic() + HANG
     while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {HANG:g} s"
+        assert time.monotonic() < deadline, f"{failure} within {HANG:g} s"
         time.sleep(0.02)
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    """Returns as soon as a process has written a file."""
+    wait_until(lambda: path.exists() or process.poll() is not None, f"{path} did not appear")
+    assert path.exists(), "the process ended early"
 
 
 @contextlib.contextmanager

@@ -171,7 +171,7 @@ def test_a_dropped_pool_ends_its_processes(file):
     pool.read(pictures(READ), HANG)
     (pid,) = pids(pool)
     del pool
-    wait_until(lambda: gone([pid]), "the worker's end")
+    wait_until(lambda: gone([pid]), "the worker did not end")
 
 
 @linux
@@ -232,18 +232,18 @@ def test_interpreter_exit_neither_hangs_nor_leaves_workers(file):
         assert process.wait(HANG) == 0
         assert process.stdout.read() == "done\n"
     assert len(workers) == 2
-    wait_until(lambda: gone(workers), "the workers' end")
+    wait_until(lambda: gone(workers), "the workers did not end")
 
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_parent_even_in_the_middle_of_a_picture(file, number):
     with parent(file, STUCK) as (process, workers):
-        wait_until(Path(f"{file}.hangs").exists, "a picture that hangs")
+        wait_until(Path(f"{file}.hangs").exists, "no picture was begun")
         process.send_signal(number)
         process.communicate(timeout=HANG)
         assert process.returncode != 0
-    wait_until(lambda: gone(workers), "the workers' end")
+    wait_until(lambda: gone(workers), "the workers did not end")
 
 
 @linux
@@ -293,7 +293,7 @@ def test_a_forked_child_leaves_the_workers_of_its_parent_alone(file):
     names, workers = zip(*(line.split() for line in out.stdout.splitlines()), strict=True)
     assert names == ("child", "parent")
     assert len(set(workers)) == 2
-    wait_until(lambda: gone(map(int, workers)), "the workers' end")
+    wait_until(lambda: gone(map(int, workers)), "the workers did not end")
 
 
 def test_the_head_turns_positions_into_samples(file, monkeypatch):

@@ -388,7 +388,7 @@ def test_a_server_that_is_started_later_is_waited_for(
     with bound() as place, ThreadPoolExecutor(1) as pool:
         url = f"http://127.0.0.1:{place.getsockname()[1]}"
         scores = pool.submit(RemoteHead(url, "judge", retries=0, timeout=HANG), batch(5))
-        wait_until(lambda: len(pauses) > 4 + 2, "further requests")
+        wait_until(lambda: len(pauses) > 4 + 2, "it was not asked again")
         assert not scores.done()
         assert "ConnectionRefusedError" in caplog.text
         with scripted(place=place):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import numpy as np
 import pytest
@@ -220,15 +219,3 @@ def test_prompts_with_different_numbers_of_colours_share_a_batch(monkeypatch):
 def test_parameters_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         create("prompt_colour", **options)
-
-
-def test_prompt_colour_is_cheap():
-    arrays = [picture(i, 64, 64) for i in range(32)]
-    head, full = create("prompt_colour"), batch(arrays, ["red circle on blue"] * 32)
-    head(full)
-    spent = []
-    for _ in range(3):
-        start = time.perf_counter()
-        head(full)
-        spent.append(time.perf_counter() - start)
-    assert min(spent) / 32 < 5e-3  # about 0.4 ms on one thread; slack for a busy machine

@@ -34,6 +34,7 @@ from rewards.folder import ScoreTable, score_pairs, texts_of
 from rewards.identity import Identity
 from rewards.remote import RemoteHead
 from rewards.server import Limits, Service, listen, run
+from waiting import DEADLINES, HANG, wait_until
 
 
 def scores(name: str, *texts: str, **options: Any) -> list[float]:
@@ -193,9 +194,13 @@ def test_format_matches_the_whole_or_a_part() -> None:
 
 
 def test_a_pattern_that_explodes_is_an_error_and_no_score() -> None:
-    head = create("format", pattern="(a|aa)+b", timeout=0.05)
-    with pytest.raises(RewardError, match=r"longer than 0.05 s on a text of 62 characters") as e:
-        head(batch("aab", "a" * 60 + "!b"))
+    for seconds in (0.05, *DEADLINES):
+        head = create("format", pattern="(a|aa)+b", timeout=seconds)
+        told = f"longer than {seconds:g} s on a text of 62 characters"
+        with pytest.raises(RewardError, match=told) as e:
+            head(batch("aab", "a" * 60 + "!b"))
+        if len(e.value.samples) == 1:  # else the machine was too busy for the first
+            break
     assert [index for index, _ in e.value.samples] == [1]
     assert scores("format", "aab", "a" * 60 + "!b", pattern="(?>a|aa)+b") == [1, 0]
 
@@ -326,8 +331,10 @@ def serving(limits: Limits, *names: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        servers[0].should_exit = True
-        thread.join(20)
+        wait_until(lambda: servers or not thread.is_alive(), "the server did not start")
+        for server in servers:
+            server.should_exit = True
+        thread.join(HANG)
         listener.close()
         for service in services.values():
             service.batcher.close()

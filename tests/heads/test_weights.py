@@ -20,6 +20,7 @@ from torch import nn
 from rewards import RewardError
 from rewards.tensors import load_strictly, read_tensor, read_tensors
 from rewards.weights import Weights, check, find
+from waiting import HANG
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([0.5, -1.0])}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -408,7 +409,7 @@ def test_fetching_from_a_hub(tmp_path):
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG,
         )
     finally:
         server.shutdown()

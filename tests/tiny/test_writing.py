@@ -23,6 +23,7 @@ from moa_diffusion.tiny.writing.grammar import Situation
 from moa_diffusion.tiny.writing.pairs import compare
 from moa_diffusion.tiny.writing.pretrain import train_language_model
 from moa_diffusion.tiny.writing.tokenizer import CONTEXT, VOCABULARY
+from waiting import HANG
 
 ROOT = Path(__file__).parents[2]
 LM = ROOT / "moa_diffusion" / "tiny" / "lm"
@@ -324,7 +325,7 @@ def test_can_be_rebuilt(tmp_path) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     folders = {tmp_path / "lm": LM, tmp_path / "traits": TRAITS}
