@@ -5,13 +5,16 @@ STAMP := .venv/.setup-done
 
 # Small matrices run slower on two threads than on one, and tests run in several processes.
 export OMP_NUM_THREADS ?= 1
+# Some images ask for no bytecode. Then every process, and tests start many, compiles torch and the
+# libraries on it anew, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-portable lint clean
 
 help:  ## print this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 8
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 15
 
 setup: $(STAMP)  ## make .venv with the pinned environment (several GB: torch brings CUDA along)
 
@@ -29,6 +32,9 @@ demo: setup  ## a small run on the CPU
 
 test: setup  ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-portable: setup  ## run every test on each instruction set, on two threads, and under load
+	scripts/test_portable.sh
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
