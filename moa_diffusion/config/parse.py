@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from moa_diffusion.config.check import check, check_prompts, check_rewards
+from moa_diffusion.config.messages import plain
 from moa_diffusion.config.schema import Config
 from moa_diffusion.types import ConfigError
 
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     try:
         namespace = parser.parse_args(arguments)
     except Exception as error:  # argparse and jsonargparse raise several kinds
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(plain(str(error), _known_hint)) from error
     values = namespace.as_dict()
     for key, value in (open_mappings | prompt_files).items():
         *sections, last = key.split(".")  # jsonargparse reads text in them as YAML again
@@ -314,6 +315,11 @@ def _hint(key: str) -> Any:
     for part in key.split("."):
         kind = get_type_hints(kind)[part]
     return kind
+
+
+def _known_hint(key: str) -> Any:
+    """The type of a key; None if there is no such key."""
+    return _hint(key) if key in _all_keys() else None
 
 
 _OPEN = _open_keys()  # mappings that take any key
