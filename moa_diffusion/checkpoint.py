@@ -7,6 +7,7 @@ from (seed, step), so the step number is the state of every generator and of the
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_diffusion.storage import writing
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -42,22 +44,37 @@ def step_of(folder: Path) -> int:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, needed: int | None = None, writer: str = "partial"
+) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears as ``target`` only when it is complete.
 
     Files and folder are flushed to the disk before the rename. If the block raises, nothing
     remains, and an older folder of the same name is as it was.
+
+    Args:
+        target: the folder.
+        needed: bytes that it will take, if that is known.
+        writer: keeps processes that write the same folder out of each other's way.
+
+    Raises:
+        StorageError: if the system does not let it be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _fsync(path)
-    except BaseException:
+    partial = target.with_name(f".{target.name}.{writer}")
+    with writing(target, needed):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                _fsync(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _appear(partial, target)
+
+
+def _appear(partial: Path, target: Path) -> None:
     if target.exists():
         replaced = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -79,7 +96,14 @@ def _fsync(path: Path) -> None:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write the run's state (tensors, numbers, strings, lists and dicts of them)."""
-    torch.save({"version": VERSION, **to_cpu(state)}, folder / STATE)
+    (folder / STATE).write_bytes(packed(state))
+
+
+def packed(state: dict[str, Any]) -> memoryview:
+    """The bytes of ``state.pt``. torch forgets why a file could not be written; Python does not."""
+    file = io.BytesIO()
+    torch.save({"version": VERSION, **to_cpu(state)}, file)
+    return file.getbuffer()
 
 
 def to_cpu(state: Any) -> Any:
@@ -168,5 +192,5 @@ def prune(run: Path, kept: Collection[int]) -> None:
     for folder in list_checkpoints(run):
         if step_of(folder) not in kept:
             shutil.rmtree(folder)
-    for partial in run.glob("checkpoints/.step-*.partial"):  # of a process that was killed
+    for partial in run.glob("checkpoints/.step-*"):  # of a process that was killed
         shutil.rmtree(partial)

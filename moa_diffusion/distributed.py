@@ -8,7 +8,9 @@ two with four each end in the same parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -114,6 +116,57 @@ def gather_dealt_objects(
     gathered = comm.gather_objects(mine[: len(dealt[comm.rank])])
     by_item = dict(zip([item for items in dealt for item in items], gathered, strict=True))
     return [by_item[item] for item in range(len(by_item))]
+
+
+class ProcessError(RuntimeError):
+    """What made one process fail, raised on all of them.
+
+    Args:
+        message: says which process failed, and why.
+        kind: class of the error that it failed with.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@contextmanager
+def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
+    """What fails in the block on one process fails on all; none waits for one that is gone.
+
+    Args:
+        comm: collectives over the processes, which all have to enter the block. Inside there is
+            no other collective that a failure could leave out, but what the block is given: a
+            function with which all processes find out half-way whether one has failed.
+        as_one: whether a process that failed raises ``ProcessError`` too, from its own error,
+            so that whoever catches it knows that the others have it as well.
+
+    Raises:
+        ProcessError: on the processes that did not fail; on the others their own error.
+    """
+    try:
+        yield lambda: _exchange(comm, None, as_one)
+    except ProcessError:  # all know already
+        raise
+    except Exception as error:
+        _exchange(comm, error, as_one)
+    else:
+        _exchange(comm, None, as_one)
+
+
+def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
+    if not comm.any(failure is not None):
+        return
+    mine = None
+    if failure is not None:
+        mine = [comm.rank, socket.gethostname(), type(failure).__name__, str(failure)]
+    rank, host, kind, text = next(one for one in comm.gather_objects([mine]) if one is not None)
+    if failure is not None and as_one:
+        raise ProcessError(str(failure), type(failure).__name__) from failure
+    if failure is not None:
+        raise failure
+    raise ProcessError(f"Process {rank} (on {host}) ended with: {text or kind}", kind)
 
 
 class LocalComm:

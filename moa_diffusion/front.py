@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moa_diffusion import checkpoint
 from moa_diffusion.metrics import ALARMS, METRICS, read_metrics
+from moa_diffusion.storage import write_text
 
 NAME = "front.json"
 
@@ -108,9 +109,7 @@ def retain(
         for step in kept
     ]
     text = json.dumps({"objectives": list(objectives), "checkpoints": rows}, indent=2)
-    partial = run / f"{NAME}.tmp"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(run / NAME)
+    write_text(run / NAME, text + "\n")
     checkpoint.prune(run, kept)
 
 

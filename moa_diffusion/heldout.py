@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from moa_diffusion import drift, pictures
-from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.objectives.normalize import same_prompt, spread_within
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
+from moa_diffusion.storage import write_text
 from moa_diffusion.types import Outputs, Request
 
 
@@ -93,6 +94,9 @@ class HeldOut:
         Args:
             step: rollouts finished; at 0 the policy is the base model.
             before_batch: called on all processes before each batch.
+
+        Raises:
+            RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
         """
         found = self.scorer.survey(
             self.requests,
@@ -108,11 +112,13 @@ class HeldOut:
             self._show_images(step, found.outputs, dealt)
         else:
             texts = gather_dealt_objects(found.outputs, dealt, self.comm)
-            self._show_texts(step, texts)
+            with agreed(self.comm, as_one=True):
+                self._show_texts(step, texts)
         values = found.values.T  # [K, M]
-        self.log.write_evaluation(
-            step, self.requests, self.scorer.names, values, found.extra, texts
-        )
+        with agreed(self.comm, as_one=True):
+            self.log.write_evaluation(
+                step, self.requests, self.scorer.names, values, found.extra, texts
+            )
         prompts = same_prompt([request.prompt for request in self.requests])
         siblings = torch.tensor([request.group for request in self.requests])
         if step == 0:
@@ -167,9 +173,10 @@ class HeldOut:
         if shown := min(self.shown, len(self.requests)):
             wanted = [[i for i in items if i < shown] for items in dealt]
             first = gather_dealt(images, wanted, self.comm)
-            if self.comm.rank == 0:
-                sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
-                pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+            with agreed(self.comm, as_one=True):
+                if self.comm.rank == 0:
+                    sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
+                    pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
 
     def _show_texts(self, step: int, texts: Sequence[str]) -> None:
         """Write the first texts under their prompts."""
@@ -180,8 +187,7 @@ class HeldOut:
             for request, text in zip(self.requests[: self.shown], texts, strict=False)
         ]
         target = self.folder / "samples" / f"step-{step:06d}.txt"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n".join(parts), encoding="utf-8")
+        write_text(target, "\n".join(parts))
 
     def _diversity(
         self, outputs: Outputs, dealt: Sequence[Sequence[int]], siblings: Tensor

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from moa_diffusion import config
 from moa_diffusion.config import Config
-from moa_diffusion.loop import Interrupted, Loop
+from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed
+from moa_diffusion.launcher import make_accelerator
+from moa_diffusion.loop import Loop
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
+from moa_diffusion.stopping import Interrupted
+from moa_diffusion.storage import StorageError
+from moa_diffusion.trackers import TrackerError
 from moa_diffusion.types import ConfigError
+
+BAD_INPUT = (ConfigError, ImportError)
+STOPPED_BY_HAND = 128 + signal.SIGINT
 
 
 def launch(make: Callable[[Config], Loop]) -> int:
@@ -22,7 +33,8 @@ def launch(make: Callable[[Config], Loop]) -> int:
         make: a run from its configuration.
 
     Returns:
-        exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input.
+        exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input, 128 and the signal's
+        number after another signal: 130 for Ctrl-C.
     """
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -30,25 +42,78 @@ def launch(make: Callable[[Config], Loop]) -> int:
         format="%(levelname)s %(name)s: %(message)s",
     )
     try:
-        run = make(config.parse())
-    except (ConfigError, ImportError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: a file may lack on one
-            print(f"error: {error}", file=sys.stderr)
+        with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node
+            settings = config.parse(_arguments())
+        run = make(settings)
+    except BAD_INPUT as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
+            _say(error)
         return 2
+    except ProcessError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(error)
+        return 2 if error.kind in {kind.__name__ for kind in BAD_INPUT} else 1
+    except KeyboardInterrupt:
+        print("Stopped before anything was learned.", file=sys.stderr)
+        return STOPPED_BY_HAND
     # Of these all processes know; after any other error the others may be waiting for this one,
     # and leaving the group in good order would wait for them.
+    status = 0
     try:
         run.run()
     except Interrupted as stop:
         print(" ".join([str(stop), *error_notes(stop)]), file=sys.stderr)
-    except (RewardError, TrainingError) as error:
-        print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
+        status = 0 if stop.number == signal.SIGTERM else 128 + stop.number
+    except BAD_INPUT as error:  # what only the models' first use could tell
+        _say(error)
+        return 2
+    except (RewardError, TrainingError, ProcessError) as error:
+        if isinstance(error.__cause__, Exception) and not _is_told(error.__cause__):
+            traceback.print_exception(error.__cause__)
+        _say(error)
+        status = 1
+    except KeyboardInterrupt:
+        print("Stopped at once: what was not saved is lost.", file=sys.stderr)
+        return STOPPED_BY_HAND
+    try:
         run.close()
-        return 1
-    run.close()
-    return 0
+    except TrackerError as error:
+        _say(error)
+        return status or 1
+    return status
 
 
 def error_notes(error: BaseException) -> list[str]:
     """What was added to an error on its way."""
     return list(error.__notes__) if "__notes__" in vars(error) else []
+
+
+def _arguments() -> list[str]:
+    """The command line.
+
+    Raises:
+        ConfigError: if it is empty, since there is no run without a recipe.
+    """
+    if len(sys.argv) > 1:
+        return sys.argv[1:]
+    script = Path(sys.argv[0])
+    prefix = "lm_" if script.stem == "train_lm" else ""
+    recipes = sorted((script.resolve().parent.parent / "configs").glob(f"{prefix}*.yaml"))
+    shown = [os.path.relpath(file) for file in recipes if prefix or not file.stem.startswith("lm_")]
+    raise ConfigError(
+        f"config: should name a recipe. Try: {script} --config {shown[0] if shown else 'FILE.yaml'}"
+        + (f"\nRecipes: {', '.join(shown)}." if shown else "")
+        + f"\n{script} --help explains every option."
+    )
+
+
+def _say(error: BaseException) -> None:
+    print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
+    # Launchers add a long traceback of their own, below which the reason gets lost.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        print("(This is the reason; the launcher reports only that it ended.)", file=sys.stderr)
+
+
+def _is_told(cause: Exception) -> bool:
+    """Whether a cause is one whose message says all; any other is shown with its traceback."""
+    return isinstance(cause, (StorageError, TrackerError, ConfigError, RewardError, ValueError))

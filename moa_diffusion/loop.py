@@ -14,28 +14,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from moa_diffusion import checkpoint, front
 from moa_diffusion.alarm import Alarm, Watch
 from moa_diffusion.data import derive_seed
-from moa_diffusion.distributed import Comm
+from moa_diffusion.distributed import Comm, ProcessError, agreed
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.saving import Saver
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import Stepper, TrainingError
+from moa_diffusion.stopping import Interrupted, StopRequest
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +89,10 @@ class Loop(ABC):
         self.completed = 0  # rounds finished
         self.seconds = 0.0  # that they took
         self._stepper = stepper
+        self._saver = Saver(folder, stepper, self.state_dict, comm, self.title)
         self._row: dict[str, float] | None = None  # metrics of a round not yet written
-        self._stop = False  # set by SIGTERM
+        self.stop = StopRequest(said=comm.rank == 0)
+        self.torn = False  # a failure has left the state between two rounds
         self._seconds: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what a run is made of
@@ -148,10 +148,11 @@ class Loop(ABC):
         if alarm is None:
             return
         assert alarm.to_step is not None
-        try:
-            state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
-        except ConfigError as error:  # somebody deleted or damaged it
-            raise TrainingError(f"alarm: cannot go back: {error}") from error
+        with agreed(self.comm):
+            try:
+                state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
+            except ConfigError as error:  # somebody deleted or damaged it
+                raise TrainingError(f"alarm: cannot go back: {error}") from error
         self.restore(state)
 
     # ------------------------------------------------------------------ the run
@@ -160,8 +161,12 @@ class Loop(ABC):
         """Train until ``schedule.steps`` rounds are done.
 
         Raises:
-            Interrupted: after SIGTERM, once the state is saved.
-            RewardError, TrainingError: after the state is saved, unless nothing has begun.
+            Interrupted: after SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
+            RewardError, TrainingError, ProcessError: on all processes, after the state is saved,
+                unless nothing has begun.
+            KeyboardInterrupt: on a second Ctrl-C, and the first until something has begun: nothing
+                is saved, and what is there stays whole.
+            Exception: any other, perhaps of this process alone, after it has saved the state.
         """
         bar = tqdm(
             total=self.schedule.steps,
@@ -169,15 +174,17 @@ class Loop(ABC):
             desc=self.title,
             disable=not self.progress,
         )
-        with self._sigterm(), bar:
+        with self.stop.listening(), bar:
             self._forget_lost_checkpoints()
-            self.prepare()  # if it fails, nothing has happened that would have to be saved
+            with self.stop.at_once():
+                self.prepare()  # if it fails, nothing has happened that would have to be saved
             try:
                 self._leave_if_stopped()
                 if self._row is not None:
                     self._finish_round(bar)
                 elif self.completed == 0 and (found := self.evaluate()):
-                    self.log.write(0, found | self._take_seconds())
+                    with agreed(self.comm, as_one=True):
+                        self.log.write(0, found | self._take_seconds())
                     if self._may_be_wanted():
                         self.save()
                 if self.watch.over and self.completed < self.schedule.steps:
@@ -189,18 +196,23 @@ class Loop(ABC):
                 while not self._last():
                     self._leave_if_stopped()
                     self._round(bar)
-            except (RewardError, TrainingError, Interrupted) as error:
-                folder = self.save()
-                logger.warning("Stopped after %d %s; saved %s", self.completed, self.title, folder)
-                error.add_note(f"The state after {self.completed} {self.title} is in {folder}.")
+            except (RewardError, TrainingError, ProcessError, Interrupted) as error:
+                error.add_note(self._rescue(alone=False))
+                raise
+            except (Exception, SystemExit) as error:  # the other processes may not know of it
+                error.add_note(self._rescue(alone=True))
                 raise
 
     def _round(self, bar: tqdm[Any]) -> None:
         """One step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
-        start = time.perf_counter()
-        metrics = self.attempt()
+        start, completed = time.perf_counter(), self.completed
+        try:
+            metrics = self.attempt()
+        except BaseException:
+            self.completed = completed  # where an attempt that was cut short goes back to
+            raise
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
@@ -209,12 +221,14 @@ class Loop(ABC):
     def _finish_round(self, bar: tqdm[Any]) -> None:
         """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
         assert self._row is not None
-        if self._last() or self._due(self.schedule.evaluate_every):
+        evaluated = any(name.startswith("eval_") for name in self._row)
+        if not evaluated and (self._last() or self._due(self.schedule.evaluate_every)):
             start = time.perf_counter()
             self._row |= self.evaluate() | self._take_seconds()
             self._row["seconds/total"] += time.perf_counter() - start
+        with agreed(self.comm, as_one=True):
+            self.log.write(self.completed, self._row)
         metrics, self._row = self._row, None
-        self.log.write(self.completed, metrics)
         bar.update()
         bar.set_postfix_str(self.headline(metrics))
         self._stepper.check_health()
@@ -236,27 +250,31 @@ class Loop(ABC):
         return every > 0 and self.completed % every == 0
 
     def save(self) -> Path:
-        """Write a checkpoint of the state after the last completed round."""
+        """Write a checkpoint of the state after the last completed round.
+
+        Raises:
+            ProcessError: on all processes, if it cannot be written.
+        """
         folder = checkpoint.step_folder(self.folder, self.completed)
-        if self.comm.rank == 0 and not (folder / checkpoint.STATE).is_file():
-            with checkpoint.atomic_folder(folder) as partial:
-                self.policy.save(partial)
-                (partial / "ema").mkdir()
-                with self._stepper.ema.applied():
-                    self.policy.save(partial / "ema")
-                checkpoint.save_state(partial, self.state_dict())
-            self._retain()
-        self.comm.barrier()
+        with agreed(self.comm, as_one=True):
+            if self.comm.rank == 0 and self._saver.write(folder):
+                self._retain()
         return folder
+
+    def _rescue(self, *, alone: bool) -> str:
+        """Save what can be saved after a failure; says where it is."""
+        if self.torn:
+            return f"The state in memory is between two {self.title}: it is not saved."
+        return self._saver.rescue(self.completed, alone=alone)
 
     def _forget_lost_checkpoints(self) -> None:
         """An alarm goes back only to what is there: a run may go on in another folder."""
-        lost = [
+        here = [
             step
             for step in sorted(self.watch.best_steps if self._rolls_back else ())
             if not (checkpoint.step_folder(self.folder, step) / checkpoint.STATE).is_file()
         ]
-        if lost:
+        if lost := self.comm.gather_objects([here])[0]:  # what the first process sees counts
             self.watch.forget(lost)
             logger.warning(
                 "There are no checkpoints after %s %s to go back to; alarms compare with later "
@@ -280,10 +298,17 @@ class Loop(ABC):
         )
 
     def close(self) -> None:
-        """Release worker processes, trackers and the process group."""
+        """Release worker processes, trackers and the process group.
+
+        Raises:
+            TrackerError: if a tracker does not finish; the rest is released.
+        """
         if self.heldout:
             self.heldout.scorer.close()
-        self.comm.close()
+        try:
+            self.log.close()
+        finally:
+            self.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next round depends on, equal on every process."""
@@ -332,21 +357,10 @@ class Loop(ABC):
     # ------------------------------------------------------------------ small parts
 
     def _leave_if_stopped(self) -> None:
-        if self.comm.any(self._stop):
-            raise Interrupted("Stopped by SIGTERM.")
-
-    @contextmanager
-    def _sigterm(self) -> Iterator[None]:
-        """Within the block SIGTERM asks for a stop at the next safe point."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        asked = self.stop.number  # may change at any time
+        if self.comm.any(asked > 0):
+            number = signal.Signals(int(self.comm.gather(torch.tensor([asked])).max()))
+            raise Interrupted(f"Stopped by {number.name}.", number)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

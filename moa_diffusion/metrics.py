@@ -1,4 +1,4 @@
-"""Named numbers of a run: ``metrics.jsonl``, per-sample scores, and accelerate's trackers.
+"""Named numbers of a run: ``metrics.jsonl``, per-sample scores, and what trackers get.
 
 Every name is ``group/name``; the README's table explains them all.
 """
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import variance_share
 from moa_diffusion.objectives.normalize import zero_variance_fraction
+from moa_diffusion.storage import append_text, write_text
 from moa_diffusion.types import Request, RewardMatrix
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from moa_diffusion.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        accelerator: whose trackers get every number as well; None for none.
+        trackers: get every finite number as well; None for none, and on the other processes.
         main: whether this process writes.
         scores: whether per-sample scores are written.
     """
@@ -47,21 +48,46 @@ class RunLog:
         self,
         folder: Path,
         *,
-        accelerator: Accelerator | None = None,
+        trackers: Trackers | None = None,
         main: bool = True,
         scores: bool = True,
     ) -> None:
         self.folder = folder
         self.path = folder / METRICS
-        self._accelerator, self._main, self._scores = accelerator, main, scores
+        self._trackers, self._main, self._scores = trackers, main, scores
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line for rollout ``step``, from 1; what is not finite becomes null."""
+        """Append one line for rollout ``step``, from 1; what is not finite becomes null.
+
+        Raises:
+            StorageError: if it cannot be written.
+            TrackerError: if a tracker fails; the line is then written.
+        """
         if self._main:
             self._append(self.path, {"step": step, **values})
-        if self._accelerator is not None:
-            finite = {name: value for name, value in values.items() if math.isfinite(value)}
-            self._accelerator.log(finite, step=step)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
+
+    def start_trackers(self, settings: Mapping[str, str | int | float | bool]) -> None:
+        """Begin a run in every tracker.
+
+        Args:
+            settings: of the run, by dotted key.
+
+        Raises:
+            TrackerError: naming a tracker that cannot begin.
+        """
+        if self._trackers is not None:
+            self._trackers.start(settings)
+
+    def close(self) -> None:
+        """Let the trackers finish writing.
+
+        Raises:
+            TrackerError: naming a tracker that fails.
+        """
+        if self._trackers is not None:
+            self._trackers.finish()
 
     def write_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Append one line to ``alarms.jsonl``, and say it."""
@@ -75,9 +101,7 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        append_text(path, json.dumps(plain, ensure_ascii=False) + "\n")
 
     def write_scores(
         self,
@@ -145,8 +169,7 @@ class RunLog:
                 )
         if not notes or before != heads:
             notes.append({"after_step": step, "heads": heads})
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(notes, indent=2) + "\n")
 
     def rewind(self, step: int, *, pending: bool = False) -> None:
         """Forget everything after rollout ``step``; at 0 also the evaluation before the first.
@@ -161,10 +184,8 @@ class RunLog:
         for path in (self.path, self.folder / ALARMS):
             if path.exists():
                 kept = [row for row in read_metrics(path) if step and row["step"] <= last]
-                partial = path.with_suffix(".tmp")
                 lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-                partial.write_text("".join(lines), encoding="utf-8")
-                partial.replace(path)
+                write_text(path, "".join(lines))
         for kind in ("scores", "evaluation"):
             for path in self.folder.glob(f"{kind}/step-*.jsonl"):
                 if int(path.stem.removeprefix("step-")) > step:
@@ -201,9 +222,7 @@ def _write_samples(
         if extra:
             row |= extra[i]
         lines.append(json.dumps(row, ensure_ascii=False))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:06d}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
 
 
 def reward_metrics(

@@ -25,9 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moa_diffusion import checkpoint
 from moa_diffusion.alarm import Watch
 from moa_diffusion.data import generator
-from moa_diffusion.distributed import Comm, deal, gather_dealt
+from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
 from moa_diffusion.ema import EMA
 from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.heldout import HeldOut
@@ -318,13 +319,26 @@ class OfflineTrainer(Loop):
 
     def prepare(self) -> None:
         """Load the heads, and tokenise all responses: what does not fit is known at the start."""
-        if self.heldout:
-            self.log.write_heads(self.completed, self.heldout.scorer.load())
+        heads = self.heldout.scorer.load() if self.heldout else {}
         asked = self.heldout.requests if self.heldout else ()
-        self.policy.prepare([*self.data.prompts, *(request.prompt for request in asked)])
+        with agreed(self.comm):
+            if heads:
+                self.log.write_heads(self.completed, heads)
+            self.policy.prepare([*self.data.prompts, *(request.prompt for request in asked)])
         self.cloning.read()
         if self._log_mu is None:
             self.refer()
+
+    def attempt(self) -> dict[str, float]:
+        before, updates = checkpoint.to_cpu(self.mopo.state_dict()), self.cloning.updates
+        try:
+            return self.step()
+        except BaseException:
+            if self.cloning.updates == updates:
+                self.mopo.load_state_dict(before)
+            else:  # the policy has learned what the state does not count
+                self.torn = True
+            raise
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         return self.mopo.headline()

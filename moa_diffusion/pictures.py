@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moa_diffusion.storage import write_bytes
 
 
 def grid(images: Tensor, *, columns: int, gap: int = 2) -> Tensor:
@@ -24,7 +27,6 @@ def save_png(image: Tensor, path: Path) -> None:
     from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    Image.fromarray(pixels.cpu().numpy()).save(partial, format="PNG")
-    partial.replace(path)
+    file = io.BytesIO()  # PIL forgets why a file could not be written
+    Image.fromarray(pixels.cpu().numpy()).save(file, format="PNG")
+    write_bytes(path, file.getbuffer())

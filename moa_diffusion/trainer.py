@@ -7,6 +7,7 @@ improve the policy the updater's, how a rollout is cut over processes the geomet
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,13 +22,13 @@ from moa_diffusion import checkpoint, drift
 from moa_diffusion.alarm import Watch
 from moa_diffusion.critic import Critic
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed, generator
-from moa_diffusion.distributed import Comm, local_slice
+from moa_diffusion.distributed import Comm, agreed, local_slice
 from moa_diffusion.heldout import HeldOut
-from moa_diffusion.loop import Interrupted, Loop, Schedule
+from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.metrics import RunLog, cosine_metrics, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.scoring import RewardError, Scorer, Scoring
+from moa_diffusion.scoring import Scorer, Scoring
 from moa_diffusion.stepper import TrainingError
 from moa_diffusion.types import (
     ConfigError,
@@ -253,7 +254,8 @@ class Trainer(Loop):
         if advantage.ndim == 2:
             decisions = self.comm.gather(rollout.mask.cpu()).sum(1)  # [N]
             advantage = advantage.sum(1) / decisions
-        self.log.write_scores(self.completed, requests, rewards, advantage, texts)
+        with agreed(self.comm, as_one=True):
+            self.log.write_scores(self.completed, requests, rewards, advantage, texts)
 
     def weigh(self, rollout: Rollout, rewards: RewardMatrix, advantages: Tensor) -> Tensor:
         """Weights of this rollout, from a probe of the gradients if the weighting wants one."""
@@ -357,17 +359,21 @@ class Trainer(Loop):
 
     def prepare(self) -> None:
         scorer = self.heldout.scorer if self.heldout else self.scorer
-        self.log.write_heads(self.completed, scorer.load())
+        heads = scorer.load()
         asked = self.heldout.requests if self.heldout else ()
-        self.policy.prepare(
-            [prompt.text for prompt in self.sampler.prompts] + [request.prompt for request in asked]
-        )
+        with agreed(self.comm):
+            self.log.write_heads(self.completed, heads)
+            self.policy.prepare(
+                [prompt.text for prompt in self.sampler.prompts]
+                + [request.prompt for request in asked]
+            )
 
     def attempt(self) -> dict[str, float]:
         before = checkpoint.to_cpu(self.changing_state())
         try:
             return self.step()
-        except (Interrupted, RewardError, TrainingError):  # perhaps between two optimizer steps
+        except BaseException as error:  # perhaps between two optimizer steps
+            traceback.clear_frames(error.__traceback__)  # they hold what memory ran out for
             self.restore(before)  # what is saved is the state before this rollout
             raise
 

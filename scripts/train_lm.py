@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> int:
-    """Train; returns the exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input."""
+    """Train; returns the exit status: see ``launch``."""
     from moa_diffusion import build
     from moa_diffusion.launch import launch
 

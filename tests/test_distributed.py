@@ -121,8 +121,8 @@ def check_collectives(comm) -> None:
 
 
 def check_failures(folder: Path) -> None:
-    from moa_diffusion.loop import Interrupted
     from moa_diffusion.scoring import RewardError
+    from moa_diffusion.stopping import Interrupted
 
     # A folder each: the process that is late must not find the other's files in a new folder.
     rank = os.environ["RANK"]
@@ -141,7 +141,7 @@ def check_failures(folder: Path) -> None:
 
         def prepare_and_ask_to_stop(prompts):
             prepare(prompts)
-            stopped._stop = True
+            stopped.stop.ask(signal.SIGTERM)
 
         stopped.policy.prepare = prepare_and_ask_to_stop
     try:

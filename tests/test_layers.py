@@ -20,7 +20,7 @@ LAYERS = (
     ("tiny/*",),
     ("trainer", "offline"),
     ("loop",),
-    ("update", "alarm", "front"),
+    ("update", "alarm", "front", "saving"),
     ("heldout", "checkpoint", "stepper", "critic"),
     ("policies/*", "scoring", "gradients"),
     ("metrics", "drift", "preference_files", "gradient_sum"),
@@ -33,9 +33,12 @@ LAYERS = (
         "distributed",
         "config/*",
         "ema",
+        "launcher",
         "pictures",
+        "trackers",
+        "stopping",
     ),
-    ("types",),
+    ("types", "storage"),
     ("moa_diffusion", "rewards/*"),
 )
 

@@ -26,13 +26,14 @@ from moa_diffusion.alarm import Watch
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.ema import EMA
 from moa_diffusion.heldout import Evaluation
-from moa_diffusion.loop import Interrupted, Schedule
+from moa_diffusion.loop import Schedule
 from moa_diffusion.metrics import RunLog, read_metrics
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.offline import Cloning, OfflineTrainer
 from moa_diffusion.preferences import Preferences
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
+from moa_diffusion.stopping import Interrupted
 from moa_diffusion.types import ConfigError, Request
 from waiting import HANG
 

@@ -16,10 +16,10 @@ from moa_diffusion import build, checkpoint
 from moa_diffusion.config import Config, check, from_dict
 from moa_diffusion.data import derive_seed
 from moa_diffusion.heldout import mean_and_error
-from moa_diffusion.loop import Interrupted
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
+from moa_diffusion.stopping import Interrupted
 from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError, Request, RewardMatrix
 from rewards import RewardHead

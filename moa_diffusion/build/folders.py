@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from moa_diffusion import checkpoint, config
+from moa_diffusion import checkpoint, config, storage
 from moa_diffusion.config import Config
-from moa_diffusion.metrics import RunLog
+from moa_diffusion.front import NAME as FRONT
+from moa_diffusion.metrics import ALARMS, METRICS, REWARDS, RunLog, read_metrics
+from moa_diffusion.storage import write_text
+from moa_diffusion.trackers import Trackers
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -22,33 +25,55 @@ logger = logging.getLogger(__name__)
 
 def write_config(settings: Config) -> None:
     """Write ``config.yaml`` with all defaults; without ``resume``, so that it starts a run."""
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.yaml.tmp"
-    partial.write_text(config.to_yaml(dataclasses.replace(settings, resume=None)), encoding="utf-8")
-    partial.replace(folder / "config.yaml")
+    text = config.to_yaml(dataclasses.replace(settings, resume=None))
+    write_text(Path(settings.output_dir) / "config.yaml", text)
 
 
 def run_folder(settings: Config) -> Path | None:
     """The checkpoint to resume from, or None for a new run in a folder without another run.
+
+    A run that ended before it had learned something is no run: the same command begins anew. So
+    does ``--resume latest`` with one that has lost what it learned, for want of a checkpoint.
 
     Raises:
         ConfigError: if the folder holds another run, or there is no such checkpoint.
     """
     folder = Path(settings.output_dir)
     check_folder("output_dir", folder)
+    saved = checkpoint.list_checkpoints(folder)
+    lost = _rounds(folder)
+    if settings.resume == "latest" and not saved and (folder / "config.yaml").is_file():
+        logger.warning(
+            "resume: `%s` has no checkpoint%s: the run begins anew.",
+            folder,
+            f" of the {lost} rounds it went" if lost else "",
+        )
+        return None
     found = None if settings.resume is None else checkpoint.find(settings.resume, folder)
     if found is not None and found.resolve().parent.parent == folder.resolve():
         _report_changes(folder / "config.yaml", settings)
         return found
-    # A config.yaml alone is what a run leaves that ended before its first result.
-    traces = [name for name in ("metrics.jsonl", "checkpoints") if (folder / name).exists()]
-    if traces:
+    if lost or any(checkpoint.step_of(path) for path in saved):
+        way = "continue with --resume latest"
+        if not saved:
+            way = "begin anew with --resume latest: it has no checkpoint"
         raise ConfigError(
-            f"output_dir: should be a new folder. Found another run in `{folder}` "
-            f"({', '.join(traces)}). Use another --output_dir, or continue with --resume latest."
+            f"output_dir: should be a new folder. Found another run of {lost} rounds in "
+            f"`{folder}`. Use another --output_dir, or {way}."
         )
     return found
+
+
+def start_over(folder: Path) -> None:
+    """Take away what is left of a run that has learned nothing."""
+    names = ("checkpoints", "scores", "evaluation", "samples", METRICS, ALARMS, REWARDS, FRONT)
+    for path in (folder / name for name in names):
+        storage.remove(path)
+
+
+def _rounds(folder: Path) -> int:
+    """Rounds of the run in a folder; 0 for none."""
+    return max((row["step"] for row in read_metrics(folder / METRICS)), default=0)
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -92,9 +117,11 @@ def flat(settings: Config) -> dict[str, str | int | float | bool]:
 
 def run_log(settings: Config, accelerator: Accelerator) -> RunLog:
     """Where metrics and scores go."""
+    folder = Path(settings.output_dir)
+    tracked = accelerator.is_main_process and settings.log.trackers
     return RunLog(
-        Path(settings.output_dir),
-        accelerator=accelerator if settings.log.trackers else None,
+        folder,
+        trackers=Trackers(settings.log.trackers, folder / "trackers") if tracked else None,
         main=accelerator.is_main_process,
         scores=settings.log.scores,
     )

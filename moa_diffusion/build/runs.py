@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType
 
 from moa_diffusion import checkpoint, tiny
-from moa_diffusion.build.folders import flat, run_folder, run_log, write_config
+from moa_diffusion.build.agreement import check_same, facts
+from moa_diffusion.build.folders import flat, run_folder, run_log, start_over, write_config
 from moa_diffusion.build.judges import evaluation, scorers, watcher
 from moa_diffusion.build.methods import check_ppo, gradients, objectives
 from moa_diffusion.build.models import causal_lm, check_prompts, critic, policy
@@ -24,14 +25,16 @@ from moa_diffusion.data import (
     Geometry,
     GroupSampler,
 )
-from moa_diffusion.distributed import AccelerateComm, Comm
+from moa_diffusion.distributed import AccelerateComm, Comm, agreed
 from moa_diffusion.ema import EMA
+from moa_diffusion.launcher import check_launcher, make_accelerator, unused
 from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.preference_files import read_pairs, read_preferences
 from moa_diffusion.preferences import Preferences
+from moa_diffusion.trackers import TrackerError
 from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError
 from moa_diffusion.update import Surrogate, Updater
@@ -51,7 +54,22 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     Raises:
         ConfigError: for anything in the configuration that cannot be run.
         ImportError: if a chosen reward head or tracker needs a package that is not installed.
+        ProcessError: on this process, if another one raises one of these.
     """
+    accelerator = make_accelerator()
+    comm = AccelerateComm(accelerator)
+    with agreed(comm) as meet:
+        return _trainer(settings, pipeline, accelerator, comm, meet)
+
+
+def _trainer(
+    settings: Config,
+    pipeline: Any,
+    accelerator: Accelerator,
+    comm: Comm,
+    meet: Callable[[], None],
+) -> Trainer:
+    check_launcher(accelerator)
     if settings.preferences.given:
         raise ConfigError(
             "preferences: should be left out here: images are learned from rollouts, and "
@@ -67,10 +85,12 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     if settings.policy.name == "causal_lm":
         check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
     watch = watcher(settings, asked)
-    accelerator = make_accelerator(settings)
-    comm = AccelerateComm(accelerator)
     geometry = solve_geometry(settings, comm.world_size)
+    meet()
+    read = {"prompts.train": prompts.sets, "prompts.heldout": asked}
+    check_same(comm, facts(settings, resumed, read))
     if comm.rank == 0:
+        report_unused(settings)
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
         if len(prompts.sets) > 1:
             print(prompts.describe())
@@ -112,7 +132,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
         seed=settings.seed,
         progress=accelerator.is_main_process,
     )
-    _begin(settings, built, resumed, accelerator)
+    _begin(settings, built, resumed, accelerator, meet)
     return built
 
 
@@ -122,6 +142,7 @@ def text_trainer(settings: Config) -> Loop:
     Raises:
         ConfigError: as ``trainer``.
         ImportError: as ``trainer``.
+        ProcessError: as ``trainer``.
     """
     if settings.policy.name != "causal_lm":
         raise ConfigError(
@@ -130,6 +151,16 @@ def text_trainer(settings: Config) -> Loop:
         )
     if not settings.preferences.given:
         return trainer(settings)
+    accelerator = make_accelerator()
+    comm = AccelerateComm(accelerator)
+    with agreed(comm) as meet:
+        return _offline_trainer(settings, accelerator, comm, meet)
+
+
+def _offline_trainer(
+    settings: Config, accelerator: Accelerator, comm: Comm, meet: Callable[[], None]
+) -> OfflineTrainer:
+    check_launcher(accelerator)
     resumed = run_folder(settings)
     data = preferences(settings)
     check_prompts(settings, data.prompts)
@@ -143,9 +174,11 @@ def text_trainer(settings: Config) -> Loop:
         constrained(data, primary, bounds, mopo)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    accelerator = make_accelerator(settings)
-    comm = AccelerateComm(accelerator)
+    meet()
+    read = {"preferences": data.digest(), "prompts.heldout": asked}
+    check_same(comm, facts(settings, resumed, read))
     if comm.rank == 0:
+        report_unused(settings)
         print(
             f"Processes: {comm.world_size} ({accelerator.device.type}). {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
@@ -186,20 +219,37 @@ def text_trainer(settings: Config) -> Loop:
         seed=settings.seed,
         progress=accelerator.is_main_process,
     )
-    _begin(settings, built, resumed, accelerator)
+    _begin(settings, built, resumed, accelerator, meet)
     return built
 
 
-def _begin(settings: Config, built: Loop, resumed: Path | None, accelerator: Accelerator) -> None:
+def _begin(
+    settings: Config,
+    built: Loop,
+    resumed: Path | None,
+    accelerator: Accelerator,
+    meet: Callable[[], None],
+) -> None:
     """Load the state to go on from, and write down what the run is."""
     if resumed is not None:
         built.load_state_dict(checkpoint.load_state(resumed))
         logger.info("Resumed from %s after %d %s.", resumed, built.completed, built.title)
-    built.comm.barrier()  # every process has looked for another run in the folder
-    if accelerator.is_main_process:
-        write_config(settings)
-    if settings.log.trackers:
-        accelerator.init_trackers("moa_diffusion", config=flat(settings))
+    meet()  # every process has its model and its state
+    if not accelerator.is_main_process:
+        return
+    if resumed is None:
+        start_over(built.folder)
+    write_config(settings)
+    try:
+        built.log.start_trackers(flat(settings))
+    except TrackerError as error:
+        raise ConfigError(f"log.trackers: {error}") from error
+
+
+def report_unused(settings: Config) -> None:
+    """Say once what `accelerate launch` asks for in vain."""
+    if found := unused(settings.policy.dtype):
+        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(found))
 
 
 def preferences(settings: Config) -> Preferences:
@@ -303,18 +353,6 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
                 *(used, used),
             )
     return geometry
-
-
-def make_accelerator(settings: Config) -> Accelerator:
-    """Process group, device and trackers; mixed precision is the policy's own business."""
-    folders = ProjectConfiguration(
-        project_dir=settings.output_dir, logging_dir=f"{settings.output_dir}/trackers"
-    )
-    return Accelerator(
-        log_with=list(settings.log.trackers) or None,
-        project_config=folders,
-        mixed_precision="no",
-    )
 
 
 def check_trackers(names: Sequence[str]) -> None:

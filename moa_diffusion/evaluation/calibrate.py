@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,7 @@ from moa_diffusion import build
 from moa_diffusion.config import Config
 from moa_diffusion.data import GroupSampler, derive_seed
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.launcher import make_accelerator
 from moa_diffusion.metrics import REWARDS, RunLog
 from moa_diffusion.objectives.calibration import HIJACK, Calibration, calibrate
 from moa_diffusion.policies.base import Policy
@@ -102,7 +102,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
     scorer = Scorer(build.heads(settings), LocalComm(), overlap=False)  # heads are timed one by one
     scores = folder / "scores.jsonl"
     try:
-        model = build.policy(settings, Accelerator(mixed_precision="no").device)
+        model = build.policy(settings, make_accelerator().device)
         model.prepare([group[0].prompt for group in requests])
         # For heads that use the global generators; nothing here does.
         set_seed(derive_seed(settings.seed, "calibration") % 2**32)

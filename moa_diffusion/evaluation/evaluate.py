@@ -30,6 +30,7 @@ from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.output_cache import OutputCache, model_digest
 from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache, check_metadata
 from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.launcher import check_launcher, make_accelerator
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import RewardHead, Scorer
 from moa_diffusion.types import ConfigError, Outputs, Request
@@ -110,7 +111,8 @@ def evaluate(
         raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
     medium, heads = medium_of(settings), build.heads(settings)
     check_metadata(heads, prompts)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
+    check_launcher(accelerator)
     comm = AccelerateComm(accelerator)
     sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
     digest = partial(medium.base_digest, settings, cache / "digests.txt")

@@ -29,6 +29,7 @@ from moa_diffusion.objectives.normalize import (
     group_moments,
     spread_within,
 )
+from moa_diffusion.storage import write_text
 from moa_diffusion.types import ConfigError, RewardMatrix
 
 VERSION = 1
@@ -249,10 +250,7 @@ def save(calibration: Calibration, path: str | Path) -> None:
             "values": [[_nullable(value) for value in row] for row in calibration.correlations],
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def load(path: str | Path, objectives: Iterable[str] = ()) -> Calibration:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moa_diffusion.storage import replaced
 from moa_diffusion.types import ConfigError
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -163,9 +163,8 @@ class PromptEncoder:
         from safetensors.torch import save_file
 
         # The process id keeps ranks that share the folder out of each other's file.
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"embeds": embeds, "pooled": pooled}, partial)
-        partial.replace(path)
+        with replaced(path) as partial:
+            save_file({"embeds": embeds, "pooled": pooled}, partial)
 
     def _remember(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
         size = embeds.nbytes + pooled.nbytes

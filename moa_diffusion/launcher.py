@@ -1,0 +1,98 @@
+"""What `accelerate launch` passes on: what is used, what is not, and what cannot work here.
+
+Only the frozen model's LoRA is trained, and `distributed.py` sums its gradients; so there is no
+optimizer or gradient that an engine could split over processes, and the model stands whole on each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, patch_environment
+
+from moa_diffusion.types import ConfigError
+
+# Each takes over the model, the optimizer or both, and promises memory that is not saved here.
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+_PARALLEL = {  # axes of a parallelism configuration that would split the model
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "dp_shard_size",
+    "PARALLELISM_CONFIG_TP_SIZE": "tp_size",
+    "PARALLELISM_CONFIG_CP_SIZE": "cp_size",
+    "PARALLELISM_CONFIG_SP_SIZE": "sp_size",
+}
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": None}
+# What Accelerator would act upon, with the value that has it do nothing.
+_NEUTRAL = {
+    **dict.fromkeys(_ENGINES, "false"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "false",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+}
+
+
+def make_accelerator() -> Accelerator:
+    """Process group and device; of the launcher's other settings see ``refused`` and ``unused``."""
+    present = {name: value for name, value in _NEUTRAL.items() if name in os.environ}
+    with patch_environment(**present):
+        return Accelerator(mixed_precision="no")
+
+
+def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what the launcher asks for and this program cannot do.
+
+    Raises:
+        ConfigError: naming it, and how to start without it.
+    """
+    engines = [name for key, name in _ENGINES.items() if _is_true(environment, key)]
+    if _is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        engines += [
+            f"{name} {environment[key]}"
+            for key, name in _PARALLEL.items()
+            if environment.get(key, "1") not in ("1", "")
+        ]
+    if accelerator.distributed_type == DistributedType.XLA:
+        engines.append("TPU")
+    if engines:
+        count = accelerator.num_processes
+        raise ConfigError(
+            f"launcher: should start plain processes. Found {', '.join(engines)} in the "
+            "configuration of `accelerate launch`: only LoRA weights are trained here, whose "
+            "gradients each process sums itself, and the model stands whole on every process; "
+            "so there is nothing to shard. Start with `accelerate launch --multi_gpu` and the "
+            f"same options, or with `torchrun --nproc_per_node {count}`."
+        )
+
+
+def unused(dtype: str, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What the launcher asks for that is not used, each with the setting that rules instead.
+
+    Args:
+        dtype: ``policy.dtype`` of the run.
+        environment: of this process.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()
+    found = []
+    if _PRECISIONS.get(precision, precision) not in (None, dtype):
+        found.append(f"mixed_precision {precision}: policy.dtype rules, which is {dtype}")
+    if backend != "no":
+        found.append(f"dynamo_backend {backend}: nothing is compiled")
+    if steps != "1":
+        found.append(
+            f"gradient_accumulation_steps {steps}: trainer.updates and trainer.micro_batch rule"
+        )
+    if clipping != "none":
+        found.append(f"gradient_clipping {clipping}: optimizer.max_grad_norm rules")
+    return found
+
+
+def _is_true(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")

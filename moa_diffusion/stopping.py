@@ -1,0 +1,78 @@
+"""SIGTERM, SIGHUP and Ctrl-C end a run at its next safe point, with its state saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# torchrun passes on what the terminal has sent to its processes already: not a second Ctrl-C.
+_SAME_PRESS_SECONDS = 2.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved.
+
+    Args:
+        message: for the user.
+        number: of the signal that asked.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal.
+
+    Args:
+        said: whether this process answers on stderr.
+    """
+
+    def __init__(self, *, said: bool) -> None:
+        self.number = 0  # of the first signal; 0 for none
+        self._said, self._at_once, self._since = said, False, 0.0
+
+    def ask(self, number: int, frame: FrameType | None = None) -> None:
+        """What the signals do: remember the first; a second Ctrl-C ends at once.
+
+        Raises:
+            KeyboardInterrupt: on a second Ctrl-C, or on the first within ``at_once``.
+        """
+        again = bool(self.number) and time.monotonic() - self._since > _SAME_PRESS_SECONDS
+        if number == signal.SIGINT and (self._at_once or again):
+            raise KeyboardInterrupt
+        if self.number:
+            return
+        self.number, self._since = number, time.monotonic()
+        if self._said:  # not by the logger, which this signal may have interrupted
+            told = "Stopping at the next safe point, and saving."
+            more = " Ctrl-C again ends at once, without." if number == signal.SIGINT else ""
+            os.write(2, f"\n{told}{more}\n".encode())
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block the signals ask; one that was ignored, as under nohup, still is."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self.ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block there is nothing to save, and Ctrl-C does not wait."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
