@@ -19,6 +19,7 @@ _CAUSES = {
     errno.EFBIG: "the file is larger than the system allows",
     errno.ENOENT: "its folder is gone",
     errno.ENOTDIR: "there is a file where its folder should be",
+    errno.EEXIST: "there is a file where its folder should be",
     errno.ESTALE: "the network file system has lost it",
 }
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -56,16 +57,20 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(target: Path) -> Iterator[Path]:
+def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     """Fill a file under a temporary name; it appears as ``target`` only when it is complete.
 
     If the block raises, nothing remains of it, and an older file is as it was.
+
+    Args:
+        target: the file.
+        needed: its size in bytes, if it is known.
 
     Raises:
         StorageError: if the file cannot be written.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with writing(target):
+    with writing(target, needed):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -83,7 +88,7 @@ def write_bytes(target: Path, data: bytes | memoryview) -> None:
     Raises:
         StorageError: if it cannot be written.
     """
-    with writing(target, len(data)), replaced(target) as partial:
+    with replaced(target, len(data)) as partial:
         partial.write_bytes(data)
 
 
@@ -156,8 +161,10 @@ def _number(error: Exception) -> int | None:
 
 
 def _space(target: Path, number: int, needed: int | None) -> str:
+    if number not in _OUT_OF_SPACE:
+        return ""
     parts = [] if needed is None else [f"{size_text(needed)} are needed"]
-    free = free_bytes(target.parent) if number in _OUT_OF_SPACE else None
+    free = free_bytes(target.parent)
     if free is not None:
         parts.append(f"{size_text(free)} are free")
     return f" ({', '.join(parts)})" if parts else ""

@@ -124,9 +124,7 @@ def check_failures(folder: Path) -> None:
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.stopping import Interrupted
 
-    # A folder each: the process that is late must not find the other's files in a new folder.
-    rank = os.environ["RANK"]
-    failing = make(folder / f"failing-{rank}", "red", "fails_on_one_process")
+    failing = make(folder / "failing", "red", "fails_on_one_process")
     try:
         failing.run()
     except RewardError as error:
@@ -135,7 +133,7 @@ def check_failures(folder: Path) -> None:
     else:
         raise AssertionError("both processes should have raised")
 
-    stopped = make(folder / f"stopped-{rank}", "red")
+    stopped = make(folder / "stopped", "red")
     if stopped.comm.rank == 1:
         prepare = stopped.policy.prepare
 
@@ -152,6 +150,88 @@ def check_failures(folder: Path) -> None:
         raise AssertionError("both processes should have stopped")
 
 
+def check_disagreement(folder: Path) -> None:
+    """What differs or fails on one process ends both, with the reason, and before they train."""
+    from moa_diffusion.distributed import ProcessError
+    from moa_diffusion.types import ConfigError
+
+    rank = int(os.environ["RANK"])
+    own = folder / f"own-{rank}.txt"
+    own.write_text("\n".join([*PROMPTS, str(rank)]))
+    cases = [  # what the processes find, and what each of them says of it
+        ({"seed": rank}, "seed: should be the same", "Found 0 on process 0"),
+        ({"prompts": {"train": str(folder / "none.txt")}} if rank else {}, "none.txt", "none.txt"),
+        ({"resume": "latest"} if rank else {}, "needs a checkpoint", "needs a checkpoint"),
+        ({"prompts": {"train": str(own)}}, "prompts.train: should be the same", "own-1.txt"),
+    ]
+    for number, (sections, *messages) in enumerate(cases):
+        try:
+            make(folder / f"disagreeing-{number}", "red", **sections)
+        except (ConfigError, ProcessError) as error:
+            for message in messages:
+                assert message in str(error), error
+        else:
+            raise AssertionError(f"both processes should have refused case {number}")
+        assert not (folder / f"disagreeing-{number}").exists()
+
+    # The same file name, but another content on the other node.
+    shared = make.__globals__["Path"].read_text
+
+    def other_content(path: Path, *args: object, **options: object) -> str:
+        text = shared(path, *args, **options)
+        return text.replace("cccc", "dddd") if rank and path.name == "prompts.txt" else text
+
+    Path.read_text = other_content  # type: ignore[method-assign]
+    try:
+        make(folder / "disagreeing", "red")
+    except ConfigError as error:
+        assert "contents of prompts.train: should be the same" in str(error), error
+    else:
+        raise AssertionError("both processes should have refused")
+    finally:
+        Path.read_text = shared  # type: ignore[method-assign]
+
+
+def check_launch(folder: Path) -> None:
+    """The script's exit status is 2 on both if the command line is wrong on one."""
+    import yaml
+
+    from moa_diffusion import build
+    from moa_diffusion.launch import launch
+
+    rank = int(os.environ["RANK"])
+    recipe = folder / "recipe.yaml"
+    if rank == 0:
+        recipe.write_text(yaml.safe_dump({"policy": {"name": "toy"}}))
+    sys.argv = ["train_sd.py", "--config", str(folder / "lost.yaml" if rank else recipe)]
+    assert launch(build.trainer) == 2
+    # A folder each, as two nodes without a shared disk have.
+    sys.argv = ["train_sd.py", "--config", str(folder / "run" / "config.yaml")]
+    sys.argv += ["--output_dir", str(folder / ("nothing" if rank else "run")), "--resume", "latest"]
+    assert launch(build.trainer) == 2
+
+
+def check_a_write_that_fails(folder: Path) -> None:
+    """Only the first process writes; if it cannot, the other ends with it, and nothing is lost."""
+    from moa_diffusion import checkpoint
+    from moa_diffusion.distributed import ProcessError
+
+    full = make(folder / "full", "red")
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if full.comm.rank == 0:
+        full.log.write_scores = no_space
+    try:
+        full.run()
+    except ProcessError as error:
+        assert "No space left" in str(error), error
+    else:
+        raise AssertionError("both processes should have ended")
+    assert (checkpoint.step_folder(folder / "full", 0) / checkpoint.STATE).is_file()
+
+
 def main(folder: Path) -> None:
     signal.alarm(int(HANG))  # a collective that waits for ever ends here
     trainer = make(folder / "run", "red", "length")
@@ -164,6 +244,9 @@ def main(folder: Path) -> None:
         if one.comm.rank == 0:
             torch.save(one.state_dict(), folder / f"{name}.pt")
     check_failures(folder)
+    check_disagreement(folder)
+    check_launch(folder)
+    check_a_write_that_fails(folder)
     trainer.close()
     assert not torch.distributed.is_initialized()
 

@@ -1,0 +1,345 @@
+"""However a run ends, the same command goes on: signals, errors from anywhere, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_diffusion import build, checkpoint, metrics
+from moa_diffusion.config import check, from_dict
+from moa_diffusion.distributed import LocalComm, ProcessError, agreed
+from moa_diffusion.metrics import read_metrics
+from moa_diffusion.scoring import RewardError
+from moa_diffusion.stopping import Interrupted, StopRequest
+from moa_diffusion.storage import StorageError
+from moa_diffusion.trackers import TrackerError
+from moa_diffusion.trainer import Trainer
+from moa_diffusion.types import ConfigError
+
+
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+
+
+def make(folder: Path, resume: str | None = None, **sections: object) -> Trainer:
+    prompts = folder.parent / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    values = {
+        "output_dir": str(folder),
+        "resume": resume,
+        "policy": {"name": "toy"},
+        "sampling": {"steps": 2},
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "rewards": {"red": {"path": f"{__file__}:red"}},
+        "loss": {"clip_range": 0.2},
+        "optimizer": {"lr": 0.03},
+        "trainer": {
+            "steps": 3,
+            "groups": 4,
+            "group_size": 4,
+            "updates": 2,
+            "sample_batch": 8,
+            "micro_batch": 8,
+        },
+        "checkpoint": {"every": 0},
+        "evaluation": {"every": 2},
+        "log": {"trackers": []},
+        **sections,
+    }
+    config = from_dict(values)
+    check(config)
+    trainer = build.trainer(config)
+    trainer.progress = trainer.updater.progress = False
+    return trainer
+
+
+def drift(trainer: Trainer) -> torch.Tensor:
+    return trainer.policy.trainable()["drift"].detach().clone()
+
+
+def rows(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, list[dict]]:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    trainer = make(folder)
+    trainer.run()
+    return drift(trainer), rows(folder)
+
+
+def goes_on(folder: Path, straight: tuple[torch.Tensor, list[dict]]) -> None:
+    """The same command with --resume latest ends as the run that nothing interrupted."""
+    resumed = make(folder, resume="latest")
+    resumed.run()
+    assert torch.equal(drift(resumed), straight[0])
+    assert rows(folder) == straight[1]
+
+
+def at(trainer: Trainer, moment: str, act: Callable[[], None]) -> None:
+    """Act once: drawing rollout 2, between its optimizer steps, in an evaluation, writing."""
+    done = []
+
+    def once(due: bool) -> None:
+        if due and not done:
+            done.append(1)
+            act()
+
+    policy, log = trainer.policy, trainer.log
+    if moment == "sample":
+        sample = policy.sample
+        policy.sample = lambda requests, *, step: (
+            once(step == 1 and trainer.completed == 1),
+            sample(requests, step=step),
+        )[1]
+    elif moment == "update":
+        trainer.updater.optimizer.register_step_post_hook(
+            lambda *_: once(trainer.updater.updates == 2)
+        )
+    elif moment in ("first evaluation", "evaluation"):
+        generate, wanted = policy.generate, 0 if moment == "first evaluation" else 2
+        policy.generate = lambda requests: (
+            once(trainer.completed == wanted),
+            generate(requests),
+        )[1]
+    elif moment == "scores":
+        write = log.write_scores
+        log.write_scores = lambda step, *rest: (once(step == 2), write(step, *rest))[1]
+    else:
+        write_row = log.write
+        log.write = lambda step, row: (write_row(step, row), once(step == 2))[0]
+
+
+MOMENTS = ["sample", "update", "first evaluation", "evaluation", "scores", "after metrics"]
+SAVED = dict(zip(MOMENTS, (1, 1, 0, 2, 1, 2), strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["sample", "first evaluation"])
+def test_signals_end_a_run_with_its_state_saved(tmp_path, straight, moment, number, capfd):
+    trainer = make(tmp_path / "run")
+    before = signal.getsignal(number)
+    at(trainer, moment, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=f"Stopped by {number.name}") as caught:
+        trainer.run()
+    assert caught.value.number == number
+    assert signal.getsignal(number) == before
+    assert ("Ctrl-C again" in capfd.readouterr().err) == (number == signal.SIGINT)
+    goes_on(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a bug"), torch.OutOfMemoryError("CUDA out of memory"), SystemExit(3)],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_error_from_anywhere_leaves_a_run_that_goes_on(tmp_path, straight, moment, error):
+    trainer = make(tmp_path / "run")
+
+    def fail() -> None:
+        raise error.with_traceback(None)
+
+    error.__notes__ = []
+    at(trainer, moment, fail)
+    with pytest.raises((type(error), ProcessError)) as caught:
+        trainer.run()
+    saved = checkpoint.step_folder(tmp_path / "run", SAVED[moment])
+    assert f"is in {saved}." in caught.value.__notes__[-1]
+    goes_on(tmp_path / "run", straight)
+
+
+def test_the_first_ctrl_c_ends_at_once_while_nothing_has_begun(tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.policy.prepare = lambda prompts: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    make(tmp_path / "run").run()
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """Unless it is the same press, which a launcher passes on as well."""
+    now = [100.0]
+    monkeypatch.setattr("moa_diffusion.stopping.time.monotonic", lambda: now[0])
+    stop = StopRequest(said=False)
+    stop.ask(signal.SIGTERM)
+    stop.ask(signal.SIGINT)
+    now[0] += 30
+    stop.ask(signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGINT)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, monkeypatch, straight):
+    trainer = make(tmp_path / "run", checkpoint={"every": 1})
+    fsync = checkpoint._fsync
+
+    def interrupted(path: Path) -> None:
+        if trainer.completed == 2:
+            raise KeyboardInterrupt
+        fsync(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    names = os.listdir(tmp_path / "run" / "checkpoints")
+    assert names == ["step-000001"]
+    monkeypatch.undo()
+    goes_on(tmp_path / "run", straight)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From now on nothing can be flushed to this folder."""
+    fsync = checkpoint._fsync
+
+    def full(path: Path) -> None:
+        if folder in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(path)
+
+    monkeypatch.setattr(checkpoint, "_fsync", full)
+
+
+def test_a_full_disk_keeps_the_state_elsewhere(tmp_path, monkeypatch, straight):
+    run, spare = tmp_path / "run", tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    trainer = make(run, checkpoint={"every": 1})
+    at(trainer, "after metrics", lambda: full_disk(monkeypatch, run))
+    with pytest.raises(
+        ProcessError, match=r"step-000002`: the disk is full \(.* kB are needed, "
+    ) as c:
+        trainer.run()
+    assert os.listdir(run / "checkpoints") == ["step-000001"]
+    note = c.value.__notes__[-1]
+    assert f"is in {spare}" in note
+    monkeypatch.undo()
+    command = note.split("`")[-2]
+    subprocess.run(command, shell=True, check=True)
+    assert shlex.split(command)[-1].startswith(str(run))
+    goes_on(run, straight)
+
+
+def test_no_room_anywhere_names_the_last_whole_checkpoint(tmp_path, monkeypatch, straight):
+    run = tmp_path / "run"
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    trainer = make(run, checkpoint={"every": 1})
+    at(trainer, "after metrics", lambda: full_disk(monkeypatch, tmp_path))
+    with pytest.raises(ProcessError, match="the disk is full") as caught:
+        trainer.run()
+    assert f"The last whole checkpoint is {run / 'checkpoints/step-000001'}" in str(
+        caught.value.__notes__
+    )
+    assert not os.listdir(tmp_path / "spare")
+    monkeypatch.undo()
+    goes_on(run, straight)
+
+
+@pytest.mark.parametrize("error", [StorageError("full"), TrackerError("Tracker aim failed")])
+def test_a_row_that_could_not_be_written_is_made_up(tmp_path, straight, error):
+    """With the evaluation in it, which counts once for the alarms."""
+    trainer = make(tmp_path / "run")
+    write = trainer.log.write
+
+    def fail(step: int, row: dict) -> None:
+        if step == 2:
+            raise error
+        write(step, row)
+
+    trainer.log.write = fail
+    with pytest.raises(ProcessError, match=str(error)):
+        trainer.run()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
+    goes_on(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("name", ["append_text", "write_text"])
+def test_every_file_of_a_run_says_where_it_could_not_be_written(tmp_path, monkeypatch, name):
+    trainer = make(tmp_path / "run")
+
+    def full(path: Path, text: str) -> None:
+        raise StorageError(f"Could not write `{path}`: the disk is full.")
+
+    monkeypatch.setattr(metrics, name, full)
+    with pytest.raises((ProcessError, StorageError), match=r"Could not write `.*run/\w+"):
+        trainer.run()
+
+
+# ---------------------------------------------------------------------- the folder afterwards
+
+
+def broken(images, prompts):
+    raise ValueError("broken reward")
+
+
+def test_a_run_that_failed_before_it_learned_leaves_its_folder_usable(tmp_path, straight):
+    reward = {"rewards": {"red": {"path": f"{__file__}:broken"}}}
+    for _ in range(2):  # the same command again, and once it is mended
+        with pytest.raises(RewardError, match="broken reward"):
+            make(tmp_path / "run", **reward, evaluation={"every": 0}).run()
+    again = make(tmp_path / "run")
+    again.run()
+    assert torch.equal(drift(again), straight[0])
+    assert rows(tmp_path / "run") == straight[1]
+
+
+def test_a_run_that_lost_what_it_learned_begins_anew_when_told(tmp_path, straight, caplog):
+    make(tmp_path / "run").run()
+    for folder in checkpoint.list_checkpoints(tmp_path / "run"):
+        (folder / checkpoint.STATE).unlink()
+    with pytest.raises(ConfigError, match="begin anew with --resume latest: it has no checkpoint"):
+        make(tmp_path / "run")
+    goes_on(tmp_path / "run", straight)
+    assert "has no checkpoint of the 3 rounds it went: the run begins anew" in caplog.text
+
+
+def test_there_is_nothing_to_resume_where_nothing_ran(tmp_path):
+    with pytest.raises(ConfigError, match="'latest' needs a checkpoint"):
+        make(tmp_path / "other", resume="latest")
+
+
+# ---------------------------------------------------------------------- agreement
+
+
+class OtherFails(LocalComm):
+    """The other of two processes has failed."""
+
+    def any(self, flag: bool) -> bool:
+        return True
+
+    def gather_objects(self, local):
+        return [*local, [1, "node-b", "ConfigError", "prompts: gone"]]
+
+
+def test_what_fails_elsewhere_ends_this_process_too():
+    told = pytest.raises(ProcessError, match=r"Process 1 \(on node-b\) .* prompts: gone")
+    with told as caught, agreed(OtherFails()):
+        pass
+    assert caught.value.kind == "ConfigError"
+    with pytest.raises(ProcessError, match="prompts: gone"), agreed(OtherFails()) as meet:
+        meet()
+        raise AssertionError("half-way it is known already")
+    with pytest.raises(ConfigError, match="mine"), agreed(OtherFails()):
+        raise ConfigError("mine")
+    with pytest.raises(ProcessError, match="mine") as caught, agreed(LocalComm(), as_one=True):
+        raise ConfigError("mine")
+    assert isinstance(caught.value.__cause__, ConfigError)
