@@ -1,3 +1,7 @@
 """Align text-to-image diffusion models with several rewards at once."""
 
+from moa_diffusion.neighbours import check_neighbour
+
 __version__ = "0.1.0"
+
+check_neighbour("rewards")

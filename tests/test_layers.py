@@ -40,6 +40,7 @@ LAYERS = (
     ),
     ("types", "storage"),
     ("moa_diffusion", "rewards/*"),
+    ("neighbours",),
 )
 
 # The only modules that import the package `rewards` (scripts may too).
