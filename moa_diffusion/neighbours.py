@@ -36,10 +36,7 @@ def check_neighbour(name: str) -> None:
 
 def _place(name: str) -> Path | None:
     """The file that importing the name would run or has run, or the folder; None: there is none."""
-    if name in sys.modules:
-        spec = sys.modules[name].__spec__
-    else:
-        spec = importlib.util.find_spec(name)
+    spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
     if spec is None:
         return None
     if spec.has_location and spec.origin is not None:
