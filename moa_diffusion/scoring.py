@@ -18,8 +18,10 @@ from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_obj
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
+from rewards.blame import told
+from rewards.option_types import UnknownOption
 
-__all__ = ["RewardError", "RewardHead", "Scorer", "create_head"]
+__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "create_head"]
 
 WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
@@ -340,7 +342,7 @@ class Scoring:
             return head.evaluate(batch), time.perf_counter() - start
         except BaseException as error:  # a user's code may even call `sys.exit`
             if not isinstance(error, RewardError):
-                failure = RewardError(f"{type(error).__name__}: {error}", head=head.name)
+                failure = RewardError(told(error), head=head.name)
             else:
                 samples = [(first + index, prompt) for index, prompt in error.samples]
                 failure = RewardError(error.cause, head=error.head, samples=samples)

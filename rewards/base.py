@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards.blame import told
 from rewards.pixels import check_images
 
 Kind = Literal["images", "texts"]  # of the samples in a batch
@@ -250,7 +251,7 @@ class RewardHead(ABC):
                 raise
             raise RewardError(error.cause, head=self._label, samples=error.samples) from error
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
+            cause = told(error)
             # A batch of one leaves no doubt about the sample.
             samples = batch.samples([0]) if len(batch) == 1 else ()
             raise RewardError(cause, head=self._label, samples=samples) from error
@@ -268,6 +269,19 @@ class RewardHead(ABC):
             raise RewardError(
                 f"This head scores {self.scores}. Found a batch of {kind}.", head=self._label
             )
+
+    def check_prompts(  # noqa: B027 - most heads can use any
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Checks that the head can use the prompts: to ask before anything is loaded or drawn.
+
+        Args:
+            prompts: N prompts that samples will be drawn from.
+            metadata: N, of the same.
+
+        Raises:
+            RewardError: If it cannot, whatever the samples.
+        """
 
     def load(self) -> None:  # noqa: B027 - most heads hold nothing
         """Loads what the head needs, so that the first batch need not wait for it.

@@ -13,18 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
+from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.blame import told
 from rewards.coroutines import LoopRunner, gather
+from rewards.parameters import function_name, parameters_of
 from rewards.source import source_of
 
 CONCURRENCY = 8  # samples under way at a time, by default
-OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
-_SCORED: Mapping[str, Scored] = {
-    "images": "images",
-    "image": "images",
-    "texts": "texts",
-    "text": "texts",
-}
 
 
 class FunctionHead(RewardHead):
@@ -40,13 +35,17 @@ class FunctionHead(RewardHead):
     `image [3, H, W]`, or `f(text, prompt, **metadata) -> float`. To add columns it returns
     `(score, {column: JSON value})`; a sample for which it returns none gets null in them.
 
-    The name of the first parameter says what the function scores: `images` or `image`, `texts` or
-    `text`. One of another name is given either, as it comes.
+    What a parameter is given, its name says, and not its place: the samples go to `images`,
+    `image`, `pictures` or `picture`, or to `texts`, `text`, `completions`, `completion`,
+    `responses` or `response`; the prompts to `prompts` or `prompt`, which may be left out. So TRL's
+    `f(prompts, completions, **kwargs)` will do. A first parameter of another name is given
+    samples of either kind, and a second one the prompts if neither is named.
 
     A metadata key is passed when the function names it as a further parameter, or for every key
     when it has `**metadata`: to a batch function as a list of N values, `None` for a sample without
     the key (if no sample has it, the parameter's default holds); with `per_image` as the sample's
-    value. A sample without a key that a parameter without a default names is an error.
+    value. A sample without a key that a parameter without a default names is an error; of a set of
+    prompts `check_prompts` tells it before anything is drawn.
 
     Either kind may be an `async def`. Its coroutines run on one event loop that the head keeps, so
     a client with open connections may serve all batches. Nothing here limits how long they take:
@@ -63,9 +62,9 @@ class FunctionHead(RewardHead):
             under way at a time.
 
     Raises:
-        ValueError: If the function does not take two positional arguments or claims the name of an
-            option of the head, an option names no further parameter of it, or `concurrency` is not
-            a positive integer.
+        ValueError: If the function has no parameter for the samples or claims the name of an option
+            of the head, an option names no further parameter of it, or `concurrency` is not a
+            positive integer.
     """
 
     neutral_options = ("concurrency",)
@@ -84,7 +83,8 @@ class FunctionHead(RewardHead):
         self.name = name or function_name(function)
         self.unit = unit
         self.requires = tuple(requires)
-        self.scores = scored_by(function)
+        self._parameters = parameters_of(function)
+        self.scores = self._parameters.scores
         self.function = function
         self.options = dict(options or {})
         if not isinstance(per_image, bool):
@@ -96,13 +96,12 @@ class FunctionHead(RewardHead):
                 f"Found `concurrency = {concurrency!r}`."
             )
         self.concurrency = concurrency
-        self._named, self._takes_any = further_parameters(function)
-        self._given = _given_by_keyword(function)
         self._source = source_of(function)
-        unknown = sorted(set(self.options) - set(self._named))
+        further = self._parameters.further
+        unknown = sorted(set(self.options) - set(further))
         if unknown:
             raise ValueError(
-                f"Options of `{self.name}` should be among {sorted(self._named)}. Found {unknown}."
+                f"Options of `{self.name}` should be among {sorted(further)}. Found {unknown}."
             )
         self._is_async = is_async(function)
         self._loop = LoopRunner()
@@ -117,6 +116,36 @@ class FunctionHead(RewardHead):
         self._check_metadata(batch)
         return self._score_each(batch) if self.per_image else self._score_batch(batch)
 
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Checks that every prompt has the metadata that the function needs.
+
+        Raises:
+            RewardError: If one has not; names the function with its file and line, the parameter,
+                and the keys that there are. Or if a key may be meant for a parameter that is given
+                something else.
+        """
+        for name in self._parameters.guessed:
+            if any(name in entry for entry in metadata):
+                raise RewardError(
+                    f"The parameter `{name}` of the function {self._parameters.described} may mean "
+                    f"the metadata key of that name, or else the samples or prompts. Name those "
+                    f"`images` or `texts`, and `prompts`.",
+                    head=self._label,
+                )
+        for key in self._needed():
+            lacking = [index for index, entry in enumerate(metadata) if key not in entry]
+            if not lacking:
+                continue
+            keys = sorted({key for entry in metadata for key in entry})
+            raise RewardError(
+                f"The function {self._parameters.described} needs prompts with the metadata "
+                f"`{key}` (a .jsonl, .csv or .tsv file has some), or an option of that name. "
+                f"{len(lacking)} of {len(metadata)} lack it, first {prompts[lacking[0]]!r}. "
+                f"Parameters are filled by their names. Available here: the samples as `images` or "
+                f"`texts`, {', '.join(f'`{name}`' for name in ('prompts', *keys))}.",
+                head=self._label,
+            )
+
     def provenance(self) -> Mapping[str, str]:
         """Module and name of the function, and the SHA-256 of the file that it stands in."""
         return self._source
@@ -127,19 +156,34 @@ class FunctionHead(RewardHead):
 
     def _score_batch(self, batch: RewardBatch) -> Scores:
         samples = list(batch.require_texts()) if batch.images is None else batch.images
-        found = self.function(samples, list(batch.prompts), **self._columns(batch), **self.options)
-        if self._is_async:
-            found = self._loop.run(found)
-        if isinstance(found, Scores):
-            return Scores(values=_tensor(found.values, batch), extra=found.extra)
-        return Scores(values=_tensor(found, batch))
+        given, named = self._parameters.arguments(
+            samples, list(batch.prompts), batch.kind, one=False
+        )
+        try:
+            found = self.function(*given, **named, **self._columns(batch), **self.options)
+            if self._is_async:
+                found = self._loop.run(found)
+            values = _tensor(found.values if isinstance(found, Scores) else found, batch)
+        except RewardError as error:
+            raise RewardError(f"{error.cause}{self._hint()}", samples=error.samples) from error
+        except Exception as error:
+            samples = batch.samples([0]) if len(batch) == 1 else ()  # no doubt which it was
+            raise RewardError(f"{told(error)}{self._hint()}", samples=samples) from error
+        if values.shape != (len(batch),):
+            raise RewardError(
+                f"The scores should have shape [{len(batch)}]. Found {list(values.shape)}."
+                f"{self._hint()}",
+                samples=batch.samples(range(len(batch))),
+            )
+        return Scores(values=values, extra=found.extra if isinstance(found, Scores) else {})
 
     def _score_each(self, batch: RewardBatch) -> Scores:
         samples = batch.require_texts() if batch.images is None else batch.images
-        calls = [
-            partial(self.function, sample, prompt, **self._keywords(entry), **self.options)
-            for sample, prompt, entry in zip(samples, batch.prompts, batch.metadata, strict=True)
-        ]
+        calls = []
+        for sample, prompt, entry in zip(samples, batch.prompts, batch.metadata, strict=True):
+            given, named = self._parameters.arguments(sample, prompt, batch.kind, one=True)
+            named |= self._keywords(entry) | self.options
+            calls.append(partial(self.function, *given, **named))
         if self._is_async:
             pairs = self._loop.run(self._await_each(calls, batch))
         else:
@@ -161,31 +205,51 @@ class FunctionHead(RewardHead):
             samples = sorted(sample for error in errors for sample in error.samples)
             raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
 
+    def _needed(self) -> list[str]:
+        """Parameters that metadata must fill."""
+        return [
+            key
+            for key, default in self._parameters.further.items()
+            if default is inspect.Parameter.empty and key not in self.options
+        ]
+
     def _check_metadata(self, batch: RewardBatch) -> None:
-        for name in self._given if self._takes_any else ():
+        own = self._parameters
+        for name in own.taken(batch.kind, one=self.per_image):
             clashing = [index for index, entry in enumerate(batch.metadata) if name in entry]
             if clashing:
                 raise RewardError(
                     f"The metadata key `{name}` has the name of what the function is given anyway. "
-                    f"Rename the key, or write `/` after the function's first two parameters.",
+                    f"Rename the key, or the parameter, or write `/` after the function's first "
+                    f"two parameters.",
                     samples=batch.samples(clashing),
                 )
-        for key, default in self._named.items():
-            if default is not inspect.Parameter.empty or key in self.options:
-                continue
+        for key in self._needed():
             lacking = [index for index, entry in enumerate(batch.metadata) if key not in entry]
             if lacking:
                 raise RewardError(
-                    f"The function needs the metadata key `{key}`, which these samples lack.",
+                    f"The function {own.described} needs the metadata key `{key}`, which these "
+                    f"samples lack.",
                     samples=batch.samples(lacking),
                 )
 
+    def _hint(self) -> str:
+        """What a failure of a whole batch may come from."""
+        name = self._parameters.singular
+        if not name:
+            return ""
+        return (
+            f" The function's parameter `{name}` speaks of one sample, and it was given all of a "
+            f"batch: for a function of one sample set `per_image: true`."
+        )
+
     def _keywords(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What the function is given of one sample's metadata."""
+        own = self._parameters
         return {
             key: value
             for key, value in entry.items()
-            if key not in self.options and (self._takes_any or key in self._named)
+            if key not in self.options and (own.takes_any or key in own.further)
         }
 
     def _columns(self, batch: RewardBatch) -> dict[str, list[Any]]:
@@ -194,68 +258,11 @@ class FunctionHead(RewardHead):
         return {key: [entry.get(key) for entry in batch.metadata] for key in keys}
 
 
-def function_name(function: Callable[..., Any]) -> str:
-    """Name of a function, or of the class of another callable."""
-    name = getattr(function, "__name__", None)
-    return name if isinstance(name, str) else type(function).__name__
-
-
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling the function gives a coroutine; knows objects with an async `__call__`."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__
     )
-
-
-def scored_by(function: Callable[..., Any]) -> Scored:
-    """What a reward function scores, by the name of its first parameter."""
-    first = next(iter(inspect.signature(function).parameters.values()))
-    if first.kind is first.VAR_POSITIONAL:  # it stands for the prompts too
-        return "both"
-    return _SCORED.get(first.name, "both")
-
-
-def further_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """Parameters of a reward function after its samples and prompts.
-
-    Returns:
-        Their names with defaults (`inspect.Parameter.empty` for none), and whether the function
-        takes any keyword.
-
-    Raises:
-        ValueError: If the function does not take two positional arguments, or a further one has
-            the name of an option of `FunctionHead`.
-    """
-    parameters = list(inspect.signature(function).parameters.values())
-    kinds = inspect.Parameter
-    by_position = [
-        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(by_position) < 2 and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters):
-        raise ValueError(
-            f"A reward function should take `(images, prompts, ...)` or `(texts, prompts, ...)`, "
-            f"or one by one `(image, prompt, ...)` or `(text, prompt, ...)`. "
-            f"Found `{function_name(function)}{inspect.signature(function)}`."
-        )
-    first_two = {p.name for p in by_position[:2]}
-    named = {
-        p.name: p.default
-        for p in parameters
-        if p.name not in first_two and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    }
-    for option in OWN_OPTIONS:
-        if option in named:
-            raise ValueError(
-                f"A reward function should have no parameter `{option}`: that is an option of the "
-                f"head. Found `{function_name(function)}{inspect.signature(function)}`."
-            )
-    return named, any(p.kind is kinds.VAR_KEYWORD for p in parameters)
-
-
-def _given_by_keyword(function: Callable[..., Any]) -> list[str]:
-    """Those of the first two parameters' names that no further keyword may have."""
-    parameters = list(inspect.signature(function).parameters.values())[:2]
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _attempt(
@@ -286,7 +293,7 @@ async def _await(
 def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardError:
     if isinstance(error, RewardError):
         return RewardError(error.cause, samples=batch.samples([index]))
-    return RewardError(f"{type(error).__name__}: {error}", samples=batch.samples([index]))
+    return RewardError(told(error), samples=batch.samples([index]))
 
 
 def _pair(found: Any) -> tuple[float, Mapping[str, Any]]:

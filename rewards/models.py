@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
+from rewards.blame import told
 from rewards.weights import Weights, check, find
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -158,7 +159,7 @@ class ModelHead(RewardHead):
                 raise
             raise RewardError(error.cause, head=self._label, samples=error.samples) from error
         except Exception as error:
-            raise RewardError(f"{type(error).__name__}: {error}", head=self._label) from error
+            raise RewardError(told(error), head=self._label) from error
 
     def offload(self) -> None:
         """Moves the model to the CPU's memory; the next batch brings it back."""

@@ -25,6 +25,17 @@ _WORDS = {
 }
 
 
+class UnknownOption(ValueError):
+    """A head has no such option; what it has is in `valid`."""
+
+    def __init__(self, head: str, option: str, valid: Sequence[str]) -> None:
+        super().__init__(
+            f'Reward head "{head}" has no option "{option}".{nearest(option, valid)} '
+            f"Valid options: {', '.join(valid) or 'none'}."
+        )
+        self.option, self.valid = option, tuple(valid)
+
+
 def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Checks that options are among those of a head.
 
@@ -34,14 +45,11 @@ def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any])
         options: Values by name.
 
     Raises:
-        ValueError: If one is not; names the nearest that is.
+        UnknownOption: If one is not; names the nearest that is.
     """
     for option in options:
         if option not in named:
-            raise ValueError(
-                f'Reward head "{head}" has no option "{option}".'
-                f"{nearest(option, list(named))} Valid options: {', '.join(named) or 'none'}."
-            )
+            raise UnknownOption(head, option, list(named))
 
 
 def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -11,21 +11,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, TypeGuard, TypeVar, get_args
 
-from rewards.base import RewardHead, Scored
-from rewards.functions import (
-    CONCURRENCY,
-    FunctionHead,
-    function_name,
-    further_parameters,
-    is_async,
-    scored_by,
-)
+from rewards.base import RewardError, RewardHead, Scored
+from rewards.blame import told
+from rewards.functions import CONCURRENCY, FunctionHead, is_async
 from rewards.option_types import check_complete, check_names, check_types
+from rewards.parameters import function_name, parameters_of
 from rewards.targets import (
     Target,
     declared,
@@ -141,12 +136,11 @@ def register(
                 target.requires = tuple(requires)
             entry = _describe_class(target)
         else:
-            further_parameters(target)  # a wrong signature is told here, not at the first batch
             entry = _Entry(
                 target=target,
                 unit=unit or "",
                 requires=tuple(requires or ()),
-                scores=scored_by(target),
+                scores=parameters_of(target).scores,  # a wrong signature is told here
                 per_image=per_image,
             )
         _entries[name] = entry
@@ -185,14 +179,25 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         check_names(name, named, options)
         check_complete(name, named, options)
         check_types(name, entry.target, options)
-        head = entry.target(**options)
+        head = _construct(name, entry.target, options)
         head.name = name
         return head
     return _create_function(name, entry, options)
 
 
+def _construct(name: str, kind: type[RewardHead], options: Mapping[str, Any]) -> RewardHead:
+    try:
+        return kind(**options)
+    except (ValueError, ImportError, RewardError):  # they say what to do
+        raise
+    except Exception as error:  # of a class of the user's own, which may raise anything
+        raise ValueError(
+            f'Reward head "{name}": making a `{kind.__name__}` failed: {told(error)}'
+        ) from error
+
+
 def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> FunctionHead:
-    named, _ = further_parameters(entry.target)
+    named = parameters_of(entry.target).further
     own: dict[str, Any] = {}
     if entry.per_image is None:
         own["per_image"], per_image = False, options.get("per_image", False)
@@ -200,7 +205,7 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
         per_image = entry.per_image
     if per_image and is_async(entry.target):
         own["concurrency"] = CONCURRENCY
-    check_names(name, named | own, options)
+    check_names(name, {**named, **own}, options)
     check_types(name, entry.target, {key: options[key] for key in options if key in named})
     return FunctionHead(
         entry.target,
@@ -296,7 +301,7 @@ def _describe(target: Target) -> _Entry:
             return entry
     if _is_head_class(target):
         return _describe_class(target)
-    return _Entry(target=target, unit="", requires=(), scores=scored_by(target))
+    return _Entry(target=target, unit="", requires=(), scores=parameters_of(target).scores)
 
 
 def _describe_class(target: type[RewardHead]) -> _Entry:

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardHead
-from rewards.functions import further_parameters
+from rewards.blame import told
+from rewards.parameters import parameters_of
 from rewards.source import FILE_MODULE
 
 Target = type[RewardHead] | Callable[..., Any]
@@ -52,7 +53,7 @@ def load_entry_point(point: EntryPoint) -> Target:
     try:
         found = point.load()
     except (Exception, SystemExit) as error:  # a script, where a module was meant, may end itself
-        raise ValueError(f"{label}: loading failed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{label}: loading failed: {told(error)}") from error
     return _checked(found, point.attr or point.value, label)
 
 
@@ -80,7 +81,7 @@ def import_target(path: str) -> Target:
             public = sorted(key for key in vars(module) if not key.startswith("_"))
             raise ValueError(
                 f'Reward path "{path}": `{place}` has no attribute `{attribute}`.'
-                f"{nearest(attribute, public)}"
+                f"{nearest(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
     return _checked(found, attribute, f'Reward path "{path}"')
 
@@ -103,11 +104,19 @@ def _checked(found: Any, attribute: str, label: str) -> Target:
         raise ValueError(f"{label}: `{attribute}` is not callable. Found {type(found).__name__}.")
     if not isinstance(found, type):
         try:
-            further_parameters(found)
+            parameters_of(found)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
     target: Target = found
     return target
+
+
+def _namesake(place: str, imported: str | None) -> str:
+    """What to do about a file that has the name of another module, which was imported instead."""
+    file = Path(*place.split(".")).with_suffix(".py")
+    if place.endswith(".py") or not file.is_file() or str(file.resolve()) == imported:
+        return ""
+    return f" It is `{imported}`. If `{file.resolve()}` is meant, name it as `{file}:...`."
 
 
 def _import_module(place: str, path: str) -> ModuleType:
@@ -124,7 +133,7 @@ def _import_module(place: str, path: str) -> ModuleType:
         raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f'Reward path "{path}": importing `{place}` failed: {type(error).__name__}: {error}'
+            f'Reward path "{path}": importing `{place}` failed: {told(error)}'
         ) from error
 
 
@@ -146,6 +155,6 @@ def _import_file(place: str, path: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(
-            f'Reward path "{path}": importing `{file}` failed: {type(error).__name__}: {error}'
+            f'Reward path "{path}": importing `{file}` failed: {told(error)}'
         ) from error
     return module

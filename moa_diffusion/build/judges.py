@@ -8,13 +8,16 @@ from pathlib import Path
 
 from moa_diffusion import alarm
 from moa_diffusion.alarm import Watch
+from moa_diffusion.build.parts import nearest
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import Comm
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.scoring import RewardHead, Scorer, create_head
+from moa_diffusion.scoring import RewardHead, Scorer, UnknownOption, create_head
 from moa_diffusion.types import ConfigError, Request
+
+_COMMON = ("weight", "head", "path")  # what every reward may say beside its head's options
 
 
 def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
@@ -32,9 +35,15 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
     for name, options in chosen.items():
         if "head" in options and "path" in options:
             raise ConfigError(f"{section}.{name}: should have `head` or `path`. Found both.")
-        rest = {k: v for k, v in options.items() if k not in ("weight", "head", "path")}
+        rest = {key: value for key, value in options.items() if key not in _COMMON}
         try:
             head = create_head(options.get("head", name), options.get("path"), **rest)
+        except UnknownOption as error:
+            valid = (*error.valid, *_COMMON)
+            raise ConfigError(
+                f"{section}.{name}.{error.option}: unknown option.{nearest(error.option, valid)} "
+                f"Valid: {', '.join(valid)}."
+            ) from error
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{section}.{name}: {error}") from error
         wanted = "texts" if settings.policy.name == "causal_lm" else "images"

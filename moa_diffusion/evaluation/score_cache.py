@@ -14,9 +14,9 @@ from typing import Any
 
 from moa_diffusion.data import Prompt
 from moa_diffusion.evaluation.files import file_digest, json_digest
-from moa_diffusion.scoring import RewardHead
+from moa_diffusion.scoring import RewardError, RewardHead
 from moa_diffusion.types import ConfigError
-from rewards.functions import FunctionHead, further_parameters
+from rewards.functions import FunctionHead
 from rewards.identity import Identity
 
 
@@ -69,21 +69,13 @@ def check_metadata(heads: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -
     """Find out before anything is drawn whether prompts have the metadata that functions need.
 
     Raises:
-        ConfigError: naming the reward, the key and the first prompt without it.
+        ConfigError: naming the reward and the key.
     """
     for name, head in heads.items():
-        if not isinstance(head, FunctionHead):
-            continue
-        for key, default in further_parameters(head.function)[0].items():
-            if default is not inspect.Parameter.empty or key in head.options:
-                continue
-            lacking = [prompt.text for prompt in prompts if key not in prompt.metadata]
-            if lacking:
-                raise ConfigError(
-                    f"rewards.{name}: needs prompts with the metadata `{key}` (a .jsonl, .csv or "
-                    f".tsv file has them). {len(lacking)} of {len(prompts)} lack it, first "
-                    f"{lacking[0]!r}."
-                )
+        try:
+            head.check_prompts([p.text for p in prompts], [p.metadata for p in prompts])
+        except RewardError as error:
+            raise ConfigError(f"rewards.{name}: {error.cause}") from error
 
 
 class ScoreCache:

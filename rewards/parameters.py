@@ -1,0 +1,199 @@
+"""What the parameters of a reward function stand for: their names say it, not their order.
+
+`f(images, prompts)`, `f(prompts, completions, **kwargs)` and `f(completions, answer)` all get what
+they ask for. A parameter that is named neither for the samples nor for the prompts is an option, or
+a key of the prompts' metadata. Only a function that names neither is called by place, samples
+first: `lambda a, b: ...`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter
+from typing import Any, Literal
+
+from rewards.base import Scored
+
+Role = Literal["images", "texts", "samples", "prompts"]  # "samples": of either kind
+
+OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
+_ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(("images", "image", "pictures", "picture"), "images"),
+    **dict.fromkeys(
+        ("texts", "text", "completions", "completion", "responses", "response"), "texts"
+    ),
+    **dict.fromkeys(("samples", "sample", "outputs", "output"), "samples"),
+    **dict.fromkeys(("prompts", "prompt"), "prompts"),
+}
+_WANTED = (
+    "A reward function should take `(images, prompts, ...)` or `(texts, prompts, ...)`, or one by "
+    "one `(image, prompt, ...)` or `(text, prompt, ...)`, in any order; `completions` and "
+    "`responses` are texts too."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """A reward function's parameters by what they stand for."""
+
+    described: str  # the function with its signature and its place, for messages
+    scores: Scored
+    by_keyword: tuple[str, ...]  # names of what is handed over that a keyword may have too
+    guessed: tuple[str, ...]  # those of them that do not say what they stand for
+    by_place: tuple[Role, ...]  # what is handed over without a name, from the left
+    by_name: Mapping[str, Role]  # what is handed over by name
+    further: Mapping[str, Any]  # options and keys of the metadata, with their defaults
+    takes_any: bool  # whether the function takes any keyword
+    singular: str  # the samples' parameter if its name speaks of one; else empty
+
+    def arguments(
+        self, samples: Any, prompts: Any, kind: str, *, one: bool
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """What to call the function with, beside options and metadata.
+
+        Args:
+            samples: Images or texts; with `one`, one of them.
+            prompts: As many prompts.
+            kind: `images` or `texts`.
+            one: Whether it is called for one sample.
+        """
+
+        def value(role: Role) -> Any:
+            return prompts if role == "prompts" else samples
+
+        given = {
+            name: value(role)
+            for name, role in self.by_name.items()
+            if role in ("samples", "prompts", kind)
+        }
+        for name, role in self.unnamed(kind, one=one).items():
+            given[name] = value(role)
+        return [value(role) for role in self.by_place], given
+
+    def taken(self, kind: str, *, one: bool) -> tuple[str, ...]:
+        """Names that no key of the metadata may have."""
+        if not self.takes_any:  # a key of the name of `prompts`, say, is not asked for
+            return self.guessed
+        return (*self.by_keyword, *self.unnamed(kind, one=one))
+
+    def unnamed(self, kind: str, *, one: bool) -> dict[str, Role]:
+        """What `**kwargs` is given because no parameter is named for it."""
+        if not self.takes_any:
+            return {}
+        found: dict[str, Role] = {}
+        roles = {*self.by_place, *self.by_name.values()}
+        if roles <= {"prompts"}:
+            names = ("images",) if kind == "images" else ("texts", "completions")
+            found |= {name[:-1] if one else name: "samples" for name in names}
+        if "prompts" not in roles:
+            found["prompt" if one else "prompts"] = "prompts"
+        return found
+
+
+def parameters_of(function: Callable[..., Any]) -> Parameters:
+    """Reads a reward function's signature.
+
+    Raises:
+        ValueError: If the function has no place for the samples, has a further parameter that
+            cannot be named in a call, or claims the name of an option of the head.
+    """
+    signature = inspect.signature(function)
+    place = place_of(function)
+    described = f"`{function_name(function)}{signature}`{f' ({place})' if place else ''}"
+    kinds = [p.kind for p in signature.parameters.values()]
+    takes_any, takes_more = Parameter.VAR_KEYWORD in kinds, Parameter.VAR_POSITIONAL in kinds
+    named = [
+        p
+        for p in signature.parameters.values()
+        if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    ]
+    roles = _roles(named)
+    positional = [p.name for p in named if p.kind is not Parameter.KEYWORD_ONLY]
+    several = {"images", "texts"} <= set(roles.values())  # and only one of them is there
+    leading: list[str] = []
+    for name in () if several else positional:
+        if name not in roles:
+            break
+        leading.append(name)
+    by_place = [roles[name] for name in leading]
+    if takes_more and len(leading) == len(positional) < 2:
+        rest: tuple[Role, ...] = ("samples", "prompts")
+        of_prompts = [role == "prompts" for role in by_place]
+        by_place += [role for role in rest if (role == "prompts") not in of_prompts]
+    elif not takes_any and (len(named) < 2 or set(roles.values()) <= {"prompts"}):
+        raise ValueError(f"{_WANTED} Found {described}.")
+    for parameter in named:
+        if parameter.kind is Parameter.POSITIONAL_ONLY and parameter.name not in leading:
+            raise ValueError(f"{_WANTED} Found `{parameter.name}` of {described}.")
+        if parameter.name in OWN_OPTIONS:
+            raise ValueError(
+                f"A reward function should have no parameter `{parameter.name}`: that is an option "
+                f"of the head. Found {described}."
+            )
+    by_keyword = [
+        p.name for p in named if p.name in roles and p.kind is not Parameter.POSITIONAL_ONLY
+    ]
+    of_samples = [name for name, role in roles.items() if role != "prompts"]
+    return Parameters(
+        described=described,
+        scores=_scored([roles[name] for name in of_samples]),
+        by_keyword=tuple(by_keyword),
+        guessed=tuple(name for name in by_keyword if name not in _ROLES),
+        by_place=tuple(by_place),
+        by_name={name: role for name, role in roles.items() if name not in leading},
+        further={p.name: p.default for p in named if p.name not in roles},
+        takes_any=takes_any,
+        singular=next((n for n in of_samples if n in _ROLES and not n.endswith("s")), ""),
+    )
+
+
+def _roles(named: Sequence[Parameter]) -> dict[str, Role]:
+    """The parameters that stand for samples and prompts, in order."""
+    required = [p.name for p in named if p.default is Parameter.empty]
+
+    def candidates(*wanted: Role) -> list[str]:
+        # What has a default yields to what has none: it may be a key of the metadata.
+        names = [p.name for p in named if _ROLES.get(p.name) in wanted]
+        return [name for name in names if name in required] or names
+
+    samples, prompts = candidates("images", "texts", "samples"), candidates("prompts")[:1]
+    if samples and samples[0] in required:
+        samples = samples[:1]
+    else:  # a function of either kind has a default for both, and is given one of them
+        samples = list({_ROLES[name]: name for name in reversed(samples)}.values())
+    chosen = {name: _ROLES[name] for name in (*samples, *prompts)}
+    positional = [p.name for p in named if p.kind is not Parameter.KEYWORD_ONLY]
+    if not chosen and len(positional) > 1:
+        chosen = {positional[0]: "samples", positional[1]: "prompts"}
+    elif not samples and positional and positional[0] not in chosen:
+        chosen[positional[0]] = "samples"
+    return {p.name: chosen[p.name] for p in named if p.name in chosen}
+
+
+def _scored(roles: Sequence[Role]) -> Scored:
+    if len(roles) == 1 and roles[0] in ("images", "texts"):
+        return "images" if roles[0] == "images" else "texts"
+    return "both"
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Name of a function, or of the class of another callable."""
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """File and line of a function, or of the class of another callable; empty if in no file."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    code: Any = function if inspect.isroutine(function) else type(function)
+    try:
+        return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
+    except (OSError, TypeError):  # typed into a prompt, or not written in Python
+        return ""
