@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from rewards.base import RewardBatch, RewardHead
+from rewards.pictures import read_rgb
 from rewards.tables import writer_for
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -314,9 +314,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _read(file: Path) -> np.ndarray:
     try:
-        with Image.open(file) as image:
-            if image.has_transparency_data:
-                raise ValueError("it has transparent pixels; lay it over a background first")
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+        return read_rgb(file)
+    except ValueError as error:
         raise ValueError(f"Picture `{file}` cannot be used: {error}.") from error

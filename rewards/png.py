@@ -1,7 +1,8 @@
 """RGB pictures of 8 bits per channel as PNG files, read with suspicion: others may have made them.
 
 What a file will cost is told before it is decompressed, and files that decoders read differently,
-with two sizes, transparency or several frames, are refused.
+with two sizes, transparency, several frames, an orientation or a colour space of their own, are
+refused: a client sends plain sRGB.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START = struct.Struct(">8sI4sIIBB")  # signature, 13, IHDR, width, height, bits, kind of colour
 _CHUNK = struct.Struct(">I4s")  # length of the content, name; a checksum of 4 bytes ends a chunk
 _RGB = (8, 2)  # bits, kind of colour
-_REFUSED = (b"IHDR", b"tRNS", b"acTL")  # a second size, transparency, an animation
+# A second size, transparency, an animation; then what viewers turn, or show in other colours.
+_REFUSED = (b"IHDR", b"tRNS", b"acTL", b"eXIf", b"iCCP", b"cICP", b"gAMA", b"cHRM")
 
 
 def encode(picture: np.ndarray) -> bytes:

@@ -46,6 +46,7 @@ LAYERS = (
 # The only modules that import the package `rewards` (scripts may too).
 USERS_OF_REWARDS = {
     "moa_diffusion.scoring",
+    "moa_diffusion.evaluation.image_cache",
     "moa_diffusion.evaluation.score_cache",
     "moa_diffusion.benchmarks.gpu",
     "moa_diffusion.benchmarks.ocr",

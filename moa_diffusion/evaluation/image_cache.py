@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +15,7 @@ from moa_diffusion.config import Config
 from moa_diffusion.evaluation.files import json_digest, replaced
 from moa_diffusion.evaluation.output_cache import OutputCache, files_digest
 from moa_diffusion.types import ConfigError
+from rewards.pictures import read_rgb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +109,8 @@ class ImageCache(OutputCache[Tensor]):
     @staticmethod
     def _read(path: Path) -> Tensor:
         try:
-            with Image.open(path) as image:
-                pixels = numpy.array(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # what Pillow raises on damaged files
+            pixels = read_rgb(path)
+        except ValueError as error:
             raise ConfigError(
                 f"Picture `{path}` cannot be read: {error}. Delete it, and it is drawn again."
             ) from error

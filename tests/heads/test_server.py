@@ -347,6 +347,8 @@ MALFORMED = {
     "empty": (one(png(0, 8)), "should have pixels. Found 0 x 8"),
     "16 bits": (one(black(8, 8, bits=16)), "RGB of 8 bits .* Found 16 bits, kind 2"),
     "transparency": (one(black(8, 8, after=chunk(b"tRNS", bytes(6)))), "no further chunk tRNS"),
+    "on its side": (one(black(8, 8, after=chunk(b"eXIf", bytes(6)))), "no further chunk eXIf"),
+    "other colours": (one(black(8, 8, after=chunk(b"iCCP", bytes(6)))), "no further chunk iCCP"),
     "number as text": (
         forged({**TEXTS, "texts": [3]}),
         r"`texts\[0\]` should be a string",
