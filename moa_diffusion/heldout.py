@@ -83,6 +83,18 @@ class HeldOut:
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
     @torch.no_grad()
+    def try_rewards(self) -> None:
+        """Score two outputs with the heads that are not trained on, before many are drawn.
+
+        Raises:
+            RewardError: as ``Scorer.try_out``.
+        """
+        watched = [name for name in self.scorer.names if name not in self.training.names]
+        if watched:
+            asked = self.requests[: min(2, self.batch)]
+            self.scorer.try_out(asked, self.policy.generate(asked), names=watched)
+
+    @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
         """Draw as deployment would, score, compare with the base model and with rollouts.
 

@@ -318,14 +318,16 @@ class OfflineTrainer(Loop):
     # ------------------------------------------------------------------ what the loop asks
 
     def prepare(self) -> None:
-        """Load the heads, and tokenise all responses: what does not fit is known at the start."""
-        heads = self.heldout.scorer.load() if self.heldout else {}
+        """Tokenise all responses and load the heads: what does not fit is known at the start."""
         asked = self.heldout.requests if self.heldout else ()
+        facts = self.heldout.scorer.load([r.prompt for r in asked]) if self.heldout else {}
         with agreed(self.comm):
-            if heads:
-                self.log.write_heads(self.completed, heads)
             self.policy.prepare([*self.data.prompts, *(request.prompt for request in asked)])
-        self.cloning.read()
+            self.cloning.read()
+        if self.heldout:
+            self.heldout.try_rewards()
+            with agreed(self.comm):
+                self.log.write_heads(self.completed, facts)
         if self._log_mu is None:
             self.refer()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +24,9 @@ from rewards import create as create_head
 from rewards.blame import told
 from rewards.option_types import UnknownOption
 
-__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "create_head"]
+__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "create_head", "told"]
+
+logger = logging.getLogger(__name__)
 
 WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
@@ -74,8 +79,11 @@ class Scorer:
         """The objectives, in the order of the matrix's rows."""
         return tuple(self.heads)
 
-    def load(self) -> dict[str, dict[str, Any]]:
-        """Have every head load what it needs.
+    def load(self, prompts: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+        """Have every head load what it needs, and say what it cannot judge.
+
+        Args:
+            prompts: that samples will be drawn from.
 
         Returns:
             by objective what its scores depend on: the head's class, its unit, and the provenance
@@ -89,6 +97,8 @@ class Scorer:
         def work() -> dict[str, dict[str, Any]]:
             for head in self.heads.values():
                 head.load()
+                for remark in head.remarks(list(dict.fromkeys(prompts))):
+                    logger.warning("Reward %s: %s", head.name, remark)
                 if self.offload:
                     head.offload()
             return {
@@ -207,6 +217,39 @@ class Scorer:
         with self.begin() as scoring:
             scoring.add(requests, images=images, texts=texts)
             return self._finish(scoring)[0]
+
+    def try_out(
+        self, requests: Sequence[Request], outputs: Outputs, names: Sequence[str] | None = None
+    ) -> None:
+        """Have heads score a few outputs, for nothing but to see whether they can.
+
+        Random numbers that later outputs or scores depend on stay as they are.
+
+        Args:
+            requests: n, of this process.
+            outputs: that were drawn for them.
+            names: of the heads; all by default.
+
+        Raises:
+            RewardError: on every process, if a head failed on one of them.
+        """
+        chosen = {name: self.heads[name] for name in (self.names if names is None else names)}
+        images = outputs if isinstance(outputs, Tensor) else None
+        texts = None if isinstance(outputs, Tensor) else outputs
+
+        def work() -> None:
+            scoring = Scoring(chosen, self._threads, overlap=self.overlap)
+            try:
+                scoring.add(requests, images=images, texts=texts)
+                scoring.finish()
+            finally:
+                scoring.drop()
+            if self.offload:
+                for head in chosen.values():
+                    head.offload()
+
+        with _undisturbed():
+            self.together(work)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on every process; if one fails, all raise instead of waiting for it."""
@@ -354,6 +397,19 @@ class Scoring:
 
 class _Skipped(Exception):
     """The scoring was lost before this batch began."""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put the global random generators back to where they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _on_this_threads_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:

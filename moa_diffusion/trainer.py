@@ -24,6 +24,7 @@ from moa_diffusion.critic import Critic
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed, generator
 from moa_diffusion.distributed import Comm, agreed, local_slice
 from moa_diffusion.heldout import HeldOut
+from moa_diffusion.lessons import Lessons
 from moa_diffusion.loop import Loop, Schedule
 from moa_diffusion.metrics import RunLog, cosine_metrics, reward_metrics
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
@@ -124,6 +125,7 @@ class Trainer(Loop):
         self._gramian: Tensor | None = None  # [K, K], the last one probed
         self._measured: Tensor | None = None  # [K, K], of this rollout's gradients, if they were
         self._ratio_checked = False
+        self._lessons = Lessons(scorer.names)
 
     # ------------------------------------------------------------------ the paragraph
 
@@ -149,6 +151,7 @@ class Trainer(Loop):
             advantage = spread(self.combine(judged, advantages, weights))  # [N] or [N, T]
             update = self.improve(rollout, local_slice(advantage, self.comm))
 
+        self._lessons.look(rewards, advantages, advantage)
         self.completed += 1
         self.record(requests, rollout, rewards, advantage)
         found = reward_metrics(rewards, advantages, weights, judged) | self.statistics(rollout)
@@ -357,16 +360,33 @@ class Trainer(Loop):
 
     # ------------------------------------------------------------------ of the run
 
+    def run(self) -> None:
+        super().run()
+        self._lessons.report()
+
     def prepare(self) -> None:
         scorer = self.heldout.scorer if self.heldout else self.scorer
-        heads = scorer.load()
         asked = self.heldout.requests if self.heldout else ()
+        prompts = [p.text for p in self.sampler.prompts] + [request.prompt for request in asked]
+        facts = scorer.load(prompts)
         with agreed(self.comm):
-            self.log.write_heads(self.completed, heads)
-            self.policy.prepare(
-                [prompt.text for prompt in self.sampler.prompts]
-                + [request.prompt for request in asked]
-            )
+            self.policy.prepare(prompts)
+        self._try_rewards()
+        with agreed(self.comm):
+            self.log.write_heads(self.completed, facts)
+
+    def _try_rewards(self) -> None:
+        """Score the first samples of the next rollout: what always fails, fails before it is drawn.
+
+        Two samples, as a function may need several; the rollout draws them once more.
+        """
+        asked = local_slice(self.sampler.requests(self.completed), self.comm)[:2]
+        size = self.geometry.sample_batch
+        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        drawn = concatenate([self.policy.sample(part, step=self.completed) for part in parts])
+        self.scorer.try_out(asked, drawn.outputs)
+        if self.heldout:
+            self.heldout.try_rewards()
 
     def attempt(self) -> dict[str, float]:
         before = checkpoint.to_cpu(self.changing_state())

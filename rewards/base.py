@@ -283,6 +283,14 @@ class RewardHead(ABC):
             RewardError: If it cannot, whatever the samples.
         """
 
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """What users should know of the scores of samples drawn from these prompts.
+
+        To ask when the head is loaded; a sentence or two for each kind of prompt that the head
+        judges in part, or not at all.
+        """
+        return []
+
     def load(self) -> None:  # noqa: B027 - most heads hold nothing
         """Loads what the head needs, so that the first batch need not wait for it.
 

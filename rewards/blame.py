@@ -27,22 +27,24 @@ def told(error: BaseException) -> str:
     """
     message = str(error)
     found = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    place = _line(error)
-    return f"{found} ({place})" if place else found
+    return found + passed(error)
 
 
-def _line(error: BaseException) -> str:
+def passed(error: BaseException) -> str:
+    """The parenthesis of `told`, after a space; empty if no line of a user's was passed."""
     if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
         return ""
-    passed = [*traceback.walk_tb(error.__traceback__)]
-    users = [(frame, number) for frame, number in passed if _is_users(frame.f_code.co_filename)]
+    users = [
+        (frame, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if _is_users(frame.f_code.co_filename)
+    ]
     if not users:
         return ""
     frame, number = users[-1]
     code = frame.f_code
     line = linecache.getline(code.co_filename, number, frame.f_globals).strip()
-    place = f"{code.co_filename}, line {number}, in {code.co_name}"
-    return f"{place}: {line}" if line else place
+    return f" ({code.co_filename}, line {number}, in {code.co_name}{f': {line}' if line else ''})"
 
 
 def _is_users(file: str) -> bool:

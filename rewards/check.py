@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from rewards.base import Kind, RewardBatch, RewardError, RewardHead, Scores
+from rewards.blame import passed
 from rewards.registry import create
 
 PROMPT = 'A red circle on a white wall, below it the black word "MARBLE"'
@@ -55,7 +56,7 @@ def prepare(
         head = create(name, path, **options)
     except Exception as error:  # a head of somebody else's may raise anything
         plain = isinstance(error, ValueError | ImportError | RewardError)  # they say what to do
-        told = str(error) if plain else repr(error)
+        told = str(error) if plain else f"{error!r}{passed(error)}"
         raise Unusable(f'Head "{name}": {told}{_advice(error)}') from error
     try:
         if kind is not None:
@@ -65,7 +66,11 @@ def prepare(
             head.expect(kind)  # a remote one knows only now
     except Exception as error:  # a head of somebody else's may raise anything
         head.close()
-        message = str(error) if isinstance(error, RewardError) else f'Head "{name}": {error!r}'
+        message = (
+            str(error)
+            if isinstance(error, RewardError)
+            else f'Head "{name}": {error!r}{passed(error)}'
+        )
         raise Unusable(f"{message}{_advice(error)}") from error
     return head
 

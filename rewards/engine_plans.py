@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards import alphabets
 from rewards.engines import (
     ENGINES,
     EasyOcr,
@@ -85,6 +86,10 @@ class Plan:
             RuntimeError: If that fails.
         """
 
+    def alphabet(self) -> str | None:
+        """All characters that the engine can answer with; None: it does not tell."""
+        return None
+
     def offload(self, engine: Engine) -> None:
         """Frees the GPU's memory until the engine's next picture."""
 
@@ -95,6 +100,10 @@ class Plan:
 
 class RapidOcrPlan(Plan):
     """RapidOCR brings its models along."""
+
+    def alphabet(self) -> str:
+        """See `Plan`."""
+        return alphabets.rapidocr()
 
     def provenance(self) -> dict[str, str]:
         """See `Plan`."""
@@ -162,6 +171,12 @@ class EasyOcrPlan(Plan):
                 f"network, or do it by hand: {_by_hand(missing)}"
             ) from error
 
+    def alphabet(self) -> str:
+        """See `Plan`."""
+        reader = self._bare_reader()
+        # What the model knows, without what its languages do not have: that is never answered.
+        return "".join(set(reader.character) & set(reader.lang_char))
+
     def offload(self, engine: Engine) -> None:
         """See `Plan`."""
         assert isinstance(engine, EasyOcr)
@@ -175,9 +190,19 @@ class EasyOcrPlan(Plan):
     def _files(self) -> dict[Path, Mapping[str, str]]:
         """The files of weights and what EasyOCR knows of each: `url`, `md5sum` and more."""
         config = import_easyocr().config
+        reader = self._bare_reader()
+        sought = (reader.model_lang, reader.character)
+        entries = [e for models in config.recognition_models.values() for e in models.values()]
+        used = [e for e in entries if (e["model_script"], e["characters"]) == sought]
+        if self.options["detect"]:
+            used.append(config.detection_models["craft"])
+        folder = easyocr_folder(self.options["model_dir"])
+        return {folder / entry["filename"]: entry for entry in used}
+
+    def _bare_reader(self) -> Any:
+        """An EasyOCR reader that knows the recogniser of the languages, and loads nothing."""
         with contained(), tempfile.TemporaryDirectory() as scratch:
-            # Knows the recogniser of these languages, loads nothing, and makes its folders.
-            reader = import_easyocr().Reader(
+            return import_easyocr().Reader(  # which makes its folders
                 list(self.options["languages"]),
                 gpu=False,
                 model_storage_directory=scratch,
@@ -186,13 +211,6 @@ class EasyOcrPlan(Plan):
                 recognizer=False,
                 verbose=False,
             )
-        sought = (reader.model_lang, reader.character)
-        entries = [e for models in config.recognition_models.values() for e in models.values()]
-        used = [e for e in entries if (e["model_script"], e["characters"]) == sought]
-        if self.options["detect"]:
-            used.append(config.detection_models["craft"])
-        folder = easyocr_folder(self.options["model_dir"])
-        return {folder / entry["filename"]: entry for entry in used}
 
     def _missing(self) -> dict[Path, str]:
         """The files that are not there, with their addresses."""
@@ -229,6 +247,15 @@ class TesseractPlan(Plan):
                     f"install tesseract-ocr-{code} (Debian, Ubuntu) or brew install tesseract-lang "
                     f"(macOS)"
                 )
+
+    def alphabet(self) -> str | None:
+        """See `Plan`."""
+        folder = self._installed()[0]
+        found = [
+            alphabets.tesseract(folder / f"{code}.traineddata")
+            for code in self.options["languages"]
+        ]
+        return None if None in found else "".join(text for text in found if text)
 
     def provenance(self) -> dict[str, str]:
         """See `Plan`."""

@@ -42,6 +42,8 @@ class Engine(Protocol):
 class RapidOcr:
     """RapidOCR with its own PP-OCR models on ONNX Runtime, one thread; works offline.
 
+    Its recogniser reads text whichever way up: a word upside down or on its side counts as read.
+
     Args:
         detect: Whether to look for lines of text first; else the picture is read as one line.
         detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
@@ -53,12 +55,14 @@ class RapidOcr:
     def __init__(self, *, detect: bool, detection_side: int = 320) -> None:
         from rapidocr import RapidOCR
 
+        self._detect = detect
         self._engine: Any = RapidOCR(
             params={
                 # A picture without text is no news; rapidocr warns about every single one.
                 "Global.log_level": "error",
                 "Global.use_det": detect,
-                "Global.use_cls": False,  # text that is upside down is not legible
+                # The classifier that turns lines upright: the recogniser reads them as they are.
+                "Global.use_cls": False,
                 "Global.text_score": 0.0,  # doubtful readings count: the score is a distance
                 "Det.limit_type": "max",
                 "Det.limit_side_len": detection_side,
@@ -73,7 +77,14 @@ class RapidOcr:
     def read(self, image: np.ndarray) -> list[str]:
         """Reads one picture; see `Engine`."""
         bgr = np.ascontiguousarray(image[:, :, ::-1])  # the order of OpenCV
-        return list(self._engine(bgr).txts or ())
+        return list(self._engine(bgr, use_det=self._detect).txts or ())
+
+    def alphabet(self) -> str:
+        """All characters that the recogniser can answer with."""
+        if self._engine.text_rec is None:  # newer versions load it with the first line
+            self._engine(np.full((48, 48, 3), 255, np.uint8), use_det=False)
+        _blank, *characters = self._engine.text_rec.postprocess_op.character
+        return "".join(characters)
 
 
 class EasyOcr:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rewards.alphabets import who_reads
 from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.blame import told
 from rewards.engine_plans import plan
 from rewards.engines import Engine
 from rewards.pool import PoolError, WorkerPool
 from rewards.registry import register
-from rewards.text import check_quotes, comparable, legibility, quoted_target
+from rewards.text import check_quotes, comparable, legibility, quoted_target, readable
 
 _MOST_WORKERS = 8
+_SHOWN = 12  # characters in a remark
+
+_log = logging.getLogger(__name__)
 
 
 @register("ocr")
@@ -34,8 +41,10 @@ class OcrHead(RewardHead):
 
     where d is 0 if the target is a substring of what was read, else the edit distance capped at
     len(target). The OCR reward of Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470).
-    A prompt without quoted text scores NaN and is not read. The scores table shows the target and
-    what was read.
+    A prompt without quoted text scores NaN and is not read, and so does one whose target holds a
+    character that the engine cannot answer with: a perfect picture would score less than another
+    that happens to look like letters it knows. `remarks`, and a warning, tell of those. The scores
+    table shows the target and what was read.
 
     The engines:
 
@@ -109,15 +118,16 @@ class OcrHead(RewardHead):
             workers = 0 if self._plan.on_gpu else _default_workers()
         self.workers = workers
         self._fetched = False
+        self._told = False
         self._engine: Engine | None = None
         kind = self._plan.kind
         file = Path(inspect.getfile(kind))
         self._pool = WorkerPool(file, kind.__name__, self._plan.options, max(1, workers))
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Returns the legibility, `[N]`; NaN where the prompt quotes nothing.
+        """Returns the legibility, `[N]`; NaN where the prompt quotes nothing that can be read.
 
-        The columns `target` and `read` are None for those samples.
+        The column `read` is None for those samples, and `target` where nothing is quoted.
 
         Raises:
             RewardError: If the engine fails, dies or is late; names the samples.
@@ -125,6 +135,11 @@ class OcrHead(RewardHead):
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
         asked = [index for index, target in enumerate(targets) if comparable(target)]
+        if asked and not self._told:
+            for remark in self.remarks(list(dict.fromkeys(batch.prompts))):
+                self._told = True
+                _log.warning('Reward head "%s": %s', self._label, remark)
+        asked = [index for index in asked if not self._unreadable(targets[index])]
         values = torch.full((len(batch),), torch.nan)
         texts: list[str | None] = [None] * len(batch)
         for index, text in zip(asked, self.read(batch, asked), strict=True):
@@ -132,6 +147,25 @@ class OcrHead(RewardHead):
             texts[index] = text
         wanted = [target if comparable(target) else None for target in targets]
         return Scores(values=values, extra={"target": wanted, "read": texts})
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Says which prompts quote what the engine cannot read, and what would read it.
+
+        Raises:
+            RewardError: If the engine does not start.
+        """
+        targets = [quoted_target(prompt, self.quotes) or "" for prompt in prompts]
+        bad = [(target, found) for target in targets if (found := self._unreadable(target))]
+        if not bad:
+            return []
+        self._told = True
+        missing = dict.fromkeys(character for _, found in bad for character in found)
+        shown = " ".join(list(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
+        return [
+            f"{len(bad)} of {len(prompts)} prompts quote characters that the OCR engine "
+            f'"{self._plan.engine}" cannot read as it is set ({shown}), first {bad[0][0]!r}: they '
+            f"score NaN. {who_reads(missing)}"
+        ]
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
         """Reads the pictures at the given indices; returns the text of each, lines joined by LF.
@@ -173,6 +207,22 @@ class OcrHead(RewardHead):
         """Ends the worker processes and drops the engine; the next batch starts them again."""
         self._pool.close()
         self._engine = None
+
+    def _unreadable(self, target: str) -> list[str]:
+        """The characters of a target that the engine cannot answer with, as they are compared."""
+        characters = comparable(target)
+        if not characters or self._readable is None:
+            return []
+        return [character for character in characters if character not in self._readable]
+
+    @cached_property
+    def _readable(self) -> frozenset[str] | None:
+        """The characters that the engine can answer with; None: it does not tell."""
+        try:
+            alphabet = self._plan.alphabet()
+        except Exception as error:  # whatever an engine's libraries raise
+            raise RewardError(f"The OCR engine did not start: {told(error)}") from error
+        return None if alphabet is None else readable(alphabet)
 
     def _read(self, images: Sequence[np.ndarray]) -> list[list[str]]:
         if not self._fetched:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, TypeGuard, TypeVar, get_args
 
-from rewards.base import RewardError, RewardHead, Scored
-from rewards.blame import told
+from rewards.base import RewardHead, Scored
 from rewards.functions import CONCURRENCY, FunctionHead, is_async
 from rewards.option_types import check_complete, check_names, check_types
 from rewards.parameters import function_name, parameters_of
@@ -179,21 +178,10 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         check_names(name, named, options)
         check_complete(name, named, options)
         check_types(name, entry.target, options)
-        head = _construct(name, entry.target, options)
+        head = entry.target(**options)
         head.name = name
         return head
     return _create_function(name, entry, options)
-
-
-def _construct(name: str, kind: type[RewardHead], options: Mapping[str, Any]) -> RewardHead:
-    try:
-        return kind(**options)
-    except (ValueError, ImportError, RewardError):  # they say what to do
-        raise
-    except Exception as error:  # of a class of the user's own, which may raise anything
-        raise ValueError(
-            f'Reward head "{name}": making a `{kind.__name__}` failed: {told(error)}'
-        ) from error
 
 
 def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> FunctionHead:

@@ -4,7 +4,8 @@ The rule is the one of Flow-GRPO's OCR reward (Liu et al. 2025, https://arxiv.or
 the target stands in quotes, white space does not count, and a distance never exceeds the length
 of the target.
 
-Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased.
+Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased; characters that
+cannot be seen do not count either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _PATTERNS["any"] = re.compile(
     "|".join(_PATTERNS[style].pattern for style in ("double", "curly", "single")), re.DOTALL
 )
 QUOTE_STYLES = tuple(_PATTERNS)
+_UNSEEN = ("Cc", "Cf")  # control and format characters: joiners, marks of direction, soft hyphens
+_VARIANTS = frozenset(map(chr, range(0xFE00, 0xFE10)))  # which of its forms an emoji takes
 
 
 def check_quotes(style: str) -> str:
@@ -62,10 +65,22 @@ def without_quotes(prompt: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """Text as it is compared: NFKC, case folded, without white space."""
+    """Text as it is compared: NFKC, case folded, without white space and what cannot be seen."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     # Folding can leave the normal form, e.g. for a dotted capital I.
-    return "".join(unicodedata.normalize("NFKC", folded).split())
+    shown = "".join(unicodedata.normalize("NFKC", folded).split())
+    return "".join(
+        c for c in shown if unicodedata.category(c) not in _UNSEEN and c not in _VARIANTS
+    )
+
+
+def _is_seen(character: str) -> bool:
+    return unicodedata.category(character) not in _UNSEEN and character not in _VARIANTS
+
+
+def readable(alphabet: str) -> frozenset[str]:
+    """The characters of `comparable` texts that can be written in an alphabet."""
+    return frozenset(character for letter in alphabet for character in comparable(letter))
 
 
 def levenshtein(a: str, b: str) -> int:

@@ -23,7 +23,7 @@ LAYERS = (
     ("update", "alarm", "front", "saving"),
     ("heldout", "checkpoint", "stepper", "critic"),
     ("policies/*", "scoring", "gradients"),
-    ("metrics", "drift", "preference_files", "gradient_sum"),
+    ("metrics", "drift", "preference_files", "gradient_sum", "lessons"),
     (
         "objectives/*",
         "loss",

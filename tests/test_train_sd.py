@@ -314,7 +314,7 @@ def short(images, prompts):
 def infinite(images, prompts):
     global calls
     calls += 1
-    return [1.0 + i for i in range(len(prompts) - 1)] + [float("inf") if calls > 4 else 0.0]
+    return [1.0 + i for i in range(len(prompts) - 1)] + [float("inf") if calls > 5 else 0.0]
 """
 
 
@@ -365,22 +365,47 @@ def test_bad_input_says_what_was_expected_and_found(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("function", "message", "saved"),
-    [("short", "shape [4]. Found [1]", 0), ("infinite", "Found inf", 1)],
-)
 def test_a_failing_reward_stops_the_run_after_saving(
-    config: Path, here: Here, tmp_path: Path, function: str, message: str, saved: int
+    config: Path, here: Here, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(REWARDS_FILE)
     run = tmp_path / "run"
-    status, _, log = here(config, run, f"--rewards.mine.path=mine.py:{function}")
+    status, _, log = here(config, run, "--rewards.mine.path=mine.py:infinite")
     assert status == 1, log
     assert 'Reward head "mine" failed on sample' in log
-    assert message in log
-    assert (run / "checkpoints" / f"step-{saved:06d}" / "state.pt").is_file()
-    scores = run / "scores"
-    assert len(list(scores.glob("*"))) == saved if saved else not scores.exists()
+    assert "Found inf" in log
+    assert (run / "checkpoints" / "step-000001" / "state.pt").is_file()
+    assert len(list((run / "scores").glob("*"))) == 1
+
+
+def test_a_reward_that_always_fails_costs_two_samples_and_no_folder(
+    config: Path, here: Here, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(REWARDS_FILE)
+    run = tmp_path / "run"
+    status, _, log = here(config, run, "--rewards.mine.path=mine.py:short")
+    assert status == 1, log
+    assert 'Reward head "mine" failed on samples #0' in log
+    assert "shape [2]. Found [1]" in log
+    assert not (run / "checkpoints").exists()
+    (tmp_path / "mine.py").unlink()
+    (tmp_path / "mended.py").write_text(
+        "def short(images, prompts):\n    return [0.0] * len(prompts)"
+    )
+    status, _, log = here(
+        config, run, "--rewards.mine.path=mended.py:short", "--trainer.steps", "1"
+    )
+    assert status == 0, log
+    assert "Nothing can be learned from the reward mine in the first rollout" in log
+
+
+def test_a_wrong_option_of_a_reward_is_told_the_nearest(
+    config: Path, here: Here, tmp_path: Path
+) -> None:
+    status, _, log = here(config, tmp_path / "run", "--rewards.ocr.wieght", "2")
+    assert status == 2
+    assert "rewards.ocr: unknown option 'wieght'. Did you mean 'weight'? Valid: engine, " in log
+    assert "weight, head, path." in log
 
 
 def test_a_reward_server_that_dies_stops_the_run_after_saving(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -67,6 +69,14 @@ def sometimes(images, prompts):
 
 def constant(images, prompts):
     return [0.1] * len(prompts)
+
+
+def by_prompt(images, prompts):
+    return [float(ord(prompt[0])) for prompt in prompts]
+
+
+def tagged(images, prompts, tag):
+    return [0.0] * len(prompts)
 
 
 def settings(folder: Path, **changes: object) -> Config:
@@ -508,7 +518,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 
 class Failing(RewardHead):
-    """Works for two rollouts of two batches."""
+    """Works when it is tried, and for two rollouts of two batches."""
 
     name = "failing"
 
@@ -517,7 +527,7 @@ class Failing(RewardHead):
 
     def score(self, batch):
         self.calls += 1
-        if self.calls == 5:
+        if self.calls == 6:
             raise OSError("server gone")
         return batch.require_images()[:, 0].mean((1, 2))
 
@@ -542,6 +552,113 @@ def test_a_failing_head_saves_what_was_learned(tmp_path):
     resumed.scorer.heads["green"].calls = 10
     resumed.run()
     assert torch.equal(drift(resumed), drift(straight))
+
+
+class Late(RewardHead):
+    """Fails at a chosen call, and remembers how many samples it was given."""
+
+    name = "late"
+
+    def __init__(self, fails_at: int) -> None:
+        self.fails_at, self.seen = fails_at, []
+
+    def score(self, batch):
+        self.seen.append(len(batch))
+        if len(self.seen) == self.fails_at:
+            raise OSError("no such thing")
+        return batch.require_images()[:, 0].mean((1, 2))
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_reward_that_fails_before_anything_is_learned_leaves_the_folder_free(tmp_path, fails_at):
+    """When it is tried on two samples, or in the first rollout."""
+    folder = tmp_path / "run"
+    trainer = make(folder)
+    trainer.scorer.heads["green"] = head = Late(fails_at)
+    with pytest.raises(RewardError, match="OSError: no such thing") as caught:
+        trainer.run()
+    assert head.seen == [2, 8, 8][:fails_at]
+    assert "__notes__" not in vars(caught.value)
+    assert not (folder / "metrics.jsonl").exists()
+    assert not (folder / "checkpoints").exists()
+    make(folder).run()
+    make(tmp_path / "straight").run()
+    assert rows(folder) == rows(tmp_path / "straight")
+
+
+def test_a_held_out_reward_is_tried_before_the_first_evaluation(tmp_path):
+    trainer = make(
+        tmp_path / "run", evaluation__every=2, evaluation__rewards=rewards("constant", "never")
+    )
+    trainer.heldout.scorer.heads["never"] = head = Late(1)
+    generate, drawn = trainer.policy.generate, []
+
+    def counted(requests):
+        drawn.append(len(requests))
+        return generate(requests)
+
+    trainer.policy.generate = counted
+    with pytest.raises(RewardError, match="no such thing"):
+        trainer.run()
+    assert (drawn, head.seen) == ([2], [2])
+
+
+def test_trying_a_reward_leaves_the_global_generators_alone(tmp_path):
+    class Drawing(RewardHead):
+        name = "drawing"
+
+        def score(self, batch):
+            return torch.rand(len(batch)) + random.random() + numpy.random.rand()
+
+    trainer = make(tmp_path / "run")
+    trainer.scorer.heads["green"] = Drawing()
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    trainer._try_rewards()
+    after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_metadata_that_lacks_is_told_before_the_policy_is_built(tmp_path, monkeypatch):
+    def none_is_built(*arguments):
+        pytest.fail("the policy was built")
+
+    monkeypatch.setattr("moa_diffusion.build.runs.policy", none_is_built)
+    with pytest.raises(
+        ConfigError, match=r"^rewards.tagged: The function `tagged\(images, .*`tag`"
+    ):
+        make(tmp_path / "run", rewards=rewards("tagged"))
+
+
+# ---------------------------------------------------------------------- nothing to learn
+
+
+def warnings_of(caplog) -> list[str]:
+    return [r.message for r in caplog.records if r.name == "moa_diffusion.lessons"]
+
+
+def test_a_reward_that_never_differs_is_told_at_once_and_at_the_end(tmp_path, caplog):
+    make(tmp_path / "run", rewards=rewards("red", "constant", "by_prompt")).run()
+    first, second, *last = warnings_of(caplog)
+    assert first.startswith("Nothing can be learned from the reward constant in the first rollout")
+    assert "it is 0.1 for every sample" in first
+    assert "by_prompt in the first rollout: it is equal for all samples of a prompt" in second
+    assert [line.split(":")[0] for line in last] == [
+        f"Nothing could be learned from the reward {name} in 4 of 4 rollouts"
+        for name in ("constant", "by_prompt")
+    ]
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, caplog):
+    make(tmp_path / "run", rewards=rewards("constant")).run()
+    found = warnings_of(caplog)
+    assert found[1] == "This run learns nothing so far: every advantage of the first rollout is 0."
+    assert found[-1].startswith("THIS RUN HAS LEARNED NOTHING: every advantage was 0 in all of its")
+
+
+def test_a_run_that_learns_says_nothing(tmp_path, caplog):
+    make(tmp_path / "run").run()
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize("error", [RewardError, Interrupted])

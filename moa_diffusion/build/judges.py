@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moa_diffusion import alarm
 from moa_diffusion.alarm import Watch
 from moa_diffusion.build.parts import nearest
 from moa_diffusion.config import Config
+from moa_diffusion.data import Prompt
 from moa_diffusion.distributed import Comm
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.scoring import RewardHead, Scorer, UnknownOption, create_head
+from moa_diffusion.scoring import (
+    RewardError,
+    RewardHead,
+    Scorer,
+    UnknownOption,
+    create_head,
+    told,
+)
 from moa_diffusion.types import ConfigError, Request
 
 _COMMON = ("weight", "head", "path")  # what every reward may say beside its head's options
@@ -41,11 +50,15 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
         except UnknownOption as error:
             valid = (*error.valid, *_COMMON)
             raise ConfigError(
-                f"{section}.{name}.{error.option}: unknown option.{nearest(error.option, valid)} "
-                f"Valid: {', '.join(valid)}."
+                f"{section}.{name}: unknown option {error.option!r}."
+                f"{nearest(error.option, valid)} Valid: {', '.join(valid)}."
             ) from error
-        except (ValueError, TypeError) as error:
+        except ImportError:  # it names the package, and is no fault of the configuration
+            raise
+        except ValueError as error:
             raise ConfigError(f"{section}.{name}: {error}") from error
+        except Exception as error:  # the constructor of a user's class may raise anything
+            raise ConfigError(f"{section}.{name}: {told(error)}") from error
         wanted = "texts" if settings.policy.name == "causal_lm" else "images"
         if head.scores not in (wanted, "both"):
             raise ConfigError(
@@ -57,16 +70,40 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
     return built
 
 
-def scorers(settings: Config, comm: Comm) -> tuple[Scorer, Scorer]:
+def scorers(
+    settings: Config, comm: Comm, *, trained: Sequence[Prompt], asked: Sequence[Request]
+) -> tuple[Scorer, Scorer]:
     """What runs all heads, held-out ones included, and what runs those of the objectives.
 
+    Args:
+        settings: the configuration.
+        comm: collectives over the processes.
+        trained: prompts that the objectives are scored on.
+        asked: what evaluations draw.
+
     Raises:
-        ConfigError: as ``heads``.
+        ConfigError: as ``heads``, or if a head cannot use the prompts.
     """
     options = {"overlap": settings.scoring.overlap, "offload": settings.scoring.offload}
     training = heads(settings)
-    everyone = training | heads(settings, "evaluation.rewards")
+    watched = heads(settings, "evaluation.rewards")
+    everyone = training | watched
+    drawn = [(request.prompt, request.metadata) for request in asked]
+    _check_prompts("rewards", training, [*((p.text, p.metadata) for p in trained), *drawn])
+    _check_prompts("evaluation.rewards", watched, drawn)
     return Scorer(everyone, comm, **options), Scorer(training, comm, **options)
+
+
+def _check_prompts(
+    section: str,
+    chosen: Mapping[str, RewardHead],
+    prompts: Sequence[tuple[str, Mapping[str, Any]]],
+) -> None:
+    for name, head in chosen.items():
+        try:
+            head.check_prompts([text for text, _ in prompts], [entry for _, entry in prompts])
+        except RewardError as error:
+            raise ConfigError(f"{section}.{name}: {error.cause}") from error
 
 
 def watcher(settings: Config, asked: Sequence[Request]) -> Watch:

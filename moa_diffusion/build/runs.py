@@ -94,7 +94,8 @@ def _trainer(
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
         if len(prompts.sets) > 1:
             print(prompts.describe())
-    everyone, scorer = scorers(settings, comm)
+    drawn = [prompt for part in prompts.sets for prompt in part.prompts]
+    everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     built = Trainer(
@@ -183,7 +184,7 @@ def _offline_trainer(
             f"Processes: {comm.world_size} ({accelerator.device.type}). {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    everyone, scorer = scorers(settings, comm)
+    everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     built = OfflineTrainer(

@@ -12,6 +12,7 @@ import torch
 
 from rewards import RewardBatch, RewardError, create
 from rewards.blame import told
+from rewards.check import Unusable, prepare
 
 USER = """
     import numpy as np
@@ -95,8 +96,8 @@ def test_a_failure_inside_a_library_shows_who_called_it(user: str) -> None:
 
 
 def test_a_class_that_cannot_be_made_shows_its_line(user: str) -> None:
-    with pytest.raises(ValueError, match=r'"mine": making a `Unmade` failed: KeyError') as caught:
-        create("mine", f"{user}:Unmade")
+    with pytest.raises(Unusable, match=r"KeyError\('b'\) \(") as caught:
+        prepare("mine", {}, f"{user}:Unmade")
     assert line(user, '{"a": 1}[prompt]') in str(caught.value)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards import RewardBatch, RewardError, create
+from rewards import RewardBatch, RewardError, alphabets, create
 from rewards.engine_plans import Plan, plan
 from rewards.engines import ENGINES, run_program
 
@@ -211,6 +211,35 @@ def test_tesseract_reads_in_this_process_and_in_a_worker():
         head = create("ocr", engine="tesseract", workers=workers)
         assert head(full).tolist() == [1.0, 1.0, 0.75, 0.0]
         head.close()
+
+
+@real_tesseract
+def test_tesseract_tells_what_it_can_write():
+    known = plan("tesseract", detect=True, detection_side=None, options={}).alphabet()
+    assert known is not None
+    assert set("ABCxyz019&\u00e9") <= set(known)
+    assert not set(" \u00fc\u041c") & set(known)
+    head = create("ocr", engine="tesseract", workers=0)
+    word, accent = drawn("OPEN"), "\u00dcBER"
+    found = head(batch((word, "OPEN"), (word, accent)))
+    assert found[0] == 1.0
+    assert found[1].isnan()
+
+
+@real_tesseract
+def test_tesseract_reads_upright_text_from_top_to_bottom():
+    head = create("ocr", engine="tesseract", workers=0)
+    upright = drawn("NEW", "YORK")
+    turned = np.ascontiguousarray(np.rot90(upright, 2))
+    found = head(batch((upright, "NEW YORK"), (turned, "NEW YORK")))
+    assert found[0] == 1.0
+    assert found[1] < 0.5
+
+
+@pytest.mark.parametrize("content", [b"", b"English", b"\x18\0\0\0" + b"\xff" * 8 * 24])
+def test_a_file_of_another_layout_tells_nothing(tmp_path, content):
+    (tmp_path / "x.traineddata").write_bytes(content)
+    assert alphabets.tesseract(tmp_path / "x.traineddata") is None
 
 
 @real_tesseract

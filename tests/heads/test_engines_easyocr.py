@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from rewards import RewardBatch, RewardError, create
+from rewards.engine_plans import plan
 from rewards.engines import EasyOcr
 
 pytest.importorskip("easyocr")
@@ -63,6 +64,20 @@ def weights(tmp_path_factory):
 def easy(folder: Path, **options):
     options = {"model_dir": str(folder), "device": "cpu", **options}
     return create("ocr", engine="easyocr", workers=0, engine_options=options)
+
+
+def test_easyocr_tells_what_it_can_write(weights):
+    head = easy(weights)
+    found = head(batch("G", "G\u00c9", "\u0413"))
+    assert found[0] == 1.0
+    assert found[1:].isnan().all()  # English has no accents, and the last is a Cyrillic letter
+    russian = plan(
+        "easyocr",
+        detect=True,
+        detection_side=None,
+        options={"languages": ["ru"], "device": "cpu"},
+    )
+    assert "\u0413" in russian.alphabet()
 
 
 @pytest.mark.parametrize("detect", [True, False])

@@ -80,6 +80,69 @@ def test_without_detection_a_large_word_is_read_too():
     assert rewards.mean() > 0.9
 
 
+def test_the_engine_reads_text_whichever_way_up(head):
+    """What the documentation says of it; another version may do otherwise."""
+    array = np.full((128, 256, 3), 255, np.uint8)
+    array[32:96, 96:160] = sign("OPEN", (255, 255, 255))
+    ways = [np.rot90(array, turns) for turns in range(4)]
+    for upright in (ways[0::2], ways[1::2]):
+        assert head(batch(upright, [says("OPEN")] * 2)).tolist() == [1.0, 1.0]
+
+
+def test_the_engine_reads_lines_from_top_to_bottom_at_full_resolution(head):
+    array = np.full((1024, 1024, 3), 255, np.uint8)  # the detector sees it at a third
+    array[650:714, 100:228] = sign("YORK", (255, 255, 255), 128)[32:96]
+    array[200:264, 700:828] = sign("NEW", (255, 255, 255), 128)[32:96]
+    assert head.read(batch([array], ["-"]), [0]) == ["NEW\nYORK"]
+
+
+# --- what the engine cannot read ------------------------------------------------------------------
+
+MOSCOW = "\u041c\u041e\u0421\u041a\u0412\u0410"  # in Cyrillic letters
+UNREADABLE = [MOSCOW, "\uc11c\uc6b8", "\u05e9\u05dc\u05d5\u05dd", "OPEN \U0001f642"]
+READABLE = [
+    *("OPEN", "CAF\u00c9", "\u6771\u4eac", "\u0391\u0398\u0397\u039d\u0391"),
+    *("50 %", "DON\u2019T", "a\u00adb", "\u2615\ufe0f"),  # the last two hold what is not seen
+]
+
+
+@pytest.mark.parametrize("target", UNREADABLE)
+def test_a_target_that_the_engine_cannot_write_is_nan_and_not_read(target, caplog):
+    head = create("ocr", workers=1)
+    prompts = [says(target), says(target), "no text"]
+    scores = head.evaluate(batch([sign("GO", COLOURS[0])] * 3, prompts))
+    assert scores.values.isnan().all()
+    assert scores.extra == {"target": [target, target, None], "read": [None] * 3}
+    assert head._pool._workers == []
+    (record,) = caplog.records  # once, though asked twice
+    head(batch([sign("GO", COLOURS[0])], prompts[:1]))
+    assert len(caplog.records) == 1
+    assert (
+        'Reward head "ocr": 1 of 2 prompts quote characters that the OCR engine "rapidocr" cannot'
+        in record.message
+    )
+    assert repr(target) in record.message
+    assert "they score NaN" in record.message
+
+
+def test_what_the_engine_can_write_is_no_remark():
+    assert create("ocr", workers=0).remarks([says(target) for target in READABLE]) == []
+
+
+def test_a_remark_counts_the_prompts_and_names_what_would_read_them():
+    head = create("ocr", workers=0)
+    (remark,) = head.remarks([*map(says, UNREADABLE[:1]), *map(says, READABLE), "no text"])
+    assert remark.startswith("1 of 10 prompts quote characters")
+    assert (
+        "(\u043c \u043e \u0441 \u043a \u0432 \u0430), first '\u041c\u041e\u0421\u041a\u0412\u0410'"
+        in remark
+    )
+    assert "`engine: tesseract`" in remark
+    if importlib.util.find_spec("easyocr") is not None:
+        assert "languages: [CODE]" in remark
+        assert " ru," in remark
+
+
 def test_further_text_is_punished_only_on_request(head):
     strict = create("ocr", workers=0, substring_ok=False)
     full = batch([sign("STOP", COLOURS[2])], [says("TOP")])
