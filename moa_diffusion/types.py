@@ -54,6 +54,7 @@ class Rollout:
     texts: tuple[str, ...] | None = None  # length n
     # Numbers [n] float32 on the CPU about each sample that only the policy knows, by name.
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    bare: bool = False  # a part without its outputs, which training does not look at
 
     def __post_init__(self) -> None:
         n = len(self.requests)
@@ -67,8 +68,12 @@ class Rollout:
                 "Parameter `mask` should have the shape of `log_probs`. "
                 f"Found {tuple(self.mask.shape)} and {tuple(self.log_probs.shape)}."
             )
-        if (self.images is None) == (self.texts is None):
-            raise ValueError("A rollout should hold exactly one of `images` and `texts`.")
+        outputs = (self.images is not None) + (self.texts is not None)
+        if outputs != (0 if self.bare else 1):
+            raise ValueError(
+                "A rollout should hold exactly one of `images` and `texts`, or neither if it is "
+                f"`bare`. Found {('none', 'one', 'both')[outputs]}."
+            )
         for name, tensor in (*self.trace.items(), *self.statistics.items()):
             if tensor.shape[:1] != (n,):
                 raise ValueError(
@@ -81,24 +86,37 @@ class Rollout:
 
     @property
     def outputs(self) -> Outputs:
-        """The images or the texts."""
+        """The images or the texts; a bare rollout has none."""
         if self.texts is not None:
             return self.texts
         assert self.images is not None
         return self.images
 
-    def select(self, index: Tensor) -> Rollout:
-        """The samples at ``index [m]`` (int64), in that order."""
+    def select(self, index: Tensor, *, outputs: bool = True) -> Rollout:
+        """The samples at ``index [m]`` (int64, on the CPU), in that order.
+
+        Args:
+            index: rows, known to the host: nothing has to be sent to the device.
+            outputs: whether images and texts come along; else the part is bare.
+        """
         rows = index.tolist()
+        images = self.images if outputs else None
+        texts = self.texts if outputs else None
         return Rollout(
             requests=tuple(self.requests[i] for i in rows),
-            log_probs=self.log_probs[index],
-            mask=self.mask[index],
-            trace={name: tensor[index] for name, tensor in self.trace.items()},
-            images=None if self.images is None else self.images[index],
-            texts=None if self.texts is None else tuple(self.texts[i] for i in rows),
-            statistics={name: values[index.cpu()] for name, values in self.statistics.items()},
+            log_probs=take(self.log_probs, rows),
+            mask=take(self.mask, rows),
+            trace={name: take(tensor, rows) for name, tensor in self.trace.items()},
+            images=None if images is None else take(images, rows),
+            texts=None if texts is None else tuple(texts[i] for i in rows),
+            statistics={name: take(values, rows) for name, values in self.statistics.items()},
+            bare=not outputs,
         )
+
+
+def take(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """``values[rows]`` of numbers that the host knows, without an index sent to the device."""
+    return torch.stack([values[i] for i in rows]) if rows else values[:0]
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:

@@ -37,8 +37,9 @@ def matrix(**changes) -> RewardMatrix:
         ({"log_probs": torch.zeros(3, 2)}, r"`log_probs` should have .* Found \(3, 2\) for 4"),
         ({"log_probs": torch.zeros(4)}, r"Found \(4,\)"),
         ({"mask": torch.ones(4, 3, dtype=torch.bool)}, r"`mask` .* Found \(4, 3\) and \(4, 2\)"),
-        ({"images": None}, "exactly one of `images` and `texts`"),
-        ({"texts": ("a",) * 4}, "exactly one of `images` and `texts`"),
+        ({"images": None}, "exactly one of `images` and `texts`.* Found none"),
+        ({"texts": ("a",) * 4}, "exactly one of `images` and `texts`.* Found both"),
+        ({"bare": True}, "neither if it is `bare`. Found one"),
         ({"trace": {"latents": torch.zeros(3, 4)}}, r"`latents` .* n = 4. Found shape \(3, 4\)"),
     ],
 )
@@ -73,6 +74,13 @@ def test_select_takes_rows_in_the_order_asked_for():
     assert part.log_probs.tolist() == [[4, 5], [0, 1]]
     assert part.trace["latents"][:, 0, 0].tolist() == [2, 0]
     assert part.images[:, 0, 0, 0].tolist() == [0.5, 0]
+
+
+def test_select_may_leave_the_outputs_behind():
+    """Training reads latents and log-probs; the pictures of a micro-batch are 25 MB."""
+    part = rollout().select(torch.tensor([2, 0]), outputs=False)
+    assert part.images is part.texts is None
+    assert part.trace["latents"][:, 0, 0].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("texts", [None, ("a", "b", "c", "d")])
