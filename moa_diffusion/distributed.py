@@ -227,6 +227,10 @@ class AccelerateComm:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         if self.world_size == 1 or not tensors:
             return
+        first = tensors[0]
+        if len(tensors) == 1 and first.is_contiguous() and first.device == self._device:
+            dist.all_reduce(first)  # a large buffer, perhaps: without a copy
+            return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(self._device)
         dist.all_reduce(flat)
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
@@ -241,6 +245,8 @@ class AccelerateComm:
         tensor.copy_(carrier)
 
     def any(self, flag: bool) -> bool:
+        if self.world_size == 1:
+            return flag
         count = torch.tensor([int(flag)], device=self._device)
         return bool(self.gather(count).any())
 
