@@ -298,11 +298,23 @@ class Geometry:
         world_size: int,
         max_sample_batch: int,
         max_micro_batch: int,
+        equal_rows: int | None = None,
     ) -> Geometry:
         """The largest batches within the two limits that cut each process's share evenly.
 
         Where the limits themselves do, any number of processes makes the same forward passes, of
         the same samples, and all of them train the same parameters to the last bit.
+
+        Args:
+            groups: P.
+            group_size: G.
+            updates: optimizer steps per rollout.
+            world_size: processes.
+            max_sample_batch: limit of the first batch.
+            max_micro_batch: limit of the second.
+            equal_rows: if a forward pass shall have as many rows in training, where a sample has
+                so many (its decisions), as in sampling, where it has one: kernels of half
+                precision round by the number of rows. If no two batches fit, they stay unequal.
 
         Raises:
             ConfigError: if the samples cannot be shared evenly; the message names the numbers.
@@ -315,13 +327,22 @@ class Geometry:
                 f"samples for {world_size} processes * {updates} updates."
             )
         per_rank = samples // world_size
+        sample_batch = _largest_divisor(per_rank, max_sample_batch)
+        micro_batch = _largest_divisor(per_rank // updates, max_micro_batch)
+        if equal_rows is not None:
+            for size in range(micro_batch, 0, -1):
+                rows = size * equal_rows
+                fits = rows <= max_sample_batch and per_rank % rows == 0
+                if fits and per_rank // updates % size == 0:
+                    sample_batch, micro_batch = rows, size
+                    break
         return cls(
             groups=groups,
             group_size=group_size,
             updates=updates,
             world_size=world_size,
-            sample_batch=_largest_divisor(per_rank, max_sample_batch),
-            micro_batch=_largest_divisor(per_rank // updates, max_micro_batch),
+            sample_batch=sample_batch,
+            micro_batch=micro_batch,
         )
 
     def describe(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, patch_environment
 
@@ -38,6 +39,10 @@ _NEUTRAL = {
 
 def make_accelerator() -> Accelerator:
     """Process group and device; of the launcher's other settings see ``refused`` and ``unused``."""
+    # Sums of products in half precision stay float32: with the other reduction, what a matrix
+    # product rounds to depends on how cuBLAS splits it, and so on the batch.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     present = {name: value for name, value in _NEUTRAL.items() if name in os.environ}
     with patch_environment(**present):
         return Accelerator(mixed_precision="no")

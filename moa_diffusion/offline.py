@@ -143,9 +143,7 @@ class Cloning(Stepper):
             "offline/loss": float(-sums[0]) / len(rows),
             "offline/log_prob": float(sums[1]) / len(rows),
             "offline/tokens": sum(len(self._tokens[row]) for row in rows) / len(rows),
-            "policy/grad_norm": norm,
-            "policy/skipped_updates": float(not math.isfinite(norm)),
-            "policy/lr": self.optimizer.param_groups[0]["lr"],
+            **self.step_metrics([norm]),
         }
 
     @torch.no_grad()

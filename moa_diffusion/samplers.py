@@ -66,6 +66,16 @@ class Steps:
         unscaled = torch.tensor([step.unscaled for step in steps], device=device)
         return cls(x=x, v=v, std=std, length=length, unscaled=unscaled[:, None, None, None])
 
+    def __getitem__(self, rows: slice) -> Steps:
+        """Some of them."""
+        return Steps(x=self.x[rows], v=self.v[rows], std=self.std[rows], length=self.length[rows])
+
+    def repeat(self, times: int) -> Steps:
+        """All of them, one after the other, so many times over."""
+        parts = (self.x, self.v, self.std, self.length)
+        x, v, std, length = (part.repeat(times, 1, 1, 1) for part in parts)
+        return Steps(x=x, v=v, std=std, length=length)
+
     def mean(self, x: Tensor, v: Tensor) -> Tensor:
         """Mean ``[N, C, H, W]`` of ``x_next``, given latents and velocities after guidance."""
         return self.x * x + self.v * v
@@ -85,6 +95,29 @@ class Steps:
         if self.unscaled is not None:
             per_dimension = torch.where(self.unscaled, -gap.square(), per_dimension)
         return per_dimension.flatten(1).mean(1)
+
+    def even_score(self, v: Tensor, noise: Tensor) -> Tensor:
+        """What stands for the log density where all steps shall count alike: ``[N]``.
+
+        Differences of it are normalised log ratios. With ``m`` the mean under the policy that
+        drew the step's ``noise``, ``m'`` under another, and D the dimensions, the log ratio is ::
+
+            log r = ((m' - m) . noise / std - |m' - m|^2 / (2 std^2)) / D
+
+        Its second term makes it negative on average, by more where ``std`` is small, and its first
+        moves by ``|step.v| / std`` times the change of the velocity, some 26 times more at the
+        last steps than at the first. GRPO-Guard (arXiv 2510.22319, eq. 8; its code) adds the second
+        term back and multiplies by ``std``, and divides the loss by the step's length; we multiply
+        by ``std / |step.v|``, which does both to the loss (but for Flow-SDE's constant
+        ``1 + noise_level^2 / 2``) and to the clip as well. What is left is linear in the velocity::
+
+            log r std / |step.v| = sign(step.v) (v' - v) . noise / D
+
+        Args:
+            v: ``[N, C, H, W]``, velocity of the policy after guidance.
+            noise: ``[N, C, H, W]``, that the step was drawn with.
+        """
+        return (self.v.sign() * v * noise).flatten(1).mean(1)
 
     def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
         """KL of the policy's step to the reference's, averaged over C, H, W: ``[N]``, >= 0.

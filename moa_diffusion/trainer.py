@@ -124,7 +124,6 @@ class Trainer(Loop):
 
         self._gramian: Tensor | None = None  # [K, K], the last one probed
         self._measured: Tensor | None = None  # [K, K], of this rollout's gradients, if they were
-        self._ratio_checked = False
         self._lessons = Lessons(scorer.names)
 
     # ------------------------------------------------------------------ the paragraph
@@ -135,9 +134,7 @@ class Trainer(Loop):
         self.meet(requests)
         with self.scorer.begin() as scoring:
             rollout = self.sample(local_slice(requests, self.comm), scoring)
-            if not self._ratio_checked:
-                self.updater.check_ratio(rollout)
-                self._ratio_checked = True
+            self.updater.check_ratio(rollout, self.policy.trained_steps(self.completed))
             rewards = self.score(scoring, requests)  # [K, N]
 
         self._report_silence(rewards)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,9 @@ from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.stepper import Stepper, TrainingError
-from moa_diffusion.types import Rollout
+from moa_diffusion.types import Rollout, take
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,8 @@ class Updater(Stepper):
         )
         self.geometry, self.comm, self.surrogate = geometry, comm, surrogate
         self.seed, self.progress = seed, progress
-        self._device = self._parameters[0].device
+        self._checked: set[int] = set()  # decisions that were on-policy when first drawn
+        self._off_policy = False  # whether it was said that a rollout was not on-policy
 
     def __call__(
         self,
@@ -92,7 +96,8 @@ class Updater(Stepper):
             advantage: ``[n]``, or ``[n, T]`` if each decision has its own.
             step: rollouts finished before this one; it decides the order of the samples.
             kl_scale: factor of the KL's weight.
-            before_batch: called on all processes before each micro-batch. If it raises, the
+            before_batch: called on all processes before each optimizer step, and where there is
+                one process, which need not be asked, before each micro-batch. If it raises, the
                 rollout's optimizer steps so far are not undone.
 
         Returns:
@@ -101,8 +106,8 @@ class Updater(Stepper):
         advantage = advantage.to(self._device, torch.float32)
         beta = self.surrogate.kl_weight * kl_scale
 
-        def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
-            return self._backward(part, advantage[index], total, beta)
+        def backward(part: Rollout, index: Tensor, total: Tensor) -> Tensor:
+            return self._backward(part, take(advantage, index.tolist()), total, beta)
 
         return self._run(rollout, backward, step=step, before_batch=before_batch)
 
@@ -135,12 +140,13 @@ class Updater(Stepper):
             metrics, and the mean weights ``[K]``.
         """
         advantages = advantages.to(self._device, torch.float32)
+        by_sample = advantages.T  # [n, K]
         count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
         rows = self._rows(count)
         found: list[Tensor] = []
 
-        def backward(part: Rollout, index: Tensor, total: int) -> Tensor:
-            return self._backward_rows(rows, part, advantages[:, index], total, beta)
+        def backward(part: Rollout, index: Tensor, total: Tensor) -> Tensor:
+            return self._backward_rows(rows, part, take(by_sample, index.tolist()).T, total, beta)
 
         def mix() -> None:
             gramian = rows.gramian(self.comm)
@@ -148,7 +154,7 @@ class Updater(Stepper):
                 found.append(solve(gramian))
             else:  # the step will be skipped, and counted
                 found.append(torch.full((count,), 1 / count, dtype=torch.float64))
-            rows.write(found[-1] * self._loss_scale())
+            rows.write(found[-1] * self.loss_scale)
             rows.clear()
 
         metrics = self._run(rollout, backward, mix, step=step, before_batch=before_batch)
@@ -166,12 +172,17 @@ class Updater(Stepper):
         advantages = advantages.to(self._device, torch.float32)
         rows = self._rows(len(advantages))
         chosen = self.geometry.probe(share, seed=self.seed, step=step, rank=self.comm.rank)
-        index = torch.cat([*chosen, torch.zeros(0, dtype=torch.int64)])  # perhaps none is ours
-        decisions = rollout.mask[index].sum()[None]
+        index = [i for micro in chosen for i in micro.tolist()]  # perhaps none is ours
+        decisions = take(rollout.mask, index).sum()[None]
         self.comm.sum_([decisions])
         for micro in chosen:
-            part, total = rollout.select(micro), int(decisions)
-            self._backward_rows(rows, part, advantages[:, micro], total, 0.0)
+            part = rollout.select(micro, outputs=False)
+            mine = take(advantages.T, micro.tolist()).T  # [K, m]
+            for steps in self.policy.step_chunks(part.log_probs.shape[1]):
+                new, _ = self.policy.log_probs(part, steps)
+                # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
+                slopes = torch.where(part.mask[:, steps], -mine[:, :, None], 0.0)  # [K, m, t]
+                rows.backward(new, slopes / decisions, scale=self.loss_scale)
         return rows.gramian(self.comm)
 
     def _rows(self, count: int) -> ObjectiveGradients:
@@ -185,7 +196,7 @@ class Updater(Stepper):
     def _run(
         self,
         rollout: Rollout,
-        backward: Callable[[Rollout, Tensor, int], Tensor],
+        backward: Callable[[Rollout, Tensor, Tensor], Tensor],
         finish: Callable[[], None] = lambda: None,
         *,
         step: int,
@@ -193,45 +204,57 @@ class Updater(Stepper):
     ) -> dict[str, float]:
         """The optimizer steps of a rollout.
 
+        Nothing in the loop over micro-batches and steps waits for the device: sums stay there
+        until the rollout's end, and each optimizer step reads the gradient's norm.
+
         Args:
             rollout: this process's n samples.
             backward: adds the gradients of a micro-batch, given its samples, their index, and the
-                number of decisions in the whole minibatch; returns sums of decisions, clipped, KL.
+                number of decisions in the whole minibatch (on the device); returns what
+                ``_told`` says of each forward pass, ``[passes, 4]`` on the device.
             finish: adds to ``.grad``, which holds the sum over all micro-batches and processes,
                 what ``backward`` kept elsewhere.
             step: rollouts finished before this one.
-            before_batch: called before each micro-batch.
+            before_batch: called in between.
         """
         minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
-        decisions = torch.stack([rollout.mask[index.flatten()].sum() for index in minibatches])
-        self.comm.sum_([decisions])  # [updates], over all processes
-        sums = torch.zeros(3, dtype=torch.float64)  # decisions, clipped, KL
+        counts = rollout.mask.sum(1)  # [n]
+        totals = torch.stack(
+            [take(counts, index.flatten().tolist()).sum() for index in minibatches]
+        )
+        self.comm.sum_([totals])  # [updates], over all processes
+        found: list[Tensor] = []
         norms, gradients = [], GradientSum(self._parameters)
         passes = self.geometry.updates * self.geometry.accumulation
         with tqdm(total=passes, desc="update", leave=False, disable=not self.progress) as bar:
-            for index, total in zip(minibatches, decisions.tolist(), strict=True):
-                for micro in index:
-                    before_batch()
-                    sums += backward(rollout.select(micro), micro, total)
+            for index, total in zip(minibatches, totals, strict=True):
+                for number, micro in enumerate(index):
+                    if number == 0 or self.comm.world_size == 1:
+                        before_batch()
+                    found.append(backward(rollout.select(micro, outputs=False), micro, total))
                     gradients.take()
                     bar.update()
                 gradients.write(self.comm)
                 finish()
                 norms.append(self.optimizer_step())
+        table = torch.cat(found).cpu()  # waits for the device
+        before = len(table) // self.geometry.updates  # passes before the first optimizer step
+        gap = float(self.comm.gather(table[:before, 3].max()[None]).max())
+        sums = table[:, :3].double().sum(0)
         self.comm.sum_([sums])
-        finite = [norm for norm in norms if math.isfinite(norm)]
+        decisions, clipped, kl = sums.tolist()
+        self._watch(gap)
         return {
-            "policy/clip_fraction": float(sums[1] / sums[0]),
-            **({"policy/kl": float(sums[2] / sums[0])} if self.surrogate.kl_weight else {}),
-            "policy/grad_norm": sum(finite) / len(finite) if finite else math.nan,
-            "policy/skipped_updates": float(len(norms) - len(finite)),
-            "policy/lr": self.optimizer.param_groups[0]["lr"],
+            "policy/clip_fraction": clipped / decisions,
+            "policy/ratio_gap": gap,
+            **({"policy/kl": kl / decisions} if self.surrogate.kl_weight else {}),
+            **self.step_metrics(norms),
         }
 
-    def _backward(self, part: Rollout, advantage: Tensor, total: int, beta: float) -> Tensor:
-        """Add the gradients of one micro-batch; returns its decisions, clipped and KL sums."""
+    def _backward(self, part: Rollout, advantage: Tensor, total: Tensor, beta: float) -> Tensor:
+        """Add the gradients of one micro-batch; returns what ``_told`` says of each pass."""
         clip_range = self.surrogate.clip_range
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = []
         for steps in self.policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, steps], part.log_probs[:, steps]
             new, kl = self.policy.log_probs(part, steps, with_kl=self.surrogate.kl_weight > 0)
@@ -239,60 +262,83 @@ class Updater(Stepper):
             losses = clipped_surrogate(new, old, mine, clip_range)  # [m, t]
             if kl is not None:
                 losses = losses + beta * kl
-                sums[2] += float((kl.detach() * mask).sum())
             torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
             clipped = clip_fraction(new.detach(), old, mine, clip_range)
-            sums[0] += float(mask.sum())
-            sums[1] += float((clipped & mask).sum())
-        return sums
+            sums.append(_told(mask, new - old, clipped, kl))
+        return torch.stack(sums)
 
     def _backward_rows(
         self,
         rows: ObjectiveGradients,
         part: Rollout,
         advantages: Tensor,
-        total: int,
+        total: Tensor,
         beta: float,
     ) -> Tensor:
         """As ``_backward``, but every objective's gradient goes to its own row, KL to ``.grad``."""
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = []
         with_kl = beta > 0
+        says = advantages != 0  # [K, m]
         for steps in self.policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, steps], part.log_probs[:, steps]
-            new, divergence = self.policy.log_probs(part, steps, with_kl=with_kl)
+            new, kl = self.policy.log_probs(part, steps, with_kl=with_kl)
             by_objective = surrogate_coefficients(new, old, advantages, self.surrogate.clip_range)
             by_objective = torch.where(mask, by_objective, 0.0)  # [K, m, t]
-            rows.backward(new, by_objective / total, scale=self._loss_scale(), retain_graph=with_kl)
-            if divergence is not None:
-                term = torch.where(mask, divergence, 0.0).sum()
-                weighted = beta * term / total
+            rows.backward(new, by_objective / total, scale=self.loss_scale, retain_graph=with_kl)
+            if kl is not None:
+                weighted = beta * torch.where(mask, kl, 0.0).sum() / total
                 torch.autograd.backward(self.scaler.scale(weighted))
-                sums[2] += float(term.detach())
-            unclipped = (by_objective != 0).sum(0) / (advantages != 0).sum(0).clamp(min=1)[:, None]
-            clipped = 1 - unclipped  # [m, t], share of the objectives that say something
-            clipped[~(advantages != 0).any(0)] = 0
-            sums[0] += float(mask.sum())
-            sums[1] += float((clipped * mask).sum())
-        return sums
+            unclipped = (by_objective != 0).sum(0) / says.sum(0).clamp(min=1)[:, None]
+            # [m, t], share of the objectives that say something
+            clipped = torch.where(says.any(0)[:, None], 1 - unclipped, 0.0)
+            sums.append(_told(mask, new - old, clipped, kl))
+        return torch.stack(sums)
 
-    def _loss_scale(self) -> float:
-        """Of the GradScaler, which comes into being with the first loss that it scales."""
-        return float(self.scaler.scale(torch.ones((), device=self._device)))
+    def _watch(self, gap: float) -> None:
+        """Say it, once, if a rollout was not on-policy though the check had passed."""
+        if not gap <= self.surrogate.ratio_tolerance and not self._off_policy:
+            self._off_policy = True
+            logger.warning(
+                "Log-probs recomputed for training differ from those of sampling by up to %.2e "
+                "before any update (`loss.ratio_tolerance` is %.0e): part of what the clip sees is "
+                "rounding. `policy/ratio_gap` follows it.",
+                *(gap, self.surrogate.ratio_tolerance),
+            )
 
     @torch.no_grad()
-    def check_ratio(self, rollout: Rollout) -> None:
-        """Log-probs as trained must equal those of sampling.
+    def check_ratio(self, rollout: Rollout, decisions: Sequence[int] | None = None) -> None:
+        """Log-probs as trained must equal those of sampling, for every kind of decision.
+
+        How far rounding moves a log-prob depends on the denoising step, 26 times more at the last
+        than at the first, so each is looked at when a rollout first has it: one micro-batch,
+        without gradient.
 
         Args:
             rollout: this process's n samples, drawn by the policy as it is.
+            decisions: numbers of the T decisions, as ``Policy.trained_steps`` has them; those that
+                were looked at before are left out. By default all are looked at.
 
         Raises:
             TrainingError: with a diagnosis, if they differ by more than the tolerance.
         """
-        part = rollout.select(torch.arange(self.geometry.micro_batch))
-        chunks = self.policy.step_chunks(part.log_probs.shape[1])
-        new = torch.cat([self.policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
-        gap = ((new - part.log_probs).abs() * part.mask).amax(0)  # [T]
+        count = rollout.log_probs.shape[1]
+        new = (
+            set(range(count))
+            if decisions is None
+            else {i for i, number in enumerate(decisions) if number not in self._checked}
+        )
+        chunks = [
+            steps
+            for steps in self.policy.step_chunks(count)
+            if not new.isdisjoint(range(*steps.indices(count)))
+        ]
+        if not chunks:
+            return
+        part = rollout.select(torch.arange(self.geometry.micro_batch), outputs=False)
+        gap = torch.zeros(count, device=part.log_probs.device)  # [T]
+        for steps in chunks:
+            again, _ = self.policy.log_probs(part, steps)
+            gap[steps] = ((again - part.log_probs[:, steps]).abs() * part.mask[:, steps]).amax(0)
         worst = float(gap.max()) if gap.isfinite().all() else math.inf
         worst = float(self.comm.gather(torch.tensor([worst])).max())
         if worst > self.surrogate.ratio_tolerance:
@@ -301,7 +347,19 @@ class Updater(Stepper):
                 f"differ from those of sampling by up to {worst:.2e} (tolerance "
                 f"{self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
                 "a half-precision kernel that depends on the batch size (make "
-                "`trainer.sample_batch` equal `trainer.micro_batch`), dropout that is active, or "
-                "latents rounded between sampling and training. By decision, on this process: "
-                f"{[f'{value:.1e}' for value in gap.tolist()]}."
+                "`trainer.sample_batch` equal `trainer.micro_batch` times `policy.step_batch`), "
+                "dropout that is active, or latents rounded between sampling and training. By "
+                f"decision, on this process: {[f'{value:.1e}' for value in gap.tolist()]}."
             )
+        self._checked.update(decisions or ())
+
+
+def _told(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | None) -> Tensor:
+    """Of the decisions ``[m, t]``: how many, sums of clipped and KL, largest ``|log ratio|``."""
+    parts = [
+        mask.sum().float(),
+        torch.where(mask, clipped.float(), 0.0).sum(),
+        mask.new_zeros((), dtype=torch.float32) if kl is None else torch.where(mask, kl, 0.0).sum(),
+        torch.where(mask, log_ratio.abs(), 0.0).max(),
+    ]
+    return torch.stack(parts).detach()

@@ -75,6 +75,7 @@ def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) 
         window_mode=sampling.window_mode,
         window_stay=sampling.window_stay,
         kl=settings.loss.kl or "gaussian",
+        even_steps=settings.loss.steps == "equal",
         eval_steps=settings.evaluation.steps,
         eval_guidance=settings.evaluation.guidance,
         max_sequence_length=model.max_sequence_length,

@@ -34,6 +34,7 @@ from moa_diffusion.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.preference_files import read_pairs, read_preferences
 from moa_diffusion.preferences import Preferences
+from moa_diffusion.stepper import GROWTH_INTERVAL, first_scale
 from moa_diffusion.trackers import TrackerError
 from moa_diffusion.trainer import Trainer
 from moa_diffusion.types import ConfigError
@@ -94,6 +95,8 @@ def _trainer(
         print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
         if len(prompts.sets) > 1:
             print(prompts.describe())
+        if (problem := unequal_batches(settings, geometry)) is not None:
+            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     drawn = [prompt for part in prompts.sets for prompt in part.prompts]
     everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
     model = policy(settings, accelerator.device, pipeline)
@@ -314,12 +317,16 @@ def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict
         "optimizer": torch.optim.AdamW(
             list(model.trainable().values()),
             lr=options.lr,
+            eps=options.eps,
             betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
         ),
         "lr": lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
         "scaler": torch.amp.GradScaler(
-            accelerator.device.type, enabled=settings.policy.dtype == "float16"
+            accelerator.device.type,
+            init_scale=first_scale(model.dimensions),
+            growth_interval=GROWTH_INTERVAL,
+            enabled=settings.policy.dtype == "float16",
         ),
         "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
     }
@@ -331,7 +338,7 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
     Raises:
         ConfigError: if the samples cannot be shared evenly.
     """
-    options = settings.trainer
+    options, half = settings.trainer, settings.policy.dtype != "float32"
     geometry = Geometry.solve(
         groups=options.groups,
         group_size=options.group_size,
@@ -339,6 +346,7 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
         world_size=world_size,
         max_sample_batch=options.sample_batch,
         max_micro_batch=options.micro_batch,
+        equal_rows=_rows_per_sample(settings) if half else None,
     )
     for key, stated, used, share in (
         ("sample_batch", options.sample_batch, geometry.sample_batch, geometry.per_rank),
@@ -346,14 +354,44 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
     ):
         if used != stated:
             logger.warning(
-                "trainer.%s: %d should divide the %d samples that a process has%s; %d are taken. "
+                "trainer.%s: %d does not fit the %d samples that a process has%s%s; %d are taken. "
                 "Forward passes of another size round differently: a run with another number of "
                 "processes ends in the same parameters only if its passes have %d samples too.",
                 *(key, stated, share),
                 " in an optimizer step" if key == "micro_batch" else "",
+                ", in passes of sampling and training that are to be equal" if half else "",
                 *(used, used),
             )
     return geometry
+
+
+def _rows_per_sample(settings: Config) -> int:
+    """Rows of a training pass that a sample has; guidance doubles those of sampling as well."""
+    if settings.policy.name == "causal_lm":
+        return 1
+    trained = settings.sampling.window or settings.sampling.steps - 1
+    return min(settings.policy.step_batch, trained)
+
+
+def unequal_batches(settings: Config, geometry: Geometry) -> str | None:
+    """What to change if passes in half precision differ in size, and so in rounding."""
+    if settings.policy.dtype == "float32":
+        return None
+    rows = _rows_per_sample(settings)
+    trained = settings.sampling.window or settings.sampling.steps - 1
+    if settings.policy.name != "causal_lm" and trained % rows:
+        return (
+            f"policy.step_batch: should divide the {trained} trained steps of a rollout in half "
+            f"precision: forward passes of other sizes round differently. Found {rows}."
+        )
+    if geometry.sample_batch != geometry.micro_batch * rows:
+        return (
+            "trainer.sample_batch: should be at least policy.step_batch, and a number of samples "
+            "that divides a process's share, in half precision: passes of sampling and training "
+            f"then have equally many rows and round alike. Found {geometry.sample_batch} rows in "
+            f"sampling and {geometry.micro_batch * rows} in training."
+        )
+    return None
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -69,6 +69,7 @@ _POSITIVE = (
     "loss.clip_range",
     "loss.advantage_clip",
     "optimizer.lr",
+    "optimizer.eps",
     "optimizer.max_grad_norm",
 )
 _POSITIVE_OR_NULL = (
@@ -180,6 +181,12 @@ def _check_together(config: Config) -> None:
         "loss.kind",
         lambda value: value == "grpo" or writes,
         f"grpo for policy.name {config.policy.name}: value heads read language models",
+    )
+    _require(
+        config,
+        "loss.steps",
+        lambda value: value == "plain" or config.policy.name == "sd3",
+        f"plain for policy.name {config.policy.name}: there are no denoising steps",
     )
     for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
         if isinstance(files, list):

@@ -226,17 +226,22 @@ class LossConfig:
         clip_range: Of the probability ratio. Log-probs are means over latent dimensions, so
             useful values are about 1e-4.
         advantage_clip: Advantages are cut at plus and minus this.
+        steps: plain, or equal: log ratios and losses of all denoising steps are brought to one size
+            (as GRPO-Guard's ratio normalisation does), so that early steps train as late ones do
+            and the clip acts on each; useful clip ranges are then other ones. Images only.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out.
         kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text; gaussian or k3 if
             null.
-        ratio_tolerance: Largest absolute log ratio of the on-policy check at the start; half
-            the clip range if null.
-        max_skipped: Consecutive updates with non-finite gradients before the run stops.
+        ratio_tolerance: Largest absolute log ratio of the on-policy check, which looks at each
+            decision when it is first drawn; half the clip range if null.
+        max_skipped: Consecutive updates with non-finite gradients before the run stops; those by
+            which float16 finds its loss scale do not count.
     """
 
     kind: Literal["grpo", "ppo"] = "grpo"
     clip_range: float = 1e-4
     advantage_clip: float = 5.0
+    steps: Literal["plain", "equal"] = "plain"
     kl_weight: float = 0.0
     kl: Literal["gaussian", "dt_free", "velocity", "k3"] | None = None
     ratio_tolerance: float | None = None
@@ -271,6 +276,8 @@ class OptimizerConfig:
     Args:
         lr: Learning rate.
         betas: AdamW's two decay rates.
+        eps: Added to the root of AdamW's second moment. Gradients of image models are about as
+            small as the default (see `policy/grad_rms`), which damps the smaller ones.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradients are clipped to this norm.
         warmup: Optimizer steps of linear warm-up.
@@ -278,6 +285,7 @@ class OptimizerConfig:
 
     lr: float = 3e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     warmup: int = 0
@@ -308,7 +316,8 @@ class TrainerConfig:
         group_size: Samples per prompt.
         updates: Optimizer steps per rollout.
         sample_batch: At most this many samples per forward pass while sampling.
-        micro_batch: At most this many samples per forward pass while training.
+        micro_batch: At most this many samples per forward pass while training. In half precision
+            passes of sampling and training get equally many rows, so that they round alike.
     """
 
     steps: int = 100

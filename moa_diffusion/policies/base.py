@@ -19,6 +19,7 @@ class Policy(Protocol):
     """
 
     whole_rows: bool  # a tapped layer's row holds all decisions of a sample, not one
+    dimensions: int  # numbers that a decision's log-probability is a mean over; 1 if it is none
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""
@@ -30,6 +31,14 @@ class Policy(Protocol):
         Args:
             requests: n samples to draw; each depends on its own seed alone.
             step: the rollout's number, from which choices shared by all ranks are derived.
+        """
+        ...
+
+    def trained_steps(self, step: int) -> Sequence[int]:
+        """Which of the decisions that may be trained are the T of rollout ``step``: their numbers.
+
+        What is true of a decision (how its log-probability rounds, say) is true of its number, in
+        whichever column of a rollout it stands. Equal on all ranks.
         """
         ...
 

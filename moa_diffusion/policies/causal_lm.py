@@ -67,6 +67,7 @@ class CausalLMPolicy:
     """
 
     whole_rows = True
+    dimensions = 1
 
     def __init__(
         self,
@@ -188,12 +189,16 @@ class CausalLMPolicy:
         response, mask = response.to(self.device), mask.to(self.device)
         return self._score(requests, response, mask, p, t).sum(1)
 
+    def trained_steps(self, step: int) -> range:
+        return range(self.max_new_tokens)
+
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """As the protocol says; the KL is Schulman's k3, ``exp(d) - 1 - d``, ``d = ref - new``."""
         response, mask = rollout.trace["response"], rollout.mask
-        p, t = self._widths(rollout.requests, mask)
+        # Lengths are on the CPU: looking at the mask would wait for the device.
+        p, t = self._longest(rollout.requests), int(rollout.statistics["length"].max())
         if self.dtype != torch.float32:  # its rounding depends on the widths: 0.02 in bfloat16
             p, t = rollout.trace["widths"].amax(0).tolist()
         new = self._score(rollout.requests, response, mask, p, t)[:, steps]

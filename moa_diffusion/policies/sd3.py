@@ -8,6 +8,7 @@ step, its log-probability a Gaussian's. Outside the trained window the steps are
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,7 +23,7 @@ from moa_diffusion import samplers
 from moa_diffusion.data import derive_seed, generator
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.prompts import PromptEncoder
-from moa_diffusion.types import ConfigError, Request, Rollout
+from moa_diffusion.types import ConfigError, Request, Rollout, take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -174,6 +175,8 @@ class SD3Policy:
             noisy to clean by one every ``window_stay`` rollouts (MixGRPO), 'first' keeps it at 0.
         window_stay: rollouts at each place of a sliding window.
         kl: kind of KL: 'gaussian', 'dt_free' or 'velocity'.
+        even_steps: whether log-probs give way to ``samplers.Steps.even_score``: log ratios and
+            gradients of all steps are then of one size.
         eval_steps: denoising steps of ``generate``.
         eval_guidance: guidance scale of ``generate``.
         max_sequence_length: T5 tokens per prompt.
@@ -206,6 +209,7 @@ class SD3Policy:
         window_mode: str = "random",
         window_stay: int = 25,
         kl: str = "gaussian",
+        even_steps: bool = False,
         eval_steps: int = 40,
         eval_guidance: float = 4.5,
         max_sequence_length: int = 128,
@@ -218,7 +222,7 @@ class SD3Policy:
         self.steps, self.guidance = steps, guidance
         self.sampler, self.noise_level = sampler, noise_level
         self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
-        self.kl = kl
+        self.kl, self.even_steps = kl, even_steps
         self.eval_steps, self.eval_guidance = eval_steps, eval_guidance
         self.step_batch, self.vae_batch = step_batch, vae_batch
 
@@ -249,11 +253,17 @@ class SD3Policy:
         )
         config = self.transformer.config
         self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, resolution)
+        self.dimensions = math.prod(self.latent_shape)
+        # Coefficients of all steps are on the device once: numbers sent there one by one wait.
         self._sigmas = self._schedule(steps)
-        self._stochastic = [  # of every step that may be trained
-            self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])
-        ]
+        self._sigma = torch.tensor(self._sigmas, dtype=torch.float32, device=device)
+        self._deterministic = self._euler(self._sigmas)
+        self._stochastic = samplers.Steps.of(  # of every step that may be trained
+            [self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])], device
+        )
         self._eval_sigmas = self._schedule(eval_steps)
+        self._eval_deterministic = self._euler(self._eval_sigmas)
+        self._embedded: tuple[tuple[str, ...], tuple[Tensor, Tensor]] | None = None  # the last
 
     # ------------------------------------------------------------------ the Policy protocol
 
@@ -266,17 +276,19 @@ class SD3Policy:
         embeds = self._embeds([request.prompt for request in requests], self.guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = self._start(requests, sources)
-        latents, log_probs = [], []
-        for i, (s, s_next) in enumerate(pairwise(self._sigmas)):
+        latents, noises, log_probs = [], [], []
+        for i, s in enumerate(self._sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.guidance)
             if i not in window:
-                x = self._steps([samplers.ode(s, s_next)]).mean(x, v)
+                x = self._deterministic[i : i + 1].mean(x, v)
                 continue
-            steps = self._steps([self._stochastic[i]])
+            steps = self._stochastic[i : i + 1]
             mean = steps.mean(x, v)
             latents.append(x)
-            x = mean + steps.std * samplers.noise(sources, self.latent_shape, self.device)
-            log_probs.append(steps.log_prob(x, mean))
+            noises.append(samplers.noise(sources, self.latent_shape, self.device))
+            x = mean + steps.std * noises[-1]
+            even = self.even_steps
+            log_probs.append(steps.even_score(v, noises[-1]) if even else steps.log_prob(x, mean))
             if i == window[-1]:
                 latents.append(x)
         scores = torch.stack(log_probs, dim=1)  # [n, T]
@@ -286,7 +298,9 @@ class SD3Policy:
             mask=torch.ones_like(scores, dtype=torch.bool),
             trace={
                 "latents": torch.stack(latents, dim=1),  # [n, T + 1, C, h, w]
-                "first_step": torch.full((len(requests),), window[0]),  # [n]
+                "first_step": torch.full((len(requests),), window[0]),  # [n], on the CPU
+                # [n, T, C, h, w]
+                **({"noise": torch.stack(noises, dim=1)} if self.even_steps else {}),
             },
             images=self._decode(x),
             statistics={"latent_norm": x.flatten(1).square().mean(1).sqrt().cpu()},
@@ -297,16 +311,21 @@ class SD3Policy:
     ) -> tuple[Tensor, Tensor | None]:
         n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
         first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
-        x = latents[:, chosen.start : chosen.stop].flatten(0, 1)  # [n t, C, h, w], sample by sample
-        x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
-        indices = [first + decision for decision in chosen] * n
-        coefficients = self._steps([self._stochastic[i] for i in indices])
-        s = x.new_tensor([self._sigmas[i] for i in indices])
-        embeds = self._embeds(
-            [request.prompt for request in rollout.requests for _ in chosen], self.guidance
-        )
+        here = slice(chosen.start, chosen.stop)
+        x = latents[:, here].flatten(0, 1)  # [n t, C, h, w], sample by sample
+        numbers = slice(first + chosen.start, first + chosen.stop)
+        coefficients = self._stochastic[numbers].repeat(n)
+        s = self._sigma[numbers].repeat(n)
+        embeds = self._embeds([request.prompt for request in rollout.requests], self.guidance)
+        if (t := len(chosen)) > 1:
+            embeds = embeds[0].repeat_interleave(t, 0), embeds[1].repeat_interleave(t, 0)
         v = self._velocity(x, s, embeds, self.guidance)
-        log_probs = coefficients.log_prob(x_next, coefficients.mean(x, v)).view(n, -1)
+        if self.even_steps:
+            log_probs = coefficients.even_score(v, rollout.trace["noise"][:, here].flatten(0, 1))
+        else:
+            x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
+            log_probs = coefficients.log_prob(x_next, coefficients.mean(x, v))
+        log_probs = log_probs.view(n, -1)
         if not with_kl:
             return log_probs, None
         with torch.no_grad(), lora.disabled(self._adapted):
@@ -317,9 +336,9 @@ class SD3Policy:
     def generate(self, requests: Sequence[Request]) -> Tensor:
         embeds = self._embeds([request.prompt for request in requests], self.eval_guidance)
         x = self._start(requests, samplers.generators([request.seed for request in requests]))
-        for s, s_next in pairwise(self._eval_sigmas):
+        for i, s in enumerate(self._eval_sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.eval_guidance)
-            x = self._steps([samplers.ode(s, s_next)]).mean(x, v)
+            x = self._eval_deterministic[i : i + 1].mean(x, v)
         return self._decode(x)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -391,13 +410,23 @@ class SD3Policy:
         ]
         return samplers.noise(starts, self.latent_shape, self.device)
 
-    def _steps(self, steps: Sequence[samplers.Step]) -> samplers.Steps:
-        return samplers.Steps.of(steps, self.device)
+    def _euler(self, sigmas: Sequence[float]) -> samplers.Steps:
+        """All steps of a schedule as deployment takes them."""
+        return samplers.Steps.of([samplers.ode(*pair) for pair in pairwise(sigmas)], self.device)
 
     def _embeds(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor]:
-        """Embeddings of the batch; with guidance the empty prompt's come first."""
-        embeds, pooled = self.encode([*[""] * len(prompts), *prompts] if guidance > 1 else prompts)
-        return embeds.to(self.dtype), pooled.to(self.dtype)
+        """Embeddings of the batch; with guidance the empty prompt's come first.
+
+        Each distinct prompt is sent to the device once, and those of the last batch stay there:
+        the steps of a micro-batch share them.
+        """
+        batch = (*[""] * len(prompts), *prompts) if guidance > 1 else tuple(prompts)
+        if self._embedded is None or self._embedded[0] != batch:
+            distinct = list(dict.fromkeys(batch))
+            rows = [distinct.index(prompt) for prompt in batch]
+            embeds, pooled = (take(part.to(self.dtype), rows) for part in self.encode(distinct))
+            self._embedded = batch, (embeds, pooled)
+        return self._embedded[1]
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Images ``[n, 3, H, W]`` float32 in [0, 1] on the CPU."""

@@ -29,6 +29,7 @@ class ToyPolicy:
     """
 
     whole_rows = False
+    dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
         if steps < 1:
@@ -62,6 +63,9 @@ class ToyPolicy:
             trace={"points": torch.stack(points, dim=1)},  # [n, T + 1, 3]
             images=self._picture(x),
         )
+
+    def trained_steps(self, step: int) -> range:
+        return range(self.steps)
 
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
