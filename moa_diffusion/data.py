@@ -6,20 +6,17 @@ asks for the next step, and any number of processes draws the same samples.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moa_diffusion.prompt_files import Prompt as Prompt
+from moa_diffusion.prompt_files import read_prompts as read_prompts
 from moa_diffusion.types import ConfigError, Request
 
 
@@ -32,113 +29,6 @@ def derive_seed(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by ``derive_seed``."""
     return torch.Generator("cpu").manual_seed(derive_seed(*parts))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One line of a prompt set."""
-
-    text: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # handed to the reward heads
-
-
-def read_prompts(path: str | Path, *, column: str = "prompt") -> tuple[Prompt, ...]:
-    """Read a prompt set; everything beside the prompt becomes its metadata.
-
-    Args:
-        path: ``.txt`` (one prompt a line, blank lines ignored), ``.jsonl`` (objects), ``.csv`` or
-            ``.tsv`` (with a header line).
-        column: the key or column that holds the prompt.
-
-    Raises:
-        ConfigError: if the file is missing, of another kind, empty, or has a bad line; the message
-            gives file and line number.
-    """
-    path = Path(path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
-    if path.suffix not in readers:
-        raise ConfigError(
-            f"Prompt file `{path}` should end in one of {', '.join(readers)}. "
-            f"Found {path.suffix!r}."
-        )
-    if not path.is_file():
-        raise ConfigError(f"Prompt file `{path}` does not exist (looked from {Path.cwd()}).")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"Prompt file `{path}` should be UTF-8 text: {error}.") from error
-    prompts = tuple(readers[path.suffix](path, text, column))
-    if not prompts:
-        raise ConfigError(f"Prompt file `{path}` should hold at least one prompt. Found none.")
-    return prompts
-
-
-def _bad_line(path: Path, number: int, expectation: str, found: object) -> ConfigError:
-    return ConfigError(f"{path}:{number}: {expectation} Found {found!r}.")
-
-
-def _read_txt(path: Path, text: str, column: str) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if any(ord(character) < 32 and character not in "\t\r" for character in line):
-            raise _bad_line(path, number, "A prompt should hold no control characters.", line)
-        if line.strip():
-            prompts.append(Prompt(text=line.strip()))
-    return prompts
-
-
-def _read_jsonl(path: Path, text: str, column: str) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=_finite, parse_float=_finite)
-        except ValueError as error:
-            raise _bad_line(path, number, f"A line should be JSON ({error}).", line) from error
-        if not isinstance(row, dict):
-            raise _bad_line(path, number, "A line should be a JSON object.", line)
-        prompts.append(_row_to_prompt(path, number, row, column))
-    return prompts
-
-
-def _finite(text: str) -> float:  # Python reads NaN and 1e999, which no reward server would
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no JSON number")
-    return number
-
-
-def _read_table(path: Path, text: str, column: str) -> list[Prompt]:
-    file = io.StringIO(text, newline="")
-    reader = (
-        csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if path.suffix == ".tsv"
-        else csv.DictReader(file)
-    )
-    prompts: list[Prompt] = []
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            expectation = f"A line should be {path.suffix[1:]}."
-            raise _bad_line(path, reader.line_num, expectation, str(error)) from error
-        if row is None:
-            return prompts
-        if None in row or None in row.values():
-            raise _bad_line(
-                path,
-                reader.line_num,
-                f"A line should have {len(reader.fieldnames or ())} cells, as the header has.",
-                row,
-            )
-        prompts.append(_row_to_prompt(path, reader.line_num, row, column))
-
-
-def _row_to_prompt(path: Path, number: int, row: dict[str, Any], column: str) -> Prompt:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        raise _bad_line(path, number, f"A line should have a non-empty text `{column}`.", row)
-    return Prompt(text=value.strip(), metadata={k: row[k] for k in row if k != column})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ TRL's rows of prompt, chosen and rejected, with a file for each objective (``rea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_diffusion.preferences import Draft, Preferences, assemble, bad_line, shortened
+from moa_diffusion.preferences import Draft, Preferences, assemble, shortened
+from moa_diffusion.text_files import bad_line, json_lines
 
 CYCLES = ("error", "keep")
 
@@ -56,7 +56,7 @@ def read_preferences(
     path = Path(path)
     known = _checked(objectives, cycles, smoothing, scales)
     drafts: dict[str, Draft] = {}
-    for where, row in _json_lines(path):
+    for where, row in _rows(path):
         draft = _draft(where, row, known, cycles)
         if draft.prompt in drafts:
             again = f"that of {drafts[draft.prompt].where} again: {shortened(draft.prompt)}"
@@ -87,7 +87,7 @@ def read_pairs(
     _checked(tuple(files), cycles, smoothing, None)
     drafts: dict[str, Draft] = {}
     for name, path in files.items():
-        for where, row in _json_lines(path):
+        for where, row in _rows(path):
             prompt = _text(where, row, "prompt", "user")
             pair = [_text(where, row, key, "assistant") for key in ("chosen", "rejected")]
             if pair[0] == pair[1]:
@@ -207,35 +207,16 @@ def _checked(
     return names
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the object on it, of a JSONL; blank lines are left out."""
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File and line, and the object on it; at least one."""
     if not path.is_file():
-        raise bad_line(path, "Preferences should be a file.", "none")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise bad_line(path, "Preferences should be UTF-8 text.", str(error)) from error
+        raise bad_line(str(path), "Preferences should be a file.", "none")
     rows = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line, parse_constant=_finite, parse_float=_finite)
-        except ValueError as error:
-            raise bad_line(where, f"A line should be JSON ({error}).", shortened(line)) from error
-        if not isinstance(row, dict):
-            raise bad_line(where, "A line should be a JSON object.", shortened(line))
+    for row in json_lines(path, "Preferences"):
         rows += 1
-        yield where, row
+        yield row
     if not rows:
-        raise bad_line(path, "Preferences should have at least one line.", "none")
-
-
-def _finite(text: str) -> float:  # Python reads NaN and 1e999
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no JSON number")
-    return number
+        raise bad_line(str(path), "Preferences should have at least one line.", "none")
 
 
 def _text(where: str, row: dict[str, Any], key: str, role: str) -> str:

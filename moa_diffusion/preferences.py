@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_diffusion.types import ConfigError
+from moa_diffusion.text_files import bad_line
 
 logger = logging.getLogger(__name__)
 
@@ -218,11 +218,6 @@ def _behaviour(drafts: Sequence[Draft], log_data: Tensor) -> Tensor | None:
             raise bad_line(draft.where, expectation, "none here")
         found[p, : len(draft.responses)] = draft.log_probs
     return found
-
-
-def bad_line(where: str | Path, expectation: str, found: str, hint: str = "") -> ConfigError:
-    """An error about a file or one of its lines."""
-    return ConfigError(f"{where}: {expectation} Found {found}.{f' {hint}' if hint else ''}")
 
 
 def shortened(text: str) -> str:

@@ -87,7 +87,7 @@ def test_a_quoted_csv_cell_keeps_its_line_break(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "a\nb\x00c\n", r"p\.txt:2: .*control characters"),
+        ("p.txt", "a\nb\x07c\n", r"p\.txt:2: .*control characters"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: A line should be JSON"),
         ("p.jsonl", '{"prompt": "a"}\n\n["b"]\n', r"p\.jsonl:3: A line should be a JSON object"),
         (
@@ -102,7 +102,7 @@ def test_a_quoted_csv_cell_keeps_its_line_break(tmp_path):
         ("p.jsonl", '{"prompt": " "}\n', r"p\.jsonl:1: .*non-empty text `prompt`"),
         ("p.csv", "prompt,n\na,1\nb\n", r"p\.csv:3: A line should have 2 cells.*'b'"),
         ("p.csv", "prompt,n\na,1,2\n", r"p\.csv:2: A line should have 2 cells"),
-        ("p.csv", "text,n\na,1\n", r"p\.csv:2: .*non-empty text `prompt`"),
+        ("p.csv", "text,n\na,1\n", r"p\.csv:1: The header should have a column `prompt`"),
         ("p.tsv", "prompt\tn\na\t1\n\t2\n", r"p\.tsv:3: .*non-empty text `prompt`"),
         ("p.txt", " \n\n", r"at least one prompt. Found none"),
         ("p.csv", "prompt,n\n", r"at least one prompt. Found none"),

@@ -38,6 +38,8 @@ LAYERS = (
         "trackers",
         "stopping",
     ),
+    ("prompt_files",),
+    ("text_files", "paths"),
     ("types", "storage"),
     ("moa_diffusion", "rewards/*"),
     ("neighbours",),
