@@ -174,7 +174,8 @@ def find(resume: str, run: Path) -> Path:
     found = list_checkpoints(run)
     if not found:
         raise ConfigError(
-            f"resume: 'latest' needs a checkpoint in `{run / 'checkpoints'}`. Found none."
+            f"resume: 'latest' needs a checkpoint in `{run / 'checkpoints'}`. Found none. If the "
+            "run was moved, --output_dir names its folder."
         )
     return found[-1]
 

@@ -151,7 +151,7 @@ def check_encodable(where: str, value: Any) -> None:
     JSON and YAML, and then no tokenizer, file or server takes it.
 
     Args:
-        where: file and line, or dotted key.
+        where: file and line, or what else the value stands in; keys are added to it.
         value: nested mappings, lists, texts.
 
     Raises:
@@ -169,7 +169,7 @@ def check_encodable(where: str, value: Any) -> None:
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             check_encodable(where, key)
-            check_encodable(where, inner)
+            check_encodable(f"{where}: {key}", inner)
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for inner in value:
             check_encodable(where, inner)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 
 def main() -> int:
     """Draw, score, write, print; 0, 1 if it failed, 2 for bad input, 130 if it was stopped."""
+    from moa_diffusion.paths import expanded
+
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOther options (--dotted.key value) override the runs' settings. "
         "What is drawn and scored is kept: the same command continues where it stopped.",
@@ -32,7 +33,11 @@ def main() -> int:
     add("--checkpoints", help="base,step-20,latest; all by default")
     add("--every", type=int, help="checkpoints whose number of rollouts is a multiple of this")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
-    add("--prompts", help="file (.txt, .jsonl, .csv, .tsv); the run's held-out prompts if none")
+    add(
+        "--prompts",
+        type=expanded,
+        help="file (.txt, .jsonl, .csv, .tsv); the run's held-out prompts if none",
+    )
     add("--seeds", default="0,1,2,3", help="of the noise (default 0,1,2,3)")
     add("--rewards", help="names, comma-separated; the run's if none")
     add("--steps", help="of pictures: denoising steps; as the run evaluates if none")
@@ -42,8 +47,8 @@ def main() -> int:
     add("--soup", help="two or more runs or LoRA folders, whose weights are interpolated")
     add("--points", type=int, default=5, help="of a soup from end to end (default 5)")
     add("--shown", type=int, default=12, help="prompts in grid.png or completions.md (default 12)")
-    add("--output", type=Path, help="folder; RUN/evaluate or runs/evaluate by default")
-    add("--cache", type=Path, help="folder of samples and scores; the output's by default")
+    add("--output", type=expanded, help="folder; RUN/evaluate or runs/evaluate by default")
+    add("--cache", type=expanded, help="folder of samples and scores; the output's by default")
     options, overrides = parser.parse_known_args()
 
     from moa_diffusion.evaluation import command

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 
 def main() -> int:
     """Read, write, print; 0, 2 for bad input."""
+    from moa_diffusion.paths import expanded
+
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -23,8 +24,8 @@ def main() -> int:
     add("--checkpoint", default="latest", help="of each run: latest (default) or step-20")
     add("--weights", help="of a soup's runs, comma-separated, which sum to 1")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
-    add("--output", type=Path, required=True, help="a new folder")
-    add("--evaluation", type=Path, help="of scripts/evaluate.py; RUN/evaluate if that is there")
+    add("--output", type=expanded, required=True, help="a new folder")
+    add("--evaluation", type=expanded, help="of scripts/evaluate.py; RUN/evaluate if that is there")
     options = parser.parse_args()
 
     from moa_diffusion.evaluation.export import export

@@ -61,6 +61,8 @@ def run_folder(settings: Config) -> Path | None:
             f"output_dir: should be a new folder. Found another run of {lost} rounds in "
             f"`{folder}`. Use another --output_dir, or {way}."
         )
+    if found is not None:
+        logger.warning("A new run in `%s` goes on from `%s`.", folder, found)
     return found
 
 

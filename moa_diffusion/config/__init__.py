@@ -10,6 +10,7 @@ from moa_diffusion.config.parse import from_dict as from_dict
 from moa_diffusion.config.parse import load as load
 from moa_diffusion.config.parse import parse as parse
 from moa_diffusion.config.parse import to_yaml as to_yaml
+from moa_diffusion.config.places import traces as traces
 from moa_diffusion.config.schema import Config as Config
 from moa_diffusion.config.schema import LossConfig as LossConfig
 from moa_diffusion.config.schema import SamplingConfig as SamplingConfig

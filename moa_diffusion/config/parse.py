@@ -16,7 +16,10 @@ import yaml
 
 from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.messages import plain
+from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
+from moa_diffusion.paths import expanded
+from moa_diffusion.text_files import check_encodable
 from moa_diffusion.types import ConfigError
 
 
@@ -30,6 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     from jsonargparse import ArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    check_encodable("command line", arguments)
     arguments, open_mappings, prompt_files = _merge_open_values(arguments)
     for section in ("rewards", "evaluation.rewards"):
         check_rewards(open_mappings.get(section, {}), section)
@@ -50,7 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         reduce(dict.__getitem__, sections, values)[last] = value
     config = from_dict(values)
     _check_nulls(config)
+    expand_homes(config)
     check(config)
+    source, explicit = _source_of_output_dir(arguments)
+    follow_run(config, source, explicit=explicit)
     if namespace.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -124,13 +131,15 @@ def _merge_open_values(
             continue
         if not separator and queue and not queue[0].startswith("--"):
             value, separator = queue.pop(0), " "
-        rest += [argument] if separator != " " else [argument, value]
         if name == "config":
+            value = _file(value)
+            rest.append(f"--config={value}")
             _check_mapping(values := _read_yaml(value))
             prompt_files |= _prompt_files(values.get("prompts", {}))
             for key, mapping in _open_values(values):
                 open_mappings[key] = _merge(open_mappings.get(key, {}), mapping)
             continue
+        rest += [argument] if separator != " " else [argument, value]
         _check_key(name)
         if name in ("prompts.train", "prompts.heldout") and separator:
             prompt_files |= _prompt_files({name.removeprefix("prompts."): _listed(value)})
@@ -151,6 +160,18 @@ def _merge_open_values(
     return rest, open_mappings, prompt_files
 
 
+def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
+    """The last file that sets ``output_dir``, and whether an option sets it after that."""
+    source, explicit = None, False
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, rest = option.partition("=")
+        if name == "--output_dir":
+            explicit = True
+        elif name == "--config" and "output_dir" in _read_yaml(rest if equals else value):
+            source, explicit = Path(rest if equals else value), False
+    return source, explicit
+
+
 def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
     """What is set of ``prompts.train`` and ``prompts.heldout``; in lists with all defaults."""
     check_prompts(prompts)
@@ -164,6 +185,8 @@ def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
 
 def _listed(text: str) -> Any:
     """A list or mapping in an option's text; the text where it is a file's name."""
+    if Path(text).is_file():
+        return text
     try:
         value = yaml.load(text, Loader=_Yaml)
     except yaml.YAMLError:
@@ -204,6 +227,13 @@ def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def _file(name: str) -> str:
+    try:
+        return str(expanded(name))
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from None
+
+
 def _read_yaml(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
@@ -214,6 +244,7 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise ConfigError(f"config: `{name}` should be YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config: `{name}` should hold a mapping. Found {values!r}.")
+    check_encodable(f"config: `{name}`", values)
     return values
 
 

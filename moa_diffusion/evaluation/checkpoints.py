@@ -16,6 +16,8 @@ from moa_diffusion.config import Config
 from moa_diffusion.evaluation.adapters import Adapter
 from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.soup import mix, mixtures
+from moa_diffusion.paths import split_list, split_name
+from moa_diffusion.text_files import check_encodable
 from moa_diffusion.types import ConfigError
 
 BASE = "base"
@@ -39,20 +41,23 @@ class Candidate:
 
 
 def named_folders(option: str, entries: Sequence[str]) -> dict[str, Path]:
-    """``[name=]folder`` by name, by default the folder's own.
+    """``[NAME=]FOLDER`` by name, by default the folder's own; see ``paths.split_name``.
 
     Args:
         option: what the entries are of, for messages.
         entries: as given.
 
     Raises:
-        ConfigError: if a folder does not exist or two have one name.
+        ConfigError: if a folder does not exist, can be read in two ways, or two have one name.
     """
+    check_encodable(option, entries)
     found: dict[str, Path] = {}
     for entry in entries:
-        name, given, rest = entry.partition("=")
-        folder = Path(rest if given else entry)
-        name = name if given else folder.resolve().name
+        try:
+            given, folder = split_name(entry)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}") from None
+        name = folder.resolve().name if given is None else given
         if not folder.is_dir():
             raise ConfigError(f"{option}: should be a folder. Found none at `{folder}`.")
         if name in found or not name or name == BASE:
@@ -172,7 +177,7 @@ def candidates(
     chosen: str | None = None,
     every: int | None = None,
     ema: bool = True,
-    soup: Sequence[str] = (),
+    soup: str | None = None,
     points: int = 5,
 ) -> list[Candidate]:
     """All models to evaluate, the base model first.
@@ -184,8 +189,8 @@ def candidates(
         chosen: see ``saved_steps``.
         every: likewise.
         ema: whether a run's averaged weights are taken, not those of its last optimizer step.
-        soup: members of a soup, each the name of a run (its last checkpoint among those to
-            evaluate), of a LoRA folder, or a label; empty for none.
+        soup: members of a soup, comma-separated, each the name of a run (its last checkpoint among
+            those to evaluate), of a LoRA folder, or a label; None for none.
         points: of the soup along each edge between two members, ends included.
 
     Raises:
@@ -211,16 +216,18 @@ def candidates(
     found += [
         Candidate(label=name, series=name, adapter=read(folder)) for name, folder in loras.items()
     ]
-    if soup:
+    if soup is not None:
         found += _soup(found, soup, points)
     return found
 
 
-def _soup(found: Sequence[Candidate], names: Sequence[str], points: int) -> list[Candidate]:
+def _soup(found: Sequence[Candidate], given: str, points: int) -> list[Candidate]:
     """The mixtures of these; the ends stand in the list already."""
+    known = {part for one in found if one.adapter for part in (one.label, one.series)}
+    names = split_list(given, known.__contains__)  # a run's name may have commas
     members = [_member(found, name) for name in names]
     if len({member.label for member in members}) < len(members):
-        raise ConfigError(f"--soup: should name different models. Found {', '.join(names)}.")
+        raise ConfigError(f"--soup: should name different models. Found {given!r}.")
     adapters = [member.adapter for member in members if member.adapter is not None]
     mixed = []
     for weights in mixtures(len(members), points):

@@ -28,6 +28,8 @@ from moa_diffusion.evaluation.report.page import NAME as REPORT
 from moa_diffusion.evaluation.report.page import write_report
 from moa_diffusion.evaluation.summary import text, write_summary
 from moa_diffusion.evaluation.table import NAME, Table, read_table, write_table
+from moa_diffusion.paths import expanded
+from moa_diffusion.text_files import check_encodable
 from moa_diffusion.types import ConfigError
 
 
@@ -56,6 +58,8 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
         ImportError: if what writes the results is not installed; says how to install it.
     """
     check_libraries()
+    for name, value in options.items():
+        check_encodable(f"--{name}", str(value) if isinstance(value, Path) else value)
     given = list(overrides)
     for medium in MEDIA.values():
         for option, key in medium.options.items():
@@ -79,7 +83,7 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
         chosen=options["checkpoints"],
         every=options["every"],
         ema=options["ema"],
-        soup=_words("--soup", options["soup"]) or (),
+        soup=options["soup"],
         points=options["points"],
     )
     own = next(iter(runs.values())) / "evaluate" if len(runs) == 1 else Path("runs/evaluate")
@@ -172,13 +176,17 @@ def _settings(
         return shared_settings({options["config"]: config.load(options["config"], overrides)})
     names = _words("--rewards", options["rewards"]) or []
     given = ["--policy.path", options["pipeline"], "--evaluation.every", "0"]
-    given += ["--policy.name", _kind(Path(options["pipeline"]))]
+    given += ["--policy.name", _kind(options["pipeline"])]
     given += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
     return shared_settings({options["pipeline"]: config.parse(given)})
 
 
-def _kind(folder: Path) -> str:
+def _kind(path: str) -> str:
     """The policy that a local folder holds the model of; of a hub id nothing is known."""
+    try:
+        folder = expanded(path)
+    except ValueError as error:
+        raise ConfigError(f"--pipeline: {error}") from None
     writes = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
     return "causal_lm" if writes else "sd3"
 

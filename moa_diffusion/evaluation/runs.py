@@ -26,6 +26,7 @@ from moa_diffusion import build, checkpoint, config
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.compare import RunData, check_base, read_run, training_seconds
 from moa_diffusion.metrics import read_metrics
+from moa_diffusion.paths import expanded, split_list
 from moa_diffusion.types import ConfigError
 
 SECTIONS = ("objectives", "gradients", "loss")  # what a method's YAML file decides
@@ -93,7 +94,7 @@ def plan(
     base: str,
     overrides: Sequence[str],
     *,
-    methods: Sequence[str],
+    methods: str | Sequence[str],
     seeds: int,
     output: Path,
     minutes: float | None = None,
@@ -104,7 +105,7 @@ def plan(
     Args:
         base: YAML file of a training run.
         overrides: dotted options of all runs (``["--trainer.steps", "20"]``).
-        methods: names of ``build.METHODS``, or YAML files.
+        methods: names of ``build.METHODS``, or YAML files; or these in one text, comma-separated.
         seeds: runs per method; the first has the configuration's own seed.
         output: folder of all runs.
         minutes: of training after which a run ends; None for the configuration's.
@@ -114,6 +115,7 @@ def plan(
         ConfigError: for anything that cannot be compared, or that differs from what an earlier
             call began in ``output``.
     """
+    methods = _methods(methods)
     labels = [Path(method).stem if _is_file(method) else method for method in methods]
     _check_call(labels, methods, overrides, minutes=minutes)
     for option, count in (("seeds", seeds), ("parallel", parallel)):
@@ -142,6 +144,16 @@ def plan(
             _check_unchanged(run)
             runs.append(run)
     return Plan(runs=tuple(runs), notes=tuple(notes), names=names)
+
+
+def _methods(given: str | Sequence[str]) -> list[str]:
+    """Names as they stand, files with their home folder; a file's name may have commas."""
+    try:
+        if isinstance(given, str):
+            given = split_list(given, lambda part: _is_file(part) and expanded(part).is_file())
+        return [str(expanded(part)) if _is_file(part) else part for part in given if part]
+    except ValueError as error:
+        raise ConfigError(f"--methods: {error}") from None
 
 
 def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[Config, list[str]]:
