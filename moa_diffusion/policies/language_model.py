@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.chat import Dialogue
+from moa_diffusion.policies.hub import check_reachable
 from moa_diffusion.policies.sd3 import DTYPES
 from moa_diffusion.types import ConfigError
 
@@ -27,6 +28,7 @@ def read_config(path: str, *, revision: str | None = None) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    check_reachable(path, "config.json", revision=revision)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moa_diffusion import samplers
 from moa_diffusion.data import derive_seed, generator
 from moa_diffusion.policies import lora
+from moa_diffusion.policies.hub import check_reachable
 from moa_diffusion.policies.prompts import PromptEncoder
 from moa_diffusion.types import ConfigError, Request, Rollout, take
 
@@ -36,6 +37,7 @@ def check_pipeline(path: str, *, revision: str | None = None) -> None:
     """
     from diffusers import StableDiffusion3Pipeline
 
+    check_reachable(path, "model_index.json", revision=revision)
     try:
         index = StableDiffusion3Pipeline.load_config(path, revision=revision)
     except OSError as error:
