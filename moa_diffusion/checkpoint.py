@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_diffusion.paths import usual_mode
 from moa_diffusion.storage import writing
 from moa_diffusion.types import ConfigError
 
@@ -49,8 +50,9 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Fill a folder under a temporary name; it appears as ``target`` only when it is complete.
 
-    Files and folder are flushed to the disk before the rename. If the block raises, nothing
-    remains, and an older folder of the same name is as it was.
+    Its files get the permissions of any new file. Files and folder are flushed to the disk before
+    the rename. If the block raises, nothing remains, and an older folder of the same name is as it
+    was.
 
     Args:
         target: the folder.
@@ -66,7 +68,10 @@ def atomic_folder(
         try:
             partial.mkdir(parents=True)
             yield partial
+            mode = usual_mode(partial)
             for path in [*partial.rglob("*"), partial]:
+                if path.is_file():
+                    path.chmod(mode)
                 _fsync(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,8 @@ A file or folder that exists always wins over a reading that would split its nam
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,3 +75,16 @@ def split_list(text: str, known: Callable[[str], bool]) -> list[str]:
         parts.append(",".join(words[:length]).strip())
         words = words[length:]
     return parts
+
+
+def usual_mode(folder: Path) -> int:
+    """The permissions that a new file gets in a folder, by the umask.
+
+    safetensors writes its files for their owner alone, so that nobody else could read a model.
+    """
+    probe = folder / f".mode-{os.getpid()}"
+    probe.touch()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moa_diffusion.paths import usual_mode
+
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -60,7 +62,8 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
 def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     """Fill a file under a temporary name; it appears as ``target`` only when it is complete.
 
-    If the block raises, nothing remains of it, and an older file is as it was.
+    It gets the permissions of any new file. If the block raises, nothing remains of it, and an
+    older file is as it was.
 
     Args:
         target: the file.
@@ -74,6 +77,7 @@ def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            partial.chmod(usual_mode(partial.parent))
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             partial.replace(target)

@@ -39,8 +39,9 @@ LAYERS = (
         "stopping",
     ),
     ("prompt_files",),
-    ("text_files", "paths"),
+    ("text_files",),
     ("types", "storage"),
+    ("paths",),
     ("moa_diffusion", "rewards/*"),
     ("neighbours",),
 )
