@@ -23,7 +23,9 @@ def main() -> int:
     )
     add, several = parser.add_argument, {"action": "append", "default": []}
     add("--run", metavar="[NAME=]FOLDER", help="of training; may be repeated", **several)
-    add("--lora", metavar="[NAME=]FOLDER", help="of LoRA weights; likewise", **several)
+    add(
+        "--lora", metavar="[NAME=]PLACE", help="folder or file of LoRA weights; likewise", **several
+    )
     add("--config", help="YAML file of a run, where there is no --run")
     add(
         "--pipeline",

@@ -562,7 +562,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         ({"pipeline": "tiny"}, "Found --run, --pipeline"),
         ({"lora": [f"a={b}"]}, "--lora: should have another name than a run"),
         ({"lora": [b]}, "--lora: should have another name than a run"),
-        ({"lora": [f"c={b}"]}, "do not exist"),
+        ({"lora": [f"c={b}"]}, "Found the folder of a run; --run evaluates"),
         ({"resolution": "65"}, "sampling.resolution: should be a multiple of 16"),
         ({"shown": 0}, "--shown: should be at least 1"),
     ]

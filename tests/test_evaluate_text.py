@@ -491,7 +491,7 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
     tensors = [
         ({f"{prefix}.lora_A.weight": torch.ones(3, 7)}, r"layer model\.layers\.0.* is \(16, 16\)"),
         ({f"{prefix}.lora_B.weight": torch.ones(16, 2)}, r"Found B \(16, 2\) and A \(3, 16\)"),
-        ({f"{prefix}.lora_magnitude_vector": torch.ones(16)}, "updates of the base model's linear"),
+        ({f"{prefix}.lora_magnitude_vector": torch.ones(16)}, "Found a DoRA"),
         ({"model.x": torch.ones(1)}, "should be of the model alone"),
         ({f"{prefix}.lora_A.weight": torch.full((3, 16), torch.nan)}, "should be finite"),
     ]

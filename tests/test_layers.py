@@ -39,7 +39,7 @@ LAYERS = (
         "stopping",
     ),
     ("prompt_files",),
-    ("text_files",),
+    ("text_files", "digests"),
     ("types", "storage"),
     ("paths",),
     ("moa_diffusion", "rewards/*"),

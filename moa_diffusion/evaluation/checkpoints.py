@@ -40,12 +40,13 @@ class Candidate:
         return "" if self.adapter is None else self.adapter.digest
 
 
-def named_folders(option: str, entries: Sequence[str]) -> dict[str, Path]:
+def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -> dict[str, Path]:
     """``[NAME=]FOLDER`` by name, by default the folder's own; see ``paths.split_name``.
 
     Args:
         option: what the entries are of, for messages.
         entries: as given.
+        files: whether a file will do as well.
 
     Raises:
         ConfigError: if a folder does not exist, can be read in two ways, or two have one name.
@@ -57,8 +58,9 @@ def named_folders(option: str, entries: Sequence[str]) -> dict[str, Path]:
             given, folder = split_name(entry)
         except ValueError as error:
             raise ConfigError(f"{option}: {error}") from None
-        name = folder.resolve().name if given is None else given
-        if not folder.is_dir():
+        alone = files and folder.is_file()
+        name = (folder.stem if alone else folder.resolve().name) if given is None else given
+        if not folder.is_dir() and not alone:
             raise ConfigError(f"{option}: should be a folder. Found none at `{folder}`.")
         if name in found or not name or name == BASE:
             raise ConfigError(

@@ -66,7 +66,7 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
             if options[option] is not None:
                 given += [f"--{key}", options[option]]
     runs = named_folders("--run", options["run"])
-    loras = named_folders("--lora", options["lora"])
+    loras = named_folders("--lora", options["lora"], files=True)
     settings = choose_rewards(
         _settings(options, runs, given), _words("--rewards", options["rewards"])
     )

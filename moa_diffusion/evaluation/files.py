@@ -1,23 +1,8 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what names their content."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any
-
+from moa_diffusion.digests import file_digest as file_digest
+from moa_diffusion.digests import json_digest as json_digest
 from moa_diffusion.storage import replaced as replaced
 from moa_diffusion.storage import write_text as write_text
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, in hex; of mappings whatever the order of their keys."""
-    text = json.dumps(value, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -78,7 +78,7 @@ class Images:
         return ImageCache(folder / "images")
 
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        model = dataclasses.replace(settings.policy, lora=lora)
+        model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
         return build.policy(dataclasses.replace(settings, policy=model), device)
 
     def request(self, prompt: str, seed: int) -> Request:

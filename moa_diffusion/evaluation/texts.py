@@ -79,7 +79,7 @@ class Texts:
         return TextCache(folder / "texts")
 
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        model = dataclasses.replace(settings.policy, lora=lora)
+        model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
         loss = dataclasses.replace(settings.loss, kind="grpo")  # no features for value heads
         return build.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
 
