@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from moa_diffusion.build.prompts import heldout_requests
 from moa_diffusion.config import Config
 from moa_diffusion.critic import Critic
 from moa_diffusion.distributed import Comm
-from moa_diffusion.policies import language_model
+from moa_diffusion.policies import language_model, lora
+from moa_diffusion.policies.adapters import (
+    Adapter,
+    read_sd3_adapter,
+    read_text_adapter,
+    sd3_skeleton,
+    text_skeleton,
+)
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
-from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
+from moa_diffusion.policies.hub import check_place
+from moa_diffusion.policies.sd3 import SD3Policy, check_fit, check_pipeline, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.types import ConfigError
 
@@ -45,14 +54,62 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
                 resolution=sampling.resolution,
                 target_modules=model.lora.target_modules,
             )
+        start = starting_adapter(settings, pipeline)
+        if pipeline is None:
             pipeline = load_pipeline(
                 path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
             )
-        return _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
+        built = _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"policy: {error}") from error
+    if start is not None:
+        lora.start_from(built.transformer, start.layers)
+    return built
+
+
+def starting_adapter(settings: Config, pipeline: Any = None) -> Adapter | None:
+    """The LoRA that training starts from; None if it starts from the base model.
+
+    Args:
+        settings: the configuration.
+        pipeline: in the place of ``policy.path``, as for ``policy``.
+
+    Raises:
+        ConfigError: if there is none at ``policy.adapter``, or it does not fit the base model or
+            the LoRA that is trained.
+    """
+    model = settings.policy
+    if model.adapter is None or settings.resume is not None:  # its state comes later
+        return None
+    path, targets = model_path(settings), model.lora.target_modules
+    if model.name == "causal_lm":
+        skeleton = text_skeleton(path, revision=model.revision)
+        targets = targets or lora.projections(skeleton)
+        read = partial(read_text_adapter, model=skeleton, base=path)
+    else:
+        if pipeline is None:
+            check_pipeline(path, revision=model.revision)
+        shape = None if pipeline is None else pipeline.transformer.config
+        skeleton = sd3_skeleton(path, revision=model.revision, config=shape)
+        targets = targets or list(lora.ATTENTION)
+        read = partial(read_sd3_adapter, transformer=skeleton)
+    try:
+        adapter = read(Path(model.adapter))
+    except ConfigError as error:
+        raise ConfigError(f"policy.adapter: {error}") from error
+    if adapter.rank > model.lora.rank:
+        raise ConfigError(
+            f"policy.lora.rank: should be at least {adapter.rank}, the rank of policy.adapter. "
+            f"Found {model.lora.rank}."
+        )
+    if others := [name for name in adapter.layers if not lora.adapts(targets, name)]:
+        raise ConfigError(
+            "policy.lora.target_modules: should name all layers of policy.adapter. Found none for "
+            f"{others[0]}{f' and {len(others) - 1} more' if others[1:] else ''} in {targets}."
+        )
+    return adapter
 
 
 def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) -> SD3Policy:
@@ -117,11 +174,12 @@ def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
         ConfigError: if the path holds none, or a setting does not fit it.
     """
     model = settings.policy
+    start = starting_adapter(settings)
     loaded, tokenizer = language_model.load_model(
         model_path(settings), revision=model.revision, dtype=model.dtype
     )
     try:
-        return CausalLMPolicy(
+        built = CausalLMPolicy(
             loaded,
             tokenizer,
             device=device,
@@ -137,12 +195,21 @@ def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
         raise
     except ValueError as error:
         raise ConfigError(f"policy: {error}") from error
+    if start is not None:
+        lora.start_from(built.model, start.layers)
+    return built
 
 
 def model_path(settings: Config) -> str:
-    """Folder or hub id of the model; "tiny" is the one shipped with the package."""
+    """Folder or hub id of the model; "tiny" is the one shipped with the package.
+
+    Raises:
+        ConfigError: if what can only be a folder does not exist.
+    """
     path = settings.policy.path
     shipped = tiny.LM_PATH if settings.policy.name == "causal_lm" else tiny.PIPELINE_PATH
+    if path != "tiny":
+        check_place(path)
     return str(shipped) if path == "tiny" else path
 
 

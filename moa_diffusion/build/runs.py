@@ -17,7 +17,13 @@ from moa_diffusion.build.agreement import check_same, facts
 from moa_diffusion.build.folders import flat, run_folder, run_log, start_over, write_config
 from moa_diffusion.build.judges import evaluation, scorers, watcher
 from moa_diffusion.build.methods import check_ppo, gradients, objectives
-from moa_diffusion.build.models import causal_lm, check_prompts, critic, policy
+from moa_diffusion.build.models import (
+    causal_lm,
+    check_prompts,
+    critic,
+    policy,
+    starting_adapter,
+)
 from moa_diffusion.build.parts import construct, nearest
 from moa_diffusion.build.prompts import heldout_requests, train_prompts
 from moa_diffusion.config import Config
@@ -85,6 +91,7 @@ def _trainer(
     check_ppo(settings)
     if settings.policy.name == "causal_lm":
         check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
+    starting_adapter(settings, pipeline)  # read once more where it is needed
     watch = watcher(settings, asked)
     geometry = solve_geometry(settings, comm.world_size)
     meet()
@@ -168,6 +175,7 @@ def _offline_trainer(
     resumed = run_folder(settings)
     data = preferences(settings)
     check_prompts(settings, data.prompts)
+    starting_adapter(settings)
     asked = heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)

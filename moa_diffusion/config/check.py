@@ -169,6 +169,12 @@ def _check_together(config: Config) -> None:
         lambda value: value < steps,
         f"less than sampling.steps = {steps} (the last step is not trained)",
     )
+    _require(
+        config,
+        "policy.adapter",
+        lambda value: value is None or config.policy.name != "toy",
+        "null for policy.name toy, which has no LoRA",
+    )
     writes = config.policy.name == "causal_lm"
     _require(
         config,

@@ -26,6 +26,7 @@ _KEYS = (
     "output_dir",
     "resume",
     "policy.path",
+    "policy.adapter",
     "policy.embeds_dir",
     "objectives.calibration",
     "preferences.data",

@@ -39,6 +39,11 @@ class PolicyConfig:
         vae_batch: Images decoded at a time.
         embeds_dir: Folder of a disk cache for prompt embeddings.
         embeds_memory_gb: Limit of their memory cache, in GB.
+        adapter: LoRA weights to start from (a checkpoint's folder, its ema, an export, a folder of
+            peft, a .safetensors file), for a second stage with other rewards. They start in the
+            LoRA below, whose rank and target_modules have to hold them; what it has beyond them
+            starts as if new. The reference of the KL stays the model in path, without an adapter.
+            A run that is resumed does not read it.
         lora: The trained adapter.
     """
 
@@ -53,6 +58,7 @@ class PolicyConfig:
     vae_batch: int = 8
     embeds_dir: str | None = None
     embeds_memory_gb: float = 8.0
+    adapter: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

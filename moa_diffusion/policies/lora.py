@@ -120,6 +120,29 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapts(target_modules: Sequence[str], name: str) -> bool:
+    """Whether a layer of this name gets an adapter, by peft's rule: the name or its end."""
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+@torch.no_grad()
+def start_from(model: Any, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put updates ``B A`` into the adapter of a model, which ``attach`` has just added.
+
+    What the adapter has beyond them, layers and ranks, keeps its A and a B of zero, so that the
+    model is the base model with these updates, and all of the adapter can be trained.
+
+    Args:
+        model: with the adapter.
+        updates: A ``[rank, in]`` and B ``[out, rank]`` by the name of an adapted layer, of at most
+            the adapter's rank.
+    """
+    for name, (a, b) in updates.items():
+        layer = model.get_submodule(name)
+        layer.lora_A["default"].weight[: len(a)] = a
+        layer.lora_B["default"].weight[:, : len(a)] = b / layer.scaling["default"]
+
+
 class _Tap(torch.autograd.Function):
     """The identity on y; its backward pass hands over x and the gradient of y."""
 

@@ -1,0 +1,377 @@
+"""LoRA weights of others are read, or named for what they are; training starts from them."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, LoraModel
+from safetensors.torch import save_file
+
+from moa_diffusion import build, checkpoint, tiny
+from moa_diffusion.config import from_dict
+from moa_diffusion.policies.adapters import (
+    read_sd3_adapter,
+    read_text_adapter,
+    sd3_skeleton,
+    text_skeleton,
+)
+from moa_diffusion.policies.lora_files import CONFIG, DIFFUSERS, PEFT, foreign_format
+from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.types import ConfigError, Request
+
+CPU = torch.device("cpu")
+LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k")
+PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k"]}
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    return sd3_skeleton(str(tiny.PIPELINE_PATH))
+
+
+def tensors(transformer, pattern: str, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A and B by names such as ``transformer.{layer}.lora_{part}.weight``."""
+    draws, state = torch.Generator().manual_seed(0), {}
+    for layer in LAYERS:
+        linear = transformer.get_submodule(layer)
+        shapes = {"A": (rank, linear.in_features), "B": (linear.out_features, rank)}
+        for part, shape in shapes.items():
+            state[pattern.format(layer=layer, part=part)] = torch.randn(shape, generator=draws)
+    return state
+
+
+def peft_folder(folder: Path, transformer, prefix: str = "base_model.model.") -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors(transformer, prefix + "{layer}.lora_{part}.weight"), folder / PEFT)
+    (folder / CONFIG).write_text(json.dumps(PEFT_CONFIG))
+    return folder
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+def test_formats_of_diffusers_and_peft_are_read_alike(tmp_path: Path, transformer):
+    """Folders, single files of any name, safetensors and the older pickles of tensors."""
+    folder = peft_folder(tmp_path / "peft", transformer)
+    plain = tensors(transformer, "transformer.{layer}.lora_{part}.weight")
+    for name, state in (
+        (DIFFUSERS, plain),
+        ("anything.safetensors", plain),
+        ("bare.safetensors", tensors(transformer, "{layer}.lora_{part}.weight")),
+        ("named.safetensors", tensors(transformer, "{layer}.lora_{part}.default.weight")),
+    ):
+        save_file(state, tmp_path / name)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(plain, pickled / "pytorch_lora_weights.bin")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    save_file(plain, alone / "my_lora.safetensors")
+    expected = read_sd3_adapter(tmp_path, transformer).layers
+    found = {
+        place: read_sd3_adapter(place, transformer).layers
+        for place in (
+            *(tmp_path / name for name in (DIFFUSERS, "anything.safetensors")),
+            *(tmp_path / name for name in ("bare.safetensors", "named.safetensors")),
+            *(pickled, alone, folder, folder / PEFT),
+        )
+    }
+    for place, layers in found.items():
+        assert layers.keys() == set(LAYERS) == expected.keys()
+        scale = 2.0 if folder in (place, place.parent) else 1.0  # of peft: alpha / r
+        for layer, (a, b) in expected.items():
+            assert torch.equal(layers[layer][0], a)
+            assert torch.equal(layers[layer][1], scale * b)
+
+
+def test_layers_that_a_peft_folder_leaves_out_stay_as_they_are(tmp_path: Path, transformer, caplog):
+    """Their B starts at zero, unless the configuration says that it is drawn."""
+    folder = peft_folder(tmp_path, transformer)
+    assert read_sd3_adapter(folder, transformer).layers.keys() == set(LAYERS)
+    assert "none for 10 of the 12 layers" in caplog.text
+    (folder / CONFIG).write_text(json.dumps({**PEFT_CONFIG, "init_lora_weights": False}))
+    with pytest.raises(ConfigError, match="Found B None and A None"):
+        read_sd3_adapter(folder, transformer)
+
+
+def test_a_peft_folder_is_what_peft_makes_of_it(tmp_path: Path, transformer):
+    """The update of each layer is that of peft's own merge."""
+    found = read_sd3_adapter(peft_folder(tmp_path, transformer), transformer)
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(128, 128, bias=False)})
+    tuner = LoraModel(model, LoraConfig(**{**PEFT_CONFIG, "target_modules": ["to_q"]}), "one")
+    state = tensors(transformer, "{layer}.{part}")
+    adapted = tuner.model["to_q"]
+    with torch.no_grad():
+        adapted.lora_A["one"].weight.copy_(state[f"{LAYERS[0]}.A"])
+        adapted.lora_B["one"].weight.copy_(state[f"{LAYERS[0]}.B"])
+    a, b = found.layers[LAYERS[0]]
+    torch.testing.assert_close(b @ a, adapted.get_delta_weight("one"))
+
+
+# ---------------------------------------------------------------------- what is named
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "kohya-ss.*U-Net"),
+        (["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"], "kohya-ss.*U-Net"),
+        (["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"], "kohya-ss.*text encoders"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "kohya-ss LoRA of Flux"),
+        (["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"], "kohya.*Diffusion 3"),
+        (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "LoRA of a U-Net"),
+        (["unet.mid_block.attentions.0.processor.to_q_lora.down.weight"], "LoRA of a U-Net"),
+        (["down_blocks.0.attn1.processor.to_q_lora.up.weight"], "LoRA of a U-Net"),
+        (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "LoRA of Flux"),
+        (["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"], "ComfyUI LoRA of Flux"),
+        (["diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight"], "ComfyUI LoRA"),
+        (["lora_unet_x.hada_w1_a"], "LoHa"),
+        (["transformer.transformer_blocks.0.attn.to_q.lokr_w1"], "LoKr"),
+        (["transformer.a.lora_A.weight", "transformer.a.lora_magnitude_vector"], "DoRA"),
+        (["lora_unet_x.lora_down.weight", "lora_unet_x.dora_scale"], "DoRA"),
+        (["base_model.model.x.ia3_l.weight"], r"\(IA\)\^3"),
+        (["lora_unet_x.oft_blocks"], "OFT"),
+        (["prompt_embeddings"], "prompt tuning"),
+        (["clip_l", "clip_g"], "textual inversion"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "whole checkpoint"),
+        (["transformer_blocks.0.attn.to_q.weight"], "whole weights of an image transformer"),
+        (["model.layers.0.self_attn.q_proj.weight"], "whole weights of a language model"),
+        (["transformer_blocks.0.attn.to_q.lora.down.weight", "x.alpha"], "alpha"),
+    ],
+)
+def test_foreign_formats_are_named_for_what_they_are(
+    tmp_path: Path, transformer, names: list[str], kind: str
+):
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / DIFFUSERS)
+    with pytest.raises(ConfigError, match=rf"{DIFFUSERS}` should be a LoRA.*Found .*{kind}"):
+        read_sd3_adapter(tmp_path, transformer)
+
+
+def test_what_is_read_is_not_called_foreign(transformer):
+    for pattern in ("transformer.{layer}.lora_{part}.weight", "base_model.model.{layer}.lora_A.w"):
+        assert foreign_format(tensors(transformer, pattern)) is None
+    language = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    assert (
+        foreign_format([language, "base_model.model.model.layers.0.mlp.up.lora_B.weight"]) is None
+    )
+
+
+def test_a_folder_without_lora_weights_says_what_it_holds(tmp_path: Path, transformer):
+    def refused(files: dict[str, bytes], message: str, place: str = "") -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        with pytest.raises(ConfigError, match=message):
+            read_sd3_adapter(folder / place, transformer)
+
+    refused({"config.yaml": b"", "metrics.jsonl": b""}, "Found the folder of a run; --run")
+    refused({"model_index.json": b"{}"}, "model_index.json: a whole model")
+    refused({"a.safetensors": b"", "b.safetensors": b""}, "one has to be named: a.*, b.safetensors")
+    refused({"ema/" + PEFT: b""}, "Found some in the folder ema in it")
+    refused({"lora.ckpt": b""}, r"\.safetensors file\. Found '\.ckpt': a pickle")
+    refused({"lora.pt": b""}, r"Found '\.pt': a pickle", "lora.pt")
+    refused({"readme.txt": b""}, "Found readme.txt")
+    refused({"x": b""}, "do not exist", "nowhere")
+    refused({PEFT: b""}, "are damaged")
+    refused({"pytorch_lora_weights.bin": b"x"}, "are damaged")
+    save_file(tensors(transformer, "base_model.model.{layer}.lora_{part}.weight"), tmp_path / PEFT)
+    with pytest.raises(ConfigError, match=f"Found no {CONFIG} in it"):  # where the scale stands
+        read_sd3_adapter(tmp_path / PEFT, transformer)
+
+
+def test_another_base_model_is_told_by_its_shapes(tmp_path: Path, transformer):
+    state = {
+        f"transformer.{LAYERS[0]}.lora_A.weight": torch.ones(4, 1536),
+        f"transformer.{LAYERS[0]}.lora_B.weight": torch.ones(1536, 4),
+    }
+    save_file(state, tmp_path / DIFFUSERS)
+    with pytest.raises(ConfigError, match=r"do not fit.*another base model, where it is \(1536, 1"):
+        read_sd3_adapter(tmp_path, transformer)
+    model = text_skeleton(str(tiny.LM_PATH))
+    with pytest.raises(ConfigError, match="should be of a language model, as peft writes them"):
+        read_text_adapter(tmp_path, model)
+    with pytest.raises(ConfigError, match="do not fit the base model"):
+        read_text_adapter(peft_folder(tmp_path / "peft", transformer), model)
+
+
+# ---------------------------------------------------------------------- a second stage
+
+
+def settings_of(tmp_path: Path, **policy: object):
+    return from_dict(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "policy": {"max_sequence_length": 16, "lora": {"rank": 4}, **policy},
+            "sampling": {"resolution": 64, "steps": 2, "guidance": 1.0},
+            "evaluation": {"steps": 2, "guidance": 1.0, "every": 0},
+            "rewards": {"colourfulness": {}},
+            "log": {"trackers": []},
+        }
+    )
+
+
+def test_training_starts_with_the_pictures_of_the_adapter(tmp_path: Path, transformer):
+    """As diffusers draws them with the folder loaded, or with peft's scale folded into B."""
+    layers = read_sd3_adapter(peft_folder(tmp_path / "peft", transformer), transformer).layers
+    small = {name: (0.05 * a, b) for name, (a, b) in layers.items()}  # a picture, not noise
+    save_file(
+        {
+            f"transformer.{name}.lora_{part}.weight": tensor.contiguous()
+            for name, pair in small.items()
+            for part, tensor in zip("AB", pair, strict=True)
+        },
+        tmp_path / "stage_one.safetensors",
+    )
+    pipeline = load_pipeline(str(tiny.PIPELINE_PATH))
+    pipeline.load_lora_weights(str(tmp_path), weight_name="stage_one.safetensors")
+    expected = pipeline(
+        "a red square",
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    place = str(tmp_path / "stage_one.safetensors")
+    lora = {"rank": 8, "alpha": 2}  # more than the adapter has, at another scale
+    policy = build.policy(settings_of(tmp_path, adapter=place, lora=lora), CPU)
+    policy.prepare(["a red square"])
+    request = [Request(prompt="a red square", seed=3)]
+    images = policy.generate(request)
+    # Both are in [0, 1]; sums of float32 in another order differ by a few of its last places,
+    # relative 6e-8, grown by two denoising steps and the VAE.
+    torch.testing.assert_close(images, expected.float(), rtol=0, atol=1e-4)
+    with policy.reference():  # the KL is to the base model, without an adapter
+        base = policy.generate(request)
+    plain = build.policy(settings_of(tmp_path), CPU)
+    plain.prepare(["a red square"])
+    assert torch.equal(base, plain.generate(request))
+    assert (base - images).abs().max() > 0.05
+    # All of the adapter can be trained: where B is zero A is not.
+    for name, a in policy.trainable().items():
+        if ".lora_A." in name:
+            b = policy.trainable()[name.replace(".lora_A.", ".lora_B.")]
+            assert bool(((a != 0).any(1) | (b != 0).any(0)).all())
+
+
+def test_a_checkpoint_starts_another_run_with_its_weights(tmp_path: Path):
+    first = build.policy(settings_of(tmp_path), CPU)
+    with torch.no_grad():
+        for number, parameter in enumerate(first.trainable().values()):
+            draws = torch.Generator().manual_seed(number)
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
+    with checkpoint.atomic_folder(tmp_path / "step-000001") as partial:
+        first.save(partial)
+        (partial / "ema").mkdir()
+        first.save(partial / "ema")
+    place = str(tmp_path / "step-000001" / "ema")
+    second = build.policy(settings_of(tmp_path, adapter=place), CPU)
+    for name, parameter in first.trainable().items():
+        assert torch.equal(second.trainable()[name], parameter)
+
+
+def test_a_language_model_starts_with_the_log_probs_of_the_adapter(tmp_path: Path):
+    settings = settings_of(tmp_path, name="causal_lm", lora={"rank": 4, "alpha": 8})
+    first = build.policy(settings, CPU)
+    with torch.no_grad():
+        for number, parameter in enumerate(first.trainable().values()):
+            draws = torch.Generator().manual_seed(number)
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draws))
+    first.save(tmp_path)
+    lora = {"rank": 6, "alpha": 3}
+    second = build.policy(
+        settings_of(tmp_path, name="causal_lm", lora=lora, adapter=str(tmp_path)), CPU
+    )
+    requests = [Request(prompt="To the baker:")] * 2
+    texts = (" Dear Sam,", " the bread was good.")
+    rollout, again = (policy.rollout_of(requests, texts) for policy in (first, second))
+    # Products of rank 4 and 6 are summed in another order: float32's 6e-8, over a few layers.
+    torch.testing.assert_close(again.log_probs, rollout.log_probs, rtol=1e-4, atol=1e-4)
+    untrained = build.policy(settings_of(tmp_path, name="causal_lm"), CPU)
+    other = untrained.rollout_of(requests, texts).log_probs
+    assert (other - rollout.log_probs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"lora": {"rank": 2}}, r"policy\.lora\.rank: should be at least 4, .*Found 2"),
+        (
+            {"lora": {"rank": 4, "target_modules": ["attn.to_q"]}},
+            r"policy\.lora\.target_modules: .*Found none for transformer_blocks\.0\.attn\.to_k",
+        ),
+        ({"adapter": "/nope"}, r"policy\.adapter: LoRA weights `/nope` do not exist"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_a_model_loads(
+    tmp_path: Path, transformer, monkeypatch: pytest.MonkeyPatch, policy: dict, message: str
+):
+    monkeypatch.setattr("moa_diffusion.build.models.load_pipeline", None)
+    folder = peft_folder(tmp_path / "peft", transformer)
+    settings = settings_of(tmp_path, **({"adapter": str(folder)} | policy))
+    for make in (build.trainer, lambda settings: build.policy(settings, CPU)):
+        with pytest.raises(ConfigError, match=message):
+            make(settings)
+
+
+def test_a_resumed_run_does_not_read_it(tmp_path: Path):
+    settings = settings_of(tmp_path, adapter="/nope")
+    settings.resume = "latest"
+    assert build.models.starting_adapter(settings) is None
+
+
+# ---------------------------------------------------------------------- files that others can read
+
+
+@pytest.mark.parametrize("name", ["sd3", "causal_lm"])
+def test_saved_weights_have_the_mode_of_other_files(tmp_path: Path, name: str):
+    plain = tmp_path / "plain"
+    plain.touch()
+    policy = build.policy(settings_of(tmp_path, name=name), CPU)
+    with checkpoint.atomic_folder(tmp_path / "step-000001") as partial:
+        (partial / "ema").mkdir()
+        policy.save(partial)
+        policy.save(partial / "ema")
+    modes = {
+        stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "step-000001").rglob("*")
+        if path.is_file()
+    }
+    assert modes == {stat.S_IMODE(plain.stat().st_mode)}
+
+
+# ---------------------------------------------------------------------- base models
+
+
+def test_a_missing_folder_is_told_at_once(tmp_path: Path):
+    for path in ("/nope", "./nope", "../nope", "models/sd/nope"):
+        for name in ("sd3", "causal_lm"):
+            with pytest.raises(ConfigError, match=r"policy\.path: should be a folder.*Found none"):
+                build.policy(settings_of(tmp_path, path=path, name=name), CPU)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="Found a file"):
+        build.policy(settings_of(tmp_path, path=str(tmp_path / "file")), CPU)
+
+
+@pytest.mark.parametrize("name", ["sd3", "causal_lm"])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    asked = []
+
+    def model_info(self, *arguments: object, **options: object) -> None:
+        asked.append(arguments)
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match=r"policy\.path: .*there is no folder .*does not answer"):
+        build.policy(settings_of(tmp_path, path="owner/name", name=name), CPU)
+    assert asked == [("owner/name",)]
