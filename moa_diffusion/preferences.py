@@ -167,7 +167,7 @@ def assemble(
                 win_rates[k, p, :count] = win_rates_of_scores(draft.scores[name], scale)
         if win_rates[k].isnan().all():
             expectation = f"`{name}` should be compared at least once."
-            raise bad_line(files[name], expectation, "no pair and no two scores of it")
+            raise bad_line(str(files[name]), expectation, "no pair and no two scores of it")
         _warn_of_single_labels(name, drafts, smoothing)
     silent = win_rates.isnan().flatten(2).all(2).all(0)  # [P]
     for p in silent.nonzero().flatten().tolist():
