@@ -15,12 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from moa_diffusion.devices import widest
 from moa_diffusion.distributed import Comm
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The type that sums are made in: float64, but float32 on Apple's GPUs, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class GradientSum:

@@ -10,19 +10,24 @@ layer the rows' own gradients are small, so that K objectives cost little more t
 Per-example gradients from one backward pass: Goodfellow, arXiv 1510.01799. Contracting them with
 K sets of coefficients is ours. The sum is exact for every k; what differs from K separate backward
 passes is rounding.
+
+Which row belongs to which decision is known from the policy and never guessed: a layer whose input
+has another number of rows (experts of a mixture, which get some of the tokens), or that is not
+called at all (a wrapper that uses the factors' product), is differentiated once per objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.devices import float64_device, widest
 from moa_diffusion.distributed import Comm
-from moa_diffusion.gradient_sum import widest
 
 # Below so many tokens a row, scaling the inputs K times is cheaper than a gradient for every row
 # (one thread, rank 32, width 1024, K = 4: 0.3 to 0.6 of the time at 4 tokens, 1.2 to 1.7 at 8).
@@ -51,10 +56,11 @@ class ObjectiveGradients:
     """The gradients of K objectives, summed over the micro-batches of an optimizer step.
 
     They may be measured under autocast and with gradient checkpointing (not the reentrant kind,
-    which diffusers does not use). K times the trained parameters are kept in float32.
+    which diffusers does not use). K times the trained parameters are kept in float64.
 
-    A parameter that belongs to none of the ``layers`` gets its rows from K separate backward
-    passes: exact, and slow.
+    A parameter that belongs to none of the ``layers``, or to one that a backward pass does not come
+    by or finds with rows that cannot be told apart, gets its rows from K separate backward passes:
+    exact, and slow.
 
     Args:
         parameters: what is trained, by name; all on one device.
@@ -65,13 +71,16 @@ class ObjectiveGradients:
             of one. Then one backward pass serves the decisions of which the K coefficients have
             equal proportions within their sample: one pass while nothing is clipped, at most
             three on a clipped surrogate, and never more than K.
+        copies: how often all rows stand in a layer's input, one set after the other: 2 with
+            classifier-free guidance.
 
     Raises:
-        ValueError: if ``count`` is not positive, there is no parameter, or a layer's weight is
-            not among them.
+        ValueError: if ``count`` or ``copies`` is not positive, there is no parameter, or a layer's
+            weight is not among them.
 
     Attributes:
         rows: by name, ``[K, *shape]``, of the type that sums are made in.
+        separate: names of the parameters that took K backward passes so far.
     """
 
     def __init__(
@@ -81,12 +90,15 @@ class ObjectiveGradients:
         count: int,
         *,
         whole: bool = False,
+        copies: int = 1,
     ) -> None:
         if count < 1:
             raise ValueError(f"Parameter `count` should be at least 1. Found {count}.")
+        if copies < 1:
+            raise ValueError(f"Parameter `copies` should be at least 1. Found {copies}.")
         if not parameters:
             raise ValueError("Parameter `parameters` should not be empty.")
-        self.count, self._whole = count, whole
+        self.count, self._whole, self._copies = count, whole, copies
         self._parameters, self._layers = dict(parameters), list(layers)
         sizes = [parameter.numel() for parameter in parameters.values()]
         device = next(iter(parameters.values())).device
@@ -103,7 +115,10 @@ class ObjectiveGradients:
                 "Parameter `layers` should have all their weights among the parameters. Found "
                 f"{len(weights - self._targets.keys())} that are not."
             )
-        self._separate = {name: p for name, p in parameters.items() if id(p) not in weights}
+        self._outside = {name: p for name, p in parameters.items() if id(p) not in weights}
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._foreign: set[int] = set()  # layers whose rows were once not those of the decisions
+        self.separate: set[str] = set()
         self._summed = False  # over the processes
 
     def backward(
@@ -111,18 +126,22 @@ class ObjectiveGradients:
         log_probs: Tensor,
         coefficients: Tensor,
         *,
+        tokens: int | None = None,
         scale: float = 1.0,
         retain_graph: bool = False,
     ) -> None:
         """Add the K gradients of ``sum_nt c_knt log_probs_nt`` to the rows; leave ``.grad`` alone.
 
-        The layers' first axis must hold the decisions sample by sample (``[m, t]`` flattened), or
-        the m samples if they are ``whole``, once or, as classifier-free guidance has it, several
-        times over, and a log-probability must depend on its own rows alone.
+        A layer's first axis should hold the decisions sample by sample (``[m, t]`` flattened), or
+        the m samples if they are ``whole``, ``copies`` times over; an axis of rows and tokens
+        together is cut into rows of ``tokens``. Any other layer takes K backward passes. A
+        log-probability must depend on its own rows alone. The graph may outlive the call; it goes
+        with the caller's ``log_probs``.
 
         Args:
             log_probs: ``[m, t]``, with gradient.
             coefficients: ``[K, m, t]``, the derivatives of the K losses by ``log_probs``.
+            tokens: L of a row in this pass, if it is known.
             scale: for float16, where small gradients vanish. The backward pass starts from
                 ``scale max_k |c_knt|``, so what suits the ordinary loss (``GradScaler``) suits
                 here. The rows are divided by it again, in float32.
@@ -130,50 +149,72 @@ class ObjectiveGradients:
                 the same graph afterwards.
 
         Raises:
-            ValueError: if a shape does not fit, or ``scale`` is not positive. If that is found in
-                a layer, the rows are incomplete.
-            RuntimeError: if the rows have been summed over the processes since ``clear``, or no
-                layer was passed.
+            ValueError: if a shape does not fit, or ``scale`` is not positive.
+            RuntimeError: if the rows have been summed over the processes since ``clear``, or the
+                log-probabilities depend on no parameter.
         """
         self._check(log_probs, coefficients, scale)
         coefficients = coefficients.detach().to(log_probs.device, torch.float32)
-        if self._separate:
-            self._add_separately(log_probs, coefficients, scale, retain_graph)
-        if not self._layers:
-            return
         passes = self._by_sample(coefficients) if self._whole else [self._by_decision(coefficients)]
-        for number, (seed, shares) in enumerate(passes):
-            last = number == len(passes) - 1
-            self._contract(log_probs, seed * scale, shares / scale, retain_graph or not last)
+        alone = dict(self._outside)  # what K passes are needed for
+        asked = [i for i in range(len(self._layers)) if i not in self._foreign]
+        for seed, shares in passes if asked else ():
+            # The first pass shows all there is: the others go through the same graph.
+            met = self._contract(log_probs, seed * scale, shares / scale, asked, tokens)
+            if mixed := met & self._foreign:  # a layer is called twice, one call does not fit
+                self._contract(log_probs, seed * scale, -shares / scale, sorted(mixed), tokens)
+            asked = [i for i in asked if i in met - self._foreign]
+            if not asked:
+                break
+        for i in set(range(len(self._layers))).difference(asked):
+            alone |= {self._names[id(w)]: w for w in self._layers[i].weights}
+        found = self._add_separately(alone, log_probs, coefficients, scale, retain_graph)
+        if not asked and not found:
+            raise RuntimeError(
+                "The log-probabilities depend on none of the trained parameters: the backward pass "
+                "came by none of the layers."
+            )
 
     def _contract(
-        self, log_probs: Tensor, seed: Tensor, shares: Tensor, retain_graph: bool
-    ) -> None:
-        """One backward pass from ``seed [m, t]``; objective k has ``shares_k`` of every row."""
-        tiled: dict[int, Tensor] = {}  # by number of rows; made once, not in every layer
+        self,
+        log_probs: Tensor,
+        seed: Tensor,
+        shares: Tensor,
+        chosen: Sequence[int],
+        tokens: int | None,
+    ) -> set[int]:
+        """One backward pass from ``seed [m, t]``; objective k has ``shares_k`` of every row.
 
-        def record(weight: Tensor, left: Tensor, right: Tensor) -> None:
-            if len(left) not in tiled:
-                tiled[len(left)] = tile(shares, len(left))
-            add_rows(self._targets[id(weight)], tiled[len(left)], left, right)
+        Returns:
+            those of the chosen layers that added to the rows. Those that came by with rows of
+            another number are ``_foreign`` from then on.
+        """
+        one = shares.shape[1] == 1  # whatever comes by belongs to it
+        tiled = shares if one else shares.repeat(1, self._copies)  # [K, R]
+        met: set[int] = set()
 
-        for layer in self._layers:
-            layer.record = record
+        def record(i: int, weight: Tensor, left: Tensor, right: Tensor) -> None:
+            left_rows = arranged(left, tiled.shape[1], tokens, whole=self._whole)
+            right_rows = arranged(right, tiled.shape[1], tokens, whole=self._whole)
+            if left_rows is None or right_rows is None:
+                self._foreign.add(i)
+                return
+            met.add(i)
+            add_rows(self._targets[id(weight)], tiled, left_rows, right_rows)
+
+        for i in chosen:
+            self._layers[i].record = partial(record, i)
         try:
             torch.autograd.backward(
                 log_probs,
                 seed.to(log_probs.dtype),
-                retain_graph=retain_graph,
-                inputs=[leaf for layer in self._layers for leaf in layer.leaves],
+                retain_graph=True,  # some layers may turn out to need passes of their own
+                inputs=[leaf for i in chosen for leaf in self._layers[i].leaves],
             )
         finally:
-            for layer in self._layers:
-                layer.record = None
-        if not tiled:
-            raise RuntimeError(
-                "The backward pass came by none of the layers. The log-probabilities should be "
-                "computed with them, after `Policy.tapped` was called."
-            )
+            for i in chosen:
+                self._layers[i].record = None
+        return met
 
     @staticmethod
     def _by_decision(coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,9 +254,10 @@ class ObjectiveGradients:
         if not self._summed:
             comm.sum_([self._flat])
             self._summed = True
-        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self._flat.device)
+        device = float64_device(self._flat.device)
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
         for part in self._flat.split(max(1, CHUNK // self.count), dim=1):
-            wide = part.double()
+            wide = part.to(device).double()
             total += wide @ wide.T
         return ((total + total.T) / 2).cpu()
 
@@ -271,36 +313,50 @@ class ObjectiveGradients:
             )
 
     def _add_separately(
-        self, log_probs: Tensor, coefficients: Tensor, scale: float, retain_graph: bool
-    ) -> None:
-        """Rows of the parameters that belong to no layer, one backward pass for each."""
+        self,
+        parameters: Mapping[str, Tensor],
+        log_probs: Tensor,
+        coefficients: Tensor,
+        scale: float,
+        retain_graph: bool,
+    ) -> bool:
+        """Rows of these parameters, one backward pass for each; returns whether there are any."""
+        used = dict(parameters)
         for k, row in enumerate(coefficients):
-            last = k == self.count - 1 and not self._layers
+            if not used:
+                return False
             gradients = torch.autograd.grad(
                 log_probs,
-                list(self._separate.values()),
+                list(used.values()),
                 grad_outputs=(row * scale).to(log_probs.dtype),
-                retain_graph=retain_graph or not last,
+                retain_graph=retain_graph or k < self.count - 1,
                 allow_unused=True,
             )
-            for name, gradient in zip(self._separate, gradients, strict=True):
-                if gradient is not None:
-                    self.rows[name][k] += gradient / scale
+            found = dict(zip(used, gradients, strict=True))
+            # A layer that nothing depends on costs no further pass.
+            used = {name: p for name, p in used.items() if found[name] is not None}
+            for name in used:
+                self.rows[name][k] += found[name] / scale
+        self.separate |= used.keys()
+        return True
 
 
-def tile(shares: Tensor, rows: int) -> Tensor:
-    """``[K, D]`` of the decisions to ``[K, R]`` of a layer's rows, the decisions over and over.
+def arranged(values: Tensor, rows: int, tokens: int | None, *, whole: bool) -> Tensor | None:
+    """A layer's input with R rows as its first axis, or None if they cannot be told apart.
 
-    Raises:
-        ValueError: if R is no multiple of D.
+    Args:
+        values: ``[R, ..., q]``, or ``[R L, q]``; of any shape if there is one row.
+        rows: R.
+        tokens: L, if it is known.
+        whole: whether a row holds all decisions of a sample, and so has an axis of tokens.
     """
-    decisions = shares.shape[1]
-    if rows % decisions:
-        raise ValueError(
-            f"The first axis of a layer's input should be a multiple of the {decisions} decisions "
-            f"of the micro-batch. Found {rows} rows."
-        )
-    return shares.repeat(1, rows // decisions)
+    if rows == 1:
+        return values.reshape(1, -1, values.shape[-1])
+    if len(values) == rows and (values.ndim > 2 or not whole):
+        return values
+    if values.ndim == 2 and tokens is not None and len(values) == rows * tokens:
+        return values.unflatten(0, (rows, tokens))
+    return None
 
 
 def add_rows(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moa_diffusion.data import Geometry
 from moa_diffusion.distributed import Comm
 from moa_diffusion.ema import EMA
+from moa_diffusion.gradient_check import TOLERANCE, relative_errors
 from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
@@ -78,6 +79,7 @@ class Updater(Stepper):
         self.geometry, self.comm, self.surrogate = geometry, comm, surrogate
         self.seed, self.progress = seed, progress
         self._checked: set[int] = set()  # decisions that were on-policy when first drawn
+        self._gradients_checked = False
         self._off_policy = False  # whether it was said that a rollout was not on-policy
 
     def __call__(
@@ -142,6 +144,7 @@ class Updater(Stepper):
         advantages = advantages.to(self._device, torch.float32)
         by_sample = advantages.T  # [n, K]
         count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
+        self.check_gradients(rollout)
         rows = self._rows(count)
         found: list[Tensor] = []
 
@@ -170,6 +173,7 @@ class Updater(Stepper):
             share: of the micro-batches that training will make of the rollout, in (0, 1].
         """
         advantages = advantages.to(self._device, torch.float32)
+        self.check_gradients(rollout)
         rows = self._rows(len(advantages))
         chosen = self.geometry.probe(share, seed=self.seed, step=step, rank=self.comm.rank)
         index = [i for micro in chosen for i in micro.tolist()]  # perhaps none is ours
@@ -182,7 +186,12 @@ class Updater(Stepper):
                 new, _ = self.policy.log_probs(part, steps)
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
                 slopes = torch.where(part.mask[:, steps], -mine[:, :, None], 0.0)  # [K, m, t]
-                rows.backward(new, slopes / decisions, scale=self.loss_scale)
+                rows.backward(
+                    new,
+                    slopes / decisions,
+                    tokens=self.policy.row_tokens(part),
+                    scale=self.loss_scale,
+                )
         return rows.gramian(self.comm)
 
     def _rows(self, count: int) -> ObjectiveGradients:
@@ -191,6 +200,7 @@ class Updater(Stepper):
             self.policy.tapped(),
             count,
             whole=self.policy.whole_rows,
+            copies=self.policy.row_copies,
         )
 
     def _run(
@@ -284,14 +294,21 @@ class Updater(Stepper):
             new, kl = self.policy.log_probs(part, steps, with_kl=with_kl)
             by_objective = surrogate_coefficients(new, old, advantages, self.surrogate.clip_range)
             by_objective = torch.where(mask, by_objective, 0.0)  # [K, m, t]
-            rows.backward(new, by_objective / total, scale=self.loss_scale, retain_graph=with_kl)
+            rows.backward(
+                new,
+                by_objective / total,
+                tokens=self.policy.row_tokens(part),
+                scale=self.loss_scale,
+                retain_graph=with_kl,
+            )
             if kl is not None:
                 weighted = beta * torch.where(mask, kl, 0.0).sum() / total
                 torch.autograd.backward(self.scaler.scale(weighted))
             unclipped = (by_objective != 0).sum(0) / says.sum(0).clamp(min=1)[:, None]
             # [m, t], share of the objectives that say something
             clipped = torch.where(says.any(0)[:, None], 1 - unclipped, 0.0)
-            sums.append(_told(mask, new - old, clipped, kl))
+            sums.append(_told(mask, new.detach() - old, clipped, kl))
+            del new, kl  # and the graph, before the next one is made
         return torch.stack(sums)
 
     def _watch(self, gap: float) -> None:
@@ -352,6 +369,40 @@ class Updater(Stepper):
                 f"decision, on this process: {[f'{value:.1e}' for value in gap.tolist()]}."
             )
         self._checked.update(decisions or ())
+
+    def check_gradients(self, rollout: Rollout) -> None:
+        """The objectives' gradients must add up to an ordinary one; done once per run.
+
+        Args:
+            rollout: this process's n samples.
+
+        Raises:
+            TrainingError: naming the layers whose gradients are not those of a backward pass.
+        """
+        if self._gradients_checked:
+            return
+        part = rollout.select(torch.arange(self.geometry.micro_batch))
+        errors, separate = relative_errors(self.policy, part, seed=self.seed)
+        tolerance = TOLERANCE[self.policy.dtype]
+        wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+        if self.comm.any(bool(wrong)):
+            worst = sorted(wrong, key=lambda name: -wrong[name])[:5]  # NaN in any place
+            raise TrainingError(
+                f"The gradients of single objectives are wrong in {len(wrong)} of {len(errors)} "
+                "trained tensors on this process: they do not add up to an ordinary backward pass "
+                f"(relative error above {tolerance:.0e}). Worst: "
+                f"{', '.join(f'{name} ({wrong[name]:.1e})' for name in worst) or 'none'}. These "
+                "layers take their samples in an order that is not known here. Leave them out of "
+                "`policy.lora.target_modules`, or choose a method that weighs without gradients."
+            )
+        if separate:
+            logger.warning(
+                "The gradients of %d of %d trained tensors take a backward pass for each "
+                "objective: their layers do not keep the samples apart.",
+                separate,
+                len(errors),
+            )
+        self._gradients_checked = True
 
 
 def _told(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.gradient_sum import GradientSum, widest
+from moa_diffusion.gradient_sum import GradientSum
 
 
 def summed(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -52,11 +52,6 @@ def test_writing_starts_anew_and_covers_every_parameter():
 
 def test_infinities_stay():
     assert summed([torch.tensor([torch.inf, 1.0]), torch.tensor([1.0, torch.nan])])[0] == torch.inf
-
-
-def test_apple_gpus_sum_in_float32():
-    assert widest(torch.device("mps")) == torch.float32
-    assert widest(torch.device("cuda")) == torch.float64
 
 
 def test_there_must_be_parameters():

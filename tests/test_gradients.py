@@ -121,7 +121,7 @@ def together(
     policy: Any, rollout: Rollout, coefficients: Tensor, *, micro: int = 4, **options: Any
 ) -> ObjectiveGradients:
     """As an update accumulates them."""
-    found = ObjectiveGradients(policy.trainable(), policy.tapped(), K)
+    found = ObjectiveGradients(policy.trainable(), policy.tapped(), K, copies=policy.row_copies)
     for index in torch.arange(len(rollout)).split(micro):
         part = rollout.select(index)
         for steps in policy.step_chunks(rollout.log_probs.shape[1]):
@@ -396,21 +396,57 @@ def test_layers_are_tapped_once() -> None:
 # ---------------------------------------------------------------- errors
 
 
-def test_rows_that_do_not_belong_to_decisions_are_refused() -> None:
+def test_rows_that_do_not_belong_to_decisions_are_differentiated_separately() -> None:
     model = adapted()
     found = made(model)
-    log_probs = model(torch.randn(5, 12)).sum(1)[:4].view(2, 2)
-    with pytest.raises(ValueError, match=r"multiple of the 4 decisions .* Found 5 rows"):
-        found.backward(log_probs, torch.ones(K, 2, 2))
-    model(torch.randn(5, 12)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "as before"
+    x, coefficients = torch.randn(5, 12), random_coefficients(2, 2)
+    found.backward(model(x).sum(1)[:4].view(2, 2), coefficients)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.separate == parameters.keys()
+    log_probs = model(x).sum(1)[:4].view(2, 2)
+    expected = {name: torch.zeros(K, *p.shape) for name, p in parameters.items()}
+    for k in range(K):
+        loss = (coefficients[k] * log_probs).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            expected[name][k] = gradient
+    for name, rows in found.rows.items():
+        torch.testing.assert_close(rows, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_log_probs_made_without_the_layers_are_refused() -> None:
+def test_a_layer_that_is_called_again_with_other_rows_is_exact() -> None:
+    """What its first call added is taken back; other layers keep their one pass."""
     model = adapted()
-    log_probs = model(torch.randn(2, 12)).sum(1, keepdim=True)
+    found = made(model)
+    x, coefficients = torch.randn(4, 12), random_coefficients(4, 1)
+
+    def log_probs() -> Tensor:
+        return model(x).sum(1, keepdim=True) * model(x[:3]).sum()
+
+    found.backward(log_probs(), coefficients)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for k in range(K):
+        gradients = torch.autograd.grad(
+            (coefficients[k] * log_probs()).sum(), list(parameters.values())
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            torch.testing.assert_close(found.rows[name][k], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_a_pass_does_not_come_by_are_differentiated_separately() -> None:
+    """They were called before they were tapped, as a wrapper does that uses the weights itself."""
+    model = adapted()
+    log_probs = model(torch.randn(2, 12, generator=torch.Generator().manual_seed(0)))
+    found = made(model)
+    found.backward(log_probs.sum(1, keepdim=True), torch.ones(K, 2, 1))
+    assert len(found.separate) == 2
+    assert all(rows.any() for rows in found.rows.values())
+
+
+def test_log_probs_that_depend_on_no_parameter_are_refused() -> None:
+    log_probs = torch.zeros(2, 1, requires_grad=True)
     with pytest.raises(RuntimeError, match="came by none of the layers"):
-        made(model).backward(log_probs, torch.ones(K, 2, 1))
+        made(adapted()).backward(log_probs, torch.ones(K, 2, 1))
 
 
 @pytest.mark.parametrize(
@@ -440,6 +476,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
     layers, parameters = lora.tapped(lora.layers(model)), dict(model.named_parameters())
     with pytest.raises(ValueError, match=r"`count` should be at least 1. Found 0"):
         ObjectiveGradients(parameters, layers, 0)
+    with pytest.raises(ValueError, match=r"`copies` should be at least 1. Found 0"):
+        ObjectiveGradients(parameters, layers, K, copies=0)
     with pytest.raises(ValueError, match=r"`parameters` should not be empty"):
         ObjectiveGradients({}, layers, K)
     with pytest.raises(ValueError, match=r"among the parameters. Found 1"):

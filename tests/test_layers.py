@@ -21,7 +21,7 @@ LAYERS = (
     ("trainer", "offline"),
     ("loop",),
     ("update", "alarm", "front", "saving"),
-    ("heldout", "checkpoint", "stepper", "critic"),
+    ("heldout", "checkpoint", "stepper", "critic", "gradient_check"),
     ("policies/*", "scoring", "gradients"),
     ("metrics", "drift", "preference_files", "gradient_sum", "lessons"),
     (
@@ -29,6 +29,7 @@ LAYERS = (
         "loss",
         "samplers",
         "data",
+        "devices",
         "preferences",
         "distributed",
         "config/*",

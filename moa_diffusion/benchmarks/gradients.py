@@ -50,7 +50,10 @@ def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
     parameters = policy.trainable()
     source = torch.Generator().manual_seed(0)
     coefficients = torch.randn(max(COUNTS), SAMPLES, 1, generator=source)
-    rows = {count: ObjectiveGradients(parameters, policy.tapped(), count) for count in COUNTS}
+    rows = {
+        count: ObjectiveGradients(parameters, policy.tapped(), count, copies=policy.row_copies)
+        for count in COUNTS
+    }
 
     def forward() -> Tensor:
         return policy.log_probs(rollout, slice(0, 1))[0]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from moa_diffusion.types import Outputs, Request, Rollout
@@ -18,8 +19,11 @@ class Policy(Protocol):
     The reference is the same model with the adapter switched off, never a second copy.
     """
 
-    whole_rows: bool  # a tapped layer's row holds all decisions of a sample, not one
+    dtype: torch.dtype  # of the forward pass; adapter and log-probabilities are float32
     dimensions: int  # numbers that a decision's log-probability is a mean over; 1 if it is none
+    # Of the rows in a tapped layer's input, while log-probabilities are computed:
+    whole_rows: bool  # one holds all decisions of a sample, instead of one
+    row_copies: int  # all stand there so often, one set after the other: 2 with guidance
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""
@@ -71,6 +75,13 @@ class Policy(Protocol):
 
         They are ``moa_diffusion.gradients.Layer``. Trainable parameters outside them are
         differentiated once per objective.
+        """
+        ...
+
+    def row_tokens(self, rollout: Rollout) -> int | None:
+        """Tokens of a row in ``log_probs`` of these samples, if all layers' rows have equally many.
+
+        So layers are understood that are given rows and tokens as one axis, row by row.
         """
         ...
 

@@ -66,7 +66,7 @@ class CausalLMPolicy:
         ValueError: if a parameter is out of range, or names no layer.
     """
 
-    whole_rows = True
+    whole_rows, row_copies = True, 1
     dimensions = 1
 
     def __init__(
@@ -197,10 +197,7 @@ class CausalLMPolicy:
     ) -> tuple[Tensor, Tensor | None]:
         """As the protocol says; the KL is Schulman's k3, ``exp(d) - 1 - d``, ``d = ref - new``."""
         response, mask = rollout.trace["response"], rollout.mask
-        # Lengths are on the CPU: looking at the mask would wait for the device.
-        p, t = self._longest(rollout.requests), int(rollout.statistics["length"].max())
-        if self.dtype != torch.float32:  # its rounding depends on the widths: 0.02 in bfloat16
-            p, t = rollout.trace["widths"].amax(0).tolist()
+        p, t = self._columns(rollout)
         new = self._score(rollout.requests, response, mask, p, t)[:, steps]
         if not with_kl:
             return new, None
@@ -221,6 +218,10 @@ class CausalLMPolicy:
 
     def tapped(self) -> Sequence[Any]:
         return lora.tapped(self._adapted)
+
+    def row_tokens(self, rollout: Rollout) -> int | None:
+        p, t = self._columns(rollout)
+        return p + t - 1
 
     def step_chunks(self, decisions: int) -> list[slice]:
         return [slice(0, decisions)]  # the tokens of a text share their forward pass
@@ -311,6 +312,14 @@ class CausalLMPolicy:
 
     def _widths(self, requests: Sequence[Request], mask: Tensor) -> tuple[int, int]:
         return self._longest(requests), int(mask.sum(1).max())
+
+    def _columns(self, rollout: Rollout) -> tuple[int, int]:
+        """Columns of prompts and of responses in the pass that training makes."""
+        if self.dtype != torch.float32:  # its rounding depends on the widths: 0.02 in bfloat16
+            p, t = rollout.trace["widths"].amax(0).tolist()
+            return p, t
+        # Lengths are on the CPU: looking at the mask would wait for the device.
+        return self._longest(rollout.requests), int(rollout.statistics["length"].max())
 
     def _prompts(self, requests: Sequence[Request], width: int) -> tuple[Tensor, Tensor]:
         """Ids ``[n, width]`` and mask of the prompts, all of which end in the last column."""

@@ -219,9 +219,11 @@ class SD3Policy:
         vae_batch: int = 8,
         embeds_dir: Path | None = None,
         embeds_memory_gb: float = 8.0,
+        turn: tuple[int, int] = (0, 1),
     ) -> None:
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
         self.steps, self.guidance = steps, guidance
+        self.row_copies = 2 if guidance > 1 else 1  # the unconditional rows come first
         self.sampler, self.noise_level = sampler, noise_level
         self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
         self.kl, self.even_steps = kl, even_steps
@@ -351,6 +353,9 @@ class SD3Policy:
 
     def tapped(self) -> Sequence[Any]:
         return lora.tapped(self._adapted)
+
+    def row_tokens(self, rollout: Rollout) -> int | None:
+        return None  # images and texts have different numbers
 
     def step_chunks(self, decisions: int) -> list[slice]:
         return [slice(i, i + self.step_batch) for i in range(0, decisions, self.step_batch)]

@@ -28,7 +28,8 @@ class ToyPolicy:
         kl: kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
     """
 
-    whole_rows = False
+    dtype = torch.float32
+    whole_rows, row_copies = False, 1
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
@@ -99,6 +100,9 @@ class ToyPolicy:
 
     def tapped(self) -> Sequence[Any]:
         return ()
+
+    def row_tokens(self, rollout: Rollout) -> int | None:
+        return None
 
     def step_chunks(self, decisions: int) -> list[slice]:
         return [slice(i, i + 1) for i in range(decisions)]
