@@ -79,7 +79,7 @@ class Critic:
         self.granularity, self.gamma, self.lam, self.epochs = granularity, gamma, lam, epochs
         self.batch = batch
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "critic") % 2**63)
+            torch.default_generator.manual_seed(derive_seed(seed, "critic") % 2**63)
             last = nn.Linear(hidden, len(objectives))
             self.heads = nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, hidden), nn.Tanh(), last
@@ -110,7 +110,7 @@ class Critic:
         features = rollout.trace["features"].to(self.device, torch.float32)
         with torch.no_grad():
             parts = [self.heads(part) for part in features.split(self.batch)]
-            values = torch.cat(parts).double().cpu().permute(2, 0, 1)  # [K, n, T]
+            values = torch.cat(parts).cpu().double().permute(2, 0, 1)  # [K, n, T]
         mask = rollout.mask.cpu()
         estimates = gae(values, local, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
         self._fit(features, values + estimates, mask)

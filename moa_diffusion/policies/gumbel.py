@@ -12,13 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moa_diffusion.devices import float64_device
+
 
 class GumbelNoise:
     """A logits processor of ``transformers``: makes greedy decoding sample.
 
     The draws are made on the model's device, as a number per token of the vocabulary would have to
     be moved there: the same seed gives other texts on another kind of device. They are float64,
-    because in float32 the largest of 150,000 draws would come from a grid with steps of 1 %.
+    because in float32 the largest of 150,000 draws would come from a grid with steps of 1 %; where
+    the device has no float64, they are made on the CPU.
 
     Args:
         seeds: one per text.
@@ -28,11 +31,12 @@ class GumbelNoise:
 
     def __init__(self, seeds: Sequence[int], *, temperature: float, device: torch.device) -> None:
         self.temperature = temperature
-        self.sources = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._device = float64_device(device)
+        self.sources = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Perturbed logits ``[n, V]`` float32, for ``scores [n, V]`` and any ``input_ids``."""
-        draws = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        draws = torch.empty(scores.shape, dtype=torch.float64, device=self._device)
         for row, source in zip(draws, self.sources, strict=True):
             row.exponential_(generator=source)
-        return scores.float() / self.temperature - draws.log_().float()
+        return scores.float() / self.temperature - draws.log_().float().to(scores.device)
