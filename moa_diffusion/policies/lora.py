@@ -63,11 +63,13 @@ def attach(
         ),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # peft draws on the CPU; others stay as they are
         model.add_adapter(config)
     for parameter in parameters(model).values():
         parameter.data = parameter.data.float()
     for layer in layers(model):
+        # peft casts every input to float32, and autocast casts it back.
+        layer.cast_input_dtype_enabled = False
         base = layer.base_layer
         if isinstance(base, nn.Linear) and base.weight.dtype == torch.float32:
             layer.forward = MergedForward(layer)
