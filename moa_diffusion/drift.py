@@ -20,33 +20,48 @@ CUTOFF = 0.25  # cycles per pixel; the highest that a picture can hold is 0.5
 THUMBNAIL = 16  # side at which siblings are compared, in pixels
 
 
-def statistics(outputs: Outputs) -> dict[str, Tensor]:
-    """Numbers about each output: ``[n]`` float64 by name."""
-    return of_images(outputs) if isinstance(outputs, Tensor) else of_texts(outputs)
+def statistics(
+    outputs: Outputs, *, device: torch.device | None = None, batch: int = 8
+) -> dict[str, Tensor]:
+    """Numbers about each output: ``[n]`` float64 by name, on the CPU.
+
+    Args:
+        outputs: n images or texts.
+        device: where images are looked at; where they are by default.
+        batch: images there at a time.
+    """
+    if not isinstance(outputs, Tensor):
+        return of_texts(outputs)
+    parts = [of_images(part.to(device or part.device)) for part in outputs.split(batch)]
+    return {name: torch.cat([part[name].cpu().double() for part in parts]) for name in parts[0]}
 
 
 def of_images(images: Tensor) -> dict[str, Tensor]:
     """What changes when pictures bleach, blacken, blur or fill with noise.
 
     Args:
-        images: ``[n, 3, H, W]`` in [0, 1].
+        images: ``[n, 3, H, W]`` float32 in [0, 1].
 
     Returns:
-        ``[n]`` each: ``brightness`` and ``contrast`` (mean and standard deviation of the luma),
-        ``saturation`` (mean of HSV's, in [0, 1]), ``high_frequency`` (share of the luma's power,
-        its mean left out, beyond a quarter of a cycle per pixel; 0 for a plain picture).
+        ``[n]`` float32 each: ``brightness`` and ``contrast`` (mean and standard deviation of the
+        luma), ``saturation`` (mean of HSV's, in [0, 1]), ``high_frequency`` (share of the luma's
+        power, its mean left out, beyond a quarter of a cycle per pixel; 0 for a plain picture).
     """
-    images = images.double()
-    luma = torch.einsum("c,nchw->nhw", images.new_tensor(LUMA), images)
+    red, green, blue = (weight * images[:, c] for c, weight in enumerate(LUMA))
+    luma = red + green + blue  # [n, H, W]
     highest, lowest = images.amax(1), images.amin(1)  # [n, H, W]
     saturation = (highest - lowest) / torch.where(highest > 0, highest, 1.0)
-    contrast = luma.flatten(1).std(1, correction=0)
+    # Twice: the mean of many pixels is rounded, and a plain picture should be left with nothing.
+    deviation = luma - luma.mean((1, 2), keepdim=True)
+    deviation -= deviation.mean((1, 2), keepdim=True)
+    contrast = deviation.square().mean((1, 2)).sqrt()
 
-    power = torch.fft.fft2(luma - luma.mean((1, 2), keepdim=True)).abs().square()
+    power = torch.view_as_real(torch.fft.rfft2(deviation)).square().sum(3)  # [n, H, W // 2 + 1]
     height, width = luma.shape[1:]
+    power[:, :, 1 : (width + 1) // 2] *= 2  # the negative frequencies, which are left out
     rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
-    columns = torch.fft.fftfreq(width, dtype=torch.float64)[None]
-    fine = (rows.square() + columns.square()).sqrt() > CUTOFF  # [H, W]
+    columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None]
+    fine = ((rows.square() + columns.square()).sqrt() > CUTOFF).to(power.device)
     total = power.sum((1, 2))
     plain = contrast < 1e-6  # what is left is rounding
     high = torch.where(plain, 0.0, (power * fine).sum((1, 2)) / torch.where(plain, 1.0, total))

@@ -75,6 +75,7 @@ class HeldOut:
         self.scorer, self.training = scorer, training
         self.batch, self.log, self.folder = batch, log, folder
         self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
+        self._device = next(iter(policy.trainable().values())).device
         asked = [[request.prompt, request.seed] for request in self.requests]
         text = json.dumps([asked, scorer.names, drawing])
         # Evaluations with another one cannot be compared with these.
@@ -145,7 +146,9 @@ class HeldOut:
                 metrics[f"eval_gain/{name}"] = gain
         statistics = {
             name: gather_dealt(numbers, dealt, self.comm)
-            for name, numbers in drift.statistics(found.outputs).items()
+            for name, numbers in drift.statistics(
+                found.outputs, device=self._device, batch=self.batch
+            ).items()
         }
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
         means["diversity"] = self._diversity(found.outputs, dealt, siblings)

@@ -341,12 +341,15 @@ class Trainer(Loop):
     def statistics(self, rollout: Rollout) -> dict[str, float]:
         """Means over all N outputs of what shows a reward being gamed, and siblings' diversity."""
         outputs = rollout.outputs
-        columns = drift.statistics(outputs) | dict(rollout.statistics)
+        with self._timed("statistics"):
+            found = drift.statistics(
+                outputs, device=self.updater.device, batch=self.geometry.sample_batch
+            )
+            kept = drift.fingerprints(outputs)
         means = {
             name: float(self.comm.gather(values.double()).mean())
-            for name, values in columns.items()
+            for name, values in (found | dict(rollout.statistics)).items()
         }
-        kept = drift.fingerprints(outputs)
         groups = torch.tensor([request.group for request in rollout.requests])
         if isinstance(kept, Tensor):
             everyone: Tensor | list[list[str]] = self.comm.gather(kept)
