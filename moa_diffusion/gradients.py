@@ -156,7 +156,7 @@ class ObjectiveGradients:
         self._check(log_probs, coefficients, scale)
         coefficients = coefficients.detach().to(log_probs.device, torch.float32)
         passes = self._by_sample(coefficients) if self._whole else [self._by_decision(coefficients)]
-        alone = dict(self._outside)  # what K passes are needed for
+        alone: dict[str, Tensor] = dict(self._outside)  # what K passes are needed for
         asked = [i for i in range(len(self._layers)) if i not in self._foreign]
         for seed, shares in passes if asked else ():
             # The first pass shows all there is: the others go through the same graph.
