@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -397,6 +398,7 @@ def test_surveys_read_what_is_needed(tmp_path, lag):
     references = 3 * 10 * 2 * 2 if lag else 0
     assert evaluations + references / 2 <= policy.asked - 40
     assert policy.asked - 40 <= evaluations + references
+    assert {type(ids) for ids in trainer.cloning._tokens} == {array}  # on no device
     known = ~trainer.mopo.log_ref.isnan().any(1)
     assert int(known.sum()) == (
         200 if lag == 0 else len({r // 2 for r in trainer.rows(range(15, 20))})
@@ -409,7 +411,7 @@ def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
     trainers = []
     for everything in (False, True):
         trainer = make(
-            tmp_path, data, bounds=0.0, settings=replace(QUICK, lag=3), steps=12, batch=2
+            tmp_path, data, bounds=0.0, settings=replace(QUICK, lag=3, beta=0.0), steps=12, batch=2
         )
         if everything:
             trainer._prompts_of = lambda steps: torch.arange(40)  # type: ignore[method-assign]

@@ -235,7 +235,8 @@ class LossConfig:
         steps: plain, or equal: log ratios and losses of all denoising steps are brought to one size
             (as GRPO-Guard's ratio normalisation does), so that early steps train as late ones do
             and the clip acts on each; useful clip ranges are then other ones. Images only.
-        kl_weight: Weight of the KL to the base model; 0 leaves the base model out.
+        kl_weight: Weight of the KL to the base model; 0 leaves the base model out. With the method
+            mopo in win rates per unit of KL: it is divided by what divides them.
         kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text; gaussian or k3 if
             null.
         ratio_tolerance: Largest absolute log ratio of the on-policy check, which looks at each

@@ -91,6 +91,8 @@ def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
 
     most = level(best)
     for j in [k, *(j for j in range(len(best)) if j != k)]:
+        if not most < enough:
+            break
 
         def along(value: float, j: int = j) -> float:
             trial = best.clone()
@@ -100,8 +102,6 @@ def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
         value, found = _maximum(along, mopo.settings.maximum, enough)
         if found > most:
             best[j], most = value, found
-        if not most < enough:
-            break
     return most
 
 
@@ -122,7 +122,7 @@ def _maximum(level: Callable[[float], float], largest: float, enough: float) -> 
 
 
 def _excluding(mopo: OfflineMopo, bounds: Tensor) -> OutOfReach | None:
-    """Weights under which no policy over the responses reaches the bounds' mean."""
+    """The weights under which policies over the responses miss the bounds' mean by the most."""
     applies = (mopo.applies[1:] & ~mopo.log_ref.isnan().any(1)).double()  # [K, P]
     counts = applies.sum(1)
     if (counts == 0).any():
@@ -131,13 +131,14 @@ def _excluding(mopo: OfflineMopo, bounds: Tensor) -> OutOfReach | None:
     possible = mopo.log_data > -torch.inf  # [P, Y]
     scores = torch.where(possible, mopo.rates[1:] * share, 0.0)  # [K, P, Y]
     log_weights = torch.zeros_like(bounds)
-    for step in range(DESCENT):
+    worst, found = TOLERANCE, None
+    for step in range(DESCENT if len(bounds) > 1 else 1):
         weights = log_weights.softmax(0)
         mean = torch.einsum("k,kpy->py", weights, scores).masked_fill(~possible, -torch.inf)
         best, chosen = mean.max(1)  # [P]
         level = float(best.sum())
-        if level < float(weights @ bounds) - TOLERANCE:
-            return OutOfReach(weights=weights, level=level)
+        if (gap := float(weights @ bounds) - level) > worst:
+            worst, found = gap, OutOfReach(weights=weights, level=level)
         levels = scores.gather(2, chosen.expand(len(bounds), -1)[:, :, None]).sum((1, 2))  # [K]
         log_weights = log_weights - 10 * (levels - bounds) / (1 + step) ** 0.5
-    return None
+    return found
