@@ -69,7 +69,7 @@ class Stepper:
         self.skipped_in_a_row = 0
         self.proven_scale = USUAL_SCALE  # the loss scale that has given finite gradients
         self._parameters = list(policy.trainable().values())
-        self._device = self._parameters[0].device
+        self.device = self._parameters[0].device
         self._scale: float | None = None  # what the scaler has on the device
 
     @property
@@ -78,7 +78,7 @@ class Stepper:
         if not self.scaler.is_enabled():
             return 1.0
         if self._scale is None:  # it comes into being with the first tensor that is scaled
-            self._scale = float(self.scaler.scale(torch.ones((), device=self._device)))
+            self._scale = float(self.scaler.scale(torch.ones((), device=self.device)))
         return self._scale
 
     def optimizer_step(self) -> float:

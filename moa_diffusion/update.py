@@ -105,7 +105,7 @@ class Updater(Stepper):
         Returns:
             metrics, averaged over all processes and optimizer steps.
         """
-        advantage = advantage.to(self._device, torch.float32)
+        advantage = advantage.to(self.device, torch.float32)
         beta = self.surrogate.kl_weight * kl_scale
 
         def backward(part: Rollout, index: Tensor, total: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Updater(Stepper):
         Returns:
             metrics, and the mean weights ``[K]``.
         """
-        advantages = advantages.to(self._device, torch.float32)
+        advantages = advantages.to(self.device, torch.float32)
         by_sample = advantages.T  # [n, K]
         count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
         self.check_gradients(rollout)
@@ -172,7 +172,7 @@ class Updater(Stepper):
             step: rollouts finished before this one; it decides the order of the samples.
             share: of the micro-batches that training will make of the rollout, in (0, 1].
         """
-        advantages = advantages.to(self._device, torch.float32)
+        advantages = advantages.to(self.device, torch.float32)
         self.check_gradients(rollout)
         rows = self._rows(len(advantages))
         chosen = self.geometry.probe(share, seed=self.seed, step=step, rank=self.comm.rank)
