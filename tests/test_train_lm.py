@@ -1,4 +1,7 @@
-"""The command line for language models: online, with value heads, from preferences."""
+"""The command line for language models: online, with value heads, from preferences.
+
+Run as a script, this file is one of two processes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from moa_diffusion import build, tiny
-from moa_diffusion.config import check, from_dict
+from moa_diffusion.config import check, from_dict, parse
 from moa_diffusion.loop import Loop
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
@@ -177,28 +180,40 @@ def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: P
     assert (seen[-1].nan_to_num(0) >= 0).all()  # Noon
 
 
+def arguments(folder: Path, name: str) -> list[str]:
+    return ["--config", str(folder / f"{name}.yaml"), "--output_dir", str(folder / name / "two")]
+
+
+def one_of_two_processes(folder: Path, names: list[str]) -> None:
+    """The last run through the script, which also leaves the process group."""
+    for name in names[:-1]:
+        build.text_trainer(parse(arguments(folder, name))).run()
+    sys.argv = [str(SCRIPT), *arguments(folder, names[-1])]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
     """Value heads, groups cut over processes, and texts gathered; then preferences."""
     offline = preferences(tmp_path / "pairs.jsonl")
     offline["evaluation"] = {"every": 0}
     changes = {"ppo": {"loss": {"kind": "ppo"}, "evaluation": {"every": 0}}, "offline": offline}
     for name, change in changes.items():
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(merged(FAST, change)))
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(merged(FAST, change)))
         make(tmp_path / name / "one", **change).run()
-        two = subprocess.run(
-            [
-                *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
-                *["--nproc_per_node", "2", str(SCRIPT), "--config", str(path)],
-                *["--output_dir", str(tmp_path / name / "two")],
-            ],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=HANG,
-        )
-        assert two.returncode == 0, two.stderr
-        assert "Processes: 2" in two.stdout
+    two = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+            *["--nproc_per_node", "2", __file__, str(tmp_path), *changes],
+        ],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Processes: 2") == len(changes)
+    for name, change in changes.items():
         last = merged(FAST, change)["trainer"]["steps"]
         one, other = (adapter(tmp_path / name / kind, last) for kind in ("one", "two"))
         assert difference(one, other) < 1e-4
@@ -352,3 +367,7 @@ def test_other_value_heads_than_the_checkpoints_are_refused(tmp_path: Path) -> N
     ).run()
     with pytest.raises(ConfigError, match="resume: critic has other settings"):
         make(tmp_path / "run", loss={"kind": "ppo"}, critic={"hidden": 8}, resume="latest")
+
+
+if __name__ == "__main__":
+    one_of_two_processes(Path(sys.argv[1]), sys.argv[2:])

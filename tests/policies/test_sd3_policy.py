@@ -49,6 +49,26 @@ def disturb(policy: SD3Policy, size: float = 0.02) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=source))
 
 
+def assert_log_probs_close(policy: SD3Policy, found: Any, expected: Any, steps: range) -> None:
+    """Log-probs ``[n, t]`` of the same steps, up to the rounding of the velocity.
+
+    Kernels of another batch, instruction set or number of threads sum in another order. One pass of
+    the transformer rounds its output by some multiples of float32's eps; 32, since errors of about
+    30 products that follow each other, each a sum of up to 512 terms, add up as a random walk does.
+    Guidance makes up to ``2 guidance - 1`` of it (``v = (1 - g) v_0 + g v_1``), and the log-prob
+    ``-z^2 / 2`` changes by ``|z| |step.v| / std`` times that: 75 in the last step of CPS, whose
+    std is 0.008. Dimensions are averaged, ``|z|`` is about 1, and so are velocities. What the
+    log-prob rounds by itself comes on top.
+    """
+    eps = torch.finfo(torch.float32).eps
+    gain = 2 * policy.guidance - 1
+    for column, index in enumerate(steps):
+        step = policy._stochastic_step(policy._sigmas[index], policy._sigmas[index + 1])
+        allowed = 32 * eps * (gain * abs(step.v) / step.std + 1)
+        difference = (found[:, column] - expected[:, column]).abs().max()
+        assert difference <= allowed, (index, float(difference), allowed)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 @pytest.mark.parametrize("sampler", ["flow_sde", "cps"])
 @pytest.mark.parametrize("step_batch", [1, 2, 3])
@@ -62,7 +82,7 @@ def test_log_probs_are_those_of_sampling(
     for part, rows in ((rollout, slice(0, 4)), (rollout.select(torch.tensor([2, 1])), [2, 1])):
         chunks = policy.step_chunks(3)
         new = torch.cat([policy.log_probs(part, steps)[0] for steps in chunks], dim=1)
-        torch.testing.assert_close(new.detach(), rollout.log_probs[rows], atol=2e-6, rtol=0)
+        assert_log_probs_close(policy, new.detach(), rollout.log_probs[rows], range(3))
 
 
 def test_cps_trains_every_step(make: Any) -> None:
@@ -108,7 +128,7 @@ def test_window_in_the_middle_is_on_policy(make: Any) -> None:
     step = next(step for step in range(50) if policy.trained_steps(step)[0] == 4)
     rollout = policy.sample(requests(2), step=step)
     new, _ = policy.log_probs(rollout, slice(0, 2))
-    torch.testing.assert_close(new.detach(), rollout.log_probs, atol=2e-6, rtol=0)
+    assert_log_probs_close(policy, new.detach(), rollout.log_probs, policy.trained_steps(step))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "dt_free", "velocity"])
