@@ -360,12 +360,15 @@ def test_half_precision_keeps_adapter_and_log_probs_in_float32(family: str, dtyp
     new, kl = policy.log_probs(rollout, slice(0, T), with_kl=True)
     assert new.dtype == kl.dtype == torch.float32
     assert torch.equal(new.detach(), rollout.log_probs)
+    full = policy_on(family).log_probs(rollout, slice(0, T))[0]
+    rounding = (new - full).abs().max()
+    assert 0 < rounding < 0.2
     for rows in ([1, 3], [2], [1]):  # of other widths than the whole
         part = rollout.select(torch.tensor(rows))
         again, _ = policy.log_probs(part, slice(0, T))
-        assert (again - part.log_probs).abs().max() < 1e-4
-    full = policy_on(family).log_probs(rollout, slice(0, T))[0]
-    assert 0 < (new - full).abs().max() < 0.2
+        # Either is off by the rounding to half precision, and kernels of other shapes may round
+        # in another order.
+        assert (again - part.log_probs).abs().max() < 2 * rounding
     new.sum().backward()
     assert all(p.grad.isfinite().all() for p in policy.trainable().values())
 
