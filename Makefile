@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { echo "$(PYTHON) has no working 'venv' module."\
 		"On Debian and Ubuntu: apt-get install python3-venv; or: PYTHON=python3.12 make setup" >&2; exit 1; }
 	@echo "Installing into .venv: several GB, a few minutes."
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[all,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	@touch $@
 
 demo: setup  ## a small run on the CPU
