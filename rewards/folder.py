@@ -30,7 +30,7 @@ def refuse_blank_lines(prompts: Path) -> None:
     Raises:
         ValueError: If a line before the last prompt is blank; names file and line.
     """
-    if prompts.suffix != ".txt":
+    if prompts.suffix.lower() != ".txt":
         return
     lines = prompts.read_text(encoding="utf-8-sig").rstrip().split("\n")
     for number, line in enumerate(lines, start=1):

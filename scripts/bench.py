@@ -16,17 +16,13 @@ from pathlib import Path
 
 def main() -> int:
     """Measure, print, and return the exit status: 2 for a bad configuration or a missing GPU."""
-    from moa_diffusion.paths import expanded
-
     recipe = Path(__file__).parents[1] / "configs" / "sd35_medium_dual_stage.yaml"
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
     train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
     gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
-    gpu.add_argument(
-        "--config", type=expanded, default=recipe, help="further --key value override it"
-    )
+    gpu.add_argument("--config", type=Path, default=recipe, help="further --key value override it")
     gpu.add_argument("--scale", type=int, default=2, help="groups per rollout, on this one card")
     gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
@@ -40,7 +36,7 @@ def main() -> int:
     for command in (train, gradients, methods):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
     for command in commands.choices.values():
-        command.add_argument("--json", type=expanded, help="file for all numbers")
+        command.add_argument("--json", type=Path, help="file for all numbers")
     options, overrides = parser.parse_known_args()
     if overrides and options.command != "gpu":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -76,7 +72,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(options.command, report, options.json)
+    show(options.command, report, options.json and options.json.expanduser())
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> int:
     """Draw, score, write, print; the exit status: 0, 1 if a reward failed, 2 for bad input."""
-    from moa_diffusion.paths import expanded
+    from moa_diffusion.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOne process. Other options (--dotted.key value) override YAML.",
@@ -21,7 +21,7 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of a training run")
-    parser.add_argument("--output", type=expanded, default=Path("runs/calibration"), help="folder")
+    parser.add_argument("--output", type=place, default=Path("runs/calibration"), help="folder")
     parser.add_argument("--prompts", type=int, default=32, help="training prompts (default 32)")
     parser.add_argument("--images", type=int, default=8, help="images per prompt (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")

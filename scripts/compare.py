@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().with_name("train_sd.py")
 
 def main() -> int:
     """Run, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
-    from moa_diffusion.paths import expanded
+    from moa_diffusion.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOther options (--dotted.key value) override YAML for every run. "
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--methods", required=True, help="names or YAML files, comma-separated")
     parser.add_argument("--seeds", type=int, default=3, help="runs per method (default 3)")
     parser.add_argument("--minutes-per-run", type=float, help="of training, at most (wall time)")
-    parser.add_argument("--output", type=expanded, default=Path("runs/compare"), help="folder")
+    parser.add_argument("--output", type=place, default=Path("runs/compare"), help="folder")
     parser.add_argument("--parallel", type=int, default=1, help="runs that share the machine")
     parser.add_argument("--pair", help="objectives a,b of the front plot; the most opposed if none")
     options, overrides = parser.parse_known_args()

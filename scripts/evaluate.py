@@ -13,7 +13,7 @@ import sys
 
 def main() -> int:
     """Draw, score, write, print; 0, 1 if it failed, 2 for bad input, 130 if it was stopped."""
-    from moa_diffusion.paths import expanded
+    from moa_diffusion.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOther options (--dotted.key value) override the runs' settings. "
@@ -23,9 +23,7 @@ def main() -> int:
     )
     add, several = parser.add_argument, {"action": "append", "default": []}
     add("--run", metavar="[NAME=]FOLDER", help="of training; may be repeated", **several)
-    add(
-        "--lora", metavar="[NAME=]PLACE", help="folder or file of LoRA weights; likewise", **several
-    )
+    add("--lora", metavar="[NAME=]PLACE", help="of LoRA weights, folder or file", **several)
     add("--config", help="YAML file of a run, where there is no --run")
     add(
         "--pipeline",
@@ -35,11 +33,7 @@ def main() -> int:
     add("--checkpoints", help="base,step-20,latest; all by default")
     add("--every", type=int, help="checkpoints whose number of rollouts is a multiple of this")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
-    add(
-        "--prompts",
-        type=expanded,
-        help="file (.txt, .jsonl, .csv, .tsv); the run's held-out prompts if none",
-    )
+    add("--prompts", type=place, help=".txt, .jsonl, .csv, .tsv; the run's held-out ones if none")
     add("--seeds", default="0,1,2,3", help="of the noise (default 0,1,2,3)")
     add("--rewards", help="names, comma-separated; the run's if none")
     add("--steps", help="of pictures: denoising steps; as the run evaluates if none")
@@ -49,8 +43,8 @@ def main() -> int:
     add("--soup", help="two or more runs or LoRA folders, whose weights are interpolated")
     add("--points", type=int, default=5, help="of a soup from end to end (default 5)")
     add("--shown", type=int, default=12, help="prompts in grid.png or completions.md (default 12)")
-    add("--output", type=expanded, help="folder; RUN/evaluate or runs/evaluate by default")
-    add("--cache", type=expanded, help="folder of samples and scores; the output's by default")
+    add("--output", type=place, help="folder; RUN/evaluate or runs/evaluate by default")
+    add("--cache", type=place, help="folder of samples and scores; the output's by default")
     options, overrides = parser.parse_known_args()
 
     from moa_diffusion.evaluation import command

@@ -12,7 +12,7 @@ import sys
 
 def main() -> int:
     """Read, write, print; 0, 2 for bad input."""
-    from moa_diffusion.paths import expanded
+    from moa_diffusion.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -24,8 +24,8 @@ def main() -> int:
     add("--checkpoint", default="latest", help="of each run: latest (default) or step-20")
     add("--weights", help="of a soup's runs, comma-separated, which sum to 1")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
-    add("--output", type=expanded, required=True, help="a new folder")
-    add("--evaluation", type=expanded, help="of scripts/evaluate.py; RUN/evaluate if that is there")
+    add("--output", type=place, required=True, help="a new folder")
+    add("--evaluation", type=place, help="of scripts/evaluate.py; RUN/evaluate if that is there")
     options = parser.parse_args()
 
     from moa_diffusion.evaluation.export import export

@@ -25,9 +25,7 @@ def main() -> int:
     from rich.console import Console
 
     from moa_diffusion.data import read_prompts
-    from moa_diffusion.paths import expanded
-    from moa_diffusion.text_files import check_encodable
-    from moa_diffusion.types import ConfigError
+    from moa_diffusion.paths import expanded as place
     from rewards import RewardError, cli, folder
     from rewards.check import Unusable
     from rewards.server import Limits
@@ -39,15 +37,9 @@ def main() -> int:
     check = commands.add_parser("check", help="load a head and score two samples")
     check.add_argument("--texts", action="store_true", help="have it score texts if it scores both")
     score = commands.add_parser("score", help="score a folder of pictures, or texts")
-    score.add_argument(
-        "--images", type=expanded, help="folder, in natural order; else column `text`"
-    )
-    score.add_argument(
-        "--prompts", type=expanded, required=True, help="in order, or by column `file`"
-    )
-    score.add_argument(
-        "--output", type=expanded, default=Path("scores.parquet"), help=".csv, .jsonl"
-    )
+    score.add_argument("--images", type=place, help="folder, in natural order; else column `text`")
+    score.add_argument("--prompts", type=place, required=True, help="in order, or by column `file`")
+    score.add_argument("--output", type=place, default=Path("scores.parquet"), help=".csv, .jsonl")
     score.add_argument("--batch_size", type=int, default=16, help="samples at once")
     for command in (check, score):
         command.add_argument("name", help="a head, or my_module:my_reward")
@@ -55,16 +47,15 @@ def main() -> int:
     serve = commands.add_parser("serve", help="serve heads over HTTP, for the head `remote`")
     serve.add_argument("--heads", help="separated by commas; by default all that have options")
     source = serve.add_mutually_exclusive_group()
-    source.add_argument("--config", type=expanded, help="YAML: {head: {option: value}}")
+    source.add_argument("--config", type=place, help="YAML: {head: {option: value}}")
     source.add_argument("--options", help="the same as JSON")
     serve.add_argument("--host", default="127.0.0.1", help="beyond loopback a token is needed")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    serve.add_argument("--token_file", type=expanded, help=f"or the variable {cli.TOKEN_VARIABLE}")
+    serve.add_argument("--token_file", type=place, help=f"or the variable {cli.TOKEN_VARIABLE}")
     for name, size in (sizes := asdict(Limits())).items():
         serve.add_argument(f"--{name}", type=int, default=size, help="see rewards.server.Limits")
     options = parser.parse_args()
     try:
-        check_encodable("command line", sys.argv)
         if options.command == "list":
             cli.list_heads(Console(width=None if sys.stdout.isatty() else 160))
         elif options.command == "check":
@@ -79,7 +70,7 @@ def main() -> int:
             heads = cli.chosen_heads(options.heads, options.config, options.options)
             token = cli.read_token(options.token_file)
             cli.serve(heads, host=options.host, port=options.port, token=token, limits=limits)
-    except (Unusable, RewardError, ConfigError, ValueError, ImportError, OSError) as error:
+    except (Unusable, RewardError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Unusable | RewardError) else 2
     return 0
