@@ -10,8 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 
 from moa_diffusion.distributed import LocalComm, local_slice
 from moa_diffusion.metrics import read_metrics
@@ -322,7 +324,9 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     # Three held-out prompts on two processes: none is counted twice.
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
     sheets = [folder / "run/samples/step-000004.png" for folder in (both, tmp_path)]
-    assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
+    drawn = [numpy.asarray(Image.open(sheet), dtype=int) for sheet in sheets]
+    # Parameters that differ in the last digit may round a pixel to the next of 256 levels.
+    assert abs(drawn[0] - drawn[1]).max() <= 1, "the sheet lacks a rank's pictures"
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)

@@ -45,6 +45,10 @@ pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old na
 )
 CPU = torch.device("cpu")
 T = 8
+# What another order of sums (padding, batch, kernels) may change: some 30 products follow each
+# other in these models, each a sum of about 20 terms, and their errors add up to about 32 times
+# float32's eps of logits, which are up to about 10.
+ROUNDING = 32 * 10 * torch.finfo(torch.float32).eps
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,:|<>/"
 SPECIAL = ["<pad>", "<s>", "</s>", "<end>"]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"
@@ -142,7 +146,7 @@ def test_a_sample_depends_on_its_own_seed_alone(family: str, batch: int) -> None
     assert torch.equal(apart.trace["response"], together.trace["response"])
     assert torch.equal(apart.mask, together.mask)
     assert apart.log_probs.shape == together.log_probs.shape == (8, T)
-    torch.testing.assert_close(apart.log_probs, together.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(apart.log_probs, together.log_probs, atol=ROUNDING, rtol=0)
 
 
 def test_perturbed_logits_sample_the_softmax() -> None:
@@ -165,7 +169,7 @@ def test_first_tokens_are_drawn_from_the_model() -> None:
     share = torch.bincount(rollout.trace["response"][:, 0], minlength=len(p)) / 4000
     assert ((share - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
     torch.testing.assert_close(
-        rollout.log_probs[:, 0], p.log()[rollout.trace["response"][:, 0]], atol=1e-5, rtol=0
+        rollout.log_probs[:, 0], p.log()[rollout.trace["response"][:, 0]], atol=ROUNDING, rtol=0
     )
 
 
@@ -240,11 +244,11 @@ def test_log_probs_are_those_of_transformers(family: str, side: str, pad: bool) 
     assert not rollout.log_probs[~rollout.mask].any()
     with torch.no_grad():
         expected = by_transformers(policy.model, policy, rollout)
-    torch.testing.assert_close(rollout.log_probs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.log_probs, expected, atol=ROUNDING, rtol=0)
     part = rollout.select(torch.tensor([2, 1]))
     new, kl = policy.log_probs(part, slice(0, T))
     assert kl is None
-    torch.testing.assert_close(new.detach(), expected[[2, 1]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(new.detach(), expected[[2, 1]], atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +266,8 @@ def test_the_first_ratio_is_one_and_gradients_are_those_of_transformers(
     plain = by_transformers(policy.model, policy, rollout)
     expected = torch.autograd.grad((weights * plain).sum(), parameters)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        scale = float(other.abs().max())  # small elements are differences of large terms
+        torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING * scale)
     assert all(gradient.any() for gradient in found)
 
 
@@ -344,7 +349,8 @@ def test_features_are_the_hidden_states_that_predict_each_token(family: str) -> 
     assert not features[~rollout.mask].any()
     logits = policy.model.get_output_embeddings()(features)
     again = logits.log_softmax(-1).gather(2, rollout.trace["response"][..., None])[..., 0]
-    torch.testing.assert_close(again[rollout.mask], rollout.log_probs[rollout.mask])
+    expected = rollout.log_probs[rollout.mask]
+    torch.testing.assert_close(again[rollout.mask], expected, atol=ROUNDING, rtol=0)
     assert "features" not in policy_on(family).sample(requests(1), step=0).trace
 
 
@@ -382,7 +388,7 @@ def test_given_responses_are_forced() -> None:
     assert rollout.trace["response"][0, :4].tolist() == [*map(token_of, "yes"), 2]
     with torch.no_grad():
         expected = by_transformers(policy.model, policy, rollout)
-    torch.testing.assert_close(rollout.log_probs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.log_probs, expected, atol=ROUNDING, rtol=0)
     asked = [request.prompt for request in rollout.requests]
     assert policy.dialogue.texts(asked, rollout.trace["response"], rollout.mask) == texts
     with pytest.raises(ValueError, match=r"at most 8 tokens.*Found 9 in 'too long'"):
@@ -478,7 +484,7 @@ def test_the_saved_adapter_is_one_of_plain_peft(family: str, tmp_path: Path) -> 
     with torch.no_grad():
         found = by_transformers(plain, policy, rollout)
         bare = by_transformers(model(family), policy, rollout)
-    torch.testing.assert_close(found, rollout.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, rollout.log_probs, atol=ROUNDING, rtol=0)
     assert (found - bare).abs().max() > 0.1, "the adapter should change the log-probs"
     auto = AutoPeftModelForCausalLM.from_pretrained(folder).eval()  # by the base's name in it
     with torch.no_grad():
