@@ -365,10 +365,10 @@ def test_a_served_head_says_what_it_scores_and_how_long_a_text_may_be() -> None:
         header = {"format": 1, "head": "length", "prompts": [["a"]], "texts": ["a"]}
         body = json.dumps(header).encode()
         body = struct.pack(">I", len(body)) + body
-        answer = call(url, "/score", seconds=20, calls=Calls(), body=body, headers={})
+        answer = call(url, "/score", seconds=HANG, calls=Calls(), body=body, headers={})
         assert answer.status == 400
         assert b"`prompts[0]` should be a string. Found list" in answer.body
-        answer = call(url, "/health", seconds=20, calls=Calls(), headers={})
+        answer = call(url, "/health", seconds=HANG, calls=Calls(), headers={})
         health = wire.parse(answer.body)
         assert health["heads"]["length"]["scores"] == "texts"
         assert health["limits"]["max_text"] == 1000
