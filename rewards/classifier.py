@@ -47,6 +47,9 @@ class Classifier(ModelHead):
     at the last token, as transformers does for a single text. So scores do not depend on
     `batch_size` beyond rounding.
 
+    Where a prompt is so long that nothing of the text is read, all texts score the same; `remarks`
+    counts such prompts.
+
     A text without any token, which only a template without the prompt allows, is read as the
     tokenizer's token for the beginning of a text, else for its end.
 
@@ -143,6 +146,36 @@ class Classifier(ModelHead):
         read = {} if self._reader is None else {"label": self._label_read}
         return {**super().provenance(), **read}
 
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Says how many prompts leave no room for the text.
+
+        Raises:
+            RewardError: If the model cannot be loaded.
+        """
+        self._loaded()
+        assert self._reader is not None  # `_prepare` ran
+        full = [prompt for prompt in prompts if not self._reads_text(prompt)]
+        if not full:
+            return []
+        return [
+            f"{len(full)} of {len(prompts)} prompts fill the {self._reader.longest} tokens that "
+            f"the model reads: nothing of a text is read, and all score the same. The first "
+            f"begins {full[0][:_SHOWN]!r}. Set `truncation_side: left`, or a `template` without "
+            f"{{prompt}}."
+        ]
+
+    def _reads_text(self, prompt: str) -> bool:
+        """Whether what is read depends on the text: not if the prompt before it fills the room."""
+        assert self._reader is not None  # `_prepare` ran
+        short, long = (self._segments(prompt, text) for text in ("a", "a b c"))
+        row, length = self._reader.read(*short)
+        # Cheap in the usual case: the two are tokenised only where one of them is cut.
+        return length <= self._reader.longest or row != self._reader.read(*long)[0]
+
+    def _segments(self, prompt: str, text: str) -> tuple[str, ...]:
+        """What the tokenizer is given."""
+        return (prompt, text) if self.pair else (self.template.format(prompt=prompt, text=text),)
+
     def _recipe(self) -> Hashable:
         return build_classifier
 
@@ -162,10 +195,7 @@ class Classifier(ModelHead):
         assert reader is not None  # `_prepare` ran before the first batch
         rows = []
         for prompt, text in zip(prompts, samples, strict=True):
-            segments: tuple[str, ...] = (prompt, text)
-            if not self.pair:
-                segments = (self.template.format(prompt=prompt, text=text),)
-            row, length = reader.read(*segments)
+            row, length = reader.read(*self._segments(prompt, text))
             if length > reader.longest:
                 self._warn_of_cut(length, text)
             rows.append(row)

@@ -130,6 +130,8 @@ def score_samples(
             table.begin(Identity.of(name, head, options).digest, pairs)
             if table.rows:
                 print(f"{len(table.rows)} of {len(pairs)} scores are in {table.partial} already.")
+            for remark in head.remarks(list(dict.fromkeys(prompt for _, prompt, _ in pairs))):
+                print(f"note: {remark}")
             score_pairs(head, pairs, table, batch_size=batch_size)
             identity = Identity.of(name, head, options)
         finally:

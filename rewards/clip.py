@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 class ClipHead(ModelHead):
     """A head on a `CLIPModel` of transformers and the tokenizer that belongs to it.
 
-    A prompt is cut at the number of tokens that the model reads (77). When that removes quoted
-    text, which the picture ought to show, a warning names the prompt, once.
+    A prompt is cut at the number of tokens that the model reads (77); `remarks` counts those. When
+    that removes quoted text, which the picture ought to show, a warning names the prompt, once. A
+    prompt of nothing but white space asks for nothing, and scores NaN.
 
     Args:
         model: See `ModelHead`.
@@ -103,6 +104,30 @@ class ClipHead(ModelHead):
         self._forget(keep=prompts)
         return (seen * read).sum(dim=-1)
 
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Says how many prompts are cut, and how many say nothing.
+
+        Raises:
+            RewardError: If the model cannot be loaded.
+        """
+        longest = self._longest(self._loaded().module)
+        lengths = [len(self._tokenizer(prompt, verbose=False).input_ids) for prompt in prompts]
+        cut = [i for i, length in enumerate(lengths) if length > longest]
+        blank = [prompt for prompt in prompts if not self._judges(prompt)]
+        found = []
+        if cut:
+            found.append(
+                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
+                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
+                f"{prompts[cut[0]]!r}."
+            )
+        if blank:
+            found.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
+        return found
+
+    def _judges(self, prompt: str) -> bool:
+        return bool(prompt.strip())
+
     def _recipe(self) -> Hashable:
         return build_clip
 
@@ -137,9 +162,7 @@ class ClipHead(ModelHead):
         """Adds the embeddings of prompts, `[D]` float32 of length 1, to those kept."""
         if not prompts:
             return
-        longest = min(
-            self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
-        )
+        longest = self._longest(module)
         self._warn_of_cuts(prompts, longest)
         tokens = self._tokenizer(
             list(prompts),
@@ -154,6 +177,12 @@ class ClipHead(ModelHead):
         )
         embedded = F.normalize(found.pooler_output.float(), dim=-1).cpu()  # [n, D]
         self._texts.update(zip(prompts, embedded, strict=True))
+
+    def _longest(self, module: Any) -> int:
+        """Tokens of a prompt that are read, the one for its end included."""
+        return min(
+            self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
+        )
 
     def _forget(self, *, keep: Sequence[str]) -> None:
         for prompt in keep:

@@ -167,8 +167,9 @@ class FunctionHead(RewardHead):
         except RewardError as error:
             raise RewardError(f"{error.cause}{self._hint()}", samples=error.samples) from error
         except Exception as error:
-            samples = batch.samples([0]) if len(batch) == 1 else ()  # no doubt which it was
-            raise RewardError(f"{told(error)}{self._hint()}", samples=samples) from error
+            only = [0] if len(batch) == 1 else []  # no doubt which it was
+            cause = f"{told(error)}{self._hint()}"
+            raise RewardError(cause, samples=batch.samples(only)) from error
         if values.shape != (len(batch),):
             raise RewardError(
                 f"The scores should have shape [{len(batch)}]. Found {list(values.shape)}."

@@ -121,8 +121,12 @@ class ModelHead(RewardHead):
             Finite scores `[n]`, or `Scores` with further columns.
         """
 
+    def _judges(self, prompt: str) -> bool:
+        """Whether the objective applies to samples of a prompt; asked when the model is loaded."""
+        return True
+
     def score(self, batch: RewardBatch) -> Scores:
-        """Scores a batch, `batch_size` samples at a time.
+        """Scores a batch, `batch_size` samples at a time; NaN where the objective does not apply.
 
         Raises:
             RewardError: If the model cannot be loaded, memory runs out, or a score is not finite.
@@ -130,18 +134,22 @@ class ModelHead(RewardHead):
         # [N, 3, H, W], or N texts
         samples = batch.require_texts() if self.scores == "texts" else batch.uint8()
         shared = self._loaded()
-        values: list[Tensor] = []
+        judges = {prompt: self._judges(prompt) for prompt in dict.fromkeys(batch.prompts)}
+        chosen = [row for row, prompt in enumerate(batch.prompts) if judges[prompt]]
+        values = torch.full((len(batch),), torch.nan)
         extra: dict[str, list[Any]] = {}
         # One head at a time: another thread must not move the module meanwhile.
         with shared.lock:
             shared.move(self.device)
-            for start in range(0, len(batch), self.batch_size):
-                rows = range(start, min(start + self.batch_size, len(batch)))
+            for start in range(0, len(chosen), self.batch_size):
+                rows = chosen[start : start + self.batch_size]
                 part = self._score_rows(shared.module, batch, samples, rows)
-                values.append(part.values)
+                values[rows] = part.values
                 for column, cells in part.extra.items():
-                    extra.setdefault(column, []).extend(cells)
-        return Scores(values=torch.cat(values), extra=extra)
+                    column_of_all = extra.setdefault(column, [None] * len(batch))
+                    for row, cell in zip(rows, cells, strict=True):
+                        column_of_all[row] = cell
+        return Scores(values=values, extra=extra)
 
     def load(self) -> None:
         """Loads the model and puts it on the device.
@@ -207,13 +215,14 @@ class ModelHead(RewardHead):
         module: nn.Module,
         batch: RewardBatch,
         samples: Tensor | Sequence[str],
-        rows: range,
+        rows: Sequence[int],
     ) -> Scores:
         what = "text" if self.scores == "texts" else "picture"
-        prompts = list(batch.prompts[rows.start : rows.stop])
+        prompts = [batch.prompts[row] for row in rows]
+        part_of = samples[rows] if isinstance(samples, Tensor) else [samples[row] for row in rows]
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                found = self._score_batch(module, samples[rows.start : rows.stop], prompts)
+                found = self._score_batch(module, part_of, prompts)
         except torch.OutOfMemoryError as error:
             raise RewardError(
                 f"No memory left on {self.device} for {len(rows)} {what}s at once. Lower "
@@ -228,10 +237,11 @@ class ModelHead(RewardHead):
                 f"Found the shape {list(values.shape)}.",
                 samples=batch.samples(rows),
             )
-        bad = [row for row, fine in zip(rows, values.isfinite().tolist(), strict=True) if not fine]
+        finite = values.isfinite()
+        bad = [row for row, fine in zip(rows, finite.tolist(), strict=True) if not fine]
         if bad:
             raise RewardError(
-                f"The model's scores should be finite. Found {values[bad[0] - rows.start]:g}. Half "
+                f"The model's scores should be finite. Found {values[~finite][0]:g}. Half "
                 f"precision can overflow: try `dtype: float32`. Else the weights are damaged.",
                 samples=batch.samples(bad),
             )

@@ -379,7 +379,7 @@ def test_a_failing_reward_stops_the_run_after_saving(
 
 
 def test_a_reward_that_always_fails_costs_two_samples_and_no_folder(
-    config: Path, here: Here, tmp_path: Path
+    config: Path, here: Here, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "mine.py").write_text(REWARDS_FILE)
     run = tmp_path / "run"
@@ -396,7 +396,7 @@ def test_a_reward_that_always_fails_costs_two_samples_and_no_folder(
         config, run, "--rewards.mine.path=mended.py:short", "--trainer.steps", "1"
     )
     assert status == 0, log
-    assert "Nothing can be learned from the reward mine in the first rollout" in log
+    assert "Nothing can be learned from the reward mine in the first rollout" in caplog.text
 
 
 def test_a_wrong_option_of_a_reward_is_told_the_nearest(

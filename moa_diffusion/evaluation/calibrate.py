@@ -108,7 +108,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         set_seed(derive_seed(settings.seed, "calibration") % 2**32)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REWARDS).unlink(missing_ok=True)  # of an earlier calibration
-        RunLog(folder).write_heads(0, scorer.load())
+        RunLog(folder).write_heads(0, scorer.load([r[0].prompt for r in requests]))
         first: list[Tensor] = []  # [K, G] each
         second: list[Tensor] = []
         seconds = torch.zeros(len(scorer.names), dtype=torch.float64)

@@ -257,7 +257,7 @@ def _score(
     everyone = Scorer(heads, comm, overlap=settings.scoring.overlap)
     scorers = {tuple(heads): everyone}
     try:
-        everyone.load()
+        everyone.load([prompt.text for prompt in prompts])
         judges = {
             name: Judge.of(
                 name,

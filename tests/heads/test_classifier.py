@@ -417,3 +417,16 @@ def test_half_precision_sharing_and_identity(folders: Any) -> None:
     assert first.scores == "texts"
     for scored in (half, one, two):
         scored.close()
+
+
+def test_prompts_that_leave_no_room_for_the_text_are_counted(folders: Any) -> None:
+    """All texts score the same then."""
+    folder, _ = folders("bert")
+    options: dict[str, Any] = {"model": folder, "logit": 0, "max_length": 8}
+    prompts = ["the " * 8, "the film is"]
+    (remark,) = create("classifier", **options).remarks(prompts)
+    assert remark.startswith("1 of 2 prompts fill the 8 tokens that the model reads: nothing of a")
+    assert "`truncation_side: left`" in remark
+    # Of a pair the longer is cut, so that something of the text is always left.
+    for more in ({"truncation_side": "left"}, {"pair": True}, {"template": "{text} {prompt}"}):
+        assert create("classifier", **options, **more).remarks(prompts) == []

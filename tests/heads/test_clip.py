@@ -235,3 +235,16 @@ def test_the_published_model_without_network_says_what_to_fetch(tmp_path, monkey
         create("pickscore").load()
     with pytest.raises(RewardError, match="`hf download openai/clip-vit-large-patch14 --include"):
         create("clipscore")(batch())
+
+
+def test_prompts_that_are_cut_or_blank_are_counted_and_blank_ones_score_nan(folder):
+    head = create("clipscore", model=folder)
+    long = "a red circle " * 9
+    assert head.remarks(PROMPTS) == []
+    cut, blank = head.remarks([*PROMPTS, long, " "])
+    assert cut.startswith("1 of 6 prompts have more than the 16 tokens that the model reads, up to")
+    assert blank == "1 of 6 prompts are blank: they score NaN."
+    found = head(batch(["a red circle", " ", "a red circle", ""]))
+    assert found.isnan().tolist() == [False, True, False, True]
+    torch.testing.assert_close(found[0], head(batch())[0], rtol=1e-6, atol=1e-6)  # as above
+    assert head(batch([""])).isnan().all()
