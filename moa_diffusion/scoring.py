@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.randomness import undisturbed
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
@@ -248,7 +247,7 @@ class Scorer:
                 for head in chosen.values():
                     head.offload()
 
-        with _undisturbed():
+        with undisturbed():
             self.together(work)
 
     def together(self, work: Callable[[], T]) -> T:
@@ -397,19 +396,6 @@ class Scoring:
 
 class _Skipped(Exception):
     """The scoring was lost before this batch began."""
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Put the global random generators back to where they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _on_this_threads_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:

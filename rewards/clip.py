@@ -111,7 +111,8 @@ class ClipHead(ModelHead):
             RewardError: If the model cannot be loaded.
         """
         longest = self._longest(self._loaded().module)
-        lengths = [len(self._tokenizer(prompt, verbose=False).input_ids) for prompt in prompts]
+        found_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        lengths = [len(ids) for ids in found_ids]
         cut = [i for i, length in enumerate(lengths) if length > longest]
         blank = [prompt for prompt in prompts if not self._judges(prompt)]
         found = []

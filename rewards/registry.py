@@ -157,8 +157,8 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
             taken as an import path.
         path: `my_module:my_reward` or `path/to/file.py:my_reward`, naming a function or a
             `RewardHead` subclass.
-        options: Constructor arguments of the head; for a function, values for its parameters
-            after the first two, `concurrency` if it is async and scores one sample at a time, and
+        options: Constructor arguments of the head; for a function, values for its further
+            parameters, `concurrency` if it is async and scores one sample at a time, and
             `per_image` if nothing registered it.
 
     Returns:

@@ -38,6 +38,7 @@ LAYERS = (
         "pictures",
         "trackers",
         "stopping",
+        "randomness",
     ),
     ("prompt_files",),
     ("text_files", "digests"),
