@@ -159,12 +159,16 @@ def check_disagreement(folder: Path) -> None:
 
     rank = int(os.environ["RANK"])
     own = folder / f"own-{rank}.txt"
+
+    def prompts(train: Path) -> dict[str, str]:
+        return {"train": str(train), "heldout": str(folder / "prompts.txt")}
+
     own.write_text("\n".join([*PROMPTS, str(rank)]))
     cases = [  # what the processes find, and what each of them says of it
         ({"seed": rank}, "seed: should be the same", "Found 0 on process 0"),
-        ({"prompts": {"train": str(folder / "none.txt")}} if rank else {}, "none.txt", "none.txt"),
+        ({"prompts": prompts(folder / "none.txt")} if rank else {}, "none.txt", "does not exist"),
         ({"resume": "latest"} if rank else {}, "needs a checkpoint", "needs a checkpoint"),
-        ({"prompts": {"train": str(own)}}, "prompts.train: should be the same", "own-1.txt"),
+        ({"prompts": prompts(own)}, "prompts.train: should be the same", "own-1.txt"),
     ]
     for number, (sections, *messages) in enumerate(cases):
         try:
@@ -177,7 +181,7 @@ def check_disagreement(folder: Path) -> None:
         assert not (folder / f"disagreeing-{number}").exists()
 
     # The same file name, but another content on the other node.
-    shared = make.__globals__["Path"].read_text
+    shared = Path.read_text
 
     def other_content(path: Path, *args: object, **options: object) -> str:
         text = shared(path, *args, **options)
@@ -196,19 +200,14 @@ def check_disagreement(folder: Path) -> None:
 
 def check_launch(folder: Path) -> None:
     """The script's exit status is 2 on both if the command line is wrong on one."""
-    import yaml
-
     from moa_diffusion import build
     from moa_diffusion.launch import launch
 
-    rank = int(os.environ["RANK"])
-    recipe = folder / "recipe.yaml"
-    if rank == 0:
-        recipe.write_text(yaml.safe_dump({"policy": {"name": "toy"}}))
+    rank, recipe = int(os.environ["RANK"]), folder / "run" / "config.yaml"
     sys.argv = ["train_sd.py", "--config", str(folder / "lost.yaml" if rank else recipe)]
     assert launch(build.trainer) == 2
     # A folder each, as two nodes without a shared disk have.
-    sys.argv = ["train_sd.py", "--config", str(folder / "run" / "config.yaml")]
+    sys.argv = ["train_sd.py", "--config", str(recipe)]
     sys.argv += ["--output_dir", str(folder / ("nothing" if rank else "run")), "--resume", "latest"]
     assert launch(build.trainer) == 2
 
