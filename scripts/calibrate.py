@@ -41,14 +41,14 @@ def main() -> int:
     try:
         settings = config.load(options.config, [*overrides, "--seed", str(options.seed)])
         measured = measure(settings, prompts=options.prompts, images=options.images, folder=folder)
+        calibration = measured.calibration(settings)
+        save(calibration, folder / "calibration.json")
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RewardError as error:
+    except (RewardError, OSError) as error:
         print(f"error: {error}\nSo far: {folder / 'scores.jsonl'}", file=sys.stderr)
         return 1
-    calibration = measured.calibration(settings)
-    save(calibration, folder / "calibration.json")
     report(calibration, measured)
     print(f"Written: {folder / 'calibration.json'}, {folder / 'scores.jsonl'}")
     try:

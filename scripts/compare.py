@@ -38,6 +38,7 @@ def main() -> int:
     from moa_diffusion.evaluation import compare
     from moa_diffusion.evaluation.compare_picture import picture
     from moa_diffusion.evaluation.runs import execute, plan
+    from moa_diffusion.storage import write_text
     from moa_diffusion.types import ConfigError
 
     folder: Path = options.output
@@ -61,17 +62,17 @@ def main() -> int:
         failures = execute(planned.runs, script=SCRIPT, parallel=options.parallel)
         runs = [run.read() for run in planned.runs if run.name not in failures]
         found = compare.compare(runs)
+        said = compare.table(found, failures)
+        result = compare.as_json(found) | {"failures": failures}
+        write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
+        write_text(folder / "table.md", said)
+        picture(found, runs, folder / "compare.png", pair=pair)
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    said = compare.table(found, failures)
-    result = compare.as_json(found) | {"failures": failures}
-    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(said, encoding="utf-8")
-    picture(found, runs, folder / "compare.png", pair=pair)
     print(said + f"\nWritten: {', '.join(str(folder / name) for name in compare.FILES)}")
     return 1 if failures else 0
 

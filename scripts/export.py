@@ -43,6 +43,9 @@ def main() -> int:
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, say: nothing of the output is left
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(said)
     return 0
 

@@ -312,6 +312,15 @@ def test_a_run_that_lost_what_it_learned_begins_anew_when_told(tmp_path, straigh
     assert "has no checkpoint of the 3 rounds it went: the run begins anew" in caplog.text
 
 
+def test_a_new_run_leaves_what_is_not_of_a_run_alone(tmp_path):
+    for name in ("samples/mine.png", "checkpoints/model.bin", "scores/step-9.csv"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True)
+        (tmp_path / "run" / name).write_text("mine")
+    make(tmp_path / "run").run()
+    for name in ("samples/mine.png", "checkpoints/model.bin", "scores/step-9.csv"):
+        assert (tmp_path / "run" / name).read_text() == "mine"
+
+
 def test_there_is_nothing_to_resume_where_nothing_ran(tmp_path):
     with pytest.raises(ConfigError, match="'latest' needs a checkpoint"):
         make(tmp_path / "other", resume="latest")

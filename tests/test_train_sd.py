@@ -336,7 +336,7 @@ def test_bad_input_says_what_was_expected_and_found(
         ignore=shutil.ignore_patterns("*.safetensors"),
     )
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "metrics.jsonl").write_text("")
+    (tmp_path / "used" / "metrics.jsonl").write_text('{"step": 7}\n')
     cases = [
         (["--trainer.step", "3"], "trainer.step: unknown key. Did you mean `trainer.steps`?"),
         (["--rewards.ocrr.weight", "1"], 'rewards.ocrr: Unknown reward head "ocrr". Did you mean'),

@@ -58,8 +58,8 @@ def run_folder(settings: Config) -> Path | None:
         if not saved:
             way = "begin anew with --resume latest: it has no checkpoint"
         raise ConfigError(
-            f"output_dir: should be a new folder. Found another run of {lost} rounds in "
-            f"`{folder}`. Use another --output_dir, or {way}."
+            f"output_dir: should be a new folder. Found another run in `{folder}` ({lost} rounds). "
+            f"Use another --output_dir, or {way}."
         )
     if found is not None:
         logger.warning("A new run in `%s` goes on from `%s`.", folder, found)
@@ -67,10 +67,13 @@ def run_folder(settings: Config) -> Path | None:
 
 
 def start_over(folder: Path) -> None:
-    """Take away what is left of a run that has learned nothing."""
-    names = ("checkpoints", "scores", "evaluation", "samples", METRICS, ALARMS, REWARDS, FRONT)
-    for path in (folder / name for name in names):
-        storage.remove(path)
+    """Take away what a run that has learned nothing left in its folder, and nothing else."""
+    if not (folder / "config.yaml").is_file():
+        return
+    numbered = [f"{kind}/step-*" for kind in ("checkpoints", "scores", "evaluation", "samples")]
+    for pattern in (*numbered, METRICS, ALARMS, REWARDS, FRONT):
+        for path in folder.glob(pattern):
+            storage.remove(path)
 
 
 def _rounds(folder: Path) -> int:
