@@ -1,4 +1,5 @@
-"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`, `ocr`), or on a GPU.
+"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`, `ocr`), or on a GPU;
+and how far gradients in float16 are from those in float32 (`precision`, half an hour).
 
 python scripts/bench.py train --pipeline base
 python scripts/bench.py gradients; python scripts/bench.py ocr --images 100
@@ -33,6 +34,10 @@ def main() -> int:
     methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
     ocr = commands.add_parser("ocr", help="accuracy and CPU ms per picture of the OCR engines")
     ocr.add_argument("--images", type=int, default=50, help="per size and level of noise")
+    precision = commands.add_parser("precision", help="errors of float16's LoRA gradients")
+    precision.add_argument("--layers", type=int, default=6)
+    precision.add_argument("--heads", type=int, default=4, help="of 64: the transformer's width")
+    precision.add_argument("--side", type=int, default=64, help="of the latents; 64 is 512 px")
     for command in (train, gradients, methods):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
     for command in commands.choices.values():
@@ -50,6 +55,7 @@ def main() -> int:
     from moa_diffusion.benchmarks.gradients import measure_gradients
     from moa_diffusion.benchmarks.methods import measure_methods
     from moa_diffusion.benchmarks.ocr import measure_ocr
+    from moa_diffusion.benchmarks.precision import measure_precision
     from moa_diffusion.benchmarks.tables import show
     from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
@@ -64,6 +70,9 @@ def main() -> int:
             report = measure_gpu(settings, size=options.size, device=options.device, **scale)
         elif options.command == "gradients":
             report = measure_gradients(options.dtype, rounds=options.rounds)
+        elif options.command == "precision":
+            shape = {name: getattr(options, name) for name in ("layers", "heads", "side")}
+            report = measure_precision(**shape)
         elif options.command == "ocr":
             report = measure_ocr(options.images)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,29 @@ def print_ocr(report: Mapping[str, Any]) -> None:
     )
 
 
+def print_precision(report: Mapping[str, Any]) -> None:
+    """Relative errors by trained steps, size of the advantages and loss scale."""
+    machine = report["machine"]
+    table = Table(title="LoRA gradient in float16 against float32")
+    for column in ("trained steps", "advantages", "loss scale", "step", "relative error", "cosine"):
+        table.add_column(column, justify="right")
+    for row in report["rows"]:
+        table.add_row(
+            str(row["window"]),
+            f"{row['advantages']:g}",
+            f"2^{math.log2(row['scale']):.3g}",
+            "sum" if row["step"] is None else str(row["step"]),
+            f"{row['error']:.4f}",
+            f"{row['cosine']:.5f}",
+        )
+    _print(
+        f"Width {report['hidden']}, {report['layers']} layers with random weights; "
+        f"{report['dimensions']} numbers in a latent; one sample of a minibatch of "
+        f"{report['samples']}. One thread; {machine['cores']} cores.",
+        table,
+    )
+
+
 def _print(*parts: Any) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # less would cut the breakdown's numbers
@@ -190,6 +214,7 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "methods": print_methods,
     "gpu": print_gpu,
     "ocr": print_ocr,
+    "precision": print_precision,
 }
 
 
