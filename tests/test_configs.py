@@ -36,6 +36,7 @@ def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.Monkey
         assert geometry.per_rank * world_size == geometry.samples
         assert geometry.sample_batch == settings.trainer.sample_batch
         assert geometry.micro_batch == settings.trainer.micro_batch
+        assert build.unequal_batches(settings, geometry) is None
 
 
 def check_offline(settings: config.Config) -> None:

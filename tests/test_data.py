@@ -401,6 +401,22 @@ def test_geometry_takes_the_largest_batches_that_divide():
 
 
 @pytest.mark.parametrize(
+    ("rows", "limits", "sizes"),
+    [
+        (1, (16, 5), (4, 4)),  # as many samples as in training
+        (2, (16, 5), (8, 4)),  # two decisions of a sample share a training pass
+        (3, (16, 5), (12, 4)),
+        (2, (6, 5), (6, 3)),
+        (9, (8, 5), (8, 4)),  # a sample alone is more than a sampling pass may hold
+        (5, (16, 5), (12, 4)),  # nor do five divide 24
+    ],
+)
+def test_geometry_gives_sampling_and_training_equal_rows_where_it_can(rows, limits, sizes):
+    geometry = solve(max_sample_batch=limits[0], max_micro_batch=limits[1], equal_rows=rows)
+    assert (geometry.sample_batch, geometry.micro_batch) == sizes
+
+
+@pytest.mark.parametrize(
     ("changes", "found"),
     [
         ({"world_size": 5}, r"6 \* 4 = 24 samples for 5 processes \* 2 updates"),

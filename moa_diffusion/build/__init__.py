@@ -11,6 +11,7 @@ from moa_diffusion.build.runs import (
     solve_geometry,
     text_trainer,
     trainer,
+    unequal_batches,
 )
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "text_trainer",
     "train_prompts",
     "trainer",
+    "unequal_batches",
     "write_config",
 ]
