@@ -173,6 +173,7 @@ RANGES = [
     ("loss.max_skipped", 0),
     ("optimizer.lr", 0.0),
     ("optimizer.lr", math.inf),
+    ("optimizer.eps", 0.0),
     ("optimizer.betas", [0.9]),
     ("optimizer.betas", [0.9, 1.0]),
     ("optimizer.betas", [math.nan, 0.9]),

@@ -246,3 +246,29 @@ def test_noise_continues_where_it_stopped_and_leaves_the_global_generator_alone(
     first, second = (noise(sources, (3,), CPU) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_even_scores_differ_by_the_normalised_log_ratio():
+    """By hand: log r without its bias, times std over the velocity's coefficient."""
+    source = torch.Generator().manual_seed(0)
+    x, v, other, z = torch.randn(4, 2, 3, 4, 4, generator=source, dtype=torch.float64)
+    sigmas = [1.0, 0.9, 0.5, 0.1]
+    made = [flow_sde(s, s_next, noise_level=0.7, s_second=0.9) for s, s_next in pairwise(sigmas)]
+    moved = []
+    for step in made:
+        steps = Steps(
+            *(
+                torch.full((2, 1, 1, 1), value, dtype=torch.float64)
+                for value in (step.x, step.v, step.std, step.length)
+            )
+        )
+        old, new = steps.mean(x, v), steps.mean(x, other)
+        x_next = old + steps.std * z
+        log_ratio = steps.log_prob(x_next, new) - steps.log_prob(x_next, old)
+        bias = ((new - old) / step.std).square().flatten(1).mean(1) / 2
+        expected = (log_ratio + bias) * step.std / abs(step.v)
+        found = steps.even_score(other, z) - steps.even_score(v, z)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        moved.append(found)
+    for later in moved[1:]:  # all steps have one scale
+        torch.testing.assert_close(later, moved[0], rtol=1e-12, atol=0)

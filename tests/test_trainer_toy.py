@@ -741,6 +741,143 @@ def test_the_on_policy_check_looks_at_every_decision(tmp_path):
         trainer.run()
 
 
+def test_a_decision_is_checked_when_a_rollout_first_has_it(tmp_path):
+    """A window that moves to a step which is not on-policy stops the run there, not before."""
+    trainer = make(tmp_path / "run", sampling__steps=3, loss__ratio_tolerance=1e-4)
+    log_probs, asked = trainer.policy.log_probs, []
+
+    def wrapped(rollout, steps, with_kl=False):
+        number = windows[trainer.completed][steps.start]
+        if not torch.is_grad_enabled():
+            asked.append((trainer.completed, number))
+        return log_probs(rollout, steps)[0] + (5e-3 if number == 7 else 0.0), None
+
+    windows = {0: (0, 1, 2), 1: (1, 2, 3), 2: (0, 1, 2), 3: (2, 3, 7)}
+    trainer.policy.log_probs = wrapped
+    trainer.policy.trained_steps = windows.__getitem__
+    with pytest.raises(TrainingError, match=r"By decision.*'0.0e\+00', '0.0e\+00', '5.0e-03'"):
+        trainer.run()
+    assert trainer.completed == 3
+    assert asked == [(0, 0), (0, 1), (0, 2), (1, 3), (3, 7)]
+
+
+def test_the_gap_before_any_update_is_logged_and_said_once(tmp_path, caplog):
+    trainer = make(tmp_path / "run", loss__ratio_tolerance=1e-4)
+    log_probs = trainer.policy.log_probs
+    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: (
+        log_probs(rollout, steps)[0] + (2e-3 if torch.is_grad_enabled() else 0.0),
+        None,
+    )
+    trainer.run()
+    for row in rows(tmp_path / "run"):
+        assert row["policy/ratio_gap"] == pytest.approx(2e-3, rel=1e-3)
+    assert caplog.text.count("before any update") == 1
+    exact = make(tmp_path / "exact")
+    exact.run()
+    assert all(row["policy/ratio_gap"] < 1e-6 for row in rows(tmp_path / "exact"))
+
+
+def scaled(trainer: Trainer, scale: float) -> None:
+    trainer.updater.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+
+
+def overflow_above(trainer: Trainer, limit: float) -> None:
+    """Gradients are infinite at a larger loss scale, as float16 has it."""
+    trainer.policy.drift.register_hook(
+        lambda gradient: gradient * (math.inf if trainer.updater.loss_scale > limit else 1.0)
+    )
+
+
+def test_a_loss_scale_that_falls_from_its_start_is_no_failure(tmp_path, caplog):
+    trainer = make(tmp_path / "run", loss__max_skipped=1, trainer__steps=6)
+    scaled(trainer, 2.0**24)
+    overflow_above(trainer, 2.0**20)
+    trainer.run()
+    found = rows(tmp_path / "run")
+    # Four fall, and every second update from then on tries twice the scale, which fails.
+    assert [row["policy/skipped_updates"] for row in found] == [2, 2, 0, 1, 1, 0]
+    scales = [math.log2(row["policy/loss_scale"]) for row in found]
+    assert scales == [22, 20, 21, 20, 20, 21]
+    assert "Update skipped" not in caplog.text
+    assert drift(trainer).any()
+    assert trainer.updater.skipped_in_a_row == 0
+
+
+def test_at_the_usual_scale_a_skip_is_a_skip(tmp_path):
+    trainer = make(tmp_path / "run", loss__max_skipped=3, trainer__steps=20)
+    scaled(trainer, 2.0**18)
+    overflow_above(trainer, 0.0)
+    with pytest.raises(TrainingError, match="non-finite gradients"):
+        trainer.run()
+    assert trainer.completed == 3  # two updates may fall, three and the rollout's rest are counted
+
+
+def test_the_loss_scale_is_resumed(tmp_path):
+    ends = []
+    for name, parts in (("straight", [6]), ("resumed", [3, 6])):
+        for number, steps in enumerate(parts):
+            trainer = make(
+                tmp_path / name, trainer__steps=steps, resume="latest" if number else None
+            )
+            scaled(trainer, 2.0**24)
+            if number:  # as it was built, the scaler had not been there
+                trainer.load_state_dict(
+                    checkpoint.load_state(checkpoint.find("latest", tmp_path / name))
+                )
+            overflow_above(trainer, 2.0**20)
+            trainer.run()
+        ends.append((state(trainer), rows(tmp_path / name)))
+    assert same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_float16_starts_with_a_scale_for_its_latents(tmp_path):
+    from moa_diffusion.stepper import first_scale
+
+    assert first_scale(16 * 64 * 64) == 2**28  # where a random model's error is below 0.01
+    assert first_scale(1) == 2**16  # a text's tokens
+    trainer = make(tmp_path / "run", policy__dtype="float16", optimizer__eps=1e-12)
+    state = trainer.updater.scaler.state_dict()
+    assert state["scale"] == first_scale(3)
+    assert state["growth_interval"] == 50
+    assert trainer.updater.optimizer.param_groups[0]["eps"] == 1e-12
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_the_size_of_a_gradients_elements(tmp_path):
+    found = make(tmp_path / "run").step()
+    assert found["policy/grad_rms"] == pytest.approx(found["policy/grad_norm"] / math.sqrt(6))
+
+
+def test_equal_steps_are_for_images(tmp_path):
+    with pytest.raises(ConfigError, match=r"loss\.steps: should be plain for policy\.name toy"):
+        settings(tmp_path / "run", loss__steps="equal")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "batches", "problem"),
+    [
+        ({"window": 2}, (8, 8, 1), None),
+        ({"window": 2}, (16, 8, 2), None),
+        ({"window": 0}, (16, 8, 2), "divide the 9 trained steps"),
+        ({"window": 2}, (1, 8, 2), "1 rows in sampling and 16 in training"),
+    ],
+)
+def test_batches_that_round_differently_are_named(sampling, batches, problem):
+    sample_batch, micro_batch, step_batch = batches
+    config = from_dict(
+        {
+            "policy": {"dtype": "float16", "step_batch": step_batch},
+            "sampling": {"steps": 10} | sampling,
+            "rewards": {"ocr": {}},
+            "trainer": {"sample_batch": sample_batch, "micro_batch": micro_batch},
+        }
+    )
+    found = build.unequal_batches(config, build.solve_geometry(config, 1))
+    assert (found is None) if problem is None else (problem in found)
+
+
 def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
     trainer = make(tmp_path / "run")
     before = {}

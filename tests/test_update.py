@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +212,14 @@ def test_a_fused_step_with_a_loss_scale_is_the_same_step(policy: Any) -> None:
     found, _ = scaled.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
     assert found["policy/skipped_updates"] == 0
     torch.testing.assert_close(values(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_probe_takes_the_advantages_as_they_are(policy: Any) -> None:
+    """It is on-policy by definition: what rounding makes of the ratio does not count."""
+    rollout, advantages = draw(policy)
+    expected = updater(policy).measure(rollout, advantages, step=0, share=1.0)
+    off = dataclasses.replace(rollout, log_probs=rollout.log_probs + 1.0)
+    assert torch.equal(updater(policy).measure(off, advantages, step=0, share=1.0), expected)
 
 
 class ThreadComm(LocalComm):
