@@ -111,6 +111,7 @@ class HeldOut:
         Raises:
             RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
         """
+        self._expect(self.requests)
         found = self.scorer.survey(
             self.requests,
             self.policy.generate,
@@ -171,6 +172,7 @@ class HeldOut:
         asked = self.requests[: self.as_rollouts]
         if not asked:
             return {}
+        self._expect(asked)
         found = self.training.survey(
             asked,
             lambda batch: self.policy.sample(batch, step=step).outputs,
@@ -182,6 +184,11 @@ class HeldOut:
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(asked)] - found.values.T).nanmean(1)  # [objectives]
         return dict(zip(self.training.names, gaps.tolist(), strict=True))
+
+    def _expect(self, requests: Sequence[Request]) -> None:
+        """Let the policy make ready for what this process draws of the requests."""
+        mine = deal(len(requests), self.batch, self.comm)[self.comm.rank] or [0]
+        self.policy.expect([requests[i].prompt for i in mine])
 
     def _show_images(self, step: int, images: Tensor, dealt: Sequence[Sequence[int]]) -> None:
         """Write a sheet of the first images."""

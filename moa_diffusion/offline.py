@@ -318,11 +318,12 @@ class OfflineTrainer(Loop):
     def prepare(self) -> None:
         """Tokenise all responses and load the heads: what does not fit is known at the start."""
         asked = self.heldout.requests if self.heldout else ()
-        facts = self.heldout.scorer.load([r.prompt for r in asked]) if self.heldout else {}
+        prompts = [request.prompt for request in asked]
         with agreed(self.comm):
-            self.policy.prepare([*self.data.prompts, *(request.prompt for request in asked)])
+            self.policy.prepare([*self.data.prompts, *prompts])
             self.cloning.read()
         if self.heldout:
+            facts = self.heldout.scorer.load(prompts)
             self.heldout.try_rewards()
             with agreed(self.comm):
                 self.log.write_heads(self.completed, facts)

@@ -22,7 +22,7 @@ from moa_diffusion import checkpoint, drift
 from moa_diffusion.alarm import Watch
 from moa_diffusion.critic import Critic
 from moa_diffusion.data import Geometry, GroupSampler, derive_seed, generator
-from moa_diffusion.distributed import Comm, agreed, local_slice
+from moa_diffusion.distributed import Comm, agreed, deal, local_slice
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.lessons import Lessons
 from moa_diffusion.loop import Loop, Schedule
@@ -132,8 +132,10 @@ class Trainer(Loop):
         """One rollout and its optimizer steps; returns the step's metrics."""
         requests = self.sampler.requests(self.completed)
         self.meet(requests)
+        mine = local_slice(requests, self.comm)
+        self.expect(mine)
         with self.scorer.begin() as scoring:
-            rollout = self.sample(local_slice(requests, self.comm), scoring)
+            rollout = self.sample(mine, scoring)
             self.updater.check_ratio(rollout, self.policy.trained_steps(self.completed))
             rewards = self.score(scoring, requests)  # [K, N]
 
@@ -181,6 +183,8 @@ class Trainer(Loop):
             for group, prompt in enumerate(prompts)
         ]
         steps = self._reference_steps()
+        dealt = deal(len(asked), self.geometry.sample_batch, self.comm)[self.comm.rank]
+        self.expect([asked[i] for i in dealt or [0]])
 
         def draw(batch: Sequence[Request]) -> Outputs:
             parts = [
@@ -193,13 +197,18 @@ class Trainer(Loop):
             found = self.scorer.survey(
                 asked,
                 draw,
-                batch=self.geometry.sample_batch,
+                batch=batch,
                 title="reference",
                 before_batch=self._leave_if_stopped,
                 progress=self.progress,
             )
         pools = found.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
         self.normalizer.remember(prompts, pools.permute(1, 2, 0))
+
+    def expect(self, requests: Sequence[Request]) -> None:
+        """Let the policy make ready for the prompts that this process draws next, all at once."""
+        with self._timed("sample"):
+            self.policy.expect([request.prompt for request in requests])
 
     def sample(self, requests: Sequence[Request], scoring: Scoring | None = None) -> Rollout:
         """Draw this process's share, batch by batch; a stop request is honoured in between.
@@ -368,9 +377,11 @@ class Trainer(Loop):
         scorer = self.heldout.scorer if self.heldout else self.scorer
         asked = self.heldout.requests if self.heldout else ()
         prompts = [p.text for p in self.sampler.prompts] + [request.prompt for request in asked]
-        facts = scorer.load(prompts)
         with agreed(self.comm):
             self.policy.prepare(prompts)
+        # After the policy's encoders have left the accelerator: they and the heads need not fit
+        # together.
+        facts = scorer.load(prompts)
         self._try_rewards()
         with agreed(self.comm):
             self.log.write_heads(self.completed, facts)

@@ -337,6 +337,37 @@ def test_advantages_and_gradients_are_clipped(tmp_path):
     assert found["policy/grad_norm"] > 1e-2  # what is logged is the norm before the clip
 
 
+def test_heads_load_once_the_encoders_have_left(tmp_path):
+    """And the policy hears of the prompts of a rollout or an evaluation before it draws any."""
+    trainer = make(tmp_path / "run", trainer__steps=2, evaluation__every=2)
+    calls = []
+
+    def note(owner, name):
+        inner = getattr(owner, name)
+
+        def noted(*given, **options):
+            prompts = {getattr(item, "prompt", item) for item in given[0]} if given else None
+            calls.append((name, prompts))
+            return inner(*given, **options)
+
+        setattr(owner, name, noted)
+
+    for name in ("prepare", "expect", "sample", "generate"):
+        note(trainer.policy, name)
+    note(trainer.heldout.scorer, "load")
+    trainer.run()
+    assert [name for name, _ in calls[:2]] == ["prepare", "load"]
+    expected = None
+    for name, prompts in calls[2:]:
+        if name == "expect":
+            expected = prompts
+        else:
+            assert prompts <= expected, name
+    assert sum(name == "expect" for name, _ in calls) == 2 + 2 * 2  # evaluations have two parts
+    found = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert found["seconds/statistics"] is not None
+
+
 # ---------------------------------------------------------------------- invariance
 
 

@@ -19,6 +19,7 @@ from moa_diffusion.ema import EMA
 from moa_diffusion.loss import surrogate_coefficients
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.stepper import TrainingError
 from moa_diffusion.types import Request, Rollout
 from moa_diffusion.update import Surrogate, Updater
 
@@ -273,3 +274,23 @@ def test_any_number_of_processes_ends_in_the_same_bits(
         with ThreadPoolExecutor(world_size) as threads:
             for found in threads.map(improved, range(world_size), comms):
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("policy", ["sd3"], indirect=True)  # the other has no layers
+@pytest.mark.parametrize("mode", ["fused", "probe"])
+def test_rows_of_another_sample_are_noticed_before_they_are_used(policy: Any, mode: str) -> None:
+    """A layer of the image model takes its samples in another order, as it may be written."""
+    rollout, advantages = draw(policy)
+    taps, layer = policy.tapped(), policy.transformer.transformer_blocks[0].attn.to_v
+    product = layer.forward
+    layer.forward = lambda x: product(x.roll(1, 0)).roll(-1, 0)
+    policy.tapped = lambda: taps
+    update, before = updater(policy), values(policy)
+    with pytest.raises(TrainingError, match=r"wrong in 2 of .*blocks\.0\.attn\.to_v\.lora_"):
+        if mode == "fused":
+            update.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+        else:
+            update.measure(rollout, advantages, step=0, share=0.5)
+    assert torch.equal(values(policy), before)
+    layer.forward = product
+    update.check_gradients(rollout)

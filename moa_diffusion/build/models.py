@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moa_diffusion import tiny
 from moa_diffusion.build.folders import check_folder
@@ -140,6 +141,7 @@ def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) 
         vae_batch=model.vae_batch,
         embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
         embeds_memory_gb=model.embeds_memory_gb,
+        turn=(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
     )
 
 

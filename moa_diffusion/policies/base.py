@@ -29,6 +29,13 @@ class Policy(Protocol):
         """Do once what depends on the prompts alone; called before the first rollout."""
         ...
 
+    def expect(self, prompts: Sequence[str]) -> None:
+        """Make ready for these, which come next, if ``prepare`` could not keep what it found.
+
+        Called with this process's prompts of a rollout, or of an evaluation, before they are drawn.
+        """
+        ...
+
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         """Draw one batch without gradient.
 

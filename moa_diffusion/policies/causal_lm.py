@@ -144,6 +144,9 @@ class CausalLMPolicy:
         for prompt in prompts:
             self.dialogue.prompt(prompt)
 
+    def expect(self, prompts: Sequence[str]) -> None:
+        pass
+
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         response, mask = self._draw(requests, self.temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from moa_diffusion.storage import replaced
 from moa_diffusion.types import ConfigError
 
+logger = logging.getLogger(__name__)
+
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -23,7 +26,8 @@ class PromptEncoder:
 
     If the embeddings of all prompts announced to ``prepare`` fit the memory limit, or a disk cache
     is given, they are computed at once and the encoders are dropped. Otherwise the encoders stay
-    in main memory and visit the device only for prompts not seen before.
+    in main memory and visit the device for prompts that are not kept: once for all that ``expect``
+    is told of. Those least recently used are forgotten first, the expected ones not at all.
 
     Args:
         pipeline: a ``StableDiffusion3Pipeline``; its encoders are taken over.
@@ -33,6 +37,8 @@ class PromptEncoder:
         cache_dir: folder of the disk cache; None keeps embeddings in memory only.
         memory_gb: limit of the memory cache, in GB (1e9 bytes).
         batch_size: prompts encoded at a time.
+        turn: this process and how many there are: with a disk cache that they share, they begin at
+            different prompts and leave out what another one has written.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class PromptEncoder:
         cache_dir: Path | None = None,
         memory_gb: float = 8.0,
         batch_size: int = 8,
+        turn: tuple[int, int] = (0, 1),
     ) -> None:
         self._pipeline = pipeline
         self._device = device
@@ -52,8 +59,9 @@ class PromptEncoder:
         self._source = source
         self._cache_dir = cache_dir
         self._limit = memory_gb * 1e9
-        self._batch_size = batch_size
-        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self._batch_size, self._turn = batch_size, turn
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}  # the last used last
+        self._pinned = {""}  # guided batches all need it
         self._bytes = 0
         if cache_dir is not None:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -66,17 +74,42 @@ class PromptEncoder:
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode these and the empty prompt; drop the encoders if everything could be kept."""
         wanted = list(dict.fromkeys(["", *prompts]))
-        missing = [prompt for prompt in wanted if self._load(prompt) is None]
+        missing = self._missing(wanted)
         if not missing:
             self._drop()
             return
         with self._on_device():
-            self._encode(missing[:1])
-            per_prompt = self._bytes / len(self._memory)
-            if self._cache_dir is None and per_prompt * len(wanted) > self._limit:
+            entry = self._encode(missing[:1])[missing[0]]
+            size = len(wanted) * sum(tensor.nbytes for tensor in entry)
+            if self._cache_dir is None and size > self._limit:
+                logger.warning(
+                    "The embeddings of %d prompts take %.3g GB, more than "
+                    "`policy.embeds_memory_gb` = %.3g. The text encoders stay in main memory and "
+                    "are moved to the device for new prompts of every rollout. A folder for "
+                    "`policy.embeds_dir` lets them be encoded once.",
+                    len(wanted),
+                    size / 1e9,
+                    self._limit / 1e9,
+                )
                 return
-            self._encode(missing[1:], progress=len(missing) > 200)
+            starts = range(0, len(wanted), self._batch_size)
+            first = self._turn[0] * len(starts) // self._turn[1]
+            for start in tqdm(
+                [*starts[first:], *starts[:first]],
+                desc="encode prompts",
+                disable=len(missing) <= 200,
+            ):
+                self._encode(self._missing(wanted[start : start + self._batch_size]))
             self._drop()  # here, so that nothing is copied back first
+
+    def expect(self, prompts: Sequence[str]) -> None:
+        """Encode what is not kept of the prompts that come next, in one visit of the encoders."""
+        wanted = list(dict.fromkeys(["", *prompts]))
+        if self._cache_dir is None:
+            self._pinned = set(wanted)
+        if missing := self._missing(wanted):
+            with self._on_device():
+                self._encode(missing)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings ``[n, L, D]`` and pooled embeddings ``[n, E]`` of n prompts, on the device."""
@@ -111,17 +144,14 @@ class PromptEncoder:
                 encoder.to(device)
 
     @torch.no_grad()
-    def _encode(
-        self, prompts: list[str], *, progress: bool = False
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def _encode(self, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         if prompts and not self.encoders_loaded:
             raise RuntimeError(
                 "The text encoders were released after `prepare`; prompts used later should be "
                 f"announced there. Found {prompts[0]!r} and {len(prompts) - 1} more."
             )
         entries = {}
-        starts = range(0, len(prompts), self._batch_size)
-        for start in tqdm(starts, desc="encode prompts", disable=not progress):
+        for start in range(0, len(prompts), self._batch_size):
             batch = prompts[start : start + self._batch_size]
             embeds, _, pooled, _ = self._pipeline.encode_prompt(
                 prompt=batch,
@@ -136,8 +166,18 @@ class PromptEncoder:
                 self._store(prompt, *entries[prompt])
         return entries
 
+    def _missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those that are neither in memory nor, by name, on the disk."""
+        return [
+            prompt
+            for prompt in prompts
+            if prompt not in self._memory
+            and ((path := self._path(prompt)) is None or not path.is_file())
+        ]
+
     def _load(self, prompt: str) -> tuple[Tensor, Tensor] | None:
         if prompt in self._memory:
+            self._memory[prompt] = self._memory.pop(prompt)
             return self._memory[prompt]
         path = self._path(prompt)
         if path is None or not path.is_file():
@@ -168,9 +208,9 @@ class PromptEncoder:
 
     def _remember(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
         size = embeds.nbytes + pooled.nbytes
-        while self._memory and self._bytes + size > self._limit:
-            oldest = next(iter(self._memory))
-            evicted = self._memory.pop(oldest)
+        oldest = [known for known in self._memory if known not in self._pinned]
+        while oldest and self._bytes + size > self._limit:
+            evicted = self._memory.pop(oldest.pop(0))
             self._bytes -= evicted[0].nbytes + evicted[1].nbytes
         self._memory[prompt] = (embeds, pooled)
         self._bytes += size

@@ -187,6 +187,7 @@ class SD3Policy:
         vae_batch: images decoded at a time.
         embeds_dir: folder of the disk cache of prompt embeddings.
         embeds_memory_gb: limit of their memory cache.
+        turn: this process and how many there are, for a disk cache that they share.
     """
 
     whole_rows = False
@@ -254,6 +255,7 @@ class SD3Policy:
             source=f"{source}:{self.dtype}",
             cache_dir=embeds_dir,
             memory_gb=embeds_memory_gb,
+            turn=turn,
         )
         config = self.transformer.config
         self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, resolution)
@@ -273,6 +275,9 @@ class SD3Policy:
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self.encode.prepare(prompts)
+
+    def expect(self, prompts: Sequence[str]) -> None:
+        self.encode.expect(prompts)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:

@@ -46,6 +46,9 @@ class ToyPolicy:
     def prepare(self, prompts: Sequence[str]) -> None:
         pass
 
+    def expect(self, prompts: Sequence[str]) -> None:
+        pass
+
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         sources = generators([request.seed for request in requests])
