@@ -200,6 +200,7 @@ def _draw(
             if candidate.adapter is not None:
                 install(policy.trainable(), candidate.adapter)
             mine = deal(len(todo), size, comm)[comm.rank]
+            policy.expect([prompts[todo[i].prompt].text for i in mine])
             title = f"draw {candidate.label}"
             for start in tqdm(range(0, len(mine), size), desc=title, disable=comm.rank > 0):
                 batch = [todo[i] for i in mine[start : start + size]]

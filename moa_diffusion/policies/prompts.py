@@ -92,7 +92,7 @@ class PromptEncoder:
                     self._limit / 1e9,
                 )
                 return
-            starts = range(0, len(wanted), self._batch_size)
+            starts = range(1, len(wanted), self._batch_size)  # the empty prompt is there
             first = self._turn[0] * len(starts) // self._turn[1]
             for start in tqdm(
                 [*starts[first:], *starts[:first]],
@@ -208,9 +208,11 @@ class PromptEncoder:
 
     def _remember(self, prompt: str, embeds: Tensor, pooled: Tensor) -> None:
         size = embeds.nbytes + pooled.nbytes
-        oldest = [known for known in self._memory if known not in self._pinned]
-        while oldest and self._bytes + size > self._limit:
-            evicted = self._memory.pop(oldest.pop(0))
+        while self._bytes + size > self._limit:
+            oldest = next((known for known in self._memory if known not in self._pinned), None)
+            if oldest is None:
+                break
+            evicted = self._memory.pop(oldest)
             self._bytes -= evicted[0].nbytes + evicted[1].nbytes
         self._memory[prompt] = (embeds, pooled)
         self._bytes += size

@@ -143,10 +143,10 @@ def test_processes_that_share_a_folder_share_the_work(tmp_path: Path) -> None:
 
     pipeline.encode_prompt = meanwhile
     second.prepare(PROMPTS)
-    assert pipeline.batches[:3] == [[""], PROMPTS[5:7], PROMPTS[7:9]]
+    assert pipeline.batches[:3] == [[""], PROMPTS[6:8], PROMPTS[8:10]]
     assert len(pipeline.batches) == 3, "all others were there by then"
     done = [prompt for batch in other.batches for prompt in batch]
-    assert set(done) == {*PROMPTS} - {*PROMPTS[5:7]}  # what was in work is done twice
+    assert set(done) == {*PROMPTS} - {*PROMPTS[6:8]}  # what was in work is done twice
     for encoder in (first, second):
         assert not encoder.encoders_loaded
         assert_right(encoder, ["", *PROMPTS])
