@@ -197,7 +197,7 @@ class Trainer(Loop):
             found = self.scorer.survey(
                 asked,
                 draw,
-                batch=batch,
+                batch=self.geometry.sample_batch,
                 title="reference",
                 before_batch=self._leave_if_stopped,
                 progress=self.progress,
