@@ -175,15 +175,15 @@ def test_a_picture_is_read_alike_alone_and_among_others(model):
     torch.testing.assert_close(alone, model(PIXELS), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=["float16", "bfloat16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @torch.no_grad()
-def test_half_precision_is_near(folder, dtype, error):
+def test_half_precision_is_near(folder, dtype):
     half = load(find(str(folder))).to(dtype)
     found = half(PIXELS.to(dtype))
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), LOGITS, rtol=0, atol=error)
+    # Some hundred roundings to this precision follow each other: 10 eps as a random walk, and a few
+    # times as much in logits of about 1 to 3.
+    torch.testing.assert_close(found.float(), LOGITS, rtol=0, atol=32 * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
