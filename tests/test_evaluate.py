@@ -547,6 +547,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     for copy in (other, damaged):
         shutil.copytree(runs / "a", copy)
     config = (other / "config.yaml").read_text()
+    (tmp_path / "x").mkdir()
     (other / "config.yaml").write_text(config.replace("path: tiny", f"path: {tmp_path}/x"))
     weights = checkpoint.step_folder(damaged, 1) / "ema" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:1000])

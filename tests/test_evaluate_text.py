@@ -565,7 +565,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         ({"resolution": "64"}, "--resolution: is for pictures"),
         ({"temperature": "-1"}, "generation.eval_temperature: should be at least 0"),
         ({"soup": "a,c"}, "unknown model 'c'"),
-        ({"lora": [f"x={runs}"]}, f"Found no {CONFIG}"),
+        ({"lora": [f"x={runs}"]}, r"with adapter_config\.json\. Found mine\.py, three\.txt"),
         ({"run": [], "config": str(tmp_path / "toy.yaml")}, "policy.name: should be sd3 or causal"),
     ]
     for options, message in cases:
