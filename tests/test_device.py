@@ -78,9 +78,13 @@ class Pretended(TorchDispatchMode):
         self.events[kind, f"{last.filename.rpartition('/')[2]}:{last.lineno} {last.line}"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what is asked here is not part of the code
+            return self._dispatched(func, args, kwargs or {})
+
+    def _dispatched(self, func: Any, args: Any, kwargs: Any) -> Any:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         here = [self.has(tensor) for tensor in inputs]
-        found = func(*args, **(kwargs or {}))
+        found = func(*args, **kwargs)
         if any(here):
             by_mask = func in INDEXING and any(t.dtype == torch.bool for t in inputs[1:])
             if func in WAITS or by_mask:
@@ -231,7 +235,7 @@ def after_one(device: Pretended, improve: Any) -> None:
     [
         (2, 2, 1, 1.0, 0.0, False),
         (2, 1, 3, 4.5, 0.0, True),
-        (1, 1, 2, 1.0, 0.1, False),
+        (2, 1, 2, 1.0, 0.1, False),
     ],
 )
 def test_an_update_waits_once_per_optimizer_step_and_once_at_its_end(
