@@ -468,3 +468,36 @@ def test_printing_options_exit_with_zero(tmp_path, capsys, option):
     if option == "--print_config":
         assert yaml.safe_load(printed)["trainer"]["steps"] == 7
         assert yaml.safe_load(printed)["rewards"] == BASE["rewards"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sampling.sampler", "cpss"], "one of flow_sde, cps. Found 'cpss'. Did you mean cps?"),
+        (
+            ["--policy.dtype", "fp16"],
+            "float32, bfloat16, float16. Found fp16. Did you mean float16",
+        ),
+        (["--loss.kl", "gausian"], "k3 or null. Found 'gausian'. Did you mean gaussian?"),
+        (["--trainer.steps", "many"], "trainer.steps: should be a whole number. Found 'many'."),
+        (["--trainer.steps", "1.5"], "trainer.steps: should be a whole number. Found 1.5."),
+        (["--trainer.steps", "null"], "trainer.steps: should be a whole number. Found null."),
+        (["--trainer.steps"], "trainer.steps: should have a value, as in `--trainer.steps VALUE`"),
+        (["--optimizer.lr", "fast"], "optimizer.lr: should be a number. Found 'fast'."),
+        (["--optimizer.betas", "[0.9, x]"], "betas: should be a list of numbers, such as [1, 2]."),
+        (["--generation.chat", "5"], "generation.chat: should be true or false or null. Found 5."),
+        (
+            ["--policy.lora.target_modules", "[1]"],
+            "a list of texts, such as [a, b] or null. Found [1]",
+        ),
+        (["--log.trackers", "wandb"], "log.trackers: should be a list of texts, such as [a, b]."),
+        (["--trainer", "5"], "trainer: should be a mapping of keys. Found 5."),
+        (["stray"], "Options should begin with `--`. Found 'stray'."),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_in_plain_words(options, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--rewards.ocr.weight", "1", *options])
+    assert message in str(caught.value)
+    for word in ("typing", "class", "Parser", "Union"):
+        assert word not in str(caught.value)

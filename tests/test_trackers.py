@@ -136,6 +136,7 @@ OFFLINE = {
     "SWANLAB_MODE": "offline",
     "SWANLAB_API_KEY": "unused",
     "AIM_UI_TELEMETRY_ENABLED": "0",
+    "DVC_NO_ANALYTICS": "1",
     "TRACKIO_DIR": "trackio",
     "HF_HUB_OFFLINE": "1",
 }
