@@ -53,6 +53,9 @@ def launch(make: Callable[[Config], Loop]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(error)
         return 2 if error.kind in {kind.__name__ for kind in BAD_INPUT} else 1
+    except StorageError as error:
+        _say(error)
+        return 1
     except KeyboardInterrupt:
         print("Stopped before anything was learned.", file=sys.stderr)
         return STOPPED_BY_HAND
@@ -67,6 +70,9 @@ def launch(make: Callable[[Config], Loop]) -> int:
     except BAD_INPUT as error:  # what only the models' first use could tell
         _say(error)
         return 2
+    except StorageError as error:  # of this process alone
+        _say(error)
+        return 1
     except (RewardError, TrainingError, ProcessError) as error:
         if isinstance(error.__cause__, Exception) and not _is_told(error.__cause__):
             traceback.print_exception(error.__cause__)
