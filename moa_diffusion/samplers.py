@@ -25,7 +25,7 @@ calling), sigmas Python floats.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +68,16 @@ class Steps:
 
     def __getitem__(self, rows: slice) -> Steps:
         """Some of them."""
-        return Steps(x=self.x[rows], v=self.v[rows], std=self.std[rows], length=self.length[rows])
+        return self._each(lambda part: part[rows])
 
     def repeat(self, times: int) -> Steps:
         """All of them, one after the other, so many times over."""
-        parts = (self.x, self.v, self.std, self.length)
-        x, v, std, length = (part.repeat(times, 1, 1, 1) for part in parts)
-        return Steps(x=x, v=v, std=std, length=length)
+        return self._each(lambda part: part.repeat(times, 1, 1, 1))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
+        x, v, std, length = map(change, (self.x, self.v, self.std, self.length))
+        unscaled = None if self.unscaled is None else change(self.unscaled)
+        return Steps(x=x, v=v, std=std, length=length, unscaled=unscaled)
 
     def mean(self, x: Tensor, v: Tensor) -> Tensor:
         """Mean ``[N, C, H, W]`` of ``x_next``, given latents and velocities after guidance."""
