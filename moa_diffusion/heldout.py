@@ -93,6 +93,7 @@ class HeldOut:
         watched = [name for name in self.scorer.names if name not in self.training.names]
         if watched:
             asked = self.requests[: min(2, self.batch)]
+            self.policy.expect([request.prompt for request in asked])
             self.scorer.try_out(asked, self.policy.generate(asked), names=watched)
 
     @torch.no_grad()

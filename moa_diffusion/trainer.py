@@ -392,6 +392,7 @@ class Trainer(Loop):
         Two samples, as a function may need several; the rollout draws them once more.
         """
         asked = local_slice(self.sampler.requests(self.completed), self.comm)[:2]
+        self.expect(asked)
         size = self.geometry.sample_batch
         parts = [asked[start : start + size] for start in range(0, len(asked), size)]
         drawn = concatenate([self.policy.sample(part, step=self.completed) for part in parts])

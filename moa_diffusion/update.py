@@ -192,6 +192,7 @@ class Updater(Stepper):
                     tokens=self.policy.row_tokens(part),
                     scale=self.loss_scale,
                 )
+                del new  # and the graph, before the next one is made
         return rows.gramian(self.comm)
 
     def _rows(self, count: int) -> ObjectiveGradients:

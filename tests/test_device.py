@@ -274,7 +274,7 @@ def test_a_probe_waits_for_its_gramian_alone(pipeline: Any) -> None:
         rollout = draw(policy)
         probe = updater(policy, micro=2, updates=1, kl_weight=0.0, half=False)
     advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
-    after_one(device, lambda: probe.measure(rollout, advantages, share=0.5))
+    after_one(device, lambda: probe.measure(rollout, advantages, step=0, share=0.5))
     assert device.count("wait") == 1, device.events
     assert device.count("send") <= 2 + 1, device.events
 

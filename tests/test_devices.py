@@ -132,7 +132,9 @@ def test_texts_are_drawn(pretended: Pretended) -> None:
 
 
 def test_value_heads(pretended: Pretended) -> None:
-    critic = Critic(("a", "b"), width=4, comm=LocalComm(), device=MPS, seed=0, hidden=3, epochs=2)
+    critic = Critic(
+        ("a", "b"), width=4, comm=LocalComm(), device=MPS, seed=0, hidden=3, epochs=2, batch=2
+    )
     asked = tuple(Request(prompt="p", group=i) for i in range(3))
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
     rollout = Rollout(
@@ -165,18 +167,11 @@ def test_learning_from_preferences(pretended: Pretended) -> None:
     class Policy:
         """Every token is as likely as any other."""
 
-        def rollout_of(self, requests: Any, texts: Any) -> Rollout:
-            made = torch.zeros(len(texts), 2).to(MPS)
-            return Rollout(
-                requests=tuple(requests),
-                log_probs=made,
-                mask=torch.ones(len(texts), 2).to(MPS).bool(),
-                trace={},
-                texts=tuple(texts),
-            )
+        def tokens_of(self, texts: Any) -> list[list[int]]:
+            return [[0, 1] for _ in texts]
 
-        def log_probs(self, rollout: Rollout, steps: slice) -> tuple[Tensor, None]:
-            return parameter.expand(len(rollout), 2)[:, steps], None
+        def log_probs_of(self, prompts: Any, tokens: Any) -> Tensor:
+            return parameter.expand(len(prompts), 2).sum(1)
 
         def trainable(self) -> dict[str, torch.nn.Parameter]:
             return {"one": parameter}

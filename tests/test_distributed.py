@@ -10,10 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from PIL import Image
 
 from moa_diffusion.distributed import LocalComm, local_slice
 from moa_diffusion.metrics import read_metrics
@@ -181,13 +179,13 @@ def check_disagreement(folder: Path) -> None:
         assert not (folder / f"disagreeing-{number}").exists()
 
     # The same file name, but another content on the other node.
-    shared = Path.read_text
+    shared = Path.read_bytes
 
-    def other_content(path: Path, *args: object, **options: object) -> str:
-        text = shared(path, *args, **options)
-        return text.replace("cccc", "dddd") if rank and path.name == "prompts.txt" else text
+    def other_content(path: Path) -> bytes:
+        data = shared(path)
+        return data.replace(b"cccc", b"dddd") if rank and path.name == "prompts.txt" else data
 
-    Path.read_text = other_content  # type: ignore[method-assign]
+    Path.read_bytes = other_content  # type: ignore[method-assign]
     try:
         make(folder / "disagreeing", "red")
     except ConfigError as error:
@@ -195,7 +193,7 @@ def check_disagreement(folder: Path) -> None:
     else:
         raise AssertionError("both processes should have refused")
     finally:
-        Path.read_text = shared  # type: ignore[method-assign]
+        Path.read_bytes = shared  # type: ignore[method-assign]
 
 
 def check_launch(folder: Path) -> None:
@@ -308,10 +306,9 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     shared = torch.load(both / "rank-0.pt")["updater"]
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.1
-    torch.testing.assert_close(shared["trainable"]["drift"], drift, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        shared["ema"]["average"]["drift"], alone.updater.ema.average["drift"], rtol=0, atol=1e-6
-    )
+    # The same forward passes on the same machine, and sums that no order changes.
+    assert torch.equal(shared["trainable"]["drift"], drift)
+    assert torch.equal(shared["ema"]["average"]["drift"], alone.updater.ema.average["drift"])
     found, expected = (
         read_metrics(folder / "run" / "metrics.jsonl") for folder in (both, tmp_path)
     )
@@ -323,9 +320,7 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     # Three held-out prompts on two processes: none is counted twice.
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
     sheets = [folder / "run/samples/step-000004.png" for folder in (both, tmp_path)]
-    drawn = [numpy.asarray(Image.open(sheet), dtype=int) for sheet in sheets]
-    # Parameters that differ in the last digit may round a pixel to the next of 256 levels.
-    assert abs(drawn[0] - drawn[1]).max() <= 1, "the sheet lacks a rank's pictures"
+    assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
@@ -335,7 +330,7 @@ def test_two_processes_equal_one_for_every_method(both, tmp_path, method):
     shared = torch.load(both / f"{method}.pt")
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.01
-    torch.testing.assert_close(shared["updater"]["trainable"]["drift"], drift, rtol=0, atol=1e-6)
+    assert torch.equal(shared["updater"]["trainable"]["drift"], drift)
     for name, value in alone.weighting.state_dict().items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(

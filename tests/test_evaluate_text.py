@@ -282,7 +282,7 @@ def test_an_interrupted_evaluation_continues(
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EvaluationError, match=r"No space left.*the same command continues"):
+    with pytest.raises(EvaluationError, match=r"disk is full.*the same command continues"):
         run(plan)
     monkeypatch.undo()
     assert len(list((tmp_path / "part" / "texts").iterdir())) == 5, "five whole files"

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.evaluation.compare import RunData, base_units, compare
@@ -43,6 +44,12 @@ class Drawn:
 
     def __init__(self) -> None:
         self.red: dict[int, float] = {}
+
+    def trainable(self) -> dict[str, Parameter]:
+        return {"none": Parameter(torch.zeros(1))}
+
+    def expect(self, prompts: Sequence[str]) -> None:
+        pass
 
     def generate(self, requests: Sequence[Request]) -> Tensor:
         red = torch.tensor([self.red[request.seed] for request in requests])

@@ -302,7 +302,7 @@ def test_gramian_and_written_gradient_are_the_explicit_ones(
     weights = torch.tensor([0.5, -2.0, 0.25], dtype=torch.float64)
     found.write(weights)
     for name, parameter in parameters.items():
-        expected = torch.einsum("k,k...->...", weights.float(), found.rows[name])
+        expected = torch.einsum("k,k...->...", weights, found.rows[name]).float()
         torch.testing.assert_close(parameter.grad, expected + (name == kept))
     assert parameters[kept].grad is before, "added to in place"
 
@@ -413,7 +413,7 @@ def test_rows_that_do_not_belong_to_decisions_are_differentiated_separately() ->
         for name, gradient in zip(parameters, gradients, strict=True):
             expected[name][k] = gradient
     for name, rows in found.rows.items():
-        torch.testing.assert_close(rows, expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows.float(), expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_is_called_again_with_other_rows_is_exact() -> None:
@@ -432,7 +432,7 @@ def test_a_layer_that_is_called_again_with_other_rows_is_exact() -> None:
             (coefficients[k] * log_probs()).sum(), list(parameters.values())
         )
         for name, gradient in zip(parameters, gradients, strict=True):
-            torch.testing.assert_close(found.rows[name][k], gradient, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.rows[name][k].float(), gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_a_pass_does_not_come_by_are_differentiated_separately() -> None:

@@ -80,7 +80,7 @@ def test_a_script_is_short_and_has_a_main(script: Path) -> None:
     source = script.read_text()
     functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
     assert "main" in functions
-    assert len(source.splitlines()) <= 80
+    assert len(source.splitlines()) <= 100
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

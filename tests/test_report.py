@@ -311,7 +311,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: 
 
 def test_a_card_names_the_model_with_the_largest_worst_gain(tmp_path: Path):
     values = numpy.zeros((4, 2, 3, 2))
-    values[:, :, :, 1] = 2.0  # the base model's std within a prompt is 1
+    values[:, :, :, 1] = 2.0**0.5  # the base model's std within a prompt is 1
     for e, (first, second) in enumerate([(5.0, -1.0), (0.5, 0.25), (2.0, 0.125)], start=1):
         values[e] += numpy.array([first, second])[:, None, None]
     table = table_of(values, None)

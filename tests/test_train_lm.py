@@ -264,7 +264,7 @@ def here(
             "To the",  # the prompt that is too long is named
         ),
         ({"generation": {"temperature": 0}}, "generation.temperature: should be positive"),
-        ({"policy": {"path": "nowhere"}}, "policy.path: should be a folder with a causal"),
+        ({"policy": {"path": "nowhere"}}, "policy.path: should be a folder with a model"),
         (
             {"policy": {"lora": {"target_modules": ["to_q"]}}},
             "'to_q'",

@@ -609,9 +609,10 @@ def test_a_reward_that_fails_before_anything_is_learned_leaves_the_folder_free(t
     with pytest.raises(RewardError, match="OSError: no such thing") as caught:
         trainer.run()
     assert head.seen == [2, 8, 8][:fails_at]
-    assert "__notes__" not in vars(caught.value)
+    if fails_at == 1:  # there was nothing to save
+        assert "__notes__" not in vars(caught.value)
+        assert not (folder / "checkpoints").exists()
     assert not (folder / "metrics.jsonl").exists()
-    assert not (folder / "checkpoints").exists()
     make(folder).run()
     make(tmp_path / "straight").run()
     assert rows(folder) == rows(tmp_path / "straight")

@@ -157,7 +157,9 @@ def together(comm: Comm, work: Callable[[], T]) -> T:
     try:
         result = work()
     except OSError as caught:
-        failure = EvaluationError(f"{caught}. What is done is saved; the same command continues.")
+        failure = EvaluationError(
+            f"{str(caught).rstrip('.')}. What is done is saved; the same command continues."
+        )
         failure.__cause__ = caught
     except Exception as caught:  # raised below, once the other processes know
         failure = caught

@@ -113,6 +113,7 @@ def fake(tmp_path: Path) -> Path:
     program.write_text(textwrap.dedent(FAKE).lstrip().format(folder=tmp_path))
     program.chmod(0o755)
     (tmp_path / "eng.traineddata").write_bytes(b"English")
+    (tmp_path / "osd.traineddata").write_bytes(b"orientation")
     return program
 
 

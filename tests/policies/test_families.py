@@ -236,7 +236,7 @@ def test_a_layer_with_another_order_of_samples_stops_the_run(mode: str) -> None:
         if mode == "fused":
             updater(policy).fused(rollout, advantages, lambda _: torch.ones(2), step=0)
         else:
-            updater(policy).measure(rollout, advantages, share=1.0)
+            updater(policy).measure(rollout, advantages, step=0, share=1.0)
     assert "policy.lora.target_modules" in str(e.value)
     assert "k_proj" not in str(e.value)
     for name, parameter in policy.trainable().items():
@@ -258,7 +258,7 @@ def test_the_check_is_made_once_and_says_what_takes_long(
             if mode == "fused":
                 update.fused(rollout, advantages, lambda _: torch.ones(2), step=step)
             else:
-                update.measure(rollout, advantages, share=0.5)
+                update.measure(rollout, advantages, step=0, share=0.5)
     assert len(calls) == 1
     assert caplog.text.count("take a backward pass for each objective") == 1
 
