@@ -132,9 +132,7 @@ def test_texts_are_drawn(pretended: Pretended) -> None:
 
 
 def test_value_heads(pretended: Pretended) -> None:
-    critic = Critic(
-        ("a", "b"), width=4, comm=LocalComm(), device=MPS, seed=0, hidden=3, epochs=2, batch=2
-    )
+    critic = Critic(("a", "b"), width=4, comm=LocalComm(), device=MPS, seed=0, hidden=3, batch=2)
     asked = tuple(Request(prompt="p", group=i) for i in range(3))
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
     rollout = Rollout(
@@ -193,4 +191,4 @@ def test_learning_from_preferences(pretended: Pretended) -> None:
     )
     told = cloning([0, 1, 2], torch.ones(3, dtype=torch.float64))
     assert told["policy/skipped_updates"] == 0
-    assert cloning.log_probs(lambda: None).dtype == torch.float64
+    assert cloning.log_probs([0, 1, 2], lambda: None).dtype == torch.float64

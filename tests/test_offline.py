@@ -673,9 +673,10 @@ def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
         """Stands for ``HeldOut``: looks at the policy."""
 
         requests = (Request(prompt="prompt 1"),)
-        scorer = SimpleNamespace(
-            seconds={}, load=lambda prompts: {"x": {"digest": "1"}}, close=list
-        )
+        scorer = SimpleNamespace(seconds={}, load=lambda _: {"x": {"digest": "1"}}, close=list)
+
+        def try_rewards(self) -> None:
+            pass
 
         def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
             drawn.append(learned(trainer))

@@ -157,9 +157,8 @@ def together(comm: Comm, work: Callable[[], T]) -> T:
     try:
         result = work()
     except OSError as caught:
-        failure = EvaluationError(
-            f"{str(caught).rstrip('.')}. What is done is saved; the same command continues."
-        )
+        told = str(caught).rstrip(".")
+        failure = EvaluationError(f"{told}. What is done is saved; the same command continues.")
         failure.__cause__ = caught
     except Exception as caught:  # raised below, once the other processes know
         failure = caught
