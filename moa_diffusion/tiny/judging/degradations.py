@@ -103,11 +103,10 @@ def latent(vae: AutoencoderKL, images: Tensor, strengths: Tensor, generator: Gen
     made = []
     for start in range(0, len(images), _DECODED_AT_ONCE):
         part = slice(start, start + _DECODED_AT_ONCE)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images[part] * 2 - 1).latent_dist.mean.float()
-            drawn = torch.randn(latents.shape, generator=generator) / vae.config.scaling_factor
-            decoded = vae.decode(latents + 2.5 * _column(strengths[part]) * drawn).sample
-        made.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+        latents = vae.encode(images[part] * 2 - 1).latent_dist.mean
+        drawn = torch.randn(latents.shape, generator=generator) / vae.config.scaling_factor
+        decoded = vae.decode(latents + 2.5 * _column(strengths[part]) * drawn).sample
+        made.append((decoded / 2 + 0.5).clamp(0, 1))
     return torch.cat(made)
 
 
