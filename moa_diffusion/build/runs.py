@@ -99,7 +99,7 @@ def _trainer(
     check_same(comm, facts(settings, resumed, read))
     if comm.rank == 0:
         report_unused(settings)
-        print(f"Processes: {comm.world_size} ({accelerator.device.type}). {geometry.describe()}")
+        print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
         if len(prompts.sets) > 1:
             print(prompts.describe())
         if (problem := unequal_batches(settings, geometry)) is not None:
@@ -192,7 +192,7 @@ def _offline_trainer(
     if comm.rank == 0:
         report_unused(settings)
         print(
-            f"Processes: {comm.world_size} ({accelerator.device.type}). {len(data.prompts)} "
+            f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
     everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
@@ -338,6 +338,13 @@ def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict
         ),
         "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
     }
+
+
+def processes(comm: Comm, device: torch.device) -> str:
+    """What a run is on: on CPUs also how many threads, since another number rounds differently."""
+    threads = torch.get_num_threads()
+    each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
+    return f"Processes: {comm.world_size} ({device.type}{each})."
 
 
 def solve_geometry(settings: Config, world_size: int) -> Geometry:
