@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def _trainer(
             f"{settings.preferences.data or settings.preferences.pairs}."
         )
     resumed = run_folder(settings)
+    if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
+        settings = dataclasses.replace(settings, resume=None)
     prompts = train_prompts(settings)
     asked = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
@@ -94,9 +97,9 @@ def _trainer(
     starting_adapter(settings, pipeline)  # read once more where it is needed
     watch = watcher(settings, asked)
     geometry = solve_geometry(settings, comm.world_size)
+    read = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": asked})
     meet()
-    read = {"prompts.train": prompts.sets, "prompts.heldout": asked}
-    check_same(comm, facts(settings, resumed, read))
+    check_same(comm, read)
     if comm.rank == 0:
         report_unused(settings)
         print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
@@ -173,6 +176,8 @@ def _offline_trainer(
 ) -> OfflineTrainer:
     check_launcher(accelerator)
     resumed = run_folder(settings)
+    if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
+        settings = dataclasses.replace(settings, resume=None)
     data = preferences(settings)
     check_prompts(settings, data.prompts)
     starting_adapter(settings)
@@ -186,9 +191,9 @@ def _offline_trainer(
         constrained(data, primary, bounds, mopo)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
+    read = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": asked})
     meet()
-    read = {"preferences": data.digest(), "prompts.heldout": asked}
-    check_same(comm, facts(settings, resumed, read))
+    check_same(comm, read)
     if comm.rank == 0:
         report_unused(settings)
         print(

@@ -327,6 +327,16 @@ def test_a_resumed_run_does_not_read_it(tmp_path: Path):
     assert build.models.starting_adapter(settings) is None
 
 
+def test_a_run_that_begins_anew_for_want_of_a_checkpoint_reads_it(tmp_path: Path):
+    settings = settings_of(tmp_path, adapter="/nope")
+    settings.resume = "latest"
+    settings.prompts.train = "tiny"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0")
+    with pytest.raises(ConfigError, match=r"policy\.adapter: .*/nope"):
+        build.trainer(settings)
+
+
 # ---------------------------------------------------------------------- files that others can read
 
 
