@@ -77,8 +77,8 @@ class HeldOut:
         self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
         self._device = next(iter(policy.trainable().values())).device
         asked = [[request.prompt, request.seed] for request in self.requests]
-        text = json.dumps([asked, scorer.names, drawing])
-        # Evaluations with another one cannot be compared with these.
+        # Evaluations with another one cannot be compared with these, nor those in another unit.
+        text = json.dumps([asked, scorer.names, drawing, spread_within.__name__])
         self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
         # [K], of the base model: mean, and spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
@@ -93,8 +93,10 @@ class HeldOut:
         watched = [name for name in self.scorer.names if name not in self.training.names]
         if watched:
             asked = self.requests[: min(2, self.batch)]
-            self.policy.expect([request.prompt for request in asked])
-            self.scorer.try_out(asked, self.policy.generate(asked), names=watched)
+            with agreed(self.comm):
+                self.policy.expect([request.prompt for request in asked])
+                drawn = self.policy.generate(asked)
+            self.scorer.try_out(asked, drawn, names=watched)
 
     @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:

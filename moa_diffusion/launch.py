@@ -52,7 +52,7 @@ def launch(make: Callable[[Config], Loop]) -> int:
     except ProcessError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(error)
-        return 2 if error.kind in {kind.__name__ for kind in BAD_INPUT} else 1
+        return 2 if error.kind in {"ConfigError", "ImportError", "ModuleNotFoundError"} else 1
     except StorageError as error:
         _say(error)
         return 1

@@ -138,8 +138,9 @@ class Loop(ABC):
         seconds = self.heldout.scorer.seconds.items()
         self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
         alarms = self.watch.look(found)
-        for alarm in alarms:
-            self.log.write_alarm(alarm.row())
+        with agreed(self.comm, as_one=True):
+            for alarm in alarms:
+                self.log.write_alarm(alarm.row())
         self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
         return {**found.metrics, **self.watch.report()}
 

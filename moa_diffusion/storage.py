@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     Raises:
         StorageError: if the file cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Containers that share the folder may have equal process ids.
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with writing(target, needed):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +119,9 @@ def append_text(target: Path, text: str) -> None:
         with target.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                written = file.write(data)
-                if written < len(data):  # a disk that has room for a part takes it
-                    file.write(data[written:])
+                left = memoryview(data)
+                while left:  # a disk that has room for a part takes it
+                    left = left[file.write(left) :]
             except BaseException:
                 file.truncate(size)
                 raise

@@ -202,7 +202,7 @@ class PromptEncoder:
             return
         from safetensors.torch import save_file
 
-        # The process id keeps ranks that share the folder out of each other's file.
+        # Under a name of its own first: processes may share the folder.
         with replaced(path) as partial:
             save_file({"embeds": embeds, "pooled": pooled}, partial)
 
