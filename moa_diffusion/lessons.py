@@ -26,25 +26,29 @@ class Lessons:
         self._rollouts = 0
         self._empty: Counter[str] = Counter()  # rollouts by objective
         self._in_vain = 0  # rollouts without any advantage
+        self._resumed = False
 
-    def look(self, rewards: RewardMatrix, advantages: Tensor, advantage: Tensor) -> None:
+    def look(
+        self, rewards: RewardMatrix, advantages: Tensor, advantage: Tensor, *, first: bool
+    ) -> None:
         """Count one rollout.
 
         Args:
             rewards: of its N samples.
             advantages: ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
             advantage: what the policy is updated with, of any shape.
+            first: whether it is the run's first.
         """
+        self._resumed |= self._rollouts == 0 and not first
         self._rollouts += 1
-        first = self._rollouts == 1
         for name, row, own in zip(self._names, rewards.values, advantages, strict=True):
             applying = row[~row.isnan()]
             # A critic's estimates vary even where the reward does not.
             constant = len(applying) > 0 and bool((applying == applying[0]).all())
-            if not constant and own.any():
+            if not len(applying) or (not constant and own.any()):
                 continue
             self._empty[name] += 1
-            if first and len(applying):
+            if first:
                 low, high = float(applying.min()), float(applying.max())
                 logger.warning(
                     "Nothing can be learned from the reward %s in the first rollout: it is %s. "
@@ -62,17 +66,18 @@ class Lessons:
                 )
 
     def report(self) -> None:
-        """Say at the end of a run what was learned from nothing."""
+        """Say at the end of a run from what nothing was learned since it began or was resumed."""
+        since = " since it was resumed" if self._resumed else ""
         for name in self._names:
             count = self._empty[name]
             if count and 2 * count >= self._rollouts:
                 logger.warning(
-                    "Nothing could be learned from the reward %s in %d of %d rollouts: it did not "
-                    "differ between samples of a prompt.",
-                    *(name, count, self._rollouts),
+                    "Nothing could be learned from the reward %s in %d of %d rollouts%s: it did "
+                    "not differ between samples of a prompt.",
+                    *(name, count, self._rollouts, since),
                 )
         if self._rollouts and self._in_vain == self._rollouts:
             logger.warning(
-                "THIS RUN HAS LEARNED NOTHING: every advantage was 0 in all of its %d rollouts.",
-                self._rollouts,
+                "THIS RUN HAS LEARNED NOTHING%s: every advantage was 0 in all of its %d rollouts.",
+                *(since.upper(), self._rollouts),
             )

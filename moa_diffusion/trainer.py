@@ -150,7 +150,7 @@ class Trainer(Loop):
             advantage = spread(self.combine(judged, advantages, weights))  # [N] or [N, T]
             update = self.improve(rollout, local_slice(advantage, self.comm))
 
-        self._lessons.look(rewards, advantages, advantage)
+        self._lessons.look(rewards, advantages, advantage, first=self.completed == 0)
         self.completed += 1
         self.record(requests, rollout, rewards, advantage)
         found = reward_metrics(rewards, advantages, weights, judged) | self.statistics(rollout)
@@ -280,9 +280,10 @@ class Trainer(Loop):
                 self._gramian = self._measured = found
             else:  # the loss scale of float16 was too high, say: the update will lower it
                 logger.warning("The probe's gradients are not finite; it does not count.")
-                if self._gramian is None:
-                    self._gramian = torch.eye(len(advantages), dtype=torch.float64)
-        return self._ask(rewards, advantages, self._gramian)
+        gramian = self._gramian
+        if self.weighting.needs_gramian and gramian is None:  # the next rollout probes again
+            gramian = torch.eye(len(advantages), dtype=torch.float64)
+        return self._ask(rewards, advantages, gramian)
 
     def combine(self, rewards: RewardMatrix, advantages: Tensor, weights: Tensor) -> Tensor:
         """One advantage per sample: ``[N]``."""
@@ -296,9 +297,10 @@ class Trainer(Loop):
     ) -> tuple[dict[str, float], Tensor]:
         """The rollout's optimizer steps with weights solved at each on its own gradients.
 
-        What stage 2 of the normalizer divides by becomes a factor of the weights. Two things differ
-        from weighing advantages: the clip of advantages acts on each objective's, and a sample to
-        which few objectives apply counts less, since weights cannot be renormalised for it alone.
+        What stage 2 of the normalizer divides by becomes a factor of the weights, one for the whole
+        batch. Two things differ from weighing advantages: the clip of advantages acts on each
+        objective's, and a sample to which few objectives apply counts less, since weights cannot be
+        renormalised, and it cannot be whitened, for it alone.
 
         Returns:
             metrics, and the mean weights ``[K]``.
@@ -370,8 +372,10 @@ class Trainer(Loop):
     # ------------------------------------------------------------------ of the run
 
     def run(self) -> None:
-        super().run()
-        self._lessons.report()
+        try:
+            super().run()
+        finally:
+            self._lessons.report()
 
     def prepare(self) -> None:
         scorer = self.heldout.scorer if self.heldout else self.scorer
@@ -395,7 +399,8 @@ class Trainer(Loop):
         self.expect(asked)
         size = self.geometry.sample_batch
         parts = [asked[start : start + size] for start in range(0, len(asked), size)]
-        drawn = concatenate([self.policy.sample(part, step=self.completed) for part in parts])
+        with agreed(self.comm):
+            drawn = concatenate([self.policy.sample(part, step=self.completed) for part in parts])
         self.scorer.try_out(asked, drawn.outputs)
         if self.heldout:
             self.heldout.try_rewards()
