@@ -125,10 +125,9 @@ class Cloning(Stepper):
             weights: ``[B]``, constant.
         """
         self.read()
-        device = self._parameters[0].device
+        device = self.device
         told = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
         gradients = GradientSum(self._parameters)
-        self.scaler.scale(torch.zeros((), device=device))  # now it exists
         for part in self._batches(len(rows)):
             log_pi = self._log_pi([rows[i] for i in part])  # [m]
             weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()

@@ -69,9 +69,7 @@ def comparable(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     # Folding can leave the normal form, e.g. for a dotted capital I.
     shown = "".join(unicodedata.normalize("NFKC", folded).split())
-    return "".join(
-        c for c in shown if unicodedata.category(c) not in _UNSEEN and c not in _VARIANTS
-    )
+    return "".join(filter(_is_seen, shown))
 
 
 def _is_seen(character: str) -> bool:

@@ -94,7 +94,7 @@ def test_matrix_of_a_rollout():
     assert found.groups.tolist() == [0, 0, 1]
     assert found.prompts == ("p0", "p1", "p2")
     assert scorer.seconds.keys() == {"red", "meta"}
-    assert all(0 <= seconds < 10 for seconds in scorer.seconds.values())
+    assert all(seconds >= 0 for seconds in scorer.seconds.values())
 
 
 def test_a_failing_head_raises_and_tells_the_others():

@@ -42,7 +42,7 @@ class ObjectiveCalibration:
 
     mean: float  # of the samples to which it applies; unit
     std_total: float  # of these samples; unit
-    std_within: float  # RMS over groups, pooled: what a group z-score divides by; unit
+    std_within: float  # within groups, pooled and unbiased: the unit of gains; unit
     std_between: float  # of prompts' expected rewards: group means less their noise; unit
     min: float  # unit
     max: float  # unit
