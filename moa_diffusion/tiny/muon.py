@@ -79,16 +79,16 @@ def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
     Args:
         matrices: `[M, out, in]`. One call for many of a shape is three times as fast as many calls.
-        iterations: Of the quintic iteration, in bfloat16.
+        iterations: Of the quintic iteration.
 
     Returns:
         `[M, out, in]`, float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x

@@ -121,10 +121,9 @@ def train_vae(
     )
     for _ in (bar := tqdm(range(steps), desc="vae", disable=rank > 0)):
         images = to_model(stock[torch.randint(len(stock), (share,))])
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            made = vae.decode(posterior.sample()).sample
-        loss = reconstruction_loss(made.float(), images) + 1e-5 * posterior.kl().float().mean()
+        posterior = vae.encode(images).latent_dist
+        made = vae.decode(posterior.sample()).sample
+        loss = reconstruction_loss(made, images) + 1e-5 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         parallel.average_gradients(vae.parameters())
