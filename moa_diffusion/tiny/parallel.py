@@ -4,6 +4,7 @@ The matrices of a tiny model are too small to share among threads; two processes
 are nearly twice as fast as one process, where one process of two threads is not.
 """
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -12,6 +13,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
+
+
+def context() -> multiprocessing.context.BaseContext:
+    """Where processes come from: forks of one that has imported the libraries, once for all."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(
+        [
+            "torch",
+            "diffusers.models.autoencoders.autoencoder_kl",
+            "diffusers.models.transformers.transformer_sd3",
+            "transformers.modeling_utils",
+        ]
+    )
+    return made
 
 
 def run(work: Callable[..., None], processes: int, *arguments: Any) -> None:
@@ -24,7 +39,10 @@ def run(work: Callable[..., None], processes: int, *arguments: Any) -> None:
         arguments: Passed on; they have to be picklable.
     """
     start_processes(
-        _enter, (processes, _free_port(), work, arguments), nprocs=processes, start_method="spawn"
+        _enter,
+        (processes, _free_port(), work, arguments),
+        nprocs=processes,
+        start_method=context().get_start_method(),
     )
 
 

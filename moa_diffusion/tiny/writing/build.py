@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from moa_diffusion.tiny import parallel
 from moa_diffusion.tiny.writing.classifiers import RULES, train_classifier
 from moa_diffusion.tiny.writing.pretrain import train_language_model
 
@@ -40,7 +40,7 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     # No process group: where there is one, transformers saves nothing but what its first rank has.
     with ProcessPoolExecutor(
-        processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        processes, parallel.context(), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         tasks = [pool.submit(train_language_model, output, seed, lm_steps, lm_batch)]
         tasks += [
