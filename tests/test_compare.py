@@ -35,7 +35,7 @@ from moa_diffusion.evaluation.compare_picture import mean_path, picture
 from moa_diffusion.evaluation.runs import Run, cause_of_death, execute, method_settings, plan
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
-from waiting import HANG, running, wait_for
+from waiting import HANG, python, running, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("ocr", "colour")
@@ -493,6 +493,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def start(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [*COMMAND, *arguments])
+        monkeypatch.setattr(sys, "executable", python())
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         printed = capsys.readouterr()
@@ -539,7 +540,7 @@ def test_two_methods_twice_one_dies_and_is_continued(folder: Path, here: Here) -
 
 def test_sigterm_ends_the_runs_and_the_next_call_continues(folder: Path) -> None:
     endless = ("--trainer.steps", "1000", "--checkpoint.every", "0", "--evaluation.every", "1000")
-    command = [sys.executable, *COMMAND, "static", "--seeds", "2", *endless]
+    command = [python(), *COMMAND, "static", "--seeds", "2", *endless]
     with running(command, stderr=subprocess.PIPE) as process:
         wait_for(folder / "out" / "static-0" / "metrics.jsonl", process)
         process.send_signal(signal.SIGTERM)

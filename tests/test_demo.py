@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
 
 from moa_diffusion.metrics import read_metrics
-from waiting import HANG
+from waiting import HANG, python
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"trainer.steps": 2, "trainer.groups": 4, "trainer.group_size": 4, "trainer.updates": 1}
@@ -17,7 +16,7 @@ SMALL |= {"evaluation.images_per_prompt": 1, "evaluation.prompts": 4, "evaluatio
 
 
 def test_the_demo_draws_its_picture_and_continues(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "demo.py")]
+    command = [python(), str(ROOT / "scripts" / "demo.py")]
     command += [text for key, value in SMALL.items() for text in (f"--{key}", str(value))]
     for steps in (2, 3):
         done = subprocess.run(

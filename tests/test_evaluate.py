@@ -36,7 +36,7 @@ from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.samplers import generators
 from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
-from waiting import HANG
+from waiting import HANG, python
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ['a red sign that says "SHOP"', "a blue star on a white background", "a green square"]
@@ -411,7 +411,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     options = {"run": [str(runs / "a")], "seeds": "0"}
     plan = ask(runs, tmp_path / "one", **options)
     command.write(run(plan), plan.output, shown=12, runs=plan.runs)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
             *(*torchrun, "--nproc_per_node", "2", "--", "scripts/evaluate.py"),

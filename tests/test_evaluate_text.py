@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from moa_diffusion.evaluation.table import read_table
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.evaluation.texts import Texts
 from moa_diffusion.types import ConfigError
-from waiting import HANG
+from waiting import HANG, python
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -369,7 +368,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine completions in batches of four: one process has more than the other."""
     plan = ask(runs, tmp_path / "one", run=[str(runs / "a")], seeds="0")
     command.write(run(plan), plan.output, shown=12, runs=plan.runs)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
             *(*torchrun, "--nproc_per_node", "2", "--", "scripts/evaluate.py"),

@@ -24,7 +24,7 @@ from moa_diffusion.config import check, from_dict, parse
 from moa_diffusion.loop import Loop
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.types import ConfigError
-from waiting import HANG
+from waiting import HANG, python
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -202,7 +202,7 @@ def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
         make(tmp_path / name / "one", **change).run()
     two = subprocess.run(
         [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+            *[python(), "-m", "torch.distributed.run", "--standalone"],
             *["--nproc_per_node", "2", __file__, str(tmp_path), *changes],
         ],
         env=ENVIRONMENT,

@@ -28,7 +28,7 @@ from moa_diffusion import build, tiny
 from moa_diffusion.config import load, parse
 from moa_diffusion.evaluation.curves import picture
 from moa_diffusion.metrics import read_metrics
-from waiting import HANG, running, wait_for, wait_until
+from waiting import HANG, python, running, wait_for, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "train_sd.py"
@@ -62,15 +62,13 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-LAUNCHERS = {
-    "python": [sys.executable],
-    "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch"],
-    "two": [
-        sys.executable,
-        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        *["--shutdown-timeout", str(int(HANG))],  # after a signal
-    ],
-}
+def launcher_of(name: str) -> list[str]:
+    if name == "accelerate":
+        return [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    if name == "python":
+        return [python()]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [python(), *two, "--shutdown-timeout", str(int(HANG))]  # after a signal
 
 
 def arguments(config: Path, output: Path, *options: str) -> list[str]:
@@ -78,7 +76,7 @@ def arguments(config: Path, output: Path, *options: str) -> list[str]:
 
 
 def command(config: Path, output: Path, *options: str, launcher: str = "python") -> list[str]:
-    return [*LAUNCHERS[launcher], *arguments(config, output, *options)]
+    return [*launcher_of(launcher), *arguments(config, output, *options)]
 
 
 def train(
@@ -202,7 +200,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in COMPARED:
         write_config(folder / f"{method}.yaml", method)
     done = subprocess.run(
-        [*LAUNCHERS["two"], __file__, str(folder)],
+        [*launcher_of("two"), __file__, str(folder)],
         env=ENVIRONMENT,
         cwd=ROOT,
         capture_output=True,
@@ -411,7 +409,7 @@ def test_a_wrong_option_of_a_reward_is_told_the_nearest(
 def test_a_reward_server_that_dies_stops_the_run_after_saving(
     config: Path, here: Here, tmp_path: Path
 ) -> None:
-    serve = [sys.executable, str(ROOT / "scripts" / "rewards.py"), "serve"]
+    serve = [python(), str(ROOT / "scripts" / "rewards.py"), "serve"]
     for seconds in (5.0, 50.0, 500.0):  # a busy machine does not score a rollout in time
         run = tmp_path / f"run-{seconds:g}"
         over = threading.Event()

@@ -6,10 +6,15 @@ long. What has to end before something else is shown by events and by the order 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +57,32 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
                     process.kill()
 
 
+@functools.cache
+def python() -> str:
+    """A program that does what `sys.executable` does, without the seconds of importing torch.
+
+    On Linux its processes are forks of one that has imported it.
+    """
+    if sys.platform != "linux":
+        return sys.executable
+    folder = Path(tempfile.mkdtemp(prefix="python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    here = Path(__file__).parent
+    server = subprocess.Popen(
+        [sys.executable, str(here / "warm_server.py"), str(folder / "socket")],
+        stdin=subprocess.PIPE,  # never written to: its end is the end of this process
+        start_new_session=True,
+    )
+    program = folder / "python"
+    words = (sys.executable, "-IS", str(here / "warm_client.py"), sys.executable, folder / "socket")
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$0" "$@"\n')
+    program.chmod(0o755)
+    wait_until(lambda: (folder / "socket").exists() or server.poll(), "the server did not start")
+    assert server.returncode is None
+    atexit.register(server.communicate)
+    return str(program)
+
+
 def two_processes(script: str, folder: Path) -> list[str]:
     """Starts a script twice, as torchrun would, with the folder as argument; what each wrote.
 
@@ -71,7 +102,7 @@ def two_processes(script: str, folder: Path) -> list[str]:
         processes = [
             stack.enter_context(
                 running(
-                    [sys.executable, script, str(folder)],
+                    [python(), script, str(folder)],
                     env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     cwd=Path(__file__).parents[1],
                     stdout=stack.enter_context(log.open("w")),

@@ -9,7 +9,6 @@ import os
 import random
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from moa_diffusion.tiny.writing.grammar import Situation
 from moa_diffusion.tiny.writing.pairs import compare
 from moa_diffusion.tiny.writing.pretrain import train_language_model
 from moa_diffusion.tiny.writing.tokenizer import CONTEXT, VOCABULARY
-from waiting import HANG
+from waiting import HANG, python
 
 ROOT = Path(__file__).parents[2]
 LM = ROOT / "moa_diffusion" / "tiny" / "lm"
@@ -320,7 +319,7 @@ def test_equal_seeds_make_equal_files(tmp_path) -> None:
 def test_can_be_rebuilt(tmp_path) -> None:
     command = "--lm_steps 1 --lm_batch 4 --trait_steps 1 --trait_batch 2 --processes 2"
     done = subprocess.run(
-        [sys.executable, "scripts/make_text.py", "--output", str(tmp_path), *command.split()],
+        [python(), "scripts/make_text.py", "--output", str(tmp_path), *command.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
