@@ -18,8 +18,9 @@ from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import Rollout
 
 # Largest relative error of a tensor's gradient. Both ways share the passes through the network:
-# between them lies the last product of each layer, rounded once or once for every row.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# between them lies the last product of each layer, rounded once or once for every row, and in some
+# kernels in every sum on the way. In bfloat16 a rounding is up to 4e-3, and up to 6.4e-3 was seen.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # Below this share of the whole gradient's length, a tensor's gradient may be nothing but rounding
 # (that of a router whose only expert has the weight 1, say).
 SMALL = 1e-2

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,9 +128,19 @@ MOMENTS = ["sample", "update", "first evaluation", "evaluation", "scores", "afte
 SAVED = dict(zip(MOMENTS, (1, 1, 0, 2, 1, 2), strict=True))
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Also where the tests were started by nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["sample", "first evaluation"])
-def test_signals_end_a_run_with_its_state_saved(tmp_path, straight, moment, number, capfd):
+def test_signals_end_a_run_with_its_state_saved(
+    tmp_path, straight, moment, number, capfd, terminal
+):
     trainer = make(tmp_path / "run")
     before = signal.getsignal(number)
     at(trainer, moment, lambda: os.kill(os.getpid(), number))
