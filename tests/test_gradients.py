@@ -147,19 +147,29 @@ def assert_close(found: Rows, expected: Rows, tolerance: float = EXACT) -> None:
 # ---------------------------------------------------------------- against K backward passes
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.fixture(scope="module", params=[1.0, 4.5])
+def apart(request: pytest.FixtureRequest, pipeline: Any) -> tuple[float, Rollout, Rows]:
+    """A guidance, a rollout, and its rows."""
+    policy = policy_on(pipeline, guidance=request.param)
+    rollout = policy.sample(requests(4), step=0)
+    return request.param, rollout, separately(policy, rollout, random_coefficients(4, 3))
+
+
 @pytest.mark.parametrize("step_batch", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro", [4, 2])
 def test_rows_are_those_of_separate_passes(
-    pipeline: Any, guidance: float, step_batch: int, checkpointing: bool, micro: int
+    pipeline: Any,
+    apart: tuple[float, Rollout, Rows],
+    step_batch: int,
+    checkpointing: bool,
+    micro: int,
 ) -> None:
+    guidance, rollout, expected = apart
     options: dict[str, Any] = {"guidance": guidance, "step_batch": step_batch}
     policy = policy_on(pipeline, gradient_checkpointing=checkpointing, **options)
-    rollout = policy.sample(requests(4), step=0)
-    coefficients = random_coefficients(4, 3)
-    found = together(policy, rollout, coefficients, micro=micro)
-    assert_close(found.rows, separately(policy, rollout, coefficients))
+    found = together(policy, rollout, random_coefficients(4, 3), micro=micro)
+    assert_close(found.rows, expected)
     assert all(p.grad is None for p in policy.trainable().values())
 
 
@@ -186,24 +196,23 @@ def test_a_layer_without_a_token_axis_is_exact(pipeline: Any) -> None:
     assert_close(found.rows, separately(policy, rollout, coefficients))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_wide_layers_are_exact(wide: Any, checkpointing: bool) -> None:
-    policy = policy_on(wide, gradient_checkpointing=checkpointing, lora_rank=8, resolution=16)
+def test_wide_layers_are_exact(wide: Any) -> None:
+    options = {"lora_rank": 8, "resolution": 16}
+    policy = policy_on(wide, **options)
     assert policy.transformer.inner_dim == 1024
     rollout = policy.sample(requests(2), step=0)
     coefficients = random_coefficients(2, 3)
-    found = together(policy, rollout, coefficients)
-    assert_close(found.rows, separately(policy, rollout, coefficients))
+    expected = separately(policy, rollout, coefficients)
+    assert_close(together(policy, rollout, coefficients).rows, expected)
+    policy = policy_on(wide, **options, gradient_checkpointing=True)
+    assert_close(together(policy, rollout, coefficients).rows, expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_under_autocast_the_error_is_that_of_bfloat16(pipeline: Any, checkpointing: bool) -> None:
+def test_under_autocast_the_error_is_that_of_bfloat16(pipeline: Any) -> None:
     half = load_pipeline(str(tiny.PIPELINE_PATH), dtype="bfloat16")
-    policy = policy_on(half, step_batch=3, gradient_checkpointing=checkpointing)
-    full = policy_on(pipeline, step_batch=3)
-    rollout = policy.sample(requests(4), step=0)
-    coefficients = random_coefficients(4, 3)
-    found = together(policy, rollout, coefficients)
+    policy, full = policy_on(half, step_batch=3), policy_on(pipeline, step_batch=3)
+    rollout = policy.sample(requests(2), step=0)
+    coefficients = random_coefficients(2, 3)
     exact = separately(full, rollout, coefficients)
     ordinary = separately(policy, rollout, coefficients)
 
@@ -215,8 +224,11 @@ def test_under_autocast_the_error_is_that_of_bfloat16(pipeline: Any, checkpointi
     # bfloat16 keeps 8 bits and rounds after every layer, so both are far from float32 (0.11), and
     # equally. They share those passes: between them lie the roundings of the last products alone
     # (0.007; 0.02 in the worst tensor).
-    assert error(found.rows) <= 1.1 * error(ordinary) + 1e-3
-    assert_close(found.rows, ordinary, tolerance=0.05)
+    for checkpointing in (False, True):
+        policy = policy_on(half, step_batch=3, gradient_checkpointing=checkpointing)
+        found = together(policy, rollout, coefficients, micro=2).rows
+        assert error(found) <= 1.1 * error(ordinary) + 1e-3
+        assert_close(found, ordinary, tolerance=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
