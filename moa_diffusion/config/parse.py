@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import sys
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,6 +22,9 @@ from moa_diffusion.paths import expanded
 from moa_diffusion.text_files import check_encodable
 from moa_diffusion.types import ConfigError
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line (``sys.argv`` by default), check every key and value.
@@ -30,28 +33,19 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         ConfigError: naming the key, what was expected, and what was found.
         SystemExit: for ``--help`` and ``--print_config``.
     """
-    from jsonargparse import ArgumentParser
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     check_encodable("command line", arguments)
     arguments, open_mappings, prompt_files = _merge_open_values(arguments)
     for section in ("rewards", "evaluation.rewards"):
         check_rewards(open_mappings.get(section, {}), section)
-    # jsonargparse's own option would print open mappings with words read as YAML again.
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_argument(
-        "--print_config", action="store_true", help="Print the whole configuration and exit."
-    )
-    parser.add_class_arguments(Config, None)
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = _parser().parse_args(arguments)
     except Exception as error:  # argparse and jsonargparse raise several kinds
         raise ConfigError(plain(str(error), _known_hint)) from error
     values = namespace.as_dict()
     for key, value in (open_mappings | prompt_files).items():
         *sections, last = key.split(".")  # jsonargparse reads text in them as YAML again
-        reduce(dict.__getitem__, sections, values)[last] = value
+        functools.reduce(dict.__getitem__, sections, values)[last] = value
     config = from_dict(values)
     _check_nulls(config)
     expand_homes(config)
@@ -62,6 +56,20 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+@functools.cache  # making it takes as long as its work
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    # jsonargparse's own option would print open mappings with words read as YAML again.
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the whole configuration and exit."
+    )
+    parser.add_class_arguments(Config, None)
+    return parser
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
