@@ -269,7 +269,7 @@ class Watch:
                         kind="drift",
                         name=name,
                         message=f"The mean {name} of the outputs is {float(row.mean()):.3g}, "
-                        f"{moved:+.1f} standard deviations from the base model's {mean:.3g}.",
+                        f"{moved:+.1f} standard deviations from {mean:.3g} at the start.",
                         action="warn",
                     )
                 )

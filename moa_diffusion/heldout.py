@@ -80,7 +80,7 @@ class HeldOut:
         # Evaluations with another one cannot be compared with these, nor those in another unit.
         text = json.dumps([asked, scorer.names, drawing, spread_within.__name__])
         self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
-        # [K], of the base model: mean, and spread within a prompt.
+        # [K], of the policy as training starts from it: mean, and spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class HeldOut:
         """Score two outputs with the heads that are not trained on, before many are drawn.
 
         Raises:
-            RewardError: as ``Scorer.try_out``.
+            RewardError, ProcessError: as ``Scorer.try_out``.
         """
         watched = [name for name in self.scorer.names if name not in self.training.names]
         if watched:
@@ -100,15 +100,16 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
-        """Draw as deployment would, score, compare with the base model and with rollouts.
+        """Draw as deployment would, score, compare with the start and with rollouts.
 
         Outputs of one prompt are alike, so the standard error is that of the mean over prompts,
-        which are distinct texts. The gain is in units of the base model's spread within a prompt
-        (``spread_within``): of one scale for all rewards, whatever their unit, and for any number
-        of outputs per prompt.
+        which are distinct texts. The gain is over the policy as training starts from it, in units
+        of that one's spread within a prompt (``spread_within``): of one scale for all rewards,
+        whatever their unit, and for any number of outputs per prompt.
 
         Args:
-            step: rollouts finished; at 0 the policy is the base model.
+            step: rollouts finished; at 0 the policy is what training starts from: the base model,
+                or with ``policy.adapter`` the model with that LoRA.
             before_batch: called on all processes before each batch.
 
         Raises:

@@ -192,13 +192,19 @@ class OfflineTrainer(Loop):
     responses of ``level_prompts`` prompts, the same ones each time. An alarm that raises the KL's
     weight raises ``tau``.
 
+    The first reference is the policy as it starts, which without ``log_probs`` in the data is taken
+    for the one that wrote them: the base model, or with ``policy.adapter`` the model with that
+    LoRA. The base model can be asked at any time for what it says of a response; a start from an
+    adapter is gone once it has been trained, so it is asked for all R responses before.
+
     Args:
-        cloning: takes the optimizer steps; its policy starts as its own reference.
+        cloning: takes the optimizer steps.
         primary: the objective that is improved.
         bounds: least win rate of each other objective; one number for all, or one for each.
         settings: of MOPO.
         batch: rows per optimizer step, over all processes.
         level_prompts: prompts over whose responses evaluations take the win rates; 0 for all.
+        from_adapter: whether the policy starts from trained weights instead of the base model.
         schedule: how long, and what happens when; a round is an optimizer step.
         heldout: the evaluation by reward heads; None for none.
         watch: looks at the evaluations for a reward that is being gamed.
@@ -225,6 +231,7 @@ class OfflineTrainer(Loop):
         folder: Path,
         seed: int,
         level_prompts: int = 512,
+        from_adapter: bool = False,
         progress: bool = True,
     ) -> None:
         for name, value, least in (("batch", batch, 1), ("level_prompts", level_prompts, 0)):
@@ -245,6 +252,7 @@ class OfflineTrainer(Loop):
             progress=progress,
         )
         self.cloning, self.data, self.batch = cloning, cloning.data, batch
+        self.from_adapter = from_adapter
         # [R], of the policy that wrote the responses; NaN where it has not been asked for yet.
         self._log_mu: Tensor | None = None
         self._where = self.data.rows().T  # [2, R]
@@ -287,15 +295,17 @@ class OfflineTrainer(Loop):
         """Take the next reference if it is time. Cut short, it changes nothing."""
         lag, now = self.mopo.settings.lag, self.completed
         if self._log_mu is None:
+            everything = torch.arange(self._where.shape[1])
             if self.data.log_probs is None:  # the reference is what wrote them
-                self._log_mu = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
+                if self.from_adapter:
+                    self._log_mu = self._survey(everything)
+                else:  # the base model, when it is needed
+                    self._log_mu = torch.full(everything.shape, math.nan, dtype=torch.float64)
                 return
             wrote = self.data.log_probs[self._where[0], self._where[1]]
-            # The base model is the reference of the first `lag` steps and of the next.
-            prompts = self._prompts_of(range(2 * lag)) if lag else self._where[0].unique()
-            with self.policy.reference():
-                base = self._survey(rows := self._rows_of(prompts))
-            self.mopo.begin(self._ratio(rows, base - wrote[rows]))
+            # The policy as it starts is the reference of the first `lag` steps and of the next.
+            rows = self._rows_of(self._prompts_of(range(2 * lag))) if lag else everything
+            self.mopo.begin(self._ratio(rows, self._survey(rows) - wrote[rows]))
             try:
                 check_bounds(self.mopo)
             except ValueError as error:

@@ -51,7 +51,7 @@ class Preferences:
     win_rates: Tensor  # [K, P, Y] float64 in [0, 1]; NaN: never compared, or padding
     log_data: Tensor  # [P, Y] float64, minus log of the prompt's responses; -inf: padding
     log_probs: Tensor | None = None  # [P, Y] float64, of whole responses under the policy that
-    # wrote them; NaN: padding. None: that was the base model
+    # wrote them; NaN: padding. None: that was the model that training starts from
 
     def rows(self) -> Tensor:
         """``[R, 2]`` int64, prompt and position of every response."""

@@ -257,7 +257,7 @@ def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
     ]
     assert lines[2].startswith("| good   | +1.00 [+1.00, +1.00] |")
     assert lines[3].endswith("| 0.000 [0.000, 0.000] |       80% ocr |       15 |     0.8 |")
-    assert "bad ends significantly below the base model: ocr -1.00 [-1.00, -1.00]." in said
+    assert "bad ends significantly below the start: ocr -1.00 [-1.00, -1.00]." in said
     assert "good ends" not in said
     assert "Not in the table: good-1 died: error: out of paint" in said
     json.dumps(as_json(found), allow_nan=False)

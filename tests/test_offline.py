@@ -136,9 +136,12 @@ def make(
     primary: str = "taste",
     seed: int = 0,
     level_prompts: int = 512,
+    start: Tensor | None = None,
     **schedule: Any,
 ) -> OfflineTrainer:
     policy = Table(data, base)
+    if start is not None:  # of a trained adapter
+        policy.delta.data.copy_(start)
     parameters = list(policy.trainable().values())
     comm = comm or LocalComm()
     cloning = Cloning(
@@ -160,6 +163,7 @@ def make(
         settings=settings,
         batch=len(data.rows()) if batch is None else batch,
         level_prompts=level_prompts,
+        from_adapter=start is not None,
         schedule=Schedule(steps=steps, **schedule),
         log=RunLog(folder, main=comm.rank == 0),
         folder=folder,
@@ -370,6 +374,47 @@ def test_the_published_rule_lets_a_bound_sink_and_the_ratchet_does_not(tmp_path)
     assert told["ratchet"]["eval_level/price"] == pytest.approx(0.62, abs=0.01)
     assert told["beta_lag"]["mopo_bound/price"] < 0.56
     assert told["beta_lag"]["eval_level/price"] < 0.58
+
+
+@pytest.mark.parametrize("lag", [0, 3])
+def test_a_start_from_an_adapter_is_the_first_reference_and_wrote_the_responses(tmp_path, lag):
+    """As a base model that is what base model and adapter are together."""
+    data = preferences(opposed(1))
+    base, start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5))
+    found = []
+    for number, given in enumerate(({"base": base, "start": start}, {"base": base + start})):
+        trainer = make(
+            tmp_path / str(number),
+            data,
+            settings=replace(QUICK, lag=lag),
+            steps=9,
+            batch=5,
+            evaluate_every=3,
+            **given,
+        )
+        trainer.run()
+        rows = read_metrics(tmp_path / str(number) / "metrics.jsonl")
+        found.append(
+            [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+        )
+    first = {
+        f"eval_level/{name}": float(r.mean())
+        for name, r in zip(data.objectives, data.win_rates, strict=True)
+    }
+    assert {name: found[0][0][name] for name in first} == pytest.approx(first, abs=1e-6)
+    for mine, other in zip(*found, strict=True):
+        # Sums of float32 logits, in another order.
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_with_log_probs_too_an_adapter_is_the_first_reference(tmp_path):
+    mu = opposed(4, p=6).sum(0).log_softmax(-1)[:3]
+    data = preferences(opposed(1), log_probs=mu)
+    base, start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5))
+    trainer = make(tmp_path, data, bounds=0.0, base=base, start=start)
+    trainer.refer()
+    expected = (data.log_data + (base + start).log_softmax(1) - mu).log_softmax(1)
+    torch.testing.assert_close(trainer.mopo.log_ref, expected.double(), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- what is read

@@ -158,17 +158,17 @@ def text_trainer(settings: Config) -> Loop:
         ImportError: as ``trainer``.
         ProcessError: as ``trainer``.
     """
-    if settings.policy.name != "causal_lm":
-        raise ConfigError(
-            "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
-            f"{settings.policy.name!r}."
-        )
-    if not settings.preferences.given:
-        return trainer(settings)
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
     with agreed(comm) as meet:
-        return _offline_trainer(settings, accelerator, comm, meet)
+        if settings.policy.name != "causal_lm":
+            raise ConfigError(
+                "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
+                f"{settings.policy.name!r}."
+            )
+        if settings.preferences.given:
+            return _offline_trainer(settings, accelerator, comm, meet)
+        return _trainer(settings, None, accelerator, comm, meet)
 
 
 def _offline_trainer(
@@ -218,6 +218,7 @@ def _offline_trainer(
         settings=mopo,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
+        from_adapter=settings.policy.adapter is not None,
         schedule=schedule(settings),
         heldout=evaluation(
             settings,

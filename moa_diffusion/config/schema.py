@@ -42,8 +42,10 @@ class PolicyConfig:
         adapter: LoRA weights to start from (a checkpoint's folder, its ema, an export, a folder of
             peft, a .safetensors file), for a second stage with other rewards. They start in the
             LoRA below, whose rank and target_modules have to hold them; what it has beyond them
-            starts as if new. The reference of the KL stays the model in path, without an adapter.
-            A run that is resumed does not read it.
+            starts as if new. The reference of the KL and of the method mopo's win rates stays the
+            model in path, without an adapter; gains are over the start. Learning from preferences
+            takes the start for the first reference and, without log_probs in the data, for what
+            wrote the responses. A run that is resumed does not read it.
         lora: The trained adapter.
     """
 
@@ -392,7 +394,7 @@ class AlarmConfig:
             training reward above what it was then.
         kl_factor: Of the KL's weight, each time.
         limit: Alarms acted upon, before the next ends the run.
-        drift: Standard deviations of the base model's outputs by which the mean of an output
+        drift: Standard deviations of the outputs before training by which the mean of an output
             statistic moves before a warning; 0 for none.
         gap: The same by which deployed outputs score above rollouts; 0 for none.
     """

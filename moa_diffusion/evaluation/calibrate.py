@@ -68,13 +68,14 @@ class Measurement:
 
     def calibration(self, settings: Config) -> Calibration:
         """The statistics, with the weights of this configuration."""
-        options = settings.rewards.values()
+        options, policy = settings.rewards.values(), settings.policy
+        path = policy.path if policy.name == "sd3" else policy.name
         return calibrate(
             self.rewards,
             retest=self.retest,
             weights=[float(option.get("weight", 1.0)) for option in options],
             milliseconds=self.milliseconds,
-            model=settings.policy.path if settings.policy.name == "sd3" else settings.policy.name,
+            model=path if policy.adapter is None else f"{path} with {policy.adapter}",
             seed=settings.seed,
         )
 
@@ -82,8 +83,8 @@ class Measurement:
 def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Measurement:
     """Draw and score; each group's scores are in ``folder/scores.jsonl`` as soon as it is done.
 
-    The adapter is untouched, so the base model draws, with the rollout's sampler, noise and shared
-    starts. Each group is a rollout of its own: it gets its own window of trained steps.
+    What training starts from draws, with the rollout's sampler, noise and shared starts. Each
+    group is a rollout of its own: it gets its own window of trained steps.
 
     Args:
         settings: the configuration of a training run.

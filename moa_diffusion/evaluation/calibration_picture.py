@@ -49,8 +49,8 @@ def picture(
     _shares(left, calibration)
     _heat_map(right, names, calibration.correlations)
     figure.suptitle(
-        f"{calibration.model}: {calibration.prompts} prompts x {calibration.images} images of the "
-        "base model (shaded: one standard deviation within prompts)"
+        f"{calibration.model}: {calibration.prompts} prompts x {calibration.images} images before "
+        "training (shaded: one standard deviation within prompts)"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

@@ -1,7 +1,8 @@
-"""Which method lifts which objective: gains over the base model, with bootstrap intervals.
+"""Which method lifts which objective: gains over the start of training, with bootstrap intervals.
 
-A gain is a difference to the base model on the same held-out prompts and seeds, in units of the
-base model's spread within a prompt, so that objectives of any unit stand in one table.
+A gain is a difference to what training starts from (the base model, or that with the LoRA of
+``policy.adapter``) on the same held-out prompts and seeds, in units of the start's spread within a
+prompt, so that objectives of any unit stand in one table.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class RunData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """One run; gains are in the base model's spread within a prompt."""
+    """One run; gains are in the start's spread within a prompt."""
 
     method: str
     seed: int
@@ -70,7 +71,7 @@ class RunSummary:
     gains: Mapping[str, float]  # by objective
     worst: float  # the smallest of them
     above: float  # share of the objectives with a gain above 0
-    hypervolume: float  # of all its evaluations, with the base model as the reference point
+    hypervolume: float  # of all its evaluations, with the start as the reference point
     path: Mapping[int, Mapping[str, float]]  # gains by rollouts finished
     shares: Mapping[str, float]  # of the advantage's variance, mean over rollouts
     seconds: Mapping[str, float]  # per rollout, by phase
@@ -98,7 +99,7 @@ class MethodSummary:
         return name, known.get(name, math.nan)
 
     def below(self) -> list[str]:
-        """Objectives whose whole interval lies below the base model."""
+        """Objectives whose whole interval lies below the start."""
         return [name for name, gain in self.gains.items() if gain.high < 0]
 
 
@@ -107,7 +108,7 @@ class Comparison:
     """Everything a table or a picture needs; methods are sorted, the best worst gain first."""
 
     names: tuple[str, ...]  # length K
-    units: Mapping[str, float]  # by objective: the base model's spread within a prompt
+    units: Mapping[str, float]  # by objective: the start's spread within a prompt
     methods: tuple[MethodSummary, ...]
     runs: tuple[RunSummary, ...]
     prompts: int  # held out, distinct
@@ -127,14 +128,14 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
         names: its K objectives.
 
     Raises:
-        ValueError: if there is no evaluation of the base model or none after it, or if two of them
+        ValueError: if there is no evaluation of the start or none after it, or if two of them
             drew different samples; the message names the file.
     """
     paths = sorted(folder.glob("evaluation/step-*.jsonl"))
     steps = [int(path.stem.removeprefix("step-")) for path in paths]
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(
-            f"`{folder}` should hold evaluations of the base model (step 0) and of later steps. "
+            f"`{folder}` should hold evaluations of the start (step 0) and of later steps. "
             f"Found steps {steps}."
         )
     first, rows = _read_evaluation(paths[0], names)
@@ -180,9 +181,9 @@ def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
 
 
 def base_units(runs: Sequence[RunData]) -> Array:
-    """The base model's spread within a prompt, of every objective: ``[K]``.
+    """The start's spread within a prompt, of every objective: ``[K]``.
 
-    As ``eval_gain`` has it (``spread_within``). All runs start from the same base model; what noisy
+    As ``eval_gain`` has it (``spread_within``). All runs start from the same model; what noisy
     rewards make of it is averaged.
 
     Raises:
@@ -202,7 +203,7 @@ def base_units(runs: Sequence[RunData]) -> Array:
 
 
 def check_base(folder: Path, names: Sequence[str]) -> None:
-    """Check the evaluation of the base model, as soon as there is one.
+    """Check the evaluation of the start, as soon as there is one.
 
     Raises:
         ValueError: if gains would have no unit.
@@ -222,14 +223,14 @@ def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> A
     for name, unit in zip(names, spread, strict=True):
         if not unit > 0:
             raise ValueError(
-                f"Objective `{name}` should vary within a prompt: its spread under the base model "
+                f"Objective `{name}` should vary within a prompt: its spread before training "
                 f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out samples."
             )
     return spread
 
 
 def gains(run: RunData, units: Array) -> Array:
-    """Of every image over the base model's of the same seed: ``[E, K, M]``.
+    """Of every image over the start's of the same seed: ``[E, K, M]``.
 
     NaN where either has no reward.
     """
@@ -440,7 +441,7 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     seeds = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     runs = "run" if seeds == "1" else "runs"
     found = [
-        f"Gains over the base model, in units of its spread within a prompt; "
+        f"Gains over the start of training, in units of its spread within a prompt; "
         f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
         f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts: too narrow with few "
         "runs, and one run says nothing about other seeds."
@@ -448,6 +449,6 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     for method in comparison.methods:
         if below := method.below():
             gains = ", ".join(f"{name} {method.gains[name].text('+.2f')}" for name in below)
-            found.append(f"{method.method} ends significantly below the base model: {gains}.")
+            found.append(f"{method.method} ends significantly below the start: {gains}.")
     found += [f"Not in the table: {name} died: {words}" for name, words in failures.items()]
     return found

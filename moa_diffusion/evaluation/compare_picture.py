@@ -68,7 +68,7 @@ def picture(
     _front(left, comparison, style, pair or opposed(comparison))
     _weights(right, comparison, runs, columns)
     figure.suptitle(
-        "Gains over the base model, in units of its spread within a prompt: "
+        "Gains over the start of training, in units of its spread within a prompt: "
         f"{comparison.prompts} held-out prompts, {comparison.images} samples"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +96,8 @@ def _gains(figure: Any, comparison: Comparison, style: Mapping[str, tuple[str, s
     )
     panels[0].set_ylim(len(comparison.methods) - 0.4, -0.6)
     figure.supxlabel(
-        f"gain over the base model (0) with a {LEVEL:.0%} bootstrap interval, filled where that "
-        "leaves 0 out; worst: mean over runs of the smallest gain",
+        f"gain over the start of training (0) with a {LEVEL:.0%} bootstrap interval, filled where "
+        "that leaves 0 out; worst: mean over runs of the smallest gain",
         fontsize=9,
     )
 
@@ -177,7 +177,7 @@ def _front(
 
 
 def mean_path(runs: Sequence[RunSummary], pair: tuple[str, str]) -> Any:
-    """From the base model through the evaluations that all runs have, to the mean of the ends.
+    """From the start through the evaluations that all runs have, to the mean of the ends.
 
     Returns:
         ``[E + 1, 2]``, mean gains over runs; runs that end at different steps share only those

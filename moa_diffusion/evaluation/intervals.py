@@ -66,9 +66,10 @@ def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
 
 
 def hypervolumes(points: Array) -> Array:
-    """Volume between the base model (0) and what is dominated by any of E points: ``[B]``.
+    """Volume between 0 and what is dominated by any of E points: ``[B]``.
 
-    Exact (``moocore``). A point below the base model in one objective adds nothing.
+    At 0 is the model that gains are over. Exact (``moocore``). A point below it in
+    one objective adds nothing.
 
     Args:
         points: ``[B, E, K]``, higher is better; NaN gives NaN.

@@ -59,10 +59,10 @@ class Run:
         """Rollouts finished."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_bytes().count(b"\n") if path.is_file() else 0
-        return max(lines - 1, 0)  # the first is the evaluation of the base model
+        return max(lines - 1, 0)  # the first is the evaluation of the start
 
     def evaluated(self) -> bool:
-        """Whether the evaluation of the base model is written."""
+        """Whether the evaluation of the start is written."""
         path = self.folder / "metrics.jsonl"
         return path.is_file() and path.stat().st_size > 0
 
@@ -317,7 +317,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
 
     Raises:
         KeyboardInterrupt: after the processes have ended.
-        ValueError: likewise, if the base model's rewards allow no comparison, or if a process of
+        ValueError: likewise, if the start's rewards allow no comparison, or if a process of
             an earlier call is still at work on a run.
     """
     waiting = [run for run in runs if not run.finished()]
@@ -345,7 +345,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
                         failures[run.name] = cause_of_death(run.log, process.returncode)
                         bar.write(f"{run.name} died: {failures[run.name]} ({run.log})", sys.stderr)
                 evaluated = [run for run, _ in active if run.evaluated()]
-                if evaluated and not checked:  # all have the same base model
+                if evaluated and not checked:  # all have the same start
                     first = evaluated[0]
                     check_base(first.folder, tuple(first.settings.rewards))
                     checked = True

@@ -57,7 +57,7 @@ class Apex(Weighting):
         spread_decay: of the EMA of spreads, in [0, 1).
         decay: of the EMA of weights, in [0, 1).
         step: automatic targets lie this many within-group standard deviations above the base.
-        base: by name, the base model's mean reward; measured if absent.
+        base: by name, the mean reward before training; measured on the first rollout if absent.
         targets: by name, the reward to reach, above the base; automatic if absent.
     """
 

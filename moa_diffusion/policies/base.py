@@ -16,7 +16,8 @@ from moa_diffusion.types import Outputs, Request, Rollout
 class Policy(Protocol):
     """A generative model with a small trainable part and a frozen reference inside it.
 
-    The reference is the same model with the adapter switched off, never a second copy.
+    The reference is the same model with the adapter switched off, never a second copy: the base
+    model, also where training starts from trained LoRA weights (``policy.adapter``).
     """
 
     dtype: torch.dtype  # of the forward pass; adapter and log-probabilities are float32
@@ -74,7 +75,7 @@ class Policy(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block the policy is its own reference: what it was before training."""
+        """Within the block the policy is its own reference: the base model."""
         ...
 
     def tapped(self) -> Sequence[Any]:
