@@ -137,8 +137,9 @@ def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
 
     Args:
         comm: collectives over the processes, which all have to enter the block. Inside there is
-            no other collective that a failure could leave out, but what the block is given: a
-            function with which all processes find out half-way whether one has failed.
+            no other collective that a failure could leave out, but other such blocks and what this
+            one is given: a function with which all processes find out half-way whether one has
+            failed.
         as_one: whether a process that failed raises ``ProcessError`` too, from its own error,
             so that whoever catches it knows that the others have it as well.
 
@@ -147,9 +148,9 @@ def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
     """
     try:
         yield lambda: _exchange(comm, None, as_one)
-    except ProcessError:  # all know already
-        raise
     except Exception as error:
+        if _KNOWN in vars(error):  # from a block inside this one: all have left it with an error
+            raise
         _exchange(comm, error, as_one)
     else:
         _exchange(comm, None, as_one)
@@ -158,15 +159,55 @@ def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
 def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
     if not comm.any(failure is not None):
         return
-    mine = None
-    if failure is not None:
-        mine = [comm.rank, socket.gethostname(), type(failure).__name__, str(failure)]
-    rank, host, kind, text = next(one for one in comm.gather_objects([mine]) if one is not None)
+    mine = None if failure is None else [type(failure).__name__, str(failure)]
+    everyone = comm.gather_objects([[socket.gethostname(), mine]])
+    rank, host, kind, text = next(
+        (rank, host, *one) for rank, (host, one) in enumerate(everyone) if one is not None
+    )
+    elsewhere = f"Process {rank} (on {host}) ended with: {text or kind}"
+    error = failure or ProcessError(elsewhere, kind)
     if failure is not None and as_one:
-        raise ProcessError(str(failure), type(failure).__name__) from failure
-    if failure is not None:
-        raise failure
-    raise ProcessError(f"Process {rank} (on {host}) ended with: {text or kind}", kind)
+        error = ProcessError(str(failure), type(failure).__name__)
+        error.__cause__ = failure
+    told = [(host, elsewhere if one is None else one[1] or one[0]) for host, one in everyone]
+    vars(error)[_KNOWN] = _tells(told, comm.rank)
+    raise error
+
+
+# Of an error that all processes have met: whether this one is to tell of it.
+_KNOWN = "_moa_diffusion_tells"
+
+
+def share_telling(comm: Comm, error: BaseException) -> None:
+    """Settle which processes tell of an error; all have to call this, with their own.
+
+    Of one node the first that has the error tells of it, and only the first of all processes if
+    it is the same everywhere.
+    """
+    everyone = comm.gather_objects([[socket.gethostname(), str(error) or type(error).__name__]])
+    vars(error)[_KNOWN] = _tells([(host, text) for host, text in everyone], comm.rank)
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is to tell of an error: of what the others may not know always."""
+    return bool(vars(error).get(_KNOWN, True))
+
+
+def _tells(everyone: Sequence[tuple[str, str]], rank: int) -> bool:
+    """Whether no other process tells the same.
+
+    Args:
+        everyone: host of each process, and its error's message.
+        rank: of the process in question.
+    """
+    host, mine = everyone[rank]
+    if len({text for _, text in everyone}) == 1:
+        return rank == 0
+    near = [(other, text) for other, (there, text) in enumerate(everyone) if there == host]
+    return not any(
+        (text == mine and other < rank) or mine.endswith(f" ended with: {text}")
+        for other, text in near
+    )
 
 
 class LocalComm:

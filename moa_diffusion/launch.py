@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moa_diffusion import config
 from moa_diffusion.config import Config
-from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed
+from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed, tells
 from moa_diffusion.launcher import make_accelerator
 from moa_diffusion.loop import Loop
 from moa_diffusion.scoring import RewardError
@@ -45,17 +45,9 @@ def launch(make: Callable[[Config], Loop]) -> int:
         with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node
             settings = config.parse(_arguments())
         run = make(settings)
-    except BAD_INPUT as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
-            _say(error)
-        return 2
-    except ProcessError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(error)
-        return 2 if error.kind in {"ConfigError", "ImportError", "ModuleNotFoundError"} else 1
-    except StorageError as error:
-        _say(error)
-        return 1
+    except (*BAD_INPUT, ProcessError, StorageError) as error:
+        say(error)
+        return status_of(error)
     except KeyboardInterrupt:
         print("Stopped before anything was learned.", file=sys.stderr)
         return STOPPED_BY_HAND
@@ -65,18 +57,17 @@ def launch(make: Callable[[Config], Loop]) -> int:
     try:
         run.run()
     except Interrupted as stop:
-        print(" ".join([str(stop), *error_notes(stop)]), file=sys.stderr)
+        if tells(stop):
+            print(" ".join([str(stop), *error_notes(stop)]), file=sys.stderr)
         status = 0 if stop.number == signal.SIGTERM else 128 + stop.number
-    except BAD_INPUT as error:  # what only the models' first use could tell
-        _say(error)
-        return 2
-    except StorageError as error:  # of this process alone
-        _say(error)
-        return 1
+    except (*BAD_INPUT, StorageError) as error:  # at the models' first use; of this process alone
+        say(error)
+        return status_of(error)
     except (RewardError, TrainingError, ProcessError) as error:
-        if isinstance(error.__cause__, Exception) and not _is_told(error.__cause__):
-            traceback.print_exception(error.__cause__)
-        _say(error)
+        cause = error.__cause__
+        if tells(error) and isinstance(cause, Exception) and not _is_told(cause):
+            traceback.print_exception(cause)
+        say(error)
         status = 1
     except KeyboardInterrupt:
         print("Stopped at once: what was not saved is lost.", file=sys.stderr)
@@ -84,14 +75,31 @@ def launch(make: Callable[[Config], Loop]) -> int:
     try:
         run.close()
     except TrackerError as error:
-        _say(error)
+        say(error)
         return status or 1
     return status
+
+
+def status_of(error: Exception) -> int:
+    """The exit status that tells an error of the input, 2, from any other, 1."""
+    kinds = {"ConfigError", "ImportError", "ModuleNotFoundError"}  # on another process
+    bad = error.kind in kinds if isinstance(error, ProcessError) else isinstance(error, BAD_INPUT)
+    return 2 if bad else 1
 
 
 def error_notes(error: BaseException) -> list[str]:
     """What was added to an error on its way."""
     return list(error.__notes__) if "__notes__" in vars(error) else []
+
+
+def say(error: BaseException) -> None:
+    """Print an error with what was added to it, unless another process does (``tells``)."""
+    if not tells(error):
+        return
+    print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
+    # Launchers add a long traceback of their own, below which the reason gets lost.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        print("(This is the reason; the launcher reports only that it ended.)", file=sys.stderr)
 
 
 def _arguments() -> list[str]:
@@ -111,13 +119,6 @@ def _arguments() -> list[str]:
         + (f"\nRecipes: {', '.join(shown)}." if shown else "")
         + f"\n{script} --help explains every option."
     )
-
-
-def _say(error: BaseException) -> None:
-    print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
-    # Launchers add a long traceback of their own, below which the reason gets lost.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        print("(This is the reason; the launcher reports only that it ended.)", file=sys.stderr)
 
 
 def _is_told(cause: Exception) -> bool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from moa_diffusion import checkpoint, front
 from moa_diffusion.alarm import Alarm, Watch
 from moa_diffusion.data import derive_seed
-from moa_diffusion.distributed import Comm, ProcessError, agreed
+from moa_diffusion.distributed import Comm, ProcessError, agreed, share_telling
 from moa_diffusion.heldout import HeldOut
 from moa_diffusion.metrics import RunLog
 from moa_diffusion.policies.base import Policy
@@ -198,6 +198,7 @@ class Loop(ABC):
                     self._leave_if_stopped()
                     self._round(bar)
             except (RewardError, TrainingError, ProcessError, Interrupted) as error:
+                share_telling(self.comm, error)
                 error.add_note(self._rescue(alone=False))
                 raise
             except (Exception, SystemExit) as error:  # the other processes may not know of it

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_diffusion import checkpoint
-from moa_diffusion.distributed import Comm, agreed
+from moa_diffusion.distributed import Comm
 from moa_diffusion.stepper import Stepper
 from moa_diffusion.storage import remove
 
@@ -72,22 +72,27 @@ class Saver:
         Returns:
             a sentence on where the state is.
         """
+        if alone:
+            return self._rescued(step)
+        note = self._rescued(step) if self.comm.rank == 0 else ""
+        return str(self.comm.gather_objects([note])[0])
+
+    def _rescued(self, step: int) -> str:
         target, done = checkpoint.step_folder(self.folder, step), f"{step} {self.title}"
         try:
-            self._write_once(target, alone)
+            self.write(target)
         except Exception as error:  # the folder takes nothing, or what has failed is in the way
-            return f"{error}\nThe state after {done} {self._elsewhere(target, alone)}"
-        if alone or self.comm.rank == 0:
-            logger.warning("Stopped after %s; saved %s", done, target)
+            return f"{error}\nThe state after {done} {self._elsewhere(target)}"
+        logger.warning("Stopped after %s; saved %s", done, target)
         return f"The state after {done} is in {target}."
 
-    def _elsewhere(self, target: Path, alone: bool) -> str:
+    def _elsewhere(self, target: Path) -> str:
         """Write to the system's place for temporary files; the end of a sentence about it."""
         place = Path(tempfile.gettempdir())
         try:
             place = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
             spare = place / target.name
-            self._write_once(spare, alone)
+            self.write(spare)
         except Exception as error:
             if place != Path(tempfile.gettempdir()):
                 remove(place)
@@ -98,12 +103,3 @@ class Saver:
             f"is in {spare} instead. When there is room: `mkdir -p {target.parent} && mv {spare} "
             f"{target.parent}/`, then the same command with --resume latest."
         )
-
-    def _write_once(self, target: Path, alone: bool) -> None:
-        """By the first process, for which the others wait, or by whoever is alone."""
-        if alone:
-            self.write(target)
-            return
-        with agreed(self.comm, as_one=True):
-            if self.comm.rank == 0:
-                self.write(target)

@@ -16,7 +16,7 @@ import torch
 
 from moa_diffusion import build, checkpoint, metrics
 from moa_diffusion.config import check, from_dict
-from moa_diffusion.distributed import LocalComm, ProcessError, agreed
+from moa_diffusion.distributed import LocalComm, ProcessError, agreed, share_telling, tells
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stopping import Interrupted, StopRequest
@@ -346,7 +346,7 @@ class OtherFails(LocalComm):
         return True
 
     def gather_objects(self, local):
-        return [*local, [1, "node-b", "ConfigError", "prompts: gone"]]
+        return [*local, ["node-b", ["ConfigError", "prompts: gone"]]]
 
 
 def test_what_fails_elsewhere_ends_this_process_too():
@@ -362,3 +362,52 @@ def test_what_fails_elsewhere_ends_this_process_too():
     with pytest.raises(ProcessError, match="mine") as caught, agreed(LocalComm(), as_one=True):
         raise ConfigError("mine")
     assert isinstance(caught.value.__cause__, ConfigError)
+
+
+class Nodes(LocalComm):
+    """One of several processes, each on a host with an error of its own."""
+
+    def __init__(self, rank: int, everyone: list[list[str]]) -> None:
+        self.rank, self.world_size, self.everyone = rank, len(everyone), everyone
+
+    def gather_objects(self, local):
+        return self.everyone
+
+
+@pytest.mark.parametrize(
+    ("everyone", "telling"),
+    [
+        (["a: gone", "a: gone", "b: gone", "b: gone"], [0]),
+        (["a: gone", "a: full", "b: gone", "b: gone"], [0, 1, 2]),
+        (
+            ["a: Process 1 (on a) ended with: gone", "a: gone"]
+            + ["b: Process 1 (on a) ended with: gone"] * 2,
+            [1, 2],
+        ),
+        (["a: Process 1 (on a) ended with: gone", "a: gone", "a: full"], [1, 2]),
+        (["a: gone"], [0]),
+    ],
+)
+def test_each_error_is_told_once_and_none_is_lost(everyone, telling):
+    pairs = [one.split(": ", 1) for one in everyone]
+    found = []
+    for rank, (_, text) in enumerate(pairs):
+        error = RuntimeError(text)
+        assert tells(error), "of what the others may not know each process tells"
+        share_telling(Nodes(rank, pairs), error)
+        found += [rank] * tells(error)
+    assert found == telling
+
+
+def test_a_block_inside_another_asks_the_others_once():
+    asked = []
+
+    class Counts(LocalComm):
+        def any(self, flag):
+            asked.append(flag)
+            return flag
+
+    comm = Counts()
+    with pytest.raises(ConfigError, match="mine"), agreed(comm), agreed(comm):
+        raise ConfigError("mine")
+    assert asked == [True]
