@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
 from moa_diffusion.randomness import undisturbed
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
@@ -31,7 +31,6 @@ WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
 
 Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,31 +88,31 @@ class Scorer:
             that it reports.
 
         Raises:
-            RewardError: on every process, if a head failed on one of them, or processes would
-                score with different weights.
+            RewardError: if a head failed, or processes would score with different weights.
+            ProcessError: if a head failed on another process.
         """
 
-        def work() -> dict[str, dict[str, Any]]:
+        with agreed(self.comm):
             for head in self.heads.values():
                 head.load()
                 for remark in head.remarks(list(dict.fromkeys(prompts))):
                     logger.warning("Reward %s: %s", head.name, remark)
                 if self.offload:
                     head.offload()
-            return {
+            facts = {
                 name: {"head": type(head).__name__, "unit": head.unit, **head.provenance()}
                 for name, head in self.heads.items()
             }
-
-        facts = self.together(work)
-        for rank, others in enumerate(self.comm.gather_objects([facts])):
-            for name in self.names:
-                if others[name] != facts[name]:
-                    raise RewardError(
-                        f"Processes {self.comm.rank} and {rank} score differently: {facts[name]} "
-                        f"and {others[name]}.",
-                        head=name,
-                    )
+        first, *others = self.comm.gather_objects([facts])
+        with agreed(self.comm):
+            for rank, found in enumerate(others, start=1):
+                for name in self.names:
+                    if found[name] != first[name]:
+                        raise RewardError(
+                            f"Processes 0 and {rank} score differently: {first[name]} and "
+                            f"{found[name]}.",
+                            head=name,
+                        )
         return facts
 
     @contextmanager
@@ -143,7 +142,8 @@ class Scorer:
             while_waiting: called on all processes now and then until the last head is done.
 
         Raises:
-            RewardError: on every process, if a head failed on one of them; nothing is scored 0.
+            RewardError: if a head failed; nothing is scored 0.
+            ProcessError: if a head failed on another process.
         """
         local, extra = self._wait(scoring, while_waiting)
         return RewardMatrix(
@@ -175,7 +175,7 @@ class Scorer:
             progress: whether this process shows the bar.
 
         Raises:
-            RewardError: as ``collect``.
+            RewardError, ProcessError: as ``collect``.
         """
         dealt = deal(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
@@ -230,13 +230,14 @@ class Scorer:
             names: of the heads; all by default.
 
         Raises:
-            RewardError: on every process, if a head failed on one of them.
+            RewardError: if a head failed.
+            ProcessError: if a head failed on another process.
         """
         chosen = {name: self.heads[name] for name in (self.names if names is None else names)}
         images = outputs if isinstance(outputs, Tensor) else None
         texts = None if isinstance(outputs, Tensor) else outputs
 
-        def work() -> None:
+        with undisturbed(), agreed(self.comm):
             scoring = Scoring(chosen, self._threads, overlap=self.overlap)
             try:
                 scoring.add(requests, images=images, texts=texts)
@@ -246,20 +247,6 @@ class Scorer:
             if self.offload:
                 for head in chosen.values():
                     head.offload()
-
-        with undisturbed():
-            self.together(work)
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do the work on every process; if one fails, all raise instead of waiting for it."""
-        failure: Exception | None = None
-        try:
-            result = work()
-        except Exception as caught:  # raised below, once the other processes know
-            failure = caught
-        if self.comm.any(failure is not None):
-            raise failure or RewardError("a head failed on another process; its log says which.")
-        return result
 
     def close(self) -> None:
         """Release worker processes, threads and models of all heads."""
@@ -273,7 +260,8 @@ class Scorer:
     ) -> tuple[Tensor, list[Extra]]:
         while self.comm.any(not scoring.ended(within=POLL_SECONDS)):
             while_waiting()
-        return self.together(lambda: self._finish(scoring))
+        with agreed(self.comm):
+            return self._finish(scoring)
 
     def _finish(self, scoring: Scoring) -> tuple[Tensor, list[Extra]]:
         values, extra, self.seconds = scoring.finish()

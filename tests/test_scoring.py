@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 import torch
 
-from moa_diffusion.distributed import LocalComm
+from moa_diffusion.distributed import LocalComm, ProcessError
 from moa_diffusion.scoring import WAITING, RewardError, Scorer
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 from rewards import RewardHead, Scores
@@ -51,10 +51,15 @@ class Comm(LocalComm):
     def __init__(self, *, failed: Sequence[bool] = ()) -> None:
         self.failed = list(failed)  # what the others answer, in turn
         self.told: list[bool] = []
+        self.lost = False  # whether the last that was asked of the others has failed
 
     def any(self, flag: bool) -> bool:
         self.told.append(flag)
-        return flag or (self.failed.pop(0) if self.failed else False)
+        self.lost = self.failed.pop(0) if self.failed else False
+        return flag or self.lost
+
+    def gather_objects(self, local):
+        return [*local, ["node-b", ["RewardError", "Reward red: gone"]]] if self.lost else local
 
 
 def rollout(n: int = 3) -> Rollout:
@@ -107,7 +112,7 @@ def test_a_failing_head_raises_and_tells_the_others():
 
 def test_a_failure_elsewhere_raises_here():
     comm = Comm(failed=[False, True])
-    with pytest.raises(RewardError, match="failed on another process"):
+    with pytest.raises(ProcessError, match=r"Process 1 \(on node-b\) ended with: Reward red: gone"):
         scored(Scorer({"red": Red()}, comm), rollout())
     assert comm.told == [False, False]
 
@@ -276,7 +281,8 @@ def test_a_head_cannot_change_the_pictures_of_another():
 def test_processes_that_score_with_other_weights_are_an_error():
     class Two(Comm):
         def gather_objects(self, local):
-            return [*local, {"red": {"head": "Red", "unit": "", "sha256": "other"}}]
+            other = {"red": {"head": "Red", "unit": "", "sha256": "other"}}
+            return [*local, other] if "red" in local[0] else super().gather_objects(local)
 
     with pytest.raises(RewardError, match="Processes 0 and 1 score differently"):
         Scorer({"red": Red()}, Two()).load()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from moa_diffusion import build
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.data import Prompt, read_prompts
-from moa_diffusion.distributed import AccelerateComm, Comm, deal
+from moa_diffusion.distributed import AccelerateComm, Comm, agreed, deal
 from moa_diffusion.evaluation.adapters import carrier, install
 from moa_diffusion.evaluation.checkpoints import Candidate
 from moa_diffusion.evaluation.image_cache import Sampler
@@ -36,7 +37,6 @@ from moa_diffusion.scoring import RewardHead, Scorer
 from moa_diffusion.types import ConfigError, Outputs, Request
 
 SCORED_AT_A_TIME = 16  # batches between two writes to the cache of scores
-T = TypeVar("T")
 
 
 class EvaluationError(RuntimeError):
@@ -104,20 +104,25 @@ def evaluate(
 
     Raises:
         ConfigError: for what cannot be run, before a model is loaded.
-        RewardError: on every process, if a head failed on one of them.
-        EvaluationError: if the cache cannot be written; on the other processes for any failure.
+        RewardError: if a head failed.
+        EvaluationError: if the cache cannot be read or written.
+        ProcessError: if one of these was raised on another process.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
-    medium, heads = medium_of(settings), build.heads(settings)
-    check_metadata(heads, prompts)
     accelerator = make_accelerator()
-    check_launcher(accelerator)
     comm = AccelerateComm(accelerator)
-    sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
+    with agreed(comm):
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
+        check_launcher(accelerator)
+        medium, heads = medium_of(settings), build.heads(settings)
+        check_metadata(heads, prompts)
+        sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
     digest = partial(medium.base_digest, settings, cache / "digests.txt")
-    on_main(comm, digest)  # the others read what the first has written down
-    base = together(comm, digest)
+    with working(comm):
+        if comm.rank == 0:
+            digest()
+    with working(comm):
+        base = digest()  # the others read what the first has written down
     digests = [model_digest(base, candidate.digest) for candidate in candidates]
     samples = [
         Sample(
@@ -130,9 +135,9 @@ def evaluate(
         for p, prompt in enumerate(prompts)
         for seed in seeds
     ]
-    missing = set(outputs.missing([sample.key for sample in samples]))
-    comm.barrier()  # nobody draws before all have looked
-    if missing:
+    with working(comm):
+        missing = set(outputs.missing([sample.key for sample in samples]))
+    if comm.any(bool(missing)):  # nobody draws before all have looked
         _draw(settings, candidates, prompts, samples, missing, outputs, accelerator, comm)
     scores, judges, scored = _score(settings, heads, prompts, samples, outputs, cache, comm)
     comm.close()
@@ -151,25 +156,17 @@ def evaluate(
     )
 
 
-def together(comm: Comm, work: Callable[[], T]) -> T:
-    """Do the work on every process; if one fails, all raise instead of waiting for it."""
-    failure: Exception | None = None
-    try:
-        result = work()
-    except OSError as caught:
-        told = str(caught).rstrip(".")
-        failure = EvaluationError(f"{told}. What is done is saved; the same command continues.")
-        failure.__cause__ = caught
-    except Exception as caught:  # raised below, once the other processes know
-        failure = caught
-    if comm.any(failure is not None):
-        raise failure or EvaluationError("another process failed; its log says why.")
-    return result
-
-
-def on_main(comm: Comm, work: Callable[[], object]) -> None:
-    """Do the work on the first process; if it fails, all raise."""
-    together(comm, work if comm.rank == 0 else lambda: None)
+@contextmanager
+def working(comm: Comm) -> Iterator[None]:
+    """As ``agreed``; of a disk's failure it says that what is done is kept."""
+    with agreed(comm):
+        try:
+            yield
+        except OSError as error:
+            reason = str(error).rstrip(".")
+            raise EvaluationError(
+                f"{reason}. What is done is saved; the same command continues."
+            ) from error
 
 
 # ---------------------------------------------------------------------- drawing
@@ -187,8 +184,7 @@ def _draw(
 ) -> None:
     """Draw what is missing, model by model; a batch is on the disk as soon as it is drawn."""
     medium, size = medium_of(settings), settings.trainer.sample_batch
-
-    def work() -> None:
+    with working(comm):
         policy = carrying_policy(settings, candidates, accelerator.device)
         policy.prepare([prompt.text for prompt in prompts])
         left = set(missing)
@@ -212,9 +208,8 @@ def _draw(
                 for sample, output in zip(batch, drawn, strict=True):
                     outputs.write(sample.key, output)
 
-    together(comm, work)
-    lost = outputs.missing([sample.key for sample in samples])
-    together(comm, lambda: _check_seen(lost, outputs))
+    with working(comm):
+        _check_seen(outputs.missing([sample.key for sample in samples]), outputs)
 
 
 def _check_seen(lost: Sequence[str], outputs: OutputCache[Any]) -> None:
@@ -256,22 +251,20 @@ def _score(
     comm: Comm,
 ) -> tuple[dict[str, tuple[Score, ...]], dict[str, Judge], int]:
     """Scores by objective, of every sample; what is not in the cache is computed."""
+
+    def options(name: str) -> dict[str, Any]:
+        given = settings.rewards[name].items()
+        return {key: value for key, value in given if key not in ("weight", "head")}
+
     everyone = Scorer(heads, comm, overlap=settings.scoring.overlap)
     scorers = {tuple(heads): everyone}
     try:
         everyone.load([prompt.text for prompt in prompts])
-        judges = {
-            name: Judge.of(
-                name,
-                head,
-                {k: v for k, v in settings.rewards[name].items() if k not in ("weight", "head")},
-            )
-            for name, head in heads.items()
-        }
-        caches = {name: ScoreCache(cache / "scores", judge) for name, judge in judges.items()}
-        keys = [ScoreCache.key(sample.key, prompts[sample.prompt]) for sample in samples]
-        known = {name: together(comm, one.read) for name, one in caches.items()}
-        comm.barrier()  # nobody writes before all have read
+        with working(comm):  # nobody writes before all have read
+            judges = {name: Judge.of(name, head, options(name)) for name, head in heads.items()}
+            caches = {name: ScoreCache(cache / "scores", judge) for name, judge in judges.items()}
+            keys = [ScoreCache.key(sample.key, prompts[sample.prompt]) for sample in samples]
+            known = {name: one.read() for name, one in caches.items()}
         waiting: dict[tuple[str, ...], dict[str, int]] = {}  # heads -> key -> index of a sample
         for i, key in enumerate(keys):
             if lacking := tuple(name for name in heads if key not in known[name]):
@@ -334,4 +327,6 @@ def _score_missing(
                 for (key, _), value, extra in zip(part, column, found.extra, strict=True)
             }
             known[name].update(new)
-            on_main(comm, partial(caches[name].add, new))
+            with working(comm):
+                if comm.rank == 0:
+                    caches[name].add(new)
