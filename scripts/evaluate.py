@@ -47,29 +47,27 @@ def main() -> int:
     add("--cache", type=place, help="folder of samples and scores; the output's by default")
     options, overrides = parser.parse_known_args()
 
+    from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed
     from moa_diffusion.evaluation import command
     from moa_diffusion.evaluation.evaluate import EvaluationError, evaluate
+    from moa_diffusion.launch import BAD_INPUT, say, status_of
+    from moa_diffusion.launcher import make_accelerator
     from moa_diffusion.scoring import RewardError
-    from moa_diffusion.types import ConfigError
 
-    main_process = os.environ.get("RANK", "0") == "0"
     try:
-        asked = command.plan(vars(options), overrides)
+        with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node
+            asked = command.plan(vars(options), overrides)
         found = evaluate(
             asked.settings, asked.candidates, asked.prompts, asked.seeds, cache=asked.cache
         )
-        if main_process:
+        if os.environ.get("RANK", "0") == "0":
             print(command.write(found, asked.output, shown=options.shown, runs=asked.runs))
-    except (ConfigError, ImportError) as error:
-        if main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130
-    except (EvaluationError, RewardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (*BAD_INPUT, EvaluationError, RewardError, ProcessError, OSError) as error:
+        say(error)
+        return status_of(error)
     return 0
 
 

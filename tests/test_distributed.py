@@ -5,6 +5,7 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from moa_diffusion.distributed import LocalComm, local_slice
 from moa_diffusion.metrics import read_metrics
 from waiting import HANG, two_processes
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ["a", "bb", "cccc"]
 # Those that remember, draw a reference pool, measure gradients, or weigh every sample by itself.
 OBJECTIVES = {
@@ -121,15 +123,16 @@ def check_collectives(comm) -> None:
 
 
 def check_failures(folder: Path) -> None:
+    from moa_diffusion.distributed import ProcessError
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.stopping import Interrupted
 
     failing = make(folder / "failing", "red", "fails_on_one_process")
     try:
         failing.run()
-    except RewardError as error:
-        expected = "disk gone" if failing.comm.rank else "failed on another process"
-        assert expected in str(error), error
+    except (RewardError, ProcessError) as error:
+        assert "disk gone" in str(error), error
+        assert isinstance(error, RewardError) == (failing.comm.rank == 1)
     else:
         raise AssertionError("both processes should have raised")
 
@@ -197,7 +200,7 @@ def check_disagreement(folder: Path) -> None:
 
 
 def check_launch(folder: Path) -> None:
-    """The script's exit status is 2 on both if the command line is wrong on one."""
+    """The scripts' exit status is 2 on both if the command line is wrong on one."""
     from moa_diffusion import build
     from moa_diffusion.launch import launch
 
@@ -208,6 +211,18 @@ def check_launch(folder: Path) -> None:
     sys.argv = ["train_sd.py", "--config", str(recipe)]
     sys.argv += ["--output_dir", str(folder / ("nothing" if rank else "run")), "--resume", "latest"]
     assert launch(build.trainer) == 2
+    sys.argv = ["train_sd.py", "--config", str(folder / "absent.yaml")]
+    assert launch(build.trainer) == 2
+    place = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
+    assert place is not None
+    assert place.loader is not None
+    evaluate = importlib.util.module_from_spec(place)
+    place.loader.exec_module(evaluate)
+    sys.argv = ["evaluate.py", "--pipeline", "tiny", "--checkpoints", "base"]
+    sys.argv += ["--rewards", "jpeg_compressibility", "--output", str(folder / "evaluate")]
+    sys.argv += ["--prompts", str(folder / ("missing.txt" if rank else "prompts.txt"))]
+    assert evaluate.main() == 2
+    assert not (folder / "evaluate").exists()
 
 
 def check_a_write_that_fails(folder: Path) -> None:
@@ -298,6 +313,19 @@ def test_both_processes_hold_the_same_state(both):
     assert torch.equal(one["trainable"]["drift"], other["trainable"]["drift"])
     assert torch.equal(one["ema"]["average"]["drift"], other["ema"]["average"]["drift"])
     assert torch.equal(first["normalizer"]["spread"], second["normalizer"]["spread"])
+
+
+def test_an_error_is_told_by_one_process_of_a_node(both):
+    """Which is the one that has it, and the first if all have."""
+    logs = [(both / f"output-{rank}.txt").read_text().splitlines() for rank in range(2)]
+    for words, expected in (
+        ("lost.yaml", [0, 1]),
+        ("needs a checkpoint", [0, 1]),
+        ("absent.yaml", [1, 0]),
+        ("missing.txt", [0, 1]),
+    ):
+        told = [sum("error: " in line and words in line for line in log) for log in logs]
+        assert told == expected, words
 
 
 def test_two_processes_train_the_parameters_of_one(both, tmp_path):
