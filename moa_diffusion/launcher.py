@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils import DistributedType, ProjectConfiguration, patch_environment
 
 from moa_diffusion.types import ConfigError
 
@@ -37,15 +38,28 @@ _NEUTRAL = {
 }
 
 
-def make_accelerator() -> Accelerator:
-    """Process group and device; of the launcher's other settings see ``refused`` and ``unused``."""
+def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
+    """Process group and device, the one way: every Accelerator of the project is made here.
+
+    Of the launcher's other settings see ``check_launcher`` and ``unused``.
+
+    Args:
+        tracker: name of the one that this Accelerator starts; none by default.
+        folder: for a tracker that writes files.
+    """
     # Sums of products in half precision stay float32: with the other reduction, what a matrix
     # product rounds to depends on how cuBLAS splits it, and so on the batch.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     present = {name: value for name, value in _NEUTRAL.items() if name in os.environ}
     with patch_environment(**present):
-        return Accelerator(mixed_precision="no")
+        return Accelerator(
+            mixed_precision="no",
+            log_with=tracker,
+            project_config=ProjectConfiguration(
+                logging_dir=None if folder is None else str(folder)
+            ),
+        )
 
 
 def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os.environ) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import ProjectConfiguration
+
+from moa_diffusion.launcher import make_accelerator
 
 PROJECT = "moa_diffusion"
 MAX_NAME = 120  # characters: MLflow's limit is 250, SwanLab's 255, a file system's often 255 bytes
@@ -82,11 +82,7 @@ class Trackers:
         options = {"dvclive": {"dir": str(self.folder / "dvclive"), "save_dvc_exp": False}}
         for name in self.names:
             # One for each: accelerate's own methods do not say which tracker failed.
-            accelerator = Accelerator(
-                log_with=[name],
-                project_config=ProjectConfiguration(logging_dir=str(self.folder)),
-                mixed_precision="no",
-            )
+            accelerator = make_accelerator(name, self.folder)
             try:
                 accelerator.init_trackers(PROJECT, config=short, init_kwargs=options)
             except (Exception, SystemExit) as error:

@@ -34,13 +34,12 @@ LAYERS = (
         "distributed",
         "config/*",
         "ema",
-        "launcher",
         "pictures",
         "trackers",
         "stopping",
         "randomness",
     ),
-    ("prompt_files",),
+    ("prompt_files", "launcher"),
     ("text_files", "digests"),
     ("types", "storage"),
     ("paths",),
@@ -200,6 +199,18 @@ def test_the_trainer_knows_the_policy_protocol_and_no_policy() -> None:
     names = {item.module for item in imports(path.read_text(), "moa_diffusion.trainer")}
     policies = {name for name in names if name.startswith("moa_diffusion.policies")}
     assert policies <= {"moa_diffusion.policies.base"}
+
+
+def test_one_module_makes_accelerators() -> None:
+    """Any other would take from the launcher's environment what this project does not do."""
+    calls = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("Accelerator", "PartialState")
+    }
+    assert calls == {"moa_diffusion.launcher"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from moa_diffusion import trackers
+from moa_diffusion import launcher
 from moa_diffusion.trackers import MAX_NAME, MAX_TEXT, Names, TrackerError, Trackers
 
 EVERY = sorted(str(kind) for kind in LoggerType if str(kind) != "all")
@@ -112,7 +112,7 @@ def test_a_tracker_that_cannot_start_is_named(tmp_path, monkeypatch):
         def init_trackers(self, *_: object, **__: object) -> None:
             raise SystemExit("no API key")
 
-    monkeypatch.setattr(trackers, "Accelerator", Broken)
+    monkeypatch.setattr(launcher, "Accelerator", Broken)
     with pytest.raises(TrackerError, match="wandb could not be started: SystemExit: no API key"):
         Trackers(["wandb"], tmp_path).start({})
 
