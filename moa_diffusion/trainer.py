@@ -305,6 +305,7 @@ class Trainer(Loop):
         Returns:
             metrics, and the mean weights ``[K]``.
         """
+        self._measured = None
         limit = self.updater.surrogate.advantage_clip
         applies = ~torch.isnan(rewards.values)
 
@@ -324,6 +325,7 @@ class Trainer(Loop):
                 solve,
                 step=self.completed,
                 kl_scale=self.watch.kl_scale,
+                kl_unit=lambda: self.weighting.kl_scale() * self.normalizer.kl_scale(),
                 before_batch=self._leave_if_stopped,
             )
 

@@ -121,6 +121,7 @@ class Updater(Stepper):
         *,
         step: int,
         kl_scale: float = 1.0,
+        kl_unit: Callable[[], float] = lambda: 1.0,
         before_batch: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, float], Tensor]:
         """Improve the policy; weights are found at every optimizer step from its own gradients.
@@ -136,6 +137,8 @@ class Updater(Stepper):
                 process) to their weights ``[K]``.
             step: as above.
             kl_scale: as above.
+            kl_unit: a further factor of the KL's weight, which ``solve`` has settled: asked for
+                after it, at every optimizer step.
             before_batch: as above.
 
         Returns:
@@ -157,6 +160,10 @@ class Updater(Stepper):
                 found.append(solve(gramian))
             else:  # the step will be skipped, and counted
                 found.append(torch.full((count,), 1 / count, dtype=torch.float64))
+            if beta > 0:  # so far there is nothing but the KL's gradient
+                for parameter in self._parameters:
+                    assert parameter.grad is not None
+                    parameter.grad.mul_(kl_unit())
             rows.write(found[-1] * self.loss_scale)
             rows.clear()
 

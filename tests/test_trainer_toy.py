@@ -492,6 +492,36 @@ def test_checkpoints_hold_both_adapters_and_the_newest_are_kept(tmp_path):
     assert average != live
 
 
+def test_weights_solved_at_every_step_scale_the_kl_as_the_normalizer_does(tmp_path, monkeypatch):
+    """As weights of advantages do: a normalizer that divides the rewards divides the KL too."""
+    ends = []
+    for name, weight in (("divided", 0.5), ("none", 0.0)):
+        trainer = make(
+            tmp_path / name,
+            loss={"clip_range": 0.2, "kl_weight": weight},
+            objectives={"method": "upgrad"},
+        )
+        assert trainer.gradients.fused
+        monkeypatch.setattr(trainer.normalizer, "kl_scale", lambda: 0.0, raising=False)
+        with torch.no_grad():  # away from the reference, so that there is a KL
+            trainer.policy.trainable()["drift"].add_(0.5)
+        trainer.step()
+        ends.append(trainer.policy.trainable()["drift"].detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_cosines_are_those_of_this_rollouts_gradients_or_none(tmp_path, monkeypatch):
+    trainer = make(tmp_path / "run", objectives={"method": "upgrad"})
+    assert any(name.startswith("cosine/") for name in trainer.step())
+    fused = trainer.updater.fused
+
+    def never_finite(rollout, advantages, solve, **options):
+        return fused(rollout, advantages * math.nan, solve, **options)
+
+    monkeypatch.setattr(trainer.updater, "fused", never_finite)
+    assert not any(name.startswith("cosine/") for name in trainer.step())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -134,6 +134,28 @@ def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
         assert found["policy/kl"] == pytest.approx(told["policy/kl"], rel=1e-4)
 
 
+def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy: Any) -> None:
+    """Half the KL, said before or once the weights are known; powers of two round nothing."""
+    rollout, advantages = draw(policy)
+    steps = updater(policy, updates=2, kl_weight=0.5)
+    before = copy.deepcopy(steps.state_dict())
+    settled: list[float] = []
+
+    def solve(gramian: torch.Tensor) -> torch.Tensor:
+        settled.append(0.5)
+        return WEIGHTS
+
+    found = []
+    for options in ({"kl_scale": 0.5}, {"kl_unit": lambda: settled[-1]}, {}):
+        steps.load_state_dict(before)
+        settled.clear()
+        steps.fused(rollout, advantages, solve, step=0, **options)
+        assert len(settled) == 2
+        found.append(values(policy))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_the_gramian_is_that_of_separate_backward_passes(policy: Any) -> None:
     """Also what a probe measures on all samples, and in any micro-batch."""
     rollout, advantages = draw(policy)
