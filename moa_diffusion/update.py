@@ -368,9 +368,9 @@ class Updater(Stepper):
         worst = float(self.comm.gather(torch.tensor([worst])).max())
         if worst > self.surrogate.ratio_tolerance:
             raise TrainingError(
-                "The policy is not on-policy at the start: log-probs recomputed for training "
-                f"differ from those of sampling by up to {worst:.2e} (tolerance "
-                f"{self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
+                "The policy is not on-policy: before any update of this rollout, log-probs "
+                f"recomputed for training differ from those of sampling by up to {worst:.2e} "
+                f"(tolerance {self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
                 "a half-precision kernel that depends on the batch size (make "
                 "`trainer.sample_batch` equal `trainer.micro_batch` times `policy.step_batch`), "
                 "dropout that is active, or latents rounded between sampling and training. By "
