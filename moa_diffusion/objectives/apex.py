@@ -12,15 +12,17 @@ its EMA::
 
 Deviations, all ours: targets need not be chosen. Unless given, ``base_k`` is the mean of the first
 rollouts and ``target_k = base_k + step * s_k(start)``: one within-group standard deviation in
-whatever unit. The need is not clipped: an objective that has *fallen* below its base counts more
-than one that has not moved, and one far beyond its target less than one that has just reached it.
-So the need alone is a soft minimum of the progress, and nothing else here knows which of several
-normalised rewards is being lost. ``Rbar`` is the mean over prompts of their latest group. Once all
-prompts were met, and if there are at most ``memory`` of them, it does not move because a rollout
-happened to draw easy prompts; before that, and with more prompts, it still does, the less the more
-of them it holds. It also moves with the decisions that have noise: at the same policy, a rollout in
-a late window of denoising steps scores unlike one in an early window. ``cos`` is the exact cosine
-of the objectives' LoRA gradients, or the correlation of their advantages, which costs nothing.
+whatever unit. ``s_k``, the unit of ``apex_progress`` too, is the population's deviation, which in
+groups of n is ``sqrt((n - 1) / n)`` of the unbiased one, the unit of ``eval_gain``. The need is not
+clipped: an objective that has *fallen* below its base counts more than one that has not moved, and
+one far beyond its target less than one that has just reached it. So the need alone is a soft
+minimum of the progress, and nothing else here knows which of several normalised rewards is being
+lost. ``Rbar`` is the mean over prompts of their latest group. Once all prompts were met, and if
+there are at most ``memory`` of them, it does not move because a rollout happened to draw easy
+prompts; before that, and with more prompts, it still does, the less the more of them it holds. It
+also moves with the decisions that have noise: at the same policy, a rollout in a late window of
+denoising steps scores unlike one in an early window. ``cos`` is the exact cosine of the objectives'
+LoRA gradients, or the correlation of their advantages, which costs nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Apex(Weighting):
         spread_decay: of the EMA of spreads, in [0, 1).
         decay: of the EMA of weights, in [0, 1).
         step: automatic targets lie this many within-group standard deviations above the base.
-        base: by name, the mean reward before training; measured on the first rollout if absent.
+        base: by name, the mean reward before training; measured on the first rollouts if absent.
         targets: by name, the reward to reach, above the base; automatic if absent.
     """
 
