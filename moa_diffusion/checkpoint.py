@@ -99,13 +99,12 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the run's state (tensors, numbers, strings, lists and dicts of them)."""
-    (folder / STATE).write_bytes(packed(state))
-
-
 def packed(state: dict[str, Any]) -> memoryview:
-    """The bytes of ``state.pt``. torch forgets why a file could not be written; Python does not."""
+    """The bytes of ``state.pt``. torch forgets why a file could not be written; Python does not.
+
+    Args:
+        state: of a run: tensors, numbers, strings, lists and dicts of them.
+    """
     file = io.BytesIO()
     torch.save({"version": VERSION, **to_cpu(state)}, file)
     return file.getbuffer()
@@ -123,7 +122,7 @@ def to_cpu(state: Any) -> Any:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote, without unpickling arbitrary objects, onto the CPU.
+    """Read the bytes of ``packed``, without unpickling arbitrary objects, onto the CPU.
 
     Raises:
         ConfigError: if the file is missing, damaged, or of another version.

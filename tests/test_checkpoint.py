@@ -19,7 +19,9 @@ def write(run: Path, step: int, value: float = 0.0) -> Path:
     with checkpoint.atomic_folder(folder) as partial:
         (partial / "ema").mkdir()
         (partial / "ema" / "weights").write_text("x")
-        checkpoint.save_state(partial, {"step": step, "value": torch.tensor(value)})
+        (partial / checkpoint.STATE).write_bytes(
+            checkpoint.packed({"step": step, "value": torch.tensor(value)})
+        )
     return folder
 
 
@@ -53,7 +55,7 @@ def test_an_error_while_writing_keeps_the_older_folder(tmp_path):
         pytest.raises(RuntimeError),
         checkpoint.atomic_folder(checkpoint.step_folder(tmp_path, 1)) as partial,
     ):
-        checkpoint.save_state(partial, {"value": torch.tensor(2.0)})
+        (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"value": torch.tensor(2.0)}))
         raise RuntimeError
     assert float(checkpoint.load_state(checkpoint.find("latest", tmp_path))["value"]) == 1.0
     assert names(tmp_path) == ["step-000001"]
@@ -95,7 +97,9 @@ def test_kill_while_writing_leaves_the_older_checkpoint(tmp_path, moment, step):
         if moment == "before the rename":
             Path.rename = kill_yourself
         with checkpoint.atomic_folder(checkpoint.step_folder(tmp_path, step)) as partial:
-            checkpoint.save_state(partial, {"value": torch.tensor(9.0)})
+            (partial / checkpoint.STATE).write_bytes(
+                checkpoint.packed({"value": torch.tensor(9.0)})
+            )
             if moment == "while filling":
                 kill_yourself()
 

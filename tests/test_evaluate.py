@@ -99,7 +99,7 @@ def make_run(folder: Path, seed: int, **sections: object) -> None:
         with checkpoint.atomic_folder(checkpoint.step_folder(folder, step)) as partial:
             policy.save(partial / "ema")
             policy.save(partial)
-            checkpoint.save_state(partial, {"step": step})
+            (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": step}))
         live = checkpoint.step_folder(folder, step) / WEIGHTS
         doubled = {name: 2 * value for name, value in load_file(live).items()}
         save_file(doubled, live)  # so that averaged and last weights differ

@@ -142,7 +142,7 @@ def make_run(folder: Path, name: str, seed: int) -> None:
             (partial / "ema").mkdir()
             policy.save(partial / "ema")
             policy.save(partial)
-            checkpoint.save_state(partial, {"step": step})
+            (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": step}))
         live = checkpoint.step_folder(folder / name, step) / WEIGHTS
         save_file({key: 2 * value for key, value in load_file(live).items()}, live)
 

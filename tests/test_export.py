@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with checkpoint.atomic_folder(checkpoint.step_folder(folder / name, 3)) as partial:
             policy.save(partial)
             policy.save(partial / "ema")
-            checkpoint.save_state(partial, {"step": 3})
+            (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": 3}))
     return folder
 
 

@@ -48,7 +48,7 @@ def run(folder, means, alarms=()):
     rows = []
     for step, values in means.items():
         with checkpoint.atomic_folder(checkpoint.step_folder(folder, step)) as partial:
-            checkpoint.save_state(partial, {"step": step})
+            (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": step}))
         if values is not None:
             named = {f"eval_mean/{name}": value for name, value in zip("ab", values, strict=True)}
             rows.append({"step": step} | named)

@@ -152,25 +152,6 @@ class CausalLMPolicy:
         response, mask = self._draw(requests, self.temperature)
         return self._rollout(requests, self._texts(requests, response, mask), response, mask)
 
-    @torch.no_grad()
-    def rollout_of(self, requests: Sequence[Request], texts: Sequence[str]) -> Rollout:
-        """Given responses as if the policy had drawn them, with its log-probs (teacher forcing).
-
-        Args:
-            requests: n, of which the prompts count.
-            texts: n responses, each tokenised by itself; the end is appended.
-
-        Raises:
-            ValueError: naming the first that is too long.
-        """
-        if len(texts) != len(requests):
-            raise ValueError(
-                f"Parameter `texts` should have one entry per request. Found {len(texts)} for "
-                f"{len(requests)} requests."
-            )
-        response, mask = self.dialogue.pad(self.tokens_of(texts), self.max_new_tokens, left=False)
-        return self._rollout(requests, tuple(texts), response.to(self.device), mask.to(self.device))
-
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Given responses as token ids, each tokenised by itself, with its end; no forward pass.
 

@@ -382,33 +382,27 @@ def test_half_precision_keeps_adapter_and_log_probs_in_float32(family: str, dtyp
 def test_given_responses_are_forced() -> None:
     policy = policy_on()
     texts = ("yes", "", "no.")
-    rollout = policy.rollout_of(requests(3), texts)
-    assert rollout.texts == texts
-    assert rollout.mask.sum(1).tolist() == [4, 1, 4]
-    assert rollout.trace["response"][0, :4].tolist() == [*map(token_of, "yes"), 2]
-    with torch.no_grad():
-        expected = by_transformers(policy.model, policy, rollout)
-    torch.testing.assert_close(rollout.log_probs, expected, atol=ROUNDING, rtol=0)
-    asked = [request.prompt for request in rollout.requests]
-    assert policy.dialogue.texts(asked, rollout.trace["response"], rollout.mask) == texts
-    with pytest.raises(ValueError, match=r"at most 8 tokens.*Found 9 in 'too long'"):
-        policy.rollout_of(requests(2), ["short", "too long"])
-    with pytest.raises(ValueError, match=r"one entry per request\. Found 1 for 2"):
-        policy.rollout_of(requests(2), ["short"])
-
-
-def test_given_responses_cost_one_pass_and_no_memory_of_the_device() -> None:
-    policy = policy_on()
-    asked, texts = requests(3), ("yes", "", "no.")
-    expected = policy.rollout_of(asked, texts).log_probs.sum(1)
     passes: list[int] = []
     policy.model.register_forward_hook(lambda *_: passes.append(1))
     tokens = policy.tokens_of(texts)
-    assert passes == []
+    assert passes == []  # and no memory of the device
     assert tokens == [[*map(token_of, text), 2] for text in texts]
-    found = policy.log_probs_of([request.prompt for request in asked], tokens)
+    asked = [request.prompt for request in requests(3)]
+    found = policy.log_probs_of(asked, tokens)
     assert passes == [1]
-    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=0)
+    response, mask = policy.dialogue.pad(tokens, T, left=False)
+    assert mask.sum(1).tolist() == [4, 1, 4]
+    assert policy.dialogue.texts(asked, response, mask) == texts
+    rollout = Rollout(
+        requests=tuple(requests(3)),
+        log_probs=torch.zeros(mask.shape),
+        mask=mask,
+        trace={"response": response},
+        texts=texts,
+    )
+    with torch.no_grad():
+        expected = by_transformers(policy.model, policy, rollout).sum(1)
+    torch.testing.assert_close(found.detach(), expected, atol=T * ROUNDING, rtol=0)
     found.sum().backward()
     assert all(p.grad is not None for p in policy.trainable().values())
     with pytest.raises(ValueError, match=r"at most 8 tokens.*Found 9 in 'too long'"):
@@ -577,7 +571,7 @@ def test_a_response_may_not_spell_what_ends_it() -> None:
     policy = policy_on()
     end = policy.dialogue.tokenizer.eos_token
     with pytest.raises(ValueError, match="A response should not spell"):
-        policy.rollout_of(requests(1), [f"a{end}b"])
+        policy.tokens_of([f"a{end}b"])
 
 
 # ---------------------------------------------------------------- training

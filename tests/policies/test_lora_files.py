@@ -19,6 +19,7 @@ from moa_diffusion.policies.adapters import (
     sd3_skeleton,
     text_skeleton,
 )
+from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.lora_files import CONFIG, DIFFUSERS, PEFT, foreign_format
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.types import ConfigError, Request
@@ -289,14 +290,16 @@ def test_a_language_model_starts_with_the_log_probs_of_the_adapter(tmp_path: Pat
     second = build.policy(
         settings_of(tmp_path, name="causal_lm", lora=lora, adapter=str(tmp_path)), CPU
     )
-    requests = [Request(prompt="To the baker:")] * 2
     texts = (" Dear Sam,", " the bread was good.")
-    rollout, again = (policy.rollout_of(requests, texts) for policy in (first, second))
+
+    def log_probs(policy: CausalLMPolicy) -> torch.Tensor:
+        with torch.no_grad():
+            return policy.log_probs_of(["To the baker:"] * 2, policy.tokens_of(texts))
+
     # Products of rank 4 and 6 are summed in another order: float32's 6e-8, over a few layers.
-    torch.testing.assert_close(again.log_probs, rollout.log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_probs(second), log_probs(first), rtol=1e-4, atol=1e-4)
     untrained = build.policy(settings_of(tmp_path, name="causal_lm"), CPU)
-    other = untrained.rollout_of(requests, texts).log_probs
-    assert (other - rollout.log_probs).abs().max() > 0.1
+    assert (log_probs(untrained) - log_probs(first)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
