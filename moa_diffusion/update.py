@@ -370,8 +370,8 @@ class Updater(Stepper):
             raise TrainingError(
                 "The policy is not on-policy: before any update of this rollout, log-probs "
                 f"recomputed for training differ from those of sampling by up to {worst:.2e} "
-                f"(tolerance {self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely causes: "
-                "a half-precision kernel that depends on the batch size (make "
+                f"(tolerance {self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely "
+                "causes: a half-precision kernel that depends on the batch size (make "
                 "`trainer.sample_batch` equal `trainer.micro_batch` times `policy.step_batch`), "
                 "dropout that is active, or latents rounded between sampling and training. By "
                 f"decision, on this process: {[f'{value:.1e}' for value in gap.tolist()]}."

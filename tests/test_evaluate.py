@@ -628,4 +628,4 @@ def test_code_in_no_file_cannot_be_told_apart():
     head = score_cache.FunctionHead(space["unknown"])
     with pytest.raises(ConfigError, match="should be code in a file"):
         score_cache.Judge.of("unknown", head, {})
-    score_cache.check_metadata({"unknown": head}, [Prompt(text="a")])
+    build.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])

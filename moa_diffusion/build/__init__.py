@@ -1,7 +1,7 @@
 """Configuration to objects: the only modules that know names and classes."""
 
 from moa_diffusion.build.folders import flat, write_config
-from moa_diffusion.build.judges import heads
+from moa_diffusion.build.judges import check_judged, heads
 from moa_diffusion.build.methods import METHODS, gradients, objectives
 from moa_diffusion.build.models import causal_lm, model_path, policy
 from moa_diffusion.build.prompts import heldout_requests, train_prompts
@@ -17,6 +17,7 @@ from moa_diffusion.build.runs import (
 __all__ = [
     "METHODS",
     "causal_lm",
+    "check_judged",
     "check_trackers",
     "flat",
     "gradients",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from moa_diffusion import alarm
 from moa_diffusion.alarm import Watch
@@ -88,20 +87,26 @@ def scorers(
     training = heads(settings)
     watched = heads(settings, "evaluation.rewards")
     everyone = training | watched
-    drawn = [(request.prompt, request.metadata) for request in asked]
-    _check_prompts("rewards", training, [*((p.text, p.metadata) for p in trained), *drawn])
-    _check_prompts("evaluation.rewards", watched, drawn)
+    drawn = [Prompt(text=request.prompt, metadata=request.metadata) for request in asked]
+    check_judged("rewards", training, [*trained, *drawn])
+    check_judged("evaluation.rewards", watched, drawn)
     return Scorer(everyone, comm, **options), Scorer(training, comm, **options)
 
 
-def _check_prompts(
-    section: str,
-    chosen: Mapping[str, RewardHead],
-    prompts: Sequence[tuple[str, Mapping[str, Any]]],
-) -> None:
+def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
+    """Find out before anything is drawn whether prompts have what heads need of them.
+
+    Args:
+        section: of the configuration that the heads are from.
+        chosen: heads by the reward's name.
+        prompts: whose samples they will judge.
+
+    Raises:
+        ConfigError: naming the reward and what is missing, such as a key of the metadata.
+    """
     for name, head in chosen.items():
         try:
-            head.check_prompts([text for text, _ in prompts], [entry for _, entry in prompts])
+            head.check_prompts([p.text for p in prompts], [p.metadata for p in prompts])
         except RewardError as error:
             raise ConfigError(f"{section}.{name}: {error.cause}") from error
 

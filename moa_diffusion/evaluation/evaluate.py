@@ -29,7 +29,7 @@ from moa_diffusion.evaluation.checkpoints import Candidate
 from moa_diffusion.evaluation.image_cache import Sampler
 from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.output_cache import OutputCache, model_digest
-from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache, check_metadata
+from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache
 from moa_diffusion.evaluation.text_cache import Generation
 from moa_diffusion.launcher import check_launcher, make_accelerator
 from moa_diffusion.policies.base import Policy
@@ -115,7 +115,7 @@ def evaluate(
             raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
         check_launcher(accelerator)
         medium, heads = medium_of(settings), build.heads(settings)
-        check_metadata(heads, prompts)
+        build.check_judged("rewards", heads, prompts)
         sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
     digest = partial(medium.base_digest, settings, cache / "digests.txt")
     with working(comm):

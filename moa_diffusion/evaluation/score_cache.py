@@ -7,14 +7,14 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moa_diffusion.data import Prompt
 from moa_diffusion.evaluation.files import file_digest, json_digest
-from moa_diffusion.scoring import RewardError, RewardHead
+from moa_diffusion.scoring import RewardHead
 from moa_diffusion.types import ConfigError
 from rewards.functions import FunctionHead
 from rewards.identity import Identity
@@ -63,19 +63,6 @@ class Judge:
         return cls(
             identity=identity, digest=json_digest([identity.digest, file_digest(Path(source))])
         )
-
-
-def check_metadata(heads: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
-    """Find out before anything is drawn whether prompts have the metadata that functions need.
-
-    Raises:
-        ConfigError: naming the reward and the key.
-    """
-    for name, head in heads.items():
-        try:
-            head.check_prompts([p.text for p in prompts], [p.metadata for p in prompts])
-        except RewardError as error:
-            raise ConfigError(f"rewards.{name}: {error.cause}") from error
 
 
 class ScoreCache:
