@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent  # holds both packages
@@ -21,10 +22,8 @@ def check_neighbour(name: str) -> None:
         ImportError: if it gives something else; names both, and what to do.
     """
     own = _ROOT / name / "__init__.py"
-    # In a source checkout Python looks into scripts/ first, whose file of this name makes way.
-    known = {own, _ROOT / "scripts" / f"{name}.py"}
     place = _place(name)
-    if place is not None and place.resolve() not in known:
+    if place is not None and place.resolve() != own:
         begun = name in sys.modules
         raise ImportError(
             f"The name `{name}` should mean the package `{own.parent}`, which moa_diffusion needs. "
@@ -37,9 +36,26 @@ def check_neighbour(name: str) -> None:
 def _place(name: str) -> Path | None:
     """The file that importing the name would run or has run, or the folder; None: there is none."""
     spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+    if spec is not None and spec.origin is not None and _makes_way(Path(spec.origin), name):
+        first = Path(spec.origin).resolve().parent
+        spec = PathFinder.find_spec(name, [p for p in sys.path if Path(p).resolve() != first])
     if spec is None:
         return None
     if spec.has_location and spec.origin is not None:
         return Path(spec.origin)
     folders = list(spec.submodule_search_locations or ())  # without an __init__.py
     return Path(folders[0]) if folders else None
+
+
+def _makes_way(file: Path, name: str) -> bool:
+    """Whether a file is this project's script of the name, in a checkout or a copy of scripts/.
+
+    Python looks there first when it runs a script beside it. Imported by its name, that script
+    takes its folder off the path and has the import done anew, and says so in these lines.
+    """
+    if file.name != f"{name}.py":
+        return False
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith(f'if __name__ == "{name}":') for line in lines) and (
+        "    del sys.modules[__name__]" in lines
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -68,6 +69,28 @@ def test_the_script_of_that_name_makes_way() -> None:
         check=True,
     )
     assert Path(done.stdout.strip()) == ROOT / "rewards" / "__init__.py"
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_a_copy_of_the_scripts_makes_way_too(tmp_path: Path, user: bool) -> None:
+    """As beside an installed package; what comes after the copy on the path still counts."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "mine").mkdir()
+    shutil.copy(ROOT / "scripts" / "rewards.py", tmp_path / "scripts")
+    if user:
+        (tmp_path / "mine" / "rewards.py").write_text("def mine(images, prompts): ...\n")
+    done = run(
+        tmp_path / "scripts" / "train.py",
+        "import moa_diffusion, rewards; print(rewards.__file__)",
+        path=os.pathsep.join([str(tmp_path / "mine"), str(ROOT)]),
+    )
+    if user:
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("ImportError: The name `rewards` should mean the package")
+        assert f"Python finds it first as `{tmp_path / 'mine' / 'rewards.py'}`" in last
+    else:
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()) == ROOT / "rewards" / "__init__.py"
 
 
 def test_a_folder_that_hides_an_installed_package_is_told(
