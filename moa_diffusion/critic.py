@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_diffusion.data import derive_seed
+from moa_diffusion.devices import widest
 from moa_diffusion.distributed import Comm
 from moa_diffusion.gradient_sum import GradientSum
 from moa_diffusion.types import RewardMatrix, Rollout
@@ -96,6 +97,8 @@ class Critic:
     def judge(self, rollout: Rollout, rewards: RewardMatrix) -> tuple[RewardMatrix, Tensor]:
         """Estimates of all N samples' decisions, and better heads for the next rollout.
 
+        All is done on the device, which is waited for once, at the end.
+
         Args:
             rollout: this process's n samples, with ``features`` in the trace.
             rewards: raw, of all N samples.
@@ -108,15 +111,22 @@ class Critic:
         scaled, spread = self._scaled(rewards)
         local = scaled[:, first : first + n]  # [K, n]
         features = rollout.trace["features"].to(self.device, torch.float32)
+        mask = rollout.mask.to(self.device)
+        dtype = widest(self.device)
         with torch.no_grad():
             parts = [self.heads(part) for part in features.split(self.batch)]
-            values = torch.cat(parts).cpu().double().permute(2, 0, 1)  # [K, n, T]
-        mask = rollout.mask.cpu()
-        estimates = gae(values, local, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
-        self._fit(features, values + estimates, mask)
+            values = torch.cat(parts).to(dtype).permute(2, 0, 1)  # [K, n, T]
+        rewarded = local.to(self.device, dtype)
+        estimates = gae(values, rewarded, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
+        loss = self._fit(features, values + estimates, mask)
 
-        everywhere = self.comm.gather(mask)  # [N, T]
-        whole = self.comm.gather(estimates.transpose(0, 1).contiguous()).transpose(0, 1)
+        estimated = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
+        there = self.comm.gather(mask)  # [N, T]
+        told = torch.cat([part.flatten().to(dtype) for part in (loss, there, estimated)])
+        told = told.cpu().double()  # waits for the device
+        self.report = {"policy/value_loss": float(told[0]) / len(self.objectives)}
+        everywhere = told[1 : 1 + there.numel()].view(there.shape) > 0  # [N, T]
+        whole = told[1 + there.numel() :].view(estimated.shape).transpose(0, 1)
         whole = whole * spread[:, None, None]  # [K, N, T]
         if self.granularity == "sample":
             counts = everywhere.sum(1)
@@ -171,30 +181,33 @@ class Critic:
         spread = torch.where(spread > 0, spread, 1.0)  # NaN > 0 is false as well
         return (values - self.mean.nan_to_num()[:, None]) / spread[:, None], spread
 
-    def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
-        """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike."""
+    def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike.
+
+        Returns:
+            the loss before the first step ``[1]``, a sum over the objectives, on the device.
+        """
         known = mask & ~returns.isnan()  # [K, n, T]
-        targets = torch.where(known, returns, 0.0).permute(1, 2, 0).to(self.device, torch.float32)
-        weight = known.permute(1, 2, 0).to(self.device, torch.float32)  # [n, T, K]
+        targets = torch.where(known, returns, 0.0).permute(1, 2, 0).float()  # [n, T, K]
+        weight = known.permute(1, 2, 0).float()  # [n, T, K]
         count = weight.sum((0, 1))  # [K]
         self.comm.sum_([count])
         gradients = GradientSum(list(self.heads.parameters()))
         parts = [tensor.split(self.batch) for tensor in (features, targets, weight)]
-        losses = []
-        for _ in range(self.epochs):
-            total = torch.zeros(1, dtype=torch.float64)
+        first = torch.zeros(1, dtype=widest(self.device), device=self.device)
+        for epoch in range(self.epochs):
             self.optimizer.zero_grad()
             for feature, target, share in zip(*parts, strict=True):
                 errors = share * (self.heads(feature) - target).square()
                 loss = (errors.sum((0, 1)) / count.clamp(min=1)).sum()
                 torch.autograd.backward(loss)
                 gradients.take()
-                total += loss.detach().cpu()
-            self.comm.sum_([total])
+                if epoch == 0:
+                    first += loss.detach()
             gradients.write(self.comm)
             self.optimizer.step()
-            losses.append(float(total))
-        self.report = {"policy/value_loss": losses[0] / len(self.objectives)}
+        self.comm.sum_([first])
+        return first
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:

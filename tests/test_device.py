@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
+from moa_diffusion.critic import Critic
 from moa_diffusion.data import Geometry
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.ema import EMA
 from moa_diffusion.policies.sd3 import SD3Policy
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import Request, RewardMatrix, Rollout
 from moa_diffusion.update import Surrogate, Updater
 
 DEVICE = torch.device("cuda", 0)
@@ -277,6 +278,36 @@ def test_a_probe_waits_for_its_gramian_alone(pipeline: Any) -> None:
     after_one(device, lambda: probe.measure(rollout, advantages, step=0, share=0.5))
     assert device.count("wait") == 1, device.events
     assert device.count("send") <= 2 + 1, device.events
+
+
+@pytest.mark.parametrize(("batch", "epochs"), [(SAMPLES, 1), (2, 1), (2, 8)])
+def test_value_heads_wait_once_at_their_end(batch: int, epochs: int) -> None:
+    """However many parts and epochs; they waited for each part of each epoch, 18 times for 16."""
+    device, source = Pretended(), torch.Generator().manual_seed(0)
+    mask = torch.arange(5) < torch.arange(1, SAMPLES + 1)[:, None]
+    features = torch.randn(SAMPLES, 5, 6, generator=source)
+    device.put([mask, features])
+    rollout = Rollout(
+        requests=tuple(Request(prompt="a", sibling=i) for i in range(SAMPLES)),
+        log_probs=torch.zeros(SAMPLES, 5),
+        mask=mask,
+        trace={"features": features},
+        texts=("",) * SAMPLES,
+    )
+    rewards = RewardMatrix(
+        names=("a", "b"),
+        values=torch.randn(2, SAMPLES, generator=source, dtype=torch.float64),
+        groups=torch.zeros(SAMPLES, dtype=torch.int64),
+        prompts=("a",) * SAMPLES,
+    )
+    critic = Critic(
+        rewards.names, width=6, comm=LocalComm(), device=CPU, seed=0, batch=batch, epochs=epochs
+    )
+    critic.device = DEVICE
+    device.put(list(critic.heads.parameters()))
+    after_one(device, lambda: critic.judge(rollout, rewards))
+    assert device.count("wait") == 1, device.events
+    assert device.count("send") == 1, device.events  # the rewards
 
 
 def test_what_waits_is_seen() -> None:
