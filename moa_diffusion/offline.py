@@ -25,7 +25,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moa_diffusion import checkpoint
 from moa_diffusion.alarm import Watch
 from moa_diffusion.data import generator
 from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
@@ -340,7 +339,8 @@ class OfflineTrainer(Loop):
             self.refer()
 
     def attempt(self) -> dict[str, float]:
-        before, updates = checkpoint.to_cpu(self.mopo.state_dict()), self.cloning.updates
+        # No copies: a step puts new tensors in the place of these.
+        before, updates = self.mopo.state_dict(), self.cloning.updates
         try:
             return self.step()
         except BaseException:

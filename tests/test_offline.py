@@ -350,6 +350,23 @@ def test_the_reference_is_the_policy_of_a_lag_ago(tmp_path):
     assert (before[8] - before[4]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("follow", ["ratchet", "beta_lag"])
+@pytest.mark.parametrize("variant", ["lagrangian", "barrier"])
+def test_a_step_puts_new_state_in_the_place_of_the_old(tmp_path, variant, follow):
+    """So that going back to the state before a step needs no copy of it."""
+    settings = replace(QUICK, lag=2, variant=variant, follow=follow)
+    trainer = make(tmp_path, preferences(opposed(1)), bounds=0.3, settings=settings, steps=20)
+    seen = []
+    for _ in range(7):
+        state = trainer.mopo.state_dict()
+        seen.append((state, {name: value.clone() for name, value in state.items()}))
+        trainer.step()
+    for state, copied in seen:
+        for name, value in state.items():
+            torch.testing.assert_close(value, copied[name], rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(seen[0][0]["log_ref"], seen[-1][0]["log_ref"])
+
+
 def test_a_lagged_reference_drives_on_under_the_bound(tmp_path):
     """Tilts multiply, so the policy goes further from its start; the bound still holds."""
     rates = opposed(1)
