@@ -23,6 +23,7 @@ from moa_diffusion import build, tiny
 from moa_diffusion.config import check, from_dict, parse
 from moa_diffusion.loop import Loop
 from moa_diffusion.metrics import read_metrics
+from moa_diffusion.offline import OfflineTrainer
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python
 
@@ -161,6 +162,27 @@ def test_a_run_leaves_texts_scores_and_an_adapter_for_peft(tmp_path: Path) -> No
         with trainer.updater.ema.applied():
             mine = trainer.policy.model(**ids).logits.log_softmax(-1)
     torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
+
+
+def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -> None:
+    """Before it has learned, its win rates over the responses are those of the data."""
+    options = merged(preferences(tmp_path / "pairs.jsonl"), {"trainer": {"steps": 2}})
+    options["evaluation"] = {"every": 0}  # nothing is drawn
+    make(tmp_path / "one", **options).run()
+    trained = tmp_path / "one" / "checkpoints" / "step-000002"
+    run = make(tmp_path / "two", **merged(options, {"policy": {"adapter": str(trained)}}))
+    assert isinstance(run, OfflineTrainer)
+    run.run()
+    one, two = (
+        [[row[f"eval_level/{name}"] for name in ("short", "polite")] for row in rows(folder)[::2]]
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    # A response's log-probs, sums of tens of nats in float32, are asked for twice.
+    data = run.data.win_rates.mean((1, 2)).tolist()
+    assert one[0] == pytest.approx(data, abs=1e-4)
+    assert two[0] == pytest.approx(data, abs=1e-4)
+    assert one[-1] != pytest.approx(data, abs=1e-2)
+    assert two[-1] != pytest.approx(data, abs=1e-2)
 
 
 def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: Path) -> None:
