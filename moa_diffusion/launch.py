@@ -68,7 +68,7 @@ def launch(make: Callable[[Config], Loop]) -> int:
         if tells(error) and isinstance(cause, Exception) and not _is_told(cause):
             traceback.print_exception(cause)
         say(error)
-        status = 1
+        status = status_of(error)
     except KeyboardInterrupt:
         print("Stopped at once: what was not saved is lost.", file=sys.stderr)
         return STOPPED_BY_HAND

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from moa_diffusion import build, checkpoint, metrics
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.distributed import LocalComm, ProcessError, agreed, share_telling, tells
 from moa_diffusion.metrics import read_metrics
+from moa_diffusion.saving import Saver
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stopping import Interrupted, StopRequest
 from moa_diffusion.storage import StorageError
@@ -367,7 +368,7 @@ def test_what_fails_elsewhere_ends_this_process_too():
 class Nodes(LocalComm):
     """One of several processes, each on a host with an error of its own."""
 
-    def __init__(self, rank: int, everyone: list[list[str]]) -> None:
+    def __init__(self, rank: int, everyone: Sequence[object]) -> None:
         self.rank, self.world_size, self.everyone = rank, len(everyone), everyone
 
     def gather_objects(self, local):
@@ -397,6 +398,14 @@ def test_each_error_is_told_once_and_none_is_lost(everyone, telling):
         share_telling(Nodes(rank, pairs), error)
         found += [rank] * tells(error)
     assert found == telling
+
+
+def test_where_the_state_was_saved_is_said_by_the_process_that_saved_it(tmp_path):
+    """Another one would name, and make, a temporary folder of its own."""
+    others = Nodes(1, ["The state after 3 rounds is in /tmp/run-abc instead.", ""])
+    saver = Saver(tmp_path / "run", None, dict, others, "rounds")  # type: ignore[arg-type]
+    assert saver.rescue(3, alone=False) == others.everyone[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_block_inside_another_asks_the_others_once():
