@@ -1,4 +1,4 @@
-"""Measure a configuration's rewards on the base model before training: scale, noise, who wins.
+"""Measure a configuration's rewards before training: scale, noise, who wins.
 
 python scripts/calibrate.py --config configs/tiny_dual_stage.yaml --rewards.colourfulness.weight 1
 """

@@ -1,4 +1,4 @@
-"""Calibration: draw base-model samples as training will, score them twice, and say what follows."""
+"""Calibration: draw samples as training will at first, score them twice, and say what follows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _PERCENT = (*_BLOCKS[1].values(), *_BLOCKS[2].values())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """The scores of N base-model samples, and what a reader needs to understand them."""
+    """The scores of N samples drawn before training, and what a reader needs to understand them."""
 
     rewards: RewardMatrix  # [K, N]
     retest: Tensor  # [K, N] float64, the same samples scored once more

@@ -1,6 +1,6 @@
 """What rewards look like before training: scale, noise, saturation, conflict, and who would win.
 
-Pure statistics of rewards that base-model samples received, and the file that keeps them. Within
+Pure statistics of rewards that samples got before training, and the file that keeps them. Within
 and between prompts are the components of a one-way random-effects model ``r_gi = m + b_g + e_gi``
 with unbiased estimates, so that they do not depend on the number of images per prompt. Training
 normalises inside a group, so the spread *within* is what an objective has to say; the spread
@@ -38,7 +38,7 @@ HIJACK = 0.8  # share of the advantage's variance above which one objective deci
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveCalibration:
-    """One objective on base-model samples. "Unit" is the reward's own; NaN is "not known"."""
+    """One objective before training. "Unit" is the reward's own; NaN is "not known"."""
 
     mean: float  # of the samples to which it applies; unit
     std_total: float  # of these samples; unit
@@ -62,9 +62,9 @@ class ObjectiveCalibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """K objectives on samples of one base model."""
+    """K objectives on samples of the model that training starts from."""
 
-    model: str  # folder or hub id
+    model: str  # folder or hub id, with the adapter if there is one
     prompts: int  # P
     images: int  # per prompt
     seed: int
@@ -99,11 +99,11 @@ def calibrate(
     rate of 0.5, "no worse than the base model".
 
     Args:
-        rewards: raw rewards ``[K, N]`` of samples of the base model.
+        rewards: raw rewards ``[K, N]`` of samples drawn before training.
         retest: ``[K, N]``, the same samples scored a second time.
         weights: K weights of the weighted sum of raw rewards.
         milliseconds: K durations of scoring one sample.
-        model: folder or hub id of the base model.
+        model: folder or hub id, with the adapter that training starts from, if there is one.
         seed: of the samples.
 
     Raises:
