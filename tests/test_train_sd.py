@@ -47,7 +47,7 @@ FAST = {
         "group_size": 2,
         "updates": 2,
         "sample_batch": 2,
-        "micro_batch": 4,
+        "micro_batch": 2,  # fits into the share of each of two processes
     },
     "evaluation": {"every": 0},
     "checkpoint": {"every": 1, "keep": 0},
@@ -180,13 +180,13 @@ def write_config(path: Path, method: str) -> None:
 
 
 # Every method on a toy policy: test_distributed.py.
-SMALL = ("--trainer.micro_batch", "2")
-COMPARED = {"mopo": SMALL, "upgrad": SMALL, "dual_stage": ()}  # on two processes
+COMPARED = ("mopo", "upgrad", "dual_stage")  # on two processes
+LARGE = ("--trainer.micro_batch", "4")
 
 
 def one_of_two_processes(folder: Path) -> None:
     """The last method through the script, which also leaves the process group."""
-    runs = [arguments(folder / f"{m}.yaml", folder / m, *COMPARED[m]) for m in COMPARED]
+    runs = [arguments(folder / f"{m}.yaml", folder / m) for m in COMPARED]
     for run in runs[:-1]:
         build.trainer(parse(run[1:])).run()
     sys.argv = runs[-1]
@@ -219,13 +219,15 @@ def test_one_and_two_processes_and_any_micro_batch_end_alike(
 ) -> None:
     write_config(tmp_path / "fast.yaml", method)
     one, cut = tmp_path / "one", tmp_path / "cut"
-    runs = {one: (), cut: SMALL} if method == "dual_stage" else {one: ()}
+    runs = {one: (), cut: LARGE} if method == "dual_stage" else {one: ()}
     for run, options in runs.items():
         status, said, log = here(tmp_path / "fast.yaml", run, *options)
         assert status == 0, log
         assert "Processes: 1 " in said
-    for run in (two_processes / method, *runs.keys() - {one}):
-        assert difference(adapter(one, 3), adapter(run, 3)) < 1e-5
+    # Two processes make the same forward passes; those of another size sum in another order, and
+    # three rollouts on rewards that do not jump multiply their rounding little.
+    for run, most in ((two_processes / method, 0.0), *((run, 1e-5) for run in runs.keys() - {one})):
+        assert difference(adapter(one, 3), adapter(run, 3)) <= most
         for mine, theirs in zip(numbers(one), numbers(run), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 

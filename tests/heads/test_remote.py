@@ -195,11 +195,12 @@ def failure(head: RemoteHead, size: int = 3) -> RewardError:
 def test_scores_come_back_in_order_whatever_the_cut() -> None:
     with scripted() as server:
         for batch_size in (1, 3, 16):
-            head = RemoteHead(server.url, "judge", batch_size=batch_size, max_parallel=3)
+            options = {"batch_size": batch_size, "max_parallel": 3, "timeout": HANG}
+            head = RemoteHead(server.url, "judge", **options)
             assert head(batch(10)).tolist() == list(range(10))
         assert len(server.seen) == 10 + 4 + 1
         assert server.seen[0]["content-type"] == wire.CONTENT_TYPE
-        assert float(server.seen[0]["reward-seconds"]) > 290
+        assert 0 < float(server.seen[0]["reward-seconds"]) <= HANG  # what is left of them
         assert "authorization" not in server.seen[0]
 
 

@@ -106,8 +106,11 @@ def test_a_sample_depends_on_its_own_seed_alone(make: Any) -> None:
     policy = make()
     together = policy.sample(requests(4), step=0)
     alone = policy.sample(requests(4)[2:3], step=0)
+    # Of 0 to 1. Three passes and the decoder, of some 30 products each, differ by rounding in
+    # another order; a tenth of the smallest difference that a picture of 8 bits keeps is 4e-4.
     torch.testing.assert_close(alone.images, together.images[2:3], atol=1e-4, rtol=0)
-    torch.testing.assert_close(alone.log_probs, together.log_probs[2:3], atol=1e-5, rtol=0)
+    steps = policy.trained_steps(0)
+    assert_log_probs_close(policy, alone.log_probs, together.log_probs[2:3], steps)
 
 
 def test_window_lies_where_the_mode_says(make: Any) -> None:
@@ -178,6 +181,7 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
         generator=generators([request.seed for request in asked]),
         output_type="pt",
     ).images
+    # The same passes in the same batch: the update of the latents alone is written otherwise.
     torch.testing.assert_close(policy.generate(asked), expected, atol=1e-5, rtol=0)
 
 
@@ -209,6 +213,7 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
     mine = policy.generate(asked)
     assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
+    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise.
     assert (drawn - mine).abs().max() < 1e-4
 
 
@@ -221,6 +226,7 @@ def test_checkpointing_changes_memory_not_gradients(make: Any) -> None:
         policy.log_probs(rollout, slice(0, 1))[0].sum().backward()
         gradients.append([p.grad for p in policy.trainable().values()])
     for plain, checkpointed in zip(*gradients, strict=True):
+        # The same kernels run again on the same numbers; threads may add up in another order.
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
 
 
@@ -318,9 +324,9 @@ def test_even_steps_are_on_policy_and_of_one_size(make: Any) -> None:
         norms = []
         for step in policy.step_chunks(9):
             log_probs, _ = policy.log_probs(rollout, step)
-            # Kernels of gradient mode, and sums of 1,024 products of about 1, of which it is the
-            # mean: a few units in the last place.
-            assert (log_probs - rollout.log_probs[:, step]).abs().max() < 2e-6
+            assert_log_probs_close(
+                policy, log_probs.detach(), rollout.log_probs[:, step], range(9)[step]
+            )
             weights = list(policy.trainable().values())
             parts = torch.autograd.grad(log_probs[:, 0].sum(), weights, materialize_grads=True)
             norms.append(float(torch.cat([part.flatten() for part in parts]).norm()))
