@@ -38,8 +38,9 @@ class FunctionHead(RewardHead):
     What a parameter is given, its name says, and not its place: the samples go to `images`,
     `image`, `pictures` or `picture`, or to `texts`, `text`, `completions`, `completion`,
     `responses` or `response`; the prompts to `prompts` or `prompt`, which may be left out. So TRL's
-    `f(prompts, completions, **kwargs)` will do. A first parameter of another name is given
-    samples of either kind, and a second one the prompts if neither is named.
+    `f(prompts, completions, **kwargs)` will do. Where none of these names is there, common others
+    are known, as in `f(question, answer)` or `f(captions, generated)`: see `rewards.parameters`.
+    A function of which no parameter stands for the samples is refused.
 
     A metadata key is passed when the function names it as a further parameter, or for every key
     when it has `**metadata`: to a batch function as a list of N values, `None` for a sample without
@@ -128,11 +129,11 @@ class FunctionHead(RewardHead):
             if any(name in entry for entry in metadata):
                 raise RewardError(
                     f"The parameter `{name}` of the function {self._parameters.described} may mean "
-                    f"the metadata key of that name, or else the samples or prompts. Name those "
-                    f"`images` or `texts`, and `prompts`.",
+                    f"the metadata key of that name, or else the samples. Name those `images` or "
+                    f"`texts`.",
                     head=self._label,
                 )
-        for key in self._needed():
+        for key in self._needed(metadata):
             lacking = [index for index, entry in enumerate(metadata) if key not in entry]
             if not lacking:
                 continue
@@ -157,7 +158,7 @@ class FunctionHead(RewardHead):
     def _score_batch(self, batch: RewardBatch) -> Scores:
         samples = list(batch.require_texts()) if batch.images is None else batch.images
         given, named = self._parameters.arguments(
-            samples, list(batch.prompts), batch.kind, one=False
+            samples, list(batch.prompts), batch.kind, one=False, keys=self._keys(batch)
         )
         try:
             found = self.function(*given, **named, **self._columns(batch), **self.options)
@@ -180,9 +181,11 @@ class FunctionHead(RewardHead):
 
     def _score_each(self, batch: RewardBatch) -> Scores:
         samples = batch.require_texts() if batch.images is None else batch.images
-        calls = []
+        calls, keys = [], self._keys(batch)
         for sample, prompt, entry in zip(samples, batch.prompts, batch.metadata, strict=True):
-            given, named = self._parameters.arguments(sample, prompt, batch.kind, one=True)
+            given, named = self._parameters.arguments(
+                sample, prompt, batch.kind, one=True, keys=keys
+            )
             named |= self._keywords(entry) | self.options
             calls.append(partial(self.function, *given, **named))
         if self._is_async:
@@ -206,12 +209,19 @@ class FunctionHead(RewardHead):
             samples = sorted(sample for error in errors for sample in error.samples)
             raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
 
-    def _needed(self) -> list[str]:
+    def _keys(self, batch: RewardBatch) -> set[str]:
+        """Options, and keys of the samples' metadata."""
+        return {*self.options, *(key for entry in batch.metadata for key in entry)}
+
+    def _needed(self, metadata: Sequence[Mapping[str, Any]]) -> list[str]:
         """Parameters that metadata must fill."""
+        own = self._parameters
         return [
             key
-            for key, default in self._parameters.further.items()
-            if default is inspect.Parameter.empty and key not in self.options
+            for key, default in own.further.items()
+            if default is inspect.Parameter.empty
+            and key not in self.options
+            and (key != own.stand_in or any(key in entry for entry in metadata))
         ]
 
     def _check_metadata(self, batch: RewardBatch) -> None:
@@ -225,12 +235,13 @@ class FunctionHead(RewardHead):
                     f"two parameters.",
                     samples=batch.samples(clashing),
                 )
-        for key in self._needed():
+        for key in self._needed(batch.metadata):
             lacking = [index for index, entry in enumerate(batch.metadata) if key not in entry]
             if lacking:
                 raise RewardError(
                     f"The function {own.described} needs the metadata key `{key}`, which these "
-                    f"samples lack.",
+                    f"samples lack. Parameters are filled by their names: the samples are "
+                    f"`images` or `texts`, the prompts `prompts`.",
                     samples=batch.samples(lacking),
                 )
 

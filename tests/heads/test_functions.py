@@ -87,7 +87,7 @@ def test_a_function_of_the_wrong_length_or_signature_is_refused():
     with pytest.raises(RewardError, match=r"Found \[1\]"):
         FunctionHead(lambda images, prompts: [0.0])(batch(2))
     with pytest.raises(ValueError, match=r"should take `\(images, prompts"):
-        FunctionHead(lambda images: [0.0])
+        FunctionHead(lambda pixels: [0.0])
     for option in ("per_image", "concurrency"):
         with pytest.raises(ValueError, match=f"no parameter `{option}`"):
             namespace = {}

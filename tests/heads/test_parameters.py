@@ -26,6 +26,11 @@ def lengths(completions):
     return [float(len(completion)) for completion in completions]
 
 
+def asked(prompts, samples):
+    assert prompts == ["p", "q"]
+    return lengths(samples)
+
+
 class Callable:
     def __call__(self, prompts, completions, **kwargs):
         assert list(prompts) == ["p", "q"]
@@ -78,9 +83,19 @@ BY_NAME = {
     "prompts left out": lambda completions, answer: lengths(completions),
     "nothing but keywords": nothing_but_keywords,
     "positional-only": lambda prompts, completions, /: lengths(completions),
-    "by place where no name says anything": lambda a, b: lengths(a),
-    "by place, positional-only": lambda a, b, /: lengths(a),
+    "samples alone": lambda texts: lengths(texts),
     "any samples": lambda prompts, outputs: lengths(outputs),
+    "questions and answers": lambda questions, answers: asked(questions, answers),
+    "captions and what was generated": lambda captions, generated: asked(captions, generated),
+    "a conversation and a reply": lambda conversation, reply: asked(conversation, reply),
+    "instruction and output": lambda instruction, output: asked(instruction, output),
+    "query and response": lambda query, response: asked(query, response),
+    "answers first": lambda answers, questions: asked(questions, answers),
+    "likely names, positional-only": lambda query, reply, /: asked(query, reply),
+    "likely names and keywords": lambda query, hypotheses, **kwargs: asked(query, hypotheses),
+    "as VERL names them": lambda solution_strs, extra_infos=None: lengths(solution_strs),
+    "an answer beside samples is a column": lambda generated, answer: lengths(generated),
+    "a question beside prompts is an option": lambda texts, prompts, query="": lengths(texts),
     "any number": lambda *arguments: lengths(arguments[0]),
     "prompts and any number": lambda prompts, *arguments: lengths(arguments[0]),
     "decorated": decorated,
@@ -136,6 +151,10 @@ def test_a_function_of_either_kind_is_given_what_there_is():
         (lambda prompts, completions, images: 0, "texts"),  # a column of the data set
         (lambda prompts, *, response: 0, "texts"),
         (lambda prompts, **kwargs: 0, "both"),
+        (lambda images: 0, "images"),
+        (lambda captions, generated: 0, "both"),
+        (lambda question, answer: 0, "texts"),
+        (lambda questions, answers, image: 0, "images"),
     ],
 )
 def test_the_name_of_the_samples_parameter_says_what_is_scored(function, scores):
@@ -143,7 +162,21 @@ def test_the_name_of_the_samples_parameter_says_what_is_scored(function, scores)
 
 
 @pytest.mark.parametrize(
-    "function", [lambda prompts, answer: 0, lambda prompts: 0, lambda: 0, lambda images, tag, /: 0]
+    "function",
+    [
+        lambda prompts, reference: 0,
+        lambda prompts: 0,
+        lambda question: 0,
+        lambda: 0,
+        lambda x: 0,
+        lambda images, tag, /: 0,
+        lambda a, b: 0,
+        lambda a, b, /: 0,
+        lambda reference, candidate_text: 0,
+        lambda x, prompts: 0,
+        lambda queries, prompts, labels: 0,
+        lambda question, *more: 0,
+    ],
 )
 def test_a_function_without_a_parameter_for_the_samples_is_refused(function):
     with pytest.raises(ValueError, match=r"should take `\(images, prompts, .*Found .*<lambda>\("):
@@ -166,8 +199,46 @@ def test_what_nothing_fills_is_told_before_anything_is_drawn():
     FunctionHead(judge, options={"rubric": "r"}).check_prompts(TEXTS.prompts, TEXTS.metadata)
 
 
+def test_two_parameters_that_may_be_the_samples_are_refused():
+    with pytest.raises(ValueError, match="Found `prediction` and `output`, which may be the sam"):
+        FunctionHead(lambda prediction, output: 0)
+
+
+def test_what_is_no_sample_nor_prompt_is_asked_of_the_metadata():
+    with pytest.raises(RewardError, match=r"needs prompts with the metadata `reference`"):
+        FunctionHead(lambda reference, hypothesis: 0).check_prompts(TEXTS.prompts, TEXTS.metadata)
+    for function in (
+        lambda instruction, input, response: 0,  # of two such names at least one is a column
+        lambda x, prompts, **kwargs: 0,
+    ):
+        with pytest.raises(RewardError, match=r"the samples as `images` or `texts`, `prompts`"):
+            FunctionHead(function).check_prompts(TEXTS.prompts, TEXTS.metadata)
+        with pytest.raises(RewardError, match="samples are `images` or `texts`, the prompts `pro"):
+            FunctionHead(function)(TEXTS)
+    with pytest.raises(RewardError, match=r"needs prompts with the metadata `answer`"):
+        FunctionHead(lambda prompts, answer, **kwargs: 0).check_prompts(["p"], [{}])
+
+
+def test_a_column_of_the_data_is_what_it_is_called():
+    def judged(question, completions):
+        return [float(len(one)) for one in question]
+
+    columns = [{"question": "long"}, {"question": "longer"}]
+    batch = RewardBatch(prompts=["p", "q"], texts=["ab", "abc"], metadata=columns)
+    for function in (judged, lambda question, completions, **_: judged(question, completions)):
+        head = FunctionHead(function)
+        head.check_prompts(batch.prompts, columns)
+        assert head(batch).tolist() == [4.0, 6.0]
+        head.check_prompts(TEXTS.prompts, TEXTS.metadata)
+        assert head(TEXTS).tolist() == [1.0, 1.0]
+        with pytest.raises(RewardError, match=r"`question`.* 1 of 2 lack it"):
+            head.check_prompts(batch.prompts, [columns[0], {}])
+    each = FunctionHead(lambda question, text: len(question), per_image=True)
+    assert (each(batch).tolist(), each(TEXTS).tolist()) == ([4.0, 6.0], [1.0, 1.0])
+
+
 def test_a_parameter_that_might_mean_two_things_is_told():
-    head = FunctionHead(lambda x, answer: lengths(x))
+    head = FunctionHead(lambda prompts, answer: lengths(answer))
     with pytest.raises(RewardError, match=r"parameter `answer` of .* may mean the metadata key"):
         head.check_prompts(TEXTS.prompts, TEXTS.metadata)
     with pytest.raises(RewardError, match="metadata key `answer` has the name"):

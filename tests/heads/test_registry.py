@@ -176,7 +176,7 @@ def test_a_built_in_name_cannot_be_taken_even_before_it_is_loaded(monkeypatch):
             return []
 
 
-@pytest.mark.parametrize("wrong", [lambda images: [], dict, 3])
+@pytest.mark.parametrize("wrong", [lambda pixels: [], dict, 3])
 def test_only_heads_and_reward_functions_register(wrong):
     with pytest.raises((ValueError, TypeError)):
         register("wrong")(wrong)

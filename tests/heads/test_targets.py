@@ -40,7 +40,7 @@ MODULE = """
         '''Declared nowhere.'''
         return [0.0 for _ in texts]
 
-    def one_argument(texts):
+    def one_argument(words):
         return []
 
     VERSION = 3
