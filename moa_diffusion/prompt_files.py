@@ -32,6 +32,11 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
+# First lines of a .txt that name a column; `prompts.column` is another.
+_HEADERS = {"prompt", "prompts", "caption", "captions", "text", "texts"}
+_JSON = re.compile(r"""(?:\[\s*)*[\[{](?:\s*["'{].*["'}\],])?""")  # of all lines, or their first
+_QUOTED = re.compile(r"""("(?:[^"]|"")*"|'[^']*'|`[^`]*`|\u201c[^\u201d]*\u201d),?""")
+_NOT_TXT = "A .txt should have one prompt on every line."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,31 +92,37 @@ def _check_no_table(found: Sequence[tuple[str, str]], column: str) -> None:
         return
     where, first = found[0]
     header = [cell.strip(' "').casefold() for cell in re.split(r"[,;\t|]", first)]
-    if column.casefold() in header and all(re.fullmatch(r"[\w .-]{0,40}", h) for h in header):
+    words = all(re.fullmatch(r"[\w.-]{0,40}", cell) for cell in header)
+    named = column.casefold() in header and all(re.fullmatch(r"[\w .-]{0,40}", h) for h in header)
+    if named or (words and header[0] in _HEADERS):
         raise bad_line(
             where,
-            "A .txt should have one prompt on every line.",
+            _NOT_TXT,
             f"what looks like the header of a table, {shortened(first)}",
-            "Name a table .csv or .tsv.",
+            "Name a table .csv or .tsv, or take the line out.",
         )
-    if re.match(r'\{\s*"', first) and first.endswith("}"):
-        raise bad_line(
-            where,
-            "A .txt should have one prompt on every line.",
-            f"a JSON object, {shortened(first)}",
-            "Name such a file .jsonl.",
-        )
-    quoted = [(place, line) for place, line in found if re.fullmatch(r'"(?:[^"]|"")*"', line)]
-    doubled = [one for one in quoted if '""' in one[1][1:-1]]
-    if doubled or (len(found) > 1 and len(quoted) == len(found)):
-        place, line = (doubled or quoted)[0]
-        raise bad_line(
-            place,
-            "A .txt should have one prompt on every line, without quotation marks around it.",
-            shortened(line),
-            "Take them out, or make the file a .csv with the header `prompt`; a .jsonl holds "
-            "prompts that are meant with the marks.",
-        )
+    for place, line in found:
+        if _JSON.fullmatch(line):
+            kind, hint = ("an object", "Name a file of objects .jsonl.")
+            if line.startswith("["):
+                kind, hint = ("an array", "A .jsonl has an object on every line.")
+            raise bad_line(
+                place, _NOT_TXT, f"what looks like {kind} of JSON, {shortened(line)}", hint
+            )
+        if _QUOTED.fullmatch(line):
+            raise bad_line(
+                place,
+                "A .txt should have one prompt on every line, without quotation marks around it.",
+                shortened(line),
+                "Take them out, or make the file a .csv with the header `prompt`; a .jsonl holds "
+                "prompts that are meant with the marks.",
+            )
+        if "\t" in line:
+            hint = "Name a table .tsv, with a header; a .jsonl holds prompts with tabs."
+            raise bad_line(place, _NOT_TXT, f"a tab, as tables have, {shortened(line)}", hint)
+        if '\\"' in line:
+            hint = "Take the backslashes out; a .jsonl holds prompts that are meant with them."
+            raise bad_line(place, _NOT_TXT, f"a mark after a backslash, {shortened(line)}", hint)
 
 
 def _read_jsonl(path: Path, column: str) -> list[Prompt]:
@@ -170,6 +181,7 @@ def _read_table(path: Path, column: str) -> list[Prompt]:
         rows = [(n, [_Cell(raw=cell.raw, quoted=False) for cell in cells]) for n, cells in rows]
     if not rows:
         return []
+    _check_no_escapes(path, rows)
     header = _header(path, rows[0], delimiter)
     if column not in header and len(rows) > 1:
         _refuse_header(f"{path}:{rows[0][0]}", header, delimiter, column)
@@ -179,6 +191,8 @@ def _read_table(path: Path, column: str) -> list[Prompt]:
         values = [cell.value for cell in cells]
         if len(values) != len(header):
             hint = f"A cell with {_NAMES[delimiter]} stands in quotation marks."
+            if any(cell.raw.endswith("\\") for cell in cells):
+                hint += " Backslashes are characters like others."
             raise bad_line(
                 where,
                 f"A line should have {len(header)} cells, as the header has.",
@@ -227,6 +241,26 @@ def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_R
         place = text.find("\n", place) + 1 or len(text) + 1
         number, cells = number + 1, []
         first = number
+
+
+def _check_no_escapes(path: Path, rows: Sequence[_Row]) -> None:
+    """Refuse what a writer left that has backslashes before marks and breaks, and no quoting.
+
+    Before a delimiter a backslash makes one cell too many, which the number of cells tells.
+    """
+    for number, cells in rows:
+        for cell in cells:
+            # A file of one column has a row more for each break.
+            breaks = len(cells) == 1 and cell.raw.endswith("\\")
+            if breaks or (not cell.quoted and '\\"' in cell.raw):
+                what = "a break" if breaks else "a quotation mark"
+                raise bad_line(
+                    f"{path}:{number}",
+                    "A table should have no escapes by backslashes.",
+                    f"a backslash before {what}, {shortened(cell.raw)}",
+                    "Write the file with pandas' or Python's own settings (neither `QUOTE_NONE` "
+                    "nor `doublequote=False`), or as .jsonl.",
+                )
 
 
 def _unquoted(path: Path, rows: Sequence[_Row]) -> bool:
