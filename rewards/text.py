@@ -5,7 +5,8 @@ the target stands in quotes, white space does not count, and a distance never ex
 of the target.
 
 Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased; characters that
-cannot be seen do not count either.
+cannot be seen do not count either; apostrophes, quotation marks and dashes are those of ASCII,
+whichever form they have.
 """
 
 from __future__ import annotations
@@ -25,6 +26,18 @@ _PATTERNS["any"] = re.compile(
 QUOTE_STYLES = tuple(_PATTERNS)
 _UNSEEN = ("Cc", "Cf")  # control and format characters: joiners, marks of direction, soft hyphens
 _VARIANTS = frozenset(map(chr, range(0xFE00, 0xFE10)))  # which of its forms an emoji takes
+
+_MARKS = str.maketrans(  # typographic forms, of which an OCR engine answers with some
+    {
+        **dict.fromkeys(
+            "\u2018\u2019\u201a\u201b\u2032\u2035\u2039\u203a\u02b9\u02bb\u02bc\u00b4`", "'"
+        ),
+        **dict.fromkeys(
+            "\u201c\u201d\u201e\u201f\u2033\u2036\u00ab\u00bb\u02ba\u301d\u301e\u301f", '"'
+        ),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-"),
+    }
+)
 
 
 def check_quotes(style: str) -> str:
@@ -65,10 +78,14 @@ def without_quotes(prompt: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """Text as it is compared: NFKC, case folded, without white space and what cannot be seen."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    """Text as it is compared: NFKC, case folded, without white space and what cannot be seen.
+
+    Apostrophes, quotation marks and dashes of whatever form become those of ASCII.
+    """
+    # Before NFKC, which takes an acute accent apart, and after, for marks that it makes.
+    folded = unicodedata.normalize("NFKC", text.translate(_MARKS)).casefold()
     # Folding can leave the normal form, e.g. for a dotted capital I.
-    shown = "".join(unicodedata.normalize("NFKC", folded).split())
+    shown = "".join(unicodedata.normalize("NFKC", folded).translate(_MARKS).split())
     return "".join(filter(_is_seen, shown))
 
 

@@ -87,6 +87,14 @@ def test_levenshtein_is_a_metric():
         ("Cafe\u0301", "CAF\u00c9", False, 1.0),  # combining accent
         ("STRASSE", "Stra\u00dfe", False, 1.0),
         ("Cafe", "Caf\u00e9", True, 0.75),
+        ("DON'T", "don\u2019t", False, 1.0),
+        ("don\u2018t", "don't", False, 1.0),
+        ("don\u00b4t", "don`t", False, 1.0),
+        ('"hi"', "\u201chi\u201d", False, 1.0),
+        ("\u201ehi\u201c", "\u00abhi\u00bb", False, 1.0),
+        ("9-5", "9\u20135", False, 1.0),
+        ("\uff0d5 \u2014 x", "\u22125 \u2011 x", False, 1.0),
+        ("dont", "don\u2019t", False, 0.8),
     ],
 )
 def test_legibility(read, target, substring_ok, score):
@@ -113,6 +121,7 @@ def test_comparable_is_a_fixed_point():
         "\ufb01ne",
         "A\u00a0B\tC",
         "\u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2",
+        *map(chr, range(0x10000)),
     ):
         assert comparable(comparable(text)) == comparable(text)
         assert not re.search(r"\s", comparable(text))
