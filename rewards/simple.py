@@ -143,13 +143,38 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (125, 75, 40),
     "cyan": (40, 190, 210),
 }
-_COLOUR_WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b", re.IGNORECASE)
+_NAMES = "|".join(COLOURS)
+_COLOUR_WORD = re.compile(rf"\b({_NAMES})\b", re.IGNORECASE)
+# "without any trace of red", "it isn't red", "red-free"; not "nothing but red", nor "no tail, red".
+_NEGATION = (
+    r"no|not|non|never|neither|nor|nothing|none|nobody|without|sans|except|excepting|excluding|"
+    r"minus|lack|lacks|lacking|avoid|avoids|avoiding|omit|omits|omitting|remove|removed|removing|"
+    r"devoid|absence|hardly|barely|instead|free (?:of|from)|(?:rather|other) than|apart from|"
+    r"(?:any|every)thing but|\w+n['\u2019]t"
+)
+_BETWEEN = (  # a negation and its colour
+    r"a|an|any|anything|the|its|one|longer|single|some|much|at|all|even|of|from|in|with|"
+    r"(?:bit|hint|trace|touch|tint|shade|tone|hue|splash|spot|object|thing|part|area|element)s?|"
+    r"colou?rs?|colou?red|painted|be|being|is|are|has|have|having|contains?|containing|includes?|"
+    r"including|uses?|using|shows?|showing|wears?|wearing|visible|very|quite|really|too|bright|"
+    r"dark|light|pale|deep|vivid|pure"
+)
+_NEGATED = re.compile(
+    rf"\b(?:{_NEGATION})(?:[\s-]+(?:{_BETWEEN}))*[\s-]+(?:{_NAMES})\b|"
+    rf"\b(?:{_NAMES})(?:[\s-]+free|\s+(?:is|are)\s+(?:absent|missing|forbidden|not))\b",
+    re.IGNORECASE,
+)
 
 
 def named_colours(prompt: str) -> tuple[str, ...]:
     """Colour names in a prompt, each once, in order; quoted words are not colour names."""
     words = (word.lower() for word in _COLOUR_WORD.findall(without_quotes(prompt)))
     return tuple(dict.fromkeys("grey" if word == "gray" else word for word in words))
+
+
+def negates_colour(prompt: str) -> bool:
+    """Whether a prompt says, outside quotes, of a colour that it should not be there."""
+    return _NEGATED.search(without_quotes(prompt)) is not None
 
 
 def oklab(rgb: Tensor) -> Tensor:
@@ -185,7 +210,8 @@ class PromptColour(RewardHead):
     exp(-(|x - c| / tolerance)^2), with the distance |x - c| in OKLab (Ottosson 2020,
     https://bottosson.github.io/posts/oklab/); the `share` of pixels that are closest to c count,
     by their mean; the score is the mean over the named colours. Continuous in every pixel.
-    A prompt that names no colour scores NaN.
+    A prompt that names no colour scores NaN, and so does one that wants a colour away ("without any
+    red"), of which `remarks` tell: the head cannot see how much of it would be too much.
 
     What it cannot see: where a colour is. A blue circle on red and a red circle on blue score the
     same, and so does any other arrangement of the same pixels.
@@ -214,15 +240,25 @@ class PromptColour(RewardHead):
         self.tolerance = tolerance
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns the mean closeness, `[N]`; NaN where the prompt names no colour."""
+        """Returns the mean closeness, `[N]`; NaN where the prompt names none, or one to avoid."""
         images = batch.uint8().flatten(2)  # [N, 3, P]
-        names = [named_colours(prompt) for prompt in batch.prompts]
+        names = [() if negates_colour(p) else named_colours(p) for p in batch.prompts]
         step = max(1, _CHUNK // images.shape[-1])
         scores = [
             self._score(images[start : start + step], names[start : start + step])
             for start in range(0, len(names), step)
         ]
         return torch.cat(scores)
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Says which prompts name a colour that should not be there."""
+        negated = [prompt for prompt in prompts if negates_colour(prompt)]
+        if not negated:
+            return []
+        return [
+            f"{len(negated)} of {len(prompts)} prompts name a colour that should not be there, "
+            f"first {negated[0]!r}: they score NaN."
+        ]
 
     def _score(self, images: Tensor, names: Sequence[tuple[str, ...]]) -> Tensor:
         """Scores `[N, 3, P]` images for their named colours, `[N]`."""

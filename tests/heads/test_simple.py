@@ -119,6 +119,51 @@ def test_colour_names_are_whole_words_outside_quotes(prompt, colours):
     assert named_colours(prompt) == colours
 
 
+NEGATED = [
+    "a picture without any red",
+    "a car, no red",
+    "a room with no trace of blue or green",
+    "a cat that isn't white",
+    "a cat that isn\u2019t very dark grey",
+    "a red car, not blue",
+    "neither red nor blue",
+    "a non-red rose",
+    "a red-free room",
+    "a room free of pink",
+    "anything but yellow",
+    "a flag of all colours except green",
+    "a hat that is orange instead of brown",
+    "nothing red",
+    "a sky where purple is missing",
+    "it does not contain any black objects",
+]
+WANTED = [
+    "a cat with no tail on a red mat",
+    "no people, red sky",
+    "nothing but red",
+    "not only red but blue",
+    "a house without windows and a red door",
+    'a red sign that says "no red"',
+    "a notable red knot",
+    "a gluten-free red cake",
+    "house no. 5, red",
+    "a box with nothing in it and red walls",
+]
+
+
+def test_a_prompt_that_wants_a_colour_away_does_not_apply():
+    head = create("prompt_colour")
+    arrays = [picture(0)] * len(NEGATED + WANTED)
+    found = head(batch(arrays, NEGATED + WANTED)).isnan().tolist()
+    assert found == [True] * len(NEGATED) + [False] * len(WANTED)
+    (remark,) = head.remarks([*WANTED, *NEGATED])
+    assert remark == (
+        "16 of 26 prompts name a colour that should not be there, first 'a picture without any "
+        "red': they score NaN."
+    )
+    assert head.remarks(WANTED) == []
+
+
 def test_oklab_agrees_with_the_published_table():
     # XYZ (0.950, 1.000, 1.089), white, is (1, 0, 0); sRGB red is (0.628, 0.225, 0.126).
     lab = oklab(torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))  # columns: white, red
