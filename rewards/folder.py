@@ -19,7 +19,7 @@ from rewards.base import RewardBatch, RewardHead
 from rewards.pictures import read_rgb
 from rewards.tables import writer_for
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SUMMARY_CHARACTERS = 60  # of a file's name or a text
 Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, metadata
 
@@ -72,11 +72,14 @@ def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> lis
     if len(named) < len(prompts):
         raise ValueError(f"{len(prompts) - len(named)} of {len(prompts)} prompts lack a `file`.")
     twice = sorted({name for name in named if named.count(name) > 1})
-    strangers = sorted(set(named) - {file.name for file in files})
+    absent = sorted(set(named) - {file.name for file in files})
+    strangers = [name for name in absent if not (folder / name).is_file()]
+    others = [name for name in absent if (folder / name).is_file()]
     lacking = [file.name for file in files if file.name not in set(named)]
     for problem, names in (
         ("files have more than one prompt", twice),
         ("files of the prompts are not in the folder", strangers),
+        (f"files of the prompts are of another kind than {', '.join(SUFFIXES)}", others),
         ("pictures have no prompt", lacking),
     ):
         if names:

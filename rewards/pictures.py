@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # grey of 16 bits
@@ -41,6 +41,8 @@ def read_rgb(file: Path | IO[bytes]) -> np.ndarray:
             _refuse_frames(image)
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image)
+    except UnidentifiedImageError as error:  # Pillow's message has an address for what has no name
+        raise ValueError("it is damaged, or of a format that is not known here") from error
     except (OSError, SyntaxError, ImageCms.PyCMSError) as error:  # raised on damaged files
         raise ValueError(str(error)) from error
 

@@ -44,6 +44,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return start
 
 
+LOSSLESS = {"webp": {"lossless": True}}  # and JPEG keeps a flat grey
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Pictures 1.png to 12.png of grey 20 i in two sizes, a text file, and prompts."""
@@ -274,6 +277,29 @@ def test_prompts_may_name_their_files(folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             match(folder / "pictures", wrong)
+
+
+def test_pictures_of_every_kind_are_taken_and_others_are_told(
+    run: Run, folder: Path, grey: str
+) -> None:
+    pictures = folder / "pictures"
+    rows = expected_rows()
+    for number, suffix in enumerate(("gif", "jfif", "webp", "bmp", "tiff", "GIF"), start=1):
+        file = pictures / f"{number}.png"
+        with Image.open(file) as picture:
+            picture.save(pictures / f"{number}.{suffix}", **LOSSLESS.get(suffix, {}))
+        file.unlink()
+        rows[number - 1]["file"] = f"{number}.{suffix}"
+    assert score(run, folder, grey, "scores.jsonl")[0] == 0
+    found = (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in found] == rows
+
+    frames = [Image.new("RGB", (10, 8), (shade,) * 3) for shade in (0, 99)]
+    frames[0].save(pictures / "1.gif", save_all=True, append_images=frames[1:])
+    _, _, error = score(run, folder, grey, "more.jsonl")
+    assert "1.gif` cannot be used: it has several frames; save the one" in error
+    with pytest.raises(ValueError, match=r"1 files .* another kind than \.png, .*: notes\.txt"):
+        match(pictures, [("p", {"file": "notes.txt"})])
 
 
 def test_a_mismatch_is_told_before_anything_is_loaded(run: Run, folder: Path) -> None:

@@ -178,8 +178,13 @@ def test_a_gamma_that_not_all_viewers_apply_is_refused(stated: int, fine: bool) 
 
 def test_a_damaged_file_and_a_missing_one_are_told(tmp_path: Path) -> None:
     whole = saved(RGB).getvalue()
-    for content in (whole[:200], b"no picture"):
-        with pytest.raises(ValueError, match=r"."):
-            read_rgb(io.BytesIO(content))
+    for content in (whole[:200], b"no picture", b"", b"\x89PNG broken", b"GIF89a"):
+        (tmp_path / "broken.png").write_bytes(content)
+        for file in (io.BytesIO(content), tmp_path / "broken.png"):
+            with pytest.raises(ValueError, match=r".") as caught:
+                read_rgb(file)
+            assert "0x" not in str(caught.value)  # no address of an object in memory
+    with pytest.raises(ValueError, match="damaged, or of a format that is not known here"):
+        read_rgb(io.BytesIO(b"no picture"))
     with pytest.raises(ValueError, match="No such file"):
         read_rgb(tmp_path / "none.png")
