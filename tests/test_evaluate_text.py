@@ -502,7 +502,7 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
         ({"use_dora": True}, "plain LoRA.*Found use_dora"),
         ({"bias": "all", "modules_to_save": ["lm_head"]}, "Found modules_to_save, bias"),
         ({"init_lora_weights": "pissa"}, "Found init_lora_weights 'pissa'"),
-        ({"peft_type": "nothing"}, f"{CONFIG}` is damaged"),
+        ({"peft_type": "nothing"}, f"{CONFIG}` should be of a LoRA. Found peft_type nothing"),
         ({"target_modules": ["to_q"]}, "do not fit the base model"),
     ]
     for change, message in changes:

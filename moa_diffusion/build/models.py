@@ -70,12 +70,15 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
     return built
 
 
-def starting_adapter(settings: Config, pipeline: Any = None) -> Adapter | None:
+def starting_adapter(
+    settings: Config, pipeline: Any = None, *, tell: bool = True
+) -> Adapter | None:
     """The LoRA that training starts from; None if it starts from the base model.
 
     Args:
         settings: the configuration.
         pipeline: in the place of ``policy.path``, as for ``policy``.
+        tell: whether to warn of layers that it leaves out; not where it is only checked.
 
     Raises:
         ConfigError: if there is none at ``policy.adapter``, or it does not fit the base model or
@@ -97,7 +100,7 @@ def starting_adapter(settings: Config, pipeline: Any = None) -> Adapter | None:
         targets = targets or list(lora.ATTENTION)
         read = partial(read_sd3_adapter, transformer=skeleton)
     try:
-        adapter = read(Path(model.adapter))
+        adapter = read(Path(model.adapter), tell=tell)
     except ConfigError as error:
         raise ConfigError(f"policy.adapter: {error}") from error
     if adapter.rank > model.lora.rank:

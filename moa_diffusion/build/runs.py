@@ -94,7 +94,7 @@ def _trainer(
     check_ppo(settings)
     if settings.policy.name == "causal_lm":
         check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
-    starting_adapter(settings, pipeline)  # read once more where it is needed
+    starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     watch = watcher(settings, asked)
     geometry = solve_geometry(settings, comm.world_size)
     read = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": asked})
@@ -180,7 +180,7 @@ def _offline_trainer(
         settings = dataclasses.replace(settings, resume=None)
     data = preferences(settings)
     check_prompts(settings, data.prompts)
-    starting_adapter(settings)
+    starting_adapter(settings, tell=False)
     asked = heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)

@@ -6,11 +6,16 @@ rank and scale are alike.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 
 from moa_diffusion.digests import file_digest, json_digest
 from moa_diffusion.policies.language_model import read_config
-from moa_diffusion.policies.lora_files import CONFIG, LoraFile, read_lora_file
+from moa_diffusion.policies.lora_files import CONFIG, LoraFile, damaged, read_lora_file
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,16 @@ _FURTHER = (
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
     *("arrow_config", "monteclora_config", "velora_config", "kasa_config"),
 )
+# What peft takes unseen, and fails at in the middle of a model.
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "r": ((int,), "a whole number"),
+    "lora_alpha": ((int, float), "a number"),
+    "target_modules": ((list, str, NoneType), "a list of names or a pattern"),
+    "rank_pattern": ((dict,), "a mapping"),
+    "alpha_pattern": ((dict,), "a mapping"),
+}
+# What peft and diffusers raise for settings and weights that do not belong together.
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, re.error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,13 +96,14 @@ def text_skeleton(path: str, *, revision: str | None = None) -> Any:
         return AutoModelForCausalLM.from_config(read_config(path, revision=revision))
 
 
-def read_sd3_adapter(place: Path, transformer: Any) -> Adapter:
+def read_sd3_adapter(place: Path, transformer: Any, *, tell: bool = True) -> Adapter:
     """Read LoRA weights as ``StableDiffusion3Pipeline.load_lora_weights`` or peft would.
 
     Args:
         place: folder or file of LoRA weights; see ``lora_files``.
         transformer: an ``sd3_skeleton`` of the base model, which the weights are fitted to; as it
             was afterwards.
+        tell: whether to warn of layers that the file leaves out.
 
     Raises:
         ConfigError: if the file is missing, damaged or foreign, or does not fit the base model.
@@ -96,34 +112,63 @@ def read_sd3_adapter(place: Path, transformer: Any) -> Adapter:
 
     file = read_lora_file(place, (f"{_PREFIX}.", _PEFT_PREFIX), of=_PREFIX)
     if file.config is not None:
-        return _fit_peft(file, peft_config(file.config), transformer)
+        settings = peft_config(file.config)
+        if settings.target_modules is None:
+            raise ConfigError(
+                f"`{file.config}` should name the adapted layers in `target_modules`: peft has no "
+                "default for this model. Found null."
+            )
+        return _fit_peft(file, settings, transformer, tell)
     path, state = file.path, dict(file.state)
-    try:
-        config = json.loads(file.metadata.get("lora_adapter_metadata", "null"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"LoRA weights `{path}` have damaged metadata: {error}") from error
+    config = _metadata(file)
     if not any(".lora_A." in name for name in state):
         state = convert_unet_state_dict_to_peft(state)
-    _check_shapes(path, state, transformer)
+    _check_layers(path, state, transformer)
+    model = copy.deepcopy(transformer)  # without its weights; what fails may leave half an adapter
     try:
-        transformer.load_lora_adapter(
-            {f"{_PREFIX}.{name}": tensor.to("meta") for name, tensor in state.items()},
-            prefix=_PREFIX,
-            adapter_name=_NAME,
-            metadata=config,
-            low_cpu_mem_usage=True,
-        )
-    except (RuntimeError, ValueError, TypeError) as error:
-        vars(transformer).pop("peft_config", None)  # diffusers leaves it, and peft would warn of it
-        raise ConfigError(f"LoRA weights `{path}` do not fit the base model: {error}") from error
+        with _told_once():
+            model.load_lora_adapter(
+                {f"{_PREFIX}.{name}": tensor.to("meta") for name, tensor in state.items()},
+                prefix=_PREFIX,
+                adapter_name=_NAME,
+                metadata=config,
+                low_cpu_mem_usage=True,
+            )
+    except _REFUSALS as error:
+        raise _refused(path, error) from error
+    return Adapter(layers=fitted(path, state, model, _NAME), digest=file_digest(path))
+
+
+def _metadata(file: LoraFile) -> dict[str, Any] | None:
+    """What diffusers wrote of the LoRA's settings beside its tensors; None if it did not."""
+    key, where = f"{_PREFIX}.target_modules", f"LoRA weights `{file.path}` have damaged metadata"
     try:
-        layers = fitted(path, state, transformer, _NAME)
+        config = json.loads(file.metadata.get("lora_adapter_metadata", "null"))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if config is not None and not (isinstance(config, dict) and config.get(key)):
+        raise ConfigError(f"{where}: they should name `{key}`. Found {config!r}.")
+    return config
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Without the errors that diffusers logs before it raises them."""
+    log = logging.getLogger("diffusers.loaders.peft")
+
+    def milder(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    log.addFilter(milder)
+    try:
+        yield
     finally:
-        transformer.delete_adapters(_NAME)
-    return Adapter(layers=layers, digest=file_digest(path))
+        log.removeFilter(milder)
 
 
-def read_text_adapter(place: Path, model: Any, base: str | None = None) -> Adapter:
+def read_text_adapter(
+    place: Path, model: Any, base: str | None = None, *, tell: bool = True
+) -> Adapter:
     """Read LoRA weights of a language model as ``PeftModel.from_pretrained`` would.
 
     That it belongs to another base model is noticed by shapes and, where the folder names one, by
@@ -134,6 +179,7 @@ def read_text_adapter(place: Path, model: Any, base: str | None = None) -> Adapt
         model: a ``text_skeleton`` of the base model, which peft fits the weights to; as it was
             afterwards.
         base: folder or hub id of the base model; None for no comparison of names.
+        tell: whether to warn of layers that the file leaves out.
 
     Raises:
         ConfigError: if a file is missing, damaged or foreign, is no plain LoRA, or does not fit
@@ -154,27 +200,35 @@ def read_text_adapter(place: Path, model: Any, base: str | None = None) -> Adapt
             f"LoRA weights `{file.path}` should be of a language model, as peft writes them. Found "
             f"`{next(iter(file.state))}` and no {CONFIG} beside it."
         )
-    return _fit_peft(file, peft_config(file.config), model)
+    return _fit_peft(file, peft_config(file.config), model, tell)
 
 
-def _fit_peft(file: LoraFile, config: Any, model: Any) -> Adapter:
+def _fit_peft(file: LoraFile, config: Any, model: Any, tell: bool) -> Adapter:
     from peft import LoraModel
 
     zero = config.init_lora_weights is not False  # the B of a layer that the file leaves out
     config.init_lora_weights = False  # reading it draws nothing
+    model = copy.deepcopy(model)  # without its weights; what fails may leave half an adapter
     try:
         with torch.device("meta"):
-            tuner = LoraModel(model, {_NAME: config}, _NAME)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"LoRA weights `{file.path}` do not fit the base model: {error}"
-        ) from error
-    try:
-        layers = fitted(file.path, file.state, model, _NAME, whole=not zero)
-        scales = {name: model.get_submodule(name).scaling[_NAME] for name in layers}
-    finally:
-        tuner.unload()
+            LoraModel(model, {_NAME: config}, _NAME)
+    except _REFUSALS as error:
+        raise _refused(file.path, error) from error
+    for place, layer in _adapted(model).items():
+        a = file.state.get(f"{place}.lora_A.weight")
+        if a is not None and len(a) != layer.r[_NAME]:
+            raise ConfigError(
+                f"LoRA weights `{file.path}` should have the rank of {CONFIG}, {layer.r[_NAME]} in "
+                f"layer {place}. Found A {_shape(a)}."
+            )
+    layers = fitted(file.path, file.state, model, _NAME, whole=not zero, tell=tell)
+    scales = {name: model.get_submodule(name).scaling[_NAME] for name in layers}
     return Adapter(layers=layers, digest=json_digest([file_digest(file.path), scales]))
+
+
+def _refused(path: Path, error: Exception) -> ConfigError:
+    told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ConfigError(f"LoRA weights `{path}` do not fit the base model: {told}")
 
 
 def peft_config(path: Path) -> Any:
@@ -193,11 +247,25 @@ def peft_config(path: Path) -> Any:
             f"`{path.parent}` should be a folder that peft wrote. Found no {CONFIG} in it."
         )
     try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, error, f"`{path}` is damaged") from error
+    if not isinstance(written, dict):
+        raise ConfigError(f"`{path}` should be a mapping of settings. Found {written!r}.")
+    if written.get("peft_type") != "LORA":
+        raise ConfigError(
+            f"`{path}` should be of a LoRA. Found peft_type {written.get('peft_type')}."
+        )
+    for name, (kinds, expected) in _KINDS.items():
+        if name in written and not isinstance(written[name], kinds):
+            raise ConfigError(f"`{path}`: {name} should be {expected}. Found {written[name]!r}.")
+    try:
         config = PeftConfig.from_pretrained(str(path.parent))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"`{path}` is damaged ({type(error).__name__}: {error}).") from error
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"`{path}` should be of a LoRA. Found peft_type {config.peft_type}.")
+    assert isinstance(config, LoraConfig)
+    if not math.isfinite(config.lora_alpha):
+        raise ConfigError(f"`{path}`: lora_alpha should be finite. Found {config.lora_alpha}.")
     further = [name for name in _FURTHER if vars(config).get(name)]
     if config.bias != "none":
         further.append("bias")
@@ -212,7 +280,13 @@ def peft_config(path: Path) -> Any:
 
 
 def fitted(
-    path: Path, state: Mapping[str, Tensor], model: Any, name: str, *, whole: bool = True
+    path: Path,
+    state: Mapping[str, Tensor],
+    model: Any,
+    name: str,
+    *,
+    whole: bool = True,
+    tell: bool = True,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The layers of an ``Adapter``, whose scales are those of the adapted model.
 
@@ -223,6 +297,7 @@ def fitted(
         name: of the adapter.
         whole: whether every adapted layer should have tensors; else those without are left out, as
             their B is zero.
+        tell: whether to warn of those that are left out.
 
     Raises:
         ConfigError: if a layer lacks its tensors, their shapes do not fit, or more is left.
@@ -234,16 +309,13 @@ def fitted(
             left_out.append(place)
             continue
         shape = (layer.out_features, layer.in_features)
-        if a is None or b is None or (len(b), a.shape[1]) != shape or len(a) != b.shape[1]:
+        if a is None or b is None or not _fits(shape, a, b):
             raise _misfit(path, place, shape, a, b)
         layers[place] = (a.float(), b.float() * layer.scaling[name])
     known = {f"{place}.lora_{part}.weight" for place in layers for part in "AB"}
     if unknown := sorted(state.keys() - known):
-        raise ConfigError(
-            f"LoRA weights `{path}` should be updates of the base model's linear layers. "
-            f"Found `{unknown[0]}`{f' and {len(unknown) - 1} more' if unknown[1:] else ''}."
-        )
-    if left_out:
+        raise _unknown(path, unknown)
+    if left_out and tell:
         logger.warning(
             "LoRA weights `%s` have none for %d of the %d layers that their configuration names, "
             "first %s: these stay as in the base model.",
@@ -252,17 +324,33 @@ def fitted(
     return layers
 
 
-def _check_shapes(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """What diffusers would say at greater length."""
+def _check_layers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """What diffusers would say at greater length, or not at all."""
     modules = dict(model.named_modules())
-    for name, b in state.items():
-        place, part, _ = name.rpartition(".lora_B.")
-        layer = modules.get(place)
-        if not part or not isinstance(layer, nn.Linear):
-            continue
-        a, shape = state.get(f"{place}.lora_A.weight"), (layer.out_features, layer.in_features)
-        if a is None or (len(b), a.shape[1]) != shape:
+    named = {name: re.fullmatch(r"(.+)\.lora_[AB]\.weight", name) for name in state}
+    places = {name: found[1] for name, found in named.items() if found is not None}
+    unknown = [n for n in state if not isinstance(modules.get(places.get(n, "")), nn.Linear)]
+    if unknown:
+        raise _unknown(path, unknown)
+    for place in dict.fromkeys(places.values()):
+        layer = modules[place]
+        a, b = (state.get(f"{place}.lora_{part}.weight") for part in "AB")
+        shape = (layer.out_features, layer.in_features)
+        if a is None or b is None or not _fits(shape, a, b):
             raise _misfit(path, place, shape, a, b)
+
+
+def _fits(shape: tuple[int, int], a: Tensor, b: Tensor) -> bool:
+    """Whether A ``[rank, in]`` and B ``[out, rank]`` update a weight ``[out, in]``."""
+    plain = a.ndim == b.ndim == 2
+    return plain and (len(b), a.shape[1]) == shape and len(a) == b.shape[1] > 0
+
+
+def _unknown(path: Path, names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"LoRA weights `{path}` should be updates of the base model's linear layers, A and B. "
+        f"Found `{names[0]}`{f' and {len(names) - 1} more' if names[1:] else ''}."
+    )
 
 
 def _misfit(
@@ -270,7 +358,10 @@ def _misfit(
 ) -> ConfigError:
     other = ""
     if a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
-        other = f", of another base model, where it is {(len(b), a.shape[1])}"
+        if (found := (len(b), a.shape[1])) != shape:
+            other = f", of another base model, where it is {found}"
+    elif (a is None) != (b is None):
+        other = ": the file is incomplete"
     return ConfigError(
         f"LoRA weights `{path}` do not fit the base model: layer {place} is {shape}. "
         f"Found B {_shape(b)} and A {_shape(a)}{other}."

@@ -30,30 +30,60 @@ _FORMATS = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA, which also scales the columns of the weights"),
     (r"oft_blocks|oft_diag|oft_r\b|boft_", "an OFT, which rotates the weights"),
     (r"ia3_l|on_input$", "an (IA)^3, which scales activations"),
+    (r"lora_E\b|\.ranknum\b", "an AdaLoRA, which also has singular values"),
     (r"lora_mid", "a LyCORIS LoRA of convolutions"),
+    (r"\.[ab][12]\.weight$", "a GLoRA of LyCORIS"),
+    (r"\.diff(_b)?$|\.[wb]_norm$", "differences of whole weights, of LyCORIS"),
+    (r":\d+:(up|down)$", "a LoRA of cloneofsimo, whose layers have numbers"),
     (r"prompt_embeddings|soft_prompt", "prompt tuning, which is no LoRA"),
     (r"^(clip_[gl]|t5xxl|emb_params|string_to_param.*)$", "a textual inversion, which is no LoRA"),
-    (r"controlnet|control_model", "a ControlNet"),
-    (r"^lora_unet_(double|single)_blocks", "a kohya-ss LoRA of Flux"),
+    (r"controlnet|control_model|lllite_", "a ControlNet"),
+    (r"ip_adapter|^image_proj\.", "an IP-Adapter"),
+    (r"^lora_unet_(double|single)_blocks", "a kohya-ss LoRA of Flux or HunyuanVideo"),
     (r"^lora_unet_joint_blocks", "a kohya-ss LoRA of Stable Diffusion 3, with q, k, v in one"),
+    (r"^lora_unet_blocks_\d+_(self_attn|cross_attn|ffn)", "a kohya-ss LoRA of Wan"),
     (r"^lora_unet_.*joint_attention|^lora_transformer_", "a kohya-ss or LyCORIS LoRA"),
-    (r"^lora_unet_", "a kohya-ss LoRA of a U-Net (Stable Diffusion 1.5, 2 or XL)"),
+    (
+        r"^lora_unet_(down|mid|up|input|middle|output)_",
+        "a kohya-ss LoRA of a U-Net (Stable Diffusion 1.5, 2 or XL)",
+    ),
+    (r"^lora_unet_", "a kohya-ss LoRA of another model"),
     (r"^lora_te", "a kohya-ss LoRA of text encoders"),
-    (r"^diffusion_model\..*(double|single)_blocks", "a ComfyUI LoRA of Flux"),
-    (r"^diffusion_model\.", "a ComfyUI LoRA"),
-    (r"^(transformer\.|base_model\.model\.)?single_transformer_blocks\.", "a LoRA of Flux"),
-    (
-        r"^(unet|base_model\.model)\.(down|mid|up)_blocks?\.",
-        "a LoRA of a U-Net (Stable Diffusion 1.5, 2 or XL)",
-    ),
-    (
-        r"^(down|mid|up)_blocks?\..*(processor|lora)",
-        "a LoRA of a U-Net (Stable Diffusion 1.5, 2 or XL)",
-    ),
+    (r"blocks\.\d+\.processor\.\w+_lora\d?\.(down|up)", "an XLabs LoRA of Flux"),
     (
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.",
         "a whole checkpoint, not a LoRA",
     ),
+)
+# What layers of other models are called, with or without a LoRA.
+_MODELS = (
+    (r"double_blocks\.\d+\.(img|txt)_attn_|context_embedder\.token_refiner\.", "HunyuanVideo"),
+    (r"(^|[._])(double|single)_blocks[._]\d", "Flux or HunyuanVideo in its authors' names"),
+    (r"(^|\.)blocks\.\d+\.(self_attn\.|cross_attn\.|attn[12]\.|ffn\.(\d|net))", "Wan"),
+    (r"(^|\.)joint_blocks\.\d", "Stable Diffusion 3 in Stability AI's names"),
+    (r"joint_transformer_blocks\.", "AuraFlow"),
+    (r"(^|\.)transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.", "Qwen-Image"),
+    (r"(^|\.)single_transformer_blocks\.", "Flux, or of HunyuanVideo"),
+    (r"(^|\.)(double|single)_stream_blocks\.", "HiDream"),
+    (
+        r"(^|\.)(down|mid|up|input|middle|output)_blocks?\.",
+        "a U-Net (Stable Diffusion 1.5, 2 or XL)",
+    ),
+    (
+        r"(^|\.)transformer_blocks\.\d+\.attn1\.",
+        "a transformer with cross-attention (PixArt, Sana, LTX, CogVideoX or Mochi)",
+    ),
+)
+# Wrappers of a model in training, whose names come before the model's own.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_DDP = "module."
+# What is at the start of a file that is no file of weights.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a pointer of git-lfs: `git lfs pull` fetches the file itself"),
+    (b"<", "a web page or XML, perhaps of a download that needed a login"),
+    (b"GGUF", "a GGUF file of llama.cpp"),
+    (b"\x80", "a pickle of PyTorch under another name"),
+    (b"PK", "a pickle of PyTorch under another name"),
 )
 _PARTS = (
     (r"^text_encoder(_\d)?\.|^text_model\.", "a text encoder"),
@@ -93,17 +123,23 @@ def read_lora_file(place: Path, prefixes: tuple[str, ...], *, of: str) -> LoraFi
             f"LoRA weights `{path}` should be a LoRA that diffusers or peft wrote. Found {found} "
             f"(`{next(iter(state))}`)."
         )
-    prefix = next((p for p in prefixes if sum(name.startswith(p) for name in state)), "")
+    state = _unwrapped(state)
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in state)), "")
     others = [name for name in state if not name.startswith(prefix) or not _is_lora(name)]
     if others:
-        what = next((kind for pattern, kind in _PARTS if re.search(pattern, others[0])), "")
+        what = _first(_PARTS, others[:1])
         raise ConfigError(
             f"LoRA weights `{path}` should be of the {of} alone"
             f"{f', `{prefix} ...`' if prefix else ''}. Found `{others[0]}`"
             f"{f', of {what}' if what else ''}."
         )
     for name, tensor in state.items():
-        if not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"LoRA weights `{path}` should be floating-point numbers. Found `{name}` of "
+                f"{tensor.dtype}."
+            )
+        if not bool(tensor.float().isfinite().all()):  # 8-bit numbers do not say so themselves
             raise ConfigError(f"LoRA weights `{path}` should be finite. Found NaN in `{name}`.")
     peft = path.name.startswith("adapter_model") or prefix == "base_model.model."
     config = path.with_name(CONFIG)
@@ -167,12 +203,13 @@ def find_lora_file(place: Path) -> Path:
 def _readable(path: Path) -> Path:
     if path.suffix == ".safetensors" or path.name in _USUAL:
         return path
-    kind = "a pickle of PyTorch, which may run any code" if path.suffix in _PICKLES else "no such"
-    raise ConfigError(
-        f"LoRA weights `{path}` should be a .safetensors file. Found {path.suffix or path.name!r}: "
-        f"{kind}. `safetensors.torch.save_file(torch.load(..., weights_only=True), ...)` converts "
-        "tensors."
-    )
+    found = repr(path.suffix or path.name)
+    if path.suffix in _PICKLES:
+        found += (
+            ": a pickle of PyTorch, which may run any code. `safetensors.torch.save_file("
+            "torch.load(..., weights_only=True), ...)` converts tensors"
+        )
+    raise ConfigError(f"LoRA weights `{path}` should be a .safetensors file. Found {found}.")
 
 
 def _listed(files: Iterable[Path]) -> str:
@@ -192,14 +229,40 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return state, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"LoRA weights `{path}` are damaged: {error}") from error
+        raise damaged(path, error, f"LoRA weights `{path}` are damaged") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ConfigError(f"LoRA weights `{path}` should be tensors by name. Found other objects.")
     return state, {}
 
 
+def damaged(path: Path, error: Exception, so: str) -> ConfigError:
+    """The error about a file that cannot be read, which names what the file is if that is known.
+
+    Args:
+        path: exists.
+        error: of what tried to read it.
+        so: that the file is damaged.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    found = next((kind for mark, kind in _OTHER_FILES if start.lstrip().startswith(mark)), None)
+    if not start:
+        found = "an empty file"
+    elif found is None or (path.suffix in _PICKLES and start[:2] in (b"PK", b"\x80\x02")):
+        return ConfigError(f"{so} ({type(error).__name__}: {error}).")
+    return ConfigError(f"{so}. Found {found}.")
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the names of what a model is wrapped in for training, such as DDP's ``module.``."""
+    plain = {_WRAPPERS.sub("", name).removeprefix("."): tensor for name, tensor in state.items()}
+    if all(name.startswith(_DDP) for name in plain):
+        plain = {name.removeprefix(_DDP): tensor for name, tensor in plain.items()}
+    return plain if len(plain) == len(state) else state
+
+
 def _is_lora(name: str) -> bool:
-    return re.search(r"lora[_.]", name) is not None
+    return re.search(r"(?<![a-z])lora\d?[_.]", name) is not None
 
 
 def foreign_format(names: Iterable[str]) -> str | None:
@@ -209,12 +272,33 @@ def foreign_format(names: Iterable[str]) -> str | None:
         names: of all tensors of a file.
     """
     every = list(names)
-    for pattern, kind in _FORMATS:
-        if any(re.search(pattern, name) for name in every):
-            return kind
+    if found := _first(_FORMATS, every):
+        return found
+    model = _first(_MODELS, every)
     if not any(_is_lora(name) for name in every):
-        what = next((part for pattern, part in _PARTS for n in every if re.search(pattern, n)), "")
+        if other := _other_adapter(every):
+            return f"a {other} of peft, which is no LoRA"
+        what = model or _first(_PARTS, every)
         return f"whole weights{f' of {what}' if what else ''}, not a LoRA"
-    if any(re.search(r"\.alpha$|^lora_", name) for name in every):
+    comfy = any(name.startswith("diffusion_model.") for name in every)
+    if model or comfy:
+        return f"a {'ComfyUI ' if comfy else ''}LoRA{f' of {model}' if model else ''}"
+    if any(re.search(r"\.(network_)?alpha$|^lora_", name) for name in every):
         return "a LoRA in the names of kohya-ss or LyCORIS, with `alpha` beside the tensors"
     return None
+
+
+def _first(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> str:
+    """What the first pattern means that is found in a name; "" for none."""
+    every = list(names)
+    found = (what for pattern, what in patterns if any(re.search(pattern, n) for n in every))
+    return next(found, "")
+
+
+def _other_adapter(names: Iterable[str]) -> str:
+    """Which of peft's other kinds of adapters has such tensors; "" for none."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as PREFIXES
+
+    parts = [part for name in names for part in name.split(".")]
+    found = (kind for kind, prefix in PREFIXES.items() if any(p.startswith(prefix) for p in parts))
+    return next((kind.value for kind in found), "")

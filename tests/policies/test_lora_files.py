@@ -28,6 +28,13 @@ CPU = torch.device("cpu")
 LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k")
 PEFT_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_k"]}
 
+WRAPPED = (  # in DDP, or compiled
+    "module.{layer}.lora_{part}.default.weight",
+    "module.transformer.{layer}.lora_{part}.weight",
+    "transformer._orig_mod.{layer}.lora_{part}.weight",
+    "_orig_mod.{layer}.lora_{part}.weight",
+)
+
 
 @pytest.fixture(scope="module")
 def transformer():
@@ -64,6 +71,7 @@ def test_formats_of_diffusers_and_peft_are_read_alike(tmp_path: Path, transforme
         ("anything.safetensors", plain),
         ("bare.safetensors", tensors(transformer, "{layer}.lora_{part}.weight")),
         ("named.safetensors", tensors(transformer, "{layer}.lora_{part}.default.weight")),
+        *((f"{i}.safetensors", tensors(transformer, name)) for i, name in enumerate(WRAPPED)),
     ):
         save_file(state, tmp_path / name)
     pickled = tmp_path / "pickled"
@@ -78,6 +86,7 @@ def test_formats_of_diffusers_and_peft_are_read_alike(tmp_path: Path, transforme
         for place in (
             *(tmp_path / name for name in (DIFFUSERS, "anything.safetensors")),
             *(tmp_path / name for name in ("bare.safetensors", "named.safetensors")),
+            *(tmp_path / f"{i}.safetensors" for i in range(len(WRAPPED))),
             *(pickled, alone, folder, folder / PEFT),
         )
     }
@@ -142,6 +151,27 @@ def test_a_peft_folder_is_what_peft_makes_of_it(tmp_path: Path, transformer):
         (["transformer_blocks.0.attn.to_q.weight"], "whole weights of an image transformer"),
         (["model.layers.0.self_attn.q_proj.weight"], "whole weights of a language model"),
         (["transformer_blocks.0.attn.to_q.lora.down.weight", "x.alpha"], "alpha"),
+        (["transformer.a.lora.down.weight", "transformer.a.network_alpha"], "alpha"),
+        (["double_blocks.0.processor.qkv_lora1.down.weight"], "XLabs LoRA of Flux"),
+        (["double_blocks.0.img_attn.qkv.lora_A.weight"], "a LoRA of Flux or"),
+        (["double_blocks.0.img_attn.qkv.weight"], "whole weights of Flux"),
+        (["transformer.double_blocks.0.img_attn_qkv.lora_A.weight"], "LoRA of HunyuanVideo"),
+        (["blocks.0.self_attn.q.lora_A.weight"], "LoRA of Wan"),
+        (["diffusion_model.blocks.0.ffn.0.lora_B.weight"], "ComfyUI LoRA of Wan"),
+        (["lora_unet_blocks_0_cross_attn_k.lora_down.weight"], "kohya-ss LoRA of Wan"),
+        (["transformer.joint_transformer_blocks.0.attn.to_q.lora_A.weight"], "LoRA of AuraFlow"),
+        (["transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight"], "LoRA of Qwen-Image"),
+        (["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"], "PixArt, Sana, LTX"),
+        (["joint_blocks.0.x_block.attn.qkv.lora_A.weight"], "Stability AI's names"),
+        (["unet:0:up", "unet:0:down"], "cloneofsimo"),
+        (["base_model.model.a.lora_A", "base_model.model.a.lora_E"], "AdaLoRA"),
+        (
+            ["base_model.model.a.vera_lambda_b", "base_model.model.a.vera_lambda_d"],
+            "a VERA of peft",
+        ),
+        (["base_model.model.a.randlora_lambda"], "a RANDLORA of peft"),
+        (["lycoris_a.a1.weight", "lycoris_a.b1.weight"], "GLoRA"),
+        (["lora_transformer_a.diff"], "differences of whole weights"),
     ],
 )
 def test_foreign_formats_are_named_for_what_they_are(
@@ -155,6 +185,10 @@ def test_foreign_formats_are_named_for_what_they_are(
 def test_what_is_read_is_not_called_foreign(transformer):
     for pattern in ("transformer.{layer}.lora_{part}.weight", "base_model.model.{layer}.lora_A.w"):
         assert foreign_format(tensors(transformer, pattern)) is None
+    # A language model's blocks are not a video model's.
+    assert (
+        foreign_format(["base_model.model.transformer.blocks.0.ffn.up_proj.lora_A.weight"]) is None
+    )
     language = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
     assert (
         foreign_format([language, "base_model.model.model.layers.0.mlp.up.lora_B.weight"]) is None
@@ -198,6 +232,99 @@ def test_another_base_model_is_told_by_its_shapes(tmp_path: Path, transformer):
         read_text_adapter(tmp_path, model)
     with pytest.raises(ConfigError, match="do not fit the base model"):
         read_text_adapter(peft_folder(tmp_path / "peft", transformer), model)
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"", "an empty file"),
+        (b"PK\x03\x04", "a pickle of PyTorch"),
+    ],
+)
+@pytest.mark.parametrize("name", [DIFFUSERS, CONFIG])
+def test_a_file_of_something_else_is_named(
+    tmp_path: Path, transformer, name: str, start: bytes, found: str
+):
+    folder = peft_folder(tmp_path, transformer) if name == CONFIG else tmp_path
+    (folder / name).write_bytes(start)
+    with pytest.raises(ConfigError, match=rf"{name}` (is|are) damaged\. Found {found}"):
+        read_sd3_adapter(folder, transformer)
+
+
+@pytest.mark.parametrize("pattern", ["{layer}.lora_{part}.weight", "{layer}.lora.{part}.weight"])
+@pytest.mark.parametrize("lost", ["A", "B"])
+def test_half_a_layer_is_told_as_incomplete(tmp_path: Path, transformer, pattern: str, lost: str):
+    old = {"A": "down", "B": "up"}
+    state = tensors(transformer, "{layer} {part}")
+    kept = {
+        pattern.format(
+            layer=name.split()[0], part=old[part] if "lora." in pattern else part
+        ): tensor
+        for name, tensor in state.items()
+        if (part := name.split()[1]) != lost or LAYERS[0] not in name
+    }
+    save_file({f"transformer.{name}": t for name, t in kept.items()}, tmp_path / DIFFUSERS)
+    with pytest.raises(ConfigError, match=rf"attn\.to_q is .*{lost} None.*the file is incomplete"):
+        read_sd3_adapter(tmp_path, transformer)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"{q}.lora_A.weight": torch.ones(4), "{q}.lora_B.weight": torch.ones(4)},
+        {"{q}.lora_A.weight": torch.ones(0, 128), "{q}.lora_B.weight": torch.ones(128, 0)},
+        {"{q}.lora_A.weight": torch.ones(4, 128).char(), "{q}.lora_B.weight": torch.ones(128, 4)},
+        {"{q}x.lora_A.weight": torch.ones(4, 128), "{q}x.lora_B.weight": torch.ones(128, 4)},
+        {"pos_embed.proj.lora_A.weight": torch.ones(4, 16, 2, 2)},
+    ],
+    ids=["vectors", "no rank", "integers", "no such layer", "a convolution"],
+)
+def test_tensors_that_are_no_update_are_told_once(
+    tmp_path: Path, transformer, state: dict[str, torch.Tensor], caplog, capfd
+):
+    """diffusers logs what it raises."""
+    named = {f"transformer.{name.format(q=LAYERS[0])}": t for name, t in state.items()}
+    save_file(named, tmp_path / DIFFUSERS)
+    with pytest.raises(ConfigError, match=rf"LoRA weights `{tmp_path}.* (should be|do not fit)"):
+        read_sd3_adapter(tmp_path, transformer)
+    assert not caplog.text
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": None}, "target_modules.*Found null"),
+        ({"target_modules": 5}, "target_modules should be a list"),
+        ({"target_modules": [None]}, "do not fit"),
+        ({"target_modules": "["}, "do not fit.*unterminated"),
+        ({"target_modules": ["no_such_layer"]}, "do not fit.*not found"),
+        ({"r": "4"}, "r should be a whole number"),
+        ({"r": 8}, f"the rank of {CONFIG}, 8 in layer"),
+        ({"lora_alpha": None}, "lora_alpha should be a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha should be finite"),
+        ({"rank_pattern": []}, "rank_pattern should be a mapping"),
+        ({"alpha_pattern": {"to_q": "x"}}, "do not fit"),
+        ({"peft_type": "ADALORA"}, "should be of a LoRA. Found peft_type ADALORA"),
+    ],
+)
+def test_damaged_settings_of_peft_are_told(tmp_path: Path, transformer, settings, message: str):
+    """And leave the skeleton as it was."""
+    folder = peft_folder(tmp_path, transformer)
+    (folder / CONFIG).write_text(json.dumps({**PEFT_CONFIG, **settings}))
+    with pytest.raises(ConfigError, match=message):
+        read_sd3_adapter(folder, transformer)
+    assert type(transformer.get_submodule(LAYERS[0])) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", "3", '{"transformer.r": 4}'])
+def test_damaged_metadata_of_diffusers_are_told(tmp_path: Path, transformer, metadata: str):
+    state = tensors(transformer, "transformer.{layer}.lora_{part}.weight")
+    save_file(state, tmp_path / DIFFUSERS, metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises(ConfigError, match="have damaged metadata"):
+        read_sd3_adapter(tmp_path, transformer)
 
 
 # ---------------------------------------------------------------------- a second stage
@@ -322,6 +449,15 @@ def test_what_does_not_fit_is_told_before_a_model_loads(
     for make in (build.trainer, lambda settings: build.policy(settings, CPU)):
         with pytest.raises(ConfigError, match=message):
             make(settings)
+
+
+def test_layers_that_it_leaves_out_are_told_once(tmp_path: Path, transformer, caplog):
+    """The files are read twice: checked before anything expensive, and where they are used."""
+    folder = peft_folder(tmp_path / "peft", transformer)
+    settings = settings_of(tmp_path, adapter=str(folder))
+    settings.prompts.train = "tiny"
+    build.trainer(settings).close()
+    assert caplog.text.count("none for 10 of the 12 layers") == 1
 
 
 def test_a_resumed_run_does_not_read_it(tmp_path: Path):
