@@ -25,6 +25,7 @@ class Lessons:
         self._names = names
         self._rollouts = 0
         self._empty: Counter[str] = Counter()  # rollouts by objective
+        self._unjudged: Counter[str] = Counter()  # rollouts without one sample that it applies to
         self._in_vain = 0  # rollouts without any advantage
         self._resumed = False
 
@@ -45,7 +46,10 @@ class Lessons:
             applying = row[~row.isnan()]
             # A critic's estimates vary even where the reward does not.
             constant = len(applying) > 0 and bool((applying == applying[0]).all())
-            if not len(applying) or (not constant and own.any()):
+            if not len(applying):
+                self._unjudged[name] += 1
+                continue
+            if not constant and own.any():
                 continue
             self._empty[name] += 1
             if first:
@@ -69,8 +73,14 @@ class Lessons:
         """Say at the end of a run from what nothing was learned since it began or was resumed."""
         since = " since it was resumed" if self._resumed else ""
         for name in self._names:
-            count = self._empty[name]
-            if count and 2 * count >= self._rollouts:
+            count, judged = self._empty[name], self._rollouts - self._unjudged[name]
+            if self._rollouts and not judged:
+                logger.warning(
+                    "Nothing could be learned from the reward %s in %d of %d rollouts%s: it was "
+                    "NaN for every sample, as if it applied to none of the prompts.",
+                    *(name, self._rollouts, self._rollouts, since),
+                )
+            elif count and 2 * count >= judged:
                 logger.warning(
                     "Nothing could be learned from the reward %s in %d of %d rollouts%s: it did "
                     "not differ between samples of a prompt.",

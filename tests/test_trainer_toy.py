@@ -18,6 +18,7 @@ from moa_diffusion import build, checkpoint
 from moa_diffusion.config import Config, check, from_dict
 from moa_diffusion.data import derive_seed
 from moa_diffusion.heldout import mean_and_error
+from moa_diffusion.lessons import Lessons
 from moa_diffusion.metrics import read_metrics
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.stepper import TrainingError
@@ -73,6 +74,10 @@ def constant(images, prompts):
 
 def by_prompt(images, prompts):
     return [float(ord(prompt[0])) for prompt in prompts]
+
+
+def nothing(images, prompts):
+    return [math.nan] * len(prompts)
 
 
 def tagged(images, prompts, tag):
@@ -711,6 +716,31 @@ def test_a_reward_that_never_differs_is_told_at_once_and_at_the_end(tmp_path, ca
         f"Nothing could be learned from the reward {name} in 4 of 4 rollouts"
         for name in ("constant", "by_prompt")
     ]
+
+
+def test_a_reward_that_never_applies_is_told_at_the_end(tmp_path, caplog):
+    make(tmp_path / "run", rewards=rewards("red", "nothing")).run()
+    (last,) = warnings_of(caplog)
+    assert last.startswith("Nothing could be learned from the reward nothing in 4 of 4 rollouts:")
+    assert "NaN for every sample" in last
+
+
+def test_a_reward_that_seldom_applies_is_judged_by_where_it_does(caplog):
+    lessons = Lessons(("seldom", "rare"))
+    for step in range(6):
+        seldom = [0.5, 0.5] if step == 3 else [math.nan, math.nan]
+        rare = [0.0, 1.0] if step == 3 else [math.nan, math.nan]
+        values = torch.tensor([seldom, rare], dtype=torch.float64)
+        matrix = RewardMatrix(
+            names=("seldom", "rare"),
+            values=values,
+            groups=torch.zeros(2).long(),
+            prompts=("a", "a"),
+        )
+        lessons.look(matrix, values.nan_to_num(), torch.ones(2), first=step == 0)
+    lessons.report()
+    (last,) = warnings_of(caplog)
+    assert last.startswith("Nothing could be learned from the reward seldom in 1 of 6 rollouts:")
 
 
 def test_a_run_that_learns_nothing_says_so(tmp_path, caplog):
