@@ -199,10 +199,10 @@ class Loop(ABC):
                     self._round(bar)
             except (RewardError, TrainingError, ProcessError, Interrupted) as error:
                 share_telling(self.comm, error)
-                error.add_note(self._rescue(alone=False))
+                error.add_note(self._rescue(error, alone=False))
                 raise
             except (Exception, SystemExit) as error:  # the other processes may not know of it
-                error.add_note(self._rescue(alone=True))
+                error.add_note(self._rescue(error, alone=True))
                 raise
 
     def _round(self, bar: tqdm[Any]) -> None:
@@ -263,11 +263,11 @@ class Loop(ABC):
                 self._retain()
         return folder
 
-    def _rescue(self, *, alone: bool) -> str:
+    def _rescue(self, failure: BaseException, *, alone: bool) -> str:
         """Save what can be saved after a failure; says where it is."""
         if self.torn:
             return f"The state in memory is between two {self.title}: it is not saved."
-        return self._saver.rescue(self.completed, alone=alone)
+        return self._saver.rescue(self.completed, failure, alone=alone)
 
     def _forget_lost_checkpoints(self) -> None:
         """An alarm goes back only to what is there: a run may go on in another folder."""

@@ -11,7 +11,7 @@ from typing import Any
 from moa_diffusion import checkpoint
 from moa_diffusion.distributed import Comm
 from moa_diffusion.stepper import Stepper
-from moa_diffusion.storage import remove
+from moa_diffusion.storage import StorageError, remove
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,12 @@ class Saver:
             (partial / checkpoint.STATE).write_bytes(state)
         return True
 
-    def rescue(self, step: int, *, alone: bool) -> str:
+    def rescue(self, step: int, failure: BaseException, *, alone: bool) -> str:
         """Save the state after a failure, outside of the run's folder if that takes nothing.
 
         Args:
             step: rounds finished.
+            failure: what ended the run; what it says is not said again.
             alone: whether other processes may not know of the failure and wait for this one. It
                 then writes by itself; the state is the same on all.
 
@@ -73,16 +74,22 @@ class Saver:
             a sentence on where the state is.
         """
         if alone:
-            return self._rescued(step)
-        note = self._rescued(step) if self.comm.rank == 0 else ""
+            return self._rescued(step, failure)
+        note = self._rescued(step, failure) if self.comm.rank == 0 else ""
         return str(self.comm.gather_objects([note])[0])
 
-    def _rescued(self, step: int) -> str:
+    def _rescued(self, step: int, failure: BaseException) -> str:
         target, done = checkpoint.step_folder(self.folder, step), f"{step} {self.title}"
         try:
             self.write(target)
         except Exception as error:  # the folder takes nothing, or what has failed is in the way
-            return f"{error}\nThe state after {done} {self._elsewhere(target)}"
+            place = f"The state after {done} {self._elsewhere(target)}"
+            told = (
+                isinstance(error, StorageError)
+                and error.sentence
+                and error.sentence in str(failure)
+            )
+            return place if told else f"{error}\n{place}"
         logger.warning("Stopped after %s; saved %s", done, target)
         return f"The state after {done} is in {target}."
 

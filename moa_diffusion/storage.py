@@ -33,6 +33,8 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 class StorageError(OSError):
     """Something could not be written; the message names the path, the cause, and the space."""
 
+    sentence = ""  # without the space, which other processes change; "" if it was made elsewhere
+
 
 @contextmanager
 def writing(target: Path, needed: int | None = None) -> Iterator[None]:
@@ -54,9 +56,10 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
         if number is None:
             raise
         cause = _CAUSES.get(number, os.strerror(number).lower()) if number else str(error)
-        raise StorageError(
-            f"Could not write `{target}`: {cause}{_space(target, number, needed)}."
-        ) from error
+        sentence = f"Could not write `{target}`: {cause}"
+        told = StorageError(f"{sentence}{_space(target, number, needed)}.")
+        told.sentence = sentence
+        raise told from error
 
 
 @contextmanager

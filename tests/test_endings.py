@@ -242,6 +242,7 @@ def test_a_full_disk_keeps_the_state_elsewhere(tmp_path, monkeypatch, straight):
     assert os.listdir(run / "checkpoints") == ["step-000001"]
     note = c.value.__notes__[-1]
     assert f"is in {spare}" in note
+    assert "Could not write" not in note, "the error has said so"
     monkeypatch.undo()
     command = note.split("`")[-2]
     subprocess.run(command, shell=True, check=True)
@@ -260,9 +261,23 @@ def test_no_room_anywhere_names_the_last_whole_checkpoint(tmp_path, monkeypatch,
     assert f"The last whole checkpoint is {run / 'checkpoints/step-000001'}" in str(
         caught.value.__notes__
     )
+    assert str(caught.value.__notes__).count("Could not write") == 1, "to the spare place"
     assert not os.listdir(tmp_path / "spare")
     monkeypatch.undo()
     goes_on(run, straight)
+
+
+def test_why_the_state_could_not_be_saved_is_said_where_the_error_is_another(tmp_path, monkeypatch):
+    trainer = make(tmp_path / "run")
+
+    def fail() -> None:
+        full_disk(monkeypatch, tmp_path / "run")
+        raise RuntimeError("a bug")
+
+    at(trainer, "sample", fail)
+    with pytest.raises(RuntimeError, match="a bug") as caught:
+        trainer.run()
+    assert caught.value.__notes__[-1].startswith("Could not write `")
 
 
 @pytest.mark.parametrize("error", [StorageError("full"), TrackerError("Tracker aim failed")])
@@ -404,7 +419,7 @@ def test_where_the_state_was_saved_is_said_by_the_process_that_saved_it(tmp_path
     """Another one would name, and make, a temporary folder of its own."""
     others = Nodes(1, ["The state after 3 rounds is in /tmp/run-abc instead.", ""])
     saver = Saver(tmp_path / "run", None, dict, others, "rounds")  # type: ignore[arg-type]
-    assert saver.rescue(3, alone=False) == others.everyone[0]
+    assert saver.rescue(3, StorageError("full"), alone=False) == others.everyone[0]
     assert not (tmp_path / "run").exists()
 
 
