@@ -151,6 +151,48 @@ def test_a_reward_without_options_is_refused(tmp_path):
         loaded(tmp_path, {"rewards": {"red": 3}})
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "''"),
+        (" ", "' '"),
+        ("-/-", "'-/-'"),
+        ("\u200b", r"'\\u200b'"),
+        ("a\nb", r"'a\\nb'"),
+        ("=a", "=a: .* does not begin with `=`"),
+        ("a~b", "a~b: .* without `~`"),
+        (None, "null: should be a name that is text"),
+        (1, '1: should be a name that is text, such as "1" in quotes'),
+        (True, "true: should be a name that is text"),
+    ],
+)
+@pytest.mark.parametrize("section", ["rewards", "evaluation.rewards"])
+def test_what_is_no_name_of_a_reward_is_refused(tmp_path, section, name, message):
+    values = BASE | nested(section, {name: {"head": "red"}})
+    with pytest.raises(ConfigError, match=rf"^{section}\.{message}"):
+        loaded(tmp_path, values)
+    with pytest.raises(ConfigError, match=rf"^{section}\.{message}"):
+        check(from_dict(values))
+
+
+@pytest.mark.parametrize(
+    "name", ["my reward", "schärfe", "质量", "50%", "1", "a/b", "../x", "(a)", "_a", "mine.py:red"]
+)
+def test_a_reward_may_be_called_what_somebody_likes(tmp_path, name):
+    config = loaded(tmp_path, BASE | {"rewards": {name: {"head": "red"}}})
+    assert list(config.rewards) == [name]
+
+
+def test_objectives_of_preferences_have_names_too(tmp_path):
+    mopo = {"policy": {"name": "causal_lm"}, "objectives": {"method": "mopo"}}
+    for given, key in (
+        ({"data": "x.jsonl", "objectives": ["a", "b~c"]}, r"preferences\.objectives\.b~c"),
+        ({"pairs": {"": "x.jsonl"}}, r"preferences\.pairs\.''"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key}: should be a name"):
+            check(from_dict(BASE | mopo | {"preferences": given}))
+
+
 RANGES = [
     ("policy.max_sequence_length", 0),
     ("policy.vae_batch", 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import operator
 from collections.abc import Callable
@@ -136,7 +137,10 @@ def _check_preferences(config: Config) -> None:
             "preferences.objectives: should be left out beside preferences.pairs, which names "
             f"them. Found {preferences.objectives}."
         )
+    for name in preferences.objectives:
+        _check_name("preferences.objectives", name)
     for name, file in preferences.pairs.items():
+        _check_name("preferences.pairs", name)
         if not isinstance(file, str):
             raise ConfigError(f"preferences.pairs.{name}: should be a file. Found {file!r}.")
     if config.objectives.method != "mopo":
@@ -259,12 +263,13 @@ def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> 
 
 
 def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
-    """Check every objective's options as far as they are common to all heads.
+    """Check every objective's name, and its options as far as they are common to all heads.
 
     Raises:
         ConfigError: naming the first that is wrong.
     """
     for name, options in rewards.items():
+        _check_name(section, name)
         key = f"{section}.{name}"
         if not isinstance(options, dict):
             raise ConfigError(f"{key}: should be a mapping of options. Found {options!r}.")
@@ -276,6 +281,31 @@ def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
         for text in ("head", "path"):
             if not isinstance(options.get(text, ""), str):
                 raise ConfigError(f"{key}.{text}: should be text. Found {options[text]!r}.")
+
+
+def _check_name(section: str, name: Any) -> None:
+    """Names of rewards are the ends of names of metrics, and heads of columns."""
+    if not isinstance(name, str):
+        shown = json.dumps(name, default=str)
+        raise ConfigError(
+            f'{section}.{shown}: should be a name that is text, such as "{shown}" in quotes. Found '
+            f"{shown}."
+        )
+    if not any(letter.isalnum() for letter in name) or name != "".join(name.splitlines()):
+        raise ConfigError(
+            f"{section}.{name!r}: should be a name of one line, with a letter or a digit. Found "
+            f"{name!r}."
+        )
+    if name.startswith("="):
+        raise ConfigError(
+            f"{section}.{name}: should be a name that does not begin with `=`, which makes a "
+            f"formula of the column of its scores. Found {name!r}."
+        )
+    if "~" in name:
+        raise ConfigError(
+            f"{section}.{name}: should be a name without `~`, which joins the names of two rewards "
+            f"in a metric such as `correlation/a~b`. Found {name!r}."
+        )
 
 
 def _require(config: Config, key: str, holds: Callable[[Any], bool], expectation: str) -> None:
