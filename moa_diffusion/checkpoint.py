@@ -172,7 +172,7 @@ def find(resume: str, run: Path) -> Path:
         if not (folder / STATE).is_file():
             raise ConfigError(
                 "resume: should be 'latest' or a checkpoint folder such as "
-                f"{step_folder(run, 100)}. Found no {STATE} in `{folder}`."
+                f"{step_folder(run, 100)}. Found no {STATE} in `{folder}`.{_meant(folder, run)}"
             )
         return folder
     found = list_checkpoints(run)
@@ -182,6 +182,17 @@ def find(resume: str, run: Path) -> Path:
             "run was moved, --output_dir names its folder."
         )
     return found[-1]
+
+
+def _meant(folder: Path, run: Path) -> str:
+    """The checkpoints in or around a folder that is none, or in the run's own."""
+    for place in (folder, *folder.parents[:3], run):  # up from step-000001/ema or its state.pt
+        if found := list_checkpoints(place):
+            names = ", ".join(f"`{path}`" for path in found[-5:])
+            return f" In `{place}` there {'are' if found[1:] else 'is'} {names}" + (
+                ", the newest last." if found[1:] else "."
+            )
+    return f" There is no checkpoint in `{folder}`, nor in `{run}`."
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -142,6 +142,14 @@ def test_find(tmp_path):
     assert checkpoint.find("latest", tmp_path).name == "step-000010"
     chosen = checkpoint.step_folder(tmp_path, 9)
     assert checkpoint.find(str(chosen), tmp_path / "elsewhere") == chosen
+    every = ", ".join(f"`{checkpoint.step_folder(tmp_path, step)}`" for step in (2, 9, 10))
+    for place in (".", "checkpoints", "checkpoints/step-000003", "checkpoints/step-000009/ema"):
+        with pytest.raises(ConfigError, match=rf"there are {every}, the newest last\."):
+            checkpoint.find(str(tmp_path / place), tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=rf"In `{tmp_path}` there are {every}"):
+        checkpoint.find("last", tmp_path)
+    with pytest.raises(ConfigError, match=r"no checkpoint in `/nope`, nor in `/elsewhere`"):
+        checkpoint.find("/nope", Path("/elsewhere"))
     with pytest.raises(ConfigError, match="resume: should be 'latest' or a checkpoint folder"):
         checkpoint.find(str(tmp_path), tmp_path)
     (checkpoint.step_folder(tmp_path, 10) / checkpoint.STATE).unlink()
