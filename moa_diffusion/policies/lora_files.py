@@ -253,7 +253,7 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
     return ConfigError(f"{so}. Found {found}.")
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the names of what a model is wrapped in for training, such as DDP's ``module.``."""
     plain = {_WRAPPERS.sub("", name).removeprefix("."): tensor for name, tensor in state.items()}
     if all(name.startswith(_DDP) for name in plain):
