@@ -84,11 +84,7 @@ class Saver:
             self.write(target)
         except Exception as error:  # the folder takes nothing, or what has failed is in the way
             place = f"The state after {done} {self._elsewhere(target)}"
-            told = (
-                isinstance(error, StorageError)
-                and error.sentence
-                and error.sentence in str(failure)
-            )
+            told = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
             return place if told else f"{error}\n{place}"
         logger.warning("Stopped after %s; saved %s", done, target)
         return f"The state after {done} is in {target}."

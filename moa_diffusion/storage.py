@@ -33,7 +33,7 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 class StorageError(OSError):
     """Something could not be written; the message names the path, the cause, and the space."""
 
-    sentence = ""  # without the space, which other processes change; "" if it was made elsewhere
+    cause = ""  # in words, such as "the disk is full"; "" if it was not the system's
 
 
 @contextmanager
@@ -56,9 +56,8 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
         if number is None:
             raise
         cause = _CAUSES.get(number, os.strerror(number).lower()) if number else str(error)
-        sentence = f"Could not write `{target}`: {cause}"
-        told = StorageError(f"{sentence}{_space(target, number, needed)}.")
-        told.sentence = sentence
+        told = StorageError(f"Could not write `{target}`: {cause}{_space(target, number, needed)}.")
+        told.cause = cause
         raise told from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion import build, checkpoint, metrics
+from moa_diffusion import build, checkpoint, metrics, storage
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.distributed import LocalComm, ProcessError, agreed, share_telling, tells
 from moa_diffusion.metrics import read_metrics
@@ -265,6 +265,21 @@ def test_no_room_anywhere_names_the_last_whole_checkpoint(tmp_path, monkeypatch,
     assert not os.listdir(tmp_path / "spare")
     monkeypatch.undo()
     goes_on(run, straight)
+
+
+def test_a_full_disk_is_told_once_whatever_met_it_first(tmp_path, monkeypatch):
+    trainer = make(tmp_path / "run")
+
+    def full(path: Path, text: str) -> None:
+        full_disk(monkeypatch, tmp_path / "run")
+        with storage.writing(path, len(text)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    at(trainer, "sample", lambda: monkeypatch.setattr(metrics, "append_text", full))
+    with pytest.raises(ProcessError, match=r"metrics\.jsonl`: the disk is full") as caught:
+        trainer.run()
+    assert "Could not write" not in caught.value.__notes__[-1]
+    assert "instead. When there is room" in caught.value.__notes__[-1]
 
 
 def test_why_the_state_could_not_be_saved_is_said_where_the_error_is_another(tmp_path, monkeypatch):
