@@ -27,7 +27,8 @@ from moa_diffusion.evaluation.pareto import write_pareto
 from moa_diffusion.evaluation.report.page import NAME as REPORT
 from moa_diffusion.evaluation.report.page import write_report
 from moa_diffusion.evaluation.summary import text, write_summary
-from moa_diffusion.evaluation.table import NAME, Table, read_table, write_table
+from moa_diffusion.evaluation.table import NAME, Table, read_table
+from moa_diffusion.evaluation.write import write_table
 from moa_diffusion.paths import expanded
 from moa_diffusion.text_files import check_encodable
 from moa_diffusion.types import ConfigError

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moa_diffusion.evaluation.files import write_text
 from moa_diffusion.evaluation.grid import short, shown_prompts
 from moa_diffusion.evaluation.table import Table
+from moa_diffusion.storage import write_text
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]|~#$!]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}

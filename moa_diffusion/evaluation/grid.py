@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from moa_diffusion import pictures
-from moa_diffusion.evaluation.files import replaced
 from moa_diffusion.evaluation.table import Table
+from moa_diffusion.storage import replaced
 
 SIDE = 192  # of a thumbnail, in pixels
 SIZE = 13  # of the letters, in pixels

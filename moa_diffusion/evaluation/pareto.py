@@ -10,11 +10,11 @@ from typing import Any
 import numpy
 import torch
 
-from moa_diffusion.evaluation.files import replaced
 from moa_diffusion.evaluation.intervals import Array
 from moa_diffusion.evaluation.summary import Summary
 from moa_diffusion.evaluation.table import Table
 from moa_diffusion.front import nondominated
+from moa_diffusion.storage import replaced
 
 # Okabe and Ito's colours: told apart with any colour vision, and by markers besides.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moa_diffusion.digests import json_digest
 from moa_diffusion.evaluation.adapters import Adapter
-from moa_diffusion.evaluation.files import json_digest
 from moa_diffusion.types import ConfigError
 
 

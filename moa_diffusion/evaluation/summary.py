@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 import torch
 
-from moa_diffusion.evaluation.files import write_text
 from moa_diffusion.evaluation.intervals import (
     LEVEL,
     RESAMPLES,
@@ -28,6 +27,7 @@ from moa_diffusion.evaluation.intervals import (
 from moa_diffusion.evaluation.table import Table
 from moa_diffusion.front import nondominated
 from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.storage import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

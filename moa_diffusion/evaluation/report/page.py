@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.evaluation.files import write_text
 from moa_diffusion.evaluation.intervals import LEVEL
 from moa_diffusion.evaluation.report.data import distinct, page_data
 from moa_diffusion.evaluation.report.headline import cards, worst_gain
@@ -18,6 +17,7 @@ from moa_diffusion.evaluation.report.thumbnails import thumbnails
 from moa_diffusion.evaluation.report.training import Training, read_training
 from moa_diffusion.evaluation.summary import Summary
 from moa_diffusion.evaluation.table import Table
+from moa_diffusion.storage import write_text
 
 NAME = "report.html"
 HERE = Path(__file__).parent
