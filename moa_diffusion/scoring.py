@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
-from moa_diffusion.randomness import undisturbed
+from moa_diffusion.processes.randomness import undisturbed
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head

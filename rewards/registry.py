@@ -32,22 +32,22 @@ from rewards.targets import (
 TargetT = TypeVar("TargetT", bound=Callable[..., Any])
 
 _BUILT_IN = {
-    "aesthetic": "rewards.aesthetic",
-    "classifier": "rewards.classifier",
-    "clipscore": "rewards.clip",
-    "colourfulness": "rewards.simple",
-    "deqa": "rewards.deqa.head",
-    "format": "rewards.prose",
-    "jpeg_compressibility": "rewards.simple",
-    "keyword": "rewards.prose",
-    "length": "rewards.prose",
-    "ocr": "rewards.ocr",
-    "pickscore": "rewards.clip",
-    "prompt_colour": "rewards.simple",
-    "qrealign": "rewards.qrealign",
-    "remote": "rewards.remote",
-    "repetition": "rewards.prose",
-    "sharpness": "rewards.simple",
+    "aesthetic": "rewards.heads.aesthetic",
+    "classifier": "rewards.heads.classifier",
+    "clipscore": "rewards.heads.clip",
+    "colourfulness": "rewards.heads.simple",
+    "deqa": "rewards.heads.deqa.head",
+    "format": "rewards.heads.prose",
+    "jpeg_compressibility": "rewards.heads.simple",
+    "keyword": "rewards.heads.prose",
+    "length": "rewards.heads.prose",
+    "ocr": "rewards.heads.ocr.head",
+    "pickscore": "rewards.heads.clip",
+    "prompt_colour": "rewards.heads.simple",
+    "qrealign": "rewards.heads.qrealign",
+    "remote": "rewards.serving.remote",
+    "repetition": "rewards.heads.prose",
+    "sharpness": "rewards.heads.simple",
 }
 
 

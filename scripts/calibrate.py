@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> int:
     """Draw, score, write, print; the exit status: 0, 1 if a reward failed, 2 for bad input."""
-    from moa_diffusion.paths import expanded as place
+    from moa_diffusion.files.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOne process. Other options (--dotted.key value) override YAML.",
@@ -31,8 +31,8 @@ def main() -> int:
         return 2
 
     from moa_diffusion import config
-    from moa_diffusion.evaluation.calibrate import measure, report
-    from moa_diffusion.evaluation.calibration_picture import picture
+    from moa_diffusion.calibration.measure import measure, report
+    from moa_diffusion.calibration.picture import picture
     from moa_diffusion.objectives.calibration import save
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.types import ConfigError

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().with_name("train_sd.py")
 
 def main() -> int:
     """Run, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
-    from moa_diffusion.paths import expanded as place
+    from moa_diffusion.files.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOther options (--dotted.key value) override YAML for every run. "
@@ -35,10 +35,10 @@ def main() -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error("a comparison starts processes itself: start it with `python`.")
 
-    from moa_diffusion.evaluation import compare
-    from moa_diffusion.evaluation.compare_picture import picture
-    from moa_diffusion.evaluation.runs import execute, plan
-    from moa_diffusion.storage import write_text
+    from moa_diffusion.comparison import results as compare
+    from moa_diffusion.comparison.picture import picture
+    from moa_diffusion.comparison.runs import execute, plan
+    from moa_diffusion.files.writing import write_text
     from moa_diffusion.types import ConfigError
 
     folder: Path = options.output

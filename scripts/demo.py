@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moa_diffusion import checkpoint, config
-from moa_diffusion.evaluation.curves import picture
-from moa_diffusion.evaluation.runs import interruptible
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion import config
+from moa_diffusion.comparison.curves import picture
+from moa_diffusion.comparison.runs import interruptible
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("runs/demo")

@@ -13,7 +13,7 @@ import sys
 
 def main() -> int:
     """Draw, score, write, print; 0, 1 if it failed, 2 for bad input, 130 if it was stopped."""
-    from moa_diffusion.paths import expanded as place
+    from moa_diffusion.files.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nOther options (--dotted.key value) override the runs' settings. "
@@ -50,9 +50,9 @@ def main() -> int:
     from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed
     from moa_diffusion.evaluation import command
     from moa_diffusion.evaluation.evaluate import EvaluationError, evaluate
-    from moa_diffusion.launch import BAD_INPUT, say, status_of
-    from moa_diffusion.launcher import make_accelerator
+    from moa_diffusion.processes.launcher import make_accelerator
     from moa_diffusion.scoring import RewardError
+    from moa_diffusion.training.launch import BAD_INPUT, say, status_of
 
     try:
         with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node

@@ -12,7 +12,7 @@ import sys
 
 def main() -> int:
     """Read, write, print; 0, 2 for bad input."""
-    from moa_diffusion.paths import expanded as place
+    from moa_diffusion.files.paths import expanded as place
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -28,7 +28,7 @@ def main() -> int:
     add("--evaluation", type=place, help="of scripts/evaluate.py; RUN/evaluate if that is there")
     options = parser.parse_args()
 
-    from moa_diffusion.evaluation.export import export
+    from moa_diffusion.export.folder import export
     from moa_diffusion.types import ConfigError
 
     try:

@@ -24,11 +24,12 @@ def main() -> int:
     """Run one command; return 1 if a head cannot be used or fails, 2 if the arguments are wrong."""
     from rich.console import Console
 
-    from moa_diffusion.data import read_prompts
-    from moa_diffusion.paths import expanded as place
-    from rewards import RewardError, cli, folder
-    from rewards.check import Unusable
-    from rewards.server import Limits
+    from moa_diffusion.data.sampling import read_prompts
+    from moa_diffusion.files.paths import expanded as place
+    from rewards import RewardError
+    from rewards.commands import cli, folder
+    from rewards.commands.check import Unusable
+    from rewards.serving.server import Limits
 
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -53,7 +54,9 @@ def main() -> int:
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     serve.add_argument("--token_file", type=place, help=f"or the variable {cli.TOKEN_VARIABLE}")
     for name, size in (sizes := asdict(Limits())).items():
-        serve.add_argument(f"--{name}", type=int, default=size, help="see rewards.server.Limits")
+        serve.add_argument(
+            f"--{name}", type=int, default=size, help="see rewards.serving.server.Limits"
+        )
     options = parser.parse_args()
     try:
         if options.command == "list":

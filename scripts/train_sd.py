@@ -10,10 +10,10 @@ import sys
 
 def main() -> int:
     """Train; returns the exit status: see ``launch``."""
-    from moa_diffusion import build
-    from moa_diffusion.launch import launch
+    from moa_diffusion import assembly
+    from moa_diffusion.training.launch import launch
 
-    return launch(build.trainer)
+    return launch(assembly.trainer)
 
 
 if __name__ == "__main__":

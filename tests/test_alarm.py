@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion import alarm, build, checkpoint
-from moa_diffusion.alarm import Rules, Watch
+from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
-from moa_diffusion.heldout import Evaluation
-from moa_diffusion.metrics import read_metrics
-from moa_diffusion.stepper import TrainingError
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.monitoring import alarm
+from moa_diffusion.monitoring.alarm import Rules, Watch
+from moa_diffusion.monitoring.heldout import Evaluation
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError
 
 NOISE = torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
@@ -289,7 +291,7 @@ def make(folder: Path, resume: str | None = None, **changes) -> Trainer:
         values.setdefault(section, {})[name] = value
     settings = from_dict(values)
     check(settings)
-    trainer = build.trainer(settings)
+    trainer = assembly.trainer(settings)
     trainer.progress = trainer.updater.progress = False
     return trainer
 

@@ -16,7 +16,7 @@ from moa_diffusion.benchmarks import pipelines
 from moa_diffusion.benchmarks.phases import REST, Phases
 from moa_diffusion.benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
 from moa_diffusion.benchmarks.precision import PAMA, measure_precision
-from moa_diffusion.stepper import first_scale
+from moa_diffusion.training.stepper import first_scale
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

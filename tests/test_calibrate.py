@@ -15,9 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
+from moa_diffusion.calibration.measure import draws, findings, measure, report
+from moa_diffusion.calibration.picture import picture
 from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation.calibrate import draws, findings, measure, report
-from moa_diffusion.evaluation.calibration_picture import picture
 from moa_diffusion.objectives.calibration import calibrate, load
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.types import RewardMatrix

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_diffusion import build
+from moa_diffusion import assembly
 from moa_diffusion.config import Config
 from moa_diffusion.objectives.calibration import ObjectiveCalibration
 from moa_diffusion.types import ConfigError
@@ -39,19 +39,21 @@ def settings(path: Path, method: str, **weighting: object) -> Config:
 
 
 def test_apex_starts_from_the_base_level_and_aims_at_the_target(path: Path) -> None:
-    _, apex = build.objectives(settings(path, "apex", targets={"ocr": 0.9}))
+    _, apex = assembly.objectives(settings(path, "apex", targets={"ocr": 0.9}))
     assert apex.given_base.tolist() == [0.5, 2000, 84]
     assert apex.given_target[:2].tolist() == [0.9, 2300]  # the configuration's goes before
     assert apex.given_target[2].isnan()  # without a spread there is nothing to aim at
 
 
 def test_mopo_is_bounded_by_the_base_level(path: Path) -> None:
-    _, mopo = build.objectives(settings(path, "mopo", units="reward", bounds={"sharpness": 2100.0}))
+    _, mopo = assembly.objectives(
+        settings(path, "mopo", units="reward", bounds={"sharpness": 2100.0})
+    )
     assert mopo.bounds[1:].tolist() == [2100, 84]
     assert mopo.bounds[0].isnan()  # the primary
-    _, mopo = build.objectives(settings(path, "mopo", primary="sharpness"))
+    _, mopo = assembly.objectives(settings(path, "mopo", primary="sharpness"))
     assert [mopo.bounds[0], mopo.bounds[2]] == [0.5, 0.5]
-    _, mopo = build.objectives(settings(path, "mopo", bounds=0.4))
+    _, mopo = assembly.objectives(settings(path, "mopo", bounds=0.4))
     assert mopo.bounds[1:].tolist() == [0.4, 0.4]
 
 
@@ -59,4 +61,4 @@ def test_a_file_without_an_objective_is_refused(path: Path) -> None:
     changed = settings(path, "apex")
     changed.rewards["jpeg_compressibility"] = {}
     with pytest.raises(ConfigError, match=r"objectives.calibration: .*'jpeg_compressibility'"):
-        build.objectives(changed)
+        assembly.objectives(changed)

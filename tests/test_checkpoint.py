@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion import checkpoint
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
 
 

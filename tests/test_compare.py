@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 
 from moa_diffusion import config
-from moa_diffusion.evaluation.compare import (
+from moa_diffusion.comparison.picture import mean_path, picture
+from moa_diffusion.comparison.results import (
     Comparison,
     as_json,
     base_units,
@@ -31,9 +32,8 @@ from moa_diffusion.evaluation.compare import (
     table,
     training_seconds,
 )
-from moa_diffusion.evaluation.compare_picture import mean_path, picture
-from moa_diffusion.evaluation.runs import Run, cause_of_death, execute, method_settings, plan
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.comparison.runs import Run, cause_of_death, execute, method_settings, plan
+from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python, running, wait_for
 

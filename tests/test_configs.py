@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moa_diffusion import build, config
-from moa_diffusion.data import read_prompts
+from moa_diffusion import assembly, config
+from moa_diffusion.data.sampling import read_prompts
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,32 +24,32 @@ def test_a_shipped_configuration_is_sound(path: Path, monkeypatch: pytest.Monkey
     if settings.preferences.pairs or settings.preferences.data:
         check_offline(settings)
         return
-    normalizer, weighting = build.objectives(settings)
+    normalizer, weighting = assembly.objectives(settings)
     assert normalizer.objectives == weighting.objectives == tuple(settings.rewards)
-    assert list(build.heads(settings)) == list(settings.rewards)
-    assert build.heldout_requests(settings)
+    assert list(assembly.heads(settings)) == list(settings.rewards)
+    assert assembly.heldout_requests(settings)
     if settings.prompts.train != "tiny":
         train = {prompt.text for prompt in read_prompts(settings.prompts.train)}
-        assert train.isdisjoint(request.prompt for request in build.heldout_requests(settings))
+        assert train.isdisjoint(request.prompt for request in assembly.heldout_requests(settings))
     sizes = (1, 2, 4) if path.stem.startswith("lm") else (1, 2, 4, 8)
     for world_size in sizes:  # with the same forward passes, and so the same parameters
-        geometry = build.solve_geometry(settings, world_size)
+        geometry = assembly.solve_geometry(settings, world_size)
         assert geometry.per_rank * world_size == geometry.samples
         assert geometry.sample_batch == settings.trainer.sample_batch
         assert geometry.micro_batch == settings.trainer.micro_batch
-        assert build.unequal_batches(settings, geometry) is None
+        assert assembly.unequal_batches(settings, geometry) is None
 
 
 def check_offline(settings: config.Config) -> None:
-    assert list(build.heads(settings)) == list(settings.rewards)
-    assert build.heldout_requests(settings)
+    assert list(assembly.heads(settings)) == list(settings.rewards)
+    assert assembly.heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     names = settings.preferences.objectives or list(settings.preferences.pairs)
     assert options.pop("primary") in names
     assert options.pop("bounds").keys() <= set(names)
     OfflineSettings(**options)
     if settings.preferences.data is not None:  # shipped
-        assert build.preferences(settings).objectives == tuple(names)
+        assert assembly.preferences(settings).objectives == tuple(names)
 
 
 def test_there_are_configurations() -> None:

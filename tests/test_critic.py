@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.critic import Critic, gae
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.objectives.noon import Noon
 from moa_diffusion.objectives.normalize import GDPO
+from moa_diffusion.training.critic import Critic, gae
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 
 NAN = math.nan

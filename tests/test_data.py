@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 import torch
 
-from moa_diffusion import build
+from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
-from moa_diffusion.data import (
+from moa_diffusion.data.sampling import (
     Geometry,
     GroupSampler,
     Mixture,
@@ -22,7 +22,7 @@ from moa_diffusion.data import (
     in_turn,
     read_prompts,
 )
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 
 
@@ -325,7 +325,7 @@ def mixed_sets(folder):
 
 
 def test_a_mixture_of_signs_and_plain_prompts_trains_without_false_zeros(tmp_path, capsys):
-    trainer = build.trainer(run_of(tmp_path, **mixed_sets(tmp_path)))
+    trainer = assembly.trainer(run_of(tmp_path, **mixed_sets(tmp_path)))
     trainer.progress = trainer.updater.progress = False
     trainer.run()
     shares = "2 prompts in 25 % of the draws, 3 prompts in 75 % of the draws"
@@ -360,19 +360,19 @@ def test_a_bad_line_of_one_of_several_files_is_named(tmp_path):
     settings = run_of(tmp_path, **mixed_sets(tmp_path))
     written(tmp_path, "plain.csv", "caption\na cat\n \n")
     with pytest.raises(ConfigError, match=r"plain\.csv:3: .*non-empty text `caption`"):
-        build.train_prompts(settings)
+        assembly.train_prompts(settings)
     with pytest.raises(ConfigError, match=r"plain\.csv:3: "):
-        build.heldout_requests(settings)
+        assembly.heldout_requests(settings)
     (tmp_path / "signs.txt").unlink()
     with pytest.raises(ConfigError, match=r"signs\.txt` does not exist"):
-        build.train_prompts(settings)
+        assembly.train_prompts(settings)
 
 
 def test_the_word_tiny_may_stand_in_a_list(tmp_path):
     settings = run_of(tmp_path, train=["tiny", str(tmp_path / "signs.txt")], heldout=["tiny"])
-    tiny, signs = build.train_prompts(settings).sets
+    tiny, signs = assembly.train_prompts(settings).sets
     assert (len(tiny.prompts) > 10, len(signs.prompts), tiny.weight) == (True, 2, 1.0)
-    assert build.heldout_requests(settings)[0].prompt == 'a red sign that says "SET"'
+    assert assembly.heldout_requests(settings)[0].prompt == 'a red sign that says "SET"'
 
 
 # ---------------------------------------------------------------------- geometry

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.storage.log import read_metrics
 from waiting import HANG, python
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
-from moa_diffusion.critic import Critic
-from moa_diffusion.data import Geometry
+from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.ema import EMA
 from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.training.critic import Critic
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.update import Surrogate, Updater
 from moa_diffusion.types import Request, RewardMatrix, Rollout
-from moa_diffusion.update import Surrogate, Updater
 
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from moa_diffusion import tiny
-from moa_diffusion.critic import Critic
-from moa_diffusion.devices import float64_device
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.policies.gumbel import GumbelNoise
+from moa_diffusion.processes.devices import float64_device
+from moa_diffusion.training.critic import Critic
+from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 
 MPS = torch.device("mps", 0)  # as torch itself names it
@@ -154,9 +154,9 @@ def test_value_heads(pretended: Pretended) -> None:
 
 def test_learning_from_preferences(pretended: Pretended) -> None:
     """An optimizer step, and a survey of all responses."""
-    from moa_diffusion.ema import EMA
-    from moa_diffusion.offline import Cloning
-    from moa_diffusion.preference_files import read_preferences
+    from moa_diffusion.data.preference_files import read_preferences
+    from moa_diffusion.training.ema import EMA
+    from moa_diffusion.training.offline import Cloning
 
     data = read_preferences(tiny.PREFERENCES_PATH, ["politeness", "brevity"])
     parameter = torch.nn.Parameter(pretended.place(torch.zeros(())))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moa_diffusion.distributed import LocalComm, local_slice
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.storage.log import read_metrics
 from waiting import HANG, two_processes
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def green(images, prompts):
 
 def make(folder: Path, *rewards: str, **sections: object):
     """A toy run; the sizes are those of the whole rollout, whatever the number of processes."""
-    from moa_diffusion import build
+    from moa_diffusion import assembly
     from moa_diffusion.config import check, from_dict
 
     prompts = folder.parent / "prompts.txt"
@@ -83,7 +83,7 @@ def make(folder: Path, *rewards: str, **sections: object):
         }
     )
     check(config)
-    trainer = build.trainer(config)
+    trainer = assembly.trainer(config)
     trainer.progress = trainer.updater.progress = False
     return trainer
 
@@ -124,8 +124,8 @@ def check_collectives(comm) -> None:
 
 def check_failures(folder: Path) -> None:
     from moa_diffusion.distributed import ProcessError
+    from moa_diffusion.processes.stopping import Interrupted
     from moa_diffusion.scoring import RewardError
-    from moa_diffusion.stopping import Interrupted
 
     failing = make(folder / "failing", "red", "fails_on_one_process")
     try:
@@ -201,18 +201,18 @@ def check_disagreement(folder: Path) -> None:
 
 def check_launch(folder: Path) -> None:
     """The scripts' exit status is 2 on both if the command line is wrong on one."""
-    from moa_diffusion import build
-    from moa_diffusion.launch import launch
+    from moa_diffusion import assembly
+    from moa_diffusion.training.launch import launch
 
     rank, recipe = int(os.environ["RANK"]), folder / "run" / "config.yaml"
     sys.argv = ["train_sd.py", "--config", str(folder / "lost.yaml" if rank else recipe)]
-    assert launch(build.trainer) == 2
+    assert launch(assembly.trainer) == 2
     # A folder each, as two nodes without a shared disk have.
     sys.argv = ["train_sd.py", "--config", str(recipe)]
     sys.argv += ["--output_dir", str(folder / ("nothing" if rank else "run")), "--resume", "latest"]
-    assert launch(build.trainer) == 2
+    assert launch(assembly.trainer) == 2
     sys.argv = ["train_sd.py", "--config", str(folder / "absent.yaml")]
-    assert launch(build.trainer) == 2
+    assert launch(assembly.trainer) == 2
     place = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
     assert place is not None
     assert place.loader is not None
@@ -227,8 +227,8 @@ def check_launch(folder: Path) -> None:
 
 def check_a_write_that_fails(folder: Path) -> None:
     """Only the first process writes; if it cannot, the other ends with it, and nothing is lost."""
-    from moa_diffusion import checkpoint
     from moa_diffusion.distributed import ProcessError
+    from moa_diffusion.storage import checkpoint
 
     full = make(folder / "full", "red")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_diffusion import drift
+from moa_diffusion.monitoring import drift
 
 
 def plain(red: float, green: float, blue: float, side: int = 8) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa_diffusion.ema import EMA
+from moa_diffusion.training.ema import EMA
 
 
 def parameters() -> dict[str, nn.Parameter]:

@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion import build, checkpoint, metrics, storage
+from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.distributed import LocalComm, ProcessError, agreed, share_telling, tells
-from moa_diffusion.metrics import read_metrics
-from moa_diffusion.saving import Saver
+from moa_diffusion.files import writing as storage
+from moa_diffusion.files.writing import StorageError
+from moa_diffusion.processes.stopping import Interrupted, StopRequest
 from moa_diffusion.scoring import RewardError
-from moa_diffusion.stopping import Interrupted, StopRequest
-from moa_diffusion.storage import StorageError
-from moa_diffusion.trackers import TrackerError
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage import log as metrics
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.storage.trackers import TrackerError
+from moa_diffusion.training.saving import Saver
+from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError
 
 
@@ -58,7 +61,7 @@ def make(folder: Path, resume: str | None = None, **sections: object) -> Trainer
     }
     config = from_dict(values)
     check(config)
-    trainer = build.trainer(config)
+    trainer = assembly.trainer(config)
     trainer.progress = trainer.updater.progress = False
     return trainer
 
@@ -185,7 +188,7 @@ def test_the_first_ctrl_c_ends_at_once_while_nothing_has_begun(tmp_path):
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     """Unless it is the same press, which a launcher passes on as well."""
     now = [100.0]
-    monkeypatch.setattr("moa_diffusion.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("moa_diffusion.processes.stopping.time.monotonic", lambda: now[0])
     stop = StopRequest(said=False)
     stop.ask(signal.SIGTERM)
     stop.ask(signal.SIGINT)

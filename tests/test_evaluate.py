@@ -21,19 +21,20 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from moa_diffusion import build, checkpoint
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import WEIGHTS, read_adapter, skeleton
+from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import from_dict
-from moa_diffusion.data import Prompt
+from moa_diffusion.data.sampling import Prompt
 from moa_diffusion.evaluation import command, score_cache
-from moa_diffusion.evaluation.adapters import WEIGHTS, read_adapter, skeleton
-from moa_diffusion.evaluation.checkpoints import candidates
+from moa_diffusion.evaluation.candidates import candidates
 from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
 from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest
-from moa_diffusion.evaluation.soup import mix, mixtures
-from moa_diffusion.evaluation.summary import summarise, text
-from moa_diffusion.evaluation.table import read_table
+from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
-from moa_diffusion.samplers import generators
+from moa_diffusion.report.summary import summarise, text
+from moa_diffusion.report.table import read_table
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python
@@ -89,8 +90,8 @@ OPTIONS = {
 def make_run(folder: Path, seed: int, **sections: object) -> None:
     """A run's folder with two checkpoints, whose weights are drawn and not trained."""
     settings = from_dict(SETTINGS | {"output_dir": str(folder), "seed": seed} | sections)
-    build.write_config(settings)
-    policy = build.policy(settings, torch.device("cpu"))
+    assembly.write_config(settings)
+    policy = assembly.policy(settings, torch.device("cpu"))
     noise = torch.Generator().manual_seed(seed)
     for step in (1, 2):
         for name, parameter in policy.trainable().items():
@@ -628,4 +629,4 @@ def test_code_in_no_file_cannot_be_told_apart():
     head = score_cache.FunctionHead(space["unknown"])
     with pytest.raises(ConfigError, match="should be code in a file"):
         score_cache.Judge.of("unknown", head, {})
-    build.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])
+    assembly.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])

@@ -27,24 +27,25 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moa_diffusion import build, checkpoint
-from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation import command
-from moa_diffusion.evaluation.adapters import Adapter
-from moa_diffusion.evaluation.completions import literal
-from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
-from moa_diffusion.evaluation.export import export
-from moa_diffusion.evaluation.peft_adapters import (
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import Adapter
+from moa_diffusion.adapters.peft import (
     CONFIG,
     WEIGHTS,
     read_adapter,
     skeleton,
     write_adapter,
 )
-from moa_diffusion.evaluation.soup import mix
-from moa_diffusion.evaluation.table import read_table
+from moa_diffusion.adapters.soup import mix
+from moa_diffusion.config import from_dict
+from moa_diffusion.evaluation import command
+from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.evaluation.texts import Texts
+from moa_diffusion.export.folder import export
+from moa_diffusion.report.completions import literal
+from moa_diffusion.report.table import read_table
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python
 
@@ -132,8 +133,8 @@ def settings_of(folder: Path, name: str, seed: int, **sections: Any) -> dict[str
 def make_run(folder: Path, name: str, seed: int) -> None:
     """A run's folder with two checkpoints, whose weights are drawn and not trained."""
     settings = from_dict(settings_of(folder, name, seed))
-    build.write_config(settings)
-    policy = build.policy(settings, torch.device("cpu"))
+    assembly.write_config(settings)
+    policy = assembly.policy(settings, torch.device("cpu"))
     noise = torch.Generator().manual_seed(seed)
     for step in (1, 2):
         for parameter in policy.trainable().values():
@@ -535,7 +536,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     llama(24).save_pretrained(tmp_path / "wide" / "base")
     tokenizer().save_pretrained(tmp_path / "wide" / "base")
     for copy in (other, broken):
-        build.write_config(from_dict(settings_of(runs, "a", 1, output_dir=str(copy))))
+        assembly.write_config(from_dict(settings_of(runs, "a", 1, output_dir=str(copy))))
         for path in (runs / "a").rglob("*"):
             target = copy / path.relative_to(runs / "a")
             if path.is_file() and path.name != "config.yaml":

@@ -11,19 +11,20 @@ import torch
 import yaml
 from PIL import Image
 
-from moa_diffusion import build, checkpoint
-from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation import command
-from moa_diffusion.evaluation.adapters import (
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import (
     WEIGHTS,
     Adapter,
     read_adapter,
     skeleton,
     write_adapter,
 )
+from moa_diffusion.config import from_dict
+from moa_diffusion.evaluation import command
 from moa_diffusion.evaluation.evaluate import evaluate
-from moa_diffusion.evaluation.export import export
+from moa_diffusion.export.folder import export
 from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 
@@ -44,8 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate("ab"):
         settings = from_dict(SETTINGS | {"output_dir": str(folder / name), "seed": seed})
-        build.write_config(settings)
-        policy = build.policy(settings, torch.device("cpu"))
+        assembly.write_config(settings)
+        policy = assembly.policy(settings, torch.device("cpu"))
         noise = torch.Generator().manual_seed(seed)
         for name_of, parameter in policy.trainable().items():
             if "lora_B" in name_of:

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from moa_diffusion import checkpoint
-from moa_diffusion.front import NAME, crowding, nondominated, retain, spread_out
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.front import NAME, crowding, nondominated, retain, spread_out
 
 NAN = math.nan
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from moa_diffusion.comparison.curves import changes
+from moa_diffusion.comparison.results import RunData, base_units, compare
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.evaluation.compare import RunData, base_units, compare
-from moa_diffusion.evaluation.curves import changes
-from moa_diffusion.evaluation.summary import base_spread, summarise
-from moa_diffusion.evaluation.table import Column, Table
-from moa_diffusion.heldout import Evaluation, HeldOut
-from moa_diffusion.metrics import RunLog
+from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
 from moa_diffusion.objectives.calibration import describe
+from moa_diffusion.report.summary import base_spread, summarise
+from moa_diffusion.report.table import Column, Table
 from moa_diffusion.scoring import Scorer
+from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import Request
 from rewards import RewardBatch, RewardHead
 

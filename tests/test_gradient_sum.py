@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.gradient_sum import GradientSum
+from moa_diffusion.training.gradient_sum import GradientSum
 
 
 def summed(parts: list[torch.Tensor]) -> torch.Tensor:

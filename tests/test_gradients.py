@@ -12,16 +12,17 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from moa_diffusion import gradients, tiny
+from moa_diffusion import tiny
 from moa_diffusion.benchmarks import gradients as benchmark
 from moa_diffusion.benchmarks import tables
 from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.gradients import ObjectiveGradients
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.merged import MergedForward
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.training import gradients
+from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.types import Request, Rollout
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from moa_diffusion.launch import launch
-from moa_diffusion.launcher import check_launcher, make_accelerator, unused
+from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
+from moa_diffusion.training.launch import launch
 from moa_diffusion.types import ConfigError
 
 PLAIN = {  # what `accelerate launch` sets without any choice of the user's

@@ -15,34 +15,17 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
-    ("evaluation/*", "benchmarks/*", "integrations/*"),
-    ("build/*", "launch"),
+    ("export/*", "benchmarks/*", "integrations/*"),
+    ("evaluation/*", "comparison/*", "calibration/*"),
+    ("assembly/*",),
     ("tiny/*",),
-    ("trainer", "offline"),
-    ("loop",),
-    ("update", "alarm", "front", "saving"),
-    ("heldout", "checkpoint", "stepper", "critic", "gradient_check"),
-    ("policies/*", "scoring", "gradients"),
-    ("metrics", "drift", "preference_files", "gradient_sum", "lessons"),
-    (
-        "objectives/*",
-        "loss",
-        "samplers",
-        "data",
-        "devices",
-        "preferences",
-        "distributed",
-        "config/*",
-        "ema",
-        "pictures",
-        "trackers",
-        "stopping",
-        "randomness",
-    ),
-    ("prompt_files", "launcher"),
-    ("text_files", "digests"),
-    ("types", "storage"),
-    ("paths",),
+    ("training/*",),
+    ("monitoring/*", "report/*", "adapters/*"),
+    ("policies/*", "scoring", "storage/*"),
+    ("objectives/*", "data/*", "config/*", "statistics/*"),
+    ("distributed", "processes/*"),
+    ("files/*",),
+    ("types",),
     ("moa_diffusion", "rewards/*"),
     ("neighbours",),
 )
@@ -61,7 +44,7 @@ USERS_OF_REWARDS = {
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 # Not among what everything loads: the commands of scripts/rewards.py.
-COMMANDS = {"rewards.cli", "rewards.folder"}
+COMMANDS = {"rewards.commands.cli", "rewards.commands.folder"}
 # Imported inside functions, everywhere: the packages load without them.
 HEAVY = {
     "diffusers",
@@ -195,8 +178,8 @@ def test_a_module_imports_only_from_lower_layers(module: str) -> None:
 
 
 def test_the_trainer_knows_the_policy_protocol_and_no_policy() -> None:
-    path = MODULES["moa_diffusion.trainer"]
-    names = {item.module for item in imports(path.read_text(), "moa_diffusion.trainer")}
+    path = MODULES["moa_diffusion.training.trainer"]
+    names = {item.module for item in imports(path.read_text(), "moa_diffusion.training.trainer")}
     policies = {name for name in names if name.startswith("moa_diffusion.policies")}
     assert policies <= {"moa_diffusion.policies.base"}
 
@@ -209,18 +192,26 @@ def test_one_module_makes_accelerators() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "Accelerator"
     }
-    assert calls == {"moa_diffusion.launcher"}
+    assert calls == {"moa_diffusion.processes.launcher"}
 
 
 @pytest.mark.parametrize(
     ("importer", "source", "complaint"),
     [
-        ("moa_diffusion.loss", "import moa_diffusion.trainer", "not in a lower layer"),
-        ("moa_diffusion.loss", "def f():\n    from moa_diffusion import build", "not in a lower"),
-        ("moa_diffusion.loss", "from .samplers import ode_step", "not in a lower layer"),
-        ("moa_diffusion.trainer", "from rewards import create", "imports `rewards`"),
-        ("rewards.ocr", "from moa_diffusion.types import Rollout", "nothing of moa_diffusion"),
-        ("rewards.ocr", "import yaml", "import it in a function"),
+        ("moa_diffusion.storage.log", "import moa_diffusion.training.trainer", "not in a lower"),
+        (
+            "moa_diffusion.training.loss",
+            "def f():\n    from moa_diffusion import assembly",
+            "not in a lower",
+        ),
+        ("moa_diffusion.scoring", "from .policies import samplers", "not in a lower layer"),
+        ("moa_diffusion.training.trainer", "from rewards import create", "imports `rewards`"),
+        (
+            "rewards.heads.ocr.head",
+            "from moa_diffusion.types import Rollout",
+            "nothing of moa_diffusion",
+        ),
+        ("rewards.heads.ocr.head", "import yaml", "import it in a function"),
         ("moa_diffusion.types", "from accelerate import Accelerator", "import it in a function"),
         ("moa_diffusion.policies.sd3", "from diffusers import UNet", "inside functions only"),
     ],
@@ -235,12 +226,12 @@ def test_a_wrong_import_is_found(importer: str, source: str, complaint: str) -> 
     [
         ("moa_diffusion.policies.sd3", "def f():\n    import diffusers"),
         (
-            "moa_diffusion.loss",
+            "moa_diffusion.training.loss",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import peft",
         ),
         ("moa_diffusion.policies.sd3", "from moa_diffusion.policies import base"),
         ("moa_diffusion.scoring", "from rewards import create"),
-        ("moa_diffusion.metrics", "from accelerate import Accelerator"),
+        ("moa_diffusion.storage.log", "from accelerate import Accelerator"),
     ],
 )
 def test_a_right_import_passes(importer: str, source: str) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.loss import clip_fraction, clipped_surrogate
+from moa_diffusion.training.loss import clip_fraction, clipped_surrogate
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -34,7 +34,7 @@ def run(script: Path, code: str, *, path: str = str(ROOT)) -> subprocess.Complet
     "code",
     [
         "import moa_diffusion",
-        "from moa_diffusion import build",
+        "from moa_diffusion import assembly",
         "import moa_diffusion.types",
         "import rewards, moa_diffusion",
     ],

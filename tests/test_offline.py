@@ -22,19 +22,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion import checkpoint
-from moa_diffusion.alarm import Watch
+from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.ema import EMA
-from moa_diffusion.heldout import Evaluation
-from moa_diffusion.loop import Schedule
-from moa_diffusion.metrics import RunLog, read_metrics
+from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.heldout import Evaluation
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
-from moa_diffusion.offline import Cloning, OfflineTrainer
-from moa_diffusion.preferences import Preferences
+from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
-from moa_diffusion.stepper import TrainingError
-from moa_diffusion.stopping import Interrupted
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import RunLog, read_metrics
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.loop import Schedule
+from moa_diffusion.training.offline import Cloning, OfflineTrainer
+from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.types import ConfigError, Request
 from waiting import HANG
 

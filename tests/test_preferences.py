@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moa_diffusion.preference_files import read_pairs, read_preferences
-from moa_diffusion.preferences import win_rates_of_pairs, win_rates_of_scores
+from moa_diffusion.data.preference_files import read_pairs, read_preferences
+from moa_diffusion.data.preferences import win_rates_of_pairs, win_rates_of_scores
 from moa_diffusion.types import ConfigError
 
 NAN = math.nan

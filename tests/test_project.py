@@ -57,7 +57,7 @@ def test_runs_and_the_environment_are_ignored_by_git() -> None:
 
 
 def test_scripts_import_the_package_rewards_and_not_the_script_of_that_name() -> None:
-    code = "import rewards.ocr as o, rewards as r; print(r.RewardHead, o.__name__, r.__file__)"
+    code = "import rewards.base as b, rewards as r; print(r.RewardHead, b.__name__, r.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
     )

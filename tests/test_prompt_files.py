@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from moa_diffusion.preference_files import read_pairs, read_preferences
-from moa_diffusion.prompt_files import read_prompts
+from moa_diffusion.data.preference_files import read_pairs, read_preferences
+from moa_diffusion.data.prompt_files import read_prompts
 from moa_diffusion.types import ConfigError
 
 PROMPTS = (

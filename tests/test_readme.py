@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moa_diffusion import build, config
+from moa_diffusion import assembly, config
 from waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def test_the_custom_reward_is_ten_lines() -> None:
 def test_named_options_are_options() -> None:
     options = set(re.findall(r"--((?:[a-z]+\.)+[a-z_]+)", README))
     assert options
-    known = set(build.flat(config.Config()))
+    known = set(assembly.flat(config.Config()))
     assert {option for option in options if not option.startswith("rewards.")} <= known
 
 

@@ -19,11 +19,12 @@ import numpy
 import pytest
 from PIL import Image
 
-from moa_diffusion.evaluation.report import headline, thumbnails
-from moa_diffusion.evaluation.report.page import PACKAGES, versions, write_report
-from moa_diffusion.evaluation.report.training import POINTS, read_training
-from moa_diffusion.evaluation.summary import Summary, summarise
-from moa_diffusion.evaluation.table import Column, Table
+from moa_diffusion.report.page import cards as headline
+from moa_diffusion.report.page import thumbnails
+from moa_diffusion.report.page.page import PACKAGES, versions, write_report
+from moa_diffusion.report.page.runs import POINTS, read_training
+from moa_diffusion.report.summary import Summary, summarise
+from moa_diffusion.report.table import Column, Table
 from moa_diffusion.types import ConfigError
 
 EVIL = '</script><script>window.stolen = 1</script><img src=x onerror="window.stolen = 1">'

@@ -14,9 +14,9 @@ import numpy
 import pytest
 from PIL import Image
 
-from moa_diffusion.evaluation.report.page import write_report
-from moa_diffusion.evaluation.summary import summarise
-from moa_diffusion.evaluation.table import Column, Table
+from moa_diffusion.report.page.page import write_report
+from moa_diffusion.report.summary import summarise
+from moa_diffusion.report.table import Column, Table
 from waiting import HANG
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright: pip install playwright")

@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import RewardBatch, RewardError, available, cli, create, register, registry
-from rewards.cards import CARDS
-from rewards.check import PROMPT, check, prepare
-from rewards.folder import ScoreTable, match
-from rewards.server import listen
+from rewards import RewardBatch, RewardError, available, create, register, registry
+from rewards.commands import cli
+from rewards.commands.cards import CARDS
+from rewards.commands.check import PROMPT, check, prepare
+from rewards.commands.folder import ScoreTable, match
+from rewards.serving.server import listen
 from waiting import HANG
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "rewards.py"

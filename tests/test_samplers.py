@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from moa_diffusion.samplers import Step, Steps, cps, flow_sde, generators, noise, ode
+from moa_diffusion.policies.samplers import Step, Steps, cps, flow_sde, generators, noise, ode
 
 CPU = torch.device("cpu")
 

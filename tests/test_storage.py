@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moa_diffusion import checkpoint, storage
-from moa_diffusion.storage import StorageError
+from moa_diffusion.files import writing as storage
+from moa_diffusion.files.writing import StorageError
+from moa_diffusion.storage import checkpoint
 
 
 def fails(number: int):
@@ -69,7 +70,7 @@ def test_a_folder_in_the_place_of_a_file_and_the_other_way_round(tmp_path):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from moa_diffusion import storage
+from moa_diffusion.files import writing as storage
 path = Path(sys.argv[1])
 storage.append_text(path, "a" * 600 + "\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

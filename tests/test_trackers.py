@@ -13,8 +13,8 @@ import pytest
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from moa_diffusion import launcher
-from moa_diffusion.trackers import MAX_NAME, MAX_TEXT, Names, TrackerError, Trackers
+from moa_diffusion.processes import launcher
+from moa_diffusion.storage.trackers import MAX_NAME, MAX_TEXT, Names, TrackerError, Trackers
 
 EVERY = sorted(str(kind) for kind in LoggerType if str(kind) != "all")
 OWN = [  # names of metrics with what users call their rewards
@@ -143,7 +143,7 @@ OFFLINE = {
 ONE = """
 import json, sys
 from pathlib import Path
-from moa_diffusion.trackers import Trackers
+from moa_diffusion.storage.trackers import Trackers
 name, names, settings = json.loads(sys.argv[1])
 found = Trackers([name], Path("trackers"))
 found.start(settings)

@@ -19,11 +19,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from moa_diffusion import build, tiny
+from moa_diffusion import assembly, tiny
 from moa_diffusion.config import check, from_dict, parse
-from moa_diffusion.loop import Loop
-from moa_diffusion.metrics import read_metrics
-from moa_diffusion.offline import OfflineTrainer
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.loop import Loop
+from moa_diffusion.training.offline import OfflineTrainer
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python
 
@@ -71,7 +71,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def make(output: Path, **changes: Any) -> Loop:
     settings = from_dict(merged(FAST, {"output_dir": str(output)} | changes))
     check(settings)
-    run = build.text_trainer(settings)
+    run = assembly.text_trainer(settings)
     run.progress = False
     return run
 
@@ -209,7 +209,7 @@ def arguments(folder: Path, name: str) -> list[str]:
 def one_of_two_processes(folder: Path, names: list[str]) -> None:
     """The last run through the script, which also leaves the process group."""
     for name in names[:-1]:
-        build.text_trainer(parse(arguments(folder, name))).run()
+        assembly.text_trainer(parse(arguments(folder, name))).run()
     sys.argv = [str(SCRIPT), *arguments(folder, names[-1])]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
@@ -356,7 +356,7 @@ def test_bad_preferences_end_with_one_line(
 def test_images_are_not_learned_from_preferences(tmp_path: Path) -> None:
     settings = from_dict(merged(FAST, preferences(tmp_path / "pairs.jsonl")))
     with pytest.raises(ConfigError, match=r"^preferences: should be left out here"):
-        build.trainer(settings)
+        assembly.trainer(settings)
 
 
 def test_a_prompt_of_the_preferences_that_is_too_long_is_named(here: Here, tmp_path: Path) -> None:

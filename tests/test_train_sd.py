@@ -24,10 +24,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from moa_diffusion import build, tiny
+from moa_diffusion import assembly, tiny
+from moa_diffusion.comparison.curves import picture
 from moa_diffusion.config import load, parse
-from moa_diffusion.evaluation.curves import picture
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.storage.log import read_metrics
 from waiting import HANG, python, running, wait_for, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,7 +188,7 @@ def one_of_two_processes(folder: Path) -> None:
     """The last method through the script, which also leaves the process group."""
     runs = [arguments(folder / f"{m}.yaml", folder / m) for m in COMPARED]
     for run in runs[:-1]:
-        build.trainer(parse(run[1:])).run()
+        assembly.trainer(parse(run[1:])).run()
     sys.argv = runs[-1]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 

@@ -14,20 +14,21 @@ import numpy
 import pytest
 import torch
 
-from moa_diffusion import build, checkpoint
+from moa_diffusion import assembly
 from moa_diffusion.config import Config, check, from_dict
-from moa_diffusion.data import derive_seed
-from moa_diffusion.heldout import mean_and_error
-from moa_diffusion.lessons import Lessons
-from moa_diffusion.metrics import read_metrics
+from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.monitoring.heldout import mean_and_error
+from moa_diffusion.monitoring.lessons import Lessons
+from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
-from moa_diffusion.stepper import TrainingError
-from moa_diffusion.stopping import Interrupted
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, Request, RewardMatrix
 from rewards import RewardHead
 
-METHODS = [*build.METHODS, "apex_gradients", "upgrad_probe"]
+METHODS = [*assembly.METHODS, "apex_gradients", "upgrad_probe"]
 # So that what methods remember is used within a few rollouts.
 OPTIONS = {
     "ddpo": {"normalizer": {"size": 8, "min_count": 4}},
@@ -122,7 +123,7 @@ def settings(folder: Path, **changes: object) -> Config:
 
 
 def make(folder: Path, **changes: object) -> Trainer:
-    trainer = build.trainer(settings(folder, **changes))
+    trainer = assembly.trainer(settings(folder, **changes))
     trainer.progress = trainer.updater.progress = False
     return trainer
 
@@ -692,7 +693,7 @@ def test_metadata_that_lacks_is_told_before_the_policy_is_built(tmp_path, monkey
     def none_is_built(*arguments):
         pytest.fail("the policy was built")
 
-    monkeypatch.setattr("moa_diffusion.build.runs.policy", none_is_built)
+    monkeypatch.setattr("moa_diffusion.assembly.trainers.policy", none_is_built)
     with pytest.raises(
         ConfigError, match=r"^rewards.tagged: The function `tagged\(images, .*`tag`"
     ):
@@ -703,7 +704,7 @@ def test_metadata_that_lacks_is_told_before_the_policy_is_built(tmp_path, monkey
 
 
 def warnings_of(caplog) -> list[str]:
-    return [r.message for r in caplog.records if r.name == "moa_diffusion.lessons"]
+    return [r.message for r in caplog.records if r.name == "moa_diffusion.monitoring.lessons"]
 
 
 def test_a_reward_that_never_differs_is_told_at_once_and_at_the_end(tmp_path, caplog):
@@ -926,7 +927,7 @@ def test_the_loss_scale_is_resumed(tmp_path):
 
 
 def test_float16_starts_with_a_scale_for_its_latents(tmp_path):
-    from moa_diffusion.stepper import first_scale
+    from moa_diffusion.training.stepper import first_scale
 
     assert first_scale(16 * 64 * 64) == 2**28  # where a random model's error is below 0.01
     assert first_scale(1) == 2**16  # a text's tokens
@@ -968,7 +969,7 @@ def test_batches_that_round_differently_are_named(sampling, batches, problem):
             "trainer": {"sample_batch": sample_batch, "micro_batch": micro_batch},
         }
     )
-    found = build.unequal_batches(config, build.solve_geometry(config, 1))
+    found = assembly.unequal_batches(config, assembly.solve_geometry(config, 1))
     assert (found is None) if problem is None else (problem in found)
 
 
@@ -1105,8 +1106,8 @@ def test_evaluation_of_a_single_prompt(tmp_path):
 def test_heldout_requests_do_not_depend_on_the_runs_seed(tmp_path):
     one = settings(tmp_path / "one", evaluation__every=2, evaluation__images_per_prompt=2)
     two = settings(tmp_path / "two", evaluation__every=2, evaluation__images_per_prompt=2, seed=9)
-    requests = build.heldout_requests(one)
-    assert requests == build.heldout_requests(two)
+    requests = assembly.heldout_requests(one)
+    assert requests == assembly.heldout_requests(two)
     assert [request.prompt for request in requests] == ["a", "b", "c"] * 2
     assert len({request.seed for request in requests}) == 6
 

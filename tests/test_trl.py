@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from moa_diffusion import build
+from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.integrations.aggregation import Aggregation
 from moa_diffusion.integrations.trl import MultiObjective
@@ -98,10 +98,10 @@ def aggregation(normalizer: Any = DualStage, weighting: Any = Apex, **options: A
 @pytest.mark.parametrize("method", CARRIED)
 def test_advantages_are_those_of_our_trainer(tmp_path, method):
     config = settings(tmp_path / "run", method)
-    trainer = build.trainer(config)
+    trainer = assembly.trainer(config)
     trainer.progress = trainer.updater.progress = False
     trainer.run()
-    ours = Aggregation(*build.objectives(config))
+    ours = Aggregation(*assembly.objectives(config))
     limit = config.loss.advantage_clip
     files = sorted((tmp_path / "run" / "scores").iterdir())
     assert len(files) == 4
@@ -142,15 +142,15 @@ def test_groups_have_mean_0_and_what_cannot_be_judged_has_0(normalizer, weightin
     ],
 )
 def test_methods_that_need_our_trainer_are_refused(tmp_path, method, reason):
-    parts = build.objectives(settings(tmp_path / "run", method))
+    parts = assembly.objectives(settings(tmp_path / "run", method))
     with pytest.raises(ValueError, match=reason):
         Aggregation(*parts)
 
 
 def test_every_method_is_either_carried_or_refused():
-    gradient = {name for name, m in build.METHODS.items() if m.weighting.needs_gramian}
+    gradient = {name for name, m in assembly.METHODS.items() if m.weighting.needs_gramian}
     refused = gradient | {"ddpo", "pama", "pama_vector", "mopo"}
-    assert set(build.METHODS) == refused | set(CARRIED)
+    assert set(assembly.METHODS) == refused | set(CARRIED)
 
 
 def test_options_can_make_a_method_one_that_is_refused():

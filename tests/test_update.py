@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from moa_diffusion import tiny
-from moa_diffusion.data import Geometry
+from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import Comm, LocalComm
-from moa_diffusion.ema import EMA
-from moa_diffusion.loss import surrogate_coefficients
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
-from moa_diffusion.stepper import TrainingError
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.update import Surrogate, Updater
 from moa_diffusion.types import Request, Rollout
-from moa_diffusion.update import Surrogate, Updater
 
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 LR = 100.0  # so that a step is far larger than rounding
@@ -208,7 +208,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(policy: Any) -> None:
 
 def test_after_the_first_step_every_objective_has_its_own_clip() -> None:
     """Coefficients are the derivative of each objective's own clipped surrogate."""
-    from moa_diffusion.loss import clipped_surrogate
+    from moa_diffusion.training.loss import clipped_surrogate
 
     source = torch.Generator().manual_seed(0)
     old = torch.randn(6, 4, generator=source)

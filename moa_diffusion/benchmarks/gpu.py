@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from moa_diffusion import build
+from moa_diffusion import assembly
 from moa_diffusion.benchmarks.phases import REST, Phases, machine
 from moa_diffusion.benchmarks.pipelines import SIZES, parameter_count, random_pipeline, trainer_on
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
-from moa_diffusion.stepper import TrainingError
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, Rollout
-from rewards.models import ModelHead
+from rewards.pretrained.base import ModelHead
 
 BUILD, PREPARE = "build", "encode prompts"  # once
 SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
@@ -48,7 +48,9 @@ def measure_gpu(
     Raises:
         ConfigError: if ``groups`` do not divide over the settings' updates, or no reward is left.
     """
-    judges = [name for name, head in build.heads(settings).items() if isinstance(head, ModelHead)]
+    judges = [
+        name for name, head in assembly.heads(settings).items() if isinstance(head, ModelHead)
+    ]
     rewards = {name: options for name, options in settings.rewards.items() if name not in judges}
     if not rewards:
         raise ConfigError(

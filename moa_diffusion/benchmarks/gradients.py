@@ -14,9 +14,9 @@ from torch import Tensor
 
 from moa_diffusion.benchmarks.phases import machine
 from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
-from moa_diffusion.gradients import CHUNK, ObjectiveGradients
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH
+from moa_diffusion.training.gradients import CHUNK, ObjectiveGradients
 from moa_diffusion.types import Request
 
 COUNTS = (1, 2, 4, 8)  # K

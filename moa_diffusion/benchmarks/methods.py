@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from moa_diffusion import build, tiny
+from moa_diffusion import assembly, tiny
 from moa_diffusion.benchmarks.phases import machine
 from moa_diffusion.benchmarks.pipelines import SIZES, random_pipeline, trainer_on
 from moa_diffusion.config import Config, SamplingConfig, TrainerConfig
 from moa_diffusion.objectives.base import combine
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, ObjectiveStats, RewardMatrix
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -57,8 +57,8 @@ def measure_methods(
     """
     if methods is None:
         methods = COMPARED if name == "wide" else METHODS
-    if unknown := sorted(set(methods) - set(build.METHODS)):
-        known = ", ".join(build.METHODS)
+    if unknown := sorted(set(methods) - set(assembly.METHODS)):
+        known = ", ".join(assembly.METHODS)
         raise ConfigError(f"methods: should be among {known}. Found {', '.join(unknown)}.")
     if METHODS[0] not in methods:
         raise ConfigError(f"methods: should hold `{METHODS[0]}`, the unit. Found {methods}.")
@@ -147,7 +147,7 @@ def _layer(method: str) -> float:
     groups, size = LARGE
     settings = Config(rewards=HEADS)
     settings.objectives.method = method
-    normalizer, weighting = build.objectives(settings)
+    normalizer, weighting = assembly.objectives(settings)
     source = torch.Generator().manual_seed(0)
     values = torch.randn(len(HEADS), groups * size, generator=source, dtype=torch.float64)
     index = torch.arange(groups * size) // size

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from moa_diffusion import build
+from moa_diffusion import assembly
 from moa_diffusion.config import Config
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH, clip_tokenizer, t5_tokenizer
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.training.trainer import Trainer
 
 CHEAP_HEAD: dict[str, Any] = {"colourfulness": {"weight": 1.0}}  # scores, and costs next to nothing
 
@@ -160,7 +160,7 @@ def trainer_on(
         evaluation=replace(settings.evaluation, every=0),
         log=replace(settings.log, trackers=[], scores=False),
     )
-    trainer = build.trainer(quiet, pipeline)
+    trainer = assembly.trainer(quiet, pipeline)
     trainer.progress = trainer.updater.progress = False
     return trainer
 

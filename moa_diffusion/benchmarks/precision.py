@@ -19,7 +19,7 @@ from torch import Tensor
 from moa_diffusion.benchmarks.phases import machine
 from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.policies.sd3 import SD3Policy
-from moa_diffusion.stepper import first_scale
+from moa_diffusion.training.stepper import first_scale
 from moa_diffusion.types import Request
 
 STEPS = 10  # nine of them are trained

@@ -20,7 +20,7 @@ from moa_diffusion.benchmarks.pipelines import BASE, parameter_count, random_pip
 from moa_diffusion.config import Config, LossConfig, SamplingConfig, TrainerConfig
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH
-from moa_diffusion.trainer import Trainer
+from moa_diffusion.training.trainer import Trainer
 
 BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit
 LENGTH_OF_PATH = 128  # T5 tokens where the pipeline is neither `tiny` nor `base`

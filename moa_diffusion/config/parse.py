@@ -18,8 +18,8 @@ from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.messages import plain
 from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
-from moa_diffusion.paths import expanded
-from moa_diffusion.text_files import check_encodable
+from moa_diffusion.files.paths import expanded
+from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
 
 if TYPE_CHECKING:

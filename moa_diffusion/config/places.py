@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from moa_diffusion.config.schema import Config, PromptFileConfig
-from moa_diffusion.paths import expanded
+from moa_diffusion.files.paths import expanded
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)

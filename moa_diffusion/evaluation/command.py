@@ -10,8 +10,8 @@ from typing import Any
 
 from moa_diffusion import config
 from moa_diffusion.config import Config
-from moa_diffusion.data import Prompt
-from moa_diffusion.evaluation.checkpoints import (
+from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.evaluation.candidates import (
     Candidate,
     candidates,
     choose_rewards,
@@ -19,18 +19,18 @@ from moa_diffusion.evaluation.checkpoints import (
     run_settings,
     shared_settings,
 )
-from moa_diffusion.evaluation.completions import write_completions
 from moa_diffusion.evaluation.evaluate import Evaluation, chosen_prompts
-from moa_diffusion.evaluation.grid import write_grid
 from moa_diffusion.evaluation.medium import MEDIA, medium_of
-from moa_diffusion.evaluation.pareto import write_pareto
-from moa_diffusion.evaluation.report.page import NAME as REPORT
-from moa_diffusion.evaluation.report.page import write_report
-from moa_diffusion.evaluation.summary import text, write_summary
-from moa_diffusion.evaluation.table import NAME, Table, read_table
 from moa_diffusion.evaluation.write import write_table
-from moa_diffusion.paths import expanded
-from moa_diffusion.text_files import check_encodable
+from moa_diffusion.files.paths import expanded
+from moa_diffusion.files.text import check_encodable
+from moa_diffusion.report.completions import write_completions
+from moa_diffusion.report.grid import write_grid
+from moa_diffusion.report.page.page import NAME as REPORT
+from moa_diffusion.report.page.page import write_report
+from moa_diffusion.report.pareto import write_pareto
+from moa_diffusion.report.summary import text, write_summary
+from moa_diffusion.report.table import NAME, Table, read_table
 from moa_diffusion.types import ConfigError
 
 

@@ -19,20 +19,20 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from moa_diffusion import build
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import carrier, install
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.data import Prompt, read_prompts
+from moa_diffusion.data.sampling import Prompt, read_prompts
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed, deal
-from moa_diffusion.evaluation.adapters import carrier, install
-from moa_diffusion.evaluation.checkpoints import Candidate
+from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.image_cache import Sampler
 from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.output_cache import OutputCache, model_digest
 from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache
 from moa_diffusion.evaluation.text_cache import Generation
-from moa_diffusion.launcher import check_launcher, make_accelerator
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.processes.launcher import check_launcher, make_accelerator
 from moa_diffusion.scoring import RewardHead, Scorer
 from moa_diffusion.types import ConfigError, Outputs, Request
 
@@ -79,7 +79,7 @@ def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:
     if file is not None:
         return read_prompts(file, column=settings.prompts.column)
     section = dataclasses.replace(settings.evaluation, every=1, images_per_prompt=1)
-    asked = build.heldout_requests(dataclasses.replace(settings, evaluation=section))
+    asked = assembly.heldout_requests(dataclasses.replace(settings, evaluation=section))
     if not asked:
         raise ConfigError("--prompts: should name a file. The run has no held-out prompts.")
     return tuple(Prompt(text=request.prompt, metadata=request.metadata) for request in asked)
@@ -114,8 +114,8 @@ def evaluate(
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
         check_launcher(accelerator)
-        medium, heads = medium_of(settings), build.heads(settings)
-        build.check_judged("rewards", heads, prompts)
+        medium, heads = medium_of(settings), assembly.heads(settings)
+        assembly.check_judged("rewards", heads, prompts)
         sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(cache)
     digest = partial(medium.base_digest, settings, cache / "digests.txt")
     with working(comm):

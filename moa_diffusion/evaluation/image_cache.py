@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from moa_diffusion.config import Config
-from moa_diffusion.digests import json_digest
 from moa_diffusion.evaluation.output_cache import OutputCache, files_digest
-from moa_diffusion.storage import replaced
+from moa_diffusion.files.digests import json_digest
+from moa_diffusion.files.writing import replaced
 from moa_diffusion.types import ConfigError
 from rewards.pictures import read_rgb
 

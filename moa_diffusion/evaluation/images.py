@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from moa_diffusion import build
-from moa_diffusion.config import Config
-from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.evaluation.adapters import (
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import (
     WEIGHTS,
     Adapter,
     read_adapter,
     skeleton,
     write_adapter,
 )
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.sd3 import check_fit
@@ -51,14 +51,14 @@ class Images:
     def check(self, settings: Config, prompts: Sequence[str]) -> None:
         """Any prompt can be drawn."""
         check_fit(
-            build.model_path(settings),
+            assembly.model_path(settings),
             revision=settings.policy.revision,
             resolution=settings.sampling.resolution,
             target_modules=None,
         )
 
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        transformer = skeleton(build.model_path(settings), revision=settings.policy.revision)
+        transformer = skeleton(assembly.model_path(settings), revision=settings.policy.revision)
         return partial(read_adapter, transformer=transformer)
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
@@ -68,10 +68,10 @@ class Images:
         shutil.copy(source / WEIGHTS, folder / WEIGHTS)
 
     def sampler(self, settings: Config, device: torch.device) -> Sampler:
-        return Sampler.of(settings, build.model_path(settings))
+        return Sampler.of(settings, assembly.model_path(settings))
 
     def base_digest(self, settings: Config, memory: Path) -> str:
-        path, revision = build.model_path(settings), settings.policy.revision
+        path, revision = assembly.model_path(settings), settings.policy.revision
         return base_digest(path, revision=revision, memory=memory)
 
     def cache(self, folder: Path) -> ImageCache:
@@ -79,7 +79,7 @@ class Images:
 
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
         model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
-        return build.policy(dataclasses.replace(settings, policy=model), device)
+        return assembly.policy(dataclasses.replace(settings, policy=model), device)
 
     def request(self, prompt: str, seed: int) -> Request:
         """Starts from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call.

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.evaluation.adapters import Adapter
 from moa_diffusion.evaluation.image_cache import Sampler
 from moa_diffusion.evaluation.images import Images
 from moa_diffusion.evaluation.output_cache import OutputCache

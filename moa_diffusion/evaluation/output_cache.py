@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from moa_diffusion.digests import file_digest, json_digest
-from moa_diffusion.storage import write_text
+from moa_diffusion.files.digests import file_digest, json_digest
+from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import Outputs
 
 if TYPE_CHECKING:

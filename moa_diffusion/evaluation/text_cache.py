@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from moa_diffusion.config import Config
-from moa_diffusion.digests import json_digest
 from moa_diffusion.evaluation.output_cache import OutputCache, files_digest
+from moa_diffusion.files.digests import json_digest
+from moa_diffusion.files.writing import write_text
 from moa_diffusion.policies.language_model import read_tokenizer
-from moa_diffusion.storage import write_text
 from moa_diffusion.types import ConfigError
 
 # Of the files that a model and its tokenizer are loaded from; others are a reader's business.

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from moa_diffusion import build
-from moa_diffusion.config import Config
-from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.data import derive_seed
-from moa_diffusion.evaluation.adapters import Adapter
-from moa_diffusion.evaluation.peft_adapters import (
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import Adapter
+from moa_diffusion.adapters.peft import (
     WEIGHTS,
     copy_adapter,
     read_adapter,
     skeleton,
     write_adapter,
 )
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import LoraConfig
+from moa_diffusion.data.sampling import derive_seed
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.language_model import check_fit
@@ -47,7 +47,7 @@ class Texts:
         """Also that no prompt is too long."""
         generation = settings.generation
         check_fit(
-            build.model_path(settings),
+            assembly.model_path(settings),
             revision=settings.policy.revision,
             max_new_tokens=generation.max_new_tokens,
             max_prompt_tokens=generation.max_prompt_tokens,
@@ -56,23 +56,23 @@ class Texts:
         )
 
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        path = build.model_path(settings)
+        path = assembly.model_path(settings)
         return partial(
             read_adapter, model=skeleton(path, revision=settings.policy.revision), base=path
         )
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
-        model = skeleton(build.model_path(settings), revision=settings.policy.revision)
+        model = skeleton(assembly.model_path(settings), revision=settings.policy.revision)
         write_adapter(adapter, folder, model, base=_hub_id(settings))
 
     def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
         copy_adapter(source, folder, base=_hub_id(settings))
 
     def sampler(self, settings: Config, device: torch.device) -> Generation:
-        return Generation.of(settings, build.model_path(settings), device)
+        return Generation.of(settings, assembly.model_path(settings), device)
 
     def base_digest(self, settings: Config, memory: Path) -> str:
-        path, revision = build.model_path(settings), settings.policy.revision
+        path, revision = assembly.model_path(settings), settings.policy.revision
         return base_digest(path, revision=revision, memory=memory)
 
     def cache(self, folder: Path) -> TextCache:
@@ -81,7 +81,7 @@ class Texts:
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
         model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
         loss = dataclasses.replace(settings.loss, kind="grpo")  # no features for value heads
-        return build.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
+        return assembly.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
 
     def request(self, prompt: str, seed: int) -> Request:
         """Drawn with noise that is the same for all models, and another for every prompt.
@@ -95,5 +95,5 @@ class Texts:
 
 def _hub_id(settings: Config) -> str | None:
     """Of the base model; None of a folder, whose place is of no use on another machine."""
-    path = build.model_path(settings)
+    path = assembly.model_path(settings)
     return None if Path(path).is_dir() else path

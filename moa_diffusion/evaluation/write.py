@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moa_diffusion.evaluation.evaluate import Evaluation
-from moa_diffusion.evaluation.table import NAME
-from moa_diffusion.storage import replaced
+from moa_diffusion.files.writing import replaced
+from moa_diffusion.report.table import NAME
 
 
 def write_table(found: Evaluation, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.writing import write_text
 from moa_diffusion.objectives.base import Normalizer, variance_share
 from moa_diffusion.objectives.normalize import (
     GDPO,
@@ -29,7 +30,6 @@ from moa_diffusion.objectives.normalize import (
     group_moments,
     spread_within,
 )
-from moa_diffusion.storage import write_text
 from moa_diffusion.types import ConfigError, RewardMatrix
 
 VERSION = 1

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.digests import file_digest, json_digest
+from moa_diffusion.files.digests import file_digest, json_digest
 from moa_diffusion.policies.language_model import read_config
 from moa_diffusion.policies.lora_files import CONFIG, LoraFile, damaged, read_lora_file
 from moa_diffusion.types import ConfigError

@@ -81,7 +81,7 @@ class Policy(Protocol):
     def tapped(self) -> Sequence[Any]:
         """The layers that hand over the gradients of all objectives in one backward pass.
 
-        They are ``moa_diffusion.gradients.Layer``. Trainable parameters outside them are
+        They are ``moa_diffusion.training.gradients.Layer``. Trainable parameters outside them are
         differentiated once per objective.
         """
         ...

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moa_diffusion.devices import float64_device
+from moa_diffusion.processes.devices import float64_device
 
 
 class GumbelNoise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moa_diffusion.paths import names_a_place
+from moa_diffusion.files.paths import names_a_place
 from moa_diffusion.types import ConfigError
 
 SECONDS = 10.0  # to wait for the hub's answer

@@ -200,7 +200,7 @@ def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
         adapted: the model's ``layers``.
 
     Returns:
-        the ``layers`` of ``moa_diffusion.gradients.ObjectiveGradients``.
+        the ``layers`` of ``moa_diffusion.training.gradients.ObjectiveGradients``.
     """
     found: list[MergedForward | TappedLinear] = []
     for layer in adapted:

@@ -3,7 +3,7 @@
 peft computes ``W x + s B (A x)`` with three products, which on a small model costs a fifth of a
 forward pass. Here the product is with ``W' = W + s B A``, made once per update of A and B, and the
 backward pass returns the gradients of A and B themselves, or hands over what they are made of
-(`moa_diffusion.gradients`). In half precision the update would drown in the rounding of ``W'``:
+(`moa_diffusion.training.gradients`). In half precision the update would drown in its rounding:
 such layers keep peft's forward.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Record = Callable[[Tensor, Tensor, Tensor], None]  # see moa_diffusion.gradients.Layer
+Record = Callable[[Tensor, Tensor, Tensor], None]  # see moa_diffusion.training.gradients.Layer
 
 
 class _Product(torch.autograd.Function):

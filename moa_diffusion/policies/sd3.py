@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion import samplers
-from moa_diffusion.data import derive_seed, generator
-from moa_diffusion.policies import lora
+from moa_diffusion.data.sampling import derive_seed, generator
+from moa_diffusion.policies import lora, samplers
 from moa_diffusion.policies.hub import check_reachable
-from moa_diffusion.policies.prompts import PromptEncoder
+from moa_diffusion.policies.prompt_encoder import PromptEncoder
 from moa_diffusion.types import ConfigError, Request, Rollout, take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

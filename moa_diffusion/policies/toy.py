@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.samplers import Steps, generators, noise
+from moa_diffusion.policies.samplers import Steps, generators, noise
 from moa_diffusion.types import Request, Rollout
 
 

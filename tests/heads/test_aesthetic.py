@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-import rewards.aesthetic
+import rewards.heads.aesthetic
 from rewards import RewardBatch, RewardError, create
-from rewards.aesthetic import read_affine
-from rewards.images import CLIP_MEAN, CLIP_STD, Preprocessing
-from rewards.weights import find
+from rewards.heads.aesthetic import read_affine
+from rewards.pretrained.locate import find
+from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 SIDE, WIDTH, LAYERS, EMBEDDING = 32, 48, 2, 24
 HEADS = WIDTH // 16
@@ -227,7 +227,7 @@ def test_both_backbones_agree_on_the_same_weights(folder, open_clip_file, tmp_pa
 
 @has_open_clip
 def test_open_clip_knows_the_published_architecture():
-    rewards.aesthetic._check_architecture("ViT-L-14-quickgelu")
+    rewards.heads.aesthetic._check_architecture("ViT-L-14-quickgelu")
     with pytest.raises(ValueError, match=r"Found `architecture = 'ViT-L-99'`\."):
         create("aesthetic", backbone="open_clip", architecture="ViT-L-99")
     with pytest.raises(ValueError, match="a plain CLIP model in open_clip"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rewards import RewardBatch, RewardError, create
-from rewards.classifier import check_template
+from rewards.heads.classifier import check_template
 from rewards.identity import Identity
 
 WORDS = ["the", "film", "is", "a", "dull", "joy", "and", "rain", "fell", "on", "my", "red", "hat"]
@@ -265,7 +265,7 @@ def test_long_texts_are_cut_with_one_warning(
     texts = [" ".join(WORDS * 4), " ".join(WORDS[::-1] * 5)]
     for side in ("right", "left"):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="rewards.classifier"):
+        with caplog.at_level(logging.WARNING, logger="rewards.heads.classifier"):
             scored = head(folder, template="{text}", truncation_side=side)
             found = scored(batch(texts)).double()
         (record,) = caplog.records
@@ -392,7 +392,7 @@ def test_wrong_options(folders: Any, options: dict[str, Any], message: str) -> N
 
 
 def test_wrong_options_without_the_registry(folders: Any) -> None:
-    from rewards.classifier import Classifier
+    from rewards.heads.classifier import Classifier
 
     for option in ("output", "truncation_side"):
         with pytest.raises(ValueError, match=f"Parameter `{option}` should be one of"):

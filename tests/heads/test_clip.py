@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-import rewards.clip
+import rewards.heads.clip
 from rewards import RewardBatch, RewardError, create
 
 SIDE = 32
@@ -133,7 +133,7 @@ def test_weights_are_read_once(folder, monkeypatch):
 
 
 def test_texts_are_embedded_once_and_the_oldest_are_forgotten(folder, monkeypatch):
-    monkeypatch.setattr(rewards.clip, "_MOST_TEXTS", 3)
+    monkeypatch.setattr(rewards.heads.clip, "_MOST_TEXTS", 3)
     head = create("clipscore", model=folder)
     head.load()
     module, rows = head._shared.module, []
@@ -162,7 +162,7 @@ def test_a_cut_of_quoted_text_is_warned_of_once(folder, caplog):
         head(batch(prompts))
         head.close()
         head(batch(prompts))
-    assert [record.name for record in caplog.records] == ["rewards.clip"] * 2
+    assert [record.name for record in caplog.records] == ["rewards.heads.clip"] * 2
     first, second = (record.getMessage() for record in caplog.records)
     assert "\"pickscore\" reads 16 tokens and cuts the quoted text 'STOP' off" in first
     assert prompts[0] in first
@@ -173,7 +173,7 @@ def test_where_the_processor_comes_from(folder, bare, tmp_path, monkeypatch):
     other = add_processor(tmp_path / "other")
     config = {"size": SIDE, "crop_size": SIDE, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     (other / "preprocessor_config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("rewards.clip.PickScore.default_processor", str(other))
+    monkeypatch.setattr("rewards.heads.clip.PickScore.default_processor", str(other))
 
     own = create("pickscore", model=folder)
     named = create("pickscore", model=folder, processor=str(other))

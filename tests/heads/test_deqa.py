@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rewards import RewardBatch, RewardError, create
-from rewards.deqa.config import DeqaConfig
-from rewards.deqa.model import Deqa, load
-from rewards.levels import LEVELS
-from rewards.weights import find
+from rewards.heads.deqa.config import DeqaConfig
+from rewards.heads.deqa.model import Deqa, load
+from rewards.heads.levels import LEVELS
+from rewards.pretrained.locate import find
 
 GOLDEN = np.load(Path(__file__).parents[1] / "fixtures" / "deqa_tiny.npz")
 CONFIG: dict[str, Any] = json.loads(GOLDEN["__config__"].tobytes())

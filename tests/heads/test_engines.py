@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards import RewardBatch, RewardError, alphabets, create
-from rewards.engine_plans import Plan, plan
-from rewards.engines import ENGINES, run_program
+from rewards import RewardBatch, RewardError, create
+from rewards.heads.ocr import alphabets
+from rewards.heads.ocr.engines import ENGINES, run_program
+from rewards.heads.ocr.plans import Plan, plan
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the fake program is a shell script")
 real_tesseract = pytest.mark.skipif(
@@ -70,7 +71,7 @@ def test_an_engine_without_a_detector_of_its_own_has_no_detection_side():
 
 
 def test_every_engine_can_be_built_from_the_options_of_its_plan(monkeypatch):
-    monkeypatch.setattr("rewards.engine_plans._PLANS", {})  # no programs or weights are needed
+    monkeypatch.setattr("rewards.heads.ocr.plans._PLANS", {})  # no programs or weights are needed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for engine, kind in ENGINES.items():
         found = plan(engine, detect=True, detection_side=None, options={})
@@ -194,7 +195,7 @@ def test_an_old_tesseract_is_told(fake):
 
 
 def test_a_program_that_hangs_is_stopped(monkeypatch):
-    monkeypatch.setattr("rewards.engines._PROGRAM_SECONDS", 0.2)
+    monkeypatch.setattr("rewards.heads.ocr.engines._PROGRAM_SECONDS", 0.2)
     with pytest.raises(subprocess.TimeoutExpired, match=r"timed out after 0\.2 seconds"):
         run_program([sys.executable, "-c", "import time; time.sleep(60)"])
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from rewards import RewardBatch, RewardError, create
-from rewards.engine_plans import plan
-from rewards.engines import EasyOcr
+from rewards.heads.ocr.engines import EasyOcr
+from rewards.heads.ocr.plans import plan
 
 pytest.importorskip("easyocr")
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rewards import RewardError
-from rewards.images import (
+from rewards.pretrained.preprocessing import (
     CLIP_MEAN,
     Preprocessing,
     crop_centre,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewards.levels import LEVELS, rate
+from rewards.heads.levels import LEVELS, rate
 
 ONE_TO_FIVE = (5.0, 4.0, 3.0, 2.0, 1.0)
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards import RewardBatch, RewardError, Scores
-from rewards.images import normalise
-from rewards.models import ModelHead, pick_device
-from rewards.tensors import load_strictly
+from rewards.pretrained.base import ModelHead, pick_device
+from rewards.pretrained.preprocessing import normalise
+from rewards.pretrained.tensors import load_strictly
 
 
 class Toy(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from rewards import RewardBatch, RewardError, create
-from rewards.engines import ENGINES
-from rewards.ocr import _default_workers
+from rewards.heads.ocr.engines import ENGINES
+from rewards.heads.ocr.head import _default_workers
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("onnxruntime")

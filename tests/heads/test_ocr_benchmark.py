@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moa_diffusion.benchmarks.ocr import HEIGHTS, NOISES, SIDES, measure_ocr, renderings
-from rewards.engines import ENGINES
+from rewards.heads.ocr.engines import ENGINES
 
 pytest.importorskip("rapidocr")
 pytest.importorskip("onnxruntime")

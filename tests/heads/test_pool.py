@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from rewards import RewardBatch, RewardError, create
-from rewards.engines import ENGINES
-from rewards.pool import PoolError, WorkerPool
+from rewards.heads.ocr.engines import ENGINES
+from rewards.heads.ocr.pool import PoolError, WorkerPool
 from waiting import DEADLINES, HANG, running, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -212,7 +212,11 @@ PARENT = """
 
 
 def script(code: str, **values: object) -> str:
-    values |= {"pool": str(ROOT / "rewards" / "pool.py"), "root": str(ROOT), "seconds": HANG}
+    values |= {
+        "pool": str(ROOT / "rewards" / "heads" / "ocr" / "pool.py"),
+        "root": str(ROOT),
+        "seconds": HANG,
+    }
     values["file"] = str(values["file"])
     return textwrap.dedent(code).format(**values)
 
@@ -256,7 +260,7 @@ def test_workers_do_not_run_the_main_script_of_a_parent_with_torch_threads(file,
         sys.path.insert(0, {root!r})
         import numpy as np
         from pathlib import Path
-        from rewards.pool import WorkerPool
+        from rewards.heads.ocr.pool import WorkerPool
     """
     path = tmp_path / "unguarded.py"
     path.write_text(script(main, file=file) + script(PARENT, file=file, what=READ))

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rewards import RewardBatch, RewardError, create
-from rewards.levels import LEVELS
+from rewards.heads.levels import LEVELS
 
 SPECIAL = [
     "<|endoftext|>",

@@ -21,10 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewards import RewardBatch, RewardError, create, wire
-from rewards.client import CallError, Calls, call
-from rewards.remote import RemoteHead
-from rewards.spread import Spread
+from rewards import RewardBatch, RewardError, create
+from rewards.serving import wire
+from rewards.serving.client import CallError, Calls, call
+from rewards.serving.remote import RemoteHead
+from rewards.serving.spread import Spread
 from waiting import DEADLINES, HANG, wait_until
 
 IDENTITY = {

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rewards import RewardBatch, RewardError, RewardHead, Scores, create, wire
-from rewards.batching import Batcher, Overloaded
-from rewards.client import Calls, call
+from rewards import RewardBatch, RewardError, RewardHead, Scores, create
 from rewards.identity import Identity
-from rewards.remote import RemoteHead
-from rewards.server import Limits, Service, build_app, is_loopback, listen, run
-from rewards.spread import Spread
+from rewards.serving import wire
+from rewards.serving.batching import Batcher, Overloaded
+from rewards.serving.client import Calls, call
+from rewards.serving.remote import RemoteHead
+from rewards.serving.server import Limits, Service, build_app, is_loopback, listen, run
+from rewards.serving.spread import Spread
 from waiting import DEADLINES, HANG, wait_until
 
 

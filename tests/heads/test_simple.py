@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rewards import RewardBatch, RewardError, create
-from rewards.simple import COLOURS, named_colours, oklab
+from rewards.heads.simple import COLOURS, named_colours, oklab
 
 RED, BLUE, WHITE = COLOURS["red"], COLOURS["blue"], COLOURS["white"]
 
@@ -255,7 +255,7 @@ def test_prompts_with_different_numbers_of_colours_share_a_batch(monkeypatch):
     assert together.isnan().tolist() == [False, True, False, False]
     alone = torch.cat([head(batch([a], [p])) for a, p in zip(arrays, prompts, strict=True)])
     torch.testing.assert_close(together, alone, equal_nan=True)
-    monkeypatch.setattr("rewards.simple._CHUNK", 1)
+    monkeypatch.setattr("rewards.heads.simple._CHUNK", 1)
     torch.testing.assert_close(head(batch(arrays, prompts)), together, equal_nan=True)
     assert head(batch(arrays[:1], ["nothing"])).isnan().all()
 

@@ -8,7 +8,13 @@ import re
 
 import pytest
 
-from rewards.text import comparable, legibility, levenshtein, quoted_target, without_quotes
+from rewards.heads.ocr.text import (
+    comparable,
+    legibility,
+    levenshtein,
+    quoted_target,
+    without_quotes,
+)
 
 
 @pytest.mark.parametrize(

@@ -22,18 +22,18 @@ from rewards import (
     RewardError,
     RewardHead,
     available,
-    cli,
     create,
     register,
     registry,
-    wire,
 )
-from rewards.check import Unusable, check, prepare
-from rewards.client import Calls, call
-from rewards.folder import ScoreTable, score_pairs, texts_of
+from rewards.commands import cli
+from rewards.commands.check import Unusable, check, prepare
+from rewards.commands.folder import ScoreTable, score_pairs, texts_of
 from rewards.identity import Identity
-from rewards.remote import RemoteHead
-from rewards.server import Limits, Service, listen, run
+from rewards.serving import wire
+from rewards.serving.client import Calls, call
+from rewards.serving.remote import RemoteHead
+from rewards.serving.server import Limits, Service, listen, run
 from waiting import DEADLINES, HANG, wait_until
 
 

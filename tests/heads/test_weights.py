@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards import RewardError
-from rewards.tensors import load_strictly, read_tensor, read_tensors
-from rewards.weights import Weights, check, find
+from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.tensors import load_strictly, read_tensor, read_tensors
 from waiting import HANG
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([0.5, -1.0])}
@@ -368,7 +368,7 @@ class Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import json, sys
 from rewards import RewardError
-from rewards.weights import find
+from rewards.pretrained.locate import find
 for model, revision in json.load(sys.stdin):
     try:
         found = find(model, revision=revision, optional=["merges.txt"])

@@ -26,19 +26,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from moa_diffusion.data import Geometry
+from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.ema import EMA
-from moa_diffusion.gradients import ObjectiveGradients
-from moa_diffusion.loss import surrogate_coefficients
 from moa_diffusion.policies import token_log_probs
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.chat import Dialogue
 from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.policies.language_model import check_fit, load_model
 from moa_diffusion.policies.merged import MergedForward
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.gradients import ObjectiveGradients
+from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.update import Surrogate, Updater
 from moa_diffusion.types import ConfigError, Request, Rollout, concatenate
-from moa_diffusion.update import Surrogate, Updater
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

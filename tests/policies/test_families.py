@@ -22,16 +22,16 @@ from transformers import (
 )
 
 from moa_diffusion import tiny
-from moa_diffusion.data import Geometry
+from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.ema import EMA
-from moa_diffusion.gradient_check import TOLERANCE, relative_errors
-from moa_diffusion.gradients import ObjectiveGradients
-from moa_diffusion.loss import surrogate_coefficients
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
-from moa_diffusion.stepper import TrainingError
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
+from moa_diffusion.training.gradients import ObjectiveGradients
+from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.update import Surrogate, Updater
 from moa_diffusion.types import Request, Rollout
-from moa_diffusion.update import Surrogate, Updater
 
 pytestmark = [
     pytest.mark.filterwarnings(  # peft asks transformers by the old name
@@ -249,7 +249,7 @@ def test_the_check_is_made_once_and_says_what_takes_long(
 ) -> None:
     policy, calls = policy_on("deepseek_v3"), []
     monkeypatch.setattr(
-        "moa_diffusion.update.relative_errors",
+        "moa_diffusion.training.update.relative_errors",
         lambda *given, **options: calls.append(1) or relative_errors(*given, **options),
     )
     update, rollout, advantages = updater(policy), draw(policy, 4), torch.randn(2, 4)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from safetensors.torch import save_file
 
-from moa_diffusion import build, checkpoint, tiny
+from moa_diffusion import assembly, tiny
 from moa_diffusion.config import from_dict
 from moa_diffusion.policies.adapters import (
     read_sd3_adapter,
@@ -22,6 +22,7 @@ from moa_diffusion.policies.adapters import (
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.lora_files import CONFIG, DIFFUSERS, PEFT, foreign_format
 from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError, Request
 
 CPU = torch.device("cpu")
@@ -369,7 +370,7 @@ def test_training_starts_with_the_pictures_of_the_adapter(tmp_path: Path, transf
     ).images
     place = str(tmp_path / "stage_one.safetensors")
     lora = {"rank": 8, "alpha": 2}  # more than the adapter has, at another scale
-    policy = build.policy(settings_of(tmp_path, adapter=place, lora=lora), CPU)
+    policy = assembly.policy(settings_of(tmp_path, adapter=place, lora=lora), CPU)
     policy.prepare(["a red square"])
     request = [Request(prompt="a red square", seed=3)]
     images = policy.generate(request)
@@ -378,7 +379,7 @@ def test_training_starts_with_the_pictures_of_the_adapter(tmp_path: Path, transf
     torch.testing.assert_close(images, expected.float(), rtol=0, atol=1e-4)
     with policy.reference():  # the KL is to the base model, without an adapter
         base = policy.generate(request)
-    plain = build.policy(settings_of(tmp_path), CPU)
+    plain = assembly.policy(settings_of(tmp_path), CPU)
     plain.prepare(["a red square"])
     assert torch.equal(base, plain.generate(request))
     assert (base - images).abs().max() > 0.05
@@ -390,7 +391,7 @@ def test_training_starts_with_the_pictures_of_the_adapter(tmp_path: Path, transf
 
 
 def test_a_checkpoint_starts_another_run_with_its_weights(tmp_path: Path):
-    first = build.policy(settings_of(tmp_path), CPU)
+    first = assembly.policy(settings_of(tmp_path), CPU)
     with torch.no_grad():
         for number, parameter in enumerate(first.trainable().values()):
             draws = torch.Generator().manual_seed(number)
@@ -400,21 +401,21 @@ def test_a_checkpoint_starts_another_run_with_its_weights(tmp_path: Path):
         (partial / "ema").mkdir()
         first.save(partial / "ema")
     place = str(tmp_path / "step-000001" / "ema")
-    second = build.policy(settings_of(tmp_path, adapter=place), CPU)
+    second = assembly.policy(settings_of(tmp_path, adapter=place), CPU)
     for name, parameter in first.trainable().items():
         assert torch.equal(second.trainable()[name], parameter)
 
 
 def test_a_language_model_starts_with_the_log_probs_of_the_adapter(tmp_path: Path):
     settings = settings_of(tmp_path, name="causal_lm", lora={"rank": 4, "alpha": 8})
-    first = build.policy(settings, CPU)
+    first = assembly.policy(settings, CPU)
     with torch.no_grad():
         for number, parameter in enumerate(first.trainable().values()):
             draws = torch.Generator().manual_seed(number)
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draws))
     first.save(tmp_path)
     lora = {"rank": 6, "alpha": 3}
-    second = build.policy(
+    second = assembly.policy(
         settings_of(tmp_path, name="causal_lm", lora=lora, adapter=str(tmp_path)), CPU
     )
     texts = (" Dear Sam,", " the bread was good.")
@@ -425,7 +426,7 @@ def test_a_language_model_starts_with_the_log_probs_of_the_adapter(tmp_path: Pat
 
     # Products of rank 4 and 6 are summed in another order: float32's 6e-8, over a few layers.
     torch.testing.assert_close(log_probs(second), log_probs(first), rtol=1e-4, atol=1e-4)
-    untrained = build.policy(settings_of(tmp_path, name="causal_lm"), CPU)
+    untrained = assembly.policy(settings_of(tmp_path, name="causal_lm"), CPU)
     assert (log_probs(untrained) - log_probs(first)).abs().max() > 0.1
 
 
@@ -443,10 +444,10 @@ def test_a_language_model_starts_with_the_log_probs_of_the_adapter(tmp_path: Pat
 def test_what_does_not_fit_is_told_before_a_model_loads(
     tmp_path: Path, transformer, monkeypatch: pytest.MonkeyPatch, policy: dict, message: str
 ):
-    monkeypatch.setattr("moa_diffusion.build.models.load_pipeline", None)
+    monkeypatch.setattr("moa_diffusion.assembly.models.load_pipeline", None)
     folder = peft_folder(tmp_path / "peft", transformer)
     settings = settings_of(tmp_path, **({"adapter": str(folder)} | policy))
-    for make in (build.trainer, lambda settings: build.policy(settings, CPU)):
+    for make in (assembly.trainer, lambda settings: assembly.policy(settings, CPU)):
         with pytest.raises(ConfigError, match=message):
             make(settings)
 
@@ -456,14 +457,14 @@ def test_layers_that_it_leaves_out_are_told_once(tmp_path: Path, transformer, ca
     folder = peft_folder(tmp_path / "peft", transformer)
     settings = settings_of(tmp_path, adapter=str(folder))
     settings.prompts.train = "tiny"
-    build.trainer(settings).close()
+    assembly.trainer(settings).close()
     assert caplog.text.count("none for 10 of the 12 layers") == 1
 
 
 def test_a_resumed_run_does_not_read_it(tmp_path: Path):
     settings = settings_of(tmp_path, adapter="/nope")
     settings.resume = "latest"
-    assert build.models.starting_adapter(settings) is None
+    assert assembly.models.starting_adapter(settings) is None
 
 
 def test_a_run_that_begins_anew_for_want_of_a_checkpoint_reads_it(tmp_path: Path):
@@ -473,7 +474,7 @@ def test_a_run_that_begins_anew_for_want_of_a_checkpoint_reads_it(tmp_path: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 0")
     with pytest.raises(ConfigError, match=r"policy\.adapter: .*/nope"):
-        build.trainer(settings)
+        assembly.trainer(settings)
 
 
 # ---------------------------------------------------------------------- files that others can read
@@ -483,7 +484,7 @@ def test_a_run_that_begins_anew_for_want_of_a_checkpoint_reads_it(tmp_path: Path
 def test_saved_weights_have_the_mode_of_other_files(tmp_path: Path, name: str):
     plain = tmp_path / "plain"
     plain.touch()
-    policy = build.policy(settings_of(tmp_path, name=name), CPU)
+    policy = assembly.policy(settings_of(tmp_path, name=name), CPU)
     with checkpoint.atomic_folder(tmp_path / "step-000001") as partial:
         (partial / "ema").mkdir()
         policy.save(partial)
@@ -503,10 +504,10 @@ def test_a_missing_folder_is_told_at_once(tmp_path: Path):
     for path in ("/nope", "./nope", "../nope", "models/sd/nope"):
         for name in ("sd3", "causal_lm"):
             with pytest.raises(ConfigError, match=r"policy\.path: should be a folder.*Found none"):
-                build.policy(settings_of(tmp_path, path=path, name=name), CPU)
+                assembly.policy(settings_of(tmp_path, path=path, name=name), CPU)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Found a file"):
-        build.policy(settings_of(tmp_path, path=str(tmp_path / "file")), CPU)
+        assembly.policy(settings_of(tmp_path, path=str(tmp_path / "file")), CPU)
 
 
 @pytest.mark.parametrize("name", ["sd3", "causal_lm"])
@@ -522,5 +523,5 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"policy\.path: .*there is no folder .*does not answer"):
-        build.policy(settings_of(tmp_path, path="owner/name", name=name), CPU)
+        assembly.policy(settings_of(tmp_path, path="owner/name", name=name), CPU)
     assert asked == [("owner/name",)]

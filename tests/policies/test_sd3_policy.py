@@ -10,8 +10,8 @@ import torch
 
 from moa_diffusion import tiny
 from moa_diffusion.policies import lora
+from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
-from moa_diffusion.samplers import generators
 from moa_diffusion.types import ConfigError, Request
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]

@@ -25,7 +25,7 @@ from moa_diffusion.tiny.judging.rule import beauty
 from moa_diffusion.tiny.muon import MuonWithAdamW
 from moa_diffusion.tiny.scenes import SIZE, Scene
 from moa_diffusion.tiny.tokenizers import MAX_LENGTH, clip_tokenizer
-from rewards.images import CLIP_MEAN, CLIP_STD, normalise
+from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, normalise
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

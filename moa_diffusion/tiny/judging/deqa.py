@@ -23,12 +23,12 @@ from moa_diffusion.tiny.judging.data import load_vae, make_stock, quantise, vary
 from moa_diffusion.tiny.judging.degradations import degradations, spoil
 from moa_diffusion.tiny.muon import MuonWithAdamW
 from moa_diffusion.tiny.scenes import SIZE
-from rewards.images import normalise
+from rewards.pretrained.preprocessing import normalise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from rewards.deqa.model import Deqa
+    from rewards.heads.deqa.model import Deqa
 
 _STOCK = 4096  # scenes
 _AT_ONCE = 256  # scenes whose pictures are in memory as floats
@@ -78,8 +78,8 @@ def new_deqa() -> Deqa:
     leave nothing of it. So three quarters of the patch filters start blind to plain colour, and
     four times as strong.
     """
-    from rewards.deqa.config import DeqaConfig
-    from rewards.deqa.model import Deqa
+    from rewards.heads.deqa.config import DeqaConfig
+    from rewards.heads.deqa.model import Deqa
 
     model = Deqa(DeqaConfig.from_dict(CONFIG))
     for table in (model.model.embed_tokens, model.lm_head):

@@ -31,7 +31,7 @@ def judges(folder: str) -> dict[str, RewardHead]:
     """The heads `pickscore`, `aesthetic` and `deqa` on the judges in a folder.
 
     Args:
-        folder: As `rewards.weights` names a folder.
+        folder: As `rewards.pretrained.locate` names a folder.
     """
     return {
         "pickscore": create("pickscore", model=f"{folder}/clip"),

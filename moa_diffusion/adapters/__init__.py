@@ -1,0 +1,1 @@
+"""LoRA weights of any origin, as evaluation and export need them."""

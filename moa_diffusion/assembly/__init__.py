@@ -1,0 +1,36 @@
+"""Configuration to objects: the only modules that know names and classes."""
+
+from moa_diffusion.assembly.methods import METHODS, gradients, objectives
+from moa_diffusion.assembly.models import causal_lm, model_path, policy
+from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
+from moa_diffusion.assembly.run_folder import flat, write_config
+from moa_diffusion.assembly.scorers import check_judged, heads
+from moa_diffusion.assembly.trainers import (
+    check_trackers,
+    preferences,
+    solve_geometry,
+    text_trainer,
+    trainer,
+    unequal_batches,
+)
+
+__all__ = [
+    "METHODS",
+    "causal_lm",
+    "check_judged",
+    "check_trackers",
+    "flat",
+    "gradients",
+    "heads",
+    "heldout_requests",
+    "model_path",
+    "objectives",
+    "policy",
+    "preferences",
+    "solve_geometry",
+    "text_trainer",
+    "train_prompts",
+    "trainer",
+    "unequal_batches",
+    "write_config",
+]

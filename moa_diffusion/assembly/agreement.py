@@ -1,0 +1,66 @@
+"""What processes have to share before they train together: settings, data, versions, a state."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion.assembly.run_folder import flat
+from moa_diffusion.config import Config
+from moa_diffusion.distributed import Comm
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.types import ConfigError
+
+# Those whose versions decide what a process draws and how it learns.
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> dict[str, str]:
+    """What is equal on all processes of one run, by name.
+
+    Args:
+        settings: the configuration.
+        resumed: the checkpoint to go on from.
+        read: what was read from files, by name; compared by its ``repr``.
+    """
+    found = {key: str(value) for key, value in flat(settings).items()}
+    found |= {f"version of {name}": version(name) for name in _PACKAGES}
+    found |= {f"contents of {name}": _digest(repr(value).encode()) for name, value in read.items()}
+    files = {"objectives.calibration": settings.objectives.calibration}
+    if resumed is not None:
+        found["checkpoint"] = str(resumed)
+        files["checkpoint"] = str(resumed / checkpoint.STATE)
+    for name, file in files.items():
+        if file is not None:
+            found[f"contents of {name}"] = _digest(Path(file).read_bytes())
+    return found
+
+
+def check_same(comm: Comm, mine: Mapping[str, str]) -> None:
+    """Compare with the other processes.
+
+    Args:
+        comm: collectives over the processes.
+        mine: of this process, by name.
+
+    Raises:
+        ConfigError: on all processes, naming the first thing in which they differ, and where.
+    """
+    everyone = comm.gather_objects([[socket.gethostname(), dict(mine)]])
+    first_host, first = everyone[0]
+    for rank, (host, other) in enumerate(everyone):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"{name}: should be the same on all processes, which have to see the same "
+                    f"files. Found {first.get(name)} on process 0 ({first_host}) and "
+                    f"{other.get(name)} on process {rank} ({host})."
+                )
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest()

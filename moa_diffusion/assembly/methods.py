@@ -1,0 +1,170 @@
+"""A method's name and options to its normalizer and weighting."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion.assembly.construct import construct, nearest
+from moa_diffusion.config import Config
+from moa_diffusion.objectives import calibration
+from moa_diffusion.objectives.apex import Apex
+from moa_diffusion.objectives.base import Normalizer, Weighting
+from moa_diffusion.objectives.chebyshev import Chebyshev
+from moa_diffusion.objectives.gradient import Gradient
+from moa_diffusion.objectives.mopo import Mopo
+from moa_diffusion.objectives.noon import Noon
+from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, Raw
+from moa_diffusion.objectives.pama import Pama, PamaVector
+from moa_diffusion.objectives.static import Static
+from moa_diffusion.objectives.win_rate import WinRate
+from moa_diffusion.training.trainer import Gradients
+from moa_diffusion.types import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A name's normalizer and weighting; ``options`` are the weighting's, fixed by the name."""
+
+    normalizer: type[Normalizer]
+    weighting: type[Weighting]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _torchjd(name: str, **options: Any) -> Method:
+    fixed = {"aggregator": name} | ({"options": options} if options else {})
+    return Method(normalizer=DualStage, weighting=Gradient, options=fixed)
+
+
+METHODS = {
+    "static": Method(normalizer=Raw, weighting=Static),
+    "gdpo": Method(normalizer=GDPO, weighting=Static),
+    "dual_stage": Method(normalizer=DualStage, weighting=Static),
+    "ddpo": Method(normalizer=PromptHistory, weighting=Static),
+    "apex": Method(normalizer=DualStage, weighting=Apex),
+    "pama": Method(normalizer=Noon, weighting=Pama),
+    "pama_vector": Method(normalizer=Noon, weighting=PamaVector),
+    "mopo": Method(normalizer=WinRate, weighting=Mopo),
+    "chebyshev": Method(normalizer=DualStage, weighting=Chebyshev),
+    "upgrad": _torchjd("upgrad"),
+    "mgda": _torchjd("mgda"),
+    "pcgrad": _torchjd("pcgrad"),
+    "cagrad": _torchjd("cagrad", c=0.5),  # TorchJD has no default; any value in [0, 1) converges
+    "gradient": Method(normalizer=DualStage, weighting=Gradient),
+}
+
+
+def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
+    """The method's two parts.
+
+    Raises:
+        ConfigError: for an unknown method or option, or an option's bad value.
+    """
+    method = settings.objectives.method
+    if method not in METHODS:
+        raise ConfigError(
+            f"objectives.method: unknown method {method!r}.{nearest(method, METHODS)} "
+            f"Known: {', '.join(METHODS)}."
+        )
+    chosen, names = METHODS[method], tuple(settings.rewards)
+    normalizer = construct(
+        chosen.normalizer,
+        "objectives.normalizer",
+        settings.objectives.normalizer,
+        {"objectives": names},
+    )
+    weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
+    fixed = {"objectives": names, **chosen.options}
+    accepted = inspect.signature(chosen.weighting).parameters
+    if "weights" in accepted:
+        fixed["weights"] = weights
+    else:
+        for name, weight in zip(names, weights, strict=True):
+            if weight != 1:
+                logger.warning(
+                    "objectives.method %s finds its own weights: rewards.%s.weight = %g is not "
+                    "used.",
+                    *(method, name, weight),
+                )
+    options: dict[str, Any] = settings.objectives.weighting
+    if settings.objectives.calibration is not None:
+        levels = _calibrated(Path(settings.objectives.calibration), names, accepted, options)
+        for key, values in levels.items():
+            given = options.get(key, {})
+            if isinstance(given, Mapping):  # not one number for all
+                options = {**options, key: {**values, **given}}
+    if len(names) == 1 and not issubclass(chosen.weighting, Static):
+        logger.warning("objectives.method %s has a single reward to weigh.", method)
+    weighting = construct(chosen.weighting, "objectives.weighting", options, fixed)
+    return normalizer, weighting
+
+
+def _calibrated(
+    path: Path, names: Sequence[str], accepted: Container[str], options: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Options that a calibration file supplies: base levels, levels to reach, bounds.
+
+    Raises:
+        ConfigError: if the file cannot be used, or lacks an objective.
+    """
+    measured = calibration.load(path).objectives
+    for name in names:
+        if name not in measured:
+            raise ConfigError(
+                f"objectives.calibration: `{path}` should have the objective {name!r}. "
+                f"Found {', '.join(measured)}."
+            )
+    base = {n: measured[n].base for n in names if math.isfinite(measured[n].base)}
+    # A reward without any spread has nothing to aim at.
+    target = {n: measured[n].target for n in base if measured[n].target > measured[n].base}
+    secondary = [name for name in base if name != options.get("primary", names[0])]
+    in_units = options.get("units") == "reward"
+    bounds = {n: measured[n].base if in_units else measured[n].bound for n in secondary}
+    levels = {"base": base, "targets": target, "ideal": target, "bounds": bounds}
+    used = {option: values for option, values in levels.items() if option in accepted}
+    if not used:
+        logger.warning("objectives.calibration: this method does not use it.")
+    return used
+
+
+def gradients(settings: Config, weighting: Weighting) -> Gradients:
+    """When the objectives' gradients are measured.
+
+    Raises:
+        ConfigError: if they cannot be measured in the way that the configuration asks for.
+    """
+    options = settings.gradients
+    if options.mode == "fused" and not weighting.from_gramian_alone:
+        raise ConfigError(
+            f"gradients.mode: should be probe or auto for the method {settings.objectives.method}, "
+            "whose weights depend on more than the gradients. Found 'fused'."
+        )
+    fused = options.mode != "probe" and weighting.from_gramian_alone
+    return Gradients(fused=fused, every=options.every, share=options.share)
+
+
+def check_ppo(settings: Config) -> None:
+    """Whether the method can weigh decisions, if there are value heads to judge them.
+
+    Raises:
+        ConfigError: if not.
+    """
+    fitting = [
+        name
+        for name, method in METHODS.items()
+        if issubclass(method.weighting, (Static, Pama, PamaVector))
+        and issubclass(method.normalizer, (Raw, GDPO, DualStage, Noon))
+    ]
+    if settings.loss.kind == "ppo" and settings.objectives.method not in fitting:
+        raise ConfigError(
+            f"loss.kind: should be grpo for the method {settings.objectives.method}, which looks "
+            f"at rewards of whole samples or at gradients. Found 'ppo', with which "
+            f"{', '.join(fitting)} work."
+        )

@@ -1,0 +1,243 @@
+"""The model and its value heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moa_diffusion import tiny
+from moa_diffusion.assembly.prompts import heldout_requests
+from moa_diffusion.assembly.run_folder import check_folder
+from moa_diffusion.config import Config
+from moa_diffusion.distributed import Comm
+from moa_diffusion.policies import language_model, lora
+from moa_diffusion.policies.adapters import (
+    Adapter,
+    read_sd3_adapter,
+    read_text_adapter,
+    sd3_skeleton,
+    text_skeleton,
+)
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.policies.hub import check_place
+from moa_diffusion.policies.sd3 import SD3Policy, check_fit, check_pipeline, load_pipeline
+from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.training.critic import Critic
+from moa_diffusion.types import ConfigError
+
+
+def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
+    """The model, on its device; the pipeline is loaded from ``policy.path`` if None.
+
+    Raises:
+        ConfigError: if the path holds no model of the kind, or a setting does not fit it.
+    """
+    kl = settings.loss.kl or "gaussian"
+    if settings.policy.name == "toy":
+        return ToyPolicy(steps=settings.sampling.steps, kl=kl)
+    if settings.policy.name == "causal_lm":
+        return causal_lm(settings, device)
+    model, sampling = settings.policy, settings.sampling
+    path = model_path(settings)
+    if model.embeds_dir is not None:
+        check_folder("policy.embeds_dir", Path(model.embeds_dir))
+    try:
+        if pipeline is None:
+            check_fit(
+                path,
+                revision=model.revision,
+                resolution=sampling.resolution,
+                target_modules=model.lora.target_modules,
+            )
+        start = starting_adapter(settings, pipeline)
+        if pipeline is None:
+            pipeline = load_pipeline(
+                path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
+            )
+        built = _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+    if start is not None:
+        lora.start_from(built.transformer, start.layers)
+    return built
+
+
+def starting_adapter(
+    settings: Config, pipeline: Any = None, *, tell: bool = True
+) -> Adapter | None:
+    """The LoRA that training starts from; None if it starts from the base model.
+
+    Args:
+        settings: the configuration.
+        pipeline: in the place of ``policy.path``, as for ``policy``.
+        tell: whether to warn of layers that it leaves out; not where it is only checked.
+
+    Raises:
+        ConfigError: if there is none at ``policy.adapter``, or it does not fit the base model or
+            the LoRA that is trained.
+    """
+    model = settings.policy
+    if model.adapter is None or settings.resume is not None:  # its state comes later
+        return None
+    path, targets = model_path(settings), model.lora.target_modules
+    if model.name == "causal_lm":
+        skeleton = text_skeleton(path, revision=model.revision)
+        targets = targets or lora.projections(skeleton)
+        read = partial(read_text_adapter, model=skeleton, base=path)
+    else:
+        if pipeline is None:
+            check_pipeline(path, revision=model.revision)
+        shape = None if pipeline is None else pipeline.transformer.config
+        skeleton = sd3_skeleton(path, revision=model.revision, config=shape)
+        targets = targets or list(lora.ATTENTION)
+        read = partial(read_sd3_adapter, transformer=skeleton)
+    try:
+        adapter = read(Path(model.adapter), tell=tell)
+    except ConfigError as error:
+        raise ConfigError(f"policy.adapter: {error}") from error
+    if adapter.rank > model.lora.rank:
+        raise ConfigError(
+            f"policy.lora.rank: should be at least {adapter.rank}, the rank of policy.adapter. "
+            f"Found {model.lora.rank}."
+        )
+    if others := [name for name in adapter.layers if not lora.adapts(targets, name)]:
+        raise ConfigError(
+            "policy.lora.target_modules: should name all layers of policy.adapter. Found none for "
+            f"{others[0]}{f' and {len(others) - 1} more' if others[1:] else ''} in {targets}."
+        )
+    return adapter
+
+
+def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) -> SD3Policy:
+    model, sampling = settings.policy, settings.sampling
+    return SD3Policy(
+        pipeline,
+        device=device,
+        seed=settings.seed,
+        source=source,
+        lora_rank=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        target_modules=model.lora.target_modules,
+        gradient_checkpointing=model.gradient_checkpointing,
+        resolution=sampling.resolution,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
+        noise_level=sampling.noise_level,
+        window=sampling.window,
+        window_mode=sampling.window_mode,
+        window_stay=sampling.window_stay,
+        kl=settings.loss.kl or "gaussian",
+        even_steps=settings.loss.steps == "equal",
+        eval_steps=settings.evaluation.steps,
+        eval_guidance=settings.evaluation.guidance,
+        max_sequence_length=model.max_sequence_length,
+        step_batch=model.step_batch,
+        vae_batch=model.vae_batch,
+        embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
+        embeds_memory_gb=model.embeds_memory_gb,
+        turn=(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
+    )
+
+
+def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
+    """Whether the settings fit a language model and no prompt is too long; loads no weights.
+
+    Raises:
+        ConfigError: if not.
+    """
+    generation = settings.generation
+    asked = [request.prompt for request in heldout_requests(settings)]
+    try:
+        language_model.check_fit(
+            model_path(settings),
+            revision=settings.policy.revision,
+            max_new_tokens=generation.max_new_tokens,
+            max_prompt_tokens=generation.max_prompt_tokens,
+            target_modules=settings.policy.lora.target_modules,
+            chat=generation.chat,
+            prompts=[*prompts, *asked],
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+
+
+def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
+    """A language model on its device.
+
+    Raises:
+        ConfigError: if the path holds none, or a setting does not fit it.
+    """
+    model = settings.policy
+    start = starting_adapter(settings)
+    loaded, tokenizer = language_model.load_model(
+        model_path(settings), revision=model.revision, dtype=model.dtype
+    )
+    try:
+        built = CausalLMPolicy(
+            loaded,
+            tokenizer,
+            device=device,
+            seed=settings.seed,
+            lora_rank=model.lora.rank,
+            lora_alpha=model.lora.alpha,
+            target_modules=model.lora.target_modules,
+            gradient_checkpointing=model.gradient_checkpointing,
+            features=settings.loss.kind == "ppo",
+            **vars(settings.generation),
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"policy: {error}") from error
+    if start is not None:
+        lora.start_from(built.model, start.layers)
+    return built
+
+
+def model_path(settings: Config) -> str:
+    """Folder or hub id of the model; "tiny" is the one shipped with the package.
+
+    Raises:
+        ConfigError: if what can only be a folder does not exist.
+    """
+    path = settings.policy.path
+    shipped = tiny.LM_PATH if settings.policy.name == "causal_lm" else tiny.PIPELINE_PATH
+    if path != "tiny":
+        check_place(path)
+    return str(shipped) if path == "tiny" else path
+
+
+def critic(
+    settings: Config, model: Policy, comm: Comm, device: torch.device, batch: int
+) -> Critic | None:
+    """Value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time."""
+    if settings.loss.kind != "ppo":
+        return None
+    assert isinstance(model, CausalLMPolicy)
+    return Critic(
+        tuple(settings.rewards),
+        width=model.model.config.get_text_config().hidden_size,
+        comm=comm,
+        device=device,
+        seed=settings.seed,
+        batch=batch,
+        **vars(settings.critic),
+    )
+
+
+def _fingerprint(path: str, revision: str | None) -> str:
+    """Names a pipeline's text encoders; another one after files of a local folder changed."""
+    files = sorted(Path(path).glob("text_encoder*/*")) if Path(path).is_dir() else []
+    stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
+    return f"{path}@{revision}:{','.join(stamps)}"

@@ -1,0 +1,68 @@
+"""What is drawn: prompt files to requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moa_diffusion import tiny
+from moa_diffusion.config import Config
+from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
+from moa_diffusion.data.sampling import (
+    Mixture,
+    Prompt,
+    PromptSet,
+    derive_seed,
+    in_turn,
+    read_prompts,
+)
+from moa_diffusion.types import Request
+
+
+def train_prompts(settings: Config) -> Mixture:
+    """What training draws from: the prompt sets of ``prompts.train`` and their weights.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    return Mixture(
+        [
+            PromptSet(
+                prompts=_read(file, "train", settings),
+                weight=file.weight if isinstance(file, WeightedPromptFileConfig) else 1.0,
+            )
+            for file in _files(settings.prompts.train)
+        ]
+    )
+
+
+def heldout_requests(settings: Config) -> tuple[Request, ...]:
+    """What the evaluation draws: the same for every run with the same evaluation seed."""
+    if not settings.evaluation.every or settings.prompts.heldout is None:
+        return ()
+    files = _files(settings.prompts.heldout)
+    prompts = in_turn([_read(file, "heldout", settings) for file in files])
+    prompts = prompts[: settings.evaluation.prompts or None]
+    return tuple(
+        Request(
+            prompt=prompt.text,
+            metadata=prompt.metadata,
+            group=group,
+            sibling=sibling,
+            seed=derive_seed(settings.evaluation.seed, "heldout", group, sibling),
+        )
+        for sibling in range(settings.evaluation.images_per_prompt)
+        for group, prompt in enumerate(prompts)
+    )
+
+
+def _files(value: str | Sequence[str | PromptFileConfig]) -> Sequence[str | PromptFileConfig]:
+    return [value] if isinstance(value, str) else value
+
+
+def _read(file: str | PromptFileConfig, kind: str, settings: Config) -> tuple[Prompt, ...]:
+    if isinstance(file, str):
+        file = PromptFileConfig(path=file)
+    shipped = f"letters_{kind}.txt" if settings.policy.name == "causal_lm" else f"{kind}.txt"
+    path = tiny.PROMPTS_PATH / shipped if file.path == "tiny" else Path(file.path)
+    return read_prompts(path, column=file.column or settings.prompts.column)

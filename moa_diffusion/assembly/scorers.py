@@ -1,0 +1,172 @@
+"""Reward heads, and what watches them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moa_diffusion.assembly.construct import nearest
+from moa_diffusion.config import Config
+from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.distributed import Comm
+from moa_diffusion.monitoring import alarm
+from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.scoring import (
+    RewardError,
+    RewardHead,
+    Scorer,
+    UnknownOption,
+    create_head,
+    told,
+)
+from moa_diffusion.storage.log import RunLog
+from moa_diffusion.types import ConfigError, Request
+
+_COMMON = ("weight", "head", "path")  # what every reward may say beside its head's options
+
+
+def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
+    """One reward head per objective, or per held-out reward.
+
+    Args:
+        settings: the configuration.
+        section: ``rewards`` or ``evaluation.rewards``.
+
+    Raises:
+        ConfigError: naming the objective, for an unknown head, import path or option.
+    """
+    built = {}
+    chosen = settings.rewards if section == "rewards" else settings.evaluation.rewards
+    for name, options in chosen.items():
+        if "head" in options and "path" in options:
+            raise ConfigError(f"{section}.{name}: should have `head` or `path`. Found both.")
+        rest = {key: value for key, value in options.items() if key not in _COMMON}
+        try:
+            head = create_head(options.get("head", name), options.get("path"), **rest)
+        except UnknownOption as error:
+            valid = (*error.valid, *_COMMON)
+            raise ConfigError(
+                f"{section}.{name}: unknown option {error.option!r}."
+                f"{nearest(error.option, valid)} Valid: {', '.join(valid)}."
+            ) from error
+        except ImportError:  # it names the package, and is no fault of the configuration
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{section}.{name}: {error}") from error
+        except Exception as error:  # the constructor of a user's class may raise anything
+            raise ConfigError(f"{section}.{name}: {told(error)}") from error
+        wanted = "texts" if settings.policy.name == "causal_lm" else "images"
+        if head.scores not in (wanted, "both"):
+            raise ConfigError(
+                f"{section}.{name}: should score {wanted}, which is what policy.name "
+                f"{settings.policy.name} makes. Found a head for {head.scores}."
+            )
+        head.name = name
+        built[name] = head
+    return built
+
+
+def scorers(
+    settings: Config, comm: Comm, *, trained: Sequence[Prompt], asked: Sequence[Request]
+) -> tuple[Scorer, Scorer]:
+    """What runs all heads, held-out ones included, and what runs those of the objectives.
+
+    Args:
+        settings: the configuration.
+        comm: collectives over the processes.
+        trained: prompts that the objectives are scored on.
+        asked: what evaluations draw.
+
+    Raises:
+        ConfigError: as ``heads``, or if a head cannot use the prompts.
+    """
+    options = {"overlap": settings.scoring.overlap, "offload": settings.scoring.offload}
+    training = heads(settings)
+    watched = heads(settings, "evaluation.rewards")
+    everyone = training | watched
+    drawn = [Prompt(text=request.prompt, metadata=request.metadata) for request in asked]
+    check_judged("rewards", training, [*trained, *drawn])
+    check_judged("evaluation.rewards", watched, drawn)
+    return Scorer(everyone, comm, **options), Scorer(training, comm, **options)
+
+
+def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
+    """Find out before anything is drawn whether prompts have what heads need of them.
+
+    Args:
+        section: of the configuration that the heads are from.
+        chosen: heads by the reward's name.
+        prompts: whose samples they will judge.
+
+    Raises:
+        ConfigError: naming the reward and what is missing, such as a key of the metadata.
+    """
+    for name, head in chosen.items():
+        try:
+            head.check_prompts([p.text for p in prompts], [p.metadata for p in prompts])
+        except RewardError as error:
+            raise ConfigError(f"{section}.{name}: {error.cause}") from error
+
+
+def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
+    """What looks at the evaluations for rewards that are being gamed.
+
+    Args:
+        settings: the configuration.
+        asked: what evaluations draw.
+
+    Raises:
+        ConfigError: if the rules cannot be kept.
+    """
+    rules, heldout = alarm.Rules(**vars(settings.alarm)), tuple(settings.evaluation.rewards)
+    try:
+        alarm.check(
+            rules,
+            heldout if asked else (),
+            kl_weight=settings.loss.kl_weight,
+            prompts=len({request.prompt for request in asked}),
+        )
+    except ValueError as error:
+        raise ConfigError(f"alarm: {error}") from error
+    return Watch(tuple(settings.rewards), heldout, rules)
+
+
+def evaluation(
+    settings: Config,
+    asked: Sequence[Request],
+    model: Policy,
+    everyone: Scorer,
+    training: Scorer,
+    comm: Comm,
+    log: RunLog,
+    batch: int,
+    progress: bool,
+) -> HeldOut | None:
+    """The evaluation during training; None if nothing is asked, or nobody answers."""
+    if not asked or not everyone.names:
+        return None
+    return HeldOut(
+        asked,
+        policy=model,
+        scorer=everyone,
+        training=training,
+        comm=comm,
+        batch=batch,
+        log=log,
+        folder=Path(settings.output_dir),
+        drawing=json.dumps(
+            [
+                settings.evaluation.steps,
+                settings.evaluation.guidance,
+                settings.sampling.resolution,
+                vars(settings.generation),
+            ]
+        ),
+        shown=settings.evaluation.pictures,
+        # Offline nothing is drawn as rollouts are, so there is nothing to compare with.
+        as_rollouts=0 if settings.preferences.given else settings.evaluation.rollout_images,
+        progress=progress,
+    )

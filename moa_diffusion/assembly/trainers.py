@@ -1,0 +1,436 @@
+"""A configuration to a run that can begin."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from moa_diffusion import tiny
+from moa_diffusion.assembly.agreement import check_same, facts
+from moa_diffusion.assembly.construct import construct, nearest
+from moa_diffusion.assembly.methods import check_ppo, gradients, objectives
+from moa_diffusion.assembly.models import (
+    causal_lm,
+    check_prompts,
+    critic,
+    policy,
+    starting_adapter,
+)
+from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
+from moa_diffusion.assembly.run_folder import flat, run_folder, run_log, start_over, write_config
+from moa_diffusion.assembly.scorers import evaluation, scorers, watcher
+from moa_diffusion.config import Config
+from moa_diffusion.data.preference_files import read_pairs, read_preferences
+from moa_diffusion.data.preferences import Preferences
+from moa_diffusion.data.sampling import (
+    Geometry,
+    GroupSampler,
+)
+from moa_diffusion.distributed import AccelerateComm, Comm, agreed
+from moa_diffusion.objectives.mopo_offline import OfflineSettings
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.trackers import TrackerError
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.loop import Loop, Schedule
+from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
+from moa_diffusion.training.stepper import GROWTH_INTERVAL, first_scale
+from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.types import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def trainer(settings: Config, pipeline: Any = None) -> Trainer:
+    """Everything a run needs, checked in the order of what checking costs.
+
+    Files and names come first, models last. With ``settings.resume`` the state is loaded.
+
+    Args:
+        settings: the configuration.
+        pipeline: a ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
+
+    Raises:
+        ConfigError: for anything in the configuration that cannot be run.
+        ImportError: if a chosen reward head or tracker needs a package that is not installed.
+        ProcessError: on this process, if another one raises one of these.
+    """
+    accelerator = make_accelerator()
+    comm = AccelerateComm(accelerator)
+    with agreed(comm) as meet:
+        return _trainer(settings, pipeline, accelerator, comm, meet)
+
+
+def _trainer(
+    settings: Config,
+    pipeline: Any,
+    accelerator: Accelerator,
+    comm: Comm,
+    meet: Callable[[], None],
+) -> Trainer:
+    check_launcher(accelerator)
+    if settings.preferences.given:
+        raise ConfigError(
+            "preferences: should be left out here: images are learned from rollouts, and "
+            "scripts/train_lm.py is what learns from preferences. Found "
+            f"{settings.preferences.data or settings.preferences.pairs}."
+        )
+    resumed = run_folder(settings)
+    if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
+        settings = dataclasses.replace(settings, resume=None)
+    prompts = train_prompts(settings)
+    asked = heldout_requests(settings)
+    normalizer, weighting = objectives(settings)
+    check_trackers(settings.log.trackers)
+    check_ppo(settings)
+    if settings.policy.name == "causal_lm":
+        check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
+    starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
+    watch = watcher(settings, asked)
+    geometry = solve_geometry(settings, comm.world_size)
+    read = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": asked})
+    meet()
+    check_same(comm, read)
+    if comm.rank == 0:
+        report_unused(settings)
+        print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
+        if len(prompts.sets) > 1:
+            print(prompts.describe())
+        if (problem := unequal_batches(settings, geometry)) is not None:
+            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
+    drawn = [prompt for part in prompts.sets for prompt in part.prompts]
+    everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
+    model = policy(settings, accelerator.device, pipeline)
+    log = run_log(settings, accelerator)
+    built = Trainer(
+        policy=model,
+        scorer=scorer,
+        normalizer=normalizer,
+        weighting=weighting,
+        sampler=GroupSampler(
+            prompts,
+            groups=geometry.groups,
+            group_size=geometry.group_size,
+            seed=settings.seed,
+            shared_start=settings.sampling.shared_start,
+        ),
+        geometry=geometry,
+        comm=comm,
+        updater=updater(settings, model, geometry, comm, accelerator),
+        gradients=gradients(settings, weighting),
+        schedule=schedule(settings),
+        heldout=evaluation(
+            settings,
+            asked,
+            model,
+            everyone,
+            scorer,
+            comm,
+            log,
+            geometry.sample_batch,
+            accelerator.is_main_process,
+        ),
+        watch=watch,
+        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
+        log=log,
+        folder=Path(settings.output_dir),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+    )
+    _begin(settings, built, resumed, accelerator, meet)
+    return built
+
+
+def text_trainer(settings: Config) -> Loop:
+    """A run that trains a language model: online, or from preferences where there are some.
+
+    Raises:
+        ConfigError: as ``trainer``.
+        ImportError: as ``trainer``.
+        ProcessError: as ``trainer``.
+    """
+    accelerator = make_accelerator()
+    comm = AccelerateComm(accelerator)
+    with agreed(comm) as meet:
+        if settings.policy.name != "causal_lm":
+            raise ConfigError(
+                "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
+                f"{settings.policy.name!r}."
+            )
+        if settings.preferences.given:
+            return _offline_trainer(settings, accelerator, comm, meet)
+        return _trainer(settings, None, accelerator, comm, meet)
+
+
+def _offline_trainer(
+    settings: Config, accelerator: Accelerator, comm: Comm, meet: Callable[[], None]
+) -> OfflineTrainer:
+    check_launcher(accelerator)
+    resumed = run_folder(settings)
+    if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
+        settings = dataclasses.replace(settings, resume=None)
+    data = preferences(settings)
+    check_prompts(settings, data.prompts)
+    starting_adapter(settings, tell=False)
+    asked = heldout_requests(settings)
+    options = dict(settings.objectives.weighting)
+    primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
+    mopo = construct(OfflineSettings, "objectives.weighting", options, {})
+    check_trackers(settings.log.trackers)
+    watch = watcher(settings, asked)
+    try:
+        constrained(data, primary, bounds, mopo)
+    except ValueError as error:
+        raise ConfigError(f"objectives.weighting: {error}") from error
+    read = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": asked})
+    meet()
+    check_same(comm, read)
+    if comm.rank == 0:
+        report_unused(settings)
+        print(
+            f"{processes(comm, accelerator.device)} {len(data.prompts)} "
+            f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
+        )
+    everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
+    model = causal_lm(settings, accelerator.device)
+    log = run_log(settings, accelerator)
+    built = OfflineTrainer(
+        cloning=Cloning(
+            policy=model,
+            data=data,
+            comm=comm,
+            micro_batch=settings.trainer.micro_batch,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            max_skipped=settings.loss.max_skipped,
+            **_stepping(settings, model, accelerator),
+        ),
+        primary=primary,
+        bounds=bounds,
+        settings=mopo,
+        batch=settings.preferences.batch,
+        level_prompts=settings.preferences.level_prompts,
+        from_adapter=settings.policy.adapter is not None,
+        schedule=schedule(settings),
+        heldout=evaluation(
+            settings,
+            asked,
+            model,
+            everyone,
+            scorer,
+            comm,
+            log,
+            settings.trainer.sample_batch,
+            accelerator.is_main_process,
+        ),
+        watch=watch,
+        log=log,
+        folder=Path(settings.output_dir),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+    )
+    _begin(settings, built, resumed, accelerator, meet)
+    return built
+
+
+def _begin(
+    settings: Config,
+    built: Loop,
+    resumed: Path | None,
+    accelerator: Accelerator,
+    meet: Callable[[], None],
+) -> None:
+    """Load the state to go on from, and write down what the run is."""
+    if resumed is not None:
+        built.load_state_dict(checkpoint.load_state(resumed))
+        logger.info("Resumed from %s after %d %s.", resumed, built.completed, built.title)
+    meet()  # every process has its model and its state
+    if not accelerator.is_main_process:
+        return
+    if resumed is None:
+        start_over(built.folder)
+    write_config(settings)
+    try:
+        built.log.start_trackers(flat(settings))
+    except TrackerError as error:
+        raise ConfigError(f"log.trackers: {error}") from error
+
+
+def report_unused(settings: Config) -> None:
+    """Say once what `accelerate launch` asks for in vain."""
+    if found := unused(settings.policy.dtype):
+        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(found))
+
+
+def preferences(settings: Config) -> Preferences:
+    """The responses to learn from.
+
+    Raises:
+        ConfigError: for anything wrong in the files.
+    """
+    options = settings.preferences
+    cycles, smoothing = options.cycles, options.smoothing
+    try:
+        if options.data is not None:
+            shipped = tiny.PREFERENCES_PATH if options.data == "tiny" else options.data
+            return read_preferences(shipped, options.objectives, cycles=cycles, smoothing=smoothing)
+        return read_pairs(options.pairs, cycles=cycles, smoothing=smoothing)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"preferences: {error}") from error
+
+
+def schedule(settings: Config) -> Schedule:
+    """How long, and what happens when."""
+    return Schedule(
+        steps=settings.trainer.steps,
+        minutes=settings.trainer.minutes,
+        checkpoint_every=settings.checkpoint.every,
+        checkpoint_keep=settings.checkpoint.keep,
+        checkpoint_front=settings.checkpoint.front,
+        evaluate_every=settings.evaluation.every,
+    )
+
+
+def updater(
+    settings: Config, model: Policy, geometry: Geometry, comm: Comm, accelerator: Accelerator
+) -> Updater:
+    """AdamW, EMA and the loss over the policy's adapter."""
+    tolerance = settings.loss.ratio_tolerance
+    return Updater(
+        policy=model,
+        geometry=geometry,
+        comm=comm,
+        surrogate=Surrogate(
+            clip_range=settings.loss.clip_range,
+            advantage_clip=settings.loss.advantage_clip,
+            kl_weight=settings.loss.kl_weight,
+            max_grad_norm=settings.optimizer.max_grad_norm,
+            ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
+            max_skipped=settings.loss.max_skipped,
+        ),
+        seed=settings.seed,
+        progress=accelerator.is_main_process,
+        **_stepping(settings, model, accelerator),
+    )
+
+
+def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict[str, Any]:
+    """What all optimizer steps need: AdamW, its rate, the loss scale and EMA."""
+    options, warmup = settings.optimizer, settings.optimizer.warmup
+    return {
+        "optimizer": torch.optim.AdamW(
+            list(model.trainable().values()),
+            lr=options.lr,
+            eps=options.eps,
+            betas=(options.betas[0], options.betas[1]),
+            weight_decay=options.weight_decay,
+        ),
+        "lr": lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        "scaler": torch.amp.GradScaler(
+            accelerator.device.type,
+            init_scale=first_scale(model.dimensions),
+            growth_interval=GROWTH_INTERVAL,
+            enabled=settings.policy.dtype == "float16",
+        ),
+        "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+    }
+
+
+def processes(comm: Comm, device: torch.device) -> str:
+    """What a run is on: on CPUs also how many threads, since another number rounds differently."""
+    threads = torch.get_num_threads()
+    each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
+    return f"Processes: {comm.world_size} ({device.type}{each})."
+
+
+def solve_geometry(settings: Config, world_size: int) -> Geometry:
+    """How a rollout is cut over this many processes, with a warning of smaller batches than stated.
+
+    Raises:
+        ConfigError: if the samples cannot be shared evenly.
+    """
+    options, half = settings.trainer, settings.policy.dtype != "float32"
+    geometry = Geometry.solve(
+        groups=options.groups,
+        group_size=options.group_size,
+        updates=options.updates,
+        world_size=world_size,
+        max_sample_batch=options.sample_batch,
+        max_micro_batch=options.micro_batch,
+        equal_rows=_rows_per_sample(settings) if half else None,
+    )
+    for key, stated, used, share in (
+        ("sample_batch", options.sample_batch, geometry.sample_batch, geometry.per_rank),
+        ("micro_batch", options.micro_batch, geometry.micro_batch, geometry.per_update),
+    ):
+        if used != stated:
+            logger.warning(
+                "trainer.%s: %d does not fit the %d samples that a process has%s%s; %d are taken. "
+                "Forward passes of another size round differently: a run with another number of "
+                "processes ends in the same parameters only if its passes have %d samples too.",
+                *(key, stated, share),
+                " in an optimizer step" if key == "micro_batch" else "",
+                ", in passes of sampling and training that are to be equal" if half else "",
+                *(used, used),
+            )
+    return geometry
+
+
+def _rows_per_sample(settings: Config) -> int:
+    """Rows of a training pass that a sample has; guidance doubles those of sampling as well."""
+    if settings.policy.name == "causal_lm":
+        return 1
+    trained = settings.sampling.window or settings.sampling.steps - 1
+    return min(settings.policy.step_batch, trained)
+
+
+def unequal_batches(settings: Config, geometry: Geometry) -> str | None:
+    """What to change if passes in half precision differ in size, and so in rounding."""
+    if settings.policy.dtype == "float32":
+        return None
+    rows = _rows_per_sample(settings)
+    trained = settings.sampling.window or settings.sampling.steps - 1
+    if settings.policy.name != "causal_lm" and trained % rows:
+        return (
+            f"policy.step_batch: should divide the {trained} trained steps of a rollout in half "
+            f"precision: forward passes of other sizes round differently. Found {rows}."
+        )
+    if geometry.sample_batch != geometry.micro_batch * rows:
+        return (
+            "trainer.sample_batch: should be at least policy.step_batch, and a number of samples "
+            "that divides a process's share, in half precision: passes of sampling and training "
+            f"then have equally many rows and round alike. Found {geometry.sample_batch} rows in "
+            f"sampling and {geometry.micro_batch * rows} in training."
+        )
+    return None
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Find out before the models load whether every tracker is known and installed.
+
+    Raises:
+        ConfigError: naming the nearest known tracker, or the package to install.
+    """
+    known = [str(kind) for kind in LoggerType if str(kind) != "all"]
+    installed = [str(kind) for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"log.trackers: unknown tracker {name!r}.{nearest(name, known)} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        if name not in installed:
+            raise ConfigError(
+                f"log.trackers: {name!r} needs a package that is not installed: pip install {name}"
+            )

@@ -1,0 +1,1 @@
+"""What rewards look like before training."""

@@ -1,0 +1,168 @@
+"""One picture of several runs: reward curves above, the same prompts drawn before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from moa_diffusion import assembly, config
+from moa_diffusion.config import Config
+from moa_diffusion.distributed import LocalComm
+from moa_diffusion.monitoring.heldout import mean_and_error
+from moa_diffusion.objectives.normalize import same_prompt
+from moa_diffusion.policies.samplers import generators
+from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.scoring import Scorer
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.types import Request
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
+
+
+def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
+    """Write a PNG that compares runs of one configuration family.
+
+    The pictures are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
+    held-out prompts at even distances and the evaluation's own seeds: nothing is picked by hand.
+
+    Args:
+        runs: run folders by label; all must have the same rewards and held-out prompts.
+        target: the PNG.
+        shown: held-out prompts shown.
+
+    Raises:
+        ConfigError: if a run has no checkpoint.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = {label: config.load(folder / "config.yaml") for label, folder in runs.items()}
+    first = next(iter(settings.values()))
+    names = list(first.rewards)
+    asked = [request for request in assembly.heldout_requests(first) if request.sibling == 0]
+    shown = min(shown, len(asked))
+    asked = [asked[i * len(asked) // shown] for i in range(shown)]
+    rows = draw(runs, first, asked)
+
+    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
+    _curves(parts[0], runs, names)
+    _pictures(parts[1], rows, asked, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def draw(
+    runs: Mapping[str, Path], settings: Config, asked: Sequence[Request]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it warns that the text encoders have no adapter
+    logging.disable_progress_bar()
+    scorer = Scorer(assembly.heads(settings), LocalComm())
+    folders = {label: checkpoint.find("latest", folder) / "ema" for label, folder in runs.items()}
+    rows = {}
+    for label, folder in {"base model": None, **folders}.items():
+        pipeline = load_pipeline(assembly.model_path(settings), dtype=settings.policy.dtype)
+        if folder is not None:
+            pipeline.load_lora_weights(folder)
+        with torch.no_grad():
+            images = pipeline(
+                [request.prompt for request in asked],
+                num_inference_steps=settings.evaluation.steps,
+                guidance_scale=settings.evaluation.guidance,
+                height=settings.sampling.resolution,
+                width=settings.sampling.resolution,
+                max_sequence_length=settings.policy.max_sequence_length,
+                generator=generators([request.seed for request in asked]),
+                output_type="pt",
+            ).images.float()
+        rows[label] = (images, scorer.score(asked, images=images))
+    scorer.close()
+    return rows
+
+
+def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
+    """One panel per objective: change over the base model on the same prompts and seeds."""
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, panel in zip(names, panels, strict=True):
+        for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
+            steps, mean, error = changes(folder, name)
+            panel.plot(steps, mean, color=colour, marker="o", label=label)
+            panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
+        panel.axhline(0, color="grey", linestyle=":", linewidth=1)
+        panel.set_title(name)
+        panel.set_xlabel("rollouts")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("change over the base model")
+    panels[0].legend(frameon=False)
+    figure.suptitle("held-out prompts, deterministic, averaged weights; bands: standard error")
+
+
+def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.ndarray]:
+    """Change of one reward at every evaluation of a run, paired with the base model's images.
+
+    Args:
+        folder: of the run.
+        name: of the objective.
+
+    Returns:
+        rollouts; mean change, in the reward's unit; its standard error over prompts.
+    """
+    found: dict[int, list[dict[str, Any]]] = {
+        int(path.stem.removeprefix("step-")): read_metrics(path)
+        for path in sorted(folder.glob("evaluation/step-*.jsonl"))
+    }
+    key, base = f"reward/{name}", found[0]
+    prompts = same_prompt([row["prompt"] for row in base])
+    nan = float("nan")
+
+    def column(rows: list[dict[str, Any]]) -> Tensor:
+        values = [nan if row[key] is None else row[key] for row in rows]
+        return torch.tensor(values, dtype=torch.float64)
+
+    pairs = [mean_and_error(column(rows) - column(base), prompts) for rows in found.values()]
+    mean, error = numpy.array(pairs).T
+    return list(found), mean, error
+
+
+def _pictures(
+    figure: Any,
+    rows: Mapping[str, tuple[Tensor, Tensor]],
+    asked: Sequence[Request],
+    names: Sequence[str],
+) -> None:
+    """Rows models, columns prompts, rewards under each picture."""
+    panels = figure.subplots(len(rows), len(asked), squeeze=False)
+    for number, (row, (label, (images, scores))) in enumerate(
+        zip(panels, rows.items(), strict=True)
+    ):
+        for i, panel in enumerate(row):
+            panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="bicubic")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_xlabel(
+                "  ".join(_short(score) for score in scores[:, i].tolist()), fontsize=8
+            )
+            if number == 0:
+                words = asked[i].prompt.split()
+                half = (len(words) + 1) // 2
+                panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
+        row[0].set_ylabel(label, fontsize=10)
+    figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
+
+
+def _short(score: float) -> str:
+    if score != score:
+        return "-"
+    return f"{score:.2f}" if abs(score) < 10 else f"{score:.0f}"

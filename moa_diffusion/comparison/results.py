@@ -1,0 +1,454 @@
+"""Which method lifts which objective: gains over the start of training, with bootstrap intervals.
+
+A gain is a difference to what training starts from (the base model, or that with the LoRA of
+``policy.adapter``) on the same held-out prompts and seeds, in units of the start's spread within a
+prompt, so that objectives of any unit stand in one table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.statistics.bootstrap import (
+    LEVEL,
+    RESAMPLES,
+    Array,
+    Estimate,
+    draw,
+    estimate,
+    hypervolumes,
+    markdown,
+    prompt_sums,
+    resampled_means,
+)
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.types import ConfigError
+
+Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt, seed
+
+FILES = ("results.json", "table.md", "compare.png")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """What a finished run left: held-out rewards and metrics."""
+
+    method: str
+    seed: int
+    folder: Path
+    names: tuple[str, ...]  # length K
+    steps: tuple[int, ...]  # E + 1 rollouts finished at the evaluations; the first is 0
+    samples: tuple[Sample, ...]  # length M
+    values: Array  # [E + 1, K, M] raw rewards, NaN: does not apply
+    metrics: Sequence[Mapping[str, Any]]  # a row per rollout, from 1
+
+    def prompts(self) -> NDArray[numpy.int64]:
+        """Number of each sample's prompt, ``[M]``; one that is held out twice has one number."""
+        return same_prompt([sample[2] for sample in self.samples]).numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run; gains are in the start's spread within a prompt."""
+
+    method: str
+    seed: int
+    folder: str
+    rollouts: int
+    minutes: float  # of training, without evaluations
+    gains: Mapping[str, float]  # by objective
+    worst: float  # the smallest of them
+    above: float  # share of the objectives with a gain above 0
+    hypervolume: float  # of all its evaluations, with the start as the reference point
+    path: Mapping[int, Mapping[str, float]]  # gains by rollouts finished
+    shares: Mapping[str, float]  # of the advantage's variance, mean over rollouts
+    seconds: Mapping[str, float]  # per rollout, by phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSummary:
+    """All runs of a method: means over runs."""
+
+    method: str
+    seeds: tuple[int, ...]
+    gains: Mapping[str, Estimate]
+    worst: Estimate
+    hypervolume: Estimate
+    above: float
+    shares: Mapping[str, float]
+    rollouts: float
+    minutes: float
+    seconds: Mapping[str, float]
+
+    def biggest(self) -> tuple[str, float]:
+        """The objective with the biggest share of the advantage's variance, and the share."""
+        known = {name: share for name, share in self.shares.items() if not math.isnan(share)}
+        name = max(known, key=lambda key: known[key], default="")
+        return name, known.get(name, math.nan)
+
+    def below(self) -> list[str]:
+        """Objectives whose whole interval lies below the start."""
+        return [name for name, gain in self.gains.items() if gain.high < 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Everything a table or a picture needs; methods are sorted, the best worst gain first."""
+
+    names: tuple[str, ...]  # length K
+    units: Mapping[str, float]  # by objective: the start's spread within a prompt
+    methods: tuple[MethodSummary, ...]
+    runs: tuple[RunSummary, ...]
+    prompts: int  # held out, distinct
+    images: int  # held out, all prompts together
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> RunData:
+    """Read a run's evaluations and metrics.
+
+    Args:
+        folder: of the run.
+        method: its label.
+        seed: of the run.
+        names: its K objectives.
+
+    Raises:
+        ValueError: if there is no evaluation of the start or none after it, or if two of them
+            drew different samples; the message names the file.
+    """
+    paths = sorted(folder.glob("evaluation/step-*.jsonl"))
+    steps = [int(path.stem.removeprefix("step-")) for path in paths]
+    if len(steps) < 2 or steps[0] != 0:
+        raise ValueError(
+            f"`{folder}` should hold evaluations of the start (step 0) and of later steps. "
+            f"Found steps {steps}."
+        )
+    first, rows = _read_evaluation(paths[0], names)
+    values = [rows]
+    for path in paths[1:]:
+        samples, rows = _read_evaluation(path, names)
+        if samples != first:
+            raise ValueError(f"`{path}` should hold the samples of `{paths[0]}`. Found others.")
+        values.append(rows)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    return RunData(
+        method=method,
+        seed=seed,
+        folder=folder,
+        names=tuple(names),
+        steps=tuple(steps),
+        samples=first,
+        values=numpy.stack(values),
+        metrics=[row for row in metrics if row["step"] > 0],
+    )
+
+
+def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ...], Array]:
+    """The samples in a fixed order, and their rewards ``[K, M]``."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: (row["group"], row["sibling"]))
+    samples = tuple((row["group"], row["sibling"], row["prompt"], row["seed"]) for row in rows)
+    missing = [name for name in names if rows and f"reward/{name}" not in rows[0]]
+    if missing:
+        raise ValueError(f"`{path}` should have the reward {missing[0]!r}. Found {list(rows[0])}.")
+    columns = [[row[f"reward/{name}"] for row in rows] for name in names]
+    return samples, numpy.array(columns, dtype=numpy.float64)  # None becomes NaN
+
+
+def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Wall time of a run's rollouts without its evaluations."""
+    return sum(
+        row["seconds/total"] - row.get("seconds/evaluate", 0.0) for row in metrics if row["step"]
+    )
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def base_units(runs: Sequence[RunData]) -> Array:
+    """The start's spread within a prompt, of every objective: ``[K]``.
+
+    As ``eval_gain`` has it (``spread_within``). All runs start from the same model; what noisy
+    rewards make of it is averaged.
+
+    Raises:
+        ValueError: if runs drew different samples or one image per prompt, or if an objective does
+            not vary within any prompt.
+    """
+    first = runs[0]
+    for run in runs:
+        if run.samples != first.samples or run.names != first.names:
+            raise ValueError(
+                f"`{run.folder}` should have the held-out samples and objectives of "
+                f"`{first.folder}`. Found others."
+            )
+    spreads = [_spread(run.names, run.samples, run.values[0]) for run in runs]
+    units: Array = numpy.sqrt(numpy.mean(numpy.square(spreads), axis=0))
+    return units
+
+
+def check_base(folder: Path, names: Sequence[str]) -> None:
+    """Check the evaluation of the start, as soon as there is one.
+
+    Raises:
+        ValueError: if gains would have no unit.
+    """
+    _spread(names, *_read_evaluation(folder / "evaluation" / "step-000000.jsonl", names))
+
+
+def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> Array:
+    """Of rewards ``[K, M]`` within a prompt: ``[K]``."""
+    siblings = torch.tensor([sample[0] for sample in samples])
+    if len(siblings.unique()) == len(siblings):
+        raise ValueError(
+            "Parameter `images_per_prompt` should be at least 2: gains are in units of the "
+            "spread within a prompt. Found 1."
+        )
+    spread: Array = spread_within(torch.from_numpy(values), siblings).numpy()
+    for name, unit in zip(names, spread, strict=True):
+        if not unit > 0:
+            raise ValueError(
+                f"Objective `{name}` should vary within a prompt: its spread before training "
+                f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out samples."
+            )
+    return spread
+
+
+def gains(run: RunData, units: Array) -> Array:
+    """Of every image over the start's of the same seed: ``[E, K, M]``.
+
+    NaN where either has no reward.
+    """
+    return (run.values[1:] - run.values[0]) / units[:, None]
+
+
+def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Gains of every method, with intervals.
+
+    Runs (seeds) and prompts are resampled with replacement, independently; the same prompts for
+    all runs of a resample, since all draw the same. With a few runs such an interval is too narrow.
+
+    Args:
+        runs: finished runs, of the same held-out samples and objectives.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if the runs cannot be compared.
+    """
+    if not runs:
+        raise ValueError("No run has finished: there is nothing to compare.")
+    units = base_units(runs)
+    names = runs[0].names
+    prompts = len(numpy.unique(runs[0].prompts()))
+    prompt_draws = draw(prompts, resamples=resamples, seed=seed)
+    labels = list(dict.fromkeys(run.method for run in runs))
+    methods, summaries = [], []
+    for label in labels:
+        mine = [run for run in runs if run.method == label]
+        tables = [prompt_sums(gains(run, units), run.prompts()) for run in mine]
+        own = [resampled_means(*table, numpy.ones((1, prompts))) for table in tables]  # [1, E, K]
+        again = [resampled_means(*table, prompt_draws) for table in tables]  # R of [B, E, K]
+        found = [
+            _summarise_run(run, points[0], float(hypervolumes(points)[0]))
+            for run, points in zip(mine, own, strict=True)
+        ]
+        run_draws = draw(len(mine), resamples=resamples, seed=seed + 1)
+        last = numpy.stack([points[0, -1] for points in own])  # [R, K]
+        last_again = numpy.stack([points[:, -1] for points in again])  # [R, B, K]
+        methods.append(
+            MethodSummary(
+                method=label,
+                seeds=tuple(run.seed for run in mine),
+                gains={
+                    name: estimate(last[:, k], last_again[:, :, k], run_draws)
+                    for k, name in enumerate(names)
+                },
+                worst=estimate(last.min(1), last_again.min(2), run_draws),
+                hypervolume=estimate(
+                    numpy.array([run.hypervolume for run in found]),
+                    numpy.stack([hypervolumes(points) for points in again]),
+                    run_draws,
+                ),
+                above=_mean([run.above for run in found]),
+                shares=_means([run.shares for run in found]),
+                rollouts=_mean([run.rollouts for run in found]),
+                minutes=_mean([run.minutes for run in found]),
+                seconds=_means([run.seconds for run in found]),
+            )
+        )
+        summaries += found
+    methods.sort(key=lambda method: _last_if_nan(method.worst.value))
+    return Comparison(
+        names=names,
+        units=dict(zip(names, units.tolist(), strict=True)),
+        methods=tuple(methods),
+        runs=tuple(summaries),
+        prompts=prompts,
+        images=len(runs[0].samples),
+    )
+
+
+def _summarise_run(run: RunData, path: Array, hypervolume: float) -> RunSummary:
+    """``path [E, K]`` are the gains at each evaluation."""
+    gains = path[-1].tolist()
+    rows = run.metrics
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds/")})
+    return RunSummary(
+        method=run.method,
+        seed=run.seed,
+        folder=str(run.folder),
+        rollouts=run.steps[-1],
+        minutes=training_seconds(rows) / 60,
+        gains=dict(zip(run.names, gains, strict=True)),
+        worst=float(numpy.min(path[-1])),
+        above=_mean([float(gain > 0) for gain in gains if not math.isnan(gain)]),
+        hypervolume=hypervolume,
+        path={
+            step: dict(zip(run.names, point.tolist(), strict=True))
+            for step, point in zip(run.steps[1:], path, strict=True)
+        },
+        shares={
+            name: _mean([share for row in rows if (share := row.get(f"share/{name}")) is not None])
+            for name in run.names
+        },
+        seconds={
+            key.removeprefix("seconds/"): _mean([row.get(key) or 0.0 for row in rows])
+            for key in phases
+        },
+    )
+
+
+def opposed(comparison: Comparison) -> tuple[str, str]:
+    """The two objectives whose final gains have the most negative correlation over all runs."""
+    pairs = list(itertools.combinations(comparison.names, 2))
+
+    def correlation(pair: tuple[str, str]) -> float:
+        rows = numpy.array([[run.gains[name] for name in pair] for run in comparison.runs])
+        rows = rows[~numpy.isnan(rows).any(1)]
+        if len(rows) < 3 or not (rows.std(0) > 0).all():
+            return math.inf  # of two points it is 1 or -1, whatever they are
+        return float(numpy.corrcoef(rows.T)[0, 1])
+
+    return min(pairs, key=correlation)
+
+
+def read_pair(text: str | None, names: Sequence[str]) -> tuple[str, str] | None:
+    """Two objectives from ``"a,b"``; None if the text is.
+
+    Raises:
+        ConfigError: if it does not name two different objectives.
+    """
+    if text is None:
+        return None
+    pair = [name.strip() for name in text.split(",")]
+    if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(names):
+        raise ConfigError(f"--pair: should name two of {', '.join(names)}. Found {text!r}.")
+    return pair[0], pair[1]
+
+
+def check_libraries() -> None:
+    """Find out before the runs whether what comes after them is installed.
+
+    Raises:
+        ImportError: with the line that installs it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import moocore  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}. Try: pip install 'moa-diffusion[report]'") from error
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over mappings by key; a missing key counts as 0, NaN not at all."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return {
+        key: _mean([value for row in rows if not math.isnan(value := row.get(key, 0.0))])
+        for key in keys
+    }
+
+
+def _last_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else -value
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
+    """A Markdown table, one row per method, and a sentence about each method that harms.
+
+    Columns are padded, so that it reads as well on a terminal.
+
+    Args:
+        comparison: of the runs that finished.
+        failures: what runs that died said last, by name.
+    """
+    heads = ["method", *comparison.names, "worst", "hypervolume", "biggest share"]
+    rows = [[*heads, "rollouts", "minutes"]]
+    for method in comparison.methods:
+        name, share = method.biggest()
+        gains = [*method.gains.values(), method.worst]
+        rows.append(
+            [
+                method.method,
+                *(gain.text("+.2f") for gain in gains),
+                method.hypervolume.text(".3f"),
+                f"{share:.0%} {name}" if name else "-",
+                f"{method.rollouts:.4g}",
+                f"{method.minutes:.1f}",
+            ]
+        )
+    return "\n\n".join([markdown(rows), *_sentences(comparison, failures)]) + "\n"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything, per method and per run, with null for what is not known."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    found: dict[str, Any] = plain(dataclasses.asdict(comparison))
+    return found
+
+
+def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]:
+    counts = sorted({len(method.seeds) for method in comparison.methods})
+    seeds = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    runs = "run" if seeds == "1" else "runs"
+    found = [
+        f"Gains over the start of training, in units of its spread within a prompt; "
+        f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
+        f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts: too narrow with few "
+        "runs, and one run says nothing about other seeds."
+    ]
+    for method in comparison.methods:
+        if below := method.below():
+            gains = ", ".join(f"{name} {method.gains[name].text('+.2f')}" for name in below)
+            found.append(f"{method.method} ends significantly below the start: {gains}.")
+    found += [f"Not in the table: {name} died: {words}" for name, words in failures.items()]
+    return found

@@ -1,0 +1,430 @@
+"""The runs of a comparison: one configuration per method, a process per run, none done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import inspect
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from moa_diffusion import assembly, config
+from moa_diffusion.comparison.results import RunData, check_base, read_run, training_seconds
+from moa_diffusion.config import Config
+from moa_diffusion.files.paths import expanded, split_list
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.types import ConfigError
+
+SECTIONS = ("objectives", "gradients", "loss")  # what a method's YAML file decides
+POLL = 0.3  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    method: str  # label
+    seed: int
+    folder: Path
+    settings: Config
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.name}.log")
+
+    def read(self) -> RunData:
+        """What it left, once it has finished."""
+        names = tuple(self.settings.rewards)
+        return read_run(self.folder, method=self.method, seed=self.seed, names=names)
+
+    def completed(self) -> int:
+        """Rollouts finished."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().count(b"\n") if path.is_file() else 0
+        return max(lines - 1, 0)  # the first is the evaluation of the start
+
+    def evaluated(self) -> bool:
+        """Whether the evaluation of the start is written."""
+        path = self.folder / "metrics.jsonl"
+        return path.is_file() and path.stat().st_size > 0
+
+    def finished(self) -> bool:
+        """Whether the last rollout is done and evaluated."""
+        path, options = self.folder / "metrics.jsonl", self.settings.trainer
+        rows = read_metrics(path) if path.is_file() else []
+        if not rows or rows[-1]["step"] == 0:
+            return False
+        step = rows[-1]["step"]
+        over = 0 < 60 * options.minutes <= training_seconds(rows)
+        evaluated = (self.folder / "evaluation" / f"step-{step:06d}.jsonl").is_file()
+        return evaluated and (over or step >= options.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All runs, and what a reader should know before they start."""
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+    names: tuple[str, ...]  # of the objectives
+
+
+# ---------------------------------------------------------------------- planning
+
+
+def plan(
+    base: str,
+    overrides: Sequence[str],
+    *,
+    methods: str | Sequence[str],
+    seeds: int,
+    output: Path,
+    minutes: float | None = None,
+    parallel: int = 1,
+) -> Plan:
+    """The runs of a comparison, checked as far as it costs nothing; nothing is written.
+
+    Args:
+        base: YAML file of a training run.
+        overrides: dotted options of all runs (``["--trainer.steps", "20"]``).
+        methods: names of ``assembly.METHODS`` or YAML files; or these in one text, with commas.
+        seeds: runs per method; the first has the configuration's own seed.
+        output: folder of all runs.
+        minutes: of training after which a run ends; None for the configuration's.
+        parallel: runs at a time.
+
+    Raises:
+        ConfigError: for anything that cannot be compared, or that differs from what an earlier
+            call began in ``output``.
+    """
+    methods = _methods(methods)
+    labels = [Path(method).stem if _is_file(method) else method for method in methods]
+    _check_call(labels, methods, overrides, minutes=minutes)
+    for option, count in (("seeds", seeds), ("parallel", parallel)):
+        if count < 1:
+            raise ConfigError(f"--{option}: should be at least 1. Found {count}.")
+    runs, notes = [], []
+    names: tuple[str, ...] = ()
+    for label, method in zip(labels, methods, strict=True):
+        settings, said = method_settings(base, overrides, method)
+        notes += [f"{label}: {sentence}" for sentence in said]
+        if minutes is not None:
+            limited = dataclasses.replace(settings.trainer, minutes=minutes)
+            settings = dataclasses.replace(settings, trainer=limited)
+        _check_settings(settings)
+        names = tuple(settings.rewards)
+        for seed in range(settings.seed, settings.seed + seeds):
+            folder = output / f"{label}-{seed}"
+            run = Run(
+                method=label,
+                seed=seed,
+                folder=folder,
+                settings=dataclasses.replace(
+                    settings, seed=seed, output_dir=str(folder), resume=None
+                ),
+            )
+            _check_unchanged(run)
+            runs.append(run)
+    return Plan(runs=tuple(runs), notes=tuple(notes), names=names)
+
+
+def _methods(given: str | Sequence[str]) -> list[str]:
+    """Names as they stand, files with their home folder; a file's name may have commas."""
+    try:
+        if isinstance(given, str):
+            given = split_list(given, lambda part: _is_file(part) and expanded(part).is_file())
+        return [str(expanded(part)) if _is_file(part) else part for part in given if part]
+    except ValueError as error:
+        raise ConfigError(f"--methods: {error}") from None
+
+
+def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[Config, list[str]]:
+    """The configuration of a method, and sentences about what it leaves out.
+
+    Options that the base configuration gives to other classes than the method's are left out.
+
+    Raises:
+        ConfigError: for an unknown method, or anything else that cannot be run.
+    """
+    notes: list[str] = []
+    own: Mapping[str, Any] = {}
+    if _is_file(method):
+        own, notes = _read_method(Path(method))
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / Path(method).name
+            part.write_text(yaml.safe_dump(dict(own)), encoding="utf-8")
+            settings = config.load(base, ["--config", str(part), *overrides])
+    else:
+        settings = config.load(base, overrides)
+        named = dataclasses.replace(settings.objectives, method=method)
+        settings = dataclasses.replace(settings, objectives=named)
+    chosen = assembly.METHODS.get(settings.objectives.method)
+    if chosen is None:
+        assembly.objectives(settings)  # it says what is known
+        raise AssertionError(settings.objectives.method)
+    meant_for = assembly.METHODS.get(config.load(base, overrides).objectives.method)
+    kept: dict[str, Any] = {}
+    for part_name, kind in (("normalizer", chosen.normalizer), ("weighting", chosen.weighting)):
+        given = getattr(settings.objectives, part_name)
+        mine = (own.get("objectives") or {}).get(part_name) or {}
+        known = set(inspect.signature(kind).parameters) - {"objectives", "weights"}
+        known -= set(chosen.options) if part_name == "weighting" else set()
+        if meant_for is None or getattr(meant_for, part_name) is not kind:
+            known = set()  # of the same name perhaps, and of another meaning
+        kept[part_name] = {key: given[key] for key in given if key in known or key in mine}
+        notes += [
+            f"objectives.{part_name}.{key} is left out, it is not meant for {kind.__name__}."
+            for key in given
+            if key not in kept[part_name]
+        ]
+    objectives = dataclasses.replace(settings.objectives, **kept)
+    return dataclasses.replace(settings, objectives=objectives), notes
+
+
+def _read_method(path: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The sections of a method's file that count."""
+    if not path.is_file():
+        raise ConfigError(f"--methods: should name YAML files. Found no file `{path}`.")
+    try:  # every key and value; what such a file may leave to the base configuration is given
+        config.load(path, ["--rewards.any.weight", "1", "--evaluation.every", "0"])
+    except ConfigError as error:
+        raise ConfigError(f"--methods: `{path}`: {error}") from error
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    own = {key: value for key, value in values.items() if key in SECTIONS}
+    if not own:
+        raise ConfigError(
+            f"--methods: `{path}` should have at least one of the sections {', '.join(SECTIONS)}. "
+            f"Found {', '.join(values) or 'nothing'}."
+        )
+    others = [key for key in values if key not in SECTIONS]
+    ignored = f"of `{path}` only {', '.join(own)} count, not {', '.join(others)}."
+    return own, [ignored] if others else []
+
+
+def _check_call(
+    labels: Sequence[str],
+    methods: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    minutes: float | None,
+) -> None:
+    if not labels:
+        raise ConfigError("--methods: should name at least one method. Found none.")
+    for label, method in zip(labels, methods, strict=True):
+        if label not in assembly.METHODS and not _is_file(method):
+            near = get_close_matches(label, assembly.METHODS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"--methods: unknown method {label!r}.{hint} Known: {', '.join(assembly.METHODS)}; "
+                "or a YAML file."
+            )
+        if labels.count(label) > 1:
+            raise ConfigError(f"--methods: should name a method once. Found {label!r} twice.")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ConfigError(f"--minutes-per-run: should be positive. Found {minutes:g}.")
+    instead = {"output_dir": "--output", "resume": "nothing", "objectives.method": "--methods"}
+    if minutes is not None:
+        instead["trainer.minutes"] = "--minutes-per-run"
+    for option in overrides:
+        key = option.removeprefix("--").split("=")[0]
+        if option.startswith("--") and key in instead:
+            raise ConfigError(f"{key}: is set for each run by the comparison: use {instead[key]}.")
+
+
+def _check_settings(settings: Config) -> None:
+    """What every run needs, found out before the first begins."""
+    options = settings.evaluation
+    if not options.every:
+        raise ConfigError(
+            "evaluation.every: should be at least 1, or there is nothing to compare. Found 0."
+        )
+    if options.images_per_prompt < 2:
+        raise ConfigError(
+            "evaluation.images_per_prompt: should be at least 2: gains are in units of the base "
+            f"model's spread within a prompt. Found {options.images_per_prompt}."
+        )
+    if len(settings.rewards) < 2:
+        raise ConfigError(
+            "rewards: should name at least two objectives, or there is nothing to weigh. "
+            f"Found {', '.join(settings.rewards)}."
+        )
+    assembly.heldout_requests(settings)
+    _, weighting = assembly.objectives(settings)
+    assembly.gradients(settings, weighting)
+    assembly.solve_geometry(settings, 1)
+    assembly.check_trackers(settings.log.trackers)
+
+
+def _check_unchanged(run: Run) -> None:
+    """Compare with what an earlier call began."""
+    saved = run.folder / "config.yaml"
+    if not saved.is_file():
+        found = [path for path in run.folder.rglob("*") if path.is_file()]
+        if found or run.folder.is_file():
+            raise ConfigError(
+                f"--output: `{run.folder}` should be a run of this comparison. Found no "
+                "config.yaml in it."
+            )
+        return
+    before = assembly.flat(config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    now = assembly.flat(run.settings)
+    for key in sorted((before.keys() | now.keys()) - {"resume", "output_dir"}):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: should be {before.get(key)}, as `{run.folder}` began. Found "
+                f"{now.get(key)}. Another --output starts anew."
+            )
+
+
+def _is_file(method: str) -> bool:
+    return method.endswith((".yaml", ".yml"))
+
+
+# ---------------------------------------------------------------------- running
+
+
+def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, str]:
+    """Run what is not finished, at most ``parallel`` at a time.
+
+    On SIGTERM, SIGHUP or Ctrl-C the processes save their state and end; a second Ctrl-C kills
+    them.
+
+    Args:
+        runs: all runs of the comparison.
+        script: ``train_sd.py``.
+        parallel: processes at a time.
+
+    Returns:
+        for every run that died, by name, what it said last.
+
+    Raises:
+        KeyboardInterrupt: after the processes have ended.
+        ValueError: likewise, if the start's rewards allow no comparison, or if a process of
+            an earlier call is still at work on a run.
+    """
+    waiting = [run for run in runs if not run.finished()]
+    active: list[tuple[Run, subprocess.Popen[bytes]]] = []
+    failures: dict[str, str] = {}
+    checked = False
+    ended = {run.name: run.completed() for run in runs if run not in waiting}
+    total = sum(ended.values()) + sum(run.settings.trainer.steps for run in waiting)
+    bar: tqdm[Any] = tqdm(total=total, initial=sum(ended.values()), desc="compare", unit="rollout")
+    with interruptible(), bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < parallel:
+                    run = waiting.pop(0)
+                    active.append((run, _start(run, script)))
+                time.sleep(POLL)
+                for run, process in list(active):
+                    if process.poll() is None:
+                        continue
+                    active.remove((run, process))
+                    ended[run.name] = run.completed()
+                    total -= run.settings.trainer.steps - ended[run.name]
+                    bar.total = total
+                    if process.returncode or not run.finished():
+                        failures[run.name] = cause_of_death(run.log, process.returncode)
+                        bar.write(f"{run.name} died: {failures[run.name]} ({run.log})", sys.stderr)
+                evaluated = [run for run, _ in active if run.evaluated()]
+                if evaluated and not checked:  # all have the same start
+                    first = evaluated[0]
+                    check_base(first.folder, tuple(first.settings.rewards))
+                    checked = True
+                done = {run.name: run.completed() for run, _ in active}
+                bar.set_postfix_str(", ".join(f"{name} {n}" for name, n in done.items()), False)
+                bar.update(sum(ended.values()) + sum(done.values()) - bar.n)
+        finally:
+            _stop([process for _, process in active])
+    return failures
+
+
+def _start(run: Run, script: Path) -> subprocess.Popen[bytes]:
+    """Start or continue one run, out of reach of the terminal's Ctrl-C; its log is beside it.
+
+    The process holds a lock on its log, also when the comparison that started it was killed.
+    """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is at work on `{run.folder}`: let it end.") from None
+        log.truncate(0)
+        saved = checkpoint.list_checkpoints(run.folder)
+        if not saved:  # nothing to continue from
+            shutil.rmtree(run.folder, ignore_errors=True)
+        recipe = run.folder.with_name(f"{run.name}.yaml")
+        recipe.write_text(config.to_yaml(run.settings), encoding="utf-8")
+        command = [
+            *(sys.executable, str(script), "--config", str(recipe)),
+            *("--objectives.method", run.settings.objectives.method, "--seed", str(run.seed)),
+            *("--output_dir", str(run.folder)),
+            *(("--resume", "latest") if saved else ()),
+        ]
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all to save and end; kill those that have not when asked again."""
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        raise
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP do what Ctrl-C does; under nohup SIGHUP is ignored."""
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cause_of_death(log: Path, status: int) -> str:
+    """The last line of a log that names an error, else the signal, else the last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    if status < 0 and not errors:
+        return f"killed by signal {-status}"
+    return (errors or lines or [f"exit {status}"])[-1]

@@ -1,0 +1,1 @@
+"""Which samples are drawn at which step: prompts, preferences, groups and seeds."""

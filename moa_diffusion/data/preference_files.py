@@ -1,0 +1,237 @@
+"""Preference files, in two forms, and all that can be wrong with them.
+
+Two forms are read. A JSONL with one prompt a line (``read_preferences``)::
+
+    {"prompt": "To the baker:", "responses": ["Dear ...", "Your ...", "Hi ..."],
+     "preferences": {"politeness": [[0, 1], [0, 2]]}, "scores": {"brevity": [1.5, 2.0, 3.5]}}
+
+with pairs ``[winner, loser]`` of positions in ``responses``, or a score for each response; and
+TRL's rows of prompt, chosen and rejected, with a file for each objective (``read_pairs``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.data.preferences import Draft, Preferences, assemble, shortened
+from moa_diffusion.files.text import bad_line, json_lines
+
+CYCLES = ("error", "keep")
+
+
+def read_preferences(
+    path: str | Path,
+    objectives: Sequence[str],
+    *,
+    cycles: str = "error",
+    smoothing: float = 0.0,
+    scales: Mapping[str, float] | None = None,
+) -> Preferences:
+    """Read a JSONL of prompts with their responses.
+
+    A row may have pairs for some objectives and scores for others, and nothing for the rest. A
+    score of null leaves the response out. ``log_probs``, a number for each response, are those
+    under the policy that wrote them, summed over tokens; in all rows or in none. Any other key
+    becomes metadata.
+
+    Args:
+        path: of the file.
+        objectives: K names; the file may hold no other.
+        cycles: whether preferences that run in a circle are an ``error``, or kept (``keep``).
+        smoothing: of win rates from pairs, see ``preferences.py``.
+        scales: of win rates from scores, by objective; by default half of the RMS spread of the
+            scores within a prompt, over the file.
+
+    Raises:
+        ConfigError: for anything wrong in the file; the message starts with file and line.
+        ValueError: for a bad argument.
+    """
+    path = Path(path)
+    known = _checked(objectives, cycles, smoothing, scales)
+    drafts: dict[str, Draft] = {}
+    for where, row in _rows(path):
+        draft = _draft(where, row, known, cycles)
+        if draft.prompt in drafts:
+            again = f"that of {drafts[draft.prompt].where} again: {shortened(draft.prompt)}"
+            raise bad_line(where, "A prompt should have one line.", again)
+        drafts[draft.prompt] = draft
+    return assemble(dict.fromkeys(known, path), list(drafts.values()), smoothing, scales)
+
+
+def read_pairs(
+    paths: Mapping[str, str | Path], *, cycles: str = "error", smoothing: float = 0.0
+) -> Preferences:
+    """Read TRL's preference rows (prompt, chosen, rejected), a JSONL for each objective.
+
+    Rows of one prompt are merged, over all files; equal texts are the same response. The fields
+    are strings, or conversations of one message: a user's prompt, an assistant's answer. Other
+    columns are not read.
+
+    Args:
+        paths: by objective.
+        cycles: as in ``read_preferences``.
+        smoothing: as there.
+
+    Raises:
+        ConfigError: for anything wrong in a file; the message starts with file and line.
+        ValueError: for a bad argument.
+    """
+    files = {name: Path(path) for name, path in paths.items()}
+    _checked(tuple(files), cycles, smoothing, None)
+    drafts: dict[str, Draft] = {}
+    for name, path in files.items():
+        for where, row in _rows(path):
+            prompt = _text(where, row, "prompt", "user")
+            pair = [_text(where, row, key, "assistant") for key in ("chosen", "rejected")]
+            if pair[0] == pair[1]:
+                found = f"{shortened(pair[0])} twice"
+                raise bad_line(where, "`chosen` and `rejected` should differ.", found)
+            draft = drafts.setdefault(prompt, Draft(where=where, prompt=prompt))
+            draft.responses += [text for text in pair if text not in draft.responses]
+            winner, loser = map(draft.responses.index, pair)
+            draft.prefer(where, name, winner, loser, cycles)
+    return assemble(files, list(drafts.values()), smoothing, None)
+
+
+# ---------------------------------------------------------------------- one line
+
+
+def _draft(where: str, row: dict[str, Any], objectives: Sequence[str], cycles: str) -> Draft:
+    """One line of a JSONL, checked."""
+    responses = row.get("responses")
+    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+        raise bad_line(where, "`responses` should be a list of texts.", repr(responses))
+    if len(responses) < 2:
+        expectation = "A prompt should have at least two responses to compare."
+        raise bad_line(where, expectation, str(len(responses)))
+    if repeated := [text for i, text in enumerate(responses) if text in responses[:i]]:
+        positions = [i for i, text in enumerate(responses) if text == repeated[0]]
+        found = f"{shortened(repeated[0])} at the positions {positions}"
+        raise bad_line(where, "Responses should differ.", found)
+    keys = {"prompt", "responses", "preferences", "scores", "log_probs"}
+    draft = Draft(
+        where=where,
+        prompt=_text(where, row, "prompt", "user"),
+        responses=responses,
+        metadata={key: value for key, value in row.items() if key not in keys},
+    )
+    preferences, scores = (
+        _by_objective(where, row, key, objectives) for key in ("preferences", "scores")
+    )
+    for name, pairs in preferences.items():
+        if name in scores:
+            raise bad_line(where, f"`{name}` should have preferences or scores.", "both")
+        if not isinstance(pairs, list):
+            raise bad_line(where, f"Preferences of `{name}` should be a list.", repr(pairs))
+        for pair in pairs:
+            winner, loser = _positions(where, name, pair, len(responses))
+            draft.prefer(where, name, winner, loser, cycles)
+    for name, values in scores.items():
+        draft.scores[name] = _numbers(where, f"scores of `{name}`", values, responses, null=True)
+    if "log_probs" in row:
+        draft.log_probs = _numbers(where, "`log_probs`", row["log_probs"], responses, null=False)
+        if (draft.log_probs > 0).any():
+            largest = f"{draft.log_probs.max():g}"
+            raise bad_line(where, "`log_probs` should not be positive.", largest)
+    return draft
+
+
+def _by_objective(
+    where: str, row: dict[str, Any], key: str, objectives: Sequence[str]
+) -> dict[str, Any]:
+    found = row.get(key, {})
+    if not isinstance(found, dict):
+        raise bad_line(where, f"`{key}` should be an object by objective.", repr(found))
+    for name in found:
+        if name not in objectives:
+            near = get_close_matches(name, objectives, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else ""
+            expectation = f"An objective in `{key}` should be one of {tuple(objectives)}."
+            raise bad_line(where, expectation, repr(name), hint)
+    return found
+
+
+def _positions(where: str, name: str, pair: Any, responses: int) -> tuple[int, int]:
+    if not isinstance(pair, list) or [type(i) for i in pair] != [int, int]:
+        expectation = f"A preference of `{name}` should be [winner, loser], two positions."
+        raise bad_line(where, expectation, repr(pair))
+    winner, loser = pair
+    if not (0 <= winner < responses and 0 <= loser < responses) or winner == loser:
+        expectation = f"A preference of `{name}` should be between two of the {responses} responses"
+        raise bad_line(where, f"{expectation}, counted from 0.", repr(pair))
+    return winner, loser
+
+
+def _numbers(where: str, what: str, values: Any, responses: Sequence[str], *, null: bool) -> Tensor:
+    """A number for each response ``[Y]``; null becomes NaN where it is allowed."""
+    kinds = (int, float, type(None)) if null else (int, float)
+    if (
+        not isinstance(values, list)
+        or len(values) != len(responses)
+        or not all(type(value) in kinds for value in values)
+    ):
+        expectation = f"{what} should be {len(responses)} numbers, one for each response."
+        raise bad_line(where, expectation, repr(values))
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _checked(
+    objectives: Sequence[str], cycles: str, smoothing: float, scales: Mapping[str, float] | None
+) -> tuple[str, ...]:
+    names = tuple(objectives)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Parameter `objectives` should be distinct names. Found {names}.")
+    if cycles not in CYCLES:
+        raise ValueError(f"Parameter `cycles` should be one of {CYCLES}. Found {cycles!r}.")
+    if not 0 <= smoothing < math.inf:
+        raise ValueError(
+            f"Parameter `smoothing` should be finite and not negative. Found {smoothing}."
+        )
+    for name, scale in (scales or {}).items():
+        if name not in names:
+            raise ValueError(f"Parameter `scales` should be about {names}. Found {name!r}.")
+        if not 0 < scale < math.inf:
+            raise ValueError(
+                f"Parameter `scales` should be finite and positive. Found {scale} for `{name}`."
+            )
+    return names
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File and line, and the object on it; at least one."""
+    if not path.is_file():
+        raise bad_line(str(path), "Preferences should be a file.", "none")
+    rows = 0
+    for row in json_lines(path, "Preferences"):
+        rows += 1
+        yield row
+    if not rows:
+        raise bad_line(str(path), "Preferences should have at least one line.", "none")
+
+
+def _text(where: str, row: dict[str, Any], key: str, role: str) -> str:
+    """A text, or the content of a conversation of one message by ``role``."""
+    found = row.get(key)
+    if isinstance(found, list):
+        roles = [part.get("role") if isinstance(part, dict) else None for part in found]
+        if roles != [role]:
+            raise bad_line(
+                where,
+                f"A conversation in `{key}` should be one message of the role {role!r}.",
+                f"the roles {roles}; a longer one can be rendered to a string beforehand, with "
+                "the chat template of the model",
+            )
+        found = found[0].get("content")
+    if not isinstance(found, str) or (key == "prompt" and not found.strip()):
+        raise bad_line(where, f"A line should have a text `{key}`.", repr(found))
+    return found

@@ -1,0 +1,192 @@
+"""The model card of exported weights: how to load them, how they were trained, what they score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from moa_diffusion import assembly
+from moa_diffusion.adapters.diffusers import Adapter
+from moa_diffusion.config import Config
+from moa_diffusion.evaluation.candidates import Candidate
+from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.report.summary import Summary, drawn, summarise
+from moa_diffusion.report.table import Table
+from moa_diffusion.statistics.bootstrap import LEVEL, markdown
+
+LISTED = 20  # prompts in the card
+STABILITY = (
+    "Stable Diffusion 3 and 3.5 are under the Stability AI Community License, which holds for "
+    "what is derived from them too."
+)
+
+
+def model_card(
+    settings: Config,
+    each: Mapping[str, Config],
+    members: Sequence[Candidate],
+    shares: Sequence[float],
+    adapter: Adapter,
+    table: Table | None,
+    *,
+    name: str,
+    shown: str | None,
+) -> str:
+    """The card in Markdown, with the metadata that model hubs read in front.
+
+    Args:
+        settings: shared by all members.
+        each: configuration of every run by name.
+        members: the checkpoints, one per run.
+        shares: weight of each.
+        adapter: the LoRA.
+        table: the base model and this one, if they were evaluated.
+        name: of the model.
+        shown: file beside the card with samples of both, if they were evaluated.
+    """
+    base, noun = settings.policy.path, medium_of(settings).noun
+    head, usage = _of_texts(settings, name) if noun == "completions" else _of_images(settings, name)
+    if not Path(assembly.model_path(settings)).is_dir():
+        head["base_model"] = base
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        f"LoRA weights (rank {adapter.rank}) for the base model `{Path(base).name}`, trained with "
+        "moa-diffusion on several rewards at once.",
+        f"```python\n{usage}\n```",
+        "## Training",
+        _training(each, members, shares),
+        "## Scores",
+        *(
+            _scores(table, summarise(table), shown)
+            if table is not None and shown is not None
+            else ["Not evaluated."]
+        ),
+        "## Licence",
+        "An adapter is made for one base model and is of use only with it: the licence of the base "
+        f"model holds for it, and for its {noun} as far as it says so. The rewards above may be "
+        "models with terms of their own on what is trained with them; look them up before you "
+        "publish or sell." + (f" {STABILITY}" if "stable-diffusion-3" in base else ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
+    """Metadata, and the code that draws as the evaluation does."""
+    sampler, section = settings.sampling, settings.evaluation
+    head: dict[str, object] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "text-to-image", "stable-diffusion-3", "reinforcement-learning"],
+    }
+    return head, (
+        "from diffusers import StableDiffusion3Pipeline\n\n"
+        "pipeline = StableDiffusion3Pipeline.from_pretrained("
+        f'"{_plain(settings.policy.path)}")\n'
+        f'pipeline.load_lora_weights("{name}")\n'
+        f"image = pipeline(\n    prompt, num_inference_steps={section.steps}, "
+        f"guidance_scale={section.guidance:g},\n    height={sampler.resolution}, "
+        f"width={sampler.resolution},\n    "
+        f"max_sequence_length={settings.policy.max_sequence_length},\n).images[0]"
+    )
+
+
+def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
+    """Metadata, and the code that writes as the evaluation does."""
+    base = _plain(settings.policy.path)
+    found = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
+    head: dict[str, object] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "text-generation", "reinforcement-learning"],
+    }
+    tokens = (
+        'tokenizer.apply_chat_template(\n    [{"role": "user", "content": prompt}], '
+        'add_generation_prompt=True,\n    return_tensors="pt", return_dict=True,\n)'
+        if found.chat
+        else 'tokenizer(prompt, return_tensors="pt")'
+    )
+    choice = (
+        f"do_sample=True, temperature={found.temperature:g}, top_k=0, top_p=1.0"
+        if found.temperature > 0
+        else "do_sample=False"
+    )
+    return head, (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+        f'model = PeftModel.from_pretrained(\n    AutoModelForCausalLM.from_pretrained("{base}"), '
+        f'"{name}"\n)\n'
+        f"inputs = {tokens}\n"
+        f"found = model.generate(\n    **inputs, max_new_tokens={found.max_new_tokens}, {choice},"
+        "\n)\n"
+        'text = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], '
+        "skip_special_tokens=True)"
+    )
+
+
+def _training(
+    each: Mapping[str, Config], members: Sequence[Candidate], shares: Sequence[float]
+) -> str:
+    rows = [["run", "weight", "rollouts", "weights", "method", "rewards"]]
+    for member, share in zip(members, shares, strict=True):
+        settings = each[member.series]
+        rewards = [
+            f"{name} x {weight:g}" if (weight := float(options.get("weight", 1))) != 1 else name
+            for name, options in settings.rewards.items()
+        ]
+        rows.append(
+            [
+                member.series,
+                f"{share:g}",
+                str(member.step),
+                "averaged" if member.ema else "last",
+                settings.objectives.method,
+                ", ".join(rewards),
+            ]
+        )
+    return markdown(rows)
+
+
+def _scores(table: Table, found: Summary, shown: str) -> list[str]:
+    base, model = found.models
+    rows = [["reward", "unit", "base model", "this model", "gain", "improved prompts"]]
+    for name in table.rewards:
+        one = model.rewards[name]
+        rows.append(
+            [
+                name,
+                table.units[name] or "-",
+                base.rewards[name].mean.text(".4g"),
+                one.mean.text(".4g"),
+                one.gain.text("+.4g"),
+                "-" if math.isnan(one.improved) else f"{one.improved:.0%}",
+            ]
+        )
+    scorers = [["reward", "version", "scored by"]]
+    for name, scorer in table.scorers.items():
+        facts = ", ".join(f"{key} {value}" for key, value in scorer["provenance"].items())
+        scorers.append([name, scorer["version"], facts or "no weights"])
+    listed = [f"- {prompt}" for prompt in table.prompts[:LISTED]]
+    if len(table.prompts) > LISTED:
+        listed.append(f"- and {len(table.prompts) - LISTED} more")
+    return [
+        f"{len(table.prompts)} prompts x {len(table.seeds)} seeds; {drawn(table)}; in brackets "
+        f"{LEVEL:.0%} bootstrap intervals over prompts.",
+        markdown(rows),
+        f"{'!' if table.texts is None else ''}"
+        f"[The same prompts and seed, base model and this one]({shown})",
+        markdown(scorers),
+        "The prompts:",
+        "\n".join(listed),
+    ]
+
+
+def _plain(base: str) -> str:
+    """A base model as a reader can name it: not by a path on the machine it was trained on."""
+    return "path/to/the/base/model" if base == "tiny" or Path(base).is_dir() else base

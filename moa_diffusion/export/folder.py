@@ -1,0 +1,155 @@
+"""A checkpoint or a soup as a folder of LoRA weights, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moa_diffusion.adapters.diffusers import Adapter
+from moa_diffusion.adapters.soup import mix
+from moa_diffusion.config import Config
+from moa_diffusion.evaluation.candidates import (
+    Candidate,
+    candidates,
+    named_folders,
+    run_settings,
+    shared_settings,
+)
+from moa_diffusion.evaluation.command import check_libraries, write_shown
+from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.export.card import model_card
+from moa_diffusion.report.table import NAME, Table, read_table
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.types import ConfigError
+
+CARD = "README.md"
+SHOWN = 8  # prompts beside the card
+
+
+def export(
+    entries: Sequence[str],
+    *,
+    checkpoint: str = "latest",
+    weights: str | None = None,
+    ema: bool = True,
+    output: Path,
+    evaluation: Path | None = None,
+) -> str:
+    """Write the weights, ``README.md`` and, if evaluated, samples of the model and its base.
+
+    The weights are what diffusers loads, or, of a language model, what peft does.
+
+    Args:
+        entries: run folders, ``[name=]folder``.
+        checkpoint: of each run.
+        weights: of a soup's members, comma-separated; None for a single run.
+        ema: whether averaged weights are taken.
+        output: a new folder; it appears when it is complete.
+        evaluation: folder of ``scripts/evaluate.py`` with this model among others. By default that
+            of the run, if it has the model; without one the card has no scores.
+
+    Returns:
+        what to print.
+
+    Raises:
+        ConfigError: for anything missing or damaged, or an output folder that is not new.
+        ImportError: if scores are to be read and what reads them is not installed.
+    """
+    runs = named_folders("--run", entries)
+    shares = _shares(weights, len(runs))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: should be a new folder. Found files in `{output}`.")
+    if "," in checkpoint or checkpoint == "base":
+        raise ConfigError(f"--checkpoint: should be latest or step-N. Found {checkpoint!r}.")
+    each = run_settings(runs, ())
+    settings = shared_settings(each)
+    medium = medium_of(settings)
+    medium.check(settings, ())
+    _, *members = candidates(settings, runs, {}, chosen=checkpoint, ema=ema)
+    adapters = [one.adapter for one in members if one.adapter is not None]
+    adapter = mix(adapters, shares)
+    table = _evaluated(adapter, evaluation, runs)
+    _write(output, settings, each, members, shares, adapter, table, runs)
+    scores = (
+        ""
+        if table is not None
+        else (" The card has no scores: scripts/evaluate.py measures them, then export again.")
+    )
+    return f"Written: {output / medium.weights} (rank {adapter.rank}), {output / CARD}.{scores}"
+
+
+def _shares(weights: str | None, runs: int) -> tuple[float, ...]:
+    if weights is None:
+        if runs > 1:
+            raise ConfigError(f"--weights: should be given for {runs} runs. Found none.")
+        return (1.0,)
+    try:
+        shares = tuple(float(word) for word in weights.split(","))
+    except ValueError:
+        shares = ()
+    if len(shares) != runs or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise ConfigError(
+            f"--weights: should be {runs} number{'s' if runs > 1 else ''} that sum to 1. "
+            f"Found {weights!r}."
+        )
+    return shares
+
+
+def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) -> Table | None:
+    """The base model and this one in an evaluation; None if there is no evaluation of it."""
+    usual = next(iter(runs.values())) / "evaluate"
+    if folder is None and not (len(runs) == 1 and (usual / NAME).is_file()):
+        return None
+    check_libraries()
+    table = read_table(folder or usual)
+    found = [e for e, one in enumerate(table.models) if one.adapter_digest == adapter.digest]
+    if not found:
+        if folder is None:
+            return None
+        known = ", ".join(one.label for one in table.models)
+        raise ConfigError(
+            f"--evaluation: `{folder}` should have these weights among its models: {known}."
+        )
+    chosen = [0, found[0]]
+    return dataclasses.replace(
+        table,
+        models=tuple(table.models[e] for e in chosen),
+        images=None if table.images is None else tuple(table.images[e] for e in chosen),
+        texts=None if table.texts is None else tuple(table.texts[e] for e in chosen),
+        values=table.values[chosen],
+    )
+
+
+def _write(
+    output: Path,
+    settings: Config,
+    each: Mapping[str, Config],
+    members: Sequence[Candidate],
+    shares: Sequence[float],
+    adapter: Adapter,
+    table: Table | None,
+    runs: Mapping[str, Path],
+) -> None:
+    medium = medium_of(settings)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic_folder(output) as partial:
+        single = [one for one, share in zip(members, shares, strict=True) if share == 1]
+        if single and single[0].step is not None:
+            folder = checkpoint.step_folder(runs[single[0].series], single[0].step)
+            medium.copy_adapter(settings, folder / ("ema" if single[0].ema else ""), partial)
+        else:
+            medium.write_adapter(settings, adapter, partial)
+        shown = None if table is None else write_shown(table, partial, shown=SHOWN)
+        card = model_card(
+            settings,
+            each,
+            members,
+            shares,
+            adapter,
+            table,
+            name=output.resolve().name,
+            shown=shown,
+        )
+        (partial / CARD).write_text(card, encoding="utf-8")

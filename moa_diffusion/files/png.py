@@ -1,0 +1,32 @@
+"""Image batches to PNG files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.files.writing import write_bytes
+
+
+def grid(images: Tensor, *, columns: int, gap: int = 2) -> Tensor:
+    """Lay ``[n, 3, H, W]`` out row by row on white: ``[3, rows (H + gap) - gap, ...]``."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write ``[3, H, W]`` in [0, 1] as a PNG; a reader never sees half a file."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    file = io.BytesIO()  # PIL forgets why a file could not be written
+    Image.fromarray(pixels.cpu().numpy()).save(file, format="PNG")
+    write_bytes(path, file.getbuffer())

@@ -1,0 +1,256 @@
+"""Evaluation during training: held-out prompts, drawn and scored as deployment would."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.files import png as pictures
+from moa_diffusion.files.writing import write_text
+from moa_diffusion.monitoring import drift
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.scoring import Scorer
+from moa_diffusion.storage.log import RunLog
+from moa_diffusion.types import Outputs, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found, equal on every process."""
+
+    step: int  # rollouts finished
+    names: tuple[str, ...]  # K, objectives and rewards that are not trained on
+    values: Tensor  # [K, M] float64, NaN: does not apply
+    prompts: Tensor  # [M] int64, the prompt of each sample, equal for equal texts
+    statistics: Mapping[str, Tensor]  # [M] by name, of the outputs
+    gaps: Mapping[str, float]  # deployed minus rollout, same prompts and seeds, by objective
+    metrics: Mapping[str, float]
+
+
+class HeldOut:
+    """Draws the same requests at every call, whatever the number of processes.
+
+    Args:
+        requests: M samples to draw; their seeds fix the outputs.
+        policy: draws them.
+        scorer: the K reward heads, those that are not trained on included.
+        training: the heads of the objectives, for the comparison with rollouts.
+        comm: collectives over the processes.
+        batch: samples per forward pass.
+        log: where every sample's rewards go.
+        folder: where sheets of pictures go.
+        drawing: names the settings that outputs depend on beside the requests and the weights.
+        shown: outputs per sheet, the first of the requests; 0 for none.
+        as_rollouts: outputs that are also drawn as rollouts draw them, the first likewise.
+        progress: whether this process shows a progress bar.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        *,
+        policy: Policy,
+        scorer: Scorer,
+        training: Scorer,
+        comm: Comm,
+        batch: int,
+        log: RunLog,
+        folder: Path,
+        drawing: str,
+        shown: int,
+        as_rollouts: int,
+        progress: bool,
+    ) -> None:
+        self.requests = tuple(requests)
+        self.policy, self.comm = policy, comm
+        self.scorer, self.training = scorer, training
+        self.batch, self.log, self.folder = batch, log, folder
+        self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
+        self._device = next(iter(policy.trainable().values())).device
+        asked = [[request.prompt, request.seed] for request in self.requests]
+        # Evaluations with another one cannot be compared with these, nor those in another unit.
+        text = json.dumps([asked, scorer.names, drawing, spread_within.__name__])
+        self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
+        # [K], of the policy as training starts from it: mean, and spread within a prompt.
+        self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
+
+    @torch.no_grad()
+    def try_rewards(self) -> None:
+        """Score two outputs with the heads that are not trained on, before many are drawn.
+
+        Raises:
+            RewardError, ProcessError: as ``Scorer.try_out``.
+        """
+        watched = [name for name in self.scorer.names if name not in self.training.names]
+        if watched:
+            asked = self.requests[: min(2, self.batch)]
+            with agreed(self.comm):
+                self.policy.expect([request.prompt for request in asked])
+                drawn = self.policy.generate(asked)
+            self.scorer.try_out(asked, drawn, names=watched)
+
+    @torch.no_grad()
+    def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
+        """Draw as deployment would, score, compare with the start and with rollouts.
+
+        Outputs of one prompt are alike, so the standard error is that of the mean over prompts,
+        which are distinct texts. The gain is over the policy as training starts from it, in units
+        of that one's spread within a prompt (``spread_within``): of one scale for all rewards,
+        whatever their unit, and for any number of outputs per prompt.
+
+        Args:
+            step: rollouts finished; at 0 the policy is what training starts from: the base model,
+                or with ``policy.adapter`` the model with that LoRA.
+            before_batch: called on all processes before each batch.
+
+        Raises:
+            RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
+        """
+        self._expect(self.requests)
+        found = self.scorer.survey(
+            self.requests,
+            self.policy.generate,
+            batch=self.batch,
+            title="evaluate",
+            before_batch=before_batch,
+            progress=self.progress,
+        )
+        dealt = deal(len(self.requests), self.batch, self.comm)
+        texts: Sequence[str] = ()
+        if isinstance(found.outputs, Tensor):
+            self._show_images(step, found.outputs, dealt)
+        else:
+            texts = gather_dealt_objects(found.outputs, dealt, self.comm)
+            with agreed(self.comm, as_one=True):
+                self._show_texts(step, texts)
+        values = found.values.T  # [K, M]
+        with agreed(self.comm, as_one=True):
+            self.log.write_evaluation(
+                step, self.requests, self.scorer.names, values, found.extra, texts
+            )
+        prompts = same_prompt([request.prompt for request in self.requests])
+        siblings = torch.tensor([request.group for request in self.requests])
+        if step == 0:
+            self.base = values.nanmean(1)
+            self.unit = spread_within(values, siblings)
+        gains = (values.nanmean(1) - self.base) / self.unit
+        metrics: dict[str, float] = {}
+        for name, row, gain in zip(self.scorer.names, values, gains.tolist(), strict=True):
+            mean, error = mean_and_error(row, prompts)
+            metrics |= {f"eval_mean/{name}": mean, f"eval_sem/{name}": error}
+            if step:
+                metrics[f"eval_gain/{name}"] = gain
+        statistics = {
+            name: gather_dealt(numbers, dealt, self.comm)
+            for name, numbers in drift.statistics(
+                found.outputs, device=self._device, batch=self.batch
+            ).items()
+        }
+        means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
+        means["diversity"] = self._diversity(found.outputs, dealt, siblings)
+        metrics |= drift.prefixed("eval_", found.outputs, means)
+        gaps = self._gaps(step, values, before_batch)
+        return Evaluation(
+            step=step,
+            names=self.scorer.names,
+            values=values,
+            prompts=prompts,
+            statistics=statistics,
+            gaps=gaps,
+            metrics=metrics | {f"eval_gap/{name}": gap for name, gap in gaps.items()},
+        )
+
+    def _gaps(
+        self, step: int, values: Tensor, before_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
+        asked = self.requests[: self.as_rollouts]
+        if not asked:
+            return {}
+        self._expect(asked)
+        found = self.training.survey(
+            asked,
+            lambda batch: self.policy.sample(batch, step=step).outputs,
+            batch=self.batch,
+            title="as rollouts",
+            before_batch=before_batch,
+            progress=self.progress,
+        )
+        rows = [self.scorer.names.index(name) for name in self.training.names]
+        gaps = (values[rows, : len(asked)] - found.values.T).nanmean(1)  # [objectives]
+        return dict(zip(self.training.names, gaps.tolist(), strict=True))
+
+    def _expect(self, requests: Sequence[Request]) -> None:
+        """Let the policy make ready for what this process draws of the requests."""
+        mine = deal(len(requests), self.batch, self.comm)[self.comm.rank] or [0]
+        self.policy.expect([requests[i].prompt for i in mine])
+
+    def _show_images(self, step: int, images: Tensor, dealt: Sequence[Sequence[int]]) -> None:
+        """Write a sheet of the first images."""
+        if shown := min(self.shown, len(self.requests)):
+            wanted = [[i for i in items if i < shown] for items in dealt]
+            first = gather_dealt(images, wanted, self.comm)
+            with agreed(self.comm, as_one=True):
+                if self.comm.rank == 0:
+                    sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
+                    pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+
+    def _show_texts(self, step: int, texts: Sequence[str]) -> None:
+        """Write the first texts under their prompts."""
+        if self.comm.rank > 0 or not self.shown:
+            return
+        parts = [
+            f"{request.prompt}\n-> {text}\n"
+            for request, text in zip(self.requests[: self.shown], texts, strict=False)
+        ]
+        target = self.folder / "samples" / f"step-{step:06d}.txt"
+        write_text(target, "\n".join(parts))
+
+    def _diversity(
+        self, outputs: Outputs, dealt: Sequence[Sequence[int]], siblings: Tensor
+    ) -> float:
+        kept = drift.fingerprints(outputs)
+        if isinstance(kept, Tensor):
+            return drift.diversity(gather_dealt(kept, dealt, self.comm), siblings)
+        return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), siblings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What gains are measured against, and what it was measured on."""
+        return {"base": self.base, "unit": self.unit, "identity": self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base, self.unit = state["base"], state["unit"]
+
+
+def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
+    """Mean of the samples, and its standard error with prompts as the independent units.
+
+    Args:
+        values: ``[M]``, NaN where a reward does not apply.
+        prompts: ``[M]`` int64, the prompt of each.
+
+    Returns:
+        both NaN where nothing applies; the error also with fewer than two prompts.
+    """
+    known = ~values.isnan()
+    values, prompts = values[known].double(), prompts[known]
+    _, index = torch.unique(prompts, return_inverse=True)
+    count = torch.bincount(index).double()  # [P]
+    mean = values.mean()
+    # Of a ratio of two sums over prompts (linearised), for prompts of unequal size.
+    deviations = torch.zeros_like(count).index_add_(0, index, values - mean)  # [P]
+    units = len(count)
+    if units < 2:
+        return float(mean), math.nan
+    error = (deviations.square().sum() * units / (units - 1)).sqrt() / len(values)
+    return float(mean), float(error)

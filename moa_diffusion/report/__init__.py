@@ -1,0 +1,1 @@
+"""What an evaluation says: tables, pictures, the page."""

@@ -1,0 +1,169 @@
+"""The page: its data, its script and its thumbnails in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion.files.writing import write_text
+from moa_diffusion.report.page.cards import cards, worst_gain
+from moa_diffusion.report.page.payload import distinct, page_data
+from moa_diffusion.report.page.runs import Training, read_training
+from moa_diffusion.report.page.thumbnails import thumbnails
+from moa_diffusion.report.summary import Summary
+from moa_diffusion.report.table import Table
+from moa_diffusion.statistics.bootstrap import LEVEL
+
+NAME = "report.html"
+HERE = Path(__file__).parent / "assets"
+STYLES = ("page.css", "pictures.css")
+SCRIPTS = (
+    *("page.js", "dialog.js", "grid.js", "samples.js"),
+    *("charts.js", "front.js", "conflict.js", "training.js"),
+)
+PACKAGES = ("moa-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def write_report(
+    table: Table,
+    summary: Summary,
+    runs: Mapping[str, Path],
+    target: Path,
+    *,
+    budget: int = 18_000_000,
+) -> Path:
+    """Write one HTML file that needs nothing beside it; links to the originals are relative.
+
+    Args:
+        table: of E models, with pictures or with texts.
+        summary: of the table.
+        runs: training run folders by series; empty: no curves.
+        target: the file.
+        budget: bytes of the file at most; the thumbnails shrink until it fits.
+
+    Returns:
+        the file.
+
+    Raises:
+        ConfigError: if a run's file is damaged, a picture is missing, or nothing fits.
+    """
+    trainings = {name: read_training(name, folder) for name, folder in runs.items()}
+    pictures = distinct(table)
+    headline = cards(table, summary, trainings)
+    content = page_data(
+        table,
+        summary,
+        trainings,
+        pictures,
+        folder=target.parent,
+        first=headline[0].model if headline else 0,
+    )
+    parts = {
+        "cards": headline,
+        "models": _models(table, summary, trainings),
+        "table": table,
+        "summary": summary,
+        "runs": trainings,
+        "versions": versions(),
+        "level": f"{LEVEL:.0%}",
+        "digits": _significant,
+        "data": content,
+    }
+    without = _render(parts, [])
+    small = thumbnails(pictures, budget - len(without.encode()))
+    write_text(target, _render(parts, small))
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on, as installed where the report is written."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _render(parts: Mapping[str, Any], small: Sequence[str]) -> str:
+    import jinja2
+    import plotly.offline
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # A block of its own: nothing of it becomes a global name.
+    own = f'"use strict";\n{{\n{_joined(SCRIPTS)}}}\n'
+    scripts = (plotly.offline.get_plotlyjs(), own)
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        {
+            **parts,
+            "style": Markup(_joined(STYLES)),
+            "scripts": [Markup(script) for script in scripts],
+            "allowed": [_digest(script) for script in scripts],
+            "data": _json(parts["data"]),
+            "thumbnails": _json(small),
+        }
+    )
+
+
+def _joined(names: Sequence[str]) -> str:
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
+
+
+def _digest(script: str) -> str:
+    """As a Content-Security-Policy names a script that may run."""
+    found = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(found).decode('ascii')}"
+
+
+def _json(value: Any) -> Any:
+    """JSON that cannot end the element it stands in."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)
+
+
+def _significant(value: Any) -> str:
+    """A number of an alarm or a setting; other values as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _models(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[dict[str, Any]]:
+    """Rows of the table of all models."""
+    rows = []
+    for column, one in zip(table.models, summary.models, strict=True):
+        base = not column.series
+        worst = worst_gain(one, summary)
+        kept = [
+            reason
+            for entry in (runs[column.series].front if column.series in runs else ())
+            if entry["step"] == column.step
+            for reason in entry.get("kept_for", ())
+        ]
+        rows.append(
+            {
+                "label": column.label,
+                "means": [one.rewards[name].mean.text(".4g") for name in table.rewards],
+                "worst": "-" if base or worst is None else f"{worst[1]:+.2f} ({worst[0]})",
+                "volume": "-" if base else one.hypervolume.text(".3g"),
+                "front": one.nondominated,
+                "kept": ", ".join(kept),
+            }
+        )
+    return rows

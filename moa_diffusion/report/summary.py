@@ -1,0 +1,251 @@
+"""What an evaluation found, in numbers: means, gains over the base model, the front."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from moa_diffusion.files.writing import write_text
+from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.report.table import Table
+from moa_diffusion.statistics.bootstrap import (
+    LEVEL,
+    RESAMPLES,
+    Array,
+    Estimate,
+    draw,
+    estimate_one,
+    hypervolumes,
+    markdown,
+    prompt_sums,
+    resampled_means,
+)
+from moa_diffusion.storage.front import nondominated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSummary:
+    """One reward of one model."""
+
+    mean: Estimate  # over the samples it applies to
+    gain: Estimate  # over the base model's sample of the same prompt and seed, in the reward's unit
+    gain_in_stds: Estimate  # in the base model's standard deviations within a prompt
+    improved: float  # share of the prompts whose mean is above the base model's; NaN: none
+    samples: int  # it applies to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """One model."""
+
+    label: str
+    series: str
+    rewards: Mapping[str, RewardSummary]
+    hypervolume: Estimate  # between it and the base model, in standard deviations
+    nondominated: bool  # among all models, in the means of all rewards that apply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Everything that ``summary.md`` says."""
+
+    models: tuple[ModelSummary, ...]  # the base model first
+    series: Mapping[str, Estimate]  # hypervolume of all models of a run or soup together
+    together: Estimate  # of all models
+    units: Mapping[str, float]  # the base model's standard deviation within a prompt; NaN: none
+    volume_of: tuple[str, ...]  # rewards that hypervolumes are of: those that vary
+
+
+def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
+    """Statistics of a table; intervals are percentiles of a bootstrap over prompts.
+
+    The same prompts are drawn for all models, and the unit of gains stays that of all prompts. A
+    prompt that the table holds twice is one prompt.
+
+    Args:
+        table: of E models, the base model first.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    models, rewards, prompts, seeds = table.values.shape
+    values = table.values.reshape(models, rewards, prompts * seeds)  # [E, K, M]
+    owner = same_prompt(table.prompts).repeat_interleave(seeds).numpy()  # [M]
+    units = base_spread(table)  # [K]
+    distinct = len(set(table.prompts))
+    draws = draw(distinct, resamples=resamples, seed=seed)
+    everyone = numpy.ones((1, distinct))
+
+    def means(samples: Array) -> tuple[Array, Array]:
+        sums = prompt_sums(samples, owner)
+        return resampled_means(*sums, everyone)[0], resampled_means(*sums, draws)
+
+    mean, mean_again = means(values)  # [E, K], [B, E, K]
+    gain, gain_again = means(values - values[:1])
+    stds, stds_again = gain / units, gain_again / units
+    varied = [k for k in range(rewards) if units[k] > 0 and not numpy.isnan(mean[:, k]).any()]
+
+    def volume(chosen: Sequence[int]) -> Estimate:
+        if not varied:
+            return Estimate(value=math.nan, low=math.nan, high=math.nan)
+        points = stds[None, chosen][:, :, varied]
+        again = stds_again[:, chosen][:, :, varied]
+        return estimate_one(float(hypervolumes(points)[0]), hypervolumes(again))
+
+    front = nondominated(torch.from_numpy(mean))
+    sums, counts = prompt_sums(values, owner)  # [E, K, P]
+    averages = numpy.divide(sums, counts, out=numpy.full_like(sums, math.nan), where=counts > 0)
+    series: dict[str, list[int]] = {}
+    for e, model in enumerate(table.models):
+        if model.series:
+            series.setdefault(model.series, []).append(e)
+    return Summary(
+        models=tuple(
+            ModelSummary(
+                label=model.label,
+                series=model.series,
+                rewards={
+                    name: RewardSummary(
+                        mean=estimate_one(mean[e, k], mean_again[:, e, k]),
+                        gain=estimate_one(gain[e, k], gain_again[:, e, k]),
+                        gain_in_stds=estimate_one(stds[e, k], stds_again[:, e, k]),
+                        improved=_improved(averages[e, k], averages[0, k]),
+                        samples=int(counts[e, k].sum()),
+                    )
+                    for k, name in enumerate(table.rewards)
+                },
+                hypervolume=volume([e]),
+                nondominated=front[e],
+            )
+            for e, model in enumerate(table.models)
+        ),
+        series={name: volume(members) for name, members in series.items()},
+        together=volume(range(models)),
+        units=dict(zip(table.rewards, units.tolist(), strict=True)),
+        volume_of=tuple(table.rewards[k] for k in varied),
+    )
+
+
+def base_spread(table: Table) -> Array:
+    """The base model's standard deviation within a prompt, of every reward: ``[K]``.
+
+    The unit of gains, see ``spread_within``. NaN where there is one seed, or where a reward does
+    not vary within any prompt.
+    """
+    _, rewards, prompts, seeds = table.values.shape
+    values = torch.from_numpy(table.values[0].reshape(rewards, prompts * seeds))
+    siblings = torch.arange(prompts).repeat_interleave(seeds)
+    spread: Array = spread_within(values, siblings).numpy()
+    return numpy.where(spread > 0, spread, math.nan)
+
+
+def _improved(means: Array, base: Array) -> float:
+    """Share of the prompts ``[P]`` that a reward applies to whose samples score more on average."""
+    applies = ~numpy.isnan(means - base)
+    return float((means > base)[applies].mean()) if applies.any() else math.nan
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_summary(table: Table, folder: Path) -> Summary:
+    """Write ``summary.md``, and ``summary.json`` with the same numbers unrounded."""
+    found = summarise(table)
+    write_text(folder / "summary.md", text(table, found))
+    plain = json.dumps(_plain(asdict(found)), indent=2, allow_nan=False)
+    write_text(folder / "summary.json", plain + "\n")
+    return found
+
+
+def text(table: Table, found: Summary) -> str:
+    """The summary in Markdown."""
+    one, several = ("image", "images") if table.texts is None else ("completion", "completions")
+    parts = [
+        "# Evaluation",
+        f"{len(table.models)} models, {len(table.prompts)} prompts, {len(table.seeds)} {several} "
+        f"each (seeds {', '.join(map(str, table.seeds))}); {drawn(table)}.",
+        f"In brackets {LEVEL:.0%} bootstrap intervals over prompts. A gain is the mean difference "
+        f"to the base model's {one} of the same prompt and seed; std is the base model's standard "
+        f"deviation within a prompt. Improved: prompts whose {several} score more on average than "
+        "the base model's.",
+    ]
+    for name in table.rewards:
+        unit, spread = table.units[name], found.units[name]
+        parts.append(f"## {name}{f' ({unit})' if unit else ''}")
+        if found.models[0].rewards[name].samples == 0:
+            parts.append("Applies to none of the prompts.")
+            continue
+        rows = [["checkpoint", "mean", "gain", "gain in stds", "improved", several]]
+        for model in found.models:
+            said = model.rewards[name]
+            base = model is found.models[0]
+            rows.append(
+                [
+                    model.label,
+                    said.mean.text(".4g"),
+                    "-" if base else said.gain.text("+.4g"),
+                    "-" if base else said.gain_in_stds.text("+.2f"),
+                    "-" if base or math.isnan(said.improved) else f"{said.improved:.0%}",
+                    str(said.samples),
+                ]
+            )
+        parts.append(markdown(rows))
+        if math.isnan(spread):
+            parts.append("The base model does not vary within any prompt, so there is no std.")
+        else:
+            parts.append(f"One std is {spread:.4g}.")
+    parts += ["## Front", *_front(table, found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def drawn(table: Table) -> str:
+    """How its samples were drawn, in words."""
+    sampler = table.sampler
+    if table.texts is None:
+        return (
+            f"deterministic, {sampler['steps']} steps, guidance {sampler['guidance']:g}, "
+            f"{sampler['resolution']} x {sampler['resolution']} pixels, {sampler['dtype']}"
+        )
+    warmth = sampler["temperature"]
+    tokens = f"temperature {warmth:g}" if warmth > 0 else "the likeliest tokens"
+    return f"{tokens}, at most {sampler['max_new_tokens']} tokens, {sampler['dtype']}"
+
+
+def _front(table: Table, found: Summary) -> list[str]:
+    rows = [["checkpoint", "worst gain in stds", "hypervolume", "non-dominated"]]
+    for model in found.models:
+        gains = [model.rewards[name].gain_in_stds.value for name in found.volume_of]
+        base = model is found.models[0]
+        rows.append(
+            [
+                model.label,
+                f"{min(gains):+.2f}" if gains and not base else "-",
+                "-" if base else model.hypervolume.text(".4g"),
+                "yes" if model.nondominated else "no",
+            ]
+        )
+    volumes = [["models", "hypervolume"]]
+    volumes += [[name, volume.text(".4g")] for name, volume in found.series.items()]
+    volumes.append(["all", found.together.text(".4g")])
+    said = [markdown(rows), markdown(volumes)]
+    left_out = [name for name in table.rewards if name not in found.volume_of]
+    said.append(
+        "Hypervolumes are in stds, between the base model and what is dominated; a model below the "
+        "base model in one reward has none"
+        + (f". Not in them: {', '.join(left_out)}." if left_out else ".")
+    )
+    return said
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

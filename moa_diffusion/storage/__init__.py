@@ -1,0 +1,1 @@
+"""What a run leaves on disk: log, checkpoints, and which of them stay."""

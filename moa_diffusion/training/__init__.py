@@ -1,0 +1,1 @@
+"""Rollout after rollout: the loop, the trainers, and the update that an advantage becomes."""

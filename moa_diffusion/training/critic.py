@@ -1,0 +1,242 @@
+"""Value heads: one advantage per decision instead of one per sample, for PPO.
+
+A head per objective estimates, before each decision, what the sample's reward will be; generalised
+advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) tells which decisions were
+better than expected::
+
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   A_t = sum_l (gamma lambda)^l delta_{t+l}
+
+The reward comes with the last decision, ``V`` after it is 0. PAMA (arXiv 2508.07768) whitens these
+estimates per objective over the batch, keeps what is positive ("Noon") and weighs each decision by
+the objective that it serves least: with all decisions as one group, that is what the normalizers
+and weightings do to samples, so they are given decisions in the samples' place.
+
+Deviations: the heads read the policy's last hidden state as it was when the sample was drawn, and
+give no gradient to the policy, so that no weight between value and policy loss is needed. Rewards
+hold no KL: PAMA, as PPO in TRL, takes the KL of each token off its reward before advantages are
+estimated; here it is a loss of its own (``loss.kl_weight``), which value heads and Noon do not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.distributed import Comm
+from moa_diffusion.processes.devices import widest
+from moa_diffusion.training.gradient_sum import GradientSum
+from moa_diffusion.types import RewardMatrix, Rollout
+
+MOMENTUM = 0.95  # of the running scale of rewards
+
+
+class Critic:
+    """K value heads on the policy's features, and the advantages that follow from them.
+
+    The heads see rewards in units of their running spread, so that one learning rate suits all;
+    estimates are in the rewards' own units.
+
+    Args:
+        objectives: names of the K objectives.
+        width: d, of the features ``[n, T, d]`` in a rollout's trace.
+        comm: collectives over the processes.
+        device: of the heads.
+        seed: of their initial values.
+        granularity: 'decision', or 'sample': the mean over a sample's decisions.
+        gamma: discount per decision, in (0, 1].
+        lam: of the estimator, in [0, 1].
+        hidden: width of the layer between features and values.
+        lr: learning rate of Adam.
+        epochs: gradient steps per rollout, on all of it.
+        batch: samples per pass of the heads, as they were drawn, so that any number of processes
+            makes the same passes.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        *,
+        width: int,
+        comm: Comm,
+        device: torch.device,
+        seed: int,
+        granularity: str = "decision",
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        hidden: int = 64,
+        lr: float = 1e-3,
+        epochs: int = 8,
+        batch: int,
+    ) -> None:
+        if granularity not in ("decision", "sample"):
+            raise ValueError(
+                f"Parameter `granularity` should be 'decision' or 'sample'. Found {granularity!r}."
+            )
+        self.objectives, self.comm, self.device = tuple(objectives), comm, device
+        self.granularity, self.gamma, self.lam, self.epochs = granularity, gamma, lam, epochs
+        self.batch = batch
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(seed, "critic") % 2**63)
+            last = nn.Linear(hidden, len(objectives))
+            self.heads = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, hidden), nn.Tanh(), last
+            ).to(device)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding move
+        # parameters as far as any other.
+        self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
+        # [K] float64: running mean and variance of the rewards.
+        self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
+        self.report: dict[str, float] = {}
+
+    def judge(self, rollout: Rollout, rewards: RewardMatrix) -> tuple[RewardMatrix, Tensor]:
+        """Estimates of all N samples' decisions, and better heads for the next rollout.
+
+        All is done on the device, which is waited for once, at the end.
+
+        Args:
+            rollout: this process's n samples, with ``features`` in the trace.
+            rewards: raw, of all N samples.
+
+        Returns:
+            a matrix ``[K, D]`` of the estimates as one group, D the decisions (or samples) of all
+            processes, and ``[N, T]`` bool: which decisions they are, in this order.
+        """
+        n, first = len(rollout), self.comm.rank * len(rollout)
+        scaled, spread = self._scaled(rewards)
+        local = scaled[:, first : first + n]  # [K, n]
+        features = rollout.trace["features"].to(self.device, torch.float32)
+        mask = rollout.mask.to(self.device)
+        dtype = widest(self.device)
+        with torch.no_grad():
+            parts = [self.heads(part) for part in features.split(self.batch)]
+            values = torch.cat(parts).to(dtype).permute(2, 0, 1)  # [K, n, T]
+        rewarded = local.to(self.device, dtype)
+        estimates = gae(values, rewarded, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
+        loss = self._fit(features, values + estimates, mask)
+
+        estimated = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
+        there = self.comm.gather(mask)  # [N, T]
+        told = torch.cat([part.flatten().to(dtype) for part in (loss, there, estimated)])
+        told = told.cpu().double()  # waits for the device
+        self.report = {"policy/value_loss": float(told[0]) / len(self.objectives)}
+        everywhere = told[1 : 1 + there.numel()].view(there.shape) > 0  # [N, T]
+        whole = told[1 + there.numel() :].view(estimated.shape).transpose(0, 1)
+        whole = whole * spread[:, None, None]  # [K, N, T]
+        if self.granularity == "sample":
+            counts = everywhere.sum(1)
+            columns = torch.where(everywhere, whole, 0.0).sum(2) / counts  # [K, N]
+            owners = torch.arange(len(everywhere))
+        else:
+            columns = whole[:, everywhere]  # [K, D]
+            owners = torch.arange(len(everywhere))[:, None].expand_as(everywhere)[everywhere]
+        matrix = RewardMatrix(
+            names=rewards.names,
+            values=columns,
+            groups=torch.zeros(columns.shape[1], dtype=torch.int64),
+            prompts=tuple(rewards.prompts[i] for i in owners.tolist()),
+        )
+        return matrix, everywhere
+
+    def spread(self, advantage: Tensor, everywhere: Tensor) -> Tensor:
+        """Advantages of the matrix's columns ``[D]`` in their places ``[N, T]``, 0 elsewhere."""
+        if self.granularity == "sample":
+            return torch.where(everywhere, advantage[:, None], 0.0)
+        placed = advantage.new_zeros(everywhere.shape)
+        placed[everywhere] = advantage
+        return placed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Heads, optimizer and the scale of the rewards, equal on every process."""
+        return {
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "mean": self.mean,
+            "variance": self.variance,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # this run's, not the checkpoint's
+        self.mean, self.variance = state["mean"], state["variance"]
+
+    def _scaled(self, rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
+        """Rewards in units of their running spread ``[K, N]``, NaN stays; and that ``[K]``."""
+        values = rewards.values
+        mean = values.nanmean(1)
+        variance = (values - mean[:, None]).square().nanmean(1)
+        met, now = self.mean.isfinite(), mean.isfinite()
+        blend = torch.where(met & now, MOMENTUM, torch.where(met, 1.0, 0.0))
+        self.mean = _blend(self.mean, mean, blend)
+        self.variance = _blend(self.variance, variance, blend)
+        spread = self.variance.sqrt()
+        spread = torch.where(spread > 0, spread, 1.0)  # NaN > 0 is false as well
+        return (values - self.mean.nan_to_num()[:, None]) / spread[:, None], spread
+
+    def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike.
+
+        Returns:
+            the loss before the first step ``[1]``, a sum over the objectives, on the device.
+        """
+        known = mask & ~returns.isnan()  # [K, n, T]
+        targets = torch.where(known, returns, 0.0).permute(1, 2, 0).float()  # [n, T, K]
+        weight = known.permute(1, 2, 0).float()  # [n, T, K]
+        count = weight.sum((0, 1))  # [K]
+        self.comm.sum_([count])
+        gradients = GradientSum(list(self.heads.parameters()))
+        parts = [tensor.split(self.batch) for tensor in (features, targets, weight)]
+        first = torch.zeros(1, dtype=widest(self.device), device=self.device)
+        for epoch in range(self.epochs):
+            self.optimizer.zero_grad()
+            for feature, target, share in zip(*parts, strict=True):
+                errors = share * (self.heads(feature) - target).square()
+                loss = (errors.sum((0, 1)) / count.clamp(min=1)).sum()
+                torch.autograd.backward(loss)
+                gradients.take()
+                if epoch == 0:
+                    first += loss.detach()
+            gradients.write(self.comm)
+            self.optimizer.step()
+        self.comm.sum_([first])
+        return first
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates of K objectives: ``[K, n, T]``.
+
+    Args:
+        values: ``[K, n, T]``, before each decision.
+        rewards: ``[K, n]``, which come with the last decision; NaN where one does not apply.
+        mask: ``[n, T]`` bool, true up to the last decision.
+        gamma: discount per decision.
+        lam: 1 is the return minus the value, 0 one step of it.
+
+    Returns:
+        0 where there is no decision, NaN where the objective does not apply.
+    """
+    estimates = torch.zeros_like(values)
+    later, value_later = torch.zeros_like(rewards), torch.zeros_like(rewards)  # [K, n]
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))  # [n, T]
+    for t in reversed(range(values.shape[2])):
+        reward = torch.where(last[:, t], rewards, 0.0)
+        delta = reward + gamma * value_later - values[:, :, t]
+        now = delta + gamma * lam * later
+        later = torch.where(mask[:, t], now, 0.0)
+        value_later = torch.where(mask[:, t], values[:, :, t], 0.0)
+        estimates[:, :, t] = later
+    return estimates
+
+
+def _blend(old: Tensor, new: Tensor, share: Tensor) -> Tensor:
+    """``share`` of the old and the rest of the new, where NaN counts as nothing."""
+    mixed = share * old.nan_to_num() + (1 - share) * new.nan_to_num()
+    return torch.where(old.isnan() & new.isnan(), torch.nan, mixed)

@@ -1,0 +1,128 @@
+"""Whether gradients of single objectives add up to those of an ordinary backward pass.
+
+Which sample a row of a layer's input belongs to follows from how the model is written. Where that
+differs from what ``gradients.py`` takes for granted, its rows are wrong and look right. So they are
+compared once per run, on a few samples and with coefficients of which every sample has others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.training.gradients import ObjectiveGradients
+from moa_diffusion.types import Rollout
+
+# Largest relative error of a tensor's gradient. Both ways share the passes through the network:
+# between them lies the last product of each layer, rounded once or once for every row, and in some
+# kernels in every sum on the way. In bfloat16 a rounding is up to 4e-3, and up to 6.4e-3 was seen.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# Below this share of the whole gradient's length, a tensor's gradient may be nothing but rounding
+# (that of a router whose only expert has the weight 1, say).
+SMALL = 1e-2
+SIZE = 0.01  # of the noise that keeps B from being 0, where A has no gradient
+
+# Coefficients of two objectives. The largest and the sum are powers of two or 0, and scaling by
+# them rounds nothing: so both backward passes round alike, whatever the depth of the network.
+PAIRS = ((1.0, 0.0), (1.0, 1.0), (1.0, -0.5), (0.0, -1.0), (-1.0, -1.0), (0.5, -1.0), (1.0, -1.0))
+
+
+def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dict[str, float], int]:
+    """Compare the sum of two objectives' rows with the gradient of their sum.
+
+    The adapter is disturbed meanwhile, and is afterwards what it was.
+
+    Args:
+        policy: whose ``tapped`` layers are tried.
+        rollout: m samples that it drew.
+        seed: of the disturbance and of which sample gets which coefficients.
+
+    Returns:
+        by parameter the error relative to its own gradient or a small share of the whole one (NaN
+        if a gradient is not finite), and how many parameters take a backward pass per objective.
+    """
+    source = torch.Generator().manual_seed(seed)
+    steps = policy.step_chunks(rollout.log_probs.shape[1])[0]
+    mask = rollout.mask[:, steps]
+    parameters = policy.trainable()
+    drawn = _coefficients(mask.shape, policy.whole_rows, source).to(mask.device)
+    coefficients = torch.where(mask, drawn, 0.0)  # [2, m, t]
+    rows = ObjectiveGradients(
+        parameters,
+        policy.tapped(),
+        len(coefficients),
+        whole=policy.whole_rows,
+        copies=policy.row_copies,
+    )
+    with _disturbed(parameters, source):
+        log_probs, _ = policy.log_probs(rollout, steps)
+        for scale in _scales(policy.dtype):
+            rows.clear()
+            rows.backward(
+                log_probs,
+                coefficients,
+                tokens=policy.row_tokens(rollout),
+                scale=scale,
+                retain_graph=True,
+            )
+            gradients = torch.autograd.grad(
+                log_probs,
+                list(parameters.values()),
+                grad_outputs=(coefficients.sum(0) * scale).to(log_probs.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            expected = {
+                name: torch.zeros_like(parameter) if gradient is None else gradient / scale
+                for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+            }
+            if all(tensor.isfinite().all() for tensor in (*expected.values(), *rows.rows.values())):
+                break
+    sizes, errors = {}, {}
+    for name, gradient in expected.items():
+        found = rows.rows[name]  # [2, ...]
+        # Sums may cancel: what is added up has the rounding errors.
+        sizes[name] = torch.stack([gradient.norm(), found[0].norm(), found[1].norm()]).max()
+        errors[name] = (found.sum(0) - gradient).norm()
+    whole = torch.stack(list(sizes.values())).norm()
+    if whole == 0:
+        return dict.fromkeys(errors, 0.0), len(rows.separate)
+    relative = {
+        name: float(error / torch.maximum(sizes[name], SMALL * whole))
+        for name, error in errors.items()
+    }
+    return relative, len(rows.separate)
+
+
+def _coefficients(shape: torch.Size, whole: bool, source: torch.Generator) -> Tensor:
+    """``[2, m, t]``, others for every row as long as there are any."""
+    samples, decisions = shape
+    rows = samples if whole else samples * decisions
+    order = torch.randperm(len(PAIRS), generator=source)
+    pairs = torch.tensor(PAIRS)[order].T  # [2, pairs]
+    values = pairs.repeat(1, -(-rows // len(PAIRS)))[:, :rows]  # [2, rows]
+    return values[:, :, None].expand(-1, -1, decisions) if whole else values.view(2, *shape)
+
+
+def _scales(dtype: torch.dtype) -> list[float]:
+    """Powers of two to try: in float16 small gradients vanish and large ones overflow."""
+    return [2.0**power for power in range(24, -1, -4)] if dtype == torch.float16 else [1.0]
+
+
+@contextmanager
+def _disturbed(parameters: Mapping[str, nn.Parameter], source: torch.Generator) -> Iterator[None]:
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        with torch.no_grad():
+            for parameter in parameters.values():
+                noise = torch.randn(parameter.shape, generator=source)
+                parameter.add_(SIZE * noise.to(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])

@@ -1,0 +1,379 @@
+"""Round after round: a step, its metrics, an evaluation, a checkpoint. Stops and resumes exactly.
+
+What a step is stays open: ``trainer.py`` draws and learns from rollouts, ``offline.py`` learns from
+responses that are already there.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.distributed import Comm, ProcessError, agreed, share_telling
+from moa_diffusion.monitoring.alarm import Alarm, Watch
+from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.processes.stopping import Interrupted, StopRequest
+from moa_diffusion.scoring import RewardError
+from moa_diffusion.storage import checkpoint, front
+from moa_diffusion.storage.log import RunLog
+from moa_diffusion.training.saving import Saver
+from moa_diffusion.training.stepper import Stepper, TrainingError
+from moa_diffusion.types import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long, and what happens when. Counts are rounds; 0 switches an occasion off."""
+
+    steps: int  # rounds of the whole run
+    minutes: float = 0.0  # after which it ends earlier, evaluations apart
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 0  # newest checkpoints kept; 0 keeps all
+    checkpoint_front: int = 0  # and at most so many that no other dominates in the held-out rewards
+    evaluate_every: int = 0  # held-out rewards and pictures
+
+
+class Loop(ABC):
+    """A run.
+
+    Args:
+        policy: is improved.
+        stepper: takes the optimizer steps.
+        objectives: names of the K objectives; their means in evaluations, and those of rewards that
+            are not trained on, decide which checkpoints stay.
+        comm: collectives over the processes.
+        schedule: how long, and what happens when.
+        heldout: the evaluation; None for none.
+        watch: looks at the evaluations for a reward that is being gamed.
+        log: metrics and scores.
+        folder: of the run.
+        seed: of the run.
+        progress: whether this process shows progress bars.
+    """
+
+    title = "rollouts"  # what a round is called
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        stepper: Stepper,
+        objectives: tuple[str, ...],
+        comm: Comm,
+        schedule: Schedule,
+        heldout: HeldOut | None,
+        watch: Watch,
+        log: RunLog,
+        folder: Path,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.policy, self.objectives, self.comm = policy, objectives, comm
+        self.schedule, self.heldout, self.watch = schedule, heldout, watch
+        self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
+        self.completed = 0  # rounds finished
+        self.seconds = 0.0  # that they took
+        self._stepper = stepper
+        self._saver = Saver(folder, stepper, self.state_dict, comm, self.title)
+        self._row: dict[str, float] | None = None  # metrics of a round not yet written
+        self.stop = StopRequest(said=comm.rank == 0)
+        self.torn = False  # a failure has left the state between two rounds
+        self._seconds: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ what a run is made of
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """What has to be done once, before the first round."""
+
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """One round; adds one to ``completed`` and returns the round's metrics."""
+
+    @abstractmethod
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        """A few words about a round for the progress bar."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one before: JSON values by name."""
+
+    @abstractmethod
+    def changing_state(self) -> dict[str, Any]:
+        """What rounds change and the next one depends on."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a ``changing_state``.
+
+        Raises:
+            ConfigError: if it is of other settings.
+        """
+
+    def attempt(self) -> dict[str, float]:
+        """One round; if it is cut short, it leaves the state as it was."""
+        return self.step()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
+        if self.heldout is None:
+            return {}
+        with self._timed("evaluate"), self._stepper.ema.applied():
+            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
+        seconds = self.heldout.scorer.seconds.items()
+        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
+        alarms = self.watch.look(found)
+        with agreed(self.comm, as_one=True):
+            for alarm in alarms:
+                self.log.write_alarm(alarm.row())
+        self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
+        return {**found.metrics, **self.watch.report()}
+
+    def _act(self, alarm: Alarm | None) -> None:
+        """Go back to the checkpoint that an alarm names."""
+        if alarm is None:
+            return
+        assert alarm.to_step is not None
+        with agreed(self.comm):
+            try:
+                state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
+            except ConfigError as error:  # somebody deleted or damaged it
+                raise TrainingError(f"alarm: cannot go back: {error}") from error
+        self.restore(state)
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train until ``schedule.steps`` rounds are done.
+
+        Raises:
+            Interrupted: after SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
+            RewardError, TrainingError, ProcessError: on all processes, after the state is saved,
+                unless nothing has begun.
+            KeyboardInterrupt: on a second Ctrl-C, and the first until something has begun: nothing
+                is saved, and what is there stays whole.
+            Exception: any other, perhaps of this process alone, after it has saved the state.
+        """
+        bar = tqdm(
+            total=self.schedule.steps,
+            initial=self.completed,
+            desc=self.title,
+            disable=not self.progress,
+        )
+        with self.stop.listening(), bar:
+            self._forget_lost_checkpoints()
+            with self.stop.at_once():
+                self.prepare()  # if it fails, nothing has happened that would have to be saved
+            try:
+                self._leave_if_stopped()
+                if self._row is not None:
+                    self._finish_round(bar)
+                elif self.completed == 0 and (found := self.evaluate()):
+                    with agreed(self.comm, as_one=True):
+                        self.log.write(0, found | self._take_seconds())
+                    if self._may_be_wanted():
+                        self.save()
+                if self.watch.over and self.completed < self.schedule.steps:
+                    logger.warning(
+                        "An alarm ended this run after %d %s. It goes on with another "
+                        "alarm.action or a higher alarm.limit.",
+                        *(self.completed, self.title),
+                    )
+                while not self._last():
+                    self._leave_if_stopped()
+                    self._round(bar)
+            except (RewardError, TrainingError, ProcessError, Interrupted) as error:
+                share_telling(self.comm, error)
+                error.add_note(self._rescue(error, alone=False))
+                raise
+            except (Exception, SystemExit) as error:  # the other processes may not know of it
+                error.add_note(self._rescue(error, alone=True))
+                raise
+
+    def _round(self, bar: tqdm[Any]) -> None:
+        """One step with what belongs to it: metrics, evaluation, checkpoint."""
+        # For heads and libraries that use the global generators; nothing here does.
+        set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
+        start, completed = time.perf_counter(), self.completed
+        try:
+            metrics = self.attempt()
+        except BaseException:
+            self.completed = completed  # where an attempt that was cut short goes back to
+            raise
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
+        self._finish_round(bar)
+
+    def _finish_round(self, bar: tqdm[Any]) -> None:
+        """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
+        assert self._row is not None
+        evaluated = any(name.startswith("eval_") for name in self._row)
+        if not evaluated and (self._last() or self._due(self.schedule.evaluate_every)):
+            start = time.perf_counter()
+            self._row |= self.evaluate() | self._take_seconds()
+            self._row["seconds/total"] += time.perf_counter() - start
+        with agreed(self.comm, as_one=True):
+            self.log.write(self.completed, self._row)
+        metrics, self._row = self._row, None
+        bar.update()
+        bar.set_postfix_str(self.headline(metrics))
+        self._stepper.check_health()
+        due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
+        if self._last() or due:
+            self.save()
+
+    def _last(self) -> bool:
+        """Whether the run is at its end; the same on every process."""
+        over = 0 < 60 * self.schedule.minutes <= self.seconds
+        done = self.completed >= self.schedule.steps or self.watch.over
+        return done or self.comm.any(over)
+
+    def _may_be_wanted(self) -> bool:
+        """Whether a later alarm may go back to the state as it is."""
+        return self._rolls_back and self.completed in self.watch.best_steps
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.completed % every == 0
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the last completed round.
+
+        Raises:
+            ProcessError: on all processes, if it cannot be written.
+        """
+        folder = checkpoint.step_folder(self.folder, self.completed)
+        with agreed(self.comm, as_one=True):
+            if self.comm.rank == 0 and self._saver.write(folder):
+                self._retain()
+        return folder
+
+    def _rescue(self, failure: BaseException, *, alone: bool) -> str:
+        """Save what can be saved after a failure; says where it is."""
+        if self.torn:
+            return f"The state in memory is between two {self.title}: it is not saved."
+        return self._saver.rescue(self.completed, failure, alone=alone)
+
+    def _forget_lost_checkpoints(self) -> None:
+        """An alarm goes back only to what is there: a run may go on in another folder."""
+        here = [
+            step
+            for step in sorted(self.watch.best_steps if self._rolls_back else ())
+            if not (checkpoint.step_folder(self.folder, step) / checkpoint.STATE).is_file()
+        ]
+        if lost := self.comm.gather_objects([here])[0]:  # what the first process sees counts
+            self.watch.forget(lost)
+            logger.warning(
+                "There are no checkpoints after %s %s to go back to; alarms compare with later "
+                "evaluations.",
+                ", ".join(map(str, lost)),
+                self.title,
+            )
+
+    @property
+    def _rolls_back(self) -> bool:
+        return self.watch.rules.action == "rollback"
+
+    def _retain(self) -> None:
+        """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
+        front.retain(
+            self.folder,
+            (*self.objectives, *self.watch.heldout),
+            newest=self.schedule.checkpoint_keep,
+            front=self.schedule.checkpoint_front,
+            best=self.watch.best_steps if self._rolls_back else (),
+        )
+
+    def close(self) -> None:
+        """Release worker processes, trackers and the process group.
+
+        Raises:
+            TrackerError: if a tracker does not finish; the rest is released.
+        """
+        if self.heldout:
+            self.heldout.scorer.close()
+        try:
+            self.log.close()
+        finally:
+            self.comm.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next round depends on, equal on every process."""
+        return {
+            "step": self.completed,
+            "seconds": self.seconds,
+            "row": self._row,
+            "heldout": self.heldout.state_dict() if self.heldout else {},
+            "watch": self.watch.state_dict(),
+            "seed": self.seed,
+            "objectives": list(self.objectives),
+            **self.facts(),
+            **self.changing_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            ConfigError: if the run's facts or adapter differ from the checkpoint's.
+        """
+        shared = {"objectives": list(self.objectives), "seed": self.seed, **self.facts()}
+        for key, mine in shared.items():
+            if state.get(key) != mine:
+                raise ConfigError(
+                    f"resume: the checkpoint has {key} {state.get(key)}. Found {mine} in this run."
+                )
+        checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
+        self.restore(state)
+        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
+        if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
+            if state["heldout"]["identity"] == self.heldout.identity:
+                self.heldout.load_state_dict(state["heldout"])
+                self.watch.load_state_dict(state["watch"])
+            else:
+                logger.warning(
+                    "Evaluations have other prompts, seeds, rewards or drawing settings than the "
+                    "checkpoint's: gains stay empty, and alarms compare with those from here on."
+                )
+        self.log.rewind(self.completed, pending=self._row is not None)
+        if self.comm.rank == 0:
+            checkpoint.forget_after(self.folder, self.completed)
+            if checkpoint.list_checkpoints(self.folder):
+                self._retain()
+
+    # ------------------------------------------------------------------ small parts
+
+    def _leave_if_stopped(self) -> None:
+        asked = self.stop.number  # may change at any time
+        if self.comm.any(asked > 0):
+            number = signal.Signals(int(self.comm.gather(torch.tensor([asked])).max()))
+            raise Interrupted(f"Stopped by {number.name}.", number)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
+
+    def _take_seconds(self) -> dict[str, float]:
+        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
+        self._seconds = {}
+        return seconds

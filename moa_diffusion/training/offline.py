@@ -1,0 +1,427 @@
+"""Training on responses that are already there: MOPO, arXiv 2505.10892, by weighted cloning.
+
+``objectives/mopo_offline.py`` says which distribution ``w(y|x)`` over the responses of each prompt
+improves the primary objective under bounds on the others. The policy is taught it::
+
+    loss = -1/P sum_x sum_y stopgrad(w(y|x)) log pi(y|x)
+         = mean over rows (x, y) of  -stopgrad(w R / P) log pi(y|x)
+
+A step takes some of the R rows, in shuffled epochs; the factor ``R / P`` makes every prompt count
+the same however many responses it has. While the reference is the policy that wrote the responses,
+and every prompt has equally many, ``w R / P`` is MOPO's ``rho``. ``log pi(y|x)`` is a sum over the
+response's tokens, and the loss is divided by rows, not by tokens: a mean over tokens would count
+a long response less than ``w`` says, and its minimum would be another policy.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.data.preferences import Preferences
+from moa_diffusion.data.sampling import generator
+from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
+from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.objectives.mopo import checked_bounds
+from moa_diffusion.objectives.mopo_offline import OfflineMopo, OfflineSettings, effective_samples
+from moa_diffusion.objectives.reachable import check_bounds
+from moa_diffusion.policies.base import Policy
+from moa_diffusion.storage.log import RunLog
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.gradient_sum import GradientSum
+from moa_diffusion.training.loop import Loop, Schedule
+from moa_diffusion.training.stepper import Stepper, TrainingError
+from moa_diffusion.types import ConfigError
+
+
+class TeachablePolicy(Policy, Protocol):
+    """A policy that can say how likely a given response is."""
+
+    def tokens_of(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Responses as token ids, without a forward pass; ValueError if one does not fit."""
+        ...
+
+    def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
+        ...
+
+
+class Cloning(Stepper):
+    """Takes the optimizer steps of weighted behaviour cloning.
+
+    All responses are kept as token ids on the CPU, four bytes a token.
+
+    Args:
+        policy: is taught.
+        data: the R rows are its responses, prompt by prompt.
+        comm: collectives over the processes.
+        optimizer: over ``policy.trainable()``.
+        lr: learning rate after so many optimizer steps.
+        scaler: loss scaler; disabled except in float16.
+        ema: average of the trained parameters.
+        micro_batch: rows per forward and backward pass.
+        max_grad_norm: the gradient is clipped to this length.
+        max_skipped: consecutive updates with non-finite gradients before giving up.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: TeachablePolicy,
+        data: Preferences,
+        comm: Comm,
+        optimizer: torch.optim.Optimizer,
+        lr: Callable[[int], float],
+        scaler: torch.amp.GradScaler,
+        ema: EMA,
+        micro_batch: int,
+        max_grad_norm: float,
+        max_skipped: int = 3,
+    ) -> None:
+        if micro_batch < 1:
+            raise ValueError(f"Parameter `micro_batch` should be at least 1. Found {micro_batch}.")
+        super().__init__(
+            policy=policy,
+            optimizer=optimizer,
+            lr=lr,
+            scaler=scaler,
+            ema=ema,
+            max_grad_norm=max_grad_norm,
+            max_skipped=max_skipped,
+        )
+        self.teachable, self.data, self.comm, self.micro_batch = policy, data, comm, micro_batch
+        self._places = data.rows().tolist()  # R pairs of prompt and position
+        self._tokens: list[array[int]] = []  # R token ids, once `read` was called
+
+    def read(self) -> None:
+        """Tokenise all responses, once.
+
+        Raises:
+            TrainingError: on every process alike, for a response that the policy cannot take.
+        """
+        if self._tokens:
+            return
+        texts = [self.data.responses[prompt][position] for prompt, position in self._places]
+        try:
+            tokens = self.teachable.tokens_of(texts)
+        except ValueError as error:
+            raise TrainingError(f"A response cannot be learned: {error}") from error
+        self._tokens = [array("i", ids) for ids in tokens]
+
+    def __call__(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
+        """One optimizer step on ``-mean(weight log pi(y|x))``; returns metrics.
+
+        Args:
+            rows: B, of all processes together.
+            weights: ``[B]``, constant.
+        """
+        self.read()
+        device = self.device
+        told = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
+        gradients = GradientSum(self._parameters)
+        for part in self._batches(len(rows)):
+            log_pi = self._log_pi([rows[i] for i in part])  # [m]
+            weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
+            torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
+            gradients.take()
+            told.append(torch.stack([weighted, log_pi.sum()]).detach().float())
+        sums = torch.stack(told).cpu().double().sum(0)
+        self.comm.sum_([sums])
+        gradients.write(self.comm)
+        norm = self.optimizer_step()
+        return {
+            "offline/loss": float(-sums[0]) / len(rows),
+            "offline/log_prob": float(sums[1]) / len(rows),
+            "offline/tokens": sum(len(self._tokens[row]) for row in rows) / len(rows),
+            **self.step_metrics([norm]),
+        }
+
+    @torch.no_grad()
+    def log_probs(self, rows: Sequence[int], before_batch: Callable[[], None]) -> Tensor:
+        """``log pi(y|x)`` of some rows as the policy is: ``[rows]`` float64, on every process.
+
+        ``before_batch`` is called on all processes before each batch.
+        """
+        self.read()
+        batches, found = self._batches(len(rows)), [torch.zeros(0)]
+        most = math.ceil(math.ceil(len(rows) / self.micro_batch) / self.comm.world_size)
+        for number in range(most):
+            before_batch()
+            mine = batches[number : number + 1]  # none, if other processes have more
+            found += [self._log_pi([rows[i] for i in part]).float().cpu() for part in mine]
+        dealt = deal(len(rows), self.micro_batch, self.comm)
+        return gather_dealt(torch.cat(found).double(), dealt, self.comm)
+
+    def table(self, values: Tensor) -> Tensor:
+        """Numbers of the rows ``[R]`` in their places ``[P, Y]``, with 0 for padding."""
+        table = torch.zeros(self.data.log_data.shape, dtype=torch.float64)
+        prompt, position = torch.tensor(self._places).T
+        table[prompt, position] = values
+        return table
+
+    def _batches(self, total: int) -> list[list[int]]:
+        """This process's share of ``total`` items, in micro-batches."""
+        mine = deal(total, self.micro_batch, self.comm)[self.comm.rank]
+        size = self.micro_batch
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def _log_pi(self, rows: Sequence[int]) -> Tensor:
+        """Log-probabilities of the responses at these rows, ``[m]``."""
+        prompts = [self.data.prompts[self._places[row][0]] for row in rows]
+        return self.teachable.log_probs_of(prompts, [self._tokens[row] for row in rows])
+
+
+class OfflineTrainer(Loop):
+    """Improves one objective under bounds on the others, from preferences.
+
+    What is surveyed, read without being learned from, is what is needed and no more. A reference is
+    asked for the prompts whose responses are trained on while it holds: the order of the rows is
+    known ahead, so the policy that will be the next reference is asked now. Levels are over these
+    prompts then. So a new reference costs, for each row that is trained on in ``settings.lag``
+    steps, a forward pass of its prompt's Y responses (and the first time one of each for ``mu``),
+    at most all R; while the reference is the data's, nothing. An evaluation costs a pass over the
+    responses of ``level_prompts`` prompts, the same ones each time. An alarm that raises the KL's
+    weight raises ``tau``.
+
+    The first reference is the policy as it starts, which without ``log_probs`` in the data is taken
+    for the one that wrote them: the base model, or with ``policy.adapter`` the model with that
+    LoRA. The base model can be asked at any time for what it says of a response; a start from an
+    adapter is gone once it has been trained, so it is asked for all R responses before.
+
+    Args:
+        cloning: takes the optimizer steps.
+        primary: the objective that is improved.
+        bounds: least win rate of each other objective; one number for all, or one for each.
+        settings: of MOPO.
+        batch: rows per optimizer step, over all processes.
+        level_prompts: prompts over whose responses evaluations take the win rates; 0 for all.
+        from_adapter: whether the policy starts from trained weights instead of the base model.
+        schedule: how long, and what happens when; a round is an optimizer step.
+        heldout: the evaluation by reward heads; None for none.
+        watch: looks at the evaluations for a reward that is being gamed.
+        log: metrics.
+        folder: of the run.
+        seed: of the order of the rows.
+        progress: whether this process shows a progress bar.
+    """
+
+    title = "steps"
+
+    def __init__(
+        self,
+        *,
+        cloning: Cloning,
+        primary: str,
+        bounds: Mapping[str, float] | float,
+        settings: OfflineSettings,
+        batch: int,
+        schedule: Schedule,
+        heldout: HeldOut | None,
+        watch: Watch,
+        log: RunLog,
+        folder: Path,
+        seed: int,
+        level_prompts: int = 512,
+        from_adapter: bool = False,
+        progress: bool = True,
+    ) -> None:
+        for name, value, least in (("batch", batch, 1), ("level_prompts", level_prompts, 0)):
+            if value < least:
+                raise ValueError(f"Parameter `{name}` should be at least {least}. Found {value}.")
+        self.mopo = constrained(cloning.data, primary, bounds, settings)
+        super().__init__(
+            policy=cloning.policy,
+            stepper=cloning,
+            objectives=(self.mopo.primary, *self.mopo.secondary),
+            comm=cloning.comm,
+            schedule=schedule,
+            heldout=heldout,
+            watch=watch,
+            log=log,
+            folder=folder,
+            seed=seed,
+            progress=progress,
+        )
+        self.cloning, self.data, self.batch = cloning, cloning.data, batch
+        self.from_adapter = from_adapter
+        # [R], of the policy that wrote the responses; NaN where it has not been asked for yet.
+        self._log_mu: Tensor | None = None
+        self._where = self.data.rows().T  # [2, R]
+        shuffled = torch.randperm(len(self.data.prompts), generator=generator(seed, "levels"))
+        self._level_prompts = shuffled[: level_prompts or None]
+
+    def step(self) -> dict[str, float]:
+        """One dual step and one optimizer step; returns the step's metrics."""
+        self.refer()
+        target = self.mopo(self.watch.kl_scale)  # [P, Y], NaN where the reference is not known
+        rows = self.rows()
+        weights = target[self._where[0], self._where[1]] * self._where.shape[1] / len(target)  # [R]
+        if weights[rows].isnan().any():
+            raise TrainingError(
+                "The reference was not asked for all rows of this step: `preferences.batch` and "
+                "`objectives.weighting.lag` should be those of the run that saved the checkpoint."
+            )
+        with self._timed("update"):
+            update = self.cloning(rows, weights[rows])
+        self.completed += 1
+        known = target[~target.isnan().any(1)]
+        samples = {"offline/effective_sample_size": effective_samples(known)}
+        return self.mopo.report() | samples | update
+
+    def rows(self, steps: range | None = None) -> list[int]:
+        """The rows of these steps, by default of this one; equal everywhere.
+
+        They are a part of a shuffled epoch, or of several.
+        """
+        chosen = range(self.completed, self.completed + 1) if steps is None else steps
+        total, first = self._where.shape[1], chosen.start * self.batch
+        found: list[int] = []
+        while (left := len(chosen) * self.batch - len(found)) > 0:
+            epoch, position = divmod(first + len(found), total)
+            order = torch.randperm(total, generator=generator(self.seed, "rows", epoch))
+            found += order[position : position + left].tolist()
+        return found
+
+    def refer(self) -> None:
+        """Take the next reference if it is time. Cut short, it changes nothing."""
+        lag, now = self.mopo.settings.lag, self.completed
+        if self._log_mu is None:
+            everything = torch.arange(self._where.shape[1])
+            if self.data.log_probs is None:  # the reference is what wrote them
+                if self.from_adapter:
+                    self._log_mu = self._survey(everything)
+                else:  # the base model, when it is needed
+                    self._log_mu = torch.full(everything.shape, math.nan, dtype=torch.float64)
+                return
+            wrote = self.data.log_probs[self._where[0], self._where[1]]
+            # The policy as it starts is the reference of the first `lag` steps and of the next.
+            rows = self._rows_of(self._prompts_of(range(2 * lag))) if lag else everything
+            self.mopo.begin(self._ratio(rows, self._survey(rows) - wrote[rows]))
+            try:
+                check_bounds(self.mopo)
+            except ValueError as error:
+                raise ConfigError(f"objectives.weighting: {error}") from error
+            self._log_mu = wrote
+        elif lag and now and now % lag == 0:
+            # From here on it is the reference of a `lag` ago; this policy is the one after it.
+            self.mopo.refer(self._log_ratio(self._prompts_of(range(now + lag, now + 2 * lag))))
+
+    def evaluate(self) -> dict[str, float]:
+        """Win rates of the averaged weights over the responses, and held-out rewards."""
+        with self.cloning.ema.applied():
+            levels = self.mopo.levels_of(self._log_ratio(self._level_prompts))
+        found = {f"eval_level/{name}": level for name, level in levels.items()}
+        return found | super().evaluate()
+
+    # ------------------------------------------------------------------ what the loop asks
+
+    def prepare(self) -> None:
+        """Tokenise all responses and load the heads: what does not fit is known at the start."""
+        asked = self.heldout.requests if self.heldout else ()
+        prompts = [request.prompt for request in asked]
+        with agreed(self.comm):
+            self.policy.prepare([*self.data.prompts, *prompts])
+            self.cloning.read()
+        if self.heldout:
+            facts = self.heldout.scorer.load(prompts)
+            self.heldout.try_rewards()
+            with agreed(self.comm):
+                self.log.write_heads(self.completed, facts)
+        if self._log_mu is None:
+            self.refer()
+
+    def attempt(self) -> dict[str, float]:
+        # No copies: a step puts new tensors in the place of these.
+        before, updates = self.mopo.state_dict(), self.cloning.updates
+        try:
+            return self.step()
+        except BaseException:
+            if self.cloning.updates == updates:
+                self.mopo.load_state_dict(before)
+            else:  # the policy has learned what the state does not count
+                self.torn = True
+            raise
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        return self.mopo.headline()
+
+    def facts(self) -> dict[str, Any]:
+        return {"method": [type(self.mopo).__name__], "preferences": self.data.digest()}
+
+    def changing_state(self) -> dict[str, Any]:
+        return {
+            "updater": self.cloning.state_dict(),
+            "mopo": self.mopo.state_dict(),
+            "log_mu": self._log_mu,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.cloning.load_state_dict(state["updater"])
+        self.mopo.load_state_dict(state["mopo"])
+        self._log_mu = state["log_mu"]
+
+    def _prompts_of(self, steps: range) -> Tensor:
+        """The prompts whose responses are trained on in these steps."""
+        return self._where[0][self.rows(steps)].unique()
+
+    def _rows_of(self, prompts: Tensor) -> Tensor:
+        """All rows of these prompts, in order."""
+        return torch.isin(self._where[0], prompts).nonzero()[:, 0]
+
+    def _log_ratio(self, prompts: Tensor) -> Tensor:
+        """``log pi - log mu`` of the responses of these prompts ``[P, Y]``, NaN of the others."""
+        assert self._log_mu is not None
+        rows = self._rows_of(prompts)
+        if len(new := rows[self._log_mu[rows].isnan()]):
+            with self.policy.reference():
+                self._log_mu[new] = self._survey(new)
+        return self._ratio(rows, self._survey(rows) - self._log_mu[rows])
+
+    def _ratio(self, rows: Tensor, values: Tensor) -> Tensor:
+        """These rows' numbers in their places ``[P, Y]``, NaN of all others."""
+        found = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
+        found[rows] = values
+        return self.cloning.table(found)
+
+    def _survey(self, rows: Tensor) -> Tensor:
+        with self._timed("survey"):
+            return self.cloning.log_probs(rows.tolist(), self._leave_if_stopped)
+
+
+def constrained(
+    data: Preferences, primary: str, bounds: Mapping[str, float] | float, settings: OfflineSettings
+) -> OfflineMopo:
+    """MOPO's state for these preferences.
+
+    Raises:
+        ValueError: for a primary objective or a bound that the preferences do not have, or for
+            bounds that no multipliers reach.
+    """
+    if primary not in data.objectives:
+        near = get_close_matches(primary, data.objectives, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        expectation = f"Parameter `primary` should be one of {data.objectives}."
+        raise ValueError(f"{expectation} Found {primary!r}.{hint}")
+    secondary = [name for name in data.objectives if name != primary]
+    chosen = checked_bounds(bounds, primary, secondary, "win_rate")
+    index = [data.objectives.index(name) for name in secondary]
+    mopo = OfflineMopo(
+        primary=primary,
+        secondary=secondary,
+        pbar=data.win_rates[data.objectives.index(primary)],
+        qbar=data.win_rates[index],
+        log_data=data.log_data,
+        bounds=[chosen[name] for name in secondary],
+        settings=settings,
+    )
+    # With `log_probs`, the reference is not known before the model has been asked.
+    check_bounds(mopo, reference_known=data.log_probs is None)
+    return mopo

@@ -1,0 +1,108 @@
+"""Saves a run's state: where it belongs, or after a failure wherever there is room for it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moa_diffusion.distributed import Comm
+from moa_diffusion.files.writing import StorageError, remove
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.training.stepper import Stepper
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes checkpoints of a policy and what trains it.
+
+    Args:
+        folder: of the run.
+        stepper: has the policy and its averaged weights.
+        state: everything else, when it is asked; equal on every process.
+        comm: collectives over the processes.
+        title: what a round is called.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stepper: Stepper,
+        state: Callable[[], dict[str, Any]],
+        comm: Comm,
+        title: str,
+    ) -> None:
+        self.folder, self.stepper, self.state = folder, stepper, state
+        self.comm, self.title = comm, title
+
+    def write(self, target: Path) -> bool:
+        """Write a checkpoint unless it is there.
+
+        Returns:
+            whether it was written.
+
+        Raises:
+            StorageError: if it cannot be; an older folder is as it was.
+        """
+        if (target / checkpoint.STATE).is_file():
+            return False
+        policy, state = self.stepper.policy, checkpoint.packed(self.state())
+        adapter = sum(parameter.nbytes for parameter in policy.trainable().values())
+        with checkpoint.atomic_folder(
+            target, needed=len(state) + 2 * adapter, writer=f"partial-{self.comm.rank}"
+        ) as partial:
+            policy.save(partial)
+            (partial / "ema").mkdir()
+            with self.stepper.ema.applied():
+                policy.save(partial / "ema")
+            (partial / checkpoint.STATE).write_bytes(state)
+        return True
+
+    def rescue(self, step: int, failure: BaseException, *, alone: bool) -> str:
+        """Save the state after a failure, outside of the run's folder if that takes nothing.
+
+        Args:
+            step: rounds finished.
+            failure: what ended the run; what it says is not said again.
+            alone: whether other processes may not know of the failure and wait for this one. It
+                then writes by itself; the state is the same on all.
+
+        Returns:
+            a sentence on where the state is.
+        """
+        if alone:
+            return self._rescued(step, failure)
+        note = self._rescued(step, failure) if self.comm.rank == 0 else ""
+        return str(self.comm.gather_objects([note])[0])
+
+    def _rescued(self, step: int, failure: BaseException) -> str:
+        target, done = checkpoint.step_folder(self.folder, step), f"{step} {self.title}"
+        try:
+            self.write(target)
+        except Exception as error:  # the folder takes nothing, or what has failed is in the way
+            place = f"The state after {done} {self._elsewhere(target)}"
+            told = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
+            return place if told else f"{error}\n{place}"
+        logger.warning("Stopped after %s; saved %s", done, target)
+        return f"The state after {done} is in {target}."
+
+    def _elsewhere(self, target: Path) -> str:
+        """Write to the system's place for temporary files; the end of a sentence about it."""
+        place = Path(tempfile.gettempdir())
+        try:
+            place = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}-"))
+            spare = place / target.name
+            self.write(spare)
+        except Exception as error:
+            if place != Path(tempfile.gettempdir()):
+                remove(place)
+            whole = checkpoint.list_checkpoints(self.folder)
+            last = f" The last whole checkpoint is {whole[-1]}." if whole else ""
+            return f"is lost, as there is no other place for it. {error}{last}"
+        return (
+            f"is in {spare} instead. When there is room: `mkdir -p {target.parent} && mv {spare} "
+            f"{target.parent}/`, then the same command with --resume latest."
+        )

@@ -1,0 +1,1 @@
+"""The commands of the script for heads: list, check, score, serve."""

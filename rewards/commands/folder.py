@@ -1,0 +1,322 @@
+"""Scores of a folder of pictures, or of texts, in a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rewards.base import RewardBatch, RewardHead
+from rewards.commands.tables import writer_for
+from rewards.pictures import read_rgb
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_SUMMARY_CHARACTERS = 60  # of a file's name or a text
+Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, metadata
+
+
+def refuse_blank_lines(prompts: Path) -> None:
+    """Checks that line i of a `.txt` file can belong to picture i; other files have no blank rows.
+
+    Raises:
+        ValueError: If a line before the last prompt is blank; names file and line.
+    """
+    if prompts.suffix.lower() != ".txt":
+        return
+    lines = prompts.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(
+                f"{prompts}:{number}: The prompt of picture {number} should stand here. "
+                f"Found a blank line."
+            )
+
+
+def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
+    """Pairs pictures with prompts.
+
+    Args:
+        folder: Its pictures are taken in natural order: `2.png` before `10.png`.
+        prompts: Prompt and metadata. If the metadata has the key `file`, that names the picture in
+            the folder; else prompt i belongs to picture i.
+
+    Returns:
+        File, prompt and metadata without `file`, in the order of the files.
+
+    Raises:
+        ValueError: If a picture lacks a prompt or a prompt its picture.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder `{folder}`.")
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
+    files.sort(key=lambda file: _natural(file.name))
+    if not files:
+        raise ValueError(f"`{folder}` should hold pictures ({', '.join(SUFFIXES)}). Found none.")
+    named = [str(metadata["file"]) for _, metadata in prompts if "file" in metadata]
+    if not named:
+        if len(files) != len(prompts):
+            raise ValueError(
+                f"There should be one prompt per picture. Found {len(files)} pictures in "
+                f"`{folder}` and {len(prompts)} prompts."
+            )
+        return [(file, *pair) for file, pair in zip(files, prompts, strict=True)]
+    if len(named) < len(prompts):
+        raise ValueError(f"{len(prompts) - len(named)} of {len(prompts)} prompts lack a `file`.")
+    twice = sorted({name for name in named if named.count(name) > 1})
+    absent = sorted(set(named) - {file.name for file in files})
+    strangers = [name for name in absent if not (folder / name).is_file()]
+    others = [name for name in absent if (folder / name).is_file()]
+    lacking = [file.name for file in files if file.name not in set(named)]
+    for problem, names in (
+        ("files have more than one prompt", twice),
+        ("files of the prompts are not in the folder", strangers),
+        (f"files of the prompts are of another kind than {', '.join(SUFFIXES)}", others),
+        ("pictures have no prompt", lacking),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            raise ValueError(f"{len(names)} {problem}: {', '.join(names[:5])}{more}.")
+    by_name = {str(metadata["file"]): (prompt, metadata) for prompt, metadata in prompts}
+    return [
+        (file, prompt, {key: value for key, value in metadata.items() if key != "file"})
+        for file in files
+        for prompt, metadata in [by_name[file.name]]
+    ]
+
+
+def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
+    """Pairs texts with prompts.
+
+    Args:
+        prompts: Prompt and metadata, which holds the text under the key `text`.
+
+    Returns:
+        Text, prompt and metadata without `text`, in order.
+
+    Raises:
+        ValueError: If a text is missing or of another type.
+    """
+    for number, (_, metadata) in enumerate(prompts, start=1):
+        if not isinstance(metadata.get("text"), str):
+            found = "none" if "text" not in metadata else type(metadata["text"]).__name__
+            raise ValueError(
+                f"Prompt {number} should come with the text to score, under the key (in the "
+                f"column) `text`. Found {found}. For pictures, name their folder."
+            )
+    return [
+        (metadata["text"], prompt, {key: metadata[key] for key in metadata if key != "text"})
+        for prompt, metadata in prompts
+    ]
+
+
+class ScoreTable:
+    """A table that grows batch by batch: a row per sample with file or text, prompt, score, extras.
+
+    Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none, and the
+    same run started again goes on after them; `finish` turns them into the file that was asked for.
+    The first line of the partial file says who scores, each further one holds a row and the digest
+    of what was scored.
+
+    Args:
+        output: `.parquet`, `.csv` or `.jsonl`. A file of this name is replaced by `finish`.
+
+    Raises:
+        ValueError: If the name ends otherwise.
+        ImportError: If it is `.parquet` and pyarrow is not installed.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._write = writer_for(output)
+        self.output = output
+        self.partial = output.with_name(f"{output.name}.partial.jsonl")
+        self.rows: list[dict[str, Any]] = []
+        self._begun = False
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, scorer: str, pairs: Sequence[Pair]) -> None:
+        """Starts the partial file, or takes over the rows of one that is there.
+
+        Args:
+            scorer: Digest of the head; rows of another are not mixed with its own.
+            pairs: See `match` and `texts_of`; the rows that are there should be those of the first.
+
+        Raises:
+            ValueError: If a partial file is there and is not the beginning of this run. It stays
+                as it is.
+        """
+        text = self.partial.read_bytes() if self.partial.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]  # a row may be cut where a run was killed
+        if not whole:
+            self.partial.write_text(f"{json.dumps({'scorer': scorer})}\n", encoding="utf-8")
+        else:
+            self.rows = self._rows_of(whole, scorer, pairs)
+            with self.partial.open("r+b") as file:
+                file.truncate(len(whole))
+        self._begun = True
+
+    def _rows_of(self, text: bytes, scorer: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        advice = "Delete it, or name another output."
+        try:
+            head, *lines = [json.loads(line) for line in text.splitlines()]
+            found = head["scorer"]
+            rows = [(line["of"], line["row"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`{self.partial}` is no beginning of a table. {advice}") from error
+        if found != scorer:
+            raise ValueError(
+                f"`{self.partial}` holds scores of another head, of other options or weights "
+                f"(digest {str(found)[:12]} instead of {scorer[:12]}). {advice}"
+            )
+        if len(rows) > len(pairs):
+            raise ValueError(
+                f"`{self.partial}` holds {len(rows)} rows, and here are {len(pairs)} samples. "
+                f"{advice}"
+            )
+        for number, ((digest, _), pair) in enumerate(zip(rows, pairs, strict=False), start=1):
+            if digest != _digest(pair):
+                what = f"`{pair[0]}` with its picture" if isinstance(pair[0], Path) else "its text"
+                raise ValueError(
+                    f"`{self.partial}`: row {number} is not about {what}, prompt and metadata as "
+                    f"they are now. {advice}"
+                )
+        return [row for _, row in rows]
+
+    def discard(self) -> None:
+        """Removes a partial file that this table began and that holds no row."""
+        if self._begun and not self.rows:
+            self.partial.unlink()
+
+    def append(self, rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
+        """Adds the rows of some samples; they are on disk when this returns."""
+        with self.partial.open("a", encoding="utf-8") as file:
+            for row, pair in zip(rows, pairs, strict=True):
+                line = {"of": _digest(pair), "row": row}
+                file.write(f"{json.dumps(line, allow_nan=False)}\n")
+        self.rows.extend(rows)
+
+    def finish(self, provenance: Mapping[str, Any]) -> None:
+        """Writes the file, with the provenance in it (.parquet) or beside it (OUTPUT.json)."""
+        columns = list(dict.fromkeys(column for row in self.rows for column in row))
+        table = {column: [row.get(column) for row in self.rows] for column in columns}
+        draft = self.output.with_name(f"{self.output.name}.draft")
+        self._write(draft, table, provenance)
+        if self.output.suffix != ".parquet":
+            beside = self.output.with_name(f"{self.output.name}.json")
+            beside.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, self.output)
+        self.partial.unlink()
+
+
+def score_pairs(
+    head: RewardHead,
+    pairs: Sequence[Pair],
+    table: ScoreTable,
+    *,
+    batch_size: int,
+) -> None:
+    """Scores the samples that have no row yet, in order; a progress bar shows how far it is.
+
+    Args:
+        head: The head.
+        pairs: See `match` and `texts_of`.
+        table: Gets the rows; the score is None where the objective does not apply.
+        batch_size: Samples read at once; of pictures, those of one size are scored together.
+
+    Raises:
+        RewardError: If the head fails.
+        ValueError: If a picture cannot be read, or the head's further columns do not fit in.
+    """
+    done = len(table.rows)
+    with tqdm(total=len(pairs), initial=done, desc=head.name, unit="sample") as bar:
+        for start in range(done, len(pairs), batch_size):
+            part = pairs[start : start + batch_size]
+            rows: list[dict[str, Any]] = [{} for _ in part]
+            for chosen, batch in _batches(part):
+                scores = head.evaluate(batch)
+                for position, i in enumerate(chosen):
+                    value = float(scores.values[position])
+                    own = {**_named(part[i]), "score": None if math.isnan(value) else value}
+                    taken = sorted(own.keys() & scores.extra.keys())
+                    if taken:
+                        raise ValueError(
+                            f"The head's columns {taken} are names of the table's own."
+                        )
+                    extra = {name: cells[position] for name, cells in scores.extra.items()}
+                    rows[i] = {**own, **extra}
+            table.append(rows, part)
+            bar.update(len(part))
+
+
+def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
+    """What can be scored together, texts or pictures of one size: their places and the batch."""
+    texts = [sample for sample, _, _ in part if isinstance(sample, str)]
+    if texts:
+        prompts, metadata = [pair[1] for pair in part], [pair[2] for pair in part]
+        batch = RewardBatch(prompts=prompts, metadata=metadata, texts=texts)
+        yield list(range(len(part))), batch
+        return
+    pictures = [_read(sample) for sample, _, _ in part if isinstance(sample, Path)]
+    for shape in dict.fromkeys(picture.shape for picture in pictures):
+        chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
+        stack = torch.from_numpy(np.stack([pictures[i] for i in chosen]))  # [n, H, W, 3]
+        batch = RewardBatch(
+            prompts=[part[i][1] for i in chosen],
+            metadata=[part[i][2] for i in chosen],
+            images=stack.permute(0, 3, 1, 2).float().div(255),  # [n, 3, H, W]
+        )
+        yield chosen, batch
+
+
+def _named(pair: Pair) -> dict[str, str]:
+    sample, prompt, _ = pair
+    name = {"file": sample.name} if isinstance(sample, Path) else {"text": sample}
+    return {**name, "prompt": prompt}
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Number, mean, spread and extremes of the scores of a table's rows."""
+    key, what = ("text", "texts") if "text" in rows[0] else ("file", "pictures")
+    scored = [row for row in rows if row["score"] is not None]
+    if not scored:
+        return f"{len(rows)} {what}; the objective applies to none of them."
+    values = np.array([row["score"] for row in scored])
+    low = min(scored, key=lambda row: row["score"])
+    high = max(scored, key=lambda row: row["score"])
+    return (
+        f"{len(rows)} {what}, the objective applies to {len(scored)}: mean {values.mean():.4g}, "
+        f"standard deviation {values.std():.4g}, from {low['score']:.4g} "
+        f"({low[key][:_SUMMARY_CHARACTERS]}) to {high['score']:.4g} "
+        f"({high[key][:_SUMMARY_CHARACTERS]})."
+    )
+
+
+def _digest(pair: Pair) -> str:
+    sample, prompt, metadata = pair
+    content = sample.read_bytes() if isinstance(sample, Path) else json.dumps(sample).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    name = [sample.name] if isinstance(sample, Path) else []
+    essence = json.dumps([*name, digest, prompt, metadata], sort_keys=True, default=str)
+    return hashlib.sha256(essence.encode()).hexdigest()
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [
+        (int(piece), "") if piece.isdecimal() else (0, piece)
+        for piece in re.split(r"(\d+)", name.casefold())
+    ]
+
+
+def _read(file: Path) -> np.ndarray:
+    try:
+        return read_rgb(file)
+    except ValueError as error:
+        raise ValueError(f"Picture `{file}` cannot be used: {error}.") from error

@@ -1,0 +1,227 @@
+"""How good a picture looks to people, whatever it shows: a linear reading of its CLIP embedding."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewards.base import RewardError
+from rewards.heads.clip import build_clip, embed_images
+from rewards.pretrained.base import ModelHead
+from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
+from rewards.pretrained.tensors import load_strictly, read_tensors
+from rewards.registry import register
+
+_BACKBONES = {
+    "transformers": "openai/clip-vit-large-patch14",
+    "open_clip": "timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors",
+}
+_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+_HEAD_SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+_LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
+
+
+@register("aesthetic")
+class Aesthetic(ModelHead):
+    """How good the picture looks to people, as a rating from 1 to 10; the prompt is not read.
+
+    Higher is better, about 4 to 7. The LAION aesthetic predictor V2 (Schuhmann 2022,
+    https://github.com/christophschuhmann/improved-aesthetic-predictor): layers without
+    activations on the embedding of CLIP ViT-L/14, scaled to length 1.
+
+    Deviations: the layers are multiplied out to one affine map when they are loaded, in float64.
+
+    Args:
+        model: The CLIP model, as folder, file, `package://NAME/PATH` or hub model: for
+            transformers the folder, for open_clip the file of weights. By default OpenAI's
+            ViT-L/14.
+        revision: Branch, tag or commit of a hub model.
+        backbone: What runs the CLIP model: `transformers` or `open_clip`.
+        architecture: Name of the model in open_clip, which its files do not tell. OpenAI's
+            weights need a name that ends in `-quickgelu`: without, they load and score wrongly.
+        predictor: The layers, named as a model is. By default the published file, from a copy on
+            the hub that the digest verifies.
+        predictor_sha256: Expected digest of the layers; null for a head of one's own.
+        dtype: Precision of the CLIP model: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`.
+        batch_size: Pictures at once.
+        sha256: Expected digest of the CLIP weights; None expects nothing.
+
+    Raises:
+        ValueError: If a parameter is wrong.
+        ImportError: If `backbone` is `open_clip` and it is not installed.
+    """
+
+    unit = "rating from 1 to 10"
+
+    def __init__(
+        self,
+        model: str | None = None,
+        revision: str | None = None,
+        backbone: str = "transformers",
+        architecture: str = "ViT-L-14-quickgelu",
+        predictor: str = f"camenduru/improved-aesthetic-predictor:{_HEAD}",
+        predictor_sha256: str | None = _HEAD_SHA256,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int = 16,
+        sha256: str | None = None,
+    ) -> None:
+        if backbone not in _BACKBONES:
+            raise ValueError(
+                f"Parameter `backbone` should be one of {', '.join(_BACKBONES)}. "
+                f"Found `backbone = {backbone!r}`."
+            )
+        super().__init__(
+            model=_BACKBONES[backbone] if model is None else model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            sha256=sha256,
+        )
+        check(predictor, option="predictor")
+        self.backbone = backbone
+        self.architecture = architecture
+        self.predictor = predictor
+        self.predictor_sha256 = predictor_sha256
+        if backbone == "open_clip":
+            self.required: Sequence[str] = ()
+            _check_architecture(architecture)
+        else:
+            self.required = ("config.json", "preprocessor_config.json")
+        self._head_found: dict[str, str] = {}
+        self._affine: tuple[Tensor, Tensor] | None = None
+        self._preprocess: Preprocessing | None = None
+
+    def provenance(self) -> Mapping[str, str]:
+        """CLIP model, precision, backbone and head; once loaded, also revisions and digests."""
+        return {**super().provenance(), "backbone": self.backbone, **self._head_found}
+
+    def _recipe(self) -> Hashable:
+        if self.backbone == "open_clip":
+            return self.architecture
+        return build_clip  # shared with `clipscore`
+
+    def _build(self, weights: Weights) -> nn.Module:
+        if self.backbone == "open_clip":
+            return _build_open_clip(self.architecture, weights).to(self.dtype)
+        return build_clip(weights, self.dtype)
+
+    def _prepare(self, weights: Weights) -> None:
+        if self.backbone == "open_clip":
+            side = _image_size(self.architecture)
+            self._preprocess = Preprocessing(side=side, crop=side, rounding="even")
+        else:
+            self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
+        try:
+            found = find(self.predictor, required=())
+        except RewardError as error:
+            raise RewardError(
+                f"{error.cause} The published head is the file {_HEAD} of {_HEAD_SOURCE}: put it "
+                f"where you like and set `predictor` to its path."
+            ) from error
+        digest = found.digest()
+        found.expect(self.predictor_sha256, digest, option="predictor_sha256")
+        self._affine = read_affine(found)
+        self._head_found = {
+            "predictor": found.model,
+            "predictor_revision": found.revision,
+            "predictor_sha256": digest,
+        }
+
+    def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert self._preprocess is not None and self._affine is not None  # `_prepare` ran
+        pixels = self._preprocess(images).to(self.device, self.dtype)
+        if self.backbone == "open_clip":
+            embedded = F.normalize(module(pixels).float(), dim=-1).cpu()  # [n, D]
+        else:
+            embedded = embed_images(module, pixels)  # [n, D]
+        weight, bias = self._affine  # [D], []
+        if len(weight) != embedded.shape[-1]:
+            raise RewardError(
+                f"The predictor `{self.predictor}` reads {len(weight)} numbers, and `{self.model}` "
+                f"makes {embedded.shape[-1]} of a picture. Name two that fit."
+            )
+        return embedded.double() @ weight + bias
+
+
+def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Multiplies out a head of linear layers: `layers.{i}.weight`, `layers.{i}.bias`, any widths.
+
+    Layers follow each other in the order of i; numbers left out were dropout. With layers
+    W_i x + b_i the product is w x + b with w = W_k ... W_1 and b = W_k (... b_1) + b_k.
+
+    Returns:
+        `w [D]` and `b []`, float64.
+
+    Raises:
+        RewardError: If names or shapes are others.
+    """
+    tensors = read_tensors(weights)
+    matches = {name: _LAYER.fullmatch(name) for name in tensors}
+    layers = sorted({int(match[1]) for match in matches.values() if match})
+    whole = len(tensors) == 2 * len(layers) and all(matches.values())
+    if not layers or not whole:
+        raise RewardError(
+            f"The head {weights.model} should hold `layers.N.weight` and `layers.N.bias` for some "
+            f"N and nothing else. Found: {', '.join(tensors)}."
+        )
+    first = tensors[f"layers.{layers[0]}.weight"]
+    total = torch.eye(first.shape[-1], dtype=torch.float64)
+    offset = torch.zeros(first.shape[-1], dtype=torch.float64)
+    try:
+        for layer in layers:
+            weight = tensors[f"layers.{layer}.weight"].double()  # [out, in]
+            total = weight @ total  # [out, D]
+            offset = weight @ offset + tensors[f"layers.{layer}.bias"].double()  # [out]
+        return total.view(first.shape[-1]), offset.view(())
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise RewardError(
+            f"The layers of the head {weights.model} do not fit each other, or do not end in one "
+            f"number: {shapes}."
+        ) from error
+
+
+def _open_clip() -> Any:
+    if importlib.util.find_spec("open_clip") is None:
+        raise ImportError(
+            "The backbone `open_clip` needs the package open_clip_torch. Install with: "
+            'pip install "moa-diffusion[open_clip]"'
+        )
+    import open_clip
+
+    return open_clip
+
+
+def _check_architecture(architecture: str) -> None:
+    config = _open_clip().get_model_config(architecture)
+    plain = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    if config is None or not set(config) <= plain:
+        raise ValueError(
+            f"Parameter `architecture` should be the name of a plain CLIP model in open_clip "
+            f"(`open_clip.list_models()`). Found `architecture = {architecture!r}`."
+        )
+
+
+def _image_size(architecture: str) -> int:
+    return int(_open_clip().get_model_config(architecture)["vision_cfg"]["image_size"])
+
+
+def _build_open_clip(architecture: str, weights: Weights) -> nn.Module:
+    """The half of an open_clip model that reads pictures: `[n, 3, S, S]` to `[n, D]`."""
+    open_clip = _open_clip()
+    # On the meta device the model costs no memory and draws no random numbers.
+    with torch.device("meta"):
+        visual: nn.Module = open_clip.CLIP(**open_clip.get_model_config(architecture)).visual
+    load_strictly(visual, weights, prefix="visual.")
+    return visual

@@ -1,0 +1,340 @@
+"""How well a picture fits its prompt by CLIP, and by PickScore, which is CLIP tuned on votes."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewards.base import RewardError
+from rewards.heads.ocr.text import comparable, quoted_target
+from rewards.pretrained.base import ModelHead
+from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
+from rewards.pretrained.tensors import load_pretrained, read_tensor
+from rewards.registry import register
+
+_PREPROCESSING = "preprocessor_config.json"
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set will do
+_PROCESSOR = (
+    _PREPROCESSING,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    *(name for names in _TOKENIZERS for name in names),
+)
+_MOST_TEXTS = 4096  # embeddings kept, 16 MB at width 1024
+
+_log = logging.getLogger(__name__)
+
+
+class ClipHead(ModelHead):
+    """A head on a `CLIPModel` of transformers and the tokenizer that belongs to it.
+
+    A prompt is cut at the number of tokens that the model reads (77); `remarks` counts those. When
+    that removes quoted text, which the picture ought to show, a warning names the prompt, once. A
+    prompt of nothing but white space asks for nothing, and scores NaN.
+
+    Args:
+        model: See `ModelHead`.
+        revision: See `ModelHead`.
+        processor: Where the tokenizer and `preprocessor_config.json` come from, named as a model
+            is; by default the model, if it has these files, else `default_processor`.
+        dtype: See `ModelHead`.
+        device: See `ModelHead`.
+        batch_size: See `ModelHead`.
+        sha256: See `ModelHead`.
+    """
+
+    default_processor: ClassVar[str]
+    optional = _PROCESSOR
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None,
+        processor: str | None,
+        dtype: str,
+        device: str,
+        batch_size: int,
+        sha256: str | None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            sha256=sha256,
+        )
+        if processor is not None:
+            check(processor, option="processor")
+        self.processor = processor
+        self._processor_found: dict[str, str] = {}
+        self._tokenizer: Any = None
+        self._preprocess: Preprocessing | None = None
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self._warned: set[str] = set()
+
+    def provenance(self) -> Mapping[str, str]:
+        """Model, precision and processor; once loaded, also revisions and the digest."""
+        return {**super().provenance(), **self._processor_found}
+
+    def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines between the embeddings of pictures and prompts.
+
+        Args:
+            module: The CLIP model.
+            images: `[n, 3, H, W]`, uint8.
+            prompts: n prompts.
+
+        Returns:
+            `[n]` in [-1, 1], float32, on the CPU.
+        """
+        assert self._preprocess is not None  # `_prepare` ran before the first batch
+        pixels = self._preprocess(images).to(self.device, self.dtype)
+        seen = embed_images(module, pixels)  # [n, D]
+        self._embed(module, [p for p in dict.fromkeys(prompts) if p not in self._texts])
+        read = torch.stack([self._texts[prompt] for prompt in prompts])  # [n, D]
+        self._forget(keep=prompts)
+        return (seen * read).sum(dim=-1)
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Says how many prompts are cut, and how many say nothing.
+
+        Raises:
+            RewardError: If the model cannot be loaded.
+        """
+        longest = self._longest(self._loaded().module)
+        found_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        lengths = [len(ids) for ids in found_ids]
+        cut = [i for i, length in enumerate(lengths) if length > longest]
+        blank = [prompt for prompt in prompts if not self._judges(prompt)]
+        found = []
+        if cut:
+            found.append(
+                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
+                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
+                f"{prompts[cut[0]]!r}."
+            )
+        if blank:
+            found.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
+        return found
+
+    def _judges(self, prompt: str) -> bool:
+        return bool(prompt.strip())
+
+    def _recipe(self) -> Hashable:
+        return build_clip
+
+    def _build(self, weights: Weights) -> nn.Module:
+        return build_clip(weights, self.dtype)
+
+    def _prepare(self, weights: Weights) -> None:
+        from transformers import CLIPTokenizer
+
+        files = self._processor_files(weights)
+        self._preprocess = read_preprocessing(files.folder / _PREPROCESSING)
+        self._tokenizer = CLIPTokenizer.from_pretrained(files.folder, local_files_only=True)
+        self._texts.clear()
+        self._processor_found = {
+            "processor": files.model,
+            "processor_revision": files.revision,
+        }
+
+    def _processor_files(self, weights: Weights) -> Weights:
+        if self.processor is None and _is_processor(weights):
+            return weights
+        named = self.processor or self.default_processor
+        files = find(named, required=(_PREPROCESSING,), optional=_PROCESSOR, tensors=False)
+        if not _is_processor(files):
+            raise RewardError(
+                f"The processor `{named}` lacks a tokenizer in {files.folder}: "
+                f"{', or '.join(' and '.join(names) for names in _TOKENIZERS)}."
+            )
+        return files
+
+    def _embed(self, module: Any, prompts: Sequence[str]) -> None:
+        """Adds the embeddings of prompts, `[D]` float32 of length 1, to those kept."""
+        if not prompts:
+            return
+        longest = self._longest(module)
+        self._warn_of_cuts(prompts, longest)
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        found = module.get_text_features(
+            input_ids=tokens.input_ids.to(self.device),
+            attention_mask=tokens.attention_mask.to(self.device),
+        )
+        embedded = F.normalize(found.pooler_output.float(), dim=-1).cpu()  # [n, D]
+        self._texts.update(zip(prompts, embedded, strict=True))
+
+    def _longest(self, module: Any) -> int:
+        """Tokens of a prompt that are read, the one for its end included."""
+        return min(
+            self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
+        )
+
+    def _forget(self, *, keep: Sequence[str]) -> None:
+        for prompt in keep:
+            self._texts.move_to_end(prompt)
+        while len(self._texts) > _MOST_TEXTS:
+            self._texts.popitem(last=False)
+
+    def _warn_of_cuts(self, prompts: Sequence[str], longest: int) -> None:
+        for prompt in prompts:
+            target = quoted_target(prompt, "any")
+            if target is None or prompt in self._warned:
+                continue
+            ids = self._tokenizer(prompt, verbose=False).input_ids
+            if len(ids) <= longest:
+                continue
+            # The end token takes the last place.
+            read = self._tokenizer.decode(ids[: longest - 1], skip_special_tokens=True)
+            if comparable(target) not in comparable(read):
+                self._warned.add(prompt)
+                _log.warning(
+                    'Reward head "%s" reads %d tokens and cuts the quoted text %r off the prompt '
+                    "%r. Shorten the prompt, or quote earlier.",
+                    self._label,
+                    longest,
+                    target,
+                    prompt,
+                )
+
+
+@register("pickscore")
+class PickScore(ClipHead):
+    """Which picture people would pick for the prompt: exp(logit scale) times the CLIP cosine.
+
+    Higher is better, about 17 to 26; published results are in this unit, some divided by 26.
+    PickScore v1 (Kirstain et al. 2023, https://arxiv.org/abs/2305.01569, equation 1): CLIP
+    ViT-H/14 tuned on choices between two pictures, so that a difference of scores is the log odds
+    of the choice.
+
+    Args:
+        model: Weights in the format of transformers: folder, `package://NAME/PATH` or hub model.
+        revision: Branch, tag or commit of a hub model.
+        processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
+            of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as published.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`.
+        batch_size: Pictures at once.
+        sha256: Expected digest of the weights; None expects nothing.
+
+    Raises:
+        ValueError: If a parameter is wrong.
+    """
+
+    unit = "log odds of being picked"
+    default_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        revision: str | None = None,
+        processor: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int = 16,
+        sha256: str | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            revision=revision,
+            processor=processor,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            sha256=sha256,
+        )
+
+    def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scale = module.logit_scale.exp().cpu()
+        return scale * self.cosine(module, images, prompts)
+
+
+@register("clipscore")
+class ClipScore(ClipHead):
+    """How well the picture fits the prompt: the cosine of their CLIP embeddings.
+
+    Higher is better, from -1 to 1, in practice 0.1 to 0.4. CLIPScore (Hessel et al. 2021,
+    https://arxiv.org/abs/2104.08718).
+
+    Deviations: without the factor of 2.5, and negative cosines stay; the weights are ViT-L/14
+    instead of ViT-B/32.
+
+    Args:
+        model: Weights in the format of transformers: folder, `package://NAME/PATH` or hub model.
+        revision: Branch, tag or commit of a hub model.
+        processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
+            of `openai/clip-vit-large-patch14`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`.
+        batch_size: Pictures at once.
+        sha256: Expected digest of the weights; None expects nothing.
+
+    Raises:
+        ValueError: If a parameter is wrong.
+    """
+
+    unit = "cosine"
+    default_processor = "openai/clip-vit-large-patch14"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        revision: str | None = None,
+        processor: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int = 16,
+        sha256: str | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            revision=revision,
+            processor=processor,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            sha256=sha256,
+        )
+
+    def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.cosine(module, images, prompts)
+
+
+def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """A `CLIPModel` of transformers on the CPU.
+
+    Raises:
+        RewardError: If the weights are damaged or do not fit.
+    """
+    from transformers import CLIPModel
+
+    # Files written by old versions hold the positions 0, 1, 2, ... too.
+    model: Any = load_pretrained(CLIPModel, weights, dtype=dtype, ignore=("position_ids",))
+    # In bfloat16 the exponential of the rounded scale would be 1 % off.
+    model.logit_scale.data = read_tensor(weights, "logit_scale").float()
+    return model
+
+
+def embed_images(module: Any, pixels: Tensor) -> Tensor:
+    """Embeddings of preprocessed pictures: `[n, 3, S, S]` to `[n, D]`, length 1, float32, CPU."""
+    found = module.get_image_features(pixel_values=pixels)
+    return F.normalize(found.pooler_output.float(), dim=-1).cpu()
+
+
+def _is_processor(files: Weights) -> bool:
+    return files.has(_PREPROCESSING) and any(files.has(*names) for names in _TOKENIZERS)

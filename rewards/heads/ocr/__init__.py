@@ -1,0 +1,1 @@
+"""Legibility of the text that a prompt quotes."""

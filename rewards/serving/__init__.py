@@ -1,0 +1,1 @@
+"""Heads on another machine: what asks, what answers, what travels."""
