@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from architecture import PAGE, page
 from moa_diffusion import assembly, config
 from waiting import HANG
 
@@ -59,17 +60,24 @@ def test_named_options_are_options() -> None:
     assert {option for option in options if not option.startswith("rewards.")} <= known
 
 
-def test_the_file_tree_lists_every_module_and_nothing_else() -> None:
+def test_the_file_tree_lists_every_room_and_script_and_nothing_else() -> None:
     tree = README.split("## Files")[1].split("## ")[0]
-    named = set(re.findall(r"[a-z_0-9]+\.(?:py|jsonl)", tree))
-    modules = {
-        path.name
-        for folder in ("moa_diffusion", "rewards", "scripts")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py" and "tiny" not in path.parent.parts
+    rooms = {
+        f"{path.parent.name}/"
+        for package in ("moa_diffusion", "rewards")
+        for path in (ROOT / package).glob("*/__init__.py")
     }
-    assert modules - named == set()
-    assert named - modules - {"metrics.jsonl"} == set()
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
+    flat = {path.name for path in (ROOT / "moa_diffusion").glob("*.py")}
+    folders = {"moa_diffusion/", "rewards/", "configs/", "scripts/", "tests/", "docs/"}
+    named = set(re.findall(r"[a-z_0-9]+(?:/|\.py)", tree))
+    assert (rooms | scripts) - named == set()
+    assert named - rooms - scripts - flat - folders == set()
+
+
+def test_the_tree_of_every_module_is_fresh() -> None:
+    written = PAGE.read_text(encoding="utf-8")
+    assert page(written) == written, "run python scripts/dev/architecture.py"
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
@@ -87,7 +95,8 @@ def test_every_metric_has_a_row() -> None:
     package = ROOT / "moa_diffusion"
     source = "".join(
         path.read_text(encoding="utf-8")
-        for path in [*package.glob("*.py"), *package.glob("objectives/*.py")]
+        for room in ("", "objectives/", "training/", "monitoring/", "storage/")
+        for path in package.glob(f"{room}*.py")
     )
     kinds = (
         "policy|alarm|correlation|cosine|eval_[a-z]+|reward_[a-z]+|mopo_[a-z]+|shortfall|gradient"

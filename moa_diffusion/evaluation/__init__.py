@@ -1,1 +1,1 @@
-"""What people look at: pictures of runs."""
+"""Models on the same prompts and seeds: drawn, scored, kept, each output and score once."""
