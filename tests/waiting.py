@@ -57,6 +57,14 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
                     process.kill()
 
 
+# For a test file that is run as a script: where it finds this module.
+AS_SCRIPT = {
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    )
+}
+
+
 @functools.cache
 def python() -> str:
     """A program that does what `sys.executable` does, without the seconds of importing torch.
@@ -89,14 +97,18 @@ def two_processes(script: str, folder: Path) -> list[str]:
     The store where they meet is this process's: a port that is free now may soon be another's.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
+    shared = (
+        os.environ
+        | AS_SCRIPT
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+    )
     logs = [folder / f"output-{rank}.txt" for rank in range(2)]
     with contextlib.ExitStack() as stack:
         processes = [

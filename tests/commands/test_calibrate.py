@@ -22,7 +22,7 @@ from moa_diffusion.objectives.calibration import calibrate, load
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.types import RewardMatrix
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAST = {
     "policy": {"path": "tiny", "max_sequence_length": 16, "lora": {"rank": 4}},
     "sampling": {"resolution": 64, "steps": 3, "guidance": 1.0, "shared_start": True},

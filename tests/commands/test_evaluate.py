@@ -39,7 +39,7 @@ from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ['a red sign that says "SHOP"', "a blue star on a white background", "a green square"]
 SETTINGS = {
     "policy": {"max_sequence_length": 16, "lora": {"rank": 4}},

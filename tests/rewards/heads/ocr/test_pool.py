@@ -21,7 +21,7 @@ from rewards.heads.ocr.engines import ENGINES
 from rewards.heads.ocr.pool import PoolError, WorkerPool
 from waiting import DEADLINES, HANG, running, wait_until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 # What an engine does is told by the first pixel of a picture.

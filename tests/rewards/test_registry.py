@@ -169,7 +169,7 @@ def test_a_reload_replaces_and_another_source_is_an_error(user):
 
 def test_a_built_in_name_cannot_be_taken_even_before_it_is_loaded(monkeypatch):
     monkeypatch.setattr(registry, "_entries", {})
-    with pytest.raises(ValueError, match=r"rewards\.simple"):
+    with pytest.raises(ValueError, match=r"rewards\.heads\.simple"):
 
         @register("sharpness")
         def mine(images, prompts):

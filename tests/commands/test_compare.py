@@ -37,7 +37,7 @@ from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python, running, wait_for
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("ocr", "colour")
 UNITS = {"ocr": 0.1, "colour": 20.0}  # the base model's spread within a prompt, by construction
 

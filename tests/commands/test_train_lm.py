@@ -25,12 +25,12 @@ from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.training.loop import Loop
 from moa_diffusion.training.offline import OfflineTrainer
 from moa_diffusion.types import ConfigError
-from waiting import HANG, python
+from waiting import AS_SCRIPT, HANG, python
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_lm.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
 FAST: dict[str, Any] = {
@@ -227,7 +227,7 @@ def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
             *[python(), "-m", "torch.distributed.run", "--standalone"],
             *["--nproc_per_node", "2", __file__, str(tmp_path), *changes],
         ],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | AS_SCRIPT,
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -28,7 +28,7 @@ from moa_diffusion.storage import checkpoint
 from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "policy": {"max_sequence_length": 16, "lora": {"rank": 2}},
     "sampling": {"resolution": 64, "steps": 2},

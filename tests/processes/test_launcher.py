@@ -84,7 +84,7 @@ def test_settings_of_engines_do_not_reach_accelerate(monkeypatch):
 
 @pytest.mark.parametrize(("script", "other"), [("train_sd", "lm_tiny"), ("train_lm", "tiny_apex")])
 def test_without_options_a_script_says_what_to_do(monkeypatch, capsys, script, other):
-    path = Path(__file__).parents[1] / "scripts" / f"{script}.py"
+    path = Path(__file__).parents[2] / "scripts" / f"{script}.py"
     monkeypatch.setattr(sys, "argv", [str(path)])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 

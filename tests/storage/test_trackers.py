@@ -165,7 +165,7 @@ def test_every_tracker_takes_any_name(tmp_path: Path, name: str) -> None:
         cwd=tmp_path,
         env=os.environ
         | OFFLINE
-        | {"PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)},
+        | {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

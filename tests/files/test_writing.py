@@ -89,7 +89,7 @@ def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
     path = tmp_path / "metrics.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(path)],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )

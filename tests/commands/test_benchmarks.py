@@ -18,7 +18,7 @@ from moa_diffusion.benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
 from moa_diffusion.benchmarks.precision import PAMA, measure_precision
 from moa_diffusion.training.stepper import first_scale
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 policy: {dtype: bfloat16, gradient_checkpointing: true}
 sampling: {steps: 3, guidance: 4.5}

@@ -52,7 +52,7 @@ from waiting import HANG, python
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,|<*\n"
 PROMPTS = ["tell me.", "to the baker, about the bread.", "why"]
 TOKENS = 8

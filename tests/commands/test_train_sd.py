@@ -28,9 +28,9 @@ from moa_diffusion import assembly, tiny
 from moa_diffusion.comparison.curves import picture
 from moa_diffusion.config import load, parse
 from moa_diffusion.storage.log import read_metrics
-from waiting import HANG, python, running, wait_for, wait_until
+from waiting import AS_SCRIPT, HANG, python, running, wait_for, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train_sd.py"
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -179,7 +179,7 @@ def write_config(path: Path, method: str) -> None:
     path.write_text(yaml.safe_dump(FAST | {"objectives": {"method": method, **METHODS[method]}}))
 
 
-# Every method on a toy policy: test_distributed.py.
+# Every method on a toy policy: tests/test_distributed.py.
 COMPARED = ("mopo", "upgrad", "dual_stage")  # on two processes
 LARGE = ("--trainer.micro_batch", "4")
 
@@ -201,7 +201,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_config(folder / f"{method}.yaml", method)
     done = subprocess.run(
         [*launcher_of("two"), __file__, str(folder)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | AS_SCRIPT,
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from PIL import Image
 from moa_diffusion.storage.log import read_metrics
 from waiting import HANG, python
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"trainer.groups": 2, "trainer.group_size": 2, "trainer.updates": 1}
 SMALL |= {"evaluation.images_per_prompt": 1, "evaluation.prompts": 3, "evaluation.every": 2}
 

@@ -166,7 +166,7 @@ def test_a_moved_run_goes_on_where_it_is(options: list[str]):
     step = run_in("moved", "old")
     settings = parsed("--config=moved/config.yaml", *options)
     assert settings.output_dir == "moved"
-    assert assembly.folders.run_folder(settings) == step
+    assert assembly.run_folder.run_folder(settings) == step
     assert not Path("old").exists()
 
 
@@ -188,7 +188,7 @@ def test_another_output_dir_starts_another_run(caplog: pytest.LogCaptureFixture)
     ):
         settings = parsed(*options, f"--resume={step}")
         assert settings.output_dir in ("new", "other")
-        assert assembly.folders.run_folder(settings) == step
+        assert assembly.run_folder.run_folder(settings) == step
         assert f"A new run in `{settings.output_dir}` goes on from" in caplog.text
         caplog.clear()
 
@@ -196,7 +196,7 @@ def test_another_output_dir_starts_another_run(caplog: pytest.LogCaptureFixture)
 def test_a_runs_own_config_never_starts_over_in_the_old_place():
     run_in("moved", "old")
     with pytest.raises(ConfigError, match=r"Found another run in `moved`"):
-        assembly.folders.run_folder(parsed("--config=moved/config.yaml"))
+        assembly.run_folder.run_folder(parsed("--config=moved/config.yaml"))
 
 
 def test_a_config_alone_is_a_recipe():

@@ -142,10 +142,10 @@ def test_a_name_that_is_taken_is_an_error_that_names_the_packages(site, monkeypa
     install(site, "two-rewards", "twice = their_module:Constant")
     install(site, "three-rewards", "twice = their_module:letters", "mine = their_module:letters")
 
-    both = r"by `path: rewards\.ocr:OcrHead` or `path: their_module:Constant`"
+    both = r"by `path: rewards\.heads\.ocr\.head:OcrHead` or `path: their_module:Constant`"
     with pytest.raises(ValueError, match=r'"ocr" is declared twice: by the built-in .*' + both):
         create("ocr")
-    ours = create("ocr", "rewards.ocr:OcrHead", workers=0)
+    ours = create("ocr", "rewards.heads.ocr.head:OcrHead", workers=0)
     assert (type(ours).__name__, ours.name) == ("OcrHead", "ocr")
     ours.close()
     with pytest.raises(ValueError, match=r'"t.*-rewards" 1.2 and by the package "t.*-rewards" 1.2'):

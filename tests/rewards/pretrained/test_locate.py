@@ -406,7 +406,7 @@ def test_fetching_from_a_hub(tmp_path):
                 "HF_HOME": str(tmp_path / "home"),
                 "HF_HUB_DISABLE_XET": "1",
             },
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
             timeout=HANG,

@@ -27,7 +27,7 @@ from rewards.commands.folder import ScoreTable, match
 from rewards.serving.server import listen
 from waiting import HANG
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "rewards.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "rewards.py"
 Run = Callable[..., tuple[int, str, str]]
 
 
