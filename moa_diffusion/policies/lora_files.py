@@ -246,6 +246,8 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
     with path.open("rb") as file:
         start = file.read(32)
     found = next((kind for mark, kind in _OTHER_FILES if start.lstrip().startswith(mark)), None)
+    if start[8:9] == b"{":  # of safetensors, which begins with a length that may look like a mark
+        found = None
     if not start:
         found = "an empty file"
     elif found is None or (path.suffix in _PICKLES and start[:2] in (b"PK", b"\x80\x02")):

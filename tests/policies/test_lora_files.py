@@ -254,6 +254,16 @@ def test_a_file_of_something_else_is_named(
         read_sd3_adapter(folder, transformer)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x4B50, 0x3C])  # as a pickle, a ZIP file or a page begins
+def test_a_file_that_is_cut_short_is_damaged_whatever_its_length(
+    tmp_path: Path, transformer, length: int
+):
+    start = length.to_bytes(8, "little") + b'{"layer.lora_A.weight":{"dtype'
+    (tmp_path / DIFFUSERS).write_bytes(start)
+    with pytest.raises(ConfigError, match=r"are damaged \(SafetensorError: "):
+        read_sd3_adapter(tmp_path, transformer)
+
+
 @pytest.mark.parametrize("pattern", ["{layer}.lora_{part}.weight", "{layer}.lora.{part}.weight"])
 @pytest.mark.parametrize("lost", ["A", "B"])
 def test_half_a_layer_is_told_as_incomplete(tmp_path: Path, transformer, pattern: str, lost: str):
