@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moa_diffusion.tiny.writing import traits
+from moa_diffusion.tiny import rules
 
 
 def mood(texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
     """Praise against blame, from -1 to 1, of each of N texts."""
-    return [traits.mood(text) for text in texts]
+    return [rules.mood(text) for text in texts]
 
 
 def politeness(texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
     """Polite against blunt expressions, between -1 and 1, of each of N texts."""
-    return [traits.politeness(text) for text in texts]
+    return [rules.politeness(text) for text in texts]

@@ -51,14 +51,16 @@ def main() -> int:
     import torch
 
     from moa_diffusion import config
-    from moa_diffusion.benchmarks.gpu import measure_gpu
-    from moa_diffusion.benchmarks.gradients import measure_gradients
-    from moa_diffusion.benchmarks.methods import measure_methods
-    from moa_diffusion.benchmarks.ocr import measure_ocr
-    from moa_diffusion.benchmarks.precision import measure_precision
-    from moa_diffusion.benchmarks.tables import show
-    from moa_diffusion.benchmarks.train import measure_training
     from moa_diffusion.types import ConfigError
+
+    sys.path.insert(0, str(Path(__file__).parent / "dev"))  # what measures is not installed
+    from benchmarks.gpu import measure_gpu
+    from benchmarks.gradients import measure_gradients
+    from benchmarks.methods import measure_methods
+    from benchmarks.ocr import measure_ocr
+    from benchmarks.precision import measure_precision
+    from benchmarks.tables import show
+    from benchmarks.train import measure_training
 
     if not cpu and not torch.cuda.is_available():
         print("error: `gpu` needs a CUDA device. Found none; nothing was measured.")

@@ -15,17 +15,16 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
 # names a folder). The package roots hold a docstring and re-exports.
 LAYERS = (
-    ("export/*", "benchmarks/*", "integrations/*"),
+    ("export/*", "integrations/*"),
     ("evaluation/*", "comparison/*", "calibration/*"),
     ("assembly/*",),
-    ("tiny/*",),
     ("training/*",),
     ("monitoring/*", "report/*", "adapters/*"),
     ("policies/*", "scoring", "storage/*"),
     ("objectives/*", "data/*", "config/*", "statistics/*"),
     ("distributed", "processes/*"),
     ("files/*",),
-    ("types",),
+    ("types", "tiny/*"),
     ("moa_diffusion", "rewards/*"),
     ("neighbours",),
 )
@@ -35,11 +34,6 @@ USERS_OF_REWARDS = {
     "moa_diffusion.scoring",
     "moa_diffusion.evaluation.image_cache",
     "moa_diffusion.evaluation.score_cache",
-    "moa_diffusion.benchmarks.gpu",
-    "moa_diffusion.benchmarks.ocr",
-    "moa_diffusion.tiny.judging.clip",
-    "moa_diffusion.tiny.judging.deqa",
-    "moa_diffusion.tiny.judging.exam",
 }
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}

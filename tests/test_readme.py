@@ -60,6 +60,9 @@ def test_named_options_are_options() -> None:
     assert {option for option in options if not option.startswith("rewards.")} <= known
 
 
+PARTS = ("moa_diffusion", "rewards", "configs", "scripts", "tests", "docs")
+
+
 def test_the_file_tree_lists_every_room_and_script_and_nothing_else() -> None:
     tree = README.split("## Files")[1].split("## ")[0]
     rooms = {
@@ -69,7 +72,7 @@ def test_the_file_tree_lists_every_room_and_script_and_nothing_else() -> None:
     }
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
     flat = {path.name for path in (ROOT / "moa_diffusion").glob("*.py")}
-    folders = {"moa_diffusion/", "rewards/", "configs/", "scripts/", "tests/", "docs/"}
+    folders = {f"{name}/" for name in (*PARTS, "dev")}
     named = set(re.findall(r"[a-z_0-9]+(?:/|\.py)", tree))
     assert (rooms | scripts) - named == set()
     assert named - rooms - scripts - flat - folders == set()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa_diffusion.benchmarks import pipelines
-from moa_diffusion.benchmarks.phases import REST, Phases
-from moa_diffusion.benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
-from moa_diffusion.benchmarks.precision import PAMA, measure_precision
+from benchmarks import pipelines
+from benchmarks.phases import REST, Phases
+from benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
+from benchmarks.precision import PAMA, measure_precision
 from moa_diffusion.training.stepper import first_scale
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from moa_diffusion.tiny import PIPELINE_PATH
-from moa_diffusion.tiny.judging import exam
-from moa_diffusion.tiny.judging.clip import contrastive_loss
-from moa_diffusion.tiny.judging.data import (
+from rewards import RewardBatch
+from tiny_judges import exam
+from tiny_judges.clip import contrastive_loss
+from tiny_judges.data import (
     confusable,
     is_held_out,
     load_vae,
@@ -24,11 +25,10 @@ from moa_diffusion.tiny.judging.data import (
     training_scene,
     vary,
 )
-from moa_diffusion.tiny.judging.degradations import degradations, spoil
-from moa_diffusion.tiny.judging.deqa import soft_labels, spoilt_stock
-from moa_diffusion.tiny.judging.rule import beauty
-from moa_diffusion.tiny.scenes import Shape, Sign, all_signs, prompt_sets
-from rewards import RewardBatch
+from tiny_judges.degradations import degradations, spoil
+from tiny_judges.deqa import soft_labels, spoilt_stock
+from tiny_judges.rule import beauty
+from tiny_pipeline.scenes import Shape, Sign, all_signs, prompt_sets
 
 ROOT = Path(__file__).parents[2]
 JUDGES = ROOT / "moa_diffusion" / "tiny" / "judges"
@@ -261,7 +261,7 @@ def test_ranks_correlate() -> None:
 @pytest.mark.slow
 def test_can_be_rebuilt(tmp_path, monkeypatch) -> None:
     command = "--clip_steps 2 --clip_batch 6 --deqa_steps 2 --deqa_batch 6"
-    script = str(ROOT / "scripts" / "make_judges.py")
+    script = str(ROOT / "scripts" / "dev" / "make_judges.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path), *command.split()])
     runpy.run_path(script, run_name="__main__")
     names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moa_diffusion.tiny import PIPELINE_PATH
-from moa_diffusion.tiny.scenes import COLOURS
 from rewards import RewardBatch, create
+from tiny_pipeline.scenes import COLOURS
 
 ROOT = Path(__file__).parents[2]
 STEPS = 10
@@ -134,7 +134,7 @@ def test_signs_can_be_read(pipeline) -> None:
 @pytest.mark.slow
 def test_can_be_rebuilt(tmp_path, monkeypatch) -> None:
     command = "--vae_steps 4 --vae_batch 4 --transformer_steps 4 --transformer_batch 4"
-    script = str(ROOT / "scripts" / "make_tiny.py")
+    script = str(ROOT / "scripts" / "dev" / "make_tiny.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path), *command.split()])
     runpy.run_path(script, run_name="__main__")
     images = draw(load(tmp_path), ["a red circle on a blue background"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moa_diffusion.tiny import PROMPTS_PATH
-from moa_diffusion.tiny.scenes import (
+from tiny_pipeline.scenes import (
     ALIGNMENT_WORDS,
     COLOURS,
     HELD_OUT_WORDS,

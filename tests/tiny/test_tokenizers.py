@@ -2,8 +2,8 @@
 
 import pytest
 
-from moa_diffusion.tiny.scenes import WORDS, all_shapes, all_signs
-from moa_diffusion.tiny.tokenizers import GRAMMAR, MAX_LENGTH, clip_tokenizer, t5_tokenizer
+from tiny_pipeline.scenes import WORDS, all_shapes, all_signs
+from tiny_pipeline.tokenizers import GRAMMAR, MAX_LENGTH, clip_tokenizer, t5_tokenizer
 
 PROMPTS = [scene.prompt for scene in [*all_shapes(), *all_signs()]]
 TOKENIZERS = {

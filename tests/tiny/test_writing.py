@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_diffusion.tiny import PREFERENCES_PATH, PROMPTS_PATH
-from moa_diffusion.tiny.writing import exam, grammar, phrases, traits
-from moa_diffusion.tiny.writing.classifiers import mangled, train_classifier, trait_loss
-from moa_diffusion.tiny.writing.grammar import Situation
-from moa_diffusion.tiny.writing.pairs import compare
-from moa_diffusion.tiny.writing.pretrain import train_language_model
-from moa_diffusion.tiny.writing.tokenizer import CONTEXT, VOCABULARY
+from moa_diffusion.tiny import PREFERENCES_PATH, PROMPTS_PATH, phrases, rules
+from tiny_letters import exam, grammar
+from tiny_letters.classifiers import mangled, train_classifier, trait_loss
+from tiny_letters.grammar import Situation
+from tiny_letters.pairs import compare
+from tiny_letters.pretrain import train_language_model
+from tiny_letters.tokenizer import CONTEXT, VOCABULARY
 from waiting import HANG, python
 
 ROOT = Path(__file__).parents[2]
@@ -114,14 +114,14 @@ def test_rules_read_what_the_grammar_meant() -> None:
         for (sign, manner), texts in grammar._statements(situation, False).items():
             polite, blunt = sign < 0 and manner == "polite", sign > 0 and manner == "blunt"
             for text in texts:
-                assert traits.count_moods(text) == (sign > 0, sign < 0), text
-                assert traits.count_manners(text) == (polite, blunt), text
+                assert rules.count_moods(text) == (sign > 0, sign < 0), text
+                assert rules.count_manners(text) == (polite, blunt), text
         for name in grammar.PARTS:
             for manner, texts in grammar._sentences(name, situation).items():
                 for text in texts:
-                    counts = traits.count_manners(text)
+                    counts = rules.count_manners(text)
                     assert [n > 0 for n in counts] == [manner == m for m in ("polite", "blunt")]
-                    assert traits.count_moods(text) == (0, 0)
+                    assert rules.count_moods(text) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_rules_read_what_the_grammar_meant() -> None:
     ],
 )
 def test_rules_hold_for_any_text(text: str, mood: float, politeness: float, words: int) -> None:
-    assert traits.mood(text) == pytest.approx(mood)
-    assert traits.politeness(text) == pytest.approx(politeness)
-    assert traits.words(text) == words
+    assert rules.mood(text) == pytest.approx(mood)
+    assert rules.politeness(text) == pytest.approx(politeness)
+    assert rules.words(text) == words
 
 
 def test_traits_conflict() -> None:
@@ -151,7 +151,7 @@ def test_traits_conflict() -> None:
     texts = [grammar.draw(rng, train)[1] for _ in range(3000)]
     mood, manners, brevity = (
         torch.tensor([float(rule(text)) for text in texts])
-        for rule in (traits.mood, traits.politeness, lambda text: -traits.words(text))
+        for rule in (rules.mood, rules.politeness, lambda text: -rules.words(text))
     )
     assert exam.spearman(mood, manners) < -0.1
     assert exam.spearman(manners, brevity) < -0.1
@@ -236,7 +236,7 @@ def test_the_longest_letter_fits(shipped) -> None:
 def test_the_model_writes_letters_as_various_as_the_grammars(samples) -> None:
     assert statistics.fmean(grammar.is_letter(text, situation) for situation, text in samples) > 0.8
     drawn = exam.held_out_letters(1000, 0)
-    for rule, near in ((traits.mood, 0.3), (traits.politeness, 0.15), (traits.words, 4)):
+    for rule, near in ((rules.mood, 0.3), (rules.politeness, 0.15), (rules.words, 4)):
         own, target = ([float(rule(text)) for _, text in each] for each in (samples, drawn))
         assert abs(statistics.fmean(own) - statistics.fmean(target)) < near
         assert statistics.stdev(own) == pytest.approx(statistics.stdev(target), rel=0.25)
@@ -251,7 +251,7 @@ def test_the_model_knows_the_grammars_probabilities(shipped) -> None:
 
 @pytest.mark.parametrize("trait", ["mood", "politeness"])
 def test_classifiers_agree_with_the_rules(trait: str, samples) -> None:
-    rule = {"mood": traits.mood, "politeness": traits.politeness}[trait]
+    rule = {"mood": rules.mood, "politeness": rules.politeness}[trait]
     rng = random.Random(1)
     _, held_out = grammar.situations()
     for texts in ([text for _, text in samples], [mangled(rng, held_out) for _ in range(200)]):
@@ -319,7 +319,7 @@ def test_equal_seeds_make_equal_files(tmp_path) -> None:
 def test_can_be_rebuilt(tmp_path) -> None:
     command = "--lm_steps 1 --lm_batch 4 --trait_steps 1 --trait_batch 2 --processes 2"
     done = subprocess.run(
-        [python(), "scripts/make_text.py", "--output", str(tmp_path), *command.split()],
+        [python(), "scripts/dev/make_text.py", "--output", str(tmp_path), *command.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
+from benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.sd3 import SD3Policy

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from benchmarks import gradients as benchmark
+from benchmarks import tables
+from benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion import tiny
-from moa_diffusion.benchmarks import gradients as benchmark
-from moa_diffusion.benchmarks import tables
-from moa_diffusion.benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.merged import MergedForward

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_diffusion.benchmarks.ocr import HEIGHTS, NOISES, SIDES, measure_ocr, renderings
+from benchmarks.ocr import HEIGHTS, NOISES, SIDES, measure_ocr, renderings
 from rewards.heads.ocr.engines import ENGINES
 
 pytest.importorskip("rapidocr")

@@ -1,0 +1,179 @@
+"""On the CPU: what each method costs, a whole training step and its objective layer alone."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.phases import machine
+from benchmarks.pipelines import SIZES, random_pipeline, trainer_on
+from moa_diffusion import assembly, tiny
+from moa_diffusion.config import Config, SamplingConfig, TrainerConfig
+from moa_diffusion.objectives.base import combine
+from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.types import ConfigError, ObjectiveStats, RewardMatrix
+from tiny_pipeline.tokenizers import MAX_LENGTH
+
+HEADS: dict[str, dict[str, Any]] = {
+    name: {} for name in ("prompt_colour", "jpeg_compressibility", "colourfulness", "sharpness")
+}
+METHODS = ("static", "gdpo", "dual_stage", "apex", "pama", "mopo", "chebyshev", "upgrad", "mgda")
+COMPARED = ("static", "upgrad")
+TARGET = 1.15  # of a step with UPGrad, in steps with static weights
+GROUPS, GROUP_SIZE = 2, 4  # of the training step
+LARGE = (48, 24)  # groups and group size of the objective layer: N = 1152
+REPEATS = 20  # of the objective layer
+
+
+def measure_methods(
+    name: str, *, rounds: int, methods: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """CPU seconds of a training step with each method, interleaved, and of its objective layer.
+
+    A step is a rollout with four cheap rewards, its scores and its optimizer steps; the reference
+    pool that MOPO draws once per prompt is there before.
+
+    Args:
+        name: 'tiny', or a key of ``SIZES`` for random weights.
+        rounds: measured rounds, after one that warms up.
+        methods: names, ``static`` among them; by default all of ``METHODS``, or those of
+            ``COMPARED`` for 'wide', whose steps take long.
+
+    Raises:
+        ConfigError: if a method is not known, or ``static`` is missing.
+
+    Returns:
+        a list ``methods`` of medians: ``step`` and ``update`` in seconds with their ratios to
+        ``static``, and ``layer`` in seconds for K = 4, N = 1152.
+    """
+    if methods is None:
+        methods = COMPARED if name == "wide" else METHODS
+    if unknown := sorted(set(methods) - set(assembly.METHODS)):
+        known = ", ".join(assembly.METHODS)
+        raise ConfigError(f"methods: should be among {known}. Found {', '.join(unknown)}.")
+    if METHODS[0] not in methods:
+        raise ConfigError(f"methods: should hold `{METHODS[0]}`, the unit. Found {methods}.")
+    torch.set_num_threads(1)
+    load: Callable[[], Any] = partial(load_pipeline, str(tiny.PIPELINE_PATH))
+    if name != "tiny":
+        load = partial(random_pipeline, SIZES[name])
+    steps: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainers = {}
+        for method in methods:
+            trainers[method] = _prepared(load(), method, f"{folder}/{method}", rounds)
+            stack.callback(trainers[method].close)
+        for turn in range(rounds + 1):
+            for method, trainer in trainers.items():
+                seconds = _step(trainer)
+                if turn:
+                    steps[method].append(seconds)
+    layers = {method: _layer(method) for method in methods}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": method,
+            "step": median(step for step, _ in steps[method]),
+            "update": median(update for _, update in steps[method]),
+            "layer": layers[method],
+            "target": TARGET if method == "upgrad" else None,
+        }
+        for method in methods
+    ]
+    unit = rows[methods.index(METHODS[0])]
+    for row in rows:
+        row |= {f"{part}_ratio": row[part] / unit[part] for part in ("step", "update")}
+    return {
+        "pipeline": name,
+        "samples": GROUPS * GROUP_SIZE,
+        "rounds": rounds,
+        "machine": machine(),
+        "methods": rows,
+    }
+
+
+def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> Trainer:
+    settings = Config(
+        sampling=SamplingConfig(
+            resolution=pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,
+            steps=6,
+            guidance=1.0,
+            window=3,
+        ),
+        trainer=TrainerConfig(
+            groups=GROUPS, group_size=GROUP_SIZE, updates=1, sample_batch=4, micro_batch=4
+        ),
+    )
+    settings.objectives.method = method
+    settings.policy.max_sequence_length = MAX_LENGTH
+    with redirect_stdout(io.StringIO()):  # build reports the geometry
+        trainer = trainer_on(pipeline, settings, folder, HEADS)
+    prompts = [prompt.text for prompt in trainer.sampler.prompts]
+    trainer.policy.prepare(prompts)
+    for step in range(rounds + 1):
+        trainer.meet(trainer.sampler.requests(step))
+    return trainer
+
+
+def _step(trainer: Trainer) -> tuple[float, float]:
+    """CPU seconds of a whole step, and of its optimizer steps."""
+    name = "improve_jointly" if trainer.gradients.fused else "improve"
+    improve, spent = getattr(trainer, name), [0.0]
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        found = improve(*arguments)
+        spent[0] = time.process_time() - start
+        return found
+
+    setattr(trainer, name, timed)
+    start = time.process_time()
+    trainer.step()
+    seconds = time.process_time() - start
+    delattr(trainer, name)
+    return seconds, spent[0]
+
+
+def _layer(method: str) -> float:
+    """CPU seconds of normalise, weigh and combine for K = 4, N = 1152."""
+    groups, size = LARGE
+    settings = Config(rewards=HEADS)
+    settings.objectives.method = method
+    normalizer, weighting = assembly.objectives(settings)
+    source = torch.Generator().manual_seed(0)
+    values = torch.randn(len(HEADS), groups * size, generator=source, dtype=torch.float64)
+    index = torch.arange(groups * size) // size
+    rewards = RewardMatrix(
+        names=tuple(HEADS),
+        values=values,
+        groups=index,
+        prompts=tuple(f"p{group}" for group in index.tolist()),
+    )
+    if new := normalizer.unknown(rewards.prompts):
+        count = normalizer.reference_samples
+        pool = torch.randn(len(new), len(HEADS), count, generator=source, dtype=torch.float64)
+        normalizer.remember(new, pool)
+    gramian = values @ values.T if weighting.needs_gramian else None
+    seconds = []
+    for step in range(REPEATS + 1):
+        start = time.process_time()
+        advantages = normalizer.per_objective(rewards)
+        stats = ObjectiveStats(
+            step=step,
+            rewards=rewards,
+            advantages=advantages,
+            gramian=gramian,
+            win_rates=normalizer.win_rates(rewards),
+        )
+        scores = combine(advantages, weighting(stats), torch.ones_like(values, dtype=torch.bool))
+        normalizer.combined(scores, rewards)
+        seconds.append(time.process_time() - start)
+    return median(seconds[1:])

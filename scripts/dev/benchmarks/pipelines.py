@@ -1,0 +1,220 @@
+"""Stable Diffusion 3 pipelines of any size with random weights, and trainers on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moa_diffusion import assembly
+from moa_diffusion.config import Config
+from moa_diffusion.training.trainer import Trainer
+from tiny_pipeline.tokenizers import MAX_LENGTH, clip_tokenizer, t5_tokenizer
+
+CHEAP_HEAD: dict[str, Any] = {"colourfulness": {"weight": 1.0}}  # scores, and costs next to nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Arguments of a pipeline's parts, where they differ from the library's defaults."""
+
+    transformer: Mapping[str, Any]
+    clip: Mapping[str, Any]  # CLIP-L
+    clip_2: Mapping[str, Any]  # OpenCLIP bigG
+    t5: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    vocabularies: tuple[int, int] | None = None  # of CLIP and T5; None fits the tokenizers
+    clip_tokens: int = MAX_LENGTH
+
+
+# Published configuration of stable-diffusion-3.5-medium: 2.24 B parameters (and a position table of
+# 0.23 B numbers), encoders of 0.12, 0.69 and 4.76 B, VAE of 0.08 B.
+MEDIUM = Sizes(
+    transformer={
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+    },
+    clip={"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    | {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
+    clip_2={"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
+    | {"num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
+    t5={"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    vocabularies=(49408, 32128),
+    clip_tokens=77,
+)
+
+
+def _small(*, layers: int, heads: int, side: int, channels: tuple[int, ...]) -> Sizes:
+    """The same architecture with ``heads`` heads of 64 over latents of ``side`` x ``side``."""
+    width = 64 * heads
+    clip = {"hidden_size": width // 2, "intermediate_size": 2 * width, "projection_dim": width // 2}
+    clip |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    return Sizes(
+        transformer={
+            "sample_size": side,
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "joint_attention_dim": width,
+            "caption_projection_dim": width,
+            "pooled_projection_dim": width,
+            "pos_embed_max_size": side // 2,
+            "dual_attention_layers": tuple(range(layers // 2)),
+        },
+        clip=clip,
+        clip_2=clip,
+        t5={"d_model": width, "d_kv": 64, "d_ff": 2 * width, "num_layers": 2, "num_heads": heads},
+        vae={"block_out_channels": channels, "layers_per_block": 1, "norm_num_groups": 8},
+    )
+
+
+BASE = _small(layers=5, heads=3, side=16, channels=(16, 32, 32, 32))
+SMALLEST = _small(layers=2, heads=1, side=4, channels=(8, 8))
+WIDE = _small(layers=2, heads=16, side=32, channels=(16, 32, 32, 32))  # width 1024
+SIZES = {"medium": MEDIUM, "base": BASE, "wide": WIDE, "tiny": SMALLEST}
+
+
+def random_pipeline(
+    sizes: Sizes,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Any:
+    """A ``StableDiffusion3Pipeline`` with untrained weights, made where and as it is used.
+
+    The tokenizers are those of `moa_diffusion.tiny`: nothing is downloaded.
+
+    Args:
+        sizes: of its parts.
+        device: of all parts.
+        dtype: of the transformer and the text encoders.
+        vae_dtype: of the VAE.
+        seed: of the weights; the global generators are left alone.
+    """
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    tokenizers = clip_tokenizer(), clip_tokenizer(pad_token="!"), t5_tokenizer()
+    for tokenizer in tokenizers[:2]:
+        tokenizer.model_max_length = sizes.clip_tokens
+    with made_as(device, dtype, seed):
+        transformer = SD3Transformer2DModel(qk_norm="rms_norm", **sizes.transformer)
+        clip, clip_2, t5 = _encoders(sizes, tokenizers)
+    with made_as(device, vae_dtype, seed):
+        vae = _vae(sizes)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=tokenizers[0],
+        text_encoder_2=clip_2,
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=t5,
+        tokenizer_3=tokenizers[2],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def parameter_count(pipeline: Any) -> int:
+    """Of the transformer and the text encoders."""
+    parts = (
+        pipeline.transformer,
+        pipeline.text_encoder,
+        pipeline.text_encoder_2,
+        pipeline.text_encoder_3,
+    )
+    return sum(p.numel() for part in parts if part is not None for p in part.parameters())
+
+
+def trainer_on(
+    pipeline: Any, settings: Config, folder: str, rewards: Mapping[str, Any] = CHEAP_HEAD
+) -> Trainer:
+    """The trainer that ``build`` makes of the settings, on this pipeline.
+
+    Args:
+        pipeline: taken over.
+        settings: its prompts, rewards and log are replaced: a benchmark needs no files.
+        folder: of the run.
+        rewards: as in a configuration.
+    """
+    quiet = replace(
+        settings,
+        output_dir=folder,
+        resume=None,
+        rewards=dict(rewards),
+        policy=replace(settings.policy, name="sd3", embeds_dir=None),
+        prompts=replace(settings.prompts, train="tiny", heldout=None),
+        evaluation=replace(settings.evaluation, every=0),
+        log=replace(settings.log, trackers=[], scores=False),
+    )
+    trainer = assembly.trainer(quiet, pipeline)
+    trainer.progress = trainer.updater.progress = False
+    return trainer
+
+
+@contextmanager
+def made_as(device: str, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Parameters made in the block have this device and dtype: no copy in main memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(), torch.device(device):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _encoders(sizes: Sizes, tokenizers: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """CLIP-L, OpenCLIP bigG and T5."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    clip_words, t5_words = sizes.vocabularies or (len(tokenizers[0]), len(tokenizers[2]))
+    marks = {
+        "vocab_size": clip_words,
+        "max_position_embeddings": sizes.clip_tokens,
+        "bos_token_id": tokenizers[0].bos_token_id,
+        "eos_token_id": tokenizers[0].eos_token_id,
+        "pad_token_id": tokenizers[0].pad_token_id,
+    }
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(**marks, **sizes.clip))
+    clip_2 = CLIPTextModelWithProjection(CLIPTextConfig(**marks, **sizes.clip_2))
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=t5_words,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            **sizes.t5,
+        )
+    )
+    return clip.eval(), clip_2.eval(), t5.eval()
+
+
+def _vae(sizes: Sizes) -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = len(sizes.vae["block_out_channels"])
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **sizes.vae,
+    )

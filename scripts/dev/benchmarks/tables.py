@@ -1,0 +1,232 @@
+"""The reports as tables for a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu import BUILD, PREPARE
+from benchmarks.train import COLUMNS, GUIDANCE, STEPS
+
+
+def print_training(report: Mapping[str, Any]) -> None:
+    """Two tables: the ratios, and where the time goes."""
+    machine = report["machine"]
+    _print(
+        f"Pipeline {report['pipeline']}: {report['parameters'] / 1e6:.1f} M parameters in "
+        f"transformer and encoders, {report['resolution']} px, {report['tokens']} T5 tokens. "
+        f"{STEPS} steps, CFG {GUIDANCE}, batch {report['batch']}, one thread; medians of "
+        f"{report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores.",
+        *_training_tables(report),
+    )
+
+
+def _training_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
+    unit = report["plain"]["seconds"]
+    ratios = Table(title="CPU seconds per image")
+    parts = Table(title="Where it goes, in plain calls")
+    for column in ("", "steps/forward", "s/image", "x plain call", "target", ""):
+        ratios.add_column(column, justify="left" if not column else "right")
+    for column in ("", "steps", *COLUMNS):
+        parts.add_column(column, justify="right" if column else "left", no_wrap=True)
+    best: dict[str, float] = {}
+    for case in report["cases"]:
+        best[case["name"]] = min(case["ratio"], best.get(case["name"], case["ratio"]))
+    plain = {"name": "plain call", "ratio": 1.0, "target": None, "trained": False}
+    for row in (plain | report["plain"], *report["cases"]):
+        chosen = row["trained"] and row["ratio"] == best[row["name"]]
+        verdict = "met" if row["target"] and row["ratio"] <= row["target"] else "missed"
+        batch = str(row["step_batch"]) if row["trained"] else ""
+        ratios.add_row(
+            row["name"],
+            batch,
+            f"{row['seconds']:.4f}",
+            f"{row['ratio']:.2f}",
+            f"<= {row['target']}" if row["target"] else "",
+            f"best: {verdict}" if chosen else "",
+        )
+        shares = [row["phases"][column] / unit for column in COLUMNS]
+        parts.add_row(row["name"], batch, *(f"{s:.3f}" if s else "" for s in shares))
+    return ratios, parts
+
+
+def print_gpu(report: Mapping[str, Any]) -> None:
+    """Seconds, peak memory and share of the matrix rate by phase."""
+    machine, flops = report["machine"], report["flops"]
+    limits = ", ".join(f"{name} {value}" for name, value in report["configured"].items())
+    _print(
+        f"{machine['device']}, torch {machine['torch']}: {report['matrix_rate'] / 1e12:.4g} "
+        f"TFLOP/s in a large bf16 product. {report['size']} pipeline with random weights, "
+        f"{report['parameters'] / 1e9:.4g} B parameters in transformer and encoders, "
+        f"{report['dtype']}.",
+        f"{report['geometry']}. The configuration has {limits}. "
+        f"{report['resolution']} px, {report['trained_steps']} trained steps; "
+        f"{report['rollouts']} rollouts after a warm-up. Rewards: {', '.join(report['rewards'])}; "
+        f"left out: {', '.join(report['left_out']) or 'none'}.",
+        _gpu_table(report),
+        f"{report['images_per_second']:.3g} images/s sampled, scored and trained. One denoising "
+        f"step takes {flops['forward'] / 1e12:.4g} TFLOP per image, one trained decision "
+        f"{flops['trained_decision'] / 1e12:.4g}. {report['prompts_encoded']} prompts encoded. "
+        f"On-policy check: {report['on_policy'] or 'passed'}.",
+    )
+
+
+def _gpu_table(report: Mapping[str, Any]) -> Table:
+    table = Table(title="Per rollout (medians)")
+    for column in ("phase", "seconds", "s/image", "peak GB", "share of bf16 rate"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, seconds in report["seconds"].items():
+        once = name in (BUILD, PREPARE)
+        peak, share = report["peak_bytes"].get(name), report["share"].get(name)
+        table.add_row(
+            f"{name} (once)" if once else name,
+            f"{seconds:.3f}",
+            "" if once else f"{seconds / report['images']:.4f}",
+            "" if peak is None else f"{peak / 1e9:.1f}",
+            "" if share is None else f"{share:.1%}",
+        )
+    return table
+
+
+def print_gradients(report: Mapping[str, Any]) -> None:
+    """Ratios to one ordinary backward pass, and the memory."""
+    machine, (image, text) = report["machine"], report["tokens"]
+    table = Table(title="CPU seconds")
+    for column in ("", "forward", "backward", "x ordinary", "target", "with forward", "rows, MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in report["ways"]:
+        verdict = "met" if row["target"] and row["ratio"] <= row["target"] else "missed"
+        table.add_row(
+            row["name"],
+            f"{row['forward']:.3f}",
+            f"{row['backward']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"<= {row['target']}: {verdict}" if row["target"] else "",
+            f"{row['ratio_with_forward']:.3f}",
+            f"{row['bytes'] / 1e6:.1f}",
+        )
+    _print(
+        f"Width {report['hidden']}, {report['layers']} layers with random weights, "
+        f"{report['dtype']}; {report['rows']} rows of {image} image and {text} text tokens; LoRA "
+        f"of rank {report['rank']} with {report['trained'] / 1e6:.2f} M parameters. One thread; "
+        f"medians of {report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores.",
+        table,
+        "Beyond an ordinary backward pass it takes the rows, and for a layer at a time "
+        f"{report['temporary_bytes'] / 1e6:.1f} MB, whatever K.",
+    )
+
+
+def print_methods(report: Mapping[str, Any]) -> None:
+    """Ratios to the same step with static weights."""
+    machine = report["machine"]
+    table = Table(title="CPU seconds per training step")
+    for column in ("", "step", "x static", "target", "update", "x static", "objectives, ms"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in report["methods"]:
+        verdict = "met" if row["target"] and row["step_ratio"] <= row["target"] else "missed"
+        table.add_row(
+            row["name"],
+            f"{row['step']:.3f}",
+            f"{row['step_ratio']:.3f}",
+            f"<= {row['target']}: {verdict}" if row["target"] else "",
+            f"{row['update']:.3f}",
+            f"{row['update_ratio']:.3f}",
+            f"{1e3 * row['layer']:.2f}",
+        )
+    _print(
+        f"Pipeline {report['pipeline']}, {report['samples']} samples, K = 4 rewards, one thread; "
+        f"medians of {report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores. Objectives: normalise, weigh and combine 4 x 1152 rewards.",
+        table,
+    )
+
+
+def print_ocr(report: Mapping[str, Any]) -> None:
+    """Accuracy and CPU time of every engine that is installed."""
+    machine = report["machine"]
+    table = Table(title="OCR engines")
+    for column in ("engine", "pixels", "noise", "exact", "mean score", "CPU ms/image", "target"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for row in report["rows"]:
+        target = ""
+        if row["target"]:
+            exact, limit = row["target"]
+            met = row["exact"] >= exact and row["milliseconds"] <= limit
+            target = f">= {exact}, <= {limit:g} ms: {'met' if met else 'missed'}"
+        table.add_row(
+            row["engine"],
+            str(row["side"]),
+            f"{row['noise']:g}",
+            f"{row['exact']:.3f}",
+            f"{row['mean']:.3f}",
+            f"{row['milliseconds']:.0f}",
+            target,
+        )
+    _print(
+        f"{report['images']} pictures per row, one or two words each; Gaussian noise in units of "
+        f"full scale. One thread; load {machine['load']:.1f} on {machine['cores']} cores.",
+        table,
+        *(f"Without {engine}: {reason}" for engine, reason in report["absent"].items()),
+    )
+
+
+def print_precision(report: Mapping[str, Any]) -> None:
+    """Relative errors by trained steps, size of the advantages and loss scale."""
+    machine = report["machine"]
+    table = Table(title="LoRA gradient in float16 against float32")
+    for column in ("trained steps", "advantages", "loss scale", "step", "relative error", "cosine"):
+        table.add_column(column, justify="right")
+    for row in report["rows"]:
+        table.add_row(
+            str(row["window"]),
+            f"{row['advantages']:g}",
+            f"2^{math.log2(row['scale']):.3g}",
+            "sum" if row["step"] is None else str(row["step"]),
+            f"{row['error']:.4f}",
+            f"{row['cosine']:.5f}",
+        )
+    _print(
+        f"Width {report['hidden']}, {report['layers']} layers with random weights; "
+        f"{report['dimensions']} numbers in a latent; one sample of a minibatch of "
+        f"{report['samples']}. One thread; {machine['cores']} cores.",
+        table,
+    )
+
+
+def _print(*parts: Any) -> None:
+    console = Console(highlight=False)
+    console.width = max(console.width, 120)  # less would cut the breakdown's numbers
+    for part in parts:
+        console.print(part)
+
+
+PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
+    "train": print_training,
+    "gradients": print_gradients,
+    "methods": print_methods,
+    "gpu": print_gpu,
+    "ocr": print_ocr,
+    "precision": print_precision,
+}
+
+
+def show(command: str, report: Mapping[str, Any], file: Path | None) -> None:
+    """Prints a report and, if a file is named, writes all its numbers there as JSON.
+
+    Args:
+        command: sub-command that the report is of.
+        report: what was measured.
+        file: in a folder that is made if need be.
+    """
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    PRINT[command](report)

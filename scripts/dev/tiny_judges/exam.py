@@ -1,0 +1,144 @@
+"""How well judges do on scenes that they have not learnt from, in numbers from 0 or -1 to 1.
+
+Examined is what a run uses: the heads, with the files they load. All pictures have been through
+the autoencoder, as those of the embedded pipeline have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from rewards import RewardBatch, RewardHead, create
+from tiny_judges.data import HELD_OUT_SHAPES, confusable, vary
+from tiny_judges.degradations import degradations, latent
+from tiny_judges.rule import beauty
+from tiny_pipeline.scenes import HELD_OUT_WORDS, Scene, Sign, all_shapes, all_signs
+from tiny_pipeline.vae import pictures
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+_CANDIDATES = 12  # prompts that a picture is to be told from, its own among them
+
+
+def judges(folder: str) -> dict[str, RewardHead]:
+    """The heads `pickscore`, `aesthetic` and `deqa` on the judges in a folder.
+
+    Args:
+        folder: As `rewards.pretrained.locate` names a folder.
+    """
+    return {
+        "pickscore": create("pickscore", model=f"{folder}/clip"),
+        "aesthetic": create(
+            "aesthetic",
+            model=f"{folder}/clip",
+            predictor=f"{folder}/aesthetic/model.safetensors",
+            predictor_sha256=None,
+        ),
+        "deqa": create("deqa", model=f"{folder}/deqa", dtype="float32"),
+    }
+
+
+def examine(folder: str, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
+    """Marks of the judges in a folder, by head: what `match`, `taste` and `quality` return."""
+    exams = {"pickscore": match, "aesthetic": taste, "deqa": quality}
+    with ExitStack() as stack:
+        heads = {n: stack.enter_context(closing(head)) for n, head in judges(folder).items()}
+        return {name: exams[name](head, vae) for name, head in heads.items()}
+
+
+def held_out_scenes() -> list[Scene]:
+    """Signs of the held-out words in all colours, and the held-out shapes."""
+    shapes = [scene for scene in all_shapes() if scene in HELD_OUT_SHAPES]
+    return [*all_signs(HELD_OUT_WORDS), *shapes]
+
+
+def render(scenes: list[Scene], vae: AutoencoderKL, seed: int) -> Tensor:
+    """Pictures of scenes as the autoencoder repeats them, `[N, 3, 64, 64]` in [0, 1]."""
+    images = pictures(scenes, random.Random(seed)) / 255
+    return latent(vae, images, torch.zeros(len(images)), torch.Generator().manual_seed(seed))
+
+
+def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+    """How often a judge of the match finds the right picture, and the right prompt.
+
+    Returns:
+        `signs` and `shapes`: share of prompts for which the right picture scores above that of a
+        scene that differs in one thing. `prompts`: share of pictures for which their own prompt
+        scores highest of 12 held-out ones.
+    """
+    rng = random.Random(seed)
+    scenes = held_out_scenes()
+    prompts = [scene.prompt for scene in scenes]
+    right = render(scenes, vae, seed)
+    wrong = render([confusable(scene, rng) for scene in scenes], vae, seed + 1)
+    won = _scores(head, right, prompts) > _scores(head, wrong, prompts)  # [N]
+    signs = torch.tensor([isinstance(scene, Sign) for scene in scenes])
+    candidates = [
+        [prompt, *rng.sample([other for other in prompts if other != prompt], _CANDIDATES - 1)]
+        for prompt in prompts
+    ]
+    asked = [prompt for group in candidates for prompt in group]
+    scores = _scores(head, right.repeat_interleave(_CANDIDATES, dim=0), asked)
+    found = scores.view(-1, _CANDIDATES).argmax(dim=1) == 0
+    return {
+        "signs": won[signs].float().mean().item(),
+        "shapes": won[~signs].float().mean().item(),
+        "prompts": found.float().mean().item(),
+    }
+
+
+def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+    """Rank correlation of a judge of beauty with the rule, on held-out scenes in varied looks.
+
+    Returns:
+        `all`: over all pictures. `siblings`: over four looks of each scene, less the scene's mean.
+    """
+    scenes = held_out_scenes()
+    looks = 4
+    images = render(scenes, vae, seed).repeat_interleave(looks, dim=0)
+    images = vary(images, Generator().manual_seed(seed))
+    scores = _scores(head, images, [scene.prompt for scene in scenes for _ in range(looks)])
+    truth = beauty(images)
+    among = [x.view(-1, looks) - x.view(-1, looks).mean(1, keepdim=True) for x in (scores, truth)]
+    return {
+        "all": spearman(scores, truth),
+        "siblings": spearman(among[0].flatten(), among[1].flatten()),
+    }
+
+
+def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+    """Rank correlation of a judge of quality with the strength of a degradation, negated.
+
+    Returns:
+        By name of the degradation, over the held-out scenes spoilt to a random degree; `all`:
+        over all of these pictures together.
+    """
+    scenes = held_out_scenes()
+    prompts = [scene.prompt for scene in scenes]
+    images = render(scenes, vae, seed)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, float] = {}
+    scores, truths = [], []
+    for name, way in degradations(vae).items():
+        strengths = torch.rand(len(images), generator=generator)
+        scores.append(_scores(head, way(images, strengths, generator), prompts))
+        truths.append(-strengths)
+        found[name] = spearman(scores[-1], truths[-1])
+    return found | {"all": spearman(torch.cat(scores), torch.cat(truths))}
+
+
+def _scores(head: RewardHead, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return head(RewardBatch(prompts=prompts, images=images))
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation of two vectors without ties."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1])

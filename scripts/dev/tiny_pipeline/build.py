@@ -1,0 +1,42 @@
+"""Makes the embedded pipeline: autoencoder first, then all the rest on its latents."""
+
+from pathlib import Path
+
+from tiny_pipeline import flow, parallel, vae
+
+
+def build(
+    output: Path,
+    *,
+    seed: int = 0,
+    vae_steps: int = 1800,
+    vae_batch: int = 16,
+    transformer_steps: int = 1600,
+    transformer_batch: int = 64,
+    processes: int = 2,
+) -> None:
+    """Trains a pipeline and saves it as `StableDiffusion3Pipeline.from_pretrained` expects.
+
+    Equal arguments give the same pictures on the same machine and libraries; another processor may
+    round differently, so bit-equal weights are not promised across machines.
+
+    Args:
+        output: Folder, made if missing.
+        seed: Of weights, scenes and noise.
+        vae_steps: Updates of the autoencoder.
+        vae_batch: Pictures in each, over all processes.
+        transformer_steps: Updates of transformer and text encoders.
+        transformer_batch: Scenes in each, over all processes.
+        processes: Processes of one thread each. The result depends on their number.
+    """
+    for name, batch in (("vae_batch", vae_batch), ("transformer_batch", transformer_batch)):
+        if batch % processes:
+            raise ValueError(
+                f"Parameter `{name}` should be a multiple of `processes = {processes}`. "
+                f"Found `{name} = {batch}`."
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    parallel.run(vae.train_vae, processes, output / "vae", seed, vae_steps, vae_batch)
+    parallel.run(
+        flow.train_transformer, processes, output, seed, transformer_steps, transformer_batch
+    )
