@@ -1,6 +1,6 @@
 """Align text-to-image diffusion models with several rewards at once."""
 
-from moa_diffusion.neighbours import check_neighbour
+from moa_diffusion.files.neighbours import check_neighbour
 
 __version__ = "0.1.0"
 

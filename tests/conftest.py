@@ -19,6 +19,8 @@ import torch
 # Shells start background jobs with SIGINT ignored, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ("zoo",)  # its fixtures
+
 
 @pytest.fixture(autouse=True)
 def keep_threads() -> Iterator[None]:

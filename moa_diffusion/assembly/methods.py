@@ -12,7 +12,6 @@ from typing import Any
 
 from moa_diffusion.assembly.construct import construct, nearest
 from moa_diffusion.config import Config
-from moa_diffusion.objectives import calibration
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
@@ -23,6 +22,7 @@ from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, R
 from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.objectives.win_rate import WinRate
+from moa_diffusion.storage import calibration_file
 from moa_diffusion.training.trainer import Gradients
 from moa_diffusion.types import ConfigError
 
@@ -114,7 +114,7 @@ def _calibrated(
     Raises:
         ConfigError: if the file cannot be used, or lacks an objective.
     """
-    measured = calibration.load(path).objectives
+    measured = calibration_file.load(path).objectives
     for name in names:
         if name not in measured:
             raise ConfigError(

@@ -8,14 +8,8 @@ from pathlib import Path
 from moa_diffusion import tiny
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
-from moa_diffusion.data.sampling import (
-    Mixture,
-    Prompt,
-    PromptSet,
-    derive_seed,
-    in_turn,
-    read_prompts,
-)
+from moa_diffusion.data.sampling import Mixture, Prompt, PromptSet, in_turn, read_prompts
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.types import Request
 
 

@@ -30,10 +30,7 @@ from moa_diffusion.assembly.scorers import evaluation, scorers, watcher
 from moa_diffusion.config import Config
 from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
-from moa_diffusion.data.sampling import (
-    Geometry,
-    GroupSampler,
-)
+from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.policies.base import Policy
@@ -41,6 +38,7 @@ from moa_diffusion.processes.launcher import check_launcher, make_accelerator, u
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import GROWTH_INTERVAL, first_scale

@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa_diffusion import assembly
+from moa_diffusion.calibration.describe import calibrate
 from moa_diffusion.config import Config
-from moa_diffusion.data.sampling import GroupSampler, derive_seed
+from moa_diffusion.data.sampling import GroupSampler
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.objectives.calibration import HIJACK, Calibration, calibrate
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.launcher import make_accelerator
 from moa_diffusion.scoring import Scorer
+from moa_diffusion.storage.calibration_file import HIJACK, Calibration
 from moa_diffusion.storage.log import REWARDS, RunLog
 from moa_diffusion.types import ConfigError, Request, RewardMatrix, Rollout, concatenate
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy
 
-from moa_diffusion.objectives.calibration import HIJACK, Calibration
-from moa_diffusion.objectives.normalize import group_centred
+from moa_diffusion.statistics.groups import group_centred
+from moa_diffusion.storage.calibration_file import HIJACK, Calibration
 from moa_diffusion.types import RewardMatrix
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#6d597a", "#8d6b4f", "#4a6fa5", "#9a9a9a")

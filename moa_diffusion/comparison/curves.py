@@ -13,11 +13,10 @@ from torch import Tensor
 from moa_diffusion import assembly, config
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.monitoring.heldout import mean_and_error
-from moa_diffusion.objectives.normalize import same_prompt
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.scoring import Scorer
+from moa_diffusion.statistics.groups import mean_and_error, same_prompt
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import Request

@@ -20,7 +20,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.report.markdown import markdown
 from moa_diffusion.statistics.bootstrap import (
     LEVEL,
     RESAMPLES,
@@ -28,11 +28,11 @@ from moa_diffusion.statistics.bootstrap import (
     Estimate,
     draw,
     estimate,
-    hypervolumes,
-    markdown,
     prompt_sums,
     resampled_means,
 )
+from moa_diffusion.statistics.groups import same_prompt, spread_within
+from moa_diffusion.statistics.pareto import hypervolumes
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 

@@ -1,4 +1,4 @@
-"""Which samples are drawn at which step: prompt sets, groups, seeds, and the batch geometry.
+"""Which samples are drawn at which step: prompt sets and groups.
 
 Everything here is a pure function of (run seed, step): there is no iterator to save, a resumed run
 asks for the next step, and any number of processes draws the same samples.
@@ -10,25 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from hashlib import blake2b
 
 import torch
-from torch import Tensor
 
 from moa_diffusion.data.prompt_files import Prompt as Prompt
 from moa_diffusion.data.prompt_files import read_prompts as read_prompts
-from moa_diffusion.types import ConfigError, Request
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any tuple of integers and strings; equal on every machine."""
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by ``derive_seed``."""
-    return torch.Generator("cpu").manual_seed(derive_seed(*parts))
+from moa_diffusion.data.seeds import derive_seed, generator
+from moa_diffusion.types import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,152 +133,3 @@ class GroupSampler:
         parts = ("epoch", epoch, number) if number else ("epoch", epoch)
         order = torch.randperm(len(prompts), generator=generator(self.seed, *parts))
         return prompts[int(order[position])]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """How one rollout is cut over processes, optimizer steps and forward passes."""
-
-    groups: int  # P
-    group_size: int  # G
-    updates: int  # optimizer steps per rollout
-    world_size: int
-    sample_batch: int  # samples per forward while sampling
-    micro_batch: int  # samples per forward while training
-
-    @property
-    def samples(self) -> int:
-        """N, over all processes."""
-        return self.groups * self.group_size
-
-    @property
-    def per_rank(self) -> int:
-        """n, samples of one process."""
-        return self.samples // self.world_size
-
-    @property
-    def per_update(self) -> int:
-        """Samples per optimizer step and process."""
-        return self.per_rank // self.updates
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per optimizer step and process."""
-        return self.per_update // self.micro_batch
-
-    @classmethod
-    def solve(
-        cls,
-        *,
-        groups: int,
-        group_size: int,
-        updates: int,
-        world_size: int,
-        max_sample_batch: int,
-        max_micro_batch: int,
-        equal_rows: int | None = None,
-    ) -> Geometry:
-        """The largest batches within the two limits that cut each process's share evenly.
-
-        Where the limits themselves do, any number of processes makes the same forward passes, of
-        the same samples, and all of them train the same parameters to the last bit.
-
-        Args:
-            groups: P.
-            group_size: G.
-            updates: optimizer steps per rollout.
-            world_size: processes.
-            max_sample_batch: limit of the first batch.
-            max_micro_batch: limit of the second.
-            equal_rows: if a forward pass shall have as many rows in training, where a sample has
-                so many (its decisions), as in sampling, where it has one: kernels of half
-                precision round by the number of rows. If no two batches fit, they stay unequal.
-
-        Raises:
-            ConfigError: if the samples cannot be shared evenly; the message names the numbers.
-        """
-        samples = groups * group_size
-        if samples % (world_size * updates):
-            raise ConfigError(
-                "`trainer.groups` * `trainer.group_size` should be a multiple of the number of "
-                f"processes * `trainer.updates`. Found {groups} * {group_size} = {samples} "
-                f"samples for {world_size} processes * {updates} updates."
-            )
-        per_rank = samples // world_size
-        sample_batch = _largest_divisor(per_rank, max_sample_batch)
-        micro_batch = _largest_divisor(per_rank // updates, max_micro_batch)
-        if equal_rows is not None:
-            for size in range(micro_batch, 0, -1):
-                rows = size * equal_rows
-                fits = rows <= max_sample_batch and per_rank % rows == 0
-                if fits and per_rank // updates % size == 0:
-                    sample_batch, micro_batch = rows, size
-                    break
-        return cls(
-            groups=groups,
-            group_size=group_size,
-            updates=updates,
-            world_size=world_size,
-            sample_batch=sample_batch,
-            micro_batch=micro_batch,
-        )
-
-    def describe(self) -> str:
-        """One line for the log, printed before anything expensive starts."""
-        return (
-            f"{self.groups} groups x {self.group_size} siblings = {self.samples} samples per "
-            f"rollout on {self.world_size} process{'es' if self.world_size > 1 else ''}: "
-            f"{self.per_rank} each, sampled {self.sample_batch} at a time; {self.updates} "
-            f"optimizer step{'s' if self.updates > 1 else ''} of "
-            f"{self.samples // self.updates} samples ({self.accumulation} micro-batches of "
-            f"{self.micro_batch} per process)"
-        )
-
-    def minibatches(self, *, seed: int, step: int, rank: int) -> list[Tensor]:
-        """Local sample indices of each optimizer step, cut into micro-batches.
-
-        Every block of ``updates`` neighbouring samples sends one to each optimizer step, in a
-        random order drawn for the block: so each process has equally many samples in each step,
-        siblings are spread over the steps, and the global minibatches do not depend on the number
-        of processes.
-
-        Returns:
-            one int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
-        """
-        blocks = self.samples // self.updates
-        scores = torch.rand(blocks, self.updates, generator=generator(seed, "minibatches", step))
-        order = scores.argsort(dim=1) + torch.arange(blocks)[:, None] * self.updates  # [blocks, U]
-        local_blocks = order.view(self.world_size, -1, self.updates)[rank]
-        local = local_blocks - rank * self.per_rank
-        return [part.reshape(self.accumulation, self.micro_batch) for part in local.T]
-
-    def probe(self, share: float, *, seed: int, step: int, rank: int) -> list[Tensor]:
-        """Local sample indices of the micro-batches on which gradients are measured.
-
-        Those of the first optimizer steps, of the last of these evenly spaced ones: all processes
-        together make the passes that one process would make, and each its share of them to within
-        one per optimizer step.
-
-        Args:
-            share: of all micro-batches of the rollout, in (0, 1]; at least one is taken.
-            seed: as for ``minibatches``.
-            step: likewise.
-            rank: likewise.
-
-        Returns:
-            int64 tensors ``[micro_batch]``.
-        """
-        each = self.accumulation * self.world_size  # micro-batches of an optimizer step
-        left = max(1, round(share * each * self.updates))
-        chosen: list[Tensor] = []
-        for index in self.minibatches(seed=seed, step=step, rank=rank):
-            taken = min(left, each)
-            left -= taken
-            places = {(2 * i + 1) * each // (2 * taken) for i in range(taken)}
-            first = rank * self.accumulation
-            chosen += [index[i] for i in range(self.accumulation) if first + i in places]
-        return chosen
-
-
-def _largest_divisor(total: int, limit: int) -> int:
-    return next(size for size in range(min(total, limit), 0, -1) if total % size == 0)

@@ -20,7 +20,7 @@ from moa_diffusion.adapters.peft import (
 )
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.language_model import check_fit

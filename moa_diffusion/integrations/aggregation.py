@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
+from moa_diffusion.objectives.metrics import reward_metrics
 from moa_diffusion.objectives.noon import Noon
-from moa_diffusion.objectives.normalize import PromptHistory, group_moments
-from moa_diffusion.storage.log import reward_metrics
+from moa_diffusion.objectives.normalize import PromptHistory
+from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
 UNCENTRED = (Noon, PromptHistory)  # by design, the mean of a group is not 0

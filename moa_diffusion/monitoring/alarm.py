@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_diffusion.monitoring.heldout import Evaluation, mean_and_error
+from moa_diffusion.monitoring.heldout import Evaluation
+from moa_diffusion.statistics.groups import mean_and_error
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moa_diffusion.objectives.normalize import group_moments
+from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import Outputs
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -17,9 +17,9 @@ from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_d
 from moa_diffusion.files import png as pictures
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
-from moa_diffusion.objectives.normalize import same_prompt, spread_within
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
+from moa_diffusion.statistics.groups import mean_and_error, same_prompt, spread_within
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import Outputs, Request
 
@@ -230,27 +230,3 @@ class HeldOut:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.base, self.unit = state["base"], state["unit"]
-
-
-def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
-    """Mean of the samples, and its standard error with prompts as the independent units.
-
-    Args:
-        values: ``[M]``, NaN where a reward does not apply.
-        prompts: ``[M]`` int64, the prompt of each.
-
-    Returns:
-        both NaN where nothing applies; the error also with fewer than two prompts.
-    """
-    known = ~values.isnan()
-    values, prompts = values[known].double(), prompts[known]
-    _, index = torch.unique(prompts, return_inverse=True)
-    count = torch.bincount(index).double()  # [P]
-    mean = values.mean()
-    # Of a ratio of two sums over prompts (linearised), for prompts of unequal size.
-    deviations = torch.zeros_like(count).index_add_(0, index, values - mean)  # [P]
-    units = len(count)
-    if units < 2:
-        return float(mean), math.nan
-    error = (deviations.square().sum() * units / (units - 1)).sqrt() / len(values)
-    return float(mean), float(error)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
-from moa_diffusion.objectives.normalize import rms_group_std, update_ema
+from moa_diffusion.objectives.normalize import update_ema
+from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import barrier, dual_step
-from moa_diffusion.objectives.normalize import rms_group_std, update_ema
+from moa_diffusion.objectives.normalize import update_ema
+from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
 logger = logging.getLogger(__name__)

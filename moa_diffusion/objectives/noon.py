@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Normalizer, combine
-from moa_diffusion.objectives.normalize import group_centred
+from moa_diffusion.statistics.groups import group_centred
 from moa_diffusion.types import RewardMatrix
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting
-from moa_diffusion.objectives.normalize import group_moments
+from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import ObjectiveStats
 
 TIE = 1e-12  # relative: advantages that differ by less are the same

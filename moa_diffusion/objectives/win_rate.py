@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Normalizer
-from moa_diffusion.objectives.normalize import RESIDUE, batch_spread, group_centred, whiten
+from moa_diffusion.objectives.normalize import batch_spread, whiten
+from moa_diffusion.statistics.groups import RESIDUE, group_centred
 from moa_diffusion.types import RewardMatrix
 
 USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of its own

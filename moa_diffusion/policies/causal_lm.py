@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.chat import Dialogue
 from moa_diffusion.policies.gumbel import GumbelNoise

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.data.sampling import derive_seed, generator
+from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.policies import lora, samplers
 from moa_diffusion.policies.hub import check_reachable
 from moa_diffusion.policies.prompt_encoder import PromptEncoder

@@ -14,7 +14,7 @@ from moa_diffusion.files.writing import replaced
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import Array
-from moa_diffusion.storage.front import nondominated
+from moa_diffusion.statistics.pareto import nondominated
 
 # Okabe and Ito's colours: told apart with any colour vision, and by markers besides.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from moa_diffusion.files.writing import write_text
-from moa_diffusion.objectives.normalize import same_prompt, spread_within
+from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import (
     LEVEL,
@@ -22,12 +22,11 @@ from moa_diffusion.statistics.bootstrap import (
     Estimate,
     draw,
     estimate_one,
-    hypervolumes,
-    markdown,
     prompt_sums,
     resampled_means,
 )
-from moa_diffusion.storage.front import nondominated
+from moa_diffusion.statistics.groups import same_prompt, spread_within
+from moa_diffusion.statistics.pareto import hypervolumes, nondominated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

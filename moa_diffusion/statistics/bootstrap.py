@@ -1,10 +1,9 @@
-"""Bootstrap intervals over prompts, hypervolumes, and how both are written down."""
+"""Bootstrap intervals over prompts."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -65,26 +64,6 @@ def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
     return numpy.divide(total, number, out=numpy.full_like(total, math.nan), where=number > 0)
 
 
-def hypervolumes(points: Array) -> Array:
-    """Volume between 0 and what is dominated by any of E points: ``[B]``.
-
-    At 0 is the model that gains are over. Exact (``moocore``). A point below it in
-    one objective adds nothing.
-
-    Args:
-        points: ``[B, E, K]``, higher is better; NaN gives NaN.
-    """
-    import moocore
-
-    known = ~numpy.isnan(points.sum(axis=(1, 2)))
-    return numpy.array(
-        [
-            moocore.hypervolume(front, ref=0.0, maximise=True) if good else math.nan
-            for front, good in zip(points, known, strict=True)
-        ]
-    )
-
-
 def draw(count: int, *, resamples: int, seed: int) -> Array:
     """How often each of ``count`` units is drawn with replacement, ``[B, count]``."""
     generator = numpy.random.default_rng(seed)
@@ -114,15 +93,3 @@ def _interval(drawn: Array) -> dict[str, float]:
         warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is known, NaN says so
         low, high = numpy.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"low": float(low), "high": float(high)}
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first row the heading, padded so that it reads on a terminal too."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    lines = []
-    for row in [rows[0], rule, *rows[1:]]:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

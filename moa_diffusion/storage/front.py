@@ -13,59 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moa_diffusion.files.writing import write_text
+from moa_diffusion.statistics.pareto import nondominated, spread_out
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import ALARMS, METRICS, read_metrics
 
 NAME = "front.json"
-
-
-def nondominated(points: Tensor) -> list[bool]:
-    """Which of E points no other dominates; equal points are both in.
-
-    Args:
-        points: ``[E, K]``, higher is better. A column with a NaN is left out for all; without any
-            other column no point is in.
-    """
-    known = points[:, ~points.isnan().any(0)]
-    if known.shape[1] == 0:
-        return [False] * len(points)
-    weakly = (known[:, None] >= known[None]).all(2)  # [E, E]: row at least as good as column
-    strictly = (known[:, None] > known[None]).any(2)
-    return [not found for found in (weakly & strictly).any(0).tolist()]
-
-
-def spread_out(points: Tensor, limit: int) -> list[int]:
-    """At most ``limit`` of E points, far from each other: indices in order.
-
-    One by one the point with the smallest crowding distance leaves (Deb et al. 2002, NSGA-II,
-    section III-B), so the best in each objective stay longest; of equal ones the first leaves.
-
-    Args:
-        points: ``[E, K]``.
-        limit: at least 0.
-    """
-    kept = list(range(len(points)))
-    while len(kept) > limit:
-        distances = crowding(points[kept])
-        del kept[distances.index(min(distances))]
-    return kept
-
-
-def crowding(points: Tensor) -> list[float]:
-    """NSGA-II's crowding distance of E points ``[E, K]``; infinite at the ends of a column."""
-    distances = [0.0] * len(points)
-    for column in points.T.tolist():
-        order = sorted(range(len(column)), key=lambda i: column[i])
-        extent = column[order[-1]] - column[order[0]]
-        if not extent > 0:  # also a column with NaN says nothing
-            continue
-        distances[order[0]] = distances[order[-1]] = math.inf
-        for before, i, after in zip(order, order[1:], order[2:], strict=False):
-            distances[i] += (column[after] - column[before]) / extent
-    return distances
 
 
 def retain(

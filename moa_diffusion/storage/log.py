@@ -5,7 +5,6 @@ Every name is ``group/name``; the README's table explains them all.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -13,12 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from moa_diffusion.files.writing import append_text, write_text
-from moa_diffusion.objectives.base import variance_share
-from moa_diffusion.objectives.normalize import zero_variance_fraction
 from moa_diffusion.types import Request, RewardMatrix
 
 if TYPE_CHECKING:
@@ -223,64 +219,6 @@ def _write_samples(
             row |= extra[i]
         lines.append(json.dumps(row, ensure_ascii=False))
     write_text(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
-
-
-def reward_metrics(
-    rewards: RewardMatrix,
-    advantages: Tensor,
-    weights: Tensor,
-    judged: RewardMatrix | None = None,
-) -> dict[str, float]:
-    """What one rollout says about each objective; NaN where nothing applies.
-
-    Args:
-        rewards: raw, ``[K, N]``.
-        advantages: ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
-        weights: ``[K]``, ``[K, N]`` or ``[K, D]``.
-        judged: what the advantages are of, if not of the rewards.
-    """
-    applies = ~torch.isnan(rewards.values)
-    known = ~torch.isnan((judged or rewards).values)
-    mean_weight = weights if weights.ndim == 1 else weights.mean(1)
-    columns = {
-        "weight": mean_weight / mean_weight.abs().sum(),
-        "share": variance_share(advantages, weights, known),
-        "zero_variance": zero_variance_fraction(rewards),
-        "applies": applies.double().mean(1),
-    }
-    metrics: dict[str, float] = {}
-    for k, name in enumerate(rewards.names):
-        values = rewards.values[k][applies[k]]
-        spread = float(values.std(correction=0)) if len(values) else math.nan
-        metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": spread}
-        metrics |= {f"{group}/{name}": float(column[k]) for group, column in columns.items()}
-    for i, j in itertools.combinations(range(len(rewards.names)), 2):
-        both = known[i] & known[j]
-        value = _correlation(advantages[i, both], advantages[j, both])
-        metrics[f"correlation/{rewards.names[i]}~{rewards.names[j]}"] = value
-    return metrics
-
-
-def cosine_metrics(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
-    """``cosine/<a>~<b>`` of every pair of objectives' gradients; NaN where one is zero.
-
-    Args:
-        names: K objectives.
-        gramian: ``[K, K]`` of their gradients.
-    """
-    lengths = gramian.diagonal().sqrt()
-    return {
-        f"cosine/{names[i]}~{names[j]}": float(gramian[i, j] / (lengths[i] * lengths[j]))
-        for i, j in itertools.combinations(range(len(names)), 2)
-    }
-
-
-def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's, of two ``[n]``; NaN where one does not vary."""
-    if len(x) < 2:
-        return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x.norm() * y.norm()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import Comm
 from moa_diffusion.processes.devices import widest
 from moa_diffusion.training.gradient_sum import GradientSum

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import Comm, ProcessError, agreed, share_telling
 from moa_diffusion.monitoring.alarm import Alarm, Watch
 from moa_diffusion.monitoring.heldout import HeldOut

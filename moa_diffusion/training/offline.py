@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.data.preferences import Preferences
-from moa_diffusion.data.sampling import generator
+from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut

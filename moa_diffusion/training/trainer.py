@@ -18,18 +18,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.data.sampling import Geometry, GroupSampler, derive_seed, generator
+from moa_diffusion.data.sampling import GroupSampler
+from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.distributed import Comm, agreed, deal, local_slice
 from moa_diffusion.monitoring import drift
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.lessons import Lessons
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
+from moa_diffusion.objectives.metrics import cosine_metrics, reward_metrics
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer, Scoring
 from moa_diffusion.storage import checkpoint
-from moa_diffusion.storage.log import RunLog, cosine_metrics, reward_metrics
+from moa_diffusion.storage.log import RunLog
 from moa_diffusion.training.critic import Critic
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.update import Updater

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import Comm
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.training.gradients import ObjectiveGradients

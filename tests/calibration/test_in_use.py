@@ -10,7 +10,7 @@ import pytest
 
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
-from moa_diffusion.objectives.calibration import ObjectiveCalibration
+from moa_diffusion.storage.calibration_file import ObjectiveCalibration
 from moa_diffusion.types import ConfigError
 
 LEVELS = {"ocr": (0.5, 0.7), "sharpness": (2000.0, 2300.0), "colourfulness": (84.0, 84.0)}

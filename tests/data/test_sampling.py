@@ -12,17 +12,16 @@ import torch
 from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
 from moa_diffusion.data.sampling import (
-    Geometry,
     GroupSampler,
     Mixture,
     Prompt,
     PromptSet,
-    derive_seed,
-    generator,
     in_turn,
     read_prompts,
 )
+from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.types import ConfigError
 
 

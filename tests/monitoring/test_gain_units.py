@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from moa_diffusion.calibration.describe import describe
 from moa_diffusion.comparison.curves import changes
 from moa_diffusion.comparison.results import RunData, base_units, compare
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
-from moa_diffusion.objectives.calibration import describe
 from moa_diffusion.report.summary import base_spread, summarise
 from moa_diffusion.report.table import Column, Table
 from moa_diffusion.scoring import Scorer

@@ -17,15 +17,17 @@ from moa_diffusion.objectives.normalize import (
     DualStage,
     PromptHistory,
     Raw,
+    update_ema,
+    whiten,
+)
+from moa_diffusion.objectives.win_rate import WinRate
+from moa_diffusion.statistics.groups import (
     group_moments,
     rms_group_std,
     same_prompt,
     spread_within,
-    update_ema,
-    whiten,
     zero_variance_fraction,
 )
-from moa_diffusion.objectives.win_rate import WinRate
 from moa_diffusion.types import RewardMatrix
 
 NAMES = ("a", "b", "c")

@@ -26,7 +26,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies import token_log_probs
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
@@ -35,6 +34,7 @@ from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.policies.language_model import check_fit, load_model
 from moa_diffusion.policies.merged import MergedForward
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import surrogate_coefficients
 from moa_diffusion.training.update import Surrogate, Updater

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from moa_diffusion import tiny
-from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import surrogate_coefficients

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from moa_diffusion.statistics.pareto import crowding, nondominated, spread_out
 from moa_diffusion.storage import checkpoint
-from moa_diffusion.storage.front import NAME, crowding, nondominated, retain, spread_out
+from moa_diffusion.storage.front import NAME, retain
 
 NAN = math.nan
 

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.storage.log import ALARMS, RunLog, cosine_metrics, read_metrics, reward_metrics
+from moa_diffusion.objectives.metrics import cosine_metrics, reward_metrics
+from moa_diffusion.storage.log import ALARMS, RunLog, read_metrics
 from moa_diffusion.types import Request, RewardMatrix
 
 NAN = math.nan

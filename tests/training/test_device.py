@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import SMALLEST, random_pipeline
-from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.sd3 import SD3Policy
 from moa_diffusion.training.critic import Critic
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.update import Surrogate, Updater
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 

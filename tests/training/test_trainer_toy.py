@@ -16,11 +16,11 @@ import torch
 
 from moa_diffusion import assembly
 from moa_diffusion.config import Config, check, from_dict
-from moa_diffusion.data.sampling import derive_seed
-from moa_diffusion.monitoring.heldout import mean_and_error
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.monitoring.lessons import Lessons
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
+from moa_diffusion.statistics.groups import mean_and_error
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.training.stepper import TrainingError

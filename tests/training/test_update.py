@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from moa_diffusion import tiny
-from moa_diffusion.data.sampling import Geometry
 from moa_diffusion.distributed import Comm, LocalComm
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loss import surrogate_coefficients
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.update import Surrogate, Updater

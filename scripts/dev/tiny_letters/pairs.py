@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moa_diffusion.data.sampling import derive_seed
+from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.language_model import load_model
 from moa_diffusion.tiny import rules

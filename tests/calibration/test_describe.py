@@ -12,16 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_diffusion.calibration.describe import advantage_shares, calibrate, correlations
 from moa_diffusion.objectives.base import variance_share
-from moa_diffusion.objectives.calibration import (
-    Calibration,
-    advantage_shares,
-    calibrate,
-    correlations,
-    load,
-    save,
-)
 from moa_diffusion.objectives.normalize import GDPO, DualStage, Raw
+from moa_diffusion.storage.calibration_file import Calibration, load, save
 from moa_diffusion.types import ConfigError, RewardMatrix
 
 NAN = math.nan

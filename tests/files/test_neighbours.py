@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from moa_diffusion.neighbours import check_neighbour
+from moa_diffusion.files.neighbours import check_neighbour
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE, PACKAGE, FOLDER = "rewards.py", "rewards/__init__.py", "rewards/mine.py"
 
 

@@ -12,7 +12,7 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent  # holds both packages
+_ROOT = Path(__file__).resolve().parents[2]  # holds both packages
 
 
 def check_neighbour(name: str) -> None:
