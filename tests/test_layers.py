@@ -12,21 +12,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("moa_diffusion", "rewards")
 
-# From the top down. A module imports only from lower rows, or from its own folder (`policies/*`
-# names a folder). The package roots hold a docstring and re-exports.
+# From the top down. A module imports only from lower rows, or from its own room: `policies/*` names
+# a folder with all that is in it, `scoring` a module.
 LAYERS = (
-    ("export/*", "integrations/*"),
+    ("moa_diffusion",),
+    ("export/*",),
     ("evaluation/*", "comparison/*", "calibration/*"),
     ("assembly/*",),
     ("training/*",),
-    ("monitoring/*", "report/*", "adapters/*"),
-    ("policies/*", "scoring", "storage/*"),
-    ("objectives/*", "data/*", "config/*", "statistics/*"),
+    ("monitoring/*", "report/*", "adapters/*", "integrations/*"),
+    ("policies/*", "objectives/*", "storage/*", "scoring"),
+    ("data/*", "config/*", "statistics/*"),
     ("distributed", "processes/*"),
     ("files/*",),
     ("types", "tiny/*"),
-    ("moa_diffusion", "rewards/*"),
-    ("neighbours",),
+    ("rewards",),
+    ("rewards/commands/*",),
+    ("rewards/heads/*", "rewards/serving/*"),
+    ("rewards/*",),
+    ("rewards/pretrained/*",),
+    ("rewards/base",),
+    ("rewards/blame", "rewards/pixels"),
 )
 
 # The only modules that import the package `rewards` (scripts may too).
@@ -37,6 +43,7 @@ USERS_OF_REWARDS = {
 }
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
+FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
 # Not among what everything loads: the commands of scripts/rewards.py.
 COMMANDS = {"rewards.commands.cli", "rewards.commands.folder"}
 # Imported inside functions, everywhere: the packages load without them.
@@ -81,25 +88,32 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
 
 
+def entries(module: str) -> list[str]:
+    """What may stand for a module in the table, the nearest first."""
+    parts = module.split(".")
+    if parts == ["rewards"]:
+        return parts
+    if parts[0] == "rewards":  # its root is a room too, and its modules may have rows of their own
+        return [f"rewards/{parts[1]}/*", f"rewards/{parts[1]}", "rewards/*"]
+    return [f"{parts[1]}/*", parts[1]] if len(parts) > 1 else ["moa_diffusion"]
+
+
 def row(module: str) -> int:
     """The module's row in the table, 0 at the top."""
-    package, _, inner = module.partition(".")
-    top = inner.partition(".")[0]
-    entries = [f"{top}/*", top] if package == "moa_diffusion" and inner else [package, "rewards/*"]
-    for number, names in enumerate(LAYERS):
-        if any(entry in names for entry in entries):
-            return number
+    for entry in entries(module):
+        for number, names in enumerate(LAYERS):
+            if entry in names:
+                return number
     raise LookupError(
         f"Module `{module}` has no layer. List it in the table LAYERS of tests/test_layers.py."
     )
 
 
-def folder(module: str) -> str | None:
-    """The sub-package a module lies in, or the package `rewards`: inside it, imports are free."""
-    parts = module.split(".")
-    if parts[0] == "rewards":
-        return "rewards"
-    return parts[1] if len(parts) > 1 and f"{parts[1]}/*" in LAYERS[row(module)] else None
+def room(module: str) -> str | None:
+    """The folder a module lies in, as the table names it: inside it, imports are free."""
+    named = {name for names in LAYERS for name in names}
+    found = next(entry for entry in entries(module) if entry in named)
+    return found if found.endswith("*") else None
 
 
 def imports(source: str, importer: str, *, is_package: bool = False) -> list[Import]:
@@ -143,19 +157,19 @@ def violations(source: str, importer: str, *, is_package: bool = False) -> list[
     for item in imports(source, importer, is_package=is_package):
         where, top = f"{importer}, line {item.line}", item.module.partition(".")[0]
         if top in PACKAGES:
-            if importer.startswith("rewards") and top == "moa_diffusion":
+            if importer.split(".")[0] == "rewards" and top == "moa_diffusion":
                 wrong.append(f"{where}: `rewards` imports nothing of moa_diffusion.")
-            elif top == "rewards" and not importer.startswith("rewards"):
+            elif top == "rewards" and importer.split(".")[0] != "rewards":
                 if importer not in USERS_OF_REWARDS:
                     wrong.append(f"{where}: only {sorted(USERS_OF_REWARDS)} imports `rewards`.")
             elif row(item.module) <= row(importer) and (
-                folder(importer) is None or folder(importer) != folder(item.module)
+                room(importer) is None or room(importer) != room(item.module)
             ):
                 wrong.append(f"{where}: `{item.module}` is not in a lower layer.")
         elif top in HEAVY and item.on_load:
             wrong.append(f"{where}: `{top}` is imported inside functions only.")
         elif (
-            row(importer) >= row("moa_diffusion.types")
+            (importer in FIRST or row(importer) >= row("moa_diffusion.types"))
             and importer not in COMMANDS
             and item.on_load
             and top not in LIGHT | sys.stdlib_module_names
@@ -169,6 +183,64 @@ def test_a_module_imports_only_from_lower_layers(module: str) -> None:
     path = MODULES[module]
     row(module)
     assert violations(path.read_text(), module, is_package=path.name == "__init__.py") == []
+
+
+# Imports that no room makes though the rows would allow them, each with the reason.
+NEVER = {
+    "monitors are statistics of outputs, for any weighting": ("monitoring", "objectives"),
+    "a log takes numbers, whatever they are": ("storage", "objectives"),
+    "a page shows what lies in files": ("report", "objectives"),
+    "the page of an evaluation reads its tables alone": ("report", "evaluation"),
+    "an objective never sees a model": ("objectives", "policies"),
+    "an objective never sees a process group": ("objectives", "distributed"),
+    "an objective never sees a device or a launcher": ("objectives", "processes"),
+    "an objective never sees a file": ("objectives", "storage"),
+    "a policy does not know what is rewarded": ("policies", "scoring"),
+    "a policy does not know how rewards are weighed": ("policies", "objectives"),
+    "statistics know types and nothing else": ("statistics", "files"),
+}
+
+
+@pytest.mark.parametrize(("importer", "never"), NEVER.values(), ids=NEVER)
+def test_a_room_never_imports(importer: str, never: str) -> None:
+    rooms = {name.split(".")[1] for name in MODULES if name.count(".")}
+    assert {importer, never} <= rooms
+    wrong = [
+        f"{module}, line {item.line}"
+        for module, path in MODULES.items()
+        if module.split(".")[1:2] == [importer]
+        for item in imports(path.read_text(), module, is_package=path.name == "__init__.py")
+        if item.module.split(".")[:2] == ["moa_diffusion", never]
+    ]
+    assert wrong == []
+
+
+def test_what_the_package_does_without_stays_outside_of_it() -> None:
+    """``scripts/dev`` may import anything, and nothing that is installed imports it."""
+    outside = {path.stem for path in (ROOT / "scripts" / "dev").iterdir()} | {"scripts", "tests"}
+    wrong = [
+        f"{module}, line {item.line}"
+        for module, path in MODULES.items()
+        for item in imports(path.read_text(), module, is_package=path.name == "__init__.py")
+        if item.module.split(".")[0] in outside
+    ]
+    assert wrong == []
+
+
+def test_the_root_holds_three_modules_and_a_folder_fifteen() -> None:
+    counts: dict[Path, int] = {}
+    for path in MODULES.values():
+        if path.name != "__init__.py":
+            counts[path.parent] = counts.get(path.parent, 0) + 1
+    assert counts[ROOT / "moa_diffusion"] <= 3
+    assert {str(path): count for path, count in counts.items() if count > 15} == {}
+
+
+def test_the_embedded_models_lie_beside_their_rules_alone() -> None:
+    assert {name for name in MODULES if name.startswith("moa_diffusion.tiny.")} == {
+        "moa_diffusion.tiny.phrases",
+        "moa_diffusion.tiny.rules",
+    }
 
 
 def test_the_trainer_knows_the_policy_protocol_and_no_policy() -> None:
