@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @register("remote")
 class RemoteHead(RewardHead):
-    """The scores of a head on a reward server; higher is better. `scripts/rewards.py serve` is one.
+    """The scores of a head on a reward server; higher is better. `scripts/heads.py serve` is one.
 
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
