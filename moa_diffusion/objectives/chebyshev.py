@@ -99,8 +99,8 @@ class Chebyshev(Weighting):
 
     def report(self) -> dict[str, float]:
         """The shortfalls ``d_k`` of the last call, as far as they are known."""
-        found = zip(self.objectives, self._d.tolist(), strict=True)
-        return {f"shortfall/{name}": d for name, d in found if not math.isnan(d)}
+        shortfalls = zip(self.objectives, self._d.tolist(), strict=True)
+        return {f"shortfall/{name}": d for name, d in shortfalls if not math.isnan(d)}
 
     def _importance(self, weights: Sequence[float] | None) -> Tensor:
         values = [1.0] * len(self.objectives) if weights is None else list(weights)

@@ -153,13 +153,13 @@ class Mopo(Weighting):
         return 1 / (1 + float(self.multipliers.sum()))
 
     def report(self) -> dict[str, float]:
-        found = {}
+        metrics = {}
         for k, name in enumerate(self.objectives):
             if name != self.primary and not self.level[k].isnan():
-                found[f"mopo_lambda/{name}"] = float(self.multipliers[k])
-                found[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
-                found[f"mopo_level/{name}"] = float(self.level[k])
-        return found
+                metrics[f"mopo_lambda/{name}"] = float(self.multipliers[k])
+                metrics[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
+                metrics[f"mopo_level/{name}"] = float(self.level[k])
+        return metrics
 
     def headline(self) -> str:
         """The worst violation, or that every bound is kept."""

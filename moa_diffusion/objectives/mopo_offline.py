@@ -240,13 +240,13 @@ class OfflineMopo(nn.Module):
     ) -> None:
         super().__init__()
         self.primary, self.secondary, self.settings = primary, tuple(secondary), settings
-        for name, found, wanted in (
+        for name, shape, wanted in (
             ("pbar", tuple(pbar.shape), tuple(log_data.shape)),
             ("qbar", tuple(qbar.shape), (len(self.secondary), *log_data.shape)),
             ("bounds", (len(bounds),), (len(self.secondary),)),
         ):
-            if found != wanted:
-                raise ValueError(f"Parameter `{name}` should have shape {wanted}. Found {found}.")
+            if shape != wanted:
+                raise ValueError(f"Parameter `{name}` should have shape {wanted}. Found {shape}.")
         rates = torch.cat([pbar[None], qbar]).double()  # [1 + K, P, Y], the primary first
         self.log_data = log_data.double()
         rates = torch.where(self.log_data > -math.inf, rates, math.nan)
@@ -339,13 +339,13 @@ class OfflineMopo(nn.Module):
         return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
 
     def report(self) -> dict[str, float]:
-        found = {f"mopo_level/{self.primary}": self.reached}
+        metrics = {f"mopo_level/{self.primary}": self.reached}
         for k, (name, bound) in enumerate(zip(self.secondary, self.bounds(), strict=True)):
-            found[f"mopo_level/{name}"] = float(self.level[k])
-            found[f"mopo_bound/{name}"] = float(bound)
-            found[f"mopo_violation/{name}"] = float(bound - self.level[k])
-            found[f"mopo_lambda/{name}"] = float(self.lambdas[k])
-        return found
+            metrics[f"mopo_level/{name}"] = float(self.level[k])
+            metrics[f"mopo_bound/{name}"] = float(bound)
+            metrics[f"mopo_violation/{name}"] = float(bound - self.level[k])
+            metrics[f"mopo_lambda/{name}"] = float(self.lambdas[k])
+        return metrics
 
     def headline(self) -> str:
         """Level and multiplier of every bound, for the progress bar."""
