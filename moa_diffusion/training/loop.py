@@ -29,7 +29,7 @@ from moa_diffusion.processes.stopping import Interrupted, StopRequest
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint, front
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.saving import Saver
+from moa_diffusion.storage.saving import Saver
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
 
@@ -89,7 +89,7 @@ class Loop(ABC):
         self.completed = 0  # rounds finished
         self.seconds = 0.0  # that they took
         self._stepper = stepper
-        self._saver = Saver(folder, stepper, self.state_dict, comm, self.title)
+        self._saver = Saver(folder, policy, stepper.ema, self.state_dict, comm, self.title)
         self._row: dict[str, float] | None = None  # metrics of a round not yet written
         self.stop = StopRequest(said=comm.rank == 0)
         self.torn = False  # a failure has left the state between two rounds

@@ -24,8 +24,8 @@ from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage import log as metrics
 from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.storage.saving import Saver
 from moa_diffusion.storage.trackers import TrackerError
-from moa_diffusion.training.saving import Saver
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError
 
@@ -436,7 +436,7 @@ def test_each_error_is_told_once_and_none_is_lost(everyone, telling):
 def test_where_the_state_was_saved_is_said_by_the_process_that_saved_it(tmp_path):
     """Another one would name, and make, a temporary folder of its own."""
     others = Nodes(1, ["The state after 3 rounds is in /tmp/run-abc instead.", ""])
-    saver = Saver(tmp_path / "run", None, dict, others, "rounds")  # type: ignore[arg-type]
+    saver = Saver(tmp_path / "run", None, None, dict, others, "rounds")
     assert saver.rescue(3, StorageError("full"), alone=False) == others.everyone[0]
     assert not (tmp_path / "run").exists()
 
