@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.construct import construct, nearest
-from moa_diffusion.assembly.methods import check_ppo, gradients, objectives
+from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives
 from moa_diffusion.assembly.models import (
     causal_lm,
     check_prompts,
@@ -32,18 +32,22 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
+from moa_diffusion.monitoring.progress import Progress
+from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
-from moa_diffusion.training.stepper import GROWTH_INTERVAL, first_scale
+from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
+from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.trainer import Trainer
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe, Update
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -110,6 +114,7 @@ def _trainer(
     everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
+    progress = Progress(comm, bars=accelerator.is_main_process)
     built = Trainer(
         policy=model,
         scorer=scorer,
@@ -122,10 +127,8 @@ def _trainer(
             seed=settings.seed,
             shared_start=settings.sampling.shared_start,
         ),
-        geometry=geometry,
-        comm=comm,
-        updater=updater(settings, model, geometry, comm, accelerator),
-        gradients=gradients(settings, weighting),
+        update=update(settings, model, weighting, geometry, progress, accelerator),
+        progress=progress,
         schedule=schedule(settings),
         heldout=evaluation(
             settings,
@@ -143,7 +146,6 @@ def _trainer(
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
-        progress=accelerator.is_main_process,
     )
     _begin(settings, built, resumed, accelerator, meet)
     return built
@@ -202,16 +204,16 @@ def _offline_trainer(
     everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
+    progress = Progress(comm, bars=accelerator.is_main_process)
     built = OfflineTrainer(
         cloning=Cloning(
             policy=model,
+            stepper=stepper(settings, model, accelerator),
             data=data,
             comm=comm,
             micro_batch=settings.trainer.micro_batch,
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            max_skipped=settings.loss.max_skipped,
-            **_stepping(settings, model, accelerator),
         ),
+        progress=progress,
         primary=primary,
         bounds=bounds,
         settings=mopo,
@@ -234,7 +236,6 @@ def _offline_trainer(
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
-        progress=accelerator.is_main_process,
     )
     _begin(settings, built, resumed, accelerator, meet)
     return built
@@ -300,49 +301,57 @@ def schedule(settings: Config) -> Schedule:
     )
 
 
-def updater(
-    settings: Config, model: Policy, geometry: Geometry, comm: Comm, accelerator: Accelerator
-) -> Updater:
-    """AdamW, EMA and the loss over the policy's adapter."""
-    tolerance = settings.loss.ratio_tolerance
-    return Updater(
+def update(
+    settings: Config,
+    model: Policy,
+    weighting: Weighting,
+    geometry: Geometry,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> Update:
+    """AdamW, EMA and the loss over the policy's adapter, and how often objectives are weighed.
+
+    Raises:
+        ConfigError: if the weighting cannot be asked as often as the configuration wants.
+    """
+    fused = is_fused(settings, weighting)
+    steps = RolloutSteps(
         policy=model,
+        stepper=stepper(settings, model, accelerator),
         geometry=geometry,
-        comm=comm,
-        surrogate=Surrogate(
-            clip_range=settings.loss.clip_range,
-            advantage_clip=settings.loss.advantage_clip,
-            kl_weight=settings.loss.kl_weight,
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
-            max_skipped=settings.loss.max_skipped,
-        ),
+        loss=settings.loss,
+        progress=progress,
         seed=settings.seed,
-        progress=accelerator.is_main_process,
-        **_stepping(settings, model, accelerator),
     )
+    if fused:
+        return FusedUpdate(steps)
+    needs = weighting.needs_gramian
+    return PlainUpdate(steps, Probe(steps, settings.gradients) if needs else NoProbe())
 
 
-def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict[str, Any]:
-    """What all optimizer steps need: AdamW, its rate, the loss scale and EMA."""
+def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Stepper:
+    """What every optimizer step needs: AdamW, its rate, the loss scale and EMA."""
     options, warmup = settings.optimizer, settings.optimizer.warmup
-    return {
-        "optimizer": torch.optim.AdamW(
+    return Stepper(
+        policy=model,
+        optimizer=torch.optim.AdamW(
             list(model.trainable().values()),
             lr=options.lr,
             eps=options.eps,
             betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
         ),
-        "lr": lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
-        "scaler": torch.amp.GradScaler(
+        lr=lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        scaler=torch.amp.GradScaler(
             accelerator.device.type,
             init_scale=first_scale(model.dimensions),
             growth_interval=GROWTH_INTERVAL,
             enabled=settings.policy.dtype == "float16",
         ),
-        "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
-    }
+        ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+        max_grad_norm=options.max_grad_norm,
+        max_skipped=settings.loss.max_skipped,
+    )
 
 
 def processes(comm: Comm, device: torch.device) -> str:

@@ -7,25 +7,23 @@ responses that are already there.
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from moa_diffusion.data.seeds import derive_seed
-from moa_diffusion.distributed import Comm, ProcessError, agreed, share_telling
+from moa_diffusion.distributed import ProcessError, agreed, share_telling
 from moa_diffusion.monitoring.alarm import Alarm, Watch
 from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.processes.stopping import Interrupted, StopRequest
+from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint, front
 from moa_diffusion.storage.log import RunLog
@@ -56,14 +54,13 @@ class Loop(ABC):
         stepper: takes the optimizer steps.
         objectives: names of the K objectives; their means in evaluations, and those of rewards that
             are not trained on, decide which checkpoints stay.
-        comm: collectives over the processes.
+        progress: How far the run is.
         schedule: how long, and what happens when.
         heldout: the evaluation; None for none.
         watch: looks at the evaluations for a reward that is being gamed.
         log: metrics and scores.
         folder: of the run.
         seed: of the run.
-        progress: whether this process shows progress bars.
     """
 
     title = "rollouts"  # what a round is called
@@ -74,26 +71,28 @@ class Loop(ABC):
         policy: Policy,
         stepper: Stepper,
         objectives: tuple[str, ...],
-        comm: Comm,
+        progress: Progress,
         schedule: Schedule,
         heldout: HeldOut | None,
         watch: Watch,
         log: RunLog,
         folder: Path,
         seed: int,
-        progress: bool,
     ) -> None:
-        self.policy, self.objectives, self.comm = policy, objectives, comm
+        self.policy, self.objectives, self.progress = policy, objectives, progress
         self.schedule, self.heldout, self.watch = schedule, heldout, watch
-        self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
-        self.completed = 0  # rounds finished
-        self.seconds = 0.0  # that they took
+        self.log, self.folder, self.seed = log, folder, seed
+        self.comm = comm = progress.comm
+        self.seconds = 0.0  # that the rounds finished took
         self._stepper = stepper
         self._saver = Saver(folder, policy, stepper.ema, self.state_dict, comm, self.title)
         self._row: dict[str, float] | None = None  # metrics of a round not yet written
-        self.stop = StopRequest(said=comm.rank == 0)
         self.torn = False  # a failure has left the state between two rounds
-        self._seconds: dict[str, float] = {}
+
+    @property
+    def completed(self) -> int:
+        """The number of rounds finished."""
+        return self.progress.completed
 
     # ------------------------------------------------------------------ what a run is made of
 
@@ -133,10 +132,10 @@ class Loop(ABC):
         """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
         if self.heldout is None:
             return {}
-        with self._timed("evaluate"), self._stepper.ema.applied():
-            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
+        with self.progress.timed("evaluate"), self._stepper.ema.applied():
+            found = self.heldout(self.completed, before_batch=self.progress.leave_if_stopped)
         seconds = self.heldout.scorer.seconds.items()
-        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
+        self.progress.note_seconds({f"evaluate_{name}": spent for name, spent in seconds})
         alarms = self.watch.look(found)
         with agreed(self.comm, as_one=True):
             for alarm in alarms:
@@ -173,19 +172,19 @@ class Loop(ABC):
             total=self.schedule.steps,
             initial=self.completed,
             desc=self.title,
-            disable=not self.progress,
+            disable=not self.progress.bars,
         )
-        with self.stop.listening(), bar:
+        with self.progress.stop.listening(), bar:
             self._forget_lost_checkpoints()
-            with self.stop.at_once():
+            with self.progress.stop.at_once():
                 self.prepare()  # if it fails, nothing has happened that would have to be saved
             try:
-                self._leave_if_stopped()
+                self.progress.leave_if_stopped()
                 if self._row is not None:
                     self._finish_round(bar)
                 elif self.completed == 0 and (found := self.evaluate()):
                     with agreed(self.comm, as_one=True):
-                        self.log.write(0, found | self._take_seconds())
+                        self.log.write(0, found | self.progress.take_seconds())
                     if self._may_be_wanted():
                         self.save()
                 if self.watch.over and self.completed < self.schedule.steps:
@@ -195,7 +194,7 @@ class Loop(ABC):
                         *(self.completed, self.title),
                     )
                 while not self._last():
-                    self._leave_if_stopped()
+                    self.progress.leave_if_stopped()
                     self._round(bar)
             except (RewardError, TrainingError, ProcessError, Interrupted) as error:
                 share_telling(self.comm, error)
@@ -213,11 +212,11 @@ class Loop(ABC):
         try:
             metrics = self.attempt()
         except BaseException:
-            self.completed = completed  # where an attempt that was cut short goes back to
+            self.progress.completed = completed  # where an attempt that was cut short goes back to
             raise
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
+        self._row = metrics | self.progress.take_seconds() | {"seconds/total": seconds}
         self._finish_round(bar)
 
     def _finish_round(self, bar: tqdm[Any]) -> None:
@@ -226,7 +225,7 @@ class Loop(ABC):
         evaluated = any(name.startswith("eval_") for name in self._row)
         if not evaluated and (self._last() or self._due(self.schedule.evaluate_every)):
             start = time.perf_counter()
-            self._row |= self.evaluate() | self._take_seconds()
+            self._row |= self.evaluate() | self.progress.take_seconds()
             self._row["seconds/total"] += time.perf_counter() - start
         with agreed(self.comm, as_one=True):
             self.log.write(self.completed, self._row)
@@ -340,7 +339,8 @@ class Loop(ABC):
                 )
         checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
         self.restore(state)
-        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
+        self.progress.completed = state["step"]
+        self.seconds, self._row = state["seconds"], state["row"]
         if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
             if state["heldout"]["identity"] == self.heldout.identity:
                 self.heldout.load_state_dict(state["heldout"])
@@ -355,25 +355,3 @@ class Loop(ABC):
             checkpoint.forget_after(self.folder, self.completed)
             if checkpoint.list_checkpoints(self.folder):
                 self._retain()
-
-    # ------------------------------------------------------------------ small parts
-
-    def _leave_if_stopped(self) -> None:
-        asked = self.stop.number  # may change at any time
-        if self.comm.any(asked > 0):
-            number = signal.Signals(int(self.comm.gather(torch.tensor([asked])).max()))
-            raise Interrupted(f"Stopped by {number.name}.", number)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
-
-    def _take_seconds(self) -> dict[str, float]:
-        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        self._seconds = {}
-        return seconds

@@ -30,12 +30,12 @@ from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo import checked_bounds
 from moa_diffusion.objectives.mopo_offline import OfflineMopo, OfflineSettings, effective_samples
 from moa_diffusion.objectives.reachable import check_bounds
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.stepper import Stepper, TrainingError
@@ -54,50 +54,35 @@ class TeachablePolicy(Policy, Protocol):
         ...
 
 
-class Cloning(Stepper):
+class Cloning:
     """Takes the optimizer steps of weighted behaviour cloning.
 
     All responses are kept as token ids on the CPU, four bytes a token.
 
     Args:
-        policy: is taught.
-        data: the R rows are its responses, prompt by prompt.
-        comm: collectives over the processes.
-        optimizer: over ``policy.trainable()``.
-        lr: learning rate after so many optimizer steps.
-        scaler: loss scaler; disabled except in float16.
-        ema: average of the trained parameters.
-        micro_batch: rows per forward and backward pass.
-        max_grad_norm: the gradient is clipped to this length.
-        max_skipped: consecutive updates with non-finite gradients before giving up.
+        policy: The policy that is taught.
+        stepper: Takes one optimizer step on summed gradients.
+        data: The preferences; the R rows are their responses, prompt by prompt.
+        comm: The collectives over the processes.
+        micro_batch: Rows per forward and backward pass.
+
+    Raises:
+        ValueError: if ``micro_batch`` is not positive.
     """
 
     def __init__(
         self,
         *,
         policy: TeachablePolicy,
+        stepper: Stepper,
         data: Preferences,
         comm: Comm,
-        optimizer: torch.optim.Optimizer,
-        lr: Callable[[int], float],
-        scaler: torch.amp.GradScaler,
-        ema: EMA,
         micro_batch: int,
-        max_grad_norm: float,
-        max_skipped: int = 3,
     ) -> None:
         if micro_batch < 1:
             raise ValueError(f"Parameter `micro_batch` should be at least 1. Found {micro_batch}.")
-        super().__init__(
-            policy=policy,
-            optimizer=optimizer,
-            lr=lr,
-            scaler=scaler,
-            ema=ema,
-            max_grad_norm=max_grad_norm,
-            max_skipped=max_skipped,
-        )
-        self.teachable, self.data, self.comm, self.micro_batch = policy, data, comm, micro_batch
+        self.policy, self.stepper, self.data = policy, stepper, data
+        self.comm, self.micro_batch = comm, micro_batch
         self._places = data.rows().tolist()  # R pairs of prompt and position
         self._tokens: list[array[int]] = []  # R token ids, once `read` was called
 
@@ -111,7 +96,7 @@ class Cloning(Stepper):
             return
         texts = [self.data.responses[prompt][position] for prompt, position in self._places]
         try:
-            tokens = self.teachable.tokens_of(texts)
+            tokens = self.policy.tokens_of(texts)
         except ValueError as error:
             raise TrainingError(f"A response cannot be learned: {error}") from error
         self._tokens = [array("i", ids) for ids in tokens]
@@ -124,24 +109,24 @@ class Cloning(Stepper):
             weights: ``[B]``, constant.
         """
         self.read()
-        device = self.device
-        told = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
-        gradients = GradientSum(self._parameters)
+        device, scaler = self.stepper.device, self.stepper.scaler
+        parts = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
+        gradients = GradientSum(self.stepper.parameters)
         for part in self._batches(len(rows)):
             log_pi = self._log_pi([rows[i] for i in part])  # [m]
             weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
-            torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
+            torch.autograd.backward(scaler.scale(-weighted / len(rows)))
             gradients.take()
-            told.append(torch.stack([weighted, log_pi.sum()]).detach().float())
-        sums = torch.stack(told).cpu().double().sum(0)
+            parts.append(torch.stack([weighted, log_pi.sum()]).detach().float())
+        sums = torch.stack(parts).cpu().double().sum(0)
         self.comm.sum_([sums])
         gradients.write(self.comm)
-        norm = self.optimizer_step()
+        norm = self.stepper.optimizer_step()
         return {
             "offline/loss": float(-sums[0]) / len(rows),
             "offline/log_prob": float(sums[1]) / len(rows),
             "offline/tokens": sum(len(self._tokens[row]) for row in rows) / len(rows),
-            **self.step_metrics([norm]),
+            **self.stepper.step_metrics([norm]),
         }
 
     @torch.no_grad()
@@ -176,7 +161,7 @@ class Cloning(Stepper):
     def _log_pi(self, rows: Sequence[int]) -> Tensor:
         """Log-probabilities of the responses at these rows, ``[m]``."""
         prompts = [self.data.prompts[self._places[row][0]] for row in rows]
-        return self.teachable.log_probs_of(prompts, [self._tokens[row] for row in rows])
+        return self.policy.log_probs_of(prompts, [self._tokens[row] for row in rows])
 
 
 class OfflineTrainer(Loop):
@@ -210,7 +195,7 @@ class OfflineTrainer(Loop):
         log: metrics.
         folder: of the run.
         seed: of the order of the rows.
-        progress: whether this process shows a progress bar.
+        progress: How far the run is.
     """
 
     title = "steps"
@@ -229,9 +214,9 @@ class OfflineTrainer(Loop):
         log: RunLog,
         folder: Path,
         seed: int,
+        progress: Progress,
         level_prompts: int = 512,
         from_adapter: bool = False,
-        progress: bool = True,
     ) -> None:
         for name, value, least in (("batch", batch, 1), ("level_prompts", level_prompts, 0)):
             if value < least:
@@ -239,16 +224,15 @@ class OfflineTrainer(Loop):
         self.mopo = constrained(cloning.data, primary, bounds, settings)
         super().__init__(
             policy=cloning.policy,
-            stepper=cloning,
+            stepper=cloning.stepper,
             objectives=(self.mopo.primary, *self.mopo.secondary),
-            comm=cloning.comm,
+            progress=progress,
             schedule=schedule,
             heldout=heldout,
             watch=watch,
             log=log,
             folder=folder,
             seed=seed,
-            progress=progress,
         )
         self.cloning, self.data, self.batch = cloning, cloning.data, batch
         self.from_adapter = from_adapter
@@ -269,9 +253,9 @@ class OfflineTrainer(Loop):
                 "The reference was not asked for all rows of this step: `preferences.batch` and "
                 "`objectives.weighting.lag` should be those of the run that saved the checkpoint."
             )
-        with self._timed("update"):
+        with self.progress.timed("update"):
             update = self.cloning(rows, weights[rows])
-        self.completed += 1
+        self.progress.completed += 1
         known = target[~target.isnan().any(1)]
         samples = {"offline/effective_sample_size": effective_samples(known)}
         return self.mopo.report() | samples | update
@@ -316,7 +300,7 @@ class OfflineTrainer(Loop):
 
     def evaluate(self) -> dict[str, float]:
         """Win rates of the averaged weights over the responses, and held-out rewards."""
-        with self.cloning.ema.applied():
+        with self.cloning.stepper.ema.applied():
             levels = self.mopo.levels_of(self._log_ratio(self._level_prompts))
         found = {f"eval_level/{name}": level for name, level in levels.items()}
         return found | super().evaluate()
@@ -340,11 +324,11 @@ class OfflineTrainer(Loop):
 
     def attempt(self) -> dict[str, float]:
         # No copies: a step puts new tensors in the place of these.
-        before, updates = self.mopo.state_dict(), self.cloning.updates
+        before, updates = self.mopo.state_dict(), self.cloning.stepper.updates
         try:
             return self.step()
         except BaseException:
-            if self.cloning.updates == updates:
+            if self.cloning.stepper.updates == updates:
                 self.mopo.load_state_dict(before)
             else:  # the policy has learned what the state does not count
                 self.torn = True
@@ -358,13 +342,13 @@ class OfflineTrainer(Loop):
 
     def changing_state(self) -> dict[str, Any]:
         return {
-            "updater": self.cloning.state_dict(),
+            "updater": self.cloning.stepper.state_dict(),
             "mopo": self.mopo.state_dict(),
             "log_mu": self._log_mu,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.cloning.load_state_dict(state["updater"])
+        self.cloning.stepper.load_state_dict(state["updater"])
         self.mopo.load_state_dict(state["mopo"])
         self._log_mu = state["log_mu"]
 
@@ -392,8 +376,8 @@ class OfflineTrainer(Loop):
         return self.cloning.table(found)
 
     def _survey(self, rows: Tensor) -> Tensor:
-        with self._timed("survey"):
-            return self.cloning.log_probs(rows.tolist(), self._leave_if_stopped)
+        with self.progress.timed("survey"):
+            return self.cloning.log_probs(rows.tolist(), self.progress.leave_if_stopped)
 
 
 def constrained(

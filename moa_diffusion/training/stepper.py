@@ -68,8 +68,8 @@ class Stepper:
         self.updates = 0  # optimizer steps taken
         self.skipped_in_a_row = 0
         self.proven_scale = USUAL_SCALE  # the loss scale that has given finite gradients
-        self._parameters = list(policy.trainable().values())
-        self.device = self._parameters[0].device
+        self.parameters = list(policy.trainable().values())
+        self.device = self.parameters[0].device
         self._scale: float | None = None  # what the scaler has on the device
 
     @property
@@ -90,7 +90,7 @@ class Stepper:
         """
         scale = self.loss_scale
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.proven_scale = scale
@@ -117,7 +117,7 @@ class Stepper:
         """
         finite = [norm for norm in norms if math.isfinite(norm)]
         norm = sum(finite) / len(finite) if finite else math.nan
-        elements = sum(parameter.numel() for parameter in self._parameters)
+        elements = sum(parameter.numel() for parameter in self.parameters)
         return {
             "policy/grad_norm": norm,
             "policy/grad_rms": norm / math.sqrt(elements),

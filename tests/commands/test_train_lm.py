@@ -159,7 +159,7 @@ def test_a_run_leaves_texts_scores_and_an_adapter_for_peft(tmp_path: Path) -> No
     ids = AutoTokenizer.from_pretrained(tiny.LM_PATH)("To the baker", return_tensors="pt")
     with torch.no_grad():
         theirs = model(**ids).logits.log_softmax(-1)
-        with trainer.updater.ema.applied():
+        with trainer.steps.stepper.ema.applied():
             mine = trainer.policy.model(**ids).logits.log_softmax(-1)
     torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
 
@@ -188,13 +188,13 @@ def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -
 def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: Path) -> None:
     trainer = make(tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 6})
     seen: list[torch.Tensor] = []
-    improve = trainer.improve
+    descend = trainer.update.descend
 
-    def watched(rollout: Any, advantage: torch.Tensor) -> dict[str, float]:
+    def watched(rollout: Any, advantage: torch.Tensor, **options: float) -> dict[str, float]:
         seen.append(torch.where(rollout.mask, advantage, torch.nan))
-        return improve(rollout, advantage)
+        return descend(rollout, advantage, **options)
 
-    trainer.improve = watched
+    trainer.update.descend = watched
     trainer.run()
     assert seen[-1].shape == (16, 12)
     within = seen[-1].nan_to_num(0).std(1)

@@ -292,7 +292,7 @@ def make(folder: Path, resume: str | None = None, **changes) -> Trainer:
     settings = from_dict(values)
     check(settings)
     trainer = assembly.trainer(settings)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -372,7 +372,7 @@ def test_rollback_goes_back_and_ends_at_the_best_weights(tmp_path):
     assert steps(folder) == [0, 1, 2, 3, 4]  # the second alarm is one more than the limit
     assert [(row["step"], row["to_step"]) for row in told(folder)] == [(2, 0), (4, 0)]
     assert torch.equal(drift(trainer), torch.zeros(2, 3))
-    assert trainer.updater.updates == 0
+    assert trainer.steps.stepper.updates == 0
     means = [row["eval_mean/red"] for row in read_metrics(folder / "metrics.jsonl")]
     assert means[3] < means[2]  # after going back
     front = json.loads((folder / "front.json").read_text())["checkpoints"]

@@ -62,7 +62,7 @@ def make(folder: Path, resume: str | None = None, **sections: object) -> Trainer
     config = from_dict(values)
     check(config)
     trainer = assembly.trainer(config)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -111,8 +111,8 @@ def at(trainer: Trainer, moment: str, act: Callable[[], None]) -> None:
             sample(requests, step=step),
         )[1]
     elif moment == "update":
-        trainer.updater.optimizer.register_step_post_hook(
-            lambda *_: once(trainer.updater.updates == 2)
+        trainer.steps.stepper.optimizer.register_step_post_hook(
+            lambda *_: once(trainer.steps.stepper.updates == 2)
         )
     elif moment in ("first evaluation", "evaluation"):
         generate, wanted = policy.generate, 0 if moment == "first evaluation" else 2

@@ -26,6 +26,7 @@ from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import Evaluation
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
@@ -34,7 +35,7 @@ from moa_diffusion.storage.log import RunLog, read_metrics
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.loop import Schedule
 from moa_diffusion.training.offline import Cloning, OfflineTrainer
-from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError, Request
 from waiting import HANG
 
@@ -146,15 +147,18 @@ def make(
     comm = comm or LocalComm()
     cloning = Cloning(
         policy=policy,  # type: ignore[arg-type]  # what needs no pictures
+        stepper=Stepper(
+            policy=policy,  # type: ignore[arg-type]
+            optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+            lr=lambda count: lr * max(0.02, 1 - count / steps),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            ema=EMA(policy.trainable(), decay=0.5, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         data=data,
         comm=comm,
-        optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-        lr=lambda count: lr * max(0.02, 1 - count / steps),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        ema=EMA(policy.trainable(), decay=0.5, every=1),
         micro_batch=micro,
-        max_grad_norm=1.0,
-        max_skipped=3,
     )
     return OfflineTrainer(
         cloning=cloning,
@@ -170,7 +174,7 @@ def make(
         seed=seed,
         heldout=None,
         watch=Watch(data.objectives, ()),
-        progress=False,
+        progress=Progress(comm, bars=False),
     )
 
 
@@ -296,7 +300,7 @@ def test_prompts_count_the_same_however_many_responses_they_have(tmp_path):
 def test_every_epoch_shows_every_row_once(tmp_path):
     trainer = make(tmp_path, preferences(opposed(0)), batch=5)
     seen = []
-    for trainer.completed in range(12):
+    for trainer.progress.completed in range(12):
         seen += trainer.rows()
     epochs = [sorted(seen[start : start + 12]) for start in range(0, 60, 12)]
     assert epochs == [list(range(12))] * 5
@@ -594,7 +598,9 @@ def test_a_process_without_rows_keeps_up_with_a_loss_scale(tmp_path):
     def steps(comm: Any, scale: float | None = 1024.0) -> Tensor:
         trainer = make(tmp_path, preferences(opposed(3)), batch=4, micro=4, comm=comm)
         if scale is not None:
-            trainer.cloning.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+            trainer.cloning.stepper.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=scale, enabled=True
+            )
         told = [trainer.step() for _ in range(3)]
         assert [row["policy/skipped_updates"] for row in told] == [0, 0, 0]
         return learned(trainer)
@@ -666,7 +672,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_average(tmp_path):
         for name in ("delta.json", "ema/delta.json")
     )
     torch.testing.assert_close(live, trainer.policy.trainable()["delta"].detach())
-    torch.testing.assert_close(average, trainer.cloning.ema.average["delta"])
+    torch.testing.assert_close(average, trainer.cloning.stepper.ema.average["delta"])
     assert (live - average).abs().max() > 1e-3
 
 
@@ -758,7 +764,7 @@ def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
     trainer.heldout = Fixed()  # type: ignore[assignment]
     trainer.run()
     assert [row.get("eval_mean/x") for row in rows(tmp_path)] == [0, None, 2, None, 4]
-    average = torch.log_softmax(trainer.cloning.ema.average["delta"], 1).exp().double()
+    average = torch.log_softmax(trainer.cloning.stepper.ema.average["delta"], 1).exp().double()
     torch.testing.assert_close(drawn[-1], average)
     assert (learned(trainer) - average).abs().max() > 1e-3
     assert (tmp_path / "rewards.json").is_file()

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -124,7 +125,7 @@ def settings(folder: Path, **changes: object) -> Config:
 
 def make(folder: Path, **changes: object) -> Trainer:
     trainer = assembly.trainer(settings(folder, **changes))
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -225,18 +226,10 @@ def test_a_negative_weight_minimises(tmp_path):
 
 def test_the_first_update_is_the_policy_gradient(tmp_path):
     """One plain step: by hand, the gradient of mean(-A log p) of the samples drawn."""
-    trainer = make(tmp_path / "run", trainer__updates=1, loss__kl_weight=0.0)
+    trainer = make(tmp_path / "run", trainer__updates=1, optimizer__max_grad_norm=1e9)
     seen = {}
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.steps.stepper.optimizer.register_step_pre_hook(
         lambda *_: seen.update(gradient=trainer.policy.drift.grad.clone())
-    )
-    trainer.updater.surrogate = type(trainer.updater.surrogate)(
-        clip_range=0.2,
-        advantage_clip=5.0,
-        kl_weight=0.0,
-        max_grad_norm=1e9,
-        ratio_tolerance=1e-4,
-        max_skipped=1,
     )
     rollout = trainer.policy.sample(trainer.sampler.requests(0), step=0)
     trainer.step()
@@ -266,7 +259,7 @@ def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
     with torch.no_grad():
         policy.drift.copy_(torch.tensor([[0.2, -0.1, 0.1], [-0.1, 0.15, 0.05]]))
     before = policy.drift.detach().clone()
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.steps.stepper.optimizer.register_step_pre_hook(
         lambda *_: seen.update(gradient=policy.drift.grad.clone())
     )
     rollout = policy.sample(trainer.sampler.requests(0), step=0)
@@ -314,7 +307,7 @@ def test_reference_draws_are_spread_over_the_run(tmp_path, steps):
         return sample(requests, step=step)
 
     trainer.policy.sample = watched
-    trainer.meet(trainer.sampler.requests(0))
+    trainer.draw_references(trainer.sampler.requests(0))
     assert {prompt for prompt, _ in drawn} == {"a", "b", "c"}
     for sibling in range(4):
         (step,) = {drawn[prompt, sibling] for prompt in "abc"}
@@ -331,7 +324,7 @@ def test_reference_draws_are_spread_over_the_run(tmp_path, steps):
 def test_advantages_and_gradients_are_clipped(tmp_path):
     trainer = make(tmp_path / "run", loss__advantage_clip=0.5, optimizer__max_grad_norm=1e-3)
     norms = []
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.steps.stepper.optimizer.register_step_pre_hook(
         lambda *_: norms.append(float(trainer.policy.drift.grad.norm()))
     )
     found = trainer.step()
@@ -390,7 +383,7 @@ def test_batch_sizes_do_not_matter(tmp_path):
         )
         trainer.run()
         assert trainer.geometry.micro_batch == {2: 2, 3: 2, 8: 8, 100: 8}[size]
-        ends.append((drift(trainer), trainer.updater.ema.average["drift"]))
+        ends.append((drift(trainer), trainer.steps.stepper.ema.average["drift"]))
     for end in ends[1:]:
         for found, expected in zip(end, ends[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -494,7 +487,7 @@ def test_checkpoints_hold_both_adapters_and_the_newest_are_kept(tmp_path):
     live = json.loads((kept[-1] / "drift.json").read_text())["drift"]
     average = json.loads((kept[-1] / "ema" / "drift.json").read_text())["drift"]
     assert live == drift(trainer).tolist()
-    assert average == trainer.updater.ema.average["drift"].tolist()
+    assert average == trainer.steps.stepper.ema.average["drift"].tolist()
     assert average != live
 
 
@@ -507,7 +500,7 @@ def test_weights_solved_at_every_step_scale_the_kl_as_the_normalizer_does(tmp_pa
             loss={"clip_range": 0.2, "kl_weight": weight},
             objectives={"method": "upgrad"},
         )
-        assert trainer.gradients.fused
+        assert trainer.update.fused
         monkeypatch.setattr(trainer.normalizer, "kl_scale", lambda: 0.0, raising=False)
         with torch.no_grad():  # away from the reference, so that there is a KL
             trainer.policy.trainable()["drift"].add_(0.5)
@@ -519,12 +512,13 @@ def test_weights_solved_at_every_step_scale_the_kl_as_the_normalizer_does(tmp_pa
 def test_cosines_are_those_of_this_rollouts_gradients_or_none(tmp_path, monkeypatch):
     trainer = make(tmp_path / "run", objectives={"method": "upgrad"})
     assert any(name.startswith("cosine/") for name in trainer.step())
-    fused = trainer.updater.fused
+    improve = trainer.update.improve
 
-    def never_finite(rollout, advantages, solve, **options):
-        return fused(rollout, advantages * math.nan, solve, **options)
+    def never_finite(rollout, objectives, **options):
+        spoilt = replace(objectives, advantages=objectives.advantages * math.nan)
+        return improve(rollout, spoilt, **options)
 
-    monkeypatch.setattr(trainer.updater, "fused", never_finite)
+    monkeypatch.setattr(trainer.update, "improve", never_finite)
     assert not any(name.startswith("cosine/") for name in trainer.step())
 
 
@@ -568,7 +562,7 @@ def test_a_setting_changed_on_resume_is_used_or_refused(tmp_path, key):
     found = rows(folder)[-1]
     used = {
         "optimizer__lr": found["policy/lr"],
-        "optimizer__weight_decay": resumed.updater.optimizer.param_groups[0]["weight_decay"],
+        "optimizer__weight_decay": resumed.steps.stepper.optimizer.param_groups[0]["weight_decay"],
         "weight": found["weight/green"] / found["weight/red"],
     }
     assert used[key] == pytest.approx(0.07)
@@ -790,13 +784,13 @@ def test_an_update_cut_short_is_undone(tmp_path):
     straight = make(tmp_path / "straight", trainer__steps=3)
     straight.run()
     trainer = make(tmp_path / "run", trainer__steps=3)
-    trainer.updater.optimizer.register_step_post_hook(
-        lambda *_: ask_to_stop() if trainer.updater.updates == 2 else None
+    trainer.steps.stepper.optimizer.register_step_post_hook(
+        lambda *_: ask_to_stop() if trainer.steps.stepper.updates == 2 else None
     )
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.completed == 1
-    assert trainer.updater.updates == 2
+    assert trainer.steps.stepper.updates == 2
     make(tmp_path / "run", trainer__steps=3, resume="latest").run()
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     assert score_files(tmp_path / "run") == score_files(tmp_path / "straight")
@@ -873,13 +867,13 @@ def test_the_gap_before_any_update_is_logged_and_said_once(tmp_path, caplog):
 
 
 def scaled(trainer: Trainer, scale: float) -> None:
-    trainer.updater.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    trainer.steps.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
 
 
 def overflow_above(trainer: Trainer, limit: float) -> None:
     """Gradients are infinite at a larger loss scale, as float16 has it."""
     trainer.policy.drift.register_hook(
-        lambda gradient: gradient * (math.inf if trainer.updater.loss_scale > limit else 1.0)
+        lambda gradient: gradient * (math.inf if trainer.steps.stepper.loss_scale > limit else 1.0)
     )
 
 
@@ -895,7 +889,7 @@ def test_a_loss_scale_that_falls_from_its_start_is_no_failure(tmp_path, caplog):
     assert scales == [22, 20, 21, 20, 20, 21]
     assert "Update skipped" not in caplog.text
     assert drift(trainer).any()
-    assert trainer.updater.skipped_in_a_row == 0
+    assert trainer.steps.stepper.skipped_in_a_row == 0
 
 
 def test_at_the_usual_scale_a_skip_is_a_skip(tmp_path):
@@ -932,10 +926,10 @@ def test_float16_starts_with_a_scale_for_its_latents(tmp_path):
     assert first_scale(16 * 64 * 64) == 2**28  # where a random model's error is below 0.01
     assert first_scale(1) == 2**16  # a text's tokens
     trainer = make(tmp_path / "run", policy__dtype="float16", optimizer__eps=1e-12)
-    state = trainer.updater.scaler.state_dict()
+    state = trainer.steps.stepper.scaler.state_dict()
     assert state["scale"] == first_scale(3)
     assert state["growth_interval"] == 50
-    assert trainer.updater.optimizer.param_groups[0]["eps"] == 1e-12
+    assert trainer.steps.stepper.optimizer.param_groups[0]["eps"] == 1e-12
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
@@ -981,7 +975,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
         if trainer.completed != 1 or not torch.is_grad_enabled():
             return values
         before.setdefault("drift", drift(trainer))
-        before.setdefault("count", trainer.updater.ema.count)
+        before.setdefault("count", trainer.steps.stepper.ema.count)
         return values * math.nan
 
     broken_log_probs(trainer, spoil)
@@ -991,7 +985,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
     assert [row["policy/skipped_updates"] for row in found] == [0, 2, 0, 0]
     assert found[1]["policy/grad_norm"] is None
     assert torch.equal(before["after"], before["drift"])
-    assert trainer.updater.ema.count == before["count"] + 4
+    assert trainer.steps.stepper.ema.count == before["count"] + 4
     assert drift(trainer).isfinite().all()
 
 
@@ -1030,7 +1024,7 @@ def test_objectives_that_say_nothing_do_no_harm(tmp_path, method, names):
 
 def test_a_probe_that_is_not_finite_does_not_count(tmp_path, caplog):
     trainer = make(tmp_path / "run", **with_method("upgrad_probe"))
-    trainer.updater.measure = lambda *_, **__: torch.full((2, 2), math.nan)
+    trainer.update.probe.measure = lambda *_: torch.full((2, 2), math.nan)
     trainer.run()
     assert drift(trainer).any()
     assert "not finite" in caplog.text
@@ -1068,8 +1062,8 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
     trainer = make(tmp_path / "run", trainer__steps=3, evaluation__every=3)
     trainer.run()
     live = drift(trainer)
-    expected = torch.sigmoid(trainer.updater.ema.average["drift"].sum(0))
-    assert not torch.equal(trainer.updater.ema.average["drift"], live)
+    expected = torch.sigmoid(trainer.steps.stepper.ema.average["drift"].sum(0))
+    assert not torch.equal(trainer.steps.stepper.ema.average["drift"], live)
     found = trainer.evaluate()
     assert found["eval_mean/red"] == pytest.approx(float(expected[0]))
     assert found["eval_mean/green"] == pytest.approx(float(expected[1]))
@@ -1146,9 +1140,9 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_half_the_clip_range_is_the_tolerance_by_default(tmp_path):
-    assert make(tmp_path / "a", loss__clip_range=1e-3).updater.surrogate.ratio_tolerance == 5e-4
+    assert make(tmp_path / "a", loss__clip_range=1e-3).steps.loss.tolerance == 5e-4
     told = make(tmp_path / "b", loss__clip_range=1e-3, loss__ratio_tolerance=1e-5)
-    assert told.updater.surrogate.ratio_tolerance == 1e-5
+    assert told.steps.loss.tolerance == 1e-5
 
 
 def test_a_checkpoint_is_written_at_the_end_in_any_case(tmp_path):

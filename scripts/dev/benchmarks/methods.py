@@ -119,26 +119,25 @@ def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> Trainer:
     prompts = [prompt.text for prompt in trainer.sampler.prompts]
     trainer.policy.prepare(prompts)
     for step in range(rounds + 1):
-        trainer.meet(trainer.sampler.requests(step))
+        trainer.draw_references(trainer.sampler.requests(step))
     return trainer
 
 
 def _step(trainer: Trainer) -> tuple[float, float]:
     """CPU seconds of a whole step, and of its optimizer steps."""
-    name = "improve_jointly" if trainer.gradients.fused else "improve"
-    improve, spent = getattr(trainer, name), [0.0]
+    take, spent = trainer.steps.take, [0.0]
 
     def timed(*arguments: Any) -> Any:
         start = time.process_time()
-        found = improve(*arguments)
+        metrics = take(*arguments)
         spent[0] = time.process_time() - start
-        return found
+        return metrics
 
-    setattr(trainer, name, timed)
+    vars(trainer.steps)["take"] = timed
     start = time.process_time()
     trainer.step()
     seconds = time.process_time() - start
-    delattr(trainer, name)
+    del vars(trainer.steps)["take"]
     return seconds, spent[0]
 
 

@@ -161,7 +161,7 @@ def trainer_on(
         log=replace(settings.log, trackers=[], scores=False),
     )
     trainer = assembly.trainer(quiet, pipeline)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 

@@ -20,6 +20,7 @@ from moa_diffusion import tiny
 from moa_diffusion.config import Config, LossConfig, SamplingConfig, TrainerConfig
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.training.update import PlainUpdate
 from tiny_pipeline.tokenizers import MAX_LENGTH
 
 BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit
@@ -150,13 +151,14 @@ def _prepared(pipeline: Any, settings: Config, folder: str) -> Trainer:
 def _batch(trainer: Trainer, *, trained: bool) -> None:
     rollout = trainer.sample(trainer.sampler.requests(0))
     if trained:
-        trainer.improve(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
+        assert isinstance(trainer.update, PlainUpdate)
+        trainer.update.descend(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
 
 
 def _watched(
     plain: Any, trainers: Sequence[Trainer], phases: Phases
 ) -> list[tuple[object, str, Label]]:
-    """What is which phase; the rest of ``improve`` is counted as rest."""
+    """What is which phase; the rest of ``descend`` is counted as rest."""
 
     def forward() -> str:
         if torch.is_grad_enabled():
@@ -176,8 +178,8 @@ def _watched(
             (policy, "encode", ENCODE),
             (policy.transformer, "forward", forward),
             (policy.vae, "decode", DECODE),
-            (trainer, "improve", IMPROVE),
-            (trainer.updater, "optimizer_step", OPTIMIZER),
+            (trainer.update, "descend", IMPROVE),
+            (trainer.steps.stepper, "optimizer_step", OPTIMIZER),
         ]
     return targets
 
