@@ -32,17 +32,20 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
+from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
 from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import RunLog
 from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.loop import Loop, Schedule
+from moa_diffusion.training.loop import Learner, Run, Schedule
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
 from moa_diffusion.training.steps import RolloutSteps
@@ -53,7 +56,7 @@ from moa_diffusion.types import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def trainer(settings: Config, pipeline: Any = None) -> Trainer:
+def trainer(settings: Config, pipeline: Any = None) -> Run:
     """Everything a run needs, checked in the order of what checking costs.
 
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
@@ -69,8 +72,8 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
-    with agreed(comm) as meet:
-        return _trainer(settings, pipeline, accelerator, comm, meet)
+    with agreed(comm) as agree:
+        return _trainer(settings, pipeline, accelerator, comm, agree)
 
 
 def _trainer(
@@ -78,8 +81,8 @@ def _trainer(
     pipeline: Any,
     accelerator: Accelerator,
     comm: Comm,
-    meet: Callable[[], None],
-) -> Trainer:
+    agree: Callable[[], None],
+) -> Run:
     check_launcher(accelerator)
     if settings.preferences.given:
         raise ConfigError(
@@ -91,18 +94,18 @@ def _trainer(
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
         settings = dataclasses.replace(settings, resume=None)
     prompts = train_prompts(settings)
-    asked = heldout_requests(settings)
+    requests = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
     check_trackers(settings.log.trackers)
     check_ppo(settings)
     if settings.policy.name == "causal_lm":
         check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
-    watch = watcher(settings, asked)
+    watch = watcher(settings, requests)
     geometry = solve_geometry(settings, comm.world_size)
-    read = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": asked})
-    meet()
-    check_same(comm, read)
+    shared = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": requests})
+    agree()
+    check_same(comm, shared)
     if comm.rank == 0:
         report_unused(settings)
         print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
@@ -110,16 +113,13 @@ def _trainer(
             print(prompts.describe())
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
-    drawn = [prompt for part in prompts.sets for prompt in part.prompts]
-    everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
+    trained = [prompt for part in prompts.sets for prompt in part.prompts]
+    everyone, scorer = scorers(settings, comm, trained=trained, asked=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
-    built = Trainer(
-        policy=model,
+    learner = Trainer(
         scorer=scorer,
-        normalizer=normalizer,
-        weighting=weighting,
         sampler=GroupSampler(
             prompts,
             groups=geometry.groups,
@@ -127,31 +127,30 @@ def _trainer(
             seed=settings.seed,
             shared_start=settings.sampling.shared_start,
         ),
+        normalizer=normalizer,
+        weighting=weighting,
         update=update(settings, model, weighting, geometry, progress, accelerator),
-        progress=progress,
-        schedule=schedule(settings),
-        heldout=evaluation(
-            settings,
-            asked,
-            model,
-            everyone,
-            scorer,
-            comm,
-            log,
-            geometry.sample_batch,
-            accelerator.is_main_process,
-        ),
-        watch=watch,
-        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
+        rollouts=settings.trainer.steps,
         log=log,
-        folder=Path(settings.output_dir),
-        seed=settings.seed,
+        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    _begin(settings, built, resumed, accelerator, meet)
-    return built
+    heldout = evaluation(
+        settings,
+        requests,
+        model,
+        everyone,
+        scorer,
+        comm,
+        log,
+        geometry.sample_batch,
+        progress.bars,
+    )
+    run = _run(settings, learner, heldout, watch, log)
+    _begin(settings, run, resumed, accelerator, agree)
+    return run
 
 
-def text_trainer(settings: Config) -> Loop:
+def text_trainer(settings: Config) -> Run:
     """A run that trains a language model: online, or from preferences where there are some.
 
     Raises:
@@ -161,20 +160,20 @@ def text_trainer(settings: Config) -> Loop:
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
-    with agreed(comm) as meet:
+    with agreed(comm) as agree:
         if settings.policy.name != "causal_lm":
             raise ConfigError(
                 "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
                 f"{settings.policy.name!r}."
             )
         if settings.preferences.given:
-            return _offline_trainer(settings, accelerator, comm, meet)
-        return _trainer(settings, None, accelerator, comm, meet)
+            return _offline_trainer(settings, accelerator, comm, agree)
+        return _trainer(settings, None, accelerator, comm, agree)
 
 
 def _offline_trainer(
-    settings: Config, accelerator: Accelerator, comm: Comm, meet: Callable[[], None]
-) -> OfflineTrainer:
+    settings: Config, accelerator: Accelerator, comm: Comm, agree: Callable[[], None]
+) -> Run:
     check_launcher(accelerator)
     resumed = run_folder(settings)
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
@@ -182,30 +181,30 @@ def _offline_trainer(
     data = preferences(settings)
     check_prompts(settings, data.prompts)
     starting_adapter(settings, tell=False)
-    asked = heldout_requests(settings)
+    requests = heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
-    mopo = construct(OfflineSettings, "objectives.weighting", options, {})
+    chosen = construct(OfflineSettings, "objectives.weighting", options, {})
     check_trackers(settings.log.trackers)
-    watch = watcher(settings, asked)
+    watch = watcher(settings, requests)
     try:
-        constrained(data, primary, bounds, mopo)
+        mopo = constrained(data, primary, bounds, chosen)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    read = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": asked})
-    meet()
-    check_same(comm, read)
+    shared = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": requests})
+    agree()
+    check_same(comm, shared)
     if comm.rank == 0:
         report_unused(settings)
         print(
             f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
+    everyone, scorer = scorers(settings, comm, trained=(), asked=requests)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
-    built = OfflineTrainer(
+    learner = OfflineTrainer(
         cloning=Cloning(
             policy=model,
             stepper=stepper(settings, model, accelerator),
@@ -213,61 +212,70 @@ def _offline_trainer(
             comm=comm,
             micro_batch=settings.trainer.micro_batch,
         ),
+        mopo=mopo,
         progress=progress,
-        primary=primary,
-        bounds=bounds,
-        settings=mopo,
+        seed=settings.seed,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
+    )
+    heldout = evaluation(
+        settings,
+        requests,
+        model,
+        everyone,
+        scorer,
+        comm,
+        log,
+        settings.trainer.sample_batch,
+        progress.bars,
+    )
+    run = _run(settings, learner, heldout, watch, log)
+    _begin(settings, run, resumed, accelerator, agree)
+    return run
+
+
+def _run(
+    settings: Config, learner: Learner, heldout: HeldOut | None, watch: Watch, log: RunLog
+) -> Run:
+    return Run(
+        learner,
         schedule=schedule(settings),
-        heldout=evaluation(
-            settings,
-            asked,
-            model,
-            everyone,
-            scorer,
-            comm,
-            log,
-            settings.trainer.sample_batch,
-            accelerator.is_main_process,
-        ),
+        heldout=heldout,
         watch=watch,
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
     )
-    _begin(settings, built, resumed, accelerator, meet)
-    return built
 
 
 def _begin(
     settings: Config,
-    built: Loop,
+    run: Run,
     resumed: Path | None,
     accelerator: Accelerator,
-    meet: Callable[[], None],
+    agree: Callable[[], None],
 ) -> None:
     """Load the state to go on from, and write down what the run is."""
     if resumed is not None:
-        built.load_state_dict(checkpoint.load_state(resumed))
-        logger.info("Resumed from %s after %d %s.", resumed, built.completed, built.title)
-    meet()  # every process has its model and its state
+        run.load_state_dict(checkpoint.load_state(resumed))
+        logger.info("Resumed from %s after %d %s.", resumed, run.completed, run.learner.title)
+    agree()  # every process has its model and its state
     if not accelerator.is_main_process:
         return
     if resumed is None:
-        start_over(built.folder)
+        start_over(run.folder)
     write_config(settings)
     try:
-        built.log.start_trackers(flat(settings))
+        run.log.start_trackers(flat(settings))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
 
 
 def report_unused(settings: Config) -> None:
     """Say once what `accelerate launch` asks for in vain."""
-    if found := unused(settings.policy.dtype):
-        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(found))
+    if options := unused(settings.policy.dtype):
+        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
 
 
 def preferences(settings: Config) -> Preferences:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.training.ema import EMA
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,12 @@ class Stepper:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state of the same adapter; rates and decays stay this run's."""
+        """Go back to a saved state; rates and decays stay this run's.
+
+        Raises:
+            ConfigError: if it is of another adapter.
+        """
+        checkpoint.check_adapter(state["trainable"], self.policy.trainable())
         for name, parameter in self.policy.trainable().items():
             parameter.copy_(state["trainable"][name])
         self.optimizer.zero_grad(set_to_none=True)

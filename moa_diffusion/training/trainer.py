@@ -7,10 +7,9 @@ improve the policy that of the update, how a rollout is cut over processes that 
 from __future__ import annotations
 
 import logging
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,41 +19,33 @@ from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.distributed import agreed, deal, local_slice
 from moa_diffusion.monitoring import drift
-from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.lessons import Lessons
-from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.metrics import reward_metrics
-from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer, Scoring
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.training.critic import Critic, Estimates
-from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.update import Scalarization, Update
 from moa_diffusion.types import ConfigError, Outputs, Request, RewardMatrix, Rollout, concatenate
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(Loop):
-    """Improves a policy on K rewards.
+class Trainer:
+    """Improves a policy on K rewards, rollout by rollout: a ``Learner``.
+
+    The policy, the geometry and the run's seed are those of the update's optimizer steps.
 
     Args:
-        policy: The policy, which draws samples and gives their log-probabilities.
         scorer: Runs the K reward heads.
+        sampler: Says which prompts and seeds are drawn in which rollout.
         normalizer: Stage 1 and stage 2 of the normalization of rewards.
         weighting: Finds the objectives' weights from statistics.
-        sampler: Says which prompts and seeds are drawn in which rollout.
         update: Weighs the objectives and takes the optimizer steps.
-        progress: How far the run is.
-        schedule: How long the run is, and what happens when.
-        heldout: The evaluation; None for none.
-        watch: Looks at the evaluations for a reward that is being gamed.
-        log: Where metrics and scores go.
-        folder: The run's folder.
-        seed: The run's seed.
+        rollouts: The length of the whole run, over which draws of the reference are spread.
+        log: Where every sample's scores go.
         critic: The value heads; None if the decisions of a sample share one advantage.
 
     Raises:
@@ -62,61 +53,52 @@ class Trainer(Loop):
             than the Gramian.
     """
 
+    title = "rollouts"
+
     def __init__(
         self,
         *,
-        policy: Policy,
         scorer: Scorer,
+        sampler: GroupSampler,
         normalizer: Normalizer,
         weighting: Weighting,
-        sampler: GroupSampler,
         update: Update,
-        progress: Progress,
-        schedule: Schedule,
-        heldout: HeldOut | None,
-        watch: Watch,
+        rollouts: int,
         log: RunLog,
-        folder: Path,
-        seed: int,
         critic: Critic | None = None,
     ) -> None:
-        super().__init__(
-            policy=policy,
-            stepper=update.steps.stepper,
-            objectives=scorer.names,
-            progress=progress,
-            schedule=schedule,
-            heldout=heldout,
-            watch=watch,
-            log=log,
-            folder=folder,
-            seed=seed,
-        )
-        self.scorer, self.critic = scorer, critic
-        self.normalizer, self.weighting = normalizer, weighting
-        self.sampler, self.update = sampler, update
-        self.steps, self.geometry = update.steps, update.steps.geometry
         if update.fused and not weighting.from_gramian_alone:
             raise ValueError(
                 "Parameter `update` should weigh once per rollout for a weighting that depends on "
                 f"more than the Gramian. Found a fused one for {type(weighting).__name__}."
             )
+        self.scorer, self.sampler = scorer, sampler
+        self.normalizer, self.weighting = normalizer, weighting
+        self.update, self.critic = update, critic
+        self.rollouts, self.log, self.objectives = rollouts, log, scorer.names
+        self.steps = steps = update.steps
+        self.policy, self.stepper, self.geometry = steps.policy, steps.stepper, steps.geometry
+        self.progress, self.comm, self.seed = steps.progress, steps.comm, steps.seed
         self._lessons = Lessons(scorer.names)
 
     # ------------------------------------------------------------------ the paragraph
 
-    def step(self) -> dict[str, float]:
-        """Draw one rollout and improve the policy on it; return the step's metrics."""
-        requests = self.sampler.requests(self.completed)  # N
+    def step(self, *, kl_scale: float = 1.0) -> dict[str, float]:
+        """Draw one rollout and improve the policy on it; return the step's metrics.
+
+        Args:
+            kl_scale: A factor of the KL's weight.
+        """
+        number = self.progress.completed  # of rollouts before this one
+        requests = self.sampler.requests(number)  # N
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all
         estimates = self.estimate(rollout, rewards)  # [K, N], or decisions [K, D]
         advantages = self.normalizer.per_objective(estimates.matrix)  # [K, N] or [K, D]
         objectives = self.scalarization(estimates, advantages)
-        improvement = self.update.improve(rollout, objectives, kl_scale=self.watch.kl_scale)
+        improvement = self.update.improve(rollout, objectives, kl_scale=kl_scale)
         self.record(requests, rollout, rewards, improvement.advantage)
-        self._lessons.look(rewards, advantages, improvement.advantage, first=self.completed == 0)
-        self.progress.completed += 1
+        self._lessons.look(rewards, advantages, improvement.advantage, first=number == 0)
         return {
             **reward_metrics(rewards, advantages, improvement.weights, estimates.matrix),
             **self.statistics(rollout),
@@ -189,7 +171,7 @@ class Trainer(Loop):
         self.expect(local)
         with self.scorer.begin() as scoring:
             rollout = self.sample(local, scoring)
-            self.steps.check_ratio(rollout, self.policy.trained_steps(self.completed))
+            self.steps.check_ratio(rollout, self.policy.trained_steps(self.progress.completed))
             return rollout, self.score(scoring, requests)
 
     def expect(self, requests: Sequence[Request]) -> None:
@@ -210,7 +192,7 @@ class Trainer(Loop):
         with self.progress.timed("sample"):
             for batch in self.progress.bar("sample", batches):
                 self.progress.leave_if_stopped()
-                parts.append(part := self.policy.sample(batch, step=self.completed))
+                parts.append(part := self.policy.sample(batch, step=self.progress.completed))
                 if scoring is not None:
                     scoring.add(part.requests, images=part.images, texts=part.texts)
         return concatenate(parts)
@@ -239,7 +221,7 @@ class Trainer(Loop):
             normalizer=self.normalizer,
             weighting=self.weighting,
             comm=self.comm,
-            step=self.completed,
+            step=self.progress.completed,
             estimates=estimates,
             advantages=advantages,
             clip=self.steps.loss.advantage_clip,
@@ -258,14 +240,14 @@ class Trainer(Loop):
             decisions = self.comm.gather(rollout.mask.cpu()).sum(1)  # [N]
             advantage = advantage.sum(1) / decisions
         with agreed(self.comm, as_one=True):
-            self.log.write_scores(self.completed + 1, requests, rewards, advantage, texts)
+            self.log.write_scores(self.progress.completed + 1, requests, rewards, advantage, texts)
 
     def statistics(self, rollout: Rollout) -> dict[str, float]:
         """Means over all N outputs of what shows a reward being gamed, and siblings' diversity."""
         outputs = rollout.outputs
         with self.progress.timed("statistics"):
             by_sample = drift.statistics(
-                outputs, device=self.steps.stepper.device, batch=self.geometry.sample_batch
+                outputs, device=self.stepper.device, batch=self.geometry.sample_batch
             )
             prints = drift.fingerprints(outputs)
         means = {
@@ -280,89 +262,81 @@ class Trainer(Loop):
         means["diversity"] = drift.diversity(everyone, self.comm.gather(groups))
         return drift.prefixed("", outputs, means)
 
-    # ------------------------------------------------------------------ of the run
+    # ------------------------------------------------------------------ what the run asks for
 
-    def run(self) -> None:
-        try:
-            super().run()
-        finally:
-            self._lessons.report()
-
-    def prepare(self) -> None:
-        scorer = self.heldout.scorer if self.heldout else self.scorer
-        asked = self.heldout.requests if self.heldout else ()
-        prompts = [p.text for p in self.sampler.prompts] + [request.prompt for request in asked]
+    def prepare(self, heldout: HeldOut | None) -> Mapping[str, Any]:
+        scorer = heldout.scorer if heldout else self.scorer
+        prompts = [prompt.text for prompt in self.sampler.prompts]
+        prompts += [request.prompt for request in heldout.requests] if heldout else []
         with agreed(self.comm):
             self.policy.prepare(prompts)
         # After the policy's encoders have left the accelerator: they and the heads need not fit
         # together.
-        facts = scorer.load(prompts)
-        self._try_rewards()
-        with agreed(self.comm):
-            self.log.write_heads(self.completed, facts)
+        heads = scorer.load(prompts)
+        self.try_rewards()
+        if heldout:
+            heldout.try_rewards()
+        return heads
 
-    def _try_rewards(self) -> None:
+    def try_rewards(self) -> None:
         """Score the first samples of the next rollout: what always fails, fails before it is drawn.
 
         Two samples, as a function may need several; the rollout draws them once more.
         """
-        asked = local_slice(self.sampler.requests(self.completed), self.comm)[:2]
-        self.expect(asked)
+        requests = local_slice(self.sampler.requests(self.progress.completed), self.comm)[:2]
+        self.expect(requests)
         size = self.geometry.sample_batch
-        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
         with agreed(self.comm):
-            drawn = concatenate([self.policy.sample(part, step=self.completed) for part in parts])
-        self.scorer.try_out(asked, drawn.outputs)
-        if self.heldout:
-            self.heldout.try_rewards()
+            drawn = concatenate(
+                [self.policy.sample(part, step=self.progress.completed) for part in parts]
+            )
+        self.scorer.try_out(requests, drawn.outputs)
 
-    def attempt(self) -> dict[str, float]:
-        before = checkpoint.to_cpu(self.changing_state())
-        try:
-            return self.step()
-        except BaseException as error:  # perhaps between two optimizer steps
-            traceback.clear_frames(error.__traceback__)  # they hold what memory ran out for
-            self.restore(before)  # what is saved is the state before this rollout
-            raise
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+    def snapshot(self) -> dict[str, Any]:
+        copied: dict[str, Any] = checkpoint.to_cpu(self.state_dict())
+        return copied
+
+    def undo(self, snapshot: dict[str, Any]) -> bool:
+        self.load_state_dict(snapshot)
+        return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.objectives]
         return " ".join([*means, self.weighting.headline()]).rstrip()
 
-    def close(self) -> None:
-        self.scorer.close()
-        super().close()
-
     def facts(self) -> dict[str, Any]:
-        return {"method": self._method()}
+        parts = [self.normalizer, self.weighting, *([self.critic] if self.critic else [])]
+        return {"method": [type(part).__name__ for part in parts]}
 
-    def changing_state(self) -> dict[str, Any]:
-        """What a step changes, and what undoing it needs."""
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "updater": self.steps.stepper.state_dict(),
+            "updater": self.stepper.state_dict(),
             "normalizer": self.normalizer.state_dict(),
             "weighting": self.weighting.state_dict(),
             **self.update.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.steps.stepper.load_state_dict(state["updater"])
-        for part in ("normalizer", "weighting"):
-            try:
-                getattr(self, part).load_state_dict(state[part])
-            except (RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"resume: objectives.{part} has other settings than the checkpoint: {error}"
-                ) from error
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stepper.load_state_dict(state["updater"])
+        with _fitting("objectives.normalizer"):
+            self.normalizer.load_state_dict(state["normalizer"])
+        with _fitting("objectives.weighting"):
+            self.weighting.load_state_dict(state["weighting"])
         self.update.load_state_dict(state)
         if self.critic is not None:
-            try:
+            with _fitting("critic"):
                 self.critic.load_state_dict(state["critic"])
-            except (RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"resume: critic has other settings than the checkpoint: {error}"
-                ) from error
+
+    def finish(self) -> None:
+        self._lessons.report()
+
+    def close(self) -> None:
+        self.scorer.close()
 
     # ------------------------------------------------------------------ small parts
 
@@ -372,17 +346,24 @@ class Trainer(Loop):
         They begin elsewhere in each rollout that meets new prompts.
         """
         count = self.normalizer.reference_samples
-        draws = generator(self.seed, "reference steps", self.completed)
+        draws = generator(self.seed, "reference steps", self.progress.completed)
         start = float(torch.rand((), generator=draws, dtype=torch.float64))
-        return [int((m + start) * self.schedule.steps / count) for m in range(count)]
+        return [int((m + start) * self.rollouts / count) for m in range(count)]
 
     def _report_silence(self, rewards: RewardMatrix) -> None:
         """Say so if a reward applies to nothing at the start: a wrong prompt set, perhaps."""
-        if self.completed == 0:
+        if self.progress.completed == 0:
             for name, row in zip(rewards.names, rewards.values, strict=True):
                 if row.isnan().all():
                     logger.warning("Reward %s applies to no sample of the first rollout.", name)
 
-    def _method(self) -> list[str]:
-        parts = [self.normalizer, self.weighting, *([self.critic] if self.critic else [])]
-        return [type(part).__name__ for part in parts]
+
+@contextmanager
+def _fitting(section: str) -> Iterator[None]:
+    """Report a state that does not fit as one of other settings."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"resume: {section} has other settings than the checkpoint: {error}"
+        ) from error

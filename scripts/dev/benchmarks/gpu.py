@@ -17,6 +17,7 @@ from benchmarks.pipelines import SIZES, parameter_count, random_pipeline, traine
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, Rollout
@@ -68,12 +69,11 @@ def measure_gpu(
         sampling=replace(settings.sampling, resolution=min(settings.sampling.resolution, largest)),
         trainer=replace(settings.trainer, groups=groups),
     )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(trainer_on(pipeline, scaled, folder, rewards)) as trainer,
-    ):
-        measured = _measure(trainer, phases, rollouts)
-        work = _work(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        run, trainer = trainer_on(pipeline, scaled, folder, rewards)
+        with closing(run):
+            measured = _measure(run, trainer, phases, rollouts)
+            work = _work(trainer)
     seconds, images = measured["seconds"], measured["images"]
     flops = {
         SAMPLE: images * settings.sampling.steps * work["flops"]["forward"],
@@ -98,7 +98,7 @@ def measure_gpu(
     }
 
 
-def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
+def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     """Seconds (of rollouts: medians) and peak memory by phase."""
     policy = trainer.policy
     assert isinstance(policy, SD3Policy)
@@ -115,7 +115,7 @@ def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     ):
         policy.prepare(prompts)
         once = phases.take()
-        rows = [_rollout(trainer, phases) for _ in plan][1:]
+        rows = [_rollout(run, phases) for _ in plan][1:]
     trainer.steps.loss = strict
     seconds = {name: once[name] for name in (BUILD, PREPARE)}
     for name in (SAMPLE, DECODE, SCORE, UPDATE, REST):
@@ -130,10 +130,10 @@ def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     }
 
 
-def _rollout(trainer: Trainer, phases: Phases) -> dict[str, float]:
+def _rollout(run: Run, phases: Phases) -> dict[str, float]:
     """Seconds by phase of one training step."""
     phases.take()
-    trainer.step()
+    run.step()
     return phases.take()
 
 
@@ -171,7 +171,7 @@ def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
         with_kl = trainer.steps.loss.kl_weight > 0
         terms = trainer.policy.log_probs(part, first, with_kl=with_kl)
         torch.autograd.backward([term.sum() for term in terms if term is not None])
-    trainer.steps.stepper.optimizer.zero_grad(set_to_none=True)
+    trainer.stepper.optimizer.zero_grad(set_to_none=True)
     return forward, counter.get_total_flops()
 
 
