@@ -256,6 +256,11 @@ class LossConfig:
     ratio_tolerance: float | None = None
     max_skipped: int = 5
 
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute log ratio that passes the on-policy check."""
+        return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
+
 
 @dataclass
 class CriticConfig:
