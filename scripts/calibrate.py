@@ -32,7 +32,7 @@ def main() -> int:
 
     from moa_diffusion import config
     from moa_diffusion.calibration.measure import measure, report
-    from moa_diffusion.calibration.picture import picture
+    from moa_diffusion.calibration.plot import picture
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.storage.calibration_file import save
     from moa_diffusion.types import ConfigError

@@ -36,8 +36,9 @@ def main() -> int:
         parser.error("a comparison starts processes itself: start it with `python`.")
 
     from moa_diffusion.comparison import results as compare
-    from moa_diffusion.comparison.picture import picture
-    from moa_diffusion.comparison.runs import execute, plan
+    from moa_diffusion.comparison.execute import execute
+    from moa_diffusion.comparison.plan import plan
+    from moa_diffusion.comparison.plot import picture
     from moa_diffusion.files.writing import write_text
     from moa_diffusion.types import ConfigError
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from moa_diffusion import config
 from moa_diffusion.comparison.curves import picture
-from moa_diffusion.comparison.runs import interruptible
+from moa_diffusion.comparison.execute import interruptible
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 

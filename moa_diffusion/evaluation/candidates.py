@@ -16,6 +16,7 @@ from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.files.digests import json_digest
 from moa_diffusion.files.paths import split_list, split_name
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.storage import checkpoint
@@ -274,3 +275,8 @@ def _all_rewards(settings: Config) -> dict[str, dict[str, Any]]:
 def _value(settings: Config, key: str) -> Any:
     section, name = key.split(".")
     return vars(vars(settings)[section])[name]
+
+
+def model_digest(base: str, adapter: str) -> str:
+    """Of the base model with an adapter; of the base model alone where that is empty."""
+    return json_digest([base, adapter]) if adapter else base

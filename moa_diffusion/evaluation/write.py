@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from moa_diffusion.evaluation.evaluate import Evaluation
+from moa_diffusion.evaluation.records import Evaluation
 from moa_diffusion.files.writing import replaced
-from moa_diffusion.report.table import NAME
+from moa_diffusion.report.page.page import NAME as REPORT
+from moa_diffusion.report.page.page import write_report
+from moa_diffusion.report.pareto_plot import write_pareto
+from moa_diffusion.report.shown import write_shown
+from moa_diffusion.report.summary import text, write_summary
+from moa_diffusion.report.table import NAME, read_table
+
+
+def write(found: Evaluation, output: Path, *, shown: int, runs: Mapping[str, Path]) -> str:
+    """Write the table, the summary, all models side by side, the front and the page.
+
+    All but the table is made from the table that was written, not from what was in memory.
+
+    Args:
+        found: what was drawn and scored.
+        output: folder; made if need be.
+        shown: prompts beside each other at most.
+        runs: folders by series, whose training the page shows.
+
+    Returns:
+        what to print.
+
+    Raises:
+        ConfigError: if a file that a run left is damaged.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_table(found, output)
+    table = read_table(output)
+    summary = write_summary(table, output)
+    shown_in = write_shown(table, output, shown=shown)
+    write_pareto(table, summary, output / "pareto.png")
+    write_report(table, summary, runs, output / REPORT)
+    files = (NAME, "summary.md", "summary.json", shown_in, "pareto.png", REPORT)
+    return (
+        f"{text(table, summary)}\n"
+        f"Drawn: {found.drawn} of {len(found.samples)} {found.noun}; "
+        f"scored: {found.scored} of {table.values.size} scores; the others were there.\n"
+        f"Written: {', '.join(str(output / name) for name in files)}"
+    )
 
 
 def write_table(found: Evaluation, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.medium import medium_of
-from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.evaluation.texts import Generation
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.summary import Summary, drawn, summarise
 from moa_diffusion.report.table import Table

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError
-from rewards.heads.ocr.text import comparable, quoted_target
+from rewards.heads.ocr.target_text import comparable, quoted_target
 from rewards.pretrained.base import ModelHead
 from rewards.pretrained.locate import Weights, check, find
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing

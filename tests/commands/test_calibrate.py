@@ -17,7 +17,7 @@ from PIL import Image
 
 from moa_diffusion.calibration.describe import calibrate
 from moa_diffusion.calibration.measure import draws, findings, measure, report
-from moa_diffusion.calibration.picture import picture
+from moa_diffusion.calibration.plot import picture
 from moa_diffusion.config import from_dict
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage.calibration_file import load

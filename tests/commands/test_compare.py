@@ -19,7 +19,10 @@ import yaml
 from PIL import Image
 
 from moa_diffusion import config
-from moa_diffusion.comparison.picture import mean_path, picture
+from moa_diffusion.comparison.execute import cause_of_death, execute
+from moa_diffusion.comparison.plan import Run, method_settings, plan
+from moa_diffusion.comparison.plot import mean_path, picture
+from moa_diffusion.comparison.read import read_run, training_seconds
 from moa_diffusion.comparison.results import (
     Comparison,
     as_json,
@@ -28,11 +31,8 @@ from moa_diffusion.comparison.results import (
     hypervolumes,
     opposed,
     read_pair,
-    read_run,
     table,
-    training_seconds,
 )
-from moa_diffusion.comparison.runs import Run, cause_of_death, execute, method_settings, plan
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python, running, wait_for

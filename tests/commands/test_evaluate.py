@@ -26,10 +26,15 @@ from moa_diffusion.adapters.diffusers import WEIGHTS, read_adapter, skeleton
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import from_dict
 from moa_diffusion.data.sampling import Prompt
-from moa_diffusion.evaluation import command, score_cache
+from moa_diffusion.evaluation import plan as planning
+from moa_diffusion.evaluation import score_cache
 from moa_diffusion.evaluation.candidates import candidates
-from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
-from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest
+from moa_diffusion.evaluation.errors import EvaluationError
+from moa_diffusion.evaluation.evaluate import evaluate
+from moa_diffusion.evaluation.images import Sampler, base_digest
+from moa_diffusion.evaluation.records import Evaluation
+from moa_diffusion.evaluation.sample_cache import ImageCache
+from moa_diffusion.evaluation.write import write
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.report.summary import summarise, text
@@ -116,12 +121,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(runs: Path, output: Path, *overrides: str, **options: object) -> command.Plan:
+def ask(runs: Path, output: Path, *overrides: str, **options: object) -> planning.Plan:
     given = {"run": [str(runs / "a"), str(runs / "b")], "prompts": str(runs / "three.txt")}
-    return command.plan(OPTIONS | given | {"output": output} | options, overrides)
+    return planning.plan(OPTIONS | given | {"output": output} | options, overrides)
 
 
-def run(plan: command.Plan) -> Evaluation:
+def run(plan: planning.Plan) -> Evaluation:
     return evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
 
 
@@ -130,7 +135,7 @@ def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Two runs of two checkpoints, a soup, and a reward that does not apply to every prompt."""
     output = tmp_path_factory.mktemp("evaluated")
     found = run(ask(runs, output, f"--rewards.signs.path={runs}/mine.py:signs", soup="a,b"))
-    command.write(found, output, shown=2, runs={})
+    write(found, output, shown=2, runs={})
     return output, found
 
 
@@ -411,7 +416,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine pictures in batches of four: one process has more than the other."""
     options = {"run": [str(runs / "a")], "seeds": "0"}
     plan = ask(runs, tmp_path / "one", **options)
-    command.write(run(plan), plan.output, shown=12, runs=plan.runs)
+    write(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
@@ -521,7 +526,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
     folder = checkpoint.step_folder(runs / "b", 2) / "ema"
-    plan = command.plan(
+    plan = planning.plan(
         OPTIONS
         | {
             "lora": [f"mine={folder}"],

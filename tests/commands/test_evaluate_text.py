@@ -38,11 +38,14 @@ from moa_diffusion.adapters.peft import (
 )
 from moa_diffusion.adapters.soup import mix
 from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation import command
-from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
-from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
-from moa_diffusion.evaluation.texts import Texts
-from moa_diffusion.export.folder import export
+from moa_diffusion.evaluation import plan as planning
+from moa_diffusion.evaluation.errors import EvaluationError
+from moa_diffusion.evaluation.evaluate import evaluate
+from moa_diffusion.evaluation.records import Evaluation
+from moa_diffusion.evaluation.sample_cache import TextCache
+from moa_diffusion.evaluation.texts import Generation, Texts, base_digest
+from moa_diffusion.evaluation.write import write
+from moa_diffusion.export.export import export
 from moa_diffusion.report.completions import literal
 from moa_diffusion.report.table import read_table
 from moa_diffusion.storage import checkpoint
@@ -160,12 +163,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(runs: Path, output: Path, *overrides: str, **options: Any) -> command.Plan:
+def ask(runs: Path, output: Path, *overrides: str, **options: Any) -> planning.Plan:
     given = {"run": [str(runs / "a"), str(runs / "b")], "output": output}
-    return command.plan(OPTIONS | given | options, overrides)
+    return planning.plan(OPTIONS | given | options, overrides)
 
 
-def run(plan: command.Plan) -> Evaluation:
+def run(plan: planning.Plan) -> Evaluation:
     return evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
 
 
@@ -175,7 +178,7 @@ def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     output = tmp_path_factory.mktemp("evaluated")
     plan = ask(runs, output, f"--rewards.bakers.path={runs}/mine.py:bakers", soup="a,b")
     found = run(plan)
-    said = command.write(found, output, shown=2, runs=plan.runs)
+    said = write(found, output, shown=2, runs=plan.runs)
     assert "Drawn: 36 of 36 completions; scored: 108 of 108 scores" in said
     return output, found
 
@@ -368,7 +371,7 @@ def test_a_cell_shows_a_text_as_it_is(text: str, cell: str):
 def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine completions in batches of four: one process has more than the other."""
     plan = ask(runs, tmp_path / "one", run=[str(runs / "a")], seeds="0")
-    command.write(run(plan), plan.output, shown=12, runs=plan.runs)
+    write(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
@@ -435,7 +438,7 @@ def test_scales_are_read_as_peft_reads_them(runs: Path, tmp_path: Path):
     trained.save_pretrained(tmp_path / "mine")
     options = {"lora": [str(tmp_path / "mine")], "pipeline": str(runs / "base")}
     overrides = [f"--rewards.short.path={runs}/mine.py:short", "--generation.max_new_tokens", "8"]
-    plan = command.plan(
+    plan = planning.plan(
         OPTIONS | options | {"prompts": str(runs / "three.txt"), "rewards": "short"}, overrides
     )
     assert [one.label for one in plan.candidates] == ["base", "mine"]
@@ -584,7 +587,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
 def test_options_of_texts_are_none_of_pictures(tmp_path: Path):
     options = {"pipeline": "tiny", "rewards": "sharpness", "temperature": "1"}
     with pytest.raises(ConfigError, match="--temperature: is for completions"):
-        command.plan(OPTIONS | options, [])
+        planning.plan(OPTIONS | options, [])
 
 
 # ---------------------------------------------------------------------- export

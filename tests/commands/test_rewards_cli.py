@@ -21,9 +21,9 @@ from PIL import Image
 
 from rewards import RewardBatch, RewardError, available, create, register, registry
 from rewards.commands import cli
-from rewards.commands.cards import CARDS
-from rewards.commands.check import PROMPT, check, prepare
-from rewards.commands.folder import ScoreTable, match
+from rewards.commands.check_head import PROMPT, check, prepare
+from rewards.commands.head_cards import CARDS
+from rewards.commands.score_folder import ScoreTable, match
 from rewards.serving.server import listen
 from waiting import HANG
 

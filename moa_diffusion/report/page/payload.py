@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from moa_diffusion.report.page.runs import Training
-from moa_diffusion.report.pareto import COLOURS
+from moa_diffusion.report.pareto_plot import COLOURS
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import Estimate

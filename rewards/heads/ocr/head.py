@@ -21,7 +21,13 @@ from rewards.heads.ocr.alphabets import who_reads
 from rewards.heads.ocr.engines import Engine
 from rewards.heads.ocr.plans import plan
 from rewards.heads.ocr.pool import PoolError, WorkerPool
-from rewards.heads.ocr.text import check_quotes, comparable, legibility, quoted_target, readable
+from rewards.heads.ocr.target_text import (
+    check_quotes,
+    comparable,
+    legibility,
+    quoted_target,
+    readable,
+)
 from rewards.registry import register
 
 _MOST_WORKERS = 8

@@ -27,8 +27,8 @@ from rewards import (
     registry,
 )
 from rewards.commands import cli
-from rewards.commands.check import Unusable, check, prepare
-from rewards.commands.folder import ScoreTable, score_pairs, texts_of
+from rewards.commands.check_head import Unusable, check, prepare
+from rewards.commands.score_folder import ScoreTable, score_pairs, texts_of
 from rewards.identity import Identity
 from rewards.serving import wire
 from rewards.serving.client import Calls, call

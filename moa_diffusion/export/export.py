@@ -17,9 +17,10 @@ from moa_diffusion.evaluation.candidates import (
     run_settings,
     shared_settings,
 )
-from moa_diffusion.evaluation.command import check_libraries, write_shown
 from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.export.card import model_card
+from moa_diffusion.report.libraries import check_libraries
+from moa_diffusion.report.shown import write_shown
 from moa_diffusion.report.table import NAME, Table, read_table
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError

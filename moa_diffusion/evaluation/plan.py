@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion import config
+from moa_diffusion import assembly, config
 from moa_diffusion.config import Config
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.sampling import Prompt, read_prompts
 from moa_diffusion.evaluation.candidates import (
     Candidate,
     candidates,
@@ -19,18 +20,10 @@ from moa_diffusion.evaluation.candidates import (
     run_settings,
     shared_settings,
 )
-from moa_diffusion.evaluation.evaluate import Evaluation, chosen_prompts
 from moa_diffusion.evaluation.medium import MEDIA, medium_of
-from moa_diffusion.evaluation.write import write_table
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
-from moa_diffusion.report.completions import write_completions
-from moa_diffusion.report.grid import write_grid
-from moa_diffusion.report.page.page import NAME as REPORT
-from moa_diffusion.report.page.page import write_report
-from moa_diffusion.report.pareto import write_pareto
-from moa_diffusion.report.summary import text, write_summary
-from moa_diffusion.report.table import NAME, Table, read_table
+from moa_diffusion.report.libraries import check_libraries
 from moa_diffusion.types import ConfigError
 
 
@@ -100,67 +93,6 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
     )
 
 
-def check_libraries() -> None:
-    """Find out before anything is drawn whether what comes after is installed.
-
-    Raises:
-        ImportError: with the line that installs it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-        import moocore  # noqa: F401
-        import plotly  # noqa: F401
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'{error}. Try: pip install "moa-diffusion[report]"') from error
-
-
-def write(found: Evaluation, output: Path, *, shown: int, runs: Mapping[str, Path]) -> str:
-    """Write the table, the summary, all models side by side, the front and the page.
-
-    All but the table is made from the table that was written, not from what was in memory.
-
-    Args:
-        found: what was drawn and scored.
-        output: folder; made if need be.
-        shown: prompts beside each other at most.
-        runs: folders by series, whose training the page shows.
-
-    Returns:
-        what to print.
-
-    Raises:
-        ConfigError: if a file that a run left is damaged.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    write_table(found, output)
-    table = read_table(output)
-    summary = write_summary(table, output)
-    shown_in = write_shown(table, output, shown=shown)
-    write_pareto(table, summary, output / "pareto.png")
-    write_report(table, summary, runs, output / REPORT)
-    files = (NAME, "summary.md", "summary.json", shown_in, "pareto.png", REPORT)
-    return (
-        f"{text(table, summary)}\n"
-        f"Drawn: {found.drawn} of {len(found.samples)} {found.noun}; "
-        f"scored: {found.scored} of {table.values.size} scores; the others were there.\n"
-        f"Written: {', '.join(str(output / name) for name in files)}"
-    )
-
-
-def write_shown(table: Table, folder: Path, *, shown: int) -> str:
-    """Write some prompts with the samples of all models beside each other.
-
-    Returns:
-        the file's name.
-    """
-    if table.texts is None:
-        write_grid(table, folder / "grid.png", shown=shown)
-        return "grid.png"
-    write_completions(table, folder / "completions.md", shown=shown)
-    return "completions.md"
-
-
 def _settings(
     options: Mapping[str, Any], runs: Mapping[str, Path], overrides: Sequence[str]
 ) -> Config:
@@ -221,3 +153,18 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"{option}: should be whole numbers, comma-separated. Found {text!r}."
         ) from None
+
+
+def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:
+    """The prompts of a file, or the run's held-out ones.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if file is not None:
+        return read_prompts(file, column=settings.prompts.column)
+    section = dataclasses.replace(settings.evaluation, every=1, images_per_prompt=1)
+    asked = assembly.heldout_requests(dataclasses.replace(settings, evaluation=section))
+    if not asked:
+        raise ConfigError("--prompts: should name a file. The run has no held-out prompts.")
+    return tuple(Prompt(text=request.prompt, metadata=request.metadata) for request in asked)
