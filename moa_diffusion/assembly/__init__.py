@@ -2,7 +2,7 @@
 
 from moa_diffusion.assembly.methods import METHODS, gradients, objectives
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
-from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
+from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, write_config
 from moa_diffusion.assembly.scorers import check_judged, heads
 from moa_diffusion.assembly.trainers import (
@@ -22,6 +22,7 @@ __all__ = [
     "flat",
     "gradients",
     "heads",
+    "heldout_prompts",
     "heldout_requests",
     "model_path",
     "objectives",

@@ -1,8 +1,7 @@
-"""The commands of scripts/evaluate.py and scripts/export.py: options to work, work to files."""
+"""What scripts/evaluate.py is to do, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from moa_diffusion.evaluation.candidates import (
     run_settings,
     shared_settings,
 )
-from moa_diffusion.evaluation.medium import MEDIA, medium_of
+from moa_diffusion.evaluation.medium import MEDIA, Medium, medium_of
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.report.libraries import check_libraries
@@ -28,24 +27,25 @@ from moa_diffusion.types import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class EvaluationPlan:
     """An evaluation that can be run."""
 
-    settings: Config
+    settings: Config  # of the base model, how it draws, and the rewards
+    medium: Medium  # what the models draw
     runs: Mapping[str, Path]  # folders by series
-    candidates: tuple[Candidate, ...]
-    prompts: tuple[Prompt, ...]
-    seeds: tuple[int, ...]
-    output: Path
-    cache: Path
+    candidates: tuple[Candidate, ...]  # the base model first
+    prompts: tuple[Prompt, ...]  # P
+    seeds: tuple[int, ...]  # S, of the noise; equal for all models
+    output: Path  # folder of tables and pictures
+    cache: Path  # folder of samples and scores
 
 
-def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
+def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationPlan:
     """Read and check everything that can be checked without a model.
 
     Args:
-        options: of ``scripts/evaluate.py``, by name.
-        overrides: dotted keys and values over every configuration.
+        options: The options of ``scripts/evaluate.py`` by name.
+        overrides: Dotted keys and values over every configuration.
 
     Raises:
         ConfigError: for anything that cannot be evaluated.
@@ -61,17 +61,20 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
                 given += [f"--{key}", options[option]]
     runs = named_folders("--run", options["run"])
     loras = named_folders("--lora", options["lora"], files=True)
+    each = _configurations(options, runs, given)
+    medium = medium_of(next(iter(each.values())))
     settings = choose_rewards(
-        _settings(options, runs, given), _words("--rewards", options["rewards"])
+        shared_settings(each, medium), _words("--rewards", options["rewards"])
     )
-    _check_options(settings, options)
+    _check_options(settings, medium, options)
     prompts = chosen_prompts(settings, options["prompts"])
-    medium_of(settings).check(settings, [prompt.text for prompt in prompts])
+    medium.check(settings, [prompt.text for prompt in prompts])
     seeds = _numbers("--seeds", options["seeds"])
     if options["shown"] < 1:
         raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
-    found = candidates(
+    models = candidates(
         settings,
+        medium,
         runs,
         loras,
         chosen=options["checkpoints"],
@@ -82,10 +85,11 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
     )
     own = next(iter(runs.values())) / "evaluate" if len(runs) == 1 else Path("runs/evaluate")
     output = options["output"] or own
-    return Plan(
+    return EvaluationPlan(
         settings=settings,
+        medium=medium,
         runs=runs,
-        candidates=tuple(found),
+        candidates=tuple(models),
         prompts=prompts,
         seeds=seeds,
         output=output,
@@ -93,28 +97,29 @@ def plan(options: Mapping[str, Any], overrides: Sequence[str]) -> Plan:
     )
 
 
-def _settings(
+def _configurations(
     options: Mapping[str, Any], runs: Mapping[str, Path], overrides: Sequence[str]
-) -> Config:
+) -> dict[str, Config]:
+    """The configurations that the models were made with, by run, or by the file or folder."""
     sources = [name for name in ("config", "pipeline") if options[name] is not None]
     if bool(runs) + len(sources) != 1:
-        found = ", ".join([*(["--run"] if runs else []), *(f"--{name}" for name in sources)])
+        given = ", ".join([*(["--run"] if runs else []), *(f"--{name}" for name in sources)])
         raise ConfigError(
             "The base model and its settings should come from --run, or from one of --config and "
-            f"--pipeline. Found {found or 'none of them'}."
+            f"--pipeline. Found {given or 'none of them'}."
         )
     if runs:
-        return shared_settings(run_settings(runs, overrides))
+        return run_settings(runs, overrides)
     if options["config"] is not None:
-        return shared_settings({options["config"]: config.load(options["config"], overrides)})
+        return {options["config"]: config.load(options["config"], overrides)}
     names = _words("--rewards", options["rewards"]) or []
-    given = ["--policy.path", options["pipeline"], "--evaluation.every", "0"]
-    given += ["--policy.name", _kind(options["pipeline"])]
-    given += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
-    return shared_settings({options["pipeline"]: config.parse(given)})
+    line = ["--policy.path", options["pipeline"], "--evaluation.every", "0"]
+    line += ["--policy.name", _policy_name(options["pipeline"])]
+    line += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
+    return {options["pipeline"]: config.parse(line)}
 
 
-def _kind(path: str) -> str:
+def _policy_name(path: str) -> str:
     """The policy that a local folder holds the model of; of a hub id nothing is known."""
     try:
         folder = expanded(path)
@@ -124,16 +129,15 @@ def _kind(path: str) -> str:
     return "causal_lm" if writes else "sd3"
 
 
-def _check_options(settings: Config, options: Mapping[str, Any]) -> None:
+def _check_options(settings: Config, medium: Medium, options: Mapping[str, Any]) -> None:
     """Options of the other medium would be without effect."""
-    own = medium_of(settings)
     for other in MEDIA.values():
         for option in other.options:
-            if options[option] is not None and option not in own.options:
-                valid = ", ".join(f"--{name}" for name in own.options)
+            if options[option] is not None and option not in medium.options:
+                valid = ", ".join(f"--{name}" for name in medium.options)
                 raise ConfigError(
                     f"--{option}: is for {other.noun}. policy.name {settings.policy.name} draws "
-                    f"{own.noun}, which have {valid}."
+                    f"{medium.noun}, which have {valid}."
                 )
 
 
@@ -163,8 +167,7 @@ def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:
     """
     if file is not None:
         return read_prompts(file, column=settings.prompts.column)
-    section = dataclasses.replace(settings.evaluation, every=1, images_per_prompt=1)
-    asked = assembly.heldout_requests(dataclasses.replace(settings, evaluation=section))
-    if not asked:
+    prompts = assembly.heldout_prompts(settings)
+    if not prompts:
         raise ConfigError("--prompts: should name a file. The run has no held-out prompts.")
-    return tuple(Prompt(text=request.prompt, metadata=request.metadata) for request in asked)
+    return prompts

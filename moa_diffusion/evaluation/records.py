@@ -10,7 +10,7 @@ from moa_diffusion.data.sampling import Prompt
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.images import Sampler
 from moa_diffusion.evaluation.sample_cache import OutputCache
-from moa_diffusion.evaluation.score_cache import Judge, Score
+from moa_diffusion.evaluation.score_cache import HeadVersion, Score
 from moa_diffusion.evaluation.texts import Generation
 
 
@@ -25,16 +25,16 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What was found: everything that the table of scores has."""
+class ScoredSamples:
+    """All samples of an evaluation with their scores: everything that the table has."""
 
     candidates: tuple[Candidate, ...]
-    digests: tuple[str, ...]  # of each candidate with the base model
+    digests: tuple[str, ...]  # one for each candidate, of the base model with its adapter
     prompts: tuple[Prompt, ...]
     sampler: Sampler | Generation
     samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
     scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
-    judges: Mapping[str, Judge]
+    versions: Mapping[str, HeadVersion]  # of the heads, by objective
     outputs: OutputCache[Any]
     noun: str  # what the samples are
     drawn: int  # samples that were not in the cache

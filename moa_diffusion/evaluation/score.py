@@ -1,108 +1,134 @@
-"""Score what is not in the cache, as it was stored: what one sees is what was scored."""
+"""Score the samples that have no score in the cache, as they were stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from moa_diffusion.config import Config
-from moa_diffusion.data.sampling import Prompt
 from moa_diffusion.distributed import Comm
 from moa_diffusion.evaluation.errors import working
+from moa_diffusion.evaluation.plan import EvaluationPlan
 from moa_diffusion.evaluation.records import Sample
 from moa_diffusion.evaluation.sample_cache import OutputCache
-from moa_diffusion.evaluation.score_cache import Judge, Score, ScoreCache
+from moa_diffusion.evaluation.score_cache import HeadVersion, Score, ScoreCache
 from moa_diffusion.scoring import RewardHead, Scorer
 from moa_diffusion.types import Request
 
-SCORED_AT_A_TIME = 16  # batches between two writes to the cache of scores
+BATCHES_PER_WRITE = 16  # to the caches of scores
 
 
-def _score(
-    settings: Config,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSample(Request):
+    """A sample to score, which was drawn before."""
+
+    output: str  # key in the cache of outputs
+    score: str  # key in the caches of scores
+
+
+def score_samples(
+    plan: EvaluationPlan,
     heads: Mapping[str, RewardHead],
-    prompts: Sequence[Prompt],
     samples: Sequence[Sample],
     outputs: OutputCache[Any],
-    cache: Path,
     comm: Comm,
-) -> tuple[dict[str, tuple[Score, ...]], dict[str, Judge], int]:
-    """Scores by objective, of every sample; what is not in the cache is computed."""
+) -> tuple[dict[str, tuple[Score, ...]], dict[str, HeadVersion], int]:
+    """Scores of all samples by objective; what is not in the cache is computed.
+
+    Args:
+        plan: The evaluation.
+        heads: The reward heads by objective.
+        samples: M samples, whose outputs are in the cache.
+        outputs: The cache of outputs.
+        comm: Collectives over the processes.
+
+    Returns:
+        M scores by objective, the heads' versions by objective, and how many scores were computed.
+
+    Raises:
+        RewardError: if a head failed.
+        ConfigError: if what the cache holds is damaged.
+        EvaluationError: if nothing can be written.
+        ProcessError: if one of these was raised on another process.
+    """
 
     def options(name: str) -> dict[str, Any]:
-        given = settings.rewards[name].items()
+        given = plan.settings.rewards[name].items()
         return {key: value for key, value in given if key not in ("weight", "head")}
 
-    everyone = Scorer(heads, comm, overlap=settings.scoring.overlap)
+    overlap, folder = plan.settings.scoring.overlap, plan.cache / "scores"
+    everyone = Scorer(heads, comm, overlap=overlap)
     scorers = {tuple(heads): everyone}
     try:
-        everyone.load([prompt.text for prompt in prompts])
+        everyone.load([prompt.text for prompt in plan.prompts])
         with working(comm):  # nobody writes before all have read
-            judges = {name: Judge.of(name, head, options(name)) for name, head in heads.items()}
-            caches = {name: ScoreCache(cache / "scores", judge) for name, judge in judges.items()}
-            keys = [ScoreCache.key(sample.key, prompts[sample.prompt]) for sample in samples]
-            known = {name: one.read() for name, one in caches.items()}
-        waiting: dict[tuple[str, ...], dict[str, int]] = {}  # heads -> key -> index of a sample
-        for i, key in enumerate(keys):
-            if lacking := tuple(name for name in heads if key not in known[name]):
-                waiting.setdefault(lacking, {}).setdefault(key, i)
-        for names, todo in waiting.items():
+            versions = {
+                name: HeadVersion.of(name, head, options(name)) for name, head in heads.items()
+            }
+            caches = {name: ScoreCache(folder, version) for name, version in versions.items()}
+            known = {name: cache.read() for name, cache in caches.items()}
+            stored = [_stored(plan, sample) for sample in samples]
+        # Samples by the heads that have not scored them; equal samples have one key.
+        missing: dict[tuple[str, ...], dict[str, StoredSample]] = {}
+        for one in stored:
+            if lacking := tuple(name for name in heads if one.score not in known[name]):
+                missing.setdefault(lacking, {}).setdefault(one.score, one)
+        for names, todo in missing.items():
             if names not in scorers:
                 chosen = {name: heads[name] for name in names}
-                scorers[names] = Scorer(chosen, comm, overlap=settings.scoring.overlap)
-            _score_missing(
-                settings, scorers[names], prompts, samples, todo, outputs, caches, known, comm
-            )
+                scorers[names] = Scorer(chosen, comm, overlap=overlap)
+            _score_missing(plan, scorers[names], list(todo.values()), outputs, caches, known, comm)
     finally:
         for scorer in scorers.values():
             scorer.close()
-    scores = {name: tuple(known[name][key] for key in keys) for name in heads}
-    return scores, judges, sum(len(names) * len(todo) for names, todo in waiting.items())
+    scores = {name: tuple(known[name][one.score] for one in stored) for name in heads}
+    return scores, versions, sum(len(names) * len(todo) for names, todo in missing.items())
+
+
+def _stored(plan: EvaluationPlan, sample: Sample) -> StoredSample:
+    prompt = plan.prompts[sample.prompt]
+    return StoredSample(
+        prompt=prompt.text,
+        metadata=prompt.metadata,
+        output=sample.key,
+        score=ScoreCache.key(sample.key, prompt),
+    )
 
 
 def _score_missing(
-    settings: Config,
+    plan: EvaluationPlan,
     scorer: Scorer,
-    prompts: Sequence[Prompt],
-    samples: Sequence[Sample],
-    todo: Mapping[str, int],
+    stored: Sequence[StoredSample],
     outputs: OutputCache[Any],
     caches: Mapping[str, ScoreCache],
     known: Mapping[str, dict[str, Score]],
     comm: Comm,
 ) -> None:
     """Score these samples with all heads of the scorer, and write them down part by part."""
-    items, size = list(todo.items()), settings.trainer.sample_batch
-    part_size = size * SCORED_AT_A_TIME
-    for start in range(0, len(items), part_size):
-        part = items[start : start + part_size]
-        requests = [  # `group` says which sample it is
-            Request(
-                prompt=prompts[samples[i].prompt].text,
-                metadata=prompts[samples[i].prompt].metadata,
-                group=i,
-            )
-            for _, i in part
-        ]
-        found = scorer.survey(
-            requests,
-            lambda asked: outputs.read([samples[request.group].key for request in asked]),
+    size = plan.settings.trainer.sample_batch
+    part_size = size * BATCHES_PER_WRITE
+    for start in range(0, len(stored), part_size):
+        part = stored[start : start + part_size]
+        survey = scorer.survey(
+            part,
+            lambda batch: outputs.read([one.output for one in batch]),
             batch=size,
             title="score",
             before_batch=lambda: None,
             progress=comm.rank == 0,
         )
-        for name, column in zip(scorer.names, found.values.T.tolist(), strict=True):
+        for name, column in zip(scorer.names, survey.values.T.tolist(), strict=True):
             prefix = f"{name}/"
             new = {
-                key: Score(
+                one.score: Score(
                     value=value,
                     extra={
-                        k.removeprefix(prefix): v for k, v in extra.items() if k.startswith(prefix)
+                        key.removeprefix(prefix): cell
+                        for key, cell in extra.items()
+                        if key.startswith(prefix)
                     },
                 )
-                for (key, _), value, extra in zip(part, column, found.extra, strict=True)
+                for one, value, extra in zip(part, column, survey.extra, strict=True)
             }
             known[name].update(new)
             with working(comm):

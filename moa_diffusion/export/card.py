@@ -13,7 +13,6 @@ from moa_diffusion import assembly
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
-from moa_diffusion.evaluation.medium import medium_of
 from moa_diffusion.evaluation.texts import Generation
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.summary import Summary, drawn, summarise
@@ -35,22 +34,24 @@ def model_card(
     adapter: Adapter,
     table: Table | None,
     *,
+    noun: str,
     name: str,
     shown: str | None,
 ) -> str:
     """The card in Markdown, with the metadata that model hubs read in front.
 
     Args:
-        settings: shared by all members.
-        each: configuration of every run by name.
-        members: the checkpoints, one per run.
-        shares: weight of each.
-        adapter: the LoRA.
-        table: the base model and this one, if they were evaluated.
-        name: of the model.
-        shown: file beside the card with samples of both, if they were evaluated.
+        settings: The settings that all members share.
+        each: The configuration of every run by name.
+        members: The checkpoints, one per run.
+        shares: The weight of each member.
+        adapter: The LoRA.
+        table: The base model and this one, if they were evaluated.
+        noun: What the model draws, in the plural.
+        name: The model's name.
+        shown: The file beside the card with samples of both, if they were evaluated.
     """
-    base, noun = settings.policy.path, medium_of(settings).noun
+    base = settings.policy.path
     head, usage = _of_texts(settings, name) if noun == "completions" else _of_images(settings, name)
     if not Path(assembly.model_path(settings)).is_dir():
         head["base_model"] = base
