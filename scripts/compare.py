@@ -37,14 +37,14 @@ def main() -> int:
 
     from moa_diffusion.comparison import results as compare
     from moa_diffusion.comparison.execute import execute
-    from moa_diffusion.comparison.plan import plan
-    from moa_diffusion.comparison.plot import picture
+    from moa_diffusion.comparison.plan import plan_comparison
+    from moa_diffusion.comparison.plot import plot_comparison
     from moa_diffusion.files.writing import write_text
     from moa_diffusion.types import ConfigError
 
     folder: Path = options.output
     try:
-        planned = plan(
+        planned = plan_comparison(
             options.config,
             overrides,
             methods=options.methods,
@@ -67,7 +67,7 @@ def main() -> int:
         result = compare.as_json(found) | {"failures": failures}
         write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
         write_text(folder / "table.md", said)
-        picture(found, runs, folder / "compare.png", pair=pair)
+        plot_comparison(found, runs, folder / "compare.png", pair=pair)
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130

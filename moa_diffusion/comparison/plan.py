@@ -69,7 +69,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ComparisonPlan:
     """All runs, and what a reader should know before they start."""
 
     runs: tuple[Run, ...]
@@ -80,7 +80,7 @@ class Plan:
 # ---------------------------------------------------------------------- planning
 
 
-def plan(
+def plan_comparison(
     base: str,
     overrides: Sequence[str],
     *,
@@ -89,7 +89,7 @@ def plan(
     output: Path,
     minutes: float | None = None,
     parallel: int = 1,
-) -> Plan:
+) -> ComparisonPlan:
     """The runs of a comparison, checked as far as it costs nothing; nothing is written.
 
     Args:
@@ -133,7 +133,7 @@ def plan(
             )
             _check_unchanged(run)
             runs.append(run)
-    return Plan(runs=tuple(runs), notes=tuple(notes), names=names)
+    return ComparisonPlan(runs=tuple(runs), notes=tuple(notes), names=names)
 
 
 def _methods(given: str | Sequence[str]) -> list[str]:

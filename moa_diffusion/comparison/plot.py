@@ -25,7 +25,7 @@ LINES = ("-", "--", "-.", ":")
 COLUMNS = 5  # small multiples side by side
 
 
-def picture(
+def plot_comparison(
     comparison: Comparison,
     runs: Sequence[RunData],
     target: Path,

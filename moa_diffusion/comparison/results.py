@@ -25,9 +25,9 @@ from moa_diffusion.statistics.bootstrap import (
     RESAMPLES,
     Array,
     Estimate,
-    draw,
     estimate,
     prompt_sums,
+    resample,
     resampled_means,
 )
 from moa_diffusion.statistics.groups import spread_within
@@ -175,7 +175,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
     units = base_units(runs)
     names = runs[0].names
     prompts = len(numpy.unique(runs[0].prompts()))
-    prompt_draws = draw(prompts, resamples=resamples, seed=seed)
+    prompt_draws = resample(prompts, resamples=resamples, seed=seed)
     labels = list(dict.fromkeys(run.method for run in runs))
     methods, summaries = [], []
     for label in labels:
@@ -187,7 +187,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
             _summarise_run(run, points[0], float(hypervolumes(points)[0]))
             for run, points in zip(mine, own, strict=True)
         ]
-        run_draws = draw(len(mine), resamples=resamples, seed=seed + 1)
+        run_draws = resample(len(mine), resamples=resamples, seed=seed + 1)
         last = numpy.stack([points[0, -1] for points in own])  # [R, K]
         last_again = numpy.stack([points[:, -1] for points in again])  # [R, B, K]
         methods.append(

@@ -89,7 +89,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
     return head, (
         "from diffusers import StableDiffusion3Pipeline\n\n"
         "pipeline = StableDiffusion3Pipeline.from_pretrained("
-        f'"{_plain(settings.policy.path)}")\n'
+        f'"{_public_name(settings.policy.path)}")\n'
         f'pipeline.load_lora_weights("{name}")\n'
         f"image = pipeline(\n    prompt, num_inference_steps={section.steps}, "
         f"guidance_scale={section.guidance:g},\n    height={sampler.resolution}, "
@@ -100,7 +100,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
 
 def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
     """Metadata, and the code that writes as the evaluation does."""
-    base = _plain(settings.policy.path)
+    base = _public_name(settings.policy.path)
     found = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
     head: dict[str, object] = {
         "library_name": "peft",
@@ -189,6 +189,6 @@ def _scores(table: Table, found: Summary, shown: str) -> list[str]:
     ]
 
 
-def _plain(base: str) -> str:
+def _public_name(base: str) -> str:
     """A base model as a reader can name it: not by a path on the machine it was trained on."""
     return "path/to/the/base/model" if base == "tiny" or Path(base).is_dir() else base

@@ -20,9 +20,9 @@ from moa_diffusion.statistics.bootstrap import (
     RESAMPLES,
     Array,
     Estimate,
-    draw,
     estimate_one,
     prompt_sums,
+    resample,
     resampled_means,
 )
 from moa_diffusion.statistics.groups import same_prompt, spread_within
@@ -78,7 +78,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
     owner = same_prompt(table.prompts).repeat_interleave(seeds).numpy()  # [M]
     units = base_spread(table)  # [K]
     distinct = len(set(table.prompts))
-    draws = draw(distinct, resamples=resamples, seed=seed)
+    draws = resample(distinct, resamples=resamples, seed=seed)
     everyone = numpy.ones((1, distinct))
 
     def means(samples: Array) -> tuple[Array, Array]:

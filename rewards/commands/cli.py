@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewards.base import RewardHead
-from rewards.commands.check_head import check, prepare
+from rewards.commands.check_head import prepare, try_head
 from rewards.commands.head_cards import CARDS
 from rewards.commands.score_folder import ScoreTable, match, score_pairs, summary, texts_of
 from rewards.identity import Identity
@@ -79,7 +79,7 @@ def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) ->
     head = prepare(name, options, kind="texts" if texts else None)
     loaded = time.monotonic() - began
     try:
-        found = check(head, texts=texts)
+        found = try_head(head, texts=texts)
     finally:
         head.close()
     good, bad = found.scores.values.tolist()
