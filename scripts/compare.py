@@ -40,6 +40,7 @@ def main() -> int:
     from moa_diffusion.comparison.plan import plan_comparison
     from moa_diffusion.comparison.plot import plot_comparison
     from moa_diffusion.files.writing import write_text
+    from moa_diffusion.report.libraries import PLOTS, check_libraries
     from moa_diffusion.types import ConfigError
 
     folder: Path = options.output
@@ -54,7 +55,7 @@ def main() -> int:
             parallel=options.parallel,
         )
         pair = compare.read_pair(options.pair, planned.names)
-        compare.check_libraries()
+        check_libraries(PLOTS)
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,6 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from moa_diffusion import assembly, config
 from moa_diffusion.comparison.read import RunData, read_run, training_seconds
 from moa_diffusion.config import Config
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.paths import expanded, split_list
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
@@ -220,8 +220,7 @@ def _check_call(
         raise ConfigError("--methods: should name at least one method. Found none.")
     for label, method in zip(labels, methods, strict=True):
         if label not in assembly.METHODS and not _is_file(method):
-            near = get_close_matches(label, assembly.METHODS, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(label, assembly.METHODS)
             raise ConfigError(
                 f"--methods: unknown method {label!r}.{hint} Known: {', '.join(assembly.METHODS)}; "
                 "or a YAML file."

@@ -19,6 +19,7 @@ import numpy
 import torch
 
 from moa_diffusion.comparison.read import RunData, Sample, _read_evaluation, training_seconds
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.statistics.bootstrap import (
     LEVEL,
@@ -281,19 +282,6 @@ def read_pair(text: str | None, names: Sequence[str]) -> tuple[str, str] | None:
     return pair[0], pair[1]
 
 
-def check_libraries() -> None:
-    """Find out before the runs whether what comes after them is installed.
-
-    Raises:
-        ImportError: with the line that installs it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-        import moocore  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error}. Try: pip install 'moa-diffusion[report]'") from error
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -343,16 +331,8 @@ def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Everything, per method and per run, with null for what is not known."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    found: dict[str, Any] = plain(dataclasses.asdict(comparison))
-    return found
+    values: dict[str, Any] = without_nan(dataclasses.asdict(comparison))
+    return values
 
 
 def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.data.preferences import Preferences, win_rates_of_pairs, win_rates_of_scores
-from moa_diffusion.files.text import bad_line, json_lines
+from moa_diffusion.files.meant import did_you_mean
+from moa_diffusion.files.text import bad_line, json_lines, shortened
 
 CYCLES = ("error", "keep")
 
@@ -61,7 +61,7 @@ def read_preferences(
     for where, row in _rows(path):
         draft = _draft(where, row, known, cycles)
         if draft.prompt in drafts:
-            again = f"that of {drafts[draft.prompt].where} again: {shortened(draft.prompt)}"
+            again = f"that of {drafts[draft.prompt].where} again: {shortened(draft.prompt, SHOWN)}"
             raise bad_line(where, "A prompt should have one line.", again)
         drafts[draft.prompt] = draft
     return assemble(dict.fromkeys(known, path), list(drafts.values()), smoothing, scales)
@@ -93,7 +93,7 @@ def read_pairs(
             prompt = _text(where, row, "prompt", "user")
             pair = [_text(where, row, key, "assistant") for key in ("chosen", "rejected")]
             if pair[0] == pair[1]:
-                found = f"{shortened(pair[0])} twice"
+                found = f"{shortened(pair[0], SHOWN)} twice"
                 raise bad_line(where, "`chosen` and `rejected` should differ.", found)
             draft = drafts.setdefault(prompt, Draft(where=where, prompt=prompt))
             draft.responses += [text for text in pair if text not in draft.responses]
@@ -115,7 +115,7 @@ def _draft(where: str, row: dict[str, Any], objectives: Sequence[str], cycles: s
         raise bad_line(where, expectation, str(len(responses)))
     if repeated := [text for i, text in enumerate(responses) if text in responses[:i]]:
         positions = [i for i, text in enumerate(responses) if text == repeated[0]]
-        found = f"{shortened(repeated[0])} at the positions {positions}"
+        found = f"{shortened(repeated[0], SHOWN)} at the positions {positions}"
         raise bad_line(where, "Responses should differ.", found)
     keys = {"prompt", "responses", "preferences", "scores", "log_probs"}
     draft = Draft(
@@ -153,8 +153,7 @@ def _by_objective(
         raise bad_line(where, f"`{key}` should be an object by objective.", repr(found))
     for name in found:
         if name not in objectives:
-            near = get_close_matches(name, objectives, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, objectives).strip()
             expectation = f"An objective in `{key}` should be one of {tuple(objectives)}."
             raise bad_line(where, expectation, repr(name), hint)
     return found
@@ -273,7 +272,7 @@ class Draft:
         pairs[winner, loser] = None
 
     def _named(self, positions: Sequence[int]) -> str:
-        return " > ".join(f"{i} {shortened(self.responses[i])}" for i in positions)
+        return " > ".join(f"{i} {shortened(self.responses[i], SHOWN)}" for i in positions)
 
 
 def _way(pairs: Mapping[tuple[int, int], None], start: int, end: int) -> list[int]:
@@ -366,8 +365,3 @@ def _behaviour(drafts: Sequence[Draft], log_data: Tensor) -> Tensor | None:
             raise bad_line(draft.where, expectation, "none here")
         found[p, : len(draft.responses)] = draft.log_probs
     return found
-
-
-def shortened(text: str) -> str:
-    """The text, or its start, in quotes."""
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

@@ -22,7 +22,7 @@ from moa_diffusion.evaluation.candidates import (
 from moa_diffusion.evaluation.medium import MEDIA, Medium, medium_of
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
-from moa_diffusion.report.libraries import check_libraries
+from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
 from moa_diffusion.types import ConfigError
 
 
@@ -51,7 +51,7 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
         ConfigError: for anything that cannot be evaluated.
         ImportError: if what writes the results is not installed; says how to install it.
     """
-    check_libraries()
+    check_libraries(TABLES_AND_PLOTS)
     for name, value in options.items():
         check_encodable(f"--{name}", str(value) if isinstance(value, Path) else value)
     given = list(overrides)

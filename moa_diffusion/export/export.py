@@ -19,7 +19,7 @@ from moa_diffusion.evaluation.candidates import (
 )
 from moa_diffusion.evaluation.medium import Medium, medium_of
 from moa_diffusion.export.card import model_card
-from moa_diffusion.report.libraries import check_libraries
+from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
 from moa_diffusion.report.shown import write_shown
 from moa_diffusion.report.table import NAME, Table, read_table
 from moa_diffusion.storage import checkpoint
@@ -103,7 +103,7 @@ def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) 
     usual = next(iter(runs.values())) / "evaluate"
     if folder is None and not (len(runs) == 1 and (usual / NAME).is_file()):
         return None
-    check_libraries()
+    check_libraries(TABLES_AND_PLOTS)
     table = read_table(folder or usual)
     found = [e for e, one in enumerate(table.models) if one.adapter_digest == adapter.digest]
     if not found:

@@ -1,18 +1,24 @@
-"""What writes results, looked for before anything is drawn."""
+"""The libraries that results are written with, looked for before anything is computed."""
 
 from __future__ import annotations
 
+import importlib
 
-def check_libraries() -> None:
-    """Find out before anything is drawn whether what comes after is installed.
+TABLES_AND_PLOTS = ("matplotlib", "moocore", "plotly", "pyarrow")  # of an evaluation
+PLOTS = ("matplotlib", "moocore")  # of a comparison
+
+
+def check_libraries(names: tuple[str, ...]) -> None:
+    """Check that libraries are installed.
+
+    Args:
+        names: The import names, all of the extra ``report``.
 
     Raises:
-        ImportError: with the line that installs it.
+        ImportError: with the line that installs them.
     """
     try:
-        import matplotlib  # noqa: F401
-        import moocore  # noqa: F401
-        import plotly  # noqa: F401
-        import pyarrow  # noqa: F401
+        for name in names:
+            importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f'{error}. Try: pip install "moa-diffusion[report]"') from error

@@ -6,7 +6,6 @@ nothing but Python packages with models inside needs no entry in `_PLANS`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -32,6 +31,7 @@ from rewards.heads.ocr.engines import (
     tesseract_command,
 )
 from rewards.pretrained.base import pick_device
+from rewards.targets import did_you_mean
 
 _MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # of Tesseract; 7 is reading without detection
 
@@ -132,10 +132,9 @@ class EasyOcrPlan(EnginePlan):
         _check_languages(self.options)
         for code in self.options["languages"]:
             if code not in known:
-                near = difflib.get_close_matches(code, known, n=1)
                 raise ValueError(
                     f"Parameter `languages` should hold codes of EasyOCR: {', '.join(known)}. "
-                    f"Found {code!r}.{f' Did you mean {near[0]!r}?' if near else ''}"
+                    f"Found {code!r}.{did_you_mean(code, known)}"
                 )
         self.options["device"] = str(pick_device(self.options["device"]))
         missing = self._missing()  # also tells of languages that do not go together
@@ -317,10 +316,9 @@ def plan_engine(
                 f"Parameter `engine_options` should leave out `{option}`, an option of the head."
             )
         if option not in own:
-            near = difflib.get_close_matches(option, own, n=1, cutoff=0.5)
             raise ValueError(
                 f'The OCR engine "{engine}" has no option "{option}".'
-                f"{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"{did_you_mean(option, own)} "
                 f"Valid options: {', '.join(own) or 'none'}."
             )
     given: dict[str, Any] = {"detect": detect, **options}

@@ -368,10 +368,10 @@ class Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import json, sys
 from rewards import RewardError
-from rewards.pretrained.locate import find
+from rewards.pretrained.locate import find_weights
 for model, revision in json.load(sys.stdin):
     try:
-        found = find(model, revision=revision, optional=["merges.txt"])
+        found = find_weights(model, revision=revision, optional=["merges.txt"])
         print(json.dumps([found.revision, found.files, found.digest()]))
     except RewardError as error:
         print(json.dumps(error.cause))
