@@ -25,7 +25,7 @@ from rewards.heads.deqa.model import Deqa, load
 from rewards.heads.levels import LEVELS
 from rewards.pretrained.locate import find_weights
 
-GOLDEN = np.load(Path(__file__).parents[2] / "fixtures" / "deqa_tiny.npz")
+GOLDEN = np.load(Path(__file__).parents[3] / "fixtures" / "deqa_tiny.npz")
 CONFIG: dict[str, Any] = json.loads(GOLDEN["__config__"].tobytes())
 TENSORS = {key: torch.from_numpy(GOLDEN[key]) for key in GOLDEN.files if not key.startswith("__")}
 PIXELS, LOGITS = torch.from_numpy(GOLDEN["__pixels__"]), torch.from_numpy(GOLDEN["__logits__"])
