@@ -23,10 +23,10 @@ from rewards.parameters import function_name, parameters_of
 from rewards.targets import (
     Target,
     declared,
+    did_you_mean,
     distribution,
     import_target,
     load_entry_point,
-    nearest,
 )
 
 TargetT = TypeVar("TargetT", bound=Callable[..., Any])
@@ -245,7 +245,7 @@ def _lookup(name: str) -> _Entry:
     if name not in _entries:
         known = sorted({*_BUILT_IN, *_entries, *points})
         raise ValueError(
-            f'Unknown reward head "{name}".{nearest(name, known)} Known heads: '
+            f'Unknown reward head "{name}".{did_you_mean(name, known)} Known heads: '
             f"{', '.join(known)}. A head of your own is named by `path: my_module:my_reward`."
         )
     return _entries[name]

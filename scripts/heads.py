@@ -21,8 +21,8 @@ def main() -> int:
     from moa_diffusion.data.sampling import read_prompts
     from moa_diffusion.files.paths import expanded as place
     from rewards import RewardError
-    from rewards.commands import cli, folder
-    from rewards.commands.check import Unusable
+    from rewards.commands import cli, score_folder
+    from rewards.commands.check_head import Unusable
     from rewards.serving.server import Limits
 
     form = argparse.RawDescriptionHelpFormatter
@@ -59,7 +59,7 @@ def main() -> int:
             cli.check_head(options.name, cli.parse_options(options.option), texts=options.texts)
         elif options.command == "score":
             prompts = [(prompt.text, prompt.metadata) for prompt in read_prompts(options.prompts)]
-            folder.refuse_blank_lines(options.prompts)
+            score_folder.refuse_blank_lines(options.prompts)
             given = (options.name, cli.parse_options(options.option), options.images, prompts)
             cli.score_samples(*given, output=options.output, batch_size=options.batch_size)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import operator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_diffusion.config.schema import Config, PromptFileConfig, WeightedPromptFileConfig
+from moa_diffusion.files.meant import nearest
 from moa_diffusion.types import ConfigError
 
 _AT_LEAST: dict[str, float] = {
@@ -247,8 +247,8 @@ def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> 
     valid = [field.name for field in dataclasses.fields(record)]
     for name in entry:
         if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            near = nearest(str(name), valid)
+            hint = "" if near is None else f" Did you mean `{near}`?"
             if name == "weight":
                 hint = " Every held-out prompt is drawn; weights are for prompts.train."
             raise ConfigError(f"{key}.{name}: unknown key.{hint} Valid keys: {', '.join(valid)}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import re
@@ -18,6 +17,7 @@ from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.messages import plain
 from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
+from moa_diffusion.files.meant import nearest
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
@@ -326,10 +326,9 @@ def _check_key(key: str) -> None:
         if part not in hints:
             last = key.rsplit(".", 1)[-1]
             same = [known for known in _all_keys() if known.split(".")[-1] == last]
-            near = same or difflib.get_close_matches(
-                seen + part, [*(seen + name for name in hints), *_all_keys()], n=1, cutoff=0.5
-            )
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            known = [*(seen + name for name in hints), *_all_keys()]
+            near = same[0] if same else nearest(seen + part, known)
+            hint = "" if near is None else f" Did you mean `{near}`?"
             raise ConfigError(
                 f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(hints))}."
             )

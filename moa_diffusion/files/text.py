@@ -38,7 +38,9 @@ def bad_line(where: str, expectation: str, found: str, hint: str = "") -> Config
 
 
 def shortened(value: object, limit: int = SHOWN) -> str:
-    """A value as Python writes it, or its start; always ASCII where it could not be printed."""
+    """A value as Python writes it, or its start; what cannot be printed is escaped."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else f"{value[: limit - 3]}...")
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.pama import min_norm_weights
 from moa_diffusion.types import ObjectiveStats
@@ -198,8 +198,7 @@ def find_aggregator(name: str) -> type[Aggregator]:
         reason = REFUSED.get(plain, "TorchJD offers it over Jacobians only")
         problem = f"cannot be used here: {reason}."
     else:
-        near = get_close_matches(plain, usable, n=1)
-        problem = "is unknown." + (f" Did you mean {near[0]!r}?" if near else "")
+        problem = f"is unknown.{did_you_mean(plain, usable)}"
     raise ValueError(
         f"Parameter `aggregator` should be one of {', '.join(usable)}. Found {name!r}, which "
         + problem

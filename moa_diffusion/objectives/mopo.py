@@ -23,11 +23,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
@@ -111,7 +111,7 @@ class Mopo(Weighting):
         if self.primary not in self.objectives:
             raise ValueError(
                 f"Parameter `primary` should be one of {self.objectives}. "
-                f"Found {primary!r}.{_nearest(self.primary, self.objectives)}"
+                f"Found {primary!r}.{did_you_mean(self.primary, self.objectives)}"
             )
         self.units, self.variant, self.patience = units, variant, patience
         self.integral, self.proportional = integral, proportional
@@ -232,7 +232,7 @@ def checked_bounds(
         if name not in secondary:
             raise ValueError(
                 f"Parameter `bounds` should be about {tuple(secondary)}. "
-                f"Found {name!r}.{_nearest(name, secondary)}"
+                f"Found {name!r}.{did_you_mean(name, secondary)}"
             )
         if not math.isfinite(bound) or (units == "win_rate" and not 0 <= bound <= 1):
             wanted = "in [0, 1]" if units == "win_rate" else "finite"
@@ -243,8 +243,3 @@ def checked_bounds(
             f"Found none for `{missing[0]}`."
         )
     return chosen
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.statistics.pareto import nondominated, spread_out
 from moa_diffusion.storage import checkpoint
@@ -54,7 +54,7 @@ def retain(
     rows = [
         {
             "step": step,
-            "means": dict(zip(objectives, _plain(means[step]), strict=True))
+            "means": dict(zip(objectives, without_nan(means[step]), strict=True))
             if step in means
             else None,
             "non_dominated": step in evaluated and inside[evaluated.index(step)],
@@ -80,7 +80,3 @@ def _means(run: Path, objectives: Sequence[str]) -> dict[int, list[float]]:
         elif alarm["to_step"] is not None:  # evaluated by the run that this one was resumed from
             means.pop(alarm["step"], None)
     return means
-
-
-def _plain(values: Sequence[float]) -> list[Any]:
-    return [None if math.isnan(value) else value for value in values]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rewards.base import RewardError
 from rewards.heads.clip import build_clip, embed_images
 from rewards.pretrained.base import ModelHead
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensors
 from rewards.registry import register
@@ -88,7 +88,7 @@ class Aesthetic(ModelHead):
             batch_size=batch_size,
             sha256=sha256,
         )
-        check(predictor, option="predictor")
+        check_name(predictor, option="predictor")
         self.backbone = backbone
         self.architecture = architecture
         self.predictor = predictor
@@ -123,7 +123,7 @@ class Aesthetic(ModelHead):
         else:
             self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
         try:
-            found = find(self.predictor, required=())
+            found = find_weights(self.predictor, required=())
         except RewardError as error:
             raise RewardError(
                 f"{error.cause} The published head is the file {_HEAD} of {_HEAD_SOURCE}: put it "

@@ -16,7 +16,7 @@ from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.pretrained.tokens import TOKENIZER_FILES, Reader, Side, accepted, reader_of
 from rewards.registry import register
-from rewards.targets import nearest
+from rewards.targets import did_you_mean
 
 Output = Literal["logit", "probability"]
 
@@ -306,7 +306,7 @@ def find_output(logit: int | str | None, labels: Mapping[int, str]) -> tuple[int
         raise RewardError(f"The model has several outputs. Set `logit` to one of {known}.")
     found = [index for index, label in labels.items() if logit in (index, label)]
     if len(found) != 1:
-        hint = nearest(logit, list(labels.values())) if isinstance(logit, str) else ""
+        hint = did_you_mean(logit, list(labels.values())) if isinstance(logit, str) else ""
         raise RewardError(
             f"The model should have one output that is `logit = {logit!r}`. It has {known}.{hint}"
         )

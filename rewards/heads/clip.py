@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError
-from rewards.heads.ocr.text import comparable, quoted_target
+from rewards.heads.ocr.target_text import comparable, quoted_target
 from rewards.pretrained.base import ModelHead
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
 from rewards.registry import register
@@ -73,7 +73,7 @@ class ClipHead(ModelHead):
             sha256=sha256,
         )
         if processor is not None:
-            check(processor, option="processor")
+            check_name(processor, option="processor")
         self.processor = processor
         self._processor_found: dict[str, str] = {}
         self._tokenizer: Any = None
@@ -151,7 +151,7 @@ class ClipHead(ModelHead):
         if self.processor is None and _is_processor(weights):
             return weights
         named = self.processor or self.default_processor
-        files = find(named, required=(_PREPROCESSING,), optional=_PROCESSOR, tensors=False)
+        files = find_weights(named, required=(_PREPROCESSING,), optional=_PROCESSOR, tensors=False)
         if not _is_processor(files):
             raise RewardError(
                 f"The processor `{named}` lacks a tokenizer in {files.folder}: "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardError, RewardHead
-from rewards.pretrained.locate import check, find
+from rewards.pretrained.locate import check_name, find_weights
 from rewards.pretrained.tokens import TOKENIZER_FILES, load_tokenizer
 from rewards.registry import register
 
@@ -74,7 +74,7 @@ class Length(RewardHead):
                 f"Found `tokenizer = {tokenizer!r}` with `unit = {unit!r}`."
             )
         if tokenizer is not None:
-            check(tokenizer, revision=revision, option="tokenizer")
+            check_name(tokenizer, revision=revision, option="tokenizer")
         elif revision is not None:
             raise ValueError(
                 f"Parameter `revision` is that of a tokenizer. Found `revision = {revision!r}`."
@@ -108,7 +108,7 @@ class Length(RewardHead):
         if self.tokenizer is None or self._loaded is not None:
             return
         try:
-            files = find(
+            files = find_weights(
                 self.tokenizer,
                 revision=self.revision,
                 required=(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from rewards.registry import register
 from rewards.serving import wire
 from rewards.serving.client import Answer, CallError, Calls, call, check_url
 from rewards.serving.spread import SendError, Spread, SpreadError
+from rewards.targets import did_you_mean
 
 _SHOWN = 300  # characters of an answer that is quoted in an error
 _HEALTH_SECONDS = 10.0
@@ -212,8 +212,7 @@ class RemoteHead(RewardHead):
         except ValueError as error:
             cause = f"{url} is no reward server of this format: {error}"
             raise SendError(cause, elsewhere=True) from error
-        near = difflib.get_close_matches(self.remote_name, list(heads), n=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
+        hint = did_you_mean(self.remote_name, list(heads))
         known = ", ".join(heads)
         cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {known}.'
         raise SendError(cause, elsewhere=True)

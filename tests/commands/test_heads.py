@@ -21,9 +21,9 @@ from PIL import Image
 
 from rewards import RewardBatch, RewardError, available, create, register, registry
 from rewards.commands import cli
-from rewards.commands.cards import CARDS
-from rewards.commands.check import PROMPT, check, prepare
-from rewards.commands.folder import ScoreTable, match
+from rewards.commands.check_head import PROMPT, prepare, try_head
+from rewards.commands.head_cards import CARDS
+from rewards.commands.score_folder import ScoreTable, match
 from rewards.serving.server import listen
 from waiting import HANG
 
@@ -142,7 +142,7 @@ def test_check_scores_the_fitting_picture_higher(run: Run) -> None:
 def test_the_check_picture_can_be_read() -> None:
     assert '"MARBLE"' in PROMPT
     head = prepare("ocr", {"workers": 0})
-    assert check(head).scores.values.tolist() == [1, 0]
+    assert try_head(head).scores.values.tolist() == [1, 0]
     head.close()
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moa_diffusion import assembly, tiny
-from moa_diffusion.comparison.curves import picture
+from moa_diffusion.comparison.curves import plot_curves
 from moa_diffusion.config import load, parse
 from moa_diffusion.storage.log import read_metrics
 from waiting import AS_SCRIPT, HANG, python, running, wait_for, wait_until
@@ -160,7 +160,7 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
     assert (saved / WEIGHTS).is_file()
     assert (saved / "ema" / WEIGHTS).is_file()
 
-    picture({"mine": run}, tmp_path / "picture.png", shown=3)
+    plot_curves({"mine": run}, tmp_path / "picture.png", shown=3)
     with Image.open(tmp_path / "picture.png") as drawn:
         assert drawn.width > 400
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 1000

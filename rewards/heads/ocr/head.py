@@ -19,9 +19,15 @@ from rewards.base import RewardBatch, RewardError, RewardHead, Scores
 from rewards.blame import told
 from rewards.heads.ocr.alphabets import who_reads
 from rewards.heads.ocr.engines import Engine
-from rewards.heads.ocr.plans import plan
+from rewards.heads.ocr.plans import plan_engine
 from rewards.heads.ocr.pool import PoolError, WorkerPool
-from rewards.heads.ocr.text import check_quotes, comparable, legibility, quoted_target, readable
+from rewards.heads.ocr.target_text import (
+    check_quotes,
+    comparable,
+    legibility,
+    quoted_target,
+    readable,
+)
 from rewards.registry import register
 
 _MOST_WORKERS = 8
@@ -106,7 +112,7 @@ class OcrHead(RewardHead):
         self.quotes = check_quotes(quotes)
         self.substring_ok = substring_ok
         self.timeout = timeout
-        self._plan = plan(
+        self._plan = plan_engine(
             engine, detect=detect, detection_side=detection_side, options=engine_options or {}
         )
         if workers and self._plan.on_gpu:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from rewards.heads.ocr.text import (
+from rewards.heads.ocr.target_text import (
     comparable,
     legibility,
     levenshtein,
