@@ -45,8 +45,8 @@ class WinRate(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        pool_size: M, reference outputs per prompt, at least 2.
-        eps: added to the batch's spread, in win rates.
+        pool_size: Number M of reference outputs per prompt, at least 2.
+        eps: Number that is added to the batch's spread, in win rates.
     """
 
     def __init__(
