@@ -41,7 +41,7 @@ USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of
 
 
 class WinRate(Normalizer):
-    """Centred win rates against reference rewards that ``remember`` has been told.
+    """Centred win rates against rewards of reference outputs, which ``remember`` keeps.
 
     Args:
         objectives: names of the K objectives.
