@@ -210,14 +210,14 @@ def test_commands_lead_from_one_to_the_next(
     own_registry(monkeypatch)
     for script, words in (
         ("train_sd", "--config configs/tiny_apex.yaml --config mine.yaml --policy.path tiny"),
-        ("evaluate", "--run runs/mine --seeds 0,1"),
+        ("evaluate", "--run runs/mine --seeds 0,1 --rewards redness,sharpness"),
         ("export", "--run runs/mine --checkpoint latest --output exported"),
         ("calibrate", "--config configs/tiny_apex.yaml --prompts 2 --images 2"),
         ("train_lm", "--config configs/lm_tiny_pama.yaml --generation.max_new_tokens 8"),
         ("rewards", "list"),
     ):
         small = SMALL.split() if script.startswith("train") else []
-        faster = NO_OCR if script in ("train_sd", "evaluate", "calibrate") else []
+        faster = NO_OCR if script in ("train_sd", "calibrate") else []
         start(f"scripts/{script}.py", [*words.split(), *small, *faster], monkeypatch)
     for place in ("runs/mine/evaluate/report.html", "exported/README.md"):
         assert (tmp_path / place).is_file(), place

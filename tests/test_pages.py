@@ -83,6 +83,16 @@ def test_the_generated_pages_are_fresh() -> None:
     )
 
 
+def test_an_option_without_a_meaning_is_refused() -> None:
+    class Undescribed:
+        """Has an option of which this says nothing."""
+
+        def __init__(self, size: int = 1) -> None: ...
+
+    with pytest.raises(ValueError, match="Undescribed should describe `size`"):
+        configuration.options(Undescribed)
+
+
 def test_every_key_of_the_configuration_has_a_row() -> None:
     for key in assembly.flat(config.Config()):
         if not key.startswith("rewards"):
