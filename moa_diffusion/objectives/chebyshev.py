@@ -39,12 +39,13 @@ class Chebyshev(Weighting):
     Args:
         objectives: names of the K objectives.
         weights: K positive finite numbers, the importance of each shortfall; equal by default.
-        base: raw reward at which the shortfall is ``w_k``; by default the first rollout's mean.
-        ideal: raw reward at which the shortfall is 0; by default ``base`` plus the first
+        base: Raw reward, by name, at which the shortfall is ``w_k``; by default the first rollout's
+            mean.
+        ideal: Raw reward, by name, at which the shortfall is 0; by default ``base`` plus the first
             within-group standard deviation (RMS) that is not 0.
-        decay: of the running mean, in [0, 1).
-        temperature: of the softmax, in units of ``d``.
-        rho: weight of every objective besides; not negative.
+        decay: Decay of the running mean, in [0, 1).
+        temperature: Temperature of the softmax, in units of ``d``; positive.
+        rho: Weight that every objective gets besides; not negative.
     """
 
     average: Tensor
