@@ -129,7 +129,7 @@ def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[st
     return found
 
 
-def summary(kind: Callable[..., Any]) -> str:
+def summary(kind: object) -> str:
     """Return the first sentence of a docstring."""
     return sentence(parse(inspect.getdoc(kind) or "").short_description)
 
