@@ -24,7 +24,7 @@ from moa_diffusion.adapters.diffusers import carrier, install
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.data.sampling import Prompt, read_prompts
-from moa_diffusion.distributed import AccelerateComm, Comm, agreed, deal
+from moa_diffusion.distributed import AccelerateComm, Comm, agreed, shard
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.image_cache import Sampler
 from moa_diffusion.evaluation.medium import medium_of
@@ -196,7 +196,7 @@ def _draw(
                 continue
             if candidate.adapter is not None:
                 install(policy.trainable(), candidate.adapter)
-            mine = deal(len(todo), size, comm)[comm.rank]
+            mine = shard(len(todo), size, comm)[comm.rank]
             policy.expect([prompts[todo[i].prompt].text for i in mine])
             title = f"draw {candidate.label}"
             for start in tqdm(range(0, len(mine), size), desc=title, disable=comm.rank > 0):
@@ -307,7 +307,7 @@ def _score_missing(
             )
             for _, i in part
         ]
-        found = scorer.survey(
+        found = scorer.draw_and_score(
             requests,
             lambda asked: outputs.read([samples[request.group].key for request in asked]),
             batch=size,

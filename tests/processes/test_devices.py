@@ -153,7 +153,7 @@ def test_value_heads(pretended: Pretended) -> None:
 
 
 def test_learning_from_preferences(pretended: Pretended) -> None:
-    """An optimizer step, and a survey of all responses."""
+    """An optimizer step, and the log-probs of all responses."""
     from moa_diffusion.data.preference_files import read_preferences
     from moa_diffusion.training.ema import EMA
     from moa_diffusion.training.offline import Cloning

@@ -444,7 +444,7 @@ def test_with_log_probs_too_an_adapter_is_the_first_reference(tmp_path):
 
 
 @pytest.mark.parametrize("lag", [0, 5])
-def test_surveys_read_what_is_needed(tmp_path, lag):
+def test_no_more_log_probs_are_computed_than_needed(tmp_path, lag):
     """200 prompts of two responses, two of which are trained on in a step."""
     data = preferences(torch.rand(2, 200, 2, generator=torch.Generator().manual_seed(0)).double())
     trainer = make(
@@ -474,7 +474,7 @@ def test_surveys_read_what_is_needed(tmp_path, lag):
 
 
 def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
-    """Trained on are the same rows with the same weights as after a survey of everything."""
+    """Trained on are the same rows with the same weights as with the log-probs of everything."""
     data = preferences(opposed(1, p=40))
     trainers = []
     for everything in (False, True):
