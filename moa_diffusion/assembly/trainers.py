@@ -45,7 +45,7 @@ from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.loop import Learner, Run, Schedule
+from moa_diffusion.training.loop import Learner, Run
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
 from moa_diffusion.training.steps import RolloutSteps
@@ -240,7 +240,9 @@ def _run(
 ) -> Run:
     return Run(
         learner,
-        schedule=schedule(settings),
+        length=settings.trainer,
+        checkpoints=settings.checkpoint,
+        evaluate_every=settings.evaluation.every,
         heldout=heldout,
         watch=watch,
         log=log,
@@ -295,18 +297,6 @@ def preferences(settings: Config) -> Preferences:
         raise
     except ValueError as error:
         raise ConfigError(f"preferences: {error}") from error
-
-
-def schedule(settings: Config) -> Schedule:
-    """How long, and what happens when."""
-    return Schedule(
-        steps=settings.trainer.steps,
-        minutes=settings.trainer.minutes,
-        checkpoint_every=settings.checkpoint.every,
-        checkpoint_keep=settings.checkpoint.keep,
-        checkpoint_front=settings.checkpoint.front,
-        evaluate_every=settings.evaluation.every,
-    )
 
 
 def update(

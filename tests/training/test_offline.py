@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.alarm import Watch
@@ -33,7 +34,7 @@ from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog, read_metrics
 from moa_diffusion.training.ema import EMA
-from moa_diffusion.training.loop import Run, Schedule
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError, Request
@@ -138,7 +139,10 @@ def make(
     seed: int = 0,
     level_prompts: int = 512,
     start: Tensor | None = None,
-    **schedule: Any,
+    minutes: float = 0.0,
+    checkpoint_every: int = 0,
+    checkpoint_keep: int = 0,
+    evaluate_every: int = 0,
 ) -> Run:
     policy = Table(data, base)
     if start is not None:  # of a trained adapter
@@ -171,7 +175,9 @@ def make(
     )
     return Run(
         learner,
-        schedule=Schedule(steps=steps, **schedule),
+        length=TrainerConfig(steps=steps, minutes=minutes),
+        checkpoints=CheckpointConfig(every=checkpoint_every, keep=checkpoint_keep, front=0),
+        evaluate_every=evaluate_every,
         heldout=None,
         watch=Watch(data.objectives, ()),
         log=RunLog(folder, main=comm.rank == 0),
@@ -188,7 +194,7 @@ def learned(trainer: Run) -> Tensor:
 def train(trainer: Run) -> dict[str, float]:
     """All steps, without files; returns the last one's metrics and an evaluation."""
     told: dict[str, float] = {}
-    while trainer.completed < trainer.schedule.steps:
+    while trainer.completed < trainer.length.steps:
         told = trainer.step()
     return told | trainer.evaluate()
 
