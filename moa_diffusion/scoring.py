@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
 
+R = TypeVar("R", bound=Request)
 Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
 
 
@@ -156,8 +157,8 @@ class Scorer:
 
     def draw_and_score(
         self,
-        requests: Sequence[Request],
-        draw: Callable[[Sequence[Request]], Outputs],
+        requests: Sequence[R],
+        draw: Callable[[Sequence[R]], Outputs],
         *,
         batch: int,
         title: str,

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from rewards.targets import nearest
+from rewards.targets import did_you_mean
 
 _WORDS = {
     type(None): "null",
@@ -30,7 +30,7 @@ class UnknownOption(ValueError):
 
     def __init__(self, head: str, option: str, valid: Sequence[str]) -> None:
         super().__init__(
-            f'Reward head "{head}" has no option "{option}".{nearest(option, valid)} '
+            f'Reward head "{head}" has no option "{option}".{did_you_mean(option, valid)} '
             f"Valid options: {', '.join(valid) or 'none'}."
         )
         self.option, self.valid = option, tuple(valid)

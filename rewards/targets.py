@@ -81,12 +81,12 @@ def import_target(path: str) -> Target:
             public = sorted(key for key in vars(module) if not key.startswith("_"))
             raise ValueError(
                 f'Reward path "{path}": `{place}` has no attribute `{attribute}`.'
-                f"{nearest(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
+                f"{did_you_mean(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
     return _checked(found, attribute, f'Reward path "{path}"')
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
     """A question to end an error message with: the known name that looks most like this one."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' Did you mean "{matches[0]}"?' if matches else ""

@@ -32,7 +32,7 @@ def main() -> int:
 
     from moa_diffusion import config
     from moa_diffusion.calibration.measure import measure, report
-    from moa_diffusion.calibration.picture import picture
+    from moa_diffusion.calibration.plot import plot_calibration
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.storage.calibration_file import save
     from moa_diffusion.types import ConfigError
@@ -52,7 +52,7 @@ def main() -> int:
     report(calibration, measured)
     print(f"Written: {folder / 'calibration.json'}, {folder / 'scores.jsonl'}")
     try:
-        picture(calibration, measured.rewards, measured.units, folder / "calibration.png")
+        plot_calibration(calibration, measured.rewards, measured.units, folder / "calibration.png")
     except ImportError as error:
         print(f"No picture: {error}. Try: pip install 'moa-diffusion[report]'")
     else:

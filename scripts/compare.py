@@ -36,14 +36,16 @@ def main() -> int:
         parser.error("a comparison starts processes itself: start it with `python`.")
 
     from moa_diffusion.comparison import results as compare
-    from moa_diffusion.comparison.picture import picture
-    from moa_diffusion.comparison.runs import execute, plan
+    from moa_diffusion.comparison.execute import execute
+    from moa_diffusion.comparison.plan import plan_comparison
+    from moa_diffusion.comparison.plot import plot_comparison
     from moa_diffusion.files.writing import write_text
+    from moa_diffusion.report.libraries import PLOTS, check_libraries
     from moa_diffusion.types import ConfigError
 
     folder: Path = options.output
     try:
-        planned = plan(
+        planned = plan_comparison(
             options.config,
             overrides,
             methods=options.methods,
@@ -53,7 +55,7 @@ def main() -> int:
             parallel=options.parallel,
         )
         pair = compare.read_pair(options.pair, planned.names)
-        compare.check_libraries()
+        check_libraries(PLOTS)
     except (ConfigError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +68,7 @@ def main() -> int:
         result = compare.as_json(found) | {"failures": failures}
         write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
         write_text(folder / "table.md", said)
-        picture(found, runs, folder / "compare.png", pair=pair)
+        plot_comparison(found, runs, folder / "compare.png", pair=pair)
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130

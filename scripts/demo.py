@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moa_diffusion import config
-from moa_diffusion.comparison.curves import picture
-from moa_diffusion.comparison.runs import interruptible
+from moa_diffusion.comparison.curves import plot_curves
+from moa_diffusion.comparison.execute import interruptible
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 
@@ -72,7 +72,7 @@ def main() -> int:
         if process.returncode:
             print(f"{name} failed: {(FOLDER / f'{name}.log').read_text()[-2000:]}")
             return 1
-    picture({name: FOLDER / name for name in RECIPES}, target := FOLDER / "demo.png")
+    plot_curves({name: FOLDER / name for name in RECIPES}, target := FOLDER / "demo.png")
     print(f"{target} shows it, after {(time.monotonic() - began) / 60:.1f} minutes.")
     return 0
 

@@ -48,20 +48,20 @@ def main() -> int:
     options, overrides = parser.parse_known_args()
 
     from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed
-    from moa_diffusion.evaluation import command
-    from moa_diffusion.evaluation.evaluate import EvaluationError, evaluate
+    from moa_diffusion.evaluation.errors import EvaluationError
+    from moa_diffusion.evaluation.evaluate import evaluate
+    from moa_diffusion.evaluation.plan import plan_evaluation
+    from moa_diffusion.evaluation.write import write_results
     from moa_diffusion.processes.launcher import make_accelerator
     from moa_diffusion.scoring import RewardError
     from moa_diffusion.training.launch import BAD_INPUT, say, status_of
 
     try:
         with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node
-            asked = command.plan(vars(options), overrides)
-        found = evaluate(
-            asked.settings, asked.candidates, asked.prompts, asked.seeds, cache=asked.cache
-        )
+            plan = plan_evaluation(vars(options), overrides)
+        scored = evaluate(plan)
         if os.environ.get("RANK", "0") == "0":
-            print(command.write(found, asked.output, shown=options.shown, runs=asked.runs))
+            print(write_results(scored, plan.output, shown=options.shown, runs=plan.runs))
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ def main() -> int:
     add("--evaluation", type=place, help="of scripts/evaluate.py; RUN/evaluate if that is there")
     options = parser.parse_args()
 
-    from moa_diffusion.export.folder import export
+    from moa_diffusion.export.export import export
     from moa_diffusion.types import ConfigError
 
     try:

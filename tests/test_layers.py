@@ -38,14 +38,14 @@ LAYERS = (
 # The only modules that import the package `rewards` (scripts may too).
 USERS_OF_REWARDS = {
     "moa_diffusion.scoring",
-    "moa_diffusion.evaluation.image_cache",
+    "moa_diffusion.evaluation.sample_cache",
     "moa_diffusion.evaluation.score_cache",
 }
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
-# Not among what everything loads: the commands of scripts/rewards.py.
-COMMANDS = {"rewards.commands.cli", "rewards.commands.folder"}
+# Not among what everything loads: the commands of scripts/heads.py.
+COMMANDS = {"rewards.commands.cli", "rewards.commands.score_folder"}
 # Imported inside functions, everywhere: the packages load without them.
 HEAVY = {
     "diffusers",

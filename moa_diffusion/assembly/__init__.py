@@ -2,7 +2,7 @@
 
 from moa_diffusion.assembly.methods import METHODS, is_fused, objectives
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
-from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
+from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, write_config
 from moa_diffusion.assembly.scorers import check_judged, heads
 from moa_diffusion.assembly.trainers import (
@@ -21,6 +21,7 @@ __all__ = [
     "check_trackers",
     "flat",
     "heads",
+    "heldout_prompts",
     "heldout_requests",
     "is_fused",
     "model_path",

@@ -1,4 +1,4 @@
-"""What is drawn: prompt files to requests."""
+"""Prompt files to the prompts of training and to the held-out prompts and requests."""
 
 from __future__ import annotations
 
@@ -30,13 +30,30 @@ def train_prompts(settings: Config) -> Mixture:
     )
 
 
-def heldout_requests(settings: Config) -> tuple[Request, ...]:
-    """What the evaluation draws: the same for every run with the same evaluation seed."""
-    if not settings.evaluation.every or settings.prompts.heldout is None:
+def heldout_prompts(settings: Config) -> tuple[Prompt, ...]:
+    """The held-out prompts, the files' in turn; empty if the configuration names none.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    if settings.prompts.heldout is None:
         return ()
     files = _files(settings.prompts.heldout)
     prompts = in_turn([_read(file, "heldout", settings) for file in files])
-    prompts = prompts[: settings.evaluation.prompts or None]
+    return prompts[: settings.evaluation.prompts or None]
+
+
+def heldout_requests(settings: Config) -> tuple[Request, ...]:
+    """What the evaluation draws: the same for every run with the same evaluation seed.
+
+    Empty for a run without evaluations.
+
+    Raises:
+        ConfigError: for a file that cannot be read.
+    """
+    if not settings.evaluation.every:
+        return ()
+    prompts = heldout_prompts(settings)
     return tuple(
         Request(
             prompt=prompt.text,

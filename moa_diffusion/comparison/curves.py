@@ -24,7 +24,7 @@ from moa_diffusion.types import Request
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 
 
-def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
+def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
     """Write a PNG that compares runs of one configuration family.
 
     The pictures are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
@@ -49,7 +49,7 @@ def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
     asked = [request for request in assembly.heldout_requests(first) if request.sibling == 0]
     shown = min(shown, len(asked))
     asked = [asked[i * len(asked) // shown] for i in range(shown)]
-    rows = draw(runs, first, asked)
+    rows = draw_and_score(runs, first, asked)
 
     figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
@@ -60,7 +60,7 @@ def picture(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
     pyplot.close(figure)
 
 
-def draw(
+def draw_and_score(
     runs: Mapping[str, Path], settings: Config, asked: Sequence[Request]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""

@@ -9,54 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy
 import torch
-from numpy.typing import NDArray
 
+from moa_diffusion.comparison.read import RunData, Sample, _read_evaluation, training_seconds
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.statistics.bootstrap import (
     LEVEL,
     RESAMPLES,
     Array,
     Estimate,
-    draw,
     estimate,
     prompt_sums,
+    resample,
     resampled_means,
 )
-from moa_diffusion.statistics.groups import same_prompt, spread_within
+from moa_diffusion.statistics.groups import spread_within
 from moa_diffusion.statistics.pareto import hypervolumes
-from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 
-Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt, seed
-
 FILES = ("results.json", "table.md", "compare.png")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunData:
-    """What a finished run left: held-out rewards and metrics."""
-
-    method: str
-    seed: int
-    folder: Path
-    names: tuple[str, ...]  # length K
-    steps: tuple[int, ...]  # E + 1 rollouts finished at the evaluations; the first is 0
-    samples: tuple[Sample, ...]  # length M
-    values: Array  # [E + 1, K, M] raw rewards, NaN: does not apply
-    metrics: Sequence[Mapping[str, Any]]  # a row per rollout, from 1
-
-    def prompts(self) -> NDArray[numpy.int64]:
-        """Number of each sample's prompt, ``[M]``; one that is held out twice has one number."""
-        return same_prompt([sample[2] for sample in self.samples]).numpy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,65 +95,6 @@ class Comparison:
 
 
 # ---------------------------------------------------------------------- reading
-
-
-def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> RunData:
-    """Read a run's evaluations and metrics.
-
-    Args:
-        folder: of the run.
-        method: its label.
-        seed: of the run.
-        names: its K objectives.
-
-    Raises:
-        ValueError: if there is no evaluation of the start or none after it, or if two of them
-            drew different samples; the message names the file.
-    """
-    paths = sorted(folder.glob("evaluation/step-*.jsonl"))
-    steps = [int(path.stem.removeprefix("step-")) for path in paths]
-    if len(steps) < 2 or steps[0] != 0:
-        raise ValueError(
-            f"`{folder}` should hold evaluations of the start (step 0) and of later steps. "
-            f"Found steps {steps}."
-        )
-    first, rows = _read_evaluation(paths[0], names)
-    values = [rows]
-    for path in paths[1:]:
-        samples, rows = _read_evaluation(path, names)
-        if samples != first:
-            raise ValueError(f"`{path}` should hold the samples of `{paths[0]}`. Found others.")
-        values.append(rows)
-    metrics = read_metrics(folder / "metrics.jsonl")
-    return RunData(
-        method=method,
-        seed=seed,
-        folder=folder,
-        names=tuple(names),
-        steps=tuple(steps),
-        samples=first,
-        values=numpy.stack(values),
-        metrics=[row for row in metrics if row["step"] > 0],
-    )
-
-
-def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ...], Array]:
-    """The samples in a fixed order, and their rewards ``[K, M]``."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows.sort(key=lambda row: (row["group"], row["sibling"]))
-    samples = tuple((row["group"], row["sibling"], row["prompt"], row["seed"]) for row in rows)
-    missing = [name for name in names if rows and f"reward/{name}" not in rows[0]]
-    if missing:
-        raise ValueError(f"`{path}` should have the reward {missing[0]!r}. Found {list(rows[0])}.")
-    columns = [[row[f"reward/{name}"] for row in rows] for name in names]
-    return samples, numpy.array(columns, dtype=numpy.float64)  # None becomes NaN
-
-
-def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time of a run's rollouts without its evaluations."""
-    return sum(
-        row["seconds/total"] - row.get("seconds/evaluate", 0.0) for row in metrics if row["step"]
-    )
 
 
 # ---------------------------------------------------------------------- statistics
@@ -256,7 +176,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
     units = base_units(runs)
     names = runs[0].names
     prompts = len(numpy.unique(runs[0].prompts()))
-    prompt_draws = draw(prompts, resamples=resamples, seed=seed)
+    prompt_draws = resample(prompts, resamples=resamples, seed=seed)
     labels = list(dict.fromkeys(run.method for run in runs))
     methods, summaries = [], []
     for label in labels:
@@ -268,7 +188,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
             _summarise_run(run, points[0], float(hypervolumes(points)[0]))
             for run, points in zip(mine, own, strict=True)
         ]
-        run_draws = draw(len(mine), resamples=resamples, seed=seed + 1)
+        run_draws = resample(len(mine), resamples=resamples, seed=seed + 1)
         last = numpy.stack([points[0, -1] for points in own])  # [R, K]
         last_again = numpy.stack([points[:, -1] for points in again])  # [R, B, K]
         methods.append(
@@ -362,19 +282,6 @@ def read_pair(text: str | None, names: Sequence[str]) -> tuple[str, str] | None:
     return pair[0], pair[1]
 
 
-def check_libraries() -> None:
-    """Find out before the runs whether what comes after them is installed.
-
-    Raises:
-        ImportError: with the line that installs it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-        import moocore  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error}. Try: pip install 'moa-diffusion[report]'") from error
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -424,16 +331,8 @@ def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Everything, per method and per run, with null for what is not known."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    found: dict[str, Any] = plain(dataclasses.asdict(comparison))
-    return found
+    values: dict[str, Any] = without_nan(dataclasses.asdict(comparison))
+    return values
 
 
 def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import re
@@ -18,6 +17,7 @@ from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.messages import plain
 from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
+from moa_diffusion.files.meant import nearest
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
@@ -111,7 +111,7 @@ def _convert(hint: Any, value: Any) -> Any:
 def _record(hint: Any) -> Any:
     """The dataclass in a hint such as ``str | list[str | Record]``; None if there is none."""
     inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
-    return next((found for found in inside if found is not None), None)
+    return next((record for record in inside if record is not None), None)
 
 
 def _merge_open_values(
@@ -183,12 +183,12 @@ def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
 def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
     """What is set of ``prompts.train`` and ``prompts.heldout``; in lists with all defaults."""
     check_prompts(prompts)
-    found = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
-    for key, files in found.items():
+    chosen = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
+    for key, files in chosen.items():
         if isinstance(files, list):
             entries = [{"path": file} if isinstance(file, str) else file for file in files]
-            found[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
-    return found
+            chosen[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
+    return chosen
 
 
 def _listed(text: str) -> Any:
@@ -223,7 +223,7 @@ def _without_nulls(merged: dict[str, Any], over: dict[str, Any]) -> dict[str, An
 
 def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Open mappings that a YAML file sets, by dotted key."""
-    found = []
+    mappings = []
     for key in _OPEN:
         value: Any = values
         for part in key.split("."):
@@ -231,8 +231,8 @@ def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if value is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}: should be a mapping. Found {value!r}.")
-            found.append((key, value))
-    return found
+            mappings.append((key, value))
+    return mappings
 
 
 def _file(name: str) -> str:
@@ -326,10 +326,9 @@ def _check_key(key: str) -> None:
         if part not in hints:
             last = key.rsplit(".", 1)[-1]
             same = [known for known in _all_keys() if known.split(".")[-1] == last]
-            near = same or difflib.get_close_matches(
-                seen + part, [*(seen + name for name in hints), *_all_keys()], n=1, cutoff=0.5
-            )
-            hint = f" Did you mean `{near[0]}`?" if near else ""
+            known = [*(seen + name for name in hints), *_all_keys()]
+            near = same[0] if same else nearest(seen + part, known)
+            hint = "" if near is None else f" Did you mean `{near}`?"
             raise ConfigError(
                 f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(hints))}."
             )

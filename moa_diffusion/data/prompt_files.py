@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.text import (
     SHOWN,
     bad_line,
@@ -151,10 +151,8 @@ def _meant(column: str, names: Sequence[str]) -> str:
     """Which column was meant, and how it is named in a configuration."""
     if column in names:
         return ""
-    same = [name for name in names if name.casefold() == column.casefold()]
-    near = same or get_close_matches(column, names, n=1, cutoff=0.6)
-    meant = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{meant}`prompts.column` names another one than `{column}`."
+    question = did_you_mean(column, names)
+    return f"{question} `prompts.column` names another one than `{column}`.".strip()
 
 
 # ---------------------------------------------------------------------- tables

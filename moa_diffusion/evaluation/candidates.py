@@ -15,7 +15,8 @@ from moa_diffusion import assembly, config
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import Config
-from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.evaluation.medium import Medium
+from moa_diffusion.files.digests import json_digest
 from moa_diffusion.files.paths import split_list, split_name
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.storage import checkpoint
@@ -37,7 +38,7 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        """Of the adapter; empty for the base model."""
+        """The adapter's digest; empty for the base model."""
         return "" if self.adapter is None else self.adapter.digest
 
 
@@ -45,15 +46,15 @@ def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -
     """``[NAME=]FOLDER`` by name, by default the folder's own; see ``paths.split_name``.
 
     Args:
-        option: what the entries are of, for messages.
-        entries: as given.
-        files: whether a file will do as well.
+        option: The command-line option of the entries, for messages.
+        entries: The option's values.
+        files: Whether a file will do as well.
 
     Raises:
         ConfigError: if a folder does not exist, can be read in two ways, or two have one name.
     """
     check_encodable(option, entries)
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for entry in entries:
         try:
             given, folder = split_name(entry)
@@ -63,13 +64,13 @@ def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -
         name = (folder.stem if alone else folder.resolve().name) if given is None else given
         if not folder.is_dir() and not alone:
             raise ConfigError(f"{option}: should be a folder. Found none at `{folder}`.")
-        if name in found or not name or name == BASE:
+        if name in folders or not name or name == BASE:
             raise ConfigError(
-                f"{option}: should have another name than {', '.join([BASE, *found])}: "
+                f"{option}: should have another name than {', '.join([BASE, *folders])}: "
                 f"{option} NAME={folder}. Found {name!r}."
             )
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str, Config]:
@@ -87,15 +88,19 @@ def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str
     return {name: config.load(folder / "config.yaml", overrides) for name, folder in runs.items()}
 
 
-def shared_settings(settings: Mapping[str, Config]) -> Config:
+def shared_settings(settings: Mapping[str, Config], medium: Medium) -> Config:
     """One configuration for all: the first, with the rewards of all, held-out ones included.
+
+    Args:
+        settings: Configurations by name.
+        medium: What the first of them draws.
 
     Raises:
         ConfigError: if the models would not be drawn alike or are not of one base model, or if
             they have different rewards of one name.
     """
     (first_name, first), *others = settings.items()
-    shared, rewards = medium_of(first).shared, _all_rewards(first)
+    shared, rewards = medium.shared, _all_rewards(first)
     for name, other in others:
         for key, option in shared.items():
             mine, theirs = _value(first, key), _value(other, key)
@@ -136,10 +141,10 @@ def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
     """Rollouts of the checkpoints to evaluate, in order.
 
     Args:
-        run: folder of the run.
+        run: The run's folder.
         chosen: ``latest``, ``step-N`` or ``N``, comma-separated (``base`` is always evaluated);
             None for all.
-        every: only multiples of this; None for all.
+        every: Only multiples of this are taken; None takes all.
 
     Raises:
         ConfigError: if there is no such checkpoint.
@@ -150,30 +155,31 @@ def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
     if every is not None:
         if every < 1:
             raise ConfigError(f"--every: should be at least 1. Found {every}.")
-        found = [step for step in saved if step % every == 0]
-        if not found:
+        steps = [step for step in saved if step % every == 0]
+        if not steps:
             raise ConfigError(
                 f"--every: no checkpoint of `{run}` is a multiple of {every}. {_there(saved)}"
             )
-        return found
+        return steps
     if chosen is None:
         return saved
-    found = []
+    steps = []
     for word in (part.strip() for part in chosen.split(",")):
         if word == BASE:
             continue
         number = word.removeprefix("step-")
         if word == "latest" and saved:
-            found.append(saved[-1])
+            steps.append(saved[-1])
         elif number.isdigit() and int(number) in saved:
-            found.append(int(number))
+            steps.append(int(number))
         else:
             raise ConfigError(f"--checkpoints: {word!r} is not in `{run}`. {_there(saved)}")
-    return sorted(set(found))
+    return sorted(set(steps))
 
 
 def candidates(
     settings: Config,
+    medium: Medium,
     runs: Mapping[str, Path],
     loras: Mapping[str, Path],
     *,
@@ -186,15 +192,17 @@ def candidates(
     """All models to evaluate, the base model first.
 
     Args:
-        settings: shared by all; ``Medium.check`` has found them to fit the base model.
-        runs: folders by name.
-        loras: likewise.
-        chosen: see ``saved_steps``.
-        every: likewise.
-        ema: whether a run's averaged weights are taken, not those of its last optimizer step.
-        soup: members of a soup, comma-separated, each the name of a run (its last checkpoint among
+        settings: The settings that all share, which ``Medium.check`` has passed.
+        medium: What the models draw.
+        runs: Folders of runs by name.
+        loras: Folders of LoRA weights by name.
+        chosen: See ``saved_steps``.
+        every: See ``saved_steps``.
+        ema: Whether a run's averaged weights are taken, not those of its last optimizer step.
+        soup: Members of a soup, comma-separated, each the name of a run (its last checkpoint among
             those to evaluate), of a LoRA folder, or a label; None for none.
-        points: of the soup along each edge between two members, ends included.
+        points: The number of points of the soup along each edge between two members, ends
+            included.
 
     Raises:
         ConfigError: for anything missing or damaged.
@@ -202,12 +210,12 @@ def candidates(
     for name in loras:
         if name in runs:
             raise ConfigError(f"--lora: should have another name than a run. Found {name!r}.")
-    read = medium_of(settings).reader(settings)
-    found = [Candidate(label=BASE, series="")]
+    read = medium.reader(settings)
+    models = [Candidate(label=BASE, series="")]
     for name, run in runs.items():
         for step in saved_steps(run, chosen, every):
             folder = checkpoint.step_folder(run, step)
-            found.append(
+            models.append(
                 Candidate(
                     label=f"step-{step}" if len(runs) == 1 else f"{name}/step-{step}",
                     series=name,
@@ -216,19 +224,19 @@ def candidates(
                     adapter=read(folder / "ema" if ema else folder),
                 )
             )
-    found += [
+    models += [
         Candidate(label=name, series=name, adapter=read(folder)) for name, folder in loras.items()
     ]
     if soup is not None:
-        found += _soup(found, soup, points)
-    return found
+        models += _soup(models, soup, points)
+    return models
 
 
-def _soup(found: Sequence[Candidate], given: str, points: int) -> list[Candidate]:
+def _soup(models: Sequence[Candidate], given: str, points: int) -> list[Candidate]:
     """The mixtures of these; the ends stand in the list already."""
-    known = {part for one in found if one.adapter for part in (one.label, one.series)}
+    known = {part for one in models if one.adapter for part in (one.label, one.series)}
     names = split_list(given, known.__contains__)  # a run's name may have commas
-    members = [_member(found, name) for name in names]
+    members = [_member(models, name) for name in names]
     if len({member.label for member in members}) < len(members):
         raise ConfigError(f"--soup: should name different models. Found {given!r}.")
     adapters = [member.adapter for member in members if member.adapter is not None]
@@ -250,8 +258,8 @@ def _soup(found: Sequence[Candidate], given: str, points: int) -> list[Candidate
     return mixed
 
 
-def _member(found: Sequence[Candidate], name: str) -> Candidate:
-    trained = [one for one in found if one.adapter is not None]
+def _member(models: Sequence[Candidate], name: str) -> Candidate:
+    trained = [one for one in models if one.adapter is not None]
     matching = [one for one in trained if name in (one.label, one.series)]
     if not matching:
         known = dict.fromkeys(text for one in trained for text in (one.series, one.label))
@@ -274,3 +282,8 @@ def _all_rewards(settings: Config) -> dict[str, dict[str, Any]]:
 def _value(settings: Config, key: str) -> Any:
     section, name = key.split(".")
     return vars(vars(settings)[section])[name]
+
+
+def model_digest(base: str, adapter: str) -> str:
+    """The digest of the base model with an adapter, or of the base model where there is none."""
+    return json_digest([base, adapter]) if adapter else base

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,75 @@ from moa_diffusion.adapters.diffusers import (
 )
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest
+from moa_diffusion.evaluation.sample_cache import ImageCache
+from moa_diffusion.files.digests import files_digest, json_digest
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.sd3 import check_fit
-from moa_diffusion.types import Request
+from moa_diffusion.types import ConfigError, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """How pictures are drawn, beside the model, the prompt and the seed."""
+
+    steps: int
+    guidance: float
+    resolution: int  # side in pixels
+    scheduler: str  # class; its settings are files of the base model
+    dtype: str  # of the transformer
+    vae_dtype: str
+    max_sequence_length: int  # T5 tokens
+    negative_prompt: str = ""
+    kind: str = "ode"  # deterministic
+
+    @classmethod
+    def of(cls, settings: Config, path: str) -> Sampler:
+        """Deployment settings: those of the section ``evaluation``.
+
+        Args:
+            settings: the configuration.
+            path: folder or hub id of the pipeline.
+        """
+        from diffusers import StableDiffusion3Pipeline
+
+        index = StableDiffusion3Pipeline.load_config(path, revision=settings.policy.revision)
+        return cls(
+            steps=settings.evaluation.steps,
+            guidance=settings.evaluation.guidance,
+            resolution=settings.sampling.resolution,
+            scheduler=index["scheduler"][1],
+            dtype=settings.policy.dtype,
+            vae_dtype=settings.policy.vae_dtype,
+            max_sequence_length=settings.policy.max_sequence_length,
+        )
+
+
+def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
+    """Digest of everything that a pipeline loads.
+
+    Args:
+        path: folder or hub id. Of a hub id the commit stands for the content.
+        revision: of a hub id.
+        memory: see ``files_digest``.
+
+    Raises:
+        ConfigError: if the commit of a hub id is not known.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = Path(path)
+    if not folder.is_dir():
+        _, commit = StableDiffusion3Pipeline.load_config(
+            path, revision=revision, return_commit_hash=True
+        )
+        if commit is None:
+            raise ConfigError(f"policy.path: the commit of {path!r} is not known: name a folder.")
+        return json_digest([path, commit])
+    index = StableDiffusion3Pipeline.load_config(path)
+    parts = sorted(name for name in index if not name.startswith("_") and (folder / name).is_dir())
+    files = [file for part in parts for file in sorted((folder / part).rglob("*"))]
+    files = [folder / "model_index.json", *(file for file in files if file.is_file())]
+    return files_digest(folder, files, memory)
 
 
 class Images:

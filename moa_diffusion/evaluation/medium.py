@@ -11,11 +11,9 @@ import torch
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.evaluation.image_cache import Sampler
-from moa_diffusion.evaluation.images import Images
-from moa_diffusion.evaluation.output_cache import OutputCache
-from moa_diffusion.evaluation.text_cache import Generation
-from moa_diffusion.evaluation.texts import Texts
+from moa_diffusion.evaluation.images import Images, Sampler
+from moa_diffusion.evaluation.sample_cache import OutputCache
+from moa_diffusion.evaluation.texts import Generation, Texts
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import ConfigError, Request
 

@@ -1,4 +1,4 @@
-"""Scores by sample and by who gave them: adding a model or a reward computes only what is new."""
+"""Scores by sample and by version of the head: only what is new is computed."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
+class HeadVersion:
     """A loaded head as the table of scores names it."""
 
     identity: Identity
     digest: str  # of the identity and of the head's source file
 
     @classmethod
-    def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Judge:
-        """The judge that scores an objective.
+    def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> HeadVersion:
+        """The version of a head as it is loaded.
 
         A function of the user's own has no version: its source file stands for one.
 
         Args:
-            name: of the objective.
-            head: after ``load``, when it knows its weights.
-            options: that it was built with.
+            name: The name of the objective.
+            head: A head after ``load``, when it knows its weights.
+            options: The options that it was built with.
 
         Raises:
             ConfigError: if the head's code is in no file, so that scores cannot be kept apart from
@@ -66,22 +66,22 @@ class Judge:
 
 
 class ScoreCache:
-    """The scores of one judge: a file of lines, to which whole batches are added.
+    """The scores of one version of a head: a file of lines, to which whole batches are added.
 
     A line that a crash left incomplete does not count, and is cut off by the next writer.
 
     Args:
-        folder: of all judges' files.
-        judge: whose scores these are.
+        folder: The folder of all files of scores.
+        version: The head whose scores these are.
     """
 
-    def __init__(self, folder: Path, judge: Judge) -> None:
-        self.path = folder / f"{judge.identity.head}-{judge.digest[:16]}.jsonl"
-        self.judge = judge
+    def __init__(self, folder: Path, version: HeadVersion) -> None:
+        self.path = folder / f"{version.identity.head}-{version.digest[:16]}.jsonl"
+        self.version = version
 
     @staticmethod
     def key(sample: str, prompt: Prompt) -> str:
-        """What a score depends on beside the judge; the sample's key holds the prompt's text."""
+        """What a score depends on beside the head; the sample's key holds the prompt's text."""
         return json_digest([sample, dict(prompt.metadata)])
 
     def read(self) -> dict[str, Score]:
@@ -92,19 +92,19 @@ class ScoreCache:
         """
         if not self.path.is_file():
             return {}
-        found = {}
+        scores = {}
         *lines, _ = self.path.read_bytes().split(b"\n")  # what follows the last line feed is torn
         for number, line in enumerate(lines[1:], start=2):
             try:
                 row = json.loads(line)
                 value = math.nan if row["value"] is None else float(row["value"])
-                found[row["key"]] = Score(value=value, extra=row["extra"])
+                scores[row["key"]] = Score(value=value, extra=row["extra"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{self.path}:{number}: is damaged ({error!r}). Delete the file, and what "
                     "it is of is scored again."
                 ) from error
-        return found
+        return scores
 
     def add(self, scores: Mapping[str, Score]) -> None:
         """Append scores; all reach the disk, or the file is as it was."""
@@ -120,7 +120,7 @@ class ScoreCache:
             end = file.read().rfind(b"\n") + 1
             file.truncate(end)
             if end == 0:
-                lines.insert(0, json.dumps(asdict(self.judge), ensure_ascii=False))
+                lines.insert(0, json.dumps(asdict(self.version), ensure_ascii=False))
             try:
                 file.write("".join(f"{line}\n" for line in lines).encode())
                 file.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +22,70 @@ from moa_diffusion.adapters.peft import (
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.data.seeds import derive_seed
-from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
+from moa_diffusion.evaluation.sample_cache import TextCache
+from moa_diffusion.files.digests import files_digest, json_digest
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.policies.language_model import check_fit
-from moa_diffusion.types import Request
+from moa_diffusion.policies.language_model import check_fit, read_tokenizer
+from moa_diffusion.types import ConfigError, Request
+
+# Of the files that a model and its tokenizer are loaded from; others are a reader's business.
+_SUFFIXES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How completions are drawn, beside the model, the prompt and the seed."""
+
+    max_new_tokens: int  # with the token that ends a completion
+    temperature: float  # 0: the likeliest token
+    chat: bool  # whether prompts go through the tokenizer's chat template
+    dtype: str
+    noise: str  # kind of device whose generator it comes from; "none" at temperature 0
+
+    @classmethod
+    def of(cls, settings: Config, path: str, device: torch.device) -> Generation:
+        """Deployment settings: those of the section ``generation``.
+
+        Args:
+            settings: the configuration.
+            path: folder or hub id of the model.
+            device: that draws. The same seed gives other texts on another kind of device.
+        """
+        generation = settings.generation
+        chat = generation.chat
+        if chat is None:
+            tokenizer = read_tokenizer(path, revision=settings.policy.revision)
+            chat = tokenizer.chat_template is not None
+        return cls(
+            max_new_tokens=generation.max_new_tokens,
+            temperature=generation.eval_temperature,
+            chat=chat,
+            dtype=settings.policy.dtype,
+            noise=device.type if generation.eval_temperature > 0 else "none",
+        )
+
+
+def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
+    """Digest of everything that a language model and its tokenizer load.
+
+    Args:
+        path: folder or hub id. Of a hub id the commit stands for the content.
+        revision: of a hub id.
+        memory: see ``files_digest``.
+
+    Raises:
+        ConfigError: if the commit of a hub id is not known.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    folder = Path(path)
+    if not folder.is_dir():
+        commit = extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+        if commit is None:
+            raise ConfigError(f"policy.path: the commit of {path!r} is not known: name a folder.")
+        return json_digest([path, commit])
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _SUFFIXES]
+    return files_digest(folder, files, memory)
 
 
 class Texts:

@@ -1,18 +1,59 @@
-"""Writes ``scores.parquet``: one row per model, prompt, seed and reward."""
+"""Writes an evaluation's files, first ``scores.parquet``: a row per model, prompt, seed, reward."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from moa_diffusion.evaluation.evaluate import Evaluation
+from moa_diffusion.evaluation.records import ScoredSamples
 from moa_diffusion.files.writing import replaced
-from moa_diffusion.report.table import NAME
+from moa_diffusion.report.page.page import NAME as REPORT
+from moa_diffusion.report.page.page import write_report
+from moa_diffusion.report.pareto_plot import write_pareto
+from moa_diffusion.report.shown import write_shown
+from moa_diffusion.report.summary import text, write_summary
+from moa_diffusion.report.table import NAME, read_table
 
 
-def write_table(found: Evaluation, folder: Path) -> Path:
+def write_results(
+    scored: ScoredSamples, output: Path, *, shown: int, runs: Mapping[str, Path]
+) -> str:
+    """Write the table, the summary, all models side by side, the front and the page.
+
+    All but the table is made from the table that was written, not from what was in memory.
+
+    Args:
+        scored: The samples and their scores.
+        output: The folder, made if need be.
+        shown: The number of prompts beside each other at most.
+        runs: Folders of runs by series, whose training the page shows.
+
+    Returns:
+        what to print.
+
+    Raises:
+        ConfigError: if a file that a run left is damaged.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    write_table(scored, output)
+    table = read_table(output)
+    summary = write_summary(table, output)
+    shown_in = write_shown(table, output, shown=shown)
+    write_pareto(table, summary, output / "pareto.png")
+    write_report(table, summary, runs, output / REPORT)
+    files = (NAME, "summary.md", "summary.json", shown_in, "pareto.png", REPORT)
+    return (
+        f"{text(table, summary)}\n"
+        f"Drawn: {scored.drawn} of {len(scored.samples)} {scored.noun}; "
+        f"scored: {scored.scored} of {table.values.size} scores; the others were there.\n"
+        f"Written: {', '.join(str(output / name) for name in files)}"
+    )
+
+
+def write_table(scored: ScoredSamples, folder: Path) -> Path:
     """Write ``scores.parquet`` into a folder; paths of pictures in it are relative to that.
 
     A text stands in the table itself.
@@ -21,11 +62,11 @@ def write_table(found: Evaluation, folder: Path) -> Path:
     from pyarrow import parquet
 
     rows = []
-    for i, sample in enumerate(found.samples):
-        candidate = found.candidates[sample.candidate]
-        drawn = found.outputs.columns(sample.key, folder)
-        for name, scores in found.scores.items():
-            judge, score = found.judges[name], scores[i]
+    for i, sample in enumerate(scored.samples):
+        candidate = scored.candidates[sample.candidate]
+        output = scored.outputs.columns(sample.key, folder)
+        for name, scores in scored.scores.items():
+            version, score = scored.versions[name], scores[i]
             rows.append(
                 {
                     "checkpoint": candidate.label,
@@ -35,21 +76,21 @@ def write_table(found: Evaluation, folder: Path) -> Path:
                     "weights": None
                     if candidate.weights is None
                     else json.dumps(dict(candidate.weights)),
-                    "model_digest": found.digests[sample.candidate],
+                    "model_digest": scored.digests[sample.candidate],
                     "adapter_digest": candidate.digest,
                     "prompt_index": sample.prompt,
-                    "prompt": found.prompts[sample.prompt].text,
-                    "metadata": json.dumps(dict(found.prompts[sample.prompt].metadata)),
+                    "prompt": scored.prompts[sample.prompt].text,
+                    "metadata": json.dumps(dict(scored.prompts[sample.prompt].metadata)),
                     "seed": sample.seed,
                     "reward": name,
-                    "unit": judge.identity.unit,
+                    "unit": version.identity.unit,
                     "score": None if math.isnan(score.value) else score.value,
                     "extra": json.dumps(dict(score.extra), ensure_ascii=False),
-                    **drawn,
-                    "scorer_version": judge.identity.version,
-                    "scorer_digest": judge.digest,
-                    "scorer_provenance": json.dumps(dict(judge.identity.provenance)),
-                    **{f"sampler_{key}": value for key, value in asdict(found.sampler).items()},
+                    **output,
+                    "scorer_version": version.identity.version,
+                    "scorer_digest": version.digest,
+                    "scorer_provenance": json.dumps(dict(version.identity.provenance)),
+                    **{f"sampler_{key}": value for key, value in asdict(scored.sampler).items()},
                 }
             )
     kinds = {"step": pyarrow.int64(), "ema": pyarrow.bool_(), "weights": pyarrow.string()}

@@ -13,8 +13,7 @@ from moa_diffusion import assembly
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
-from moa_diffusion.evaluation.medium import medium_of
-from moa_diffusion.evaluation.text_cache import Generation
+from moa_diffusion.evaluation.texts import Generation
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.summary import Summary, drawn, summarise
 from moa_diffusion.report.table import Table
@@ -35,22 +34,24 @@ def model_card(
     adapter: Adapter,
     table: Table | None,
     *,
+    noun: str,
     name: str,
     shown: str | None,
 ) -> str:
     """The card in Markdown, with the metadata that model hubs read in front.
 
     Args:
-        settings: shared by all members.
-        each: configuration of every run by name.
-        members: the checkpoints, one per run.
-        shares: weight of each.
-        adapter: the LoRA.
-        table: the base model and this one, if they were evaluated.
-        name: of the model.
-        shown: file beside the card with samples of both, if they were evaluated.
+        settings: The settings that all members share.
+        each: The configuration of every run by name.
+        members: The checkpoints, one per run.
+        shares: The weight of each member.
+        adapter: The LoRA.
+        table: The base model and this one, if they were evaluated.
+        noun: What the model draws, in the plural.
+        name: The model's name.
+        shown: The file beside the card with samples of both, if they were evaluated.
     """
-    base, noun = settings.policy.path, medium_of(settings).noun
+    base = settings.policy.path
     head, usage = _of_texts(settings, name) if noun == "completions" else _of_images(settings, name)
     if not Path(assembly.model_path(settings)).is_dir():
         head["base_model"] = base
@@ -88,7 +89,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
     return head, (
         "from diffusers import StableDiffusion3Pipeline\n\n"
         "pipeline = StableDiffusion3Pipeline.from_pretrained("
-        f'"{_plain(settings.policy.path)}")\n'
+        f'"{_public_name(settings.policy.path)}")\n'
         f'pipeline.load_lora_weights("{name}")\n'
         f"image = pipeline(\n    prompt, num_inference_steps={section.steps}, "
         f"guidance_scale={section.guidance:g},\n    height={sampler.resolution}, "
@@ -99,7 +100,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
 
 def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
     """Metadata, and the code that writes as the evaluation does."""
-    base = _plain(settings.policy.path)
+    base = _public_name(settings.policy.path)
     found = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
     head: dict[str, object] = {
         "library_name": "peft",
@@ -188,6 +189,6 @@ def _scores(table: Table, found: Summary, shown: str) -> list[str]:
     ]
 
 
-def _plain(base: str) -> str:
+def _public_name(base: str) -> str:
     """A base model as a reader can name it: not by a path on the machine it was trained on."""
     return "path/to/the/base/model" if base == "tiny" or Path(base).is_dir() else base

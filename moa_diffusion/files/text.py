@@ -38,7 +38,9 @@ def bad_line(where: str, expectation: str, found: str, hint: str = "") -> Config
 
 
 def shortened(value: object, limit: int = SHOWN) -> str:
-    """A value as Python writes it, or its start; always ASCII where it could not be printed."""
+    """A value as Python writes it, or its start; what cannot be printed is escaped."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else f"{value[: limit - 3]}...")
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -130,12 +132,12 @@ def _finite(text: str) -> float:  # Python reads NaN and 1e999, which no reward 
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Python keeps the last
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise ValueError(f"the key {key!r} stands there twice")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _one_a_line(line: str) -> str:

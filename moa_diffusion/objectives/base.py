@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
 
@@ -115,11 +115,9 @@ def by_name(
     """
     for name, value in (values or {}).items():
         if name not in objectives:
-            near = get_close_matches(name, objectives, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"Parameter `{parameter}` should name objectives of {list(objectives)}. "
-                f"Found {name!r}.{hint}"
+                f"Found {name!r}.{did_you_mean(name, objectives)}"
             )
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise ValueError(

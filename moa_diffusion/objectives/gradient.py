@@ -20,12 +20,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.pama import min_norm_weights
 from moa_diffusion.types import ObjectiveStats
@@ -56,8 +56,8 @@ class Gradient(Weighting):
         objectives: names of the K objectives.
         aggregator: TorchJD's name, in any case and with any separators: ``upgrad``, ``mgda``,
             ``pcgrad``, ``cagrad``, ``nash_mtl``, ``aligned-mtl``, ``IMTLG``, ``dualproj`` ...
-        options: of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad; ``pref_vector`` is a
-            list with one entry per objective.
+        options: Options of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad;
+            ``pref_vector`` is a list with one entry per objective.
 
     Raises:
         ImportError: if torchjd, or a solver that the method needs, is not installed.
@@ -198,8 +198,7 @@ def find_aggregator(name: str) -> type[Aggregator]:
         reason = REFUSED.get(plain, "TorchJD offers it over Jacobians only")
         problem = f"cannot be used here: {reason}."
     else:
-        near = get_close_matches(plain, usable, n=1)
-        problem = "is unknown." + (f" Did you mean {near[0]!r}?" if near else "")
+        problem = f"is unknown.{did_you_mean(plain, usable)}"
     raise ValueError(
         f"Parameter `aggregator` should be one of {', '.join(usable)}. Found {name!r}, which "
         + problem

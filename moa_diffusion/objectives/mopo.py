@@ -23,11 +23,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
@@ -54,20 +54,21 @@ class Mopo(Weighting):
 
     Args:
         objectives: names of the K objectives.
-        primary: the one that is improved; by default the first.
-        bounds: least level of each secondary objective; one number for all, or a number for each.
+        primary: Name of the objective that is improved; by default the first.
+        bounds: Least level of each secondary objective; one number for all, or a number for each.
             A win rate of 0.5 means "no worse than the reference model".
-        units: ``win_rate``, or ``reward`` for bounds on the mean raw reward. There four times the
-            within-group spread (RMS std) of the first rollout that has any stands for a win rate of
-            1, about as steep as a win rate is; before that the multiplier is 0.
-        variant: ``lagrangian`` or ``barrier``.
-        integral: gain per rollout.
-        proportional: gain of the momentary violation.
-        maximum: largest multiplier.
-        decay: of the level's moving average, in [0, 1).
-        sigma: of the barrier; the primary objective may lose about this much per bound.
-        patience: rollouts in a row at the largest multiplier and below the bound, after which a
-            warning says, once, that the bound may be out of reach.
+        units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward.
+            There four times the within-group spread (RMS std) of the first rollout that has any
+            stands for a win rate of 1, about as steep as a win rate is; before that the multiplier
+            is 0.
+        variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
+        integral: Gain of the integral of the violation, per rollout.
+        proportional: Gain of the momentary violation.
+        maximum: Largest multiplier.
+        decay: Decay of the level's moving average, in [0, 1).
+        sigma: Strength of the barrier; the primary objective may lose about this much per bound.
+        patience: Number of rollouts in a row at the largest multiplier and below the bound after
+            which a warning says, once, that the bound may be out of reach.
     """
 
     level: Tensor  # [K] Gbar; NaN: not measured yet
@@ -111,7 +112,7 @@ class Mopo(Weighting):
         if self.primary not in self.objectives:
             raise ValueError(
                 f"Parameter `primary` should be one of {self.objectives}. "
-                f"Found {primary!r}.{_nearest(self.primary, self.objectives)}"
+                f"Found {primary!r}.{did_you_mean(self.primary, self.objectives)}"
             )
         self.units, self.variant, self.patience = units, variant, patience
         self.integral, self.proportional = integral, proportional
@@ -153,13 +154,13 @@ class Mopo(Weighting):
         return 1 / (1 + float(self.multipliers.sum()))
 
     def report(self) -> dict[str, float]:
-        found = {}
+        metrics = {}
         for k, name in enumerate(self.objectives):
             if name != self.primary and not self.level[k].isnan():
-                found[f"mopo_lambda/{name}"] = float(self.multipliers[k])
-                found[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
-                found[f"mopo_level/{name}"] = float(self.level[k])
-        return found
+                metrics[f"mopo_lambda/{name}"] = float(self.multipliers[k])
+                metrics[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
+                metrics[f"mopo_level/{name}"] = float(self.level[k])
+        return metrics
 
     def headline(self) -> str:
         """The worst violation, or that every bound is kept."""
@@ -232,7 +233,7 @@ def checked_bounds(
         if name not in secondary:
             raise ValueError(
                 f"Parameter `bounds` should be about {tuple(secondary)}. "
-                f"Found {name!r}.{_nearest(name, secondary)}"
+                f"Found {name!r}.{did_you_mean(name, secondary)}"
             )
         if not math.isfinite(bound) or (units == "win_rate" and not 0 <= bound <= 1):
             wanted = "in [0, 1]" if units == "win_rate" else "finite"
@@ -243,8 +244,3 @@ def checked_bounds(
             f"Found none for `{missing[0]}`."
         )
     return chosen
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""

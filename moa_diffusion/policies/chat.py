@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_diffusion.files.text import shortened
 from moa_diffusion.types import ConfigError
-
-SHOWN = 80  # characters of a text in a message
 
 
 class Dialogue:
@@ -88,12 +87,12 @@ class Dialogue:
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
         if not ids:
-            raise ConfigError(f"prompts: the prompt {short(text)} has no token to start from.")
+            raise ConfigError(f"prompts: the prompt {shortened(text)} has no token to start from.")
         if len(ids) > self.max_prompt_tokens:
             raise ConfigError(
                 f"generation.max_prompt_tokens: every prompt should have at most "
                 f"{self.max_prompt_tokens} tokens (the limit, or what the model's context leaves "
-                f"beside generation.max_new_tokens). Found {len(ids)} in {short(text)}. "
+                f"beside generation.max_new_tokens). Found {len(ids)} in {shortened(text)}. "
                 "Shorten it, take it out, or change these numbers."
             )
         return ids
@@ -108,13 +107,13 @@ class Dialogue:
         if inside := [i for i in ids if i in self.stops]:
             raise ValueError(
                 f"A response should not spell {self.tokenizer.decode(inside[:1])!r}, which ends "
-                f"it. Found it in {short(text)}."
+                f"it. Found it in {shortened(text)}."
             )
         ids = [*ids, self.end]
         if len(ids) > self.max_new_tokens:
             raise ValueError(
                 f"A response should have at most {self.max_new_tokens} tokens with its end "
-                f"(`max_new_tokens`). Found {len(ids)} in {short(text)}."
+                f"(`max_new_tokens`). Found {len(ids)} in {shortened(text)}."
             )
         return ids
 
@@ -128,12 +127,12 @@ class Dialogue:
             mask: ``[n, T]``.
         """
         rows = [row[known].tolist() for row, known in zip(ids.cpu(), mask.cpu(), strict=True)]
-        found = []
+        decoded = []
         for prompt, row in zip(prompts, rows, strict=True):
             written = row[:-1] if row[-1] in self.stops else row  # a stop need not be special
             before = [] if self.chat else self.prompt(prompt)[-1:]
-            found.append(self._decode([*before, *written])[len(self._decode(before)) :])
-        return tuple(found)
+            decoded.append(self._decode([*before, *written])[len(self._decode(before)) :])
+        return tuple(decoded)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(
@@ -151,8 +150,3 @@ class Dialogue:
             place = slice(width - len(row), width) if left else slice(len(row))
             ids[i, place], mask[i, place] = torch.tensor(row), True
         return ids, mask
-
-
-def short(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...")

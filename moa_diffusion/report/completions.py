@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moa_diffusion.files.writing import write_text
-from moa_diffusion.report.grid import short, shown_prompts
+from moa_diffusion.report.grid import score_text, shown_prompts
 from moa_diffusion.report.table import Table
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]|~#$!]")
@@ -29,7 +29,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
         cells = [literal(table.prompts[p])]
         for e in range(len(table.models)):
             scores = zip(table.rewards, table.values[e, :, p, 0].tolist(), strict=True)
-            said = "<br>".join(f"{literal(name)} {short(score)}" for name, score in scores)
+            said = "<br>".join(f"{literal(name)} {score_text(score)}" for name, score in scores)
             cells.append(f"{literal(table.texts[e][p][0]) or '*nothing*'}<br><br>{said}")
         rows.append(cells)
     title = f"# Completions, seed {table.seeds[0]}"

@@ -44,7 +44,8 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
         for e in range(len(table.models)):
             scores = table.values[e, :, p, s].tolist()
             lines = [
-                f"{name} {short(score)}" for name, score in zip(table.rewards, scores, strict=True)
+                f"{name} {score_text(score)}"
+                for name, score in zip(table.rewards, scores, strict=True)
             ]
             cells.append(_cell(table.images[e][p][s], lines, width, height))
     columns = len(table.models) + 1
@@ -66,7 +67,7 @@ def shown_prompts(prompts: int, shown: int) -> list[int]:
     return [i * prompts // count for i in range(count)]
 
 
-def short(score: float) -> str:
+def score_text(score: float) -> str:
     """A score in few characters; a dash where the reward does not apply."""
     if math.isnan(score):
         return "-"

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.table import Table
@@ -20,9 +20,9 @@ from moa_diffusion.statistics.bootstrap import (
     RESAMPLES,
     Array,
     Estimate,
-    draw,
     estimate_one,
     prompt_sums,
+    resample,
     resampled_means,
 )
 from moa_diffusion.statistics.groups import same_prompt, spread_within
@@ -78,7 +78,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
     owner = same_prompt(table.prompts).repeat_interleave(seeds).numpy()  # [M]
     units = base_spread(table)  # [K]
     distinct = len(set(table.prompts))
-    draws = draw(distinct, resamples=resamples, seed=seed)
+    draws = resample(distinct, resamples=resamples, seed=seed)
     everyone = numpy.ones((1, distinct))
 
     def means(samples: Array) -> tuple[Array, Array]:
@@ -157,7 +157,7 @@ def write_summary(table: Table, folder: Path) -> Summary:
     """Write ``summary.md``, and ``summary.json`` with the same numbers unrounded."""
     found = summarise(table)
     write_text(folder / "summary.md", text(table, found))
-    plain = json.dumps(_plain(asdict(found)), indent=2, allow_nan=False)
+    plain = json.dumps(without_nan(asdict(found)), indent=2, allow_nan=False)
     write_text(folder / "summary.json", plain + "\n")
     return found
 
@@ -240,11 +240,3 @@ def _front(table: Table, found: Summary) -> list[str]:
         + (f". Not in them: {', '.join(left_out)}." if left_out else ".")
     )
     return said
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,7 +64,7 @@ def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
     return numpy.divide(total, number, out=numpy.full_like(total, math.nan), where=number > 0)
 
 
-def draw(count: int, *, resamples: int, seed: int) -> Array:
+def resample(count: int, *, resamples: int, seed: int) -> Array:
     """How often each of ``count`` units is drawn with replacement, ``[B, count]``."""
     generator = numpy.random.default_rng(seed)
     shares = numpy.full(count, 1 / count)

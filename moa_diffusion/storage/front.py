@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.statistics.pareto import nondominated, spread_out
 from moa_diffusion.storage import checkpoint
@@ -54,7 +54,7 @@ def retain(
     rows = [
         {
             "step": step,
-            "means": dict(zip(objectives, _plain(means[step]), strict=True))
+            "means": dict(zip(objectives, without_nan(means[step]), strict=True))
             if step in means
             else None,
             "non_dominated": step in evaluated and inside[evaluated.index(step)],
@@ -69,18 +69,14 @@ def retain(
 
 def _means(run: Path, objectives: Sequence[str]) -> dict[int, list[float]]:
     """Held-out means by rollouts; after a rollback those of the weights that it went back to."""
-    found: dict[int, list[float]] = {}
+    means: dict[int, list[float]] = {}
     for row in read_metrics(run / METRICS):
         if all(f"eval_mean/{name}" in row for name in objectives):
             values = [row[f"eval_mean/{name}"] for name in objectives]
-            found[row["step"]] = [math.nan if value is None else value for value in values]
+            means[row["step"]] = [math.nan if value is None else value for value in values]
     for alarm in read_metrics(run / ALARMS):
-        if alarm["to_step"] in found:
-            found[alarm["step"]] = found[alarm["to_step"]]
+        if alarm["to_step"] in means:
+            means[alarm["step"]] = means[alarm["to_step"]]
         elif alarm["to_step"] is not None:  # evaluated by the run that this one was resumed from
-            found.pop(alarm["step"], None)
-    return found
-
-
-def _plain(values: Sequence[float]) -> list[Any]:
-    return [None if math.isnan(value) else value for value in values]
+            means.pop(alarm["step"], None)
+    return means

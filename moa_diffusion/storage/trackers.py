@@ -43,7 +43,7 @@ class Names:
 
     def key(self, name: str) -> str:
         """The same of a setting's dotted key; dots stay."""
-        return self._unique(name, _plain(name, _UNSAFE_KEY).strip(".") or "_")
+        return self._unique(name, _safe(name, _UNSAFE_KEY).strip(".") or "_")
 
     def _unique(self, name: str, fitted: str) -> str:
         if name not in self._given:
@@ -132,10 +132,10 @@ class Trackers:
 def _metric(name: str) -> str:
     group, slash, rest = name.partition("/")
     parts = [group, rest] if slash else [group]
-    return "/".join(_plain(part, _UNSAFE) or "_" for part in parts)
+    return "/".join(_safe(part, _UNSAFE) or "_" for part in parts)
 
 
-def _plain(text: str, unsafe: re.Pattern[str]) -> str:
+def _safe(text: str, unsafe: re.Pattern[str]) -> str:
     """Accents go, and what is not safe becomes one ``_``, or ``-`` between two names."""
     letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return unsafe.sub("_", letters.replace("~", "-"))

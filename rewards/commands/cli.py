@@ -1,4 +1,4 @@
-"""The commands of `scripts/rewards.py`: list, check, score, serve."""
+"""The commands of `scripts/heads.py`: list, check, score, serve."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rewards.base import RewardHead
-from rewards.commands.cards import CARDS
-from rewards.commands.check import check, prepare
-from rewards.commands.folder import ScoreTable, match, score_pairs, summary, texts_of
+from rewards.commands.check_head import prepare, try_head
+from rewards.commands.head_cards import CARDS
+from rewards.commands.score_folder import ScoreTable, match, score_pairs, summary, texts_of
 from rewards.identity import Identity
 from rewards.registry import available
 from rewards.serving import server
@@ -79,7 +79,7 @@ def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) ->
     head = prepare(name, options, kind="texts" if texts else None)
     loaded = time.monotonic() - began
     try:
-        found = check(head, texts=texts)
+        found = try_head(head, texts=texts)
     finally:
         head.close()
     good, bad = found.scores.values.tolist()
@@ -107,8 +107,8 @@ def score_samples(
         name: See `rewards.create`.
         options: Options of the head.
         folder: Folder of pictures; None scores the texts that stand with the prompts.
-        prompts: See `rewards.commands.folder.match`, and `texts_of` where there is no folder.
-        output: See `rewards.commands.folder.ScoreTable`.
+        prompts: See `rewards.commands.score_folder.match`, and `texts_of` where there is no folder.
+        output: See `rewards.commands.score_folder.ScoreTable`.
         batch_size: Pictures or texts at once.
 
     Raises:

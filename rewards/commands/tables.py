@@ -39,19 +39,19 @@ def _write_csv(file: Path, table: Columns, provenance: Mapping[str, Any]) -> Non
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(table)
-        writer.writerows(zip(*(_plain(cells) for cells in table.values()), strict=True))
+        writer.writerows(zip(*(_flat_cells(cells) for cells in table.values()), strict=True))
 
 
 def _write_parquet(file: Path, table: Columns, provenance: Mapping[str, Any]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    columns = pyarrow.table({name: _plain(cells) for name, cells in table.items()})
+    columns = pyarrow.table({name: _flat_cells(cells) for name, cells in table.items()})
     described = columns.replace_schema_metadata({"provenance": json.dumps(provenance)})
     parquet.write_table(described, file)
 
 
-def _plain(cells: list[Any]) -> list[Any]:
+def _flat_cells(cells: list[Any]) -> list[Any]:
     # A column of a table has one type; what has several, or an inner structure, becomes JSON.
     kinds = {type(cell) for cell in cells if cell is not None}
     if kinds == {int, float}:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rewards.base import RewardError
 from rewards.heads.clip import build_clip, embed_images
 from rewards.pretrained.base import ModelHead
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensors
 from rewards.registry import register
@@ -49,11 +49,11 @@ class Aesthetic(ModelHead):
             weights need a name that ends in `-quickgelu`: without, they load and score wrongly.
         predictor: The layers, named as a model is. By default the published file, from a copy on
             the hub that the digest verifies.
-        predictor_sha256: Expected digest of the layers; null for a head of one's own.
+        predictor_sha256: Expected SHA-256 digest of the layers; null for a head of one's own.
         dtype: Precision of the CLIP model: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the CLIP weights; None expects nothing.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the CLIP weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -88,7 +88,7 @@ class Aesthetic(ModelHead):
             batch_size=batch_size,
             sha256=sha256,
         )
-        check(predictor, option="predictor")
+        check_name(predictor, option="predictor")
         self.backbone = backbone
         self.architecture = architecture
         self.predictor = predictor
@@ -123,7 +123,7 @@ class Aesthetic(ModelHead):
         else:
             self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
         try:
-            found = find(self.predictor, required=())
+            found = find_weights(self.predictor, required=())
         except RewardError as error:
             raise RewardError(
                 f"{error.cause} The published head is the file {_HEAD} of {_HEAD_SOURCE}: put it "

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError
-from rewards.heads.ocr.text import comparable, quoted_target
+from rewards.heads.ocr.target_text import comparable, quoted_target
 from rewards.pretrained.base import ModelHead
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
 from rewards.registry import register
@@ -73,7 +73,7 @@ class ClipHead(ModelHead):
             sha256=sha256,
         )
         if processor is not None:
-            check(processor, option="processor")
+            check_name(processor, option="processor")
         self.processor = processor
         self._processor_found: dict[str, str] = {}
         self._tokenizer: Any = None
@@ -151,7 +151,7 @@ class ClipHead(ModelHead):
         if self.processor is None and _is_processor(weights):
             return weights
         named = self.processor or self.default_processor
-        files = find(named, required=(_PREPROCESSING,), optional=_PROCESSOR, tensors=False)
+        files = find_weights(named, required=(_PREPROCESSING,), optional=_PROCESSOR, tensors=False)
         if not _is_processor(files):
             raise RewardError(
                 f"The processor `{named}` lacks a tokenizer in {files.folder}: "
@@ -227,10 +227,10 @@ class PickScore(ClipHead):
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as published.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the weights; None expects nothing.
+        dtype: Precision: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -279,10 +279,10 @@ class ClipScore(ClipHead):
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of `openai/clip-vit-large-patch14`.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the weights; None expects nothing.
+        dtype: Precision: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardHead
-from rewards.heads.ocr.text import without_quotes
+from rewards.heads.ocr.target_text import without_quotes
 from rewards.registry import register
 
 # Pixels handled at once; keeps the temporaries of large batches near 100 MB.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
 from rewards.blame import told
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +77,7 @@ class ModelHead(RewardHead):
         batch_size: int = 16,
         sha256: str | None = None,
     ) -> None:
-        check(model, revision=revision)
+        check_name(model, revision=revision)
         if dtype not in DTYPES:
             raise ValueError(
                 f"Parameter `dtype` should be one of {', '.join(DTYPES)}. "
@@ -191,7 +191,7 @@ class ModelHead(RewardHead):
     def _loaded(self) -> _Shared:
         with self._lock:
             if self._shared is None:
-                weights = find(
+                weights = find_weights(
                     self.model,
                     revision=self.revision,
                     required=self.required,

@@ -94,7 +94,7 @@ class _Place:
     revision: str  # of a folder
 
 
-def check(model: str, *, revision: str | None = None, option: str = "model") -> None:
+def check_name(model: str, *, revision: str | None = None, option: str = "model") -> None:
     """Checks the name of a model without touching the network or loading anything.
 
     A folder or file must exist; the name of a hub model must be well-formed.
@@ -116,7 +116,7 @@ def check(model: str, *, revision: str | None = None, option: str = "model") -> 
         )
 
 
-def find(
+def find_weights(
     model: str,
     *,
     revision: str | None = None,
@@ -136,9 +136,9 @@ def find(
 
     Raises:
         RewardError: If a file is missing or cannot be fetched; says what to do.
-        ValueError: As `check`.
+        ValueError: As `check_name`.
     """
-    check(model, revision=revision)
+    check_name(model, revision=revision)
     place = _locate(model, "model")
     if place.folder is None:
         folder = _cached_or_fetched(place, revision, required, optional, tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from rewards.registry import register
 from rewards.serving import wire
 from rewards.serving.client import Answer, CallError, Calls, call, check_url
 from rewards.serving.spread import SendError, Spread, SpreadError
+from rewards.targets import did_you_mean
 
 _SHOWN = 300  # characters of an answer that is quoted in an error
 _HEALTH_SECONDS = 10.0
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @register("remote")
 class RemoteHead(RewardHead):
-    """The scores of a head on a reward server; higher is better. `scripts/rewards.py serve` is one.
+    """The scores of a head on a reward server; higher is better. `scripts/heads.py serve` is one.
 
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
@@ -43,14 +43,15 @@ class RemoteHead(RewardHead):
     Args:
         url: Address of the server, `http://host:port`, or a list of several.
         remote_name: Name of the head on the server.
-        timeout: Seconds for a batch, retries included. With several servers, a request that takes
-            more than half of the time left is sent to another, so allow twice what it takes.
-        retries: Answers of status 500 in a row, without a reason that is understood, after which a
-            connection to a server is given up. A server that is overloaded, late or not to be
-            reached is asked again until the time is up.
+        timeout: Number of seconds for a batch, retries included. With several servers, a request
+            that takes more than half of the time left is sent to another, so allow twice what it
+            takes.
+        retries: Number of answers of status 500 in a row, without a reason that is known, after
+            which a connection to a server is given up. A server that is overloaded, late or not to
+            be reached is asked again until the time is up.
         token_env: Environment variable that holds the server's token; empty: none is sent.
-        batch_size: Samples per request; the server may allow fewer.
-        max_parallel: Requests under way at once, per server.
+        batch_size: Number of samples per request; the server may allow fewer.
+        max_parallel: Number of requests under way at once, per server.
 
     Raises:
         ValueError: If a parameter is out of range, or the environment variable is not set.
@@ -212,8 +213,7 @@ class RemoteHead(RewardHead):
         except ValueError as error:
             cause = f"{url} is no reward server of this format: {error}"
             raise SendError(cause, elsewhere=True) from error
-        near = difflib.get_close_matches(self.remote_name, list(heads), n=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
+        hint = did_you_mean(self.remote_name, list(heads))
         known = ", ".join(heads)
         cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {known}.'
         raise SendError(cause, elsewhere=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rewards.base import RewardBatch, Scores
 from rewards.identity import Identity
-from rewards.serving import png
+from rewards.serving import checked_png
 
 FORMAT = 1
 CONTENT_TYPE = "application/x-reward-batch"
@@ -109,7 +109,7 @@ def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: ra
     if pictures is None:
         header["texts"] = [batch.require_texts()[i] for i in indices]
     else:
-        files = [png.encode(pictures[i]) for i in indices]
+        files = [checked_png.encode(pictures[i]) for i in indices]
         header["images"] = [len(file) for file in files]
     text = dump(header)
     return b"".join([_LENGTH.pack(len(text)), text, *files])
@@ -180,7 +180,7 @@ def count_pixels(header: Header, body: bytes, max_pixels: int) -> int:
     total = 0
     for index, (begin, end) in enumerate(_places(header)):
         try:
-            width, height = png.size(body[begin : min(end, begin + png.HEAD)])
+            width, height = checked_png.size(body[begin : min(end, begin + checked_png.HEAD)])
         except ValueError as error:
             raise WireError(f"Picture {index} {error}") from error
         if width * height > max_pixels:
@@ -204,7 +204,7 @@ def unpack_samples(header: Header, body: bytes) -> Samples:
         decoded = []
         for index, (begin, end) in enumerate(_places(header)):
             try:
-                decoded.append(png.decode(body[begin:end]))
+                decoded.append(checked_png.decode(body[begin:end]))
             except ValueError as error:
                 raise WireError(f"Picture {index} {error}") from error
             if decoded[index].shape != decoded[0].shape:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from moa_diffusion.calibration.describe import calibrate
 from moa_diffusion.calibration.measure import draws, findings, measure, report
-from moa_diffusion.calibration.picture import picture
+from moa_diffusion.calibration.plot import plot_calibration
 from moa_diffusion.config import from_dict
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage.calibration_file import load
@@ -165,7 +165,7 @@ def test_what_is_noisy_or_does_not_apply_is_said(folder: Path, capsys: pytest.Ca
     assert "nowhere applies to none of the 3 prompts: nothing is known of it." in said
     assert "noisy is noisy: the noise of one score is" in said
     assert "hijack" in said
-    picture(found, measured.rewards, measured.units, folder / "picture.png")
+    plot_calibration(found, measured.rewards, measured.units, folder / "picture.png")
     assert (folder / "picture.png").stat().st_size > 10_000
 
 

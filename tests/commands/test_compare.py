@@ -19,7 +19,10 @@ import yaml
 from PIL import Image
 
 from moa_diffusion import config
-from moa_diffusion.comparison.picture import mean_path, picture
+from moa_diffusion.comparison.execute import cause_of_death, execute
+from moa_diffusion.comparison.plan import Run, method_settings, plan_comparison
+from moa_diffusion.comparison.plot import mean_path, plot_comparison
+from moa_diffusion.comparison.read import read_run, training_seconds
 from moa_diffusion.comparison.results import (
     Comparison,
     as_json,
@@ -28,11 +31,8 @@ from moa_diffusion.comparison.results import (
     hypervolumes,
     opposed,
     read_pair,
-    read_run,
     table,
-    training_seconds,
 )
-from moa_diffusion.comparison.runs import Run, cause_of_death, execute, method_settings, plan
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python, running, wait_for
@@ -283,7 +283,7 @@ def test_the_picture_is_drawn(tmp_path: Path, methods: int, objectives: int) -> 
         [run for run in comparison.runs if run.method == "method_0"], (names[0], names[1])
     )
     assert path.shape == (3, 2)  # base, step 15, ends
-    picture(comparison, found, tmp_path / "compare.png")
+    plot_comparison(comparison, found, tmp_path / "compare.png")
     with Image.open(tmp_path / "compare.png") as drawn:
         assert drawn.width > 1000
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 100
@@ -338,7 +338,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def planned(*overrides: str, methods: Sequence[str] = ("static",), **options: Any) -> Any:
     options = {"seeds": 1, "output": Path("out")} | options
-    return plan("fast.yaml", overrides, methods=methods, **options)
+    return plan_comparison("fast.yaml", overrides, methods=methods, **options)
 
 
 def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder: Path) -> None:
@@ -406,7 +406,7 @@ def test_one_objective_or_a_changed_configuration_is_an_error(folder: Path) -> N
     one = FAST | {"rewards": {"colourfulness": {}}}
     (folder / "one.yaml").write_text(yaml.safe_dump(one))
     with pytest.raises(ConfigError, match=r"at least two objectives.*Found colourfulness"):
-        plan("one.yaml", [], methods=["static"], seeds=1, output=folder / "out")
+        plan_comparison("one.yaml", [], methods=["static"], seeds=1, output=folder / "out")
     (run,) = planned().runs
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(config.to_yaml(run.settings))

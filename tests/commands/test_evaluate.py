@@ -26,10 +26,15 @@ from moa_diffusion.adapters.diffusers import WEIGHTS, read_adapter, skeleton
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import from_dict
 from moa_diffusion.data.sampling import Prompt
-from moa_diffusion.evaluation import command, score_cache
+from moa_diffusion.evaluation import score_cache
 from moa_diffusion.evaluation.candidates import candidates
-from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
-from moa_diffusion.evaluation.image_cache import ImageCache, Sampler, base_digest
+from moa_diffusion.evaluation.errors import EvaluationError
+from moa_diffusion.evaluation.evaluate import evaluate
+from moa_diffusion.evaluation.images import Sampler, base_digest
+from moa_diffusion.evaluation.plan import EvaluationPlan, plan_evaluation
+from moa_diffusion.evaluation.records import ScoredSamples
+from moa_diffusion.evaluation.sample_cache import ImageCache
+from moa_diffusion.evaluation.write import write_results
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.report.summary import summarise, text
@@ -116,21 +121,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(runs: Path, output: Path, *overrides: str, **options: object) -> command.Plan:
+def ask(runs: Path, output: Path, *overrides: str, **options: object) -> EvaluationPlan:
     given = {"run": [str(runs / "a"), str(runs / "b")], "prompts": str(runs / "three.txt")}
-    return command.plan(OPTIONS | given | {"output": output} | options, overrides)
+    return plan_evaluation(OPTIONS | given | {"output": output} | options, overrides)
 
 
-def run(plan: command.Plan) -> Evaluation:
-    return evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
+def run(plan: EvaluationPlan) -> ScoredSamples:
+    return evaluate(plan)
 
 
 @pytest.fixture(scope="module")
-def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScoredSamples]:
     """Two runs of two checkpoints, a soup, and a reward that does not apply to every prompt."""
     output = tmp_path_factory.mktemp("evaluated")
     found = run(ask(runs, output, f"--rewards.signs.path={runs}/mine.py:signs", soup="a,b"))
-    command.write(found, output, shown=2, runs={})
+    write_results(found, output, shown=2, runs={})
     return output, found
 
 
@@ -158,7 +163,7 @@ def plain(folder: Path | None, prompt: str, seed: int) -> numpy.ndarray:
 
 @pytest.mark.parametrize("label", ["base", "a/step-2", "b/step-1"])
 def test_pictures_are_those_of_plain_diffusers(
-    runs: Path, evaluated: tuple[Path, Evaluation], label: str
+    runs: Path, evaluated: tuple[Path, ScoredSamples], label: str
 ):
     """Also of weights with another rank and scale than those that share the policy with them."""
     output, found = evaluated
@@ -242,17 +247,17 @@ def test_a_full_disk_leaves_what_was_drawn(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plan = ask(runs, tmp_path, run=[str(runs / "a")], checkpoints="1")
-    save, count = Image.Image.save, 0
+    write, count = Path.write_bytes, 0
 
-    def full(self: Image.Image, file: Path, **options: object) -> None:
+    def full(self: Path, data: bytes) -> int:
         nonlocal count
-        count += 1
+        count += self.parent.name == "images"
         if count > 5:
-            Path(file).write_bytes(b"half a file")
+            write(self, b"half a file")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, file, **options)
+        return write(self, data)
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(EvaluationError, match=r"disk is full.*the same command continues"):
         run(plan)
     monkeypatch.undo()
@@ -305,7 +310,7 @@ def test_a_damaged_picture_is_told(runs: Path, tmp_path: Path):
 # ---------------------------------------------------------------------- numbers
 
 
-def test_the_summary_says_what_the_table_holds(evaluated: tuple[Path, Evaluation]):
+def test_the_summary_says_what_the_table_holds(evaluated: tuple[Path, ScoredSamples]):
     """Recomputed from the file alone."""
     output, _ = evaluated
     rows = parquet.read_table(output / "scores.parquet").to_pylist()
@@ -359,13 +364,13 @@ def test_the_summary_says_what_the_table_holds(evaluated: tuple[Path, Evaluation
     assert json.loads((output / "summary.json").read_text())["units"] == dict(numbers.units)
 
 
-def test_the_table_names_what_scores_depend_on(evaluated: tuple[Path, Evaluation]):
+def test_the_table_names_what_scores_depend_on(evaluated: tuple[Path, ScoredSamples]):
     output, found = evaluated
     row = parquet.read_table(output / "scores.parquet").to_pylist()[-1]
     assert row["sampler_steps"] == 2
     assert row["sampler_guidance"] == 1.5
     assert row["sampler_scheduler"] == "FlowMatchEulerDiscreteScheduler"
-    assert row["scorer_digest"] == found.judges["signs"].digest
+    assert row["scorer_digest"] == found.versions["signs"].digest
     assert json.loads(row["weights"]) == {"a/step-2": 0.5, "b/step-2": 0.5}
     assert row["score"] is None
     assert (output / row["image"]).is_file()
@@ -375,7 +380,7 @@ def test_the_table_names_what_scores_depend_on(evaluated: tuple[Path, Evaluation
     assert not numpy.isnan(table.values[:, 2, 0]).any()
 
 
-def test_one_seed_has_no_unit(evaluated: tuple[Path, Evaluation]):
+def test_one_seed_has_no_unit(evaluated: tuple[Path, ScoredSamples]):
     table = read_table(evaluated[0])
     one = dataclasses.replace(
         table,
@@ -389,7 +394,7 @@ def test_one_seed_has_no_unit(evaluated: tuple[Path, Evaluation]):
     assert "so there is no std" in text(one, found)
 
 
-def test_the_pictures_show_every_model(evaluated: tuple[Path, Evaluation]):
+def test_the_pictures_show_every_model(evaluated: tuple[Path, ScoredSamples]):
     output, found = evaluated
     with Image.open(output / "grid.png") as grid:
         pixels = numpy.array(grid.convert("RGB"), dtype=float)
@@ -411,7 +416,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine pictures in batches of four: one process has more than the other."""
     options = {"run": [str(runs / "a")], "seeds": "0"}
     plan = ask(runs, tmp_path / "one", **options)
-    command.write(run(plan), plan.output, shown=12, runs=plan.runs)
+    write_results(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
@@ -521,7 +526,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
     folder = checkpoint.step_folder(runs / "b", 2) / "ema"
-    plan = command.plan(
+    plan = plan_evaluation(
         OPTIONS
         | {
             "lora": [f"mine={folder}"],
@@ -535,7 +540,7 @@ def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
     assert [one.label for one in plan.candidates] == ["base", "mine"]
     assert (
         plan.candidates[1].digest
-        == candidates(plan.settings, {"b": runs / "b"}, {}, chosen="latest")[1].digest
+        == candidates(plan.settings, plan.medium, {"b": runs / "b"}, {}, chosen="latest")[1].digest
     )
 
 
@@ -628,5 +633,5 @@ def test_code_in_no_file_cannot_be_told_apart():
     exec("def unknown(images, prompts):\n    return [0.0] * len(prompts)", space)
     head = score_cache.FunctionHead(space["unknown"])
     with pytest.raises(ConfigError, match="should be code in a file"):
-        score_cache.Judge.of("unknown", head, {})
+        score_cache.HeadVersion.of("unknown", head, {})
     assembly.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])

@@ -38,11 +38,14 @@ from moa_diffusion.adapters.peft import (
 )
 from moa_diffusion.adapters.soup import mix
 from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation import command
-from moa_diffusion.evaluation.evaluate import Evaluation, EvaluationError, evaluate
-from moa_diffusion.evaluation.text_cache import Generation, TextCache, base_digest
-from moa_diffusion.evaluation.texts import Texts
-from moa_diffusion.export.folder import export
+from moa_diffusion.evaluation.errors import EvaluationError
+from moa_diffusion.evaluation.evaluate import evaluate
+from moa_diffusion.evaluation.plan import EvaluationPlan, plan_evaluation
+from moa_diffusion.evaluation.records import ScoredSamples
+from moa_diffusion.evaluation.sample_cache import TextCache
+from moa_diffusion.evaluation.texts import Generation, Texts, base_digest
+from moa_diffusion.evaluation.write import write_results
+from moa_diffusion.export.export import export
 from moa_diffusion.report.completions import literal
 from moa_diffusion.report.table import read_table
 from moa_diffusion.storage import checkpoint
@@ -160,22 +163,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(runs: Path, output: Path, *overrides: str, **options: Any) -> command.Plan:
+def ask(runs: Path, output: Path, *overrides: str, **options: Any) -> EvaluationPlan:
     given = {"run": [str(runs / "a"), str(runs / "b")], "output": output}
-    return command.plan(OPTIONS | given | options, overrides)
+    return plan_evaluation(OPTIONS | given | options, overrides)
 
 
-def run(plan: command.Plan) -> Evaluation:
-    return evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
+def run(plan: EvaluationPlan) -> ScoredSamples:
+    return evaluate(plan)
 
 
 @pytest.fixture(scope="module")
-def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScoredSamples]:
     """Two runs of two checkpoints, a soup, and a reward that does not apply to every prompt."""
     output = tmp_path_factory.mktemp("evaluated")
     plan = ask(runs, output, f"--rewards.bakers.path={runs}/mine.py:bakers", soup="a,b")
     found = run(plan)
-    said = command.write(found, output, shown=2, runs=plan.runs)
+    said = write_results(found, output, shown=2, runs=plan.runs)
     assert "Drawn: 36 of 36 completions; scored: 108 of 108 scores" in said
     return output, found
 
@@ -310,7 +313,7 @@ def test_texts_are_kept_to_the_last_blank_and_damage_is_told(tmp_path: Path):
 # ---------------------------------------------------------------------- what is said
 
 
-def test_the_table_holds_the_texts(evaluated: tuple[Path, Evaluation]):
+def test_the_table_holds_the_texts(evaluated: tuple[Path, ScoredSamples]):
     output, found = evaluated
     row = parquet.read_table(output / "scores.parquet").to_pylist()[-1]
     assert {key: row[key] for key in row if key.startswith("sampler_")} == {
@@ -332,7 +335,7 @@ def test_the_table_holds_the_texts(evaluated: tuple[Path, Evaluation]):
     assert table.values[:, table.rewards.index("short")].ravel().tolist() == lengths
 
 
-def test_words_fit_completions(evaluated: tuple[Path, Evaluation]):
+def test_words_fit_completions(evaluated: tuple[Path, ScoredSamples]):
     output, found = evaluated
     said = (output / "summary.md").read_text()
     assert "6 models, 3 prompts, 2 completions each (seeds 0, 1); temperature 1, at most 8" in said
@@ -368,7 +371,7 @@ def test_a_cell_shows_a_text_as_it_is(text: str, cell: str):
 def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine completions in batches of four: one process has more than the other."""
     plan = ask(runs, tmp_path / "one", run=[str(runs / "a")], seeds="0")
-    command.write(run(plan), plan.output, shown=12, runs=plan.runs)
+    write_results(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
@@ -394,7 +397,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
 
 
 def test_a_soup_is_exact_at_its_ends_and_the_mean_in_the_middle(
-    runs: Path, evaluated: tuple[Path, Evaluation], tmp_path: Path
+    runs: Path, evaluated: tuple[Path, ScoredSamples], tmp_path: Path
 ):
     model = skeleton(str(runs / "base"))
     members = [read_adapter(ema(runs, name), model) for name in "ab"]
@@ -435,7 +438,7 @@ def test_scales_are_read_as_peft_reads_them(runs: Path, tmp_path: Path):
     trained.save_pretrained(tmp_path / "mine")
     options = {"lora": [str(tmp_path / "mine")], "pipeline": str(runs / "base")}
     overrides = [f"--rewards.short.path={runs}/mine.py:short", "--generation.max_new_tokens", "8"]
-    plan = command.plan(
+    plan = plan_evaluation(
         OPTIONS | options | {"prompts": str(runs / "three.txt"), "rewards": "short"}, overrides
     )
     assert [one.label for one in plan.candidates] == ["base", "mine"]
@@ -584,14 +587,14 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
 def test_options_of_texts_are_none_of_pictures(tmp_path: Path):
     options = {"pipeline": "tiny", "rewards": "sharpness", "temperature": "1"}
     with pytest.raises(ConfigError, match="--temperature: is for completions"):
-        command.plan(OPTIONS | options, [])
+        plan_evaluation(OPTIONS | options, [])
 
 
 # ---------------------------------------------------------------------- export
 
 
 def test_an_exported_adapter_writes_as_its_card_says(
-    runs: Path, evaluated: tuple[Path, Evaluation], tmp_path: Path
+    runs: Path, evaluated: tuple[Path, ScoredSamples], tmp_path: Path
 ):
     """The card's own code is run."""
     output = tmp_path / "exported"
@@ -620,7 +623,7 @@ def test_an_exported_adapter_writes_as_its_card_says(
 
 
 def test_an_exported_soup_is_the_one_that_was_evaluated(
-    runs: Path, evaluated: tuple[Path, Evaluation], tmp_path: Path
+    runs: Path, evaluated: tuple[Path, ScoredSamples], tmp_path: Path
 ):
     export(
         [str(runs / "a"), str(runs / "b")],

@@ -20,9 +20,10 @@ from moa_diffusion.adapters.diffusers import (
     write_adapter,
 )
 from moa_diffusion.config import from_dict
-from moa_diffusion.evaluation import command
 from moa_diffusion.evaluation.evaluate import evaluate
-from moa_diffusion.export.folder import export
+from moa_diffusion.evaluation.plan import plan_evaluation
+from moa_diffusion.evaluation.write import write_results
+from moa_diffusion.export.export import export
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.tiny import PIPELINE_PATH
@@ -66,9 +67,9 @@ def evaluation(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     names += ["guidance", "resolution", "temperature", "cache"]
     options = dict.fromkeys(names) | {"lora": []}
     options |= {"run": [str(runs / "a"), str(runs / "b")], "ema": True, "seeds": "0,1"}
-    plan = command.plan(options | {"soup": "a,b", "points": 3, "shown": 2, "output": output}, [])
-    found = evaluate(plan.settings, plan.candidates, plan.prompts, plan.seeds, cache=plan.cache)
-    command.write(found, output, shown=2, runs={})
+    plan = plan_evaluation(options | {"soup": "a,b", "points": 3, "shown": 2, "output": output}, [])
+    found = evaluate(plan)
+    write_results(found, output, shown=2, runs={})
     return output
 
 

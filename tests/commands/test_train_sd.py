@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moa_diffusion import assembly, tiny
-from moa_diffusion.comparison.curves import picture
+from moa_diffusion.comparison.curves import plot_curves
 from moa_diffusion.config import load, parse
 from moa_diffusion.storage.log import read_metrics
 from waiting import AS_SCRIPT, HANG, python, running, wait_for, wait_until
@@ -160,7 +160,7 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
     assert (saved / WEIGHTS).is_file()
     assert (saved / "ema" / WEIGHTS).is_file()
 
-    picture({"mine": run}, tmp_path / "picture.png", shown=3)
+    plot_curves({"mine": run}, tmp_path / "picture.png", shown=3)
     with Image.open(tmp_path / "picture.png") as drawn:
         assert drawn.width > 400
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 1000
@@ -411,7 +411,7 @@ def test_a_wrong_option_of_a_reward_is_told_the_nearest(
 def test_a_reward_server_that_dies_stops_the_run_after_saving(
     config: Path, here: Here, tmp_path: Path
 ) -> None:
-    serve = [python(), str(ROOT / "scripts" / "rewards.py"), "serve"]
+    serve = [python(), str(ROOT / "scripts" / "heads.py"), "serve"]
     for seconds in (5.0, 50.0, 500.0):  # a busy machine does not score a rollout in time
         run = tmp_path / f"run-{seconds:g}"
         over = threading.Event()

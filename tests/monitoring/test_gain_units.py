@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from moa_diffusion.calibration.describe import describe
 from moa_diffusion.comparison.curves import changes
-from moa_diffusion.comparison.results import RunData, base_units, compare
+from moa_diffusion.comparison.read import RunData
+from moa_diffusion.comparison.results import base_units, compare
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
 from moa_diffusion.report.summary import base_spread, summarise

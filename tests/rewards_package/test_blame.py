@@ -12,7 +12,7 @@ import torch
 
 from rewards import RewardBatch, RewardError, create
 from rewards.blame import told
-from rewards.commands.check import Unusable, prepare
+from rewards.commands.check_head import Unusable, prepare
 
 USER = """
     import numpy as np

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from moa_diffusion.report.page.runs import Training
-from moa_diffusion.report.pareto import COLOURS
+from moa_diffusion.report.pareto_plot import COLOURS
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import Estimate
@@ -59,7 +59,7 @@ def page_data(
         "prompts": table.prompts,
         "seeds": table.seeds,
         "rewards": [{"name": name, "unit": table.units[name]} for name in table.rewards],
-        "values": _plain(table.values.tolist()),
+        "values": _rounded(table.values.tolist()),
         "images": None
         if table.images is None
         else [[[place[path] for path in seeds] for seeds in rows] for rows in table.images],
@@ -82,10 +82,10 @@ def _run(run: Training) -> dict[str, Any]:
         "objectives": run.objectives,
         "heldout": run.heldout,
         "pooled": run.pooled,
-        "alarms": [_plain(dict(alarm)) for alarm in run.alarms],
+        "alarms": [_rounded(dict(alarm)) for alarm in run.alarms],
         "curves": {
             group: {
-                name: {"x": _plain(curve.steps), "y": _plain(curve.values)}
+                name: {"x": _rounded(curve.steps), "y": _rounded(curve.values)}
                 for name, curve in members.items()
             }
             for group, members in run.curves.items()
@@ -106,9 +106,9 @@ def _number(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_rounded(inner) for inner in value]
     return _number(value) if isinstance(value, float) else value

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from rewards.heads.ocr.engines import RapidOcr, import_easyocr
-from rewards.heads.ocr.text import readable
+from rewards.heads.ocr.target_text import readable
 
 # Of a `.traineddata` file of Tesseract:
 _UNICHARSET = 21  # of the parts of a `.traineddata` file, the characters of its network

@@ -6,7 +6,6 @@ nothing but Python packages with models inside needs no entry in `_PLANS`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -32,11 +31,12 @@ from rewards.heads.ocr.engines import (
     tesseract_command,
 )
 from rewards.pretrained.base import pick_device
+from rewards.targets import did_you_mean
 
 _MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # of Tesseract; 7 is reading without detection
 
 
-class Plan:
+class EnginePlan:
     """An engine with its options.
 
     Args:
@@ -98,15 +98,15 @@ class Plan:
         return {}
 
 
-class RapidOcrPlan(Plan):
+class RapidOcrPlan(EnginePlan):
     """RapidOCR brings its models along."""
 
     def alphabet(self) -> str:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         return alphabets.rapidocr()
 
     def provenance(self) -> dict[str, str]:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         spec = importlib.util.find_spec("rapidocr")
         assert spec is not None
         assert spec.origin is not None
@@ -116,14 +116,14 @@ class RapidOcrPlan(Plan):
         return _versions(self.kind.packages) | _digests(used)
 
 
-class EasyOcrPlan(Plan):
+class EasyOcrPlan(EnginePlan):
     """EasyOCR fetches its weights by itself, and can do so in one process only."""
 
     extra = "easyocr"
 
     @property
     def on_gpu(self) -> bool:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         return bool(self.options["device"] != "cpu")
 
     def check(self) -> None:
@@ -132,10 +132,9 @@ class EasyOcrPlan(Plan):
         _check_languages(self.options)
         for code in self.options["languages"]:
             if code not in known:
-                near = difflib.get_close_matches(code, known, n=1)
                 raise ValueError(
                     f"Parameter `languages` should hold codes of EasyOCR: {', '.join(known)}. "
-                    f"Found {code!r}.{f' Did you mean {near[0]!r}?' if near else ''}"
+                    f"Found {code!r}.{did_you_mean(code, known)}"
                 )
         self.options["device"] = str(pick_device(self.options["device"]))
         missing = self._missing()  # also tells of languages that do not go together
@@ -146,7 +145,7 @@ class EasyOcrPlan(Plan):
             )
 
     def fetch(self) -> None:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         for path, entry in self._files().items():
             if path.is_file() and _hexdigest(path, "md5") != entry["md5sum"]:
                 raise RuntimeError(
@@ -172,18 +171,18 @@ class EasyOcrPlan(Plan):
             ) from error
 
     def alphabet(self) -> str:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         reader = self._bare_reader()
         # What the model knows, without what its languages do not have: that is never answered.
         return "".join(set(reader.character) & set(reader.lang_char))
 
     def offload(self, engine: Engine) -> None:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         assert isinstance(engine, EasyOcr)
         engine.offload()
 
     def provenance(self) -> dict[str, str]:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         files = (path for path in self._files() if path.is_file())
         return _versions(self.kind.packages) | _digests(files)
 
@@ -217,7 +216,7 @@ class EasyOcrPlan(Plan):
         return {path: entry["url"] for path, entry in self._files().items() if not path.is_file()}
 
 
-class TesseractPlan(Plan):
+class TesseractPlan(EnginePlan):
     """Tesseract is a program, with a file for each language."""
 
     def check(self) -> None:
@@ -249,7 +248,7 @@ class TesseractPlan(Plan):
                 )
 
     def alphabet(self) -> str | None:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         folder = self._installed()[0]
         found = [
             alphabets.tesseract(folder / f"{code}.traineddata")
@@ -258,7 +257,7 @@ class TesseractPlan(Plan):
         return None if None in found else "".join(text for text in found if text)
 
     def provenance(self) -> dict[str, str]:
-        """See `Plan`."""
+        """See `EnginePlan`."""
         version = run_program([self.options["program"], "--version"]).split("\n")[0]
         folder = self._installed()[0]
         files = (folder / f"{code}.traineddata" for code in self.options["languages"])
@@ -277,16 +276,16 @@ class TesseractPlan(Plan):
         return Path(quoted[1]), codes
 
 
-_PLANS: dict[str, type[Plan]] = {
+_PLANS: dict[str, type[EnginePlan]] = {
     "rapidocr": RapidOcrPlan,
     "easyocr": EasyOcrPlan,
     "tesseract": TesseractPlan,
 }
 
 
-def plan(
+def plan_engine(
     engine: str, *, detect: bool, detection_side: int | None, options: Mapping[str, Any]
-) -> Plan:
+) -> EnginePlan:
     """The plan of an engine; nothing is loaded.
 
     Args:
@@ -317,10 +316,9 @@ def plan(
                 f"Parameter `engine_options` should leave out `{option}`, an option of the head."
             )
         if option not in own:
-            near = difflib.get_close_matches(option, own, n=1, cutoff=0.5)
             raise ValueError(
                 f'The OCR engine "{engine}" has no option "{option}".'
-                f"{f' Did you mean {near[0]!r}?' if near else ''} "
+                f"{did_you_mean(option, own)} "
                 f"Valid options: {', '.join(own) or 'none'}."
             )
     given: dict[str, Any] = {"detect": detect, **options}
@@ -332,7 +330,7 @@ def plan(
             )
         given["detection_side"] = detection_side
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    return _PLANS.get(engine, Plan)(engine, kind, defaults | given)
+    return _PLANS.get(engine, EnginePlan)(engine, kind, defaults | given)
 
 
 def _check_languages(options: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from benchmarks.phases import machine
 from rewards import RewardBatch, RewardError
 from rewards.heads.ocr.engines import ENGINES
 from rewards.heads.ocr.head import OcrHead
-from rewards.heads.ocr.text import legibility
+from rewards.heads.ocr.target_text import legibility
 
 SIDES = (512, 64)  # pixels
 NOISES = (0.0, 0.1, 0.2)  # standard deviation, in units of full scale

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 import rewards.heads.aesthetic
 from rewards import RewardBatch, RewardError, create
 from rewards.heads.aesthetic import read_affine
-from rewards.pretrained.locate import find
+from rewards.pretrained.locate import find_weights
 from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 SIDE, WIDTH, LAYERS, EMBEDDING = 32, 48, 2, 24
@@ -145,7 +145,7 @@ def batch(height: int = 40, width: int = 60) -> RewardBatch:
 def test_the_affine_map_is_the_layers_multiplied_out(tmp_path, widths, names):
     head = layers(*widths)
     assert {int(name.partition(".")[0]) for name in head.state_dict()} == names
-    weight, bias = read_affine(find(save_head(tmp_path, head), required=()))
+    weight, bias = read_affine(find_weights(save_head(tmp_path, head), required=()))
     assert weight.dtype == bias.dtype == torch.float64
     x = torch.randn(7, widths[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_it_shares_the_module_with_clipscore(folder, tmp_path):
     head = save_head(tmp_path, layers(EMBEDDING, 1))
     aesthetic = create("aesthetic", model=folder, predictor=head, predictor_sha256=None)
     aesthetic.load()
-    weights = find(folder)
+    weights = find_weights(folder)
     twin = create("aesthetic", model=folder, predictor=head, predictor_sha256=None)
     twin.load()
     assert aesthetic._shared is twin._shared
@@ -263,7 +263,7 @@ def test_the_transformers_backbone_needs_no_open_clip(folder, tmp_path, monkeypa
 
 def test_another_file_than_the_published_head_is_refused_unless_named(folder, tmp_path):
     file = save_head(tmp_path, layers(EMBEDDING, 1))
-    digest = find(file, required=()).digest()
+    digest = find_weights(file, required=()).digest()
     with pytest.raises(RewardError, match=f"is {digest}, expected is 21dd590f.*`predictor_sha256`"):
         create("aesthetic", model=folder, predictor=file).load()
     head = create("aesthetic", model=folder, predictor=file, predictor_sha256=digest)
@@ -295,7 +295,7 @@ def test_wrong_layers(tmp_path, tensors, message):
     file = tmp_path / "head.pth"
     torch.save(tensors, file)
     with pytest.raises(RewardError, match=message):
-        read_affine(find(str(file), required=()))
+        read_affine(find_weights(str(file), required=()))
 
 
 def test_a_head_of_another_width_is_told(folder, tmp_path):

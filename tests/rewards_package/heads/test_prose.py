@@ -27,8 +27,8 @@ from rewards import (
     registry,
 )
 from rewards.commands import cli
-from rewards.commands.check import Unusable, check, prepare
-from rewards.commands.folder import ScoreTable, score_pairs, texts_of
+from rewards.commands.check_head import Unusable, prepare, try_head
+from rewards.commands.score_folder import ScoreTable, score_pairs, texts_of
 from rewards.identity import Identity
 from rewards.serving import wire
 from rewards.serving.client import Calls, call
@@ -390,7 +390,7 @@ def test_an_identity_without_the_kind_is_of_an_earlier_version() -> None:
 
 def test_check_gives_a_head_what_it_scores() -> None:
     head = prepare("length", {"scale": 6, "low": 0}, kind="texts")
-    assert check(head).scores.values.tolist() == [1, 1]
+    assert try_head(head).scores.values.tolist() == [1, 1]
     with pytest.raises(Unusable, match=r"scores images\. Found a batch of texts"):
         prepare("sharpness", {}, kind="texts")
 

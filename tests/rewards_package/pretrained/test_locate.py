@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards import RewardError
-from rewards.pretrained.locate import Weights, check, find
+from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.tensors import load_strictly, read_tensor, read_tensors
 from waiting import HANG
 
@@ -61,42 +61,42 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_folder_and_a_file_in_it(folder, monkeypatch):
-    found = find(str(folder))
+    found = find_weights(str(folder))
     assert found == Weights(
         folder=folder, model=str(folder), revision="local", files=("model.safetensors",)
     )
     assert found.has("config.json", "model.safetensors")
     assert not found.has("config.json", "tokenizer.json")
     write(folder, ["head.pth"])
-    assert find(str(folder / "head.pth"), required=()).files == ("head.pth",)
-    assert find(str(folder), tensors=False).files == ()
+    assert find_weights(str(folder / "head.pth"), required=()).files == ("head.pth",)
+    assert find_weights(str(folder), tensors=False).files == ()
 
     monkeypatch.chdir(folder.parent)
     for name in ("./model", "model"):  # what exists is never taken for a hub model
-        assert find(name).folder == folder
+        assert find_weights(name).folder == folder
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert find("~/model").folder == folder
+    assert find_weights("~/model").folder == folder
 
 
 def test_safetensors_come_before_pickles_and_whole_files_before_shards(folder):
     write(folder, ["pytorch_model.bin"])
     write_shards(folder, "safetensors")
-    assert find(str(folder)).files == ("model.safetensors",)
+    assert find_weights(str(folder)).files == ("model.safetensors",)
     (folder / "model.safetensors").unlink()
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    assert find(str(folder)).files == names
+    assert find_weights(str(folder)).files == names
     (folder / "model.safetensors.index.json").unlink()
-    assert find(str(folder)).files == ("pytorch_model.bin",)
+    assert find_weights(str(folder)).files == ("pytorch_model.bin",)
 
 
 def test_a_folder_inside_an_installed_package():
     model = "package://moa_diffusion/tiny/pipeline/text_encoder"
-    found = find(model)
+    found = find_weights(model)
     assert found.model == model
     assert found.revision.startswith("moa-diffusion ")
     assert found.folder.parts[-3:] == ("tiny", "pipeline", "text_encoder")
     assert len(read_tensors(found)) > 10
-    one = find(f"{model}/model.safetensors")
+    one = find_weights(f"{model}/model.safetensors")
     assert (one.folder, one.files, one.digest()) == (found.folder, found.files, found.digest())
 
 
@@ -120,29 +120,29 @@ def test_a_folder_inside_an_installed_package():
 )
 def test_names_that_cannot_be(model, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check(model, option="head")
+        check_name(model, option="head")
     assert "Parameter `head`" in str(caught.value)
     with pytest.raises(ValueError, match=message):
-        find(model)
+        find_weights(model)
 
 
 def test_hub_names_pass_without_network_and_local_ones_take_no_revision(folder):
     for name in ("gpt2", "owner/name", "owner/name.v1:folder/head.pth"):
-        check(name, revision="v1")
+        check_name(name, revision="v1")
     with pytest.raises(ValueError, match=r"left out for a folder or file. Found `revision = 'v1'"):
-        check(str(folder), revision="v1")
+        check_name(str(folder), revision="v1")
 
 
 def test_missing_files_are_listed(tmp_path, folder):
     empty = write(tmp_path / "empty", ["other.json"])
     with pytest.raises(RewardError, match=r"lacks `config\.json` and weights \(model\.safetensors"):
-        find(str(empty))
+        find_weights(str(empty))
     with pytest.raises(RewardError, match=r"lacks `vocab\.json` in"):
-        find(str(folder), required=["config.json", "vocab.json"])
+        find_weights(str(folder), required=["config.json", "vocab.json"])
     (folder / "model.safetensors").unlink()
     (folder / write_shards(folder, "safetensors")[1]).unlink()
     with pytest.raises(RewardError, match=r"lacks `model-00002-of-00002\.safetensors` in"):
-        find(str(folder))
+        find_weights(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -158,20 +158,20 @@ def test_broken_indices(tmp_path, text, message):
     folder = write(tmp_path / "model", ["config.json"])
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(RewardError, match=message):
-        find(str(folder))
+        find_weights(str(folder))
 
 
 def test_digests_can_be_recomputed_by_sha256sum(folder):
-    one = find(str(folder))
+    one = find_weights(str(folder))
     assert one.digest() == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "model.safetensors").unlink()
     names = write_shards(folder, "safetensors")
     listing = subprocess.run(["sha256sum", *names], cwd=folder, capture_output=True, check=True)
-    assert find(str(folder)).digest() == hashlib.sha256(listing.stdout).hexdigest()
+    assert find_weights(str(folder)).digest() == hashlib.sha256(listing.stdout).hexdigest()
 
 
 def test_another_digest_than_expected_is_an_error(folder):
-    found = find(str(folder))
+    found = find_weights(str(folder))
     digest = found.digest()
     found.expect(None, digest)
     found.expect(digest.upper(), digest)
@@ -185,7 +185,7 @@ def test_all_formats_read_the_same(tmp_path, kind):
     folder = write(tmp_path / "model", ["config.json", *whole])
     if not whole:
         write_shards(folder, kind)
-    found = read_tensors(find(str(folder)))
+    found = read_tensors(find_weights(str(folder)))
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[key], TENSORS[key]) for key in TENSORS)
 
@@ -196,7 +196,7 @@ def test_one_tensor_is_read_alone(tmp_path, kind, monkeypatch):
     folder = write(tmp_path / "model", ["config.json", *whole])
     if not whole:
         write_shards(folder, kind)
-    found = find(str(folder))
+    found = find_weights(str(folder))
     monkeypatch.setattr("safetensors.torch.load_file", None)  # reads all of a file
     for name in TENSORS:
         assert torch.equal(read_tensor(found, name), TENSORS[name])
@@ -211,7 +211,7 @@ def test_one_tensor_is_read_alone(tmp_path, kind, monkeypatch):
 def test_the_format_of_torch_before_1_6_is_read(tmp_path):
     file = tmp_path / "old.pth"
     torch.save(TENSORS, file, _use_new_zipfile_serialization=False)
-    assert read_tensors(find(str(file), required=())).keys() == TENSORS.keys()
+    assert read_tensors(find_weights(str(file), required=())).keys() == TENSORS.keys()
 
 
 class Bomb:
@@ -237,7 +237,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path, monkeypatch, content,
     else:
         torch.save(content, file)
     with pytest.raises(RewardError, match=message):
-        read_tensors(find(str(file), required=()))
+        read_tensors(find_weights(str(file), required=()))
     assert not (tmp_path / "exploded").exists()
 
 
@@ -246,7 +246,7 @@ def test_a_name_in_two_shards_is_refused(folder):
     names = write_shards(folder, "safetensors")
     save_file(TENSORS, folder / names[1])
     with pytest.raises(RewardError, match=r"a\.weight stand in two of the files"):
-        read_tensors(find(str(folder)))
+        read_tensors(find_weights(str(folder)))
 
 
 class Small(nn.Module):
@@ -257,7 +257,7 @@ class Small(nn.Module):
 
 
 def test_strict_loading_accounts_for_every_name(folder):
-    weights = find(str(folder))
+    weights = find_weights(str(folder))
     with torch.device("meta"):
         module = Small()
     load_strictly(module, weights)
@@ -281,7 +281,7 @@ def test_strict_loading_accounts_for_every_name(folder):
 def test_only_some_of_many_names_are_shown(folder):
     module = nn.ModuleDict({f"m{i:02}": nn.Linear(1, 1, bias=False) for i in range(20)})
     with pytest.raises(RewardError, match=r"m05\.weight and 14 more; unexpected"):
-        load_strictly(module, find(str(folder)))
+        load_strictly(module, find_weights(str(folder)))
 
 
 def test_a_cached_hub_model_needs_no_network(tmp_path, monkeypatch):
@@ -290,19 +290,19 @@ def test_a_cached_hub_model_needs_no_network(tmp_path, monkeypatch):
     write(repository / "snapshots" / COMMIT, ["config.json", "model.safetensors"])
     write(repository / "refs", ["main"])
     (repository / "refs" / "main").write_text(COMMIT)
-    found = find("owner/name")
+    found = find_weights("owner/name")
     assert (found.revision, found.files) == (COMMIT, ("model.safetensors",))
-    assert find("owner/name", revision=COMMIT).folder == found.folder
-    assert find("owner/name:model.safetensors").files == ("model.safetensors",)
+    assert find_weights("owner/name", revision=COMMIT).folder == found.folder
+    assert find_weights("owner/name:model.safetensors").files == ("model.safetensors",)
     # What another program left there in part is not taken for the whole.
     with pytest.raises(RewardError, match=r"lacks `vocab\.json` .*`hf download owner/name --incl"):
-        find("owner/name", required=["config.json", "vocab.json"])
+        find_weights("owner/name", required=["config.json", "vocab.json"])
 
 
 def test_without_network_the_error_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RewardError) as caught:
-        find("owner/name", revision="v2", optional=["vocab.json"])
+        find_weights("owner/name", revision="v2", optional=["vocab.json"])
     cause = caught.value.cause
     assert "`owner/name` is not in the local cache and could not be fetched" in cause
     assert (
@@ -368,10 +368,10 @@ class Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import json, sys
 from rewards import RewardError
-from rewards.pretrained.locate import find
+from rewards.pretrained.locate import find_weights
 for model, revision in json.load(sys.stdin):
     try:
-        found = find(model, revision=revision, optional=["merges.txt"])
+        found = find_weights(model, revision=revision, optional=["merges.txt"])
         print(json.dumps([found.revision, found.files, found.digest()]))
     except RewardError as error:
         print(json.dumps(error.cause))
@@ -418,8 +418,8 @@ def test_fetching_from_a_hub(tmp_path):
     safe_found, pickled_found, lacking_told, gated, nothing, revision, again = [
         json.loads(line) for line in done.stdout.splitlines()
     ]
-    assert safe_found == [COMMIT, ["model.safetensors"], find(str(safe)).digest()]
-    assert pickled_found == [COMMIT, ["pytorch_model.bin"], find(str(pickled)).digest()]
+    assert safe_found == [COMMIT, ["model.safetensors"], find_weights(str(safe)).digest()]
+    assert pickled_found == [COMMIT, ["pytorch_model.bin"], find_weights(str(pickled)).digest()]
     assert "lacks weights (model.safetensors" in lacking_told
     assert "accepted its licence" in gated
     assert "https://huggingface.co/owner/gated" in gated

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rewards import RewardBatch, RewardError, create
 from rewards.heads.ocr import alphabets
 from rewards.heads.ocr.engines import ENGINES, run_program
-from rewards.heads.ocr.plans import Plan, plan
+from rewards.heads.ocr.plans import EnginePlan, plan_engine
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the fake program is a shell script")
 real_tesseract = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def batch(*pairs: tuple[np.ndarray, str]) -> RewardBatch:
         ("rapidocr", {"x": 1}, r'"rapidocr" has no option "x"\. Valid options: none'),
         ("rapidocr", {"detect": False}, "leave out `detect`"),
         ("rapidocr", ["psm"], "should be a mapping"),
-        ("tesseract", {"langages": ["eng"]}, "Did you mean 'languages'.*psm"),
+        ("tesseract", {"langages": ["eng"]}, 'Did you mean "languages".*psm'),
         ("tesseract", {"psm": 7}, "Found `psm = 7`"),
         ("tesseract", {"psm": "6"}, "Found `psm = '6'`"),
         ("tesseract", {"min_side": 0}, "Found `min_side = 0`"),
@@ -74,13 +74,13 @@ def test_every_engine_can_be_built_from_the_options_of_its_plan(monkeypatch):
     monkeypatch.setattr("rewards.heads.ocr.plans._PLANS", {})  # no programs or weights are needed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for engine, kind in ENGINES.items():
-        found = plan(engine, detect=True, detection_side=None, options={})
+        found = plan_engine(engine, detect=True, detection_side=None, options={})
         assert (found.kind, found.options["detect"], found.on_gpu) == (kind, True, False)
         assert all(name in kind.__doc__ for name in found.options)
 
 
 def test_an_engine_on_a_gpu_reads_in_this_process(monkeypatch):
-    monkeypatch.setattr(Plan, "on_gpu", True)
+    monkeypatch.setattr(EnginePlan, "on_gpu", True)
     assert create("ocr").workers == 0
     with pytest.raises(
         ValueError, match=r"should be 0 for an engine on a GPU\. Found `workers = 2`"
@@ -217,7 +217,7 @@ def test_tesseract_reads_in_this_process_and_in_a_worker():
 
 @real_tesseract
 def test_tesseract_tells_what_it_can_write():
-    known = plan("tesseract", detect=True, detection_side=None, options={}).alphabet()
+    known = plan_engine("tesseract", detect=True, detection_side=None, options={}).alphabet()
     assert known is not None
     assert set("ABCxyz019&\u00e9") <= set(known)
     assert not set(" \u00fc\u041c") & set(known)

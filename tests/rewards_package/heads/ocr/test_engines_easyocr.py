@@ -19,7 +19,7 @@ import torch
 
 from rewards import RewardBatch, RewardError, create
 from rewards.heads.ocr.engines import EasyOcr
-from rewards.heads.ocr.plans import plan
+from rewards.heads.ocr.plans import plan_engine
 
 pytest.importorskip("easyocr")
 
@@ -71,7 +71,7 @@ def test_easyocr_tells_what_it_can_write(weights):
     found = head(batch("G", "G\u00c9", "\u0413"))
     assert found[0] == 1.0
     assert found[1:].isnan().all()  # English has no accents, and the last is a Cyrillic letter
-    russian = plan(
+    russian = plan_engine(
         "easyocr",
         detect=True,
         detection_side=None,

@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy
 
-from moa_diffusion.comparison.results import (
-    Comparison,
-    MethodSummary,
-    RunData,
-    RunSummary,
-    opposed,
-)
+from moa_diffusion.comparison.read import RunData
+from moa_diffusion.comparison.results import Comparison, MethodSummary, RunSummary, opposed
 from moa_diffusion.statistics.bootstrap import LEVEL, Estimate
 
 # Paul Tol's "muted" scheme with black, for methods, and Okabe and Ito's, for objectives: both are
@@ -30,7 +25,7 @@ LINES = ("-", "--", "-.", ":")
 COLUMNS = 5  # small multiples side by side
 
 
-def picture(
+def plot_comparison(
     comparison: Comparison,
     runs: Sequence[RunData],
     target: Path,

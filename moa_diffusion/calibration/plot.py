@@ -22,7 +22,7 @@ RECIPES = {
 COLUMNS = 4  # histograms side by side
 
 
-def picture(
+def plot_calibration(
     calibration: Calibration, rewards: RewardMatrix, units: Mapping[str, str], target: Path
 ) -> None:
     """Write a PNG: a histogram per objective, shares of three recipes, correlations.

@@ -17,9 +17,10 @@ from moa_diffusion.evaluation.candidates import (
     run_settings,
     shared_settings,
 )
-from moa_diffusion.evaluation.command import check_libraries, write_shown
-from moa_diffusion.evaluation.medium import medium_of
+from moa_diffusion.evaluation.medium import Medium, medium_of
 from moa_diffusion.export.card import model_card
+from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
+from moa_diffusion.report.shown import write_shown
 from moa_diffusion.report.table import NAME, Table, read_table
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
@@ -64,14 +65,14 @@ def export(
     if "," in checkpoint or checkpoint == "base":
         raise ConfigError(f"--checkpoint: should be latest or step-N. Found {checkpoint!r}.")
     each = run_settings(runs, ())
-    settings = shared_settings(each)
-    medium = medium_of(settings)
+    medium = medium_of(next(iter(each.values())))
+    settings = shared_settings(each, medium)
     medium.check(settings, ())
-    _, *members = candidates(settings, runs, {}, chosen=checkpoint, ema=ema)
+    _, *members = candidates(settings, medium, runs, {}, chosen=checkpoint, ema=ema)
     adapters = [one.adapter for one in members if one.adapter is not None]
     adapter = mix(adapters, shares)
     table = _evaluated(adapter, evaluation, runs)
-    _write(output, settings, each, members, shares, adapter, table, runs)
+    _write(output, settings, medium, each, members, shares, adapter, table, runs)
     scores = (
         ""
         if table is not None
@@ -102,7 +103,7 @@ def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) 
     usual = next(iter(runs.values())) / "evaluate"
     if folder is None and not (len(runs) == 1 and (usual / NAME).is_file()):
         return None
-    check_libraries()
+    check_libraries(TABLES_AND_PLOTS)
     table = read_table(folder or usual)
     found = [e for e, one in enumerate(table.models) if one.adapter_digest == adapter.digest]
     if not found:
@@ -125,6 +126,7 @@ def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) 
 def _write(
     output: Path,
     settings: Config,
+    medium: Medium,
     each: Mapping[str, Config],
     members: Sequence[Candidate],
     shares: Sequence[float],
@@ -132,7 +134,6 @@ def _write(
     table: Table | None,
     runs: Mapping[str, Path],
 ) -> None:
-    medium = medium_of(settings)
     output.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.atomic_folder(output) as partial:
         single = [one for one, share in zip(members, shares, strict=True) if share == 1]
@@ -149,6 +150,7 @@ def _write(
             shares,
             adapter,
             table,
+            noun=medium.noun,
             name=output.resolve().name,
             shown=shown,
         )

@@ -75,7 +75,7 @@ def prepare(
     return head
 
 
-def check(head: RewardHead, *, texts: bool = False) -> Checked:
+def try_head(head: RewardHead, *, texts: bool = False) -> Checked:
     """Scores a fitting and a degraded sample: texts if the head scores nothing else, or pictures.
 
     Args:

@@ -17,7 +17,7 @@ from rewards.heads.ocr.engines import ENGINES
 pytest.importorskip("rapidocr")
 pytest.importorskip("onnxruntime")
 
-SCRIPT = Path(__file__).parents[4] / "scripts" / "bench.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
 
 
 @pytest.fixture

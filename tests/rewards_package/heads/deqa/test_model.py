@@ -23,9 +23,9 @@ from rewards import RewardBatch, RewardError, create
 from rewards.heads.deqa.config import DeqaConfig
 from rewards.heads.deqa.model import Deqa, load
 from rewards.heads.levels import LEVELS
-from rewards.pretrained.locate import find
+from rewards.pretrained.locate import find_weights
 
-GOLDEN = np.load(Path(__file__).parents[2] / "fixtures" / "deqa_tiny.npz")
+GOLDEN = np.load(Path(__file__).parents[3] / "fixtures" / "deqa_tiny.npz")
 CONFIG: dict[str, Any] = json.loads(GOLDEN["__config__"].tobytes())
 TENSORS = {key: torch.from_numpy(GOLDEN[key]) for key in GOLDEN.files if not key.startswith("__")}
 PIXELS, LOGITS = torch.from_numpy(GOLDEN["__pixels__"]), torch.from_numpy(GOLDEN["__logits__"])
@@ -150,7 +150,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Deqa:
-    return load(find(str(folder)))
+    return load(find_weights(str(folder)))
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def test_a_picture_is_read_alike_alone_and_among_others(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @torch.no_grad()
 def test_half_precision_is_near(folder, dtype):
-    half = load(find(str(folder))).to(dtype)
+    half = load(find_weights(str(folder))).to(dtype)
     found = half(PIXELS.to(dtype))
     assert found.dtype == dtype
     # Some hundred roundings to this precision follow each other: 10 eps as a random walk, and a few
@@ -191,7 +191,7 @@ def test_norms_do_not_overflow_in_half_precision(folder):
     loud = {key: value.half() for key, value in TENSORS.items()}
     words = loud["model.embed_tokens.weight"] = loud["model.embed_tokens.weight"] * 2000
     assert words.abs().max() > 256  # whose square is beyond float16
-    module = load(find(str(folder)))
+    module = load(find_weights(str(folder)))
     module.load_state_dict(loud, assign=True)
     half = module(PIXELS.half()).float()
     torch.testing.assert_close(half, module.float()(PIXELS), rtol=0, atol=0.02)
@@ -222,12 +222,12 @@ def test_a_new_model_has_the_published_positions():
 def test_every_format_of_weights_is_read(tmp_path, model, kind):
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     folder = write(tmp_path, {**TENSORS, **frequencies}, kind)
-    assert torch.equal(load(find(str(folder)))(PIXELS), model(PIXELS))
+    assert torch.equal(load(find_weights(str(folder)))(PIXELS), model(PIXELS))
 
 
 def test_the_dtype_of_the_file_is_kept_and_nothing_is_left_out(tmp_path):
     folder = write(tmp_path, {key: value.half() for key, value in TENSORS.items()})
-    tensors = load(find(str(folder))).state_dict().values()
+    tensors = load(find_weights(str(folder))).state_dict().values()
     assert {(tensor.dtype, tensor.device.type) for tensor in tensors} == {(torch.float16, "cpu")}
 
 
@@ -282,7 +282,7 @@ def test_a_wrong_config_is_told(tmp_path, change, complaint):
         DeqaConfig.from_dict(config)
     write(tmp_path, {"x": torch.ones(1)}, config=config)
     with pytest.raises(RewardError, match=r"config\.json` describes no DeQA model"):
-        load(find(str(tmp_path)))
+        load(find_weights(str(tmp_path)))
 
 
 def test_an_abstractor_of_odd_width_is_told():
@@ -297,7 +297,7 @@ def test_a_config_that_is_no_mapping_is_told(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(RewardError, match=r"`config.json` should be a mapping. Found \[\]"):
-        load(find(str(tmp_path)))
+        load(find_weights(str(tmp_path)))
 
 
 def test_a_model_of_another_geometry_learns_in_all_its_parts():
@@ -362,7 +362,7 @@ def test_the_published_precision_is_the_default_and_is_recorded(folder):
     assert head(batch(pictures(64, 64))).isfinite().all()
     provenance = head.provenance()
     assert provenance["dtype"] == "float16"
-    assert provenance["sha256"] == find(str(folder)).digest()
+    assert provenance["sha256"] == find_weights(str(folder)).digest()
 
 
 def test_a_folder_that_is_not_there_is_told_at_once():

@@ -1,0 +1,41 @@
+"""What an evaluation has drawn and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.evaluation.candidates import Candidate
+from moa_diffusion.evaluation.images import Sampler
+from moa_diffusion.evaluation.sample_cache import OutputCache
+from moa_diffusion.evaluation.score_cache import HeadVersion, Score
+from moa_diffusion.evaluation.texts import Generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One picture or text of an evaluation."""
+
+    candidate: int  # index of the model
+    prompt: int  # index of the prompt
+    seed: int
+    key: str  # in the cache of outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredSamples:
+    """All samples of an evaluation with their scores: everything that the table has."""
+
+    candidates: tuple[Candidate, ...]
+    digests: tuple[str, ...]  # one for each candidate, of the base model with its adapter
+    prompts: tuple[Prompt, ...]
+    sampler: Sampler | Generation
+    samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
+    scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
+    versions: Mapping[str, HeadVersion]  # of the heads, by objective
+    outputs: OutputCache[Any]
+    noun: str  # what the samples are
+    drawn: int  # samples that were not in the cache
+    scored: int  # scores likewise

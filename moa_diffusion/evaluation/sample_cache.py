@@ -1,0 +1,145 @@
+"""Samples by what they are made from: the same model, prompt, seed and settings draw once."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from moa_diffusion.files.digests import json_digest
+from moa_diffusion.files.png import save_png
+from moa_diffusion.files.writing import write_text
+from moa_diffusion.types import ConfigError, Outputs
+from rewards.pictures import read_rgb
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_VERSION = 1  # of what a key is made of
+T = TypeVar("T")
+
+
+class OutputCache(ABC, Generic[T]):
+    """A folder of files, each named by the digest of what it was drawn from.
+
+    What another machine draws may differ in the last bit; the key does not know the machine.
+
+    Args:
+        folder: The folder, made when the first file is written.
+    """
+
+    noun: ClassVar[str]  # what a file holds, for messages
+    suffix: ClassVar[str]  # of the files
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(*, model: str, prompt: str, seed: int, sampler: DataclassInstance) -> str:
+        """Digest of everything that an output depends on."""
+        return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
+
+    def path(self, key: str) -> Path:
+        """Where the output is, or would be."""
+        return self.folder / f"{key}{self.suffix}"
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Those that are not there, each once, in order."""
+        return [key for key in dict.fromkeys(keys) if not self.path(key).is_file()]
+
+    def write(self, key: str, output: T) -> None:
+        """Store one output; its file is whole or not there."""
+        self._encode(output, self.path(key))
+
+    def read(self, keys: Sequence[str]) -> Outputs:
+        """Outputs in this order.
+
+        Raises:
+            ConfigError: naming a file that is damaged or not there.
+        """
+        return self._batch([self._read(key) for key in keys])
+
+    @abstractmethod
+    def columns(self, key: str, folder: Path) -> dict[str, Any]:
+        """What a table of scores in ``folder`` says of one output."""
+
+    def _read(self, key: str) -> T:
+        path = self.path(key)
+        try:
+            return self._decode(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.noun} `{path}` cannot be read: {error}. Delete it, and it is drawn again."
+            ) from error
+
+    @staticmethod
+    @abstractmethod
+    def _encode(output: T, path: Path) -> None:
+        """Write one output into a file."""
+
+    @staticmethod
+    @abstractmethod
+    def _decode(path: Path) -> T:
+        """The output in a file; ``OSError`` or ``ValueError`` if it holds none."""
+
+    @staticmethod
+    @abstractmethod
+    def _batch(outputs: Sequence[T]) -> Outputs:
+        """Single outputs as what a policy returns for several requests."""
+
+
+class ImageCache(OutputCache[Tensor]):
+    """A folder of PNG files; pictures are ``[3, H, W]`` float32 in [0, 1], rounded to 8 bits."""
+
+    noun = "Picture"
+    suffix = ".png"
+
+    def columns(self, key: str, folder: Path) -> dict[str, str]:
+        """``image``, the file's path from the folder, and ``image_digest``, the key."""
+        path = Path(os.path.relpath(self.path(key), folder)).as_posix()
+        return {"image": path, "image_digest": key}
+
+    @staticmethod
+    def _encode(output: Tensor, path: Path) -> None:
+        save_png(output, path)
+
+    @staticmethod
+    def _decode(path: Path) -> Tensor:
+        return torch.from_numpy(read_rgb(path)).permute(2, 0, 1).float() / 255
+
+    @staticmethod
+    def _batch(outputs: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(outputs))
+
+
+class TextCache(OutputCache[str]):
+    """A folder of JSON files, each with one string: a torn one is not taken for a shorter text."""
+
+    noun = "Text"
+    suffix = ".json"
+
+    def columns(self, key: str, folder: Path) -> dict[str, str]:
+        """``text`` itself, and ``text_digest``, the key."""
+        return {"text": self._read(key), "text_digest": key}
+
+    @staticmethod
+    def _encode(output: str, path: Path) -> None:
+        write_text(path, f"{json.dumps(output)}\n")
+
+    @staticmethod
+    def _decode(path: Path) -> str:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(text, str):
+            raise ValueError(f"it should hold a string, found {type(text).__name__}")
+        return text
+
+    @staticmethod
+    def _batch(outputs: Sequence[str]) -> tuple[str, ...]:
+        return tuple(outputs)
