@@ -31,6 +31,7 @@ def sd3_policy(pipeline: Any, *, device: torch.device = CPU, seed: int = 0, **fl
         settings=_policy(flat),
         device=device,
         seed=seed,
+        sampler=flat.pop("sampler_function", None),
         **flat,
     )
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moa_diffusion import tiny
+from moa_diffusion.assembly.methods import sampler_of
 from moa_diffusion.assembly.prompts import heldout_requests
 from moa_diffusion.assembly.run_folder import check_folder
 from moa_diffusion.config import Config
@@ -70,6 +71,7 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
             seed=settings.seed,
             source=_fingerprint(path, model.revision),
             turn=(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
+            sampler=sampler_of(settings),
         )
     except ConfigError:
         raise

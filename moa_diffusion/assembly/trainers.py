@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.construct import construct, nearest
-from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives
+from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
     check_prompts,
@@ -103,7 +103,8 @@ def _trainer(
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     watch = watcher(settings, requests)
     geometry = solve_geometry(settings, comm.world_size)
-    shared = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": requests})
+    contents = {"prompts.train": prompts.sets, "prompts.heldout": requests, **own_code(settings)}
+    shared = facts(settings, resumed, contents)
     agree()
     check_same(comm, shared)
     if comm.rank == 0:

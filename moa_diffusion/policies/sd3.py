@@ -175,6 +175,11 @@ class SD3Policy:
         seed: Decides the adapter's initial values and the windows.
         source: Names the weights in the disk cache of prompt embeddings.
         turn: This process and how many there are, for a disk cache that they share.
+        sampler: A stochastic step of one's own, in the place of the one that ``sampling`` names.
+
+    Raises:
+        ConfigError: if the transformer cannot draw images of the resolution.
+        ValueError: if a trained step has no positive standard deviation.
     """
 
     whole_rows = False
@@ -191,8 +196,10 @@ class SD3Policy:
         seed: int,
         source: str = "",
         turn: tuple[int, int] = (0, 1),
+        sampler: samplers.Sampler | None = None,
     ) -> None:
         self.settings, self.sampling, self.evaluation = settings, sampling, evaluation
+        self.sampler = samplers.SAMPLERS[sampling.sampler] if sampler is None else sampler
         self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
         self.row_copies = 2 if sampling.guidance > 1 else 1  # the unconditional rows come first
@@ -376,10 +383,14 @@ class SD3Policy:
         return v
 
     def _stochastic_step(self, s: float, s_next: float) -> samplers.Step:
-        level = self.sampling.noise_level
-        if self.sampling.sampler == "cps":
-            return samplers.cps(s, s_next, noise_level=level)
-        return samplers.flow_sde(s, s_next, noise_level=level, s_second=self._sigmas[1])
+        level, second = self.sampling.noise_level, self._sigmas[1]
+        step = self.sampler(s, s_next, noise_level=level, s_second=second)
+        if not isinstance(step, samplers.Step) or not step.std > 0:
+            raise ValueError(
+                "Parameter `sampler` should return a Step whose `std` is positive. "
+                f"Found {step!r} for the sigmas {s:g} and {s_next:g}."
+            )
+        return step
 
     def _start(self, requests: Sequence[Request], sources: Sequence[torch.Generator]) -> Tensor:
         """Initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
