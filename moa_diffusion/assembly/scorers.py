@@ -121,7 +121,7 @@ def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
     Raises:
         ConfigError: if the rules cannot be kept.
     """
-    rules, heldout = alarm.Rules(**vars(settings.alarm)), tuple(settings.evaluation.rewards)
+    rules, heldout = settings.alarm, tuple(settings.evaluation.rewards)
     try:
         alarm.check(
             rules,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from sections import lm_policy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -106,7 +107,7 @@ def policy_on(family: str = "llama", *, size: float = 0.1, **options: Any) -> Ca
     settings = {"max_new_tokens": T, "lora_rank": 3, "lora_alpha": 5} | options
     words = settings.pop("tokenizer", None) or tokenizer(chat=family == "qwen3")
     base = settings.pop("model", None) or model(family).train()
-    policy = CausalLMPolicy(base, words, device=CPU, seed=0, **settings)
+    policy = lm_policy(base, words, **settings)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -128,7 +129,7 @@ def by_transformers(network: Any, policy: CausalLMPolicy, rollout: Any) -> torch
         prompt = policy.dialogue.prompt(request.prompt)
         response = rollout.trace["response"][i][rollout.mask[i]]
         ids = torch.tensor([[*prompt, *response.tolist()]])
-        logits = network(ids).logits[0, len(prompt) - 1 : -1] / policy.temperature
+        logits = network(ids).logits[0, len(prompt) - 1 : -1] / policy.generation.temperature
         rows[i, : len(response)] = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
     return rows
 
@@ -512,8 +513,8 @@ def test_the_adapter_sits_on_the_projections_and_depends_on_the_seed_alone() -> 
     first = policy_on(model=base, size=0).trainable()
     assert torch.equal(torch.get_rng_state(), state)
     second = policy_on(size=0).trainable()
-    settings = {"device": CPU, "lora_rank": 3, "max_new_tokens": T}
-    other = CausalLMPolicy(model("llama"), tokenizer(), seed=1, **settings).trainable()
+    other = lm_policy(model("llama"), tokenizer(), seed=1, lora_rank=3, max_new_tokens=T)
+    other = other.trainable()
     assert first.keys() == second.keys() == other.keys()
     for name, parameter in first.items():
         assert torch.equal(parameter, second[name])
