@@ -206,14 +206,20 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
     )
 
 
+def built_in() -> dict[str, Target]:
+    """Returns the functions and classes that come with the package, by name; imports them all."""
+    for module in sorted(set(_BUILT_IN.values())):
+        importlib.import_module(module)
+    return {name: _entries[name].target for name in _BUILT_IN}
+
+
 def available() -> dict[str, HeadInfo]:
     """Lists every head: name -> unit, requirements and one line of documentation.
 
     Imports all of them. What another package declares and cannot be used is listed with its
     `problem`, and does not hide the others.
     """
-    for module in sorted(set(_BUILT_IN.values())):
-        importlib.import_module(module)
+    built_in()
     entries: dict[str, _Entry] = {}
     problems: dict[str, str] = {}
     for name, points in declared().items():

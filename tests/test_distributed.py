@@ -84,7 +84,7 @@ def make(folder: Path, *rewards: str, **sections: object):
     )
     check(config)
     trainer = assembly.trainer(config)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -142,7 +142,7 @@ def check_failures(folder: Path) -> None:
 
         def prepare_and_ask_to_stop(prompts):
             prepare(prompts)
-            stopped.stop.ask(signal.SIGTERM)
+            stopped.progress.stop.ask(signal.SIGTERM)
 
         stopped.policy.prepare = prepare_and_ask_to_stop
     try:
@@ -336,7 +336,9 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     assert drift.abs().max() > 0.1
     # The same forward passes on the same machine, and sums that no order changes.
     assert torch.equal(shared["trainable"]["drift"], drift)
-    assert torch.equal(shared["ema"]["average"]["drift"], alone.updater.ema.average["drift"])
+    assert torch.equal(
+        shared["ema"]["average"]["drift"], alone.learner.stepper.ema.average["drift"]
+    )
     found, expected = (
         read_metrics(folder / "run" / "metrics.jsonl") for folder in (both, tmp_path)
     )
@@ -359,7 +361,7 @@ def test_two_processes_equal_one_for_every_method(both, tmp_path, method):
     drift = alone.policy.trainable()["drift"].detach()
     assert drift.abs().max() > 0.01
     assert torch.equal(shared["updater"]["trainable"]["drift"], drift)
-    for name, value in alone.weighting.state_dict().items():
+    for name, value in alone.learner.weighting.state_dict().items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(
                 shared["weighting"][name], value, rtol=0, atol=1e-5, equal_nan=True

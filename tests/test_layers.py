@@ -44,7 +44,7 @@ USERS_OF_REWARDS = {
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
-# Not among what everything loads: the commands of scripts/rewards.py.
+# Not among what everything loads: the commands of scripts/heads.py.
 COMMANDS = {"rewards.commands.cli", "rewards.commands.score_folder"}
 # Imported inside functions, everywhere: the packages load without them.
 HEAVY = {

@@ -30,6 +30,7 @@ IMPORTED = (
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     *("transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5"),
     *("transformers.models.llama.modeling_llama", "transformers.generation.utils"),
+    *("rapidocr", "rapidocr.main", "cv2", "onnxruntime"),
 )
 # Variables that are read when something is imported. With others a command is not run here.
 READ_AT_IMPORT = ("ATEN_", "CUDA_", "DNNL_", "HF_", "HOME", "KMP_", "MKL_", "MPL", "OMP_")

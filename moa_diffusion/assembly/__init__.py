@@ -1,6 +1,6 @@
 """Configuration to objects: the only modules that know names and classes."""
 
-from moa_diffusion.assembly.methods import METHODS, gradients, objectives
+from moa_diffusion.assembly.methods import METHODS, is_fused, objectives
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
 from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, write_config
@@ -20,10 +20,10 @@ __all__ = [
     "check_judged",
     "check_trackers",
     "flat",
-    "gradients",
     "heads",
     "heldout_prompts",
     "heldout_requests",
+    "is_fused",
     "model_path",
     "objectives",
     "policy",

@@ -23,7 +23,6 @@ from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.objectives.win_rate import WinRate
 from moa_diffusion.storage import calibration_file
-from moa_diffusion.training.trainer import Gradients
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -134,20 +133,19 @@ def _calibrated(
     return used
 
 
-def gradients(settings: Config, weighting: Weighting) -> Gradients:
-    """When the objectives' gradients are measured.
+def is_fused(settings: Config, weighting: Weighting) -> bool:
+    """Whether weights are solved at every optimizer step, instead of once per rollout.
 
     Raises:
-        ConfigError: if they cannot be measured in the way that the configuration asks for.
+        ConfigError: if they cannot be in the way that the configuration asks for.
     """
-    options = settings.gradients
-    if options.mode == "fused" and not weighting.from_gramian_alone:
+    mode = settings.gradients.mode
+    if mode == "fused" and not weighting.from_gramian_alone:
         raise ConfigError(
             f"gradients.mode: should be probe or auto for the method {settings.objectives.method}, "
             "whose weights depend on more than the gradients. Found 'fused'."
         )
-    fused = options.mode != "probe" and weighting.from_gramian_alone
-    return Gradients(fused=fused, every=options.every, share=options.share)
+    return mode != "probe" and weighting.from_gramian_alone
 
 
 def check_ppo(settings: Config) -> None:

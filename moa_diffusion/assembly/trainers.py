@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.construct import construct, nearest
-from moa_diffusion.assembly.methods import check_ppo, gradients, objectives
+from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives
 from moa_diffusion.assembly.models import (
     causal_lm,
     check_prompts,
@@ -32,24 +32,31 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
+from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
+from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
 from moa_diffusion.storage import checkpoint
+from moa_diffusion.storage.log import RunLog
 from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.loop import Loop, Schedule
+from moa_diffusion.training.loop import Learner, Run, Schedule
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
-from moa_diffusion.training.stepper import GROWTH_INTERVAL, first_scale
+from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
+from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.trainer import Trainer
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe, Update
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
-def trainer(settings: Config, pipeline: Any = None) -> Trainer:
+def trainer(settings: Config, pipeline: Any = None) -> Run:
     """Everything a run needs, checked in the order of what checking costs.
 
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
@@ -65,8 +72,8 @@ def trainer(settings: Config, pipeline: Any = None) -> Trainer:
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
-    with agreed(comm) as meet:
-        return _trainer(settings, pipeline, accelerator, comm, meet)
+    with agreed(comm) as agree:
+        return _trainer(settings, pipeline, accelerator, comm, agree)
 
 
 def _trainer(
@@ -74,8 +81,8 @@ def _trainer(
     pipeline: Any,
     accelerator: Accelerator,
     comm: Comm,
-    meet: Callable[[], None],
-) -> Trainer:
+    agree: Callable[[], None],
+) -> Run:
     check_launcher(accelerator)
     if settings.preferences.given:
         raise ConfigError(
@@ -87,18 +94,18 @@ def _trainer(
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
         settings = dataclasses.replace(settings, resume=None)
     prompts = train_prompts(settings)
-    asked = heldout_requests(settings)
+    requests = heldout_requests(settings)
     normalizer, weighting = objectives(settings)
     check_trackers(settings.log.trackers)
     check_ppo(settings)
     if settings.policy.name == "causal_lm":
         check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
-    watch = watcher(settings, asked)
+    watch = watcher(settings, requests)
     geometry = solve_geometry(settings, comm.world_size)
-    read = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": asked})
-    meet()
-    check_same(comm, read)
+    shared = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": requests})
+    agree()
+    check_same(comm, shared)
     if comm.rank == 0:
         report_unused(settings)
         print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
@@ -106,15 +113,13 @@ def _trainer(
             print(prompts.describe())
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
-    drawn = [prompt for part in prompts.sets for prompt in part.prompts]
-    everyone, scorer = scorers(settings, comm, trained=drawn, asked=asked)
+    trained = [prompt for part in prompts.sets for prompt in part.prompts]
+    everyone, scorer = scorers(settings, comm, trained=trained, asked=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
-    built = Trainer(
-        policy=model,
+    progress = Progress(comm, bars=accelerator.is_main_process)
+    learner = Trainer(
         scorer=scorer,
-        normalizer=normalizer,
-        weighting=weighting,
         sampler=GroupSampler(
             prompts,
             groups=geometry.groups,
@@ -122,34 +127,30 @@ def _trainer(
             seed=settings.seed,
             shared_start=settings.sampling.shared_start,
         ),
-        geometry=geometry,
-        comm=comm,
-        updater=updater(settings, model, geometry, comm, accelerator),
-        gradients=gradients(settings, weighting),
-        schedule=schedule(settings),
-        heldout=evaluation(
-            settings,
-            asked,
-            model,
-            everyone,
-            scorer,
-            comm,
-            log,
-            geometry.sample_batch,
-            accelerator.is_main_process,
-        ),
-        watch=watch,
-        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
+        normalizer=normalizer,
+        weighting=weighting,
+        update=update(settings, model, weighting, geometry, progress, accelerator),
+        rollouts=settings.trainer.steps,
         log=log,
-        folder=Path(settings.output_dir),
-        seed=settings.seed,
-        progress=accelerator.is_main_process,
+        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    _begin(settings, built, resumed, accelerator, meet)
-    return built
+    heldout = evaluation(
+        settings,
+        requests,
+        model,
+        everyone,
+        scorer,
+        comm,
+        log,
+        geometry.sample_batch,
+        progress.bars,
+    )
+    run = _run(settings, learner, heldout, watch, log)
+    _begin(settings, run, resumed, accelerator, agree)
+    return run
 
 
-def text_trainer(settings: Config) -> Loop:
+def text_trainer(settings: Config) -> Run:
     """A run that trains a language model: online, or from preferences where there are some.
 
     Raises:
@@ -159,20 +160,20 @@ def text_trainer(settings: Config) -> Loop:
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
-    with agreed(comm) as meet:
+    with agreed(comm) as agree:
         if settings.policy.name != "causal_lm":
             raise ConfigError(
                 "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
                 f"{settings.policy.name!r}."
             )
         if settings.preferences.given:
-            return _offline_trainer(settings, accelerator, comm, meet)
-        return _trainer(settings, None, accelerator, comm, meet)
+            return _offline_trainer(settings, accelerator, comm, agree)
+        return _trainer(settings, None, accelerator, comm, agree)
 
 
 def _offline_trainer(
-    settings: Config, accelerator: Accelerator, comm: Comm, meet: Callable[[], None]
-) -> OfflineTrainer:
+    settings: Config, accelerator: Accelerator, comm: Comm, agree: Callable[[], None]
+) -> Run:
     check_launcher(accelerator)
     resumed = run_folder(settings)
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
@@ -180,93 +181,101 @@ def _offline_trainer(
     data = preferences(settings)
     check_prompts(settings, data.prompts)
     starting_adapter(settings, tell=False)
-    asked = heldout_requests(settings)
+    requests = heldout_requests(settings)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
-    mopo = construct(OfflineSettings, "objectives.weighting", options, {})
+    chosen = construct(OfflineSettings, "objectives.weighting", options, {})
     check_trackers(settings.log.trackers)
-    watch = watcher(settings, asked)
+    watch = watcher(settings, requests)
     try:
-        constrained(data, primary, bounds, mopo)
+        mopo = constrained(data, primary, bounds, chosen)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    read = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": asked})
-    meet()
-    check_same(comm, read)
+    shared = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": requests})
+    agree()
+    check_same(comm, shared)
     if comm.rank == 0:
         report_unused(settings)
         print(
             f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    everyone, scorer = scorers(settings, comm, trained=(), asked=asked)
+    everyone, scorer = scorers(settings, comm, trained=(), asked=requests)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
-    built = OfflineTrainer(
+    progress = Progress(comm, bars=accelerator.is_main_process)
+    learner = OfflineTrainer(
         cloning=Cloning(
             policy=model,
+            stepper=stepper(settings, model, accelerator),
             data=data,
             comm=comm,
             micro_batch=settings.trainer.micro_batch,
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            max_skipped=settings.loss.max_skipped,
-            **_stepping(settings, model, accelerator),
         ),
-        primary=primary,
-        bounds=bounds,
-        settings=mopo,
+        mopo=mopo,
+        progress=progress,
+        seed=settings.seed,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
+    )
+    heldout = evaluation(
+        settings,
+        requests,
+        model,
+        everyone,
+        scorer,
+        comm,
+        log,
+        settings.trainer.sample_batch,
+        progress.bars,
+    )
+    run = _run(settings, learner, heldout, watch, log)
+    _begin(settings, run, resumed, accelerator, agree)
+    return run
+
+
+def _run(
+    settings: Config, learner: Learner, heldout: HeldOut | None, watch: Watch, log: RunLog
+) -> Run:
+    return Run(
+        learner,
         schedule=schedule(settings),
-        heldout=evaluation(
-            settings,
-            asked,
-            model,
-            everyone,
-            scorer,
-            comm,
-            log,
-            settings.trainer.sample_batch,
-            accelerator.is_main_process,
-        ),
+        heldout=heldout,
         watch=watch,
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
-        progress=accelerator.is_main_process,
     )
-    _begin(settings, built, resumed, accelerator, meet)
-    return built
 
 
 def _begin(
     settings: Config,
-    built: Loop,
+    run: Run,
     resumed: Path | None,
     accelerator: Accelerator,
-    meet: Callable[[], None],
+    agree: Callable[[], None],
 ) -> None:
     """Load the state to go on from, and write down what the run is."""
     if resumed is not None:
-        built.load_state_dict(checkpoint.load_state(resumed))
-        logger.info("Resumed from %s after %d %s.", resumed, built.completed, built.title)
-    meet()  # every process has its model and its state
+        run.load_state_dict(checkpoint.load_state(resumed))
+        logger.info("Resumed from %s after %d %s.", resumed, run.completed, run.learner.title)
+    agree()  # every process has its model and its state
     if not accelerator.is_main_process:
         return
     if resumed is None:
-        start_over(built.folder)
+        start_over(run.folder)
     write_config(settings)
     try:
-        built.log.start_trackers(flat(settings))
+        run.log.start_trackers(flat(settings))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
 
 
 def report_unused(settings: Config) -> None:
     """Say once what `accelerate launch` asks for in vain."""
-    if found := unused(settings.policy.dtype):
-        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(found))
+    if options := unused(settings.policy.dtype):
+        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
 
 
 def preferences(settings: Config) -> Preferences:
@@ -300,49 +309,57 @@ def schedule(settings: Config) -> Schedule:
     )
 
 
-def updater(
-    settings: Config, model: Policy, geometry: Geometry, comm: Comm, accelerator: Accelerator
-) -> Updater:
-    """AdamW, EMA and the loss over the policy's adapter."""
-    tolerance = settings.loss.ratio_tolerance
-    return Updater(
+def update(
+    settings: Config,
+    model: Policy,
+    weighting: Weighting,
+    geometry: Geometry,
+    progress: Progress,
+    accelerator: Accelerator,
+) -> Update:
+    """AdamW, EMA and the loss over the policy's adapter, and how often objectives are weighed.
+
+    Raises:
+        ConfigError: if the weighting cannot be asked as often as the configuration wants.
+    """
+    fused = is_fused(settings, weighting)
+    steps = RolloutSteps(
         policy=model,
+        stepper=stepper(settings, model, accelerator),
         geometry=geometry,
-        comm=comm,
-        surrogate=Surrogate(
-            clip_range=settings.loss.clip_range,
-            advantage_clip=settings.loss.advantage_clip,
-            kl_weight=settings.loss.kl_weight,
-            max_grad_norm=settings.optimizer.max_grad_norm,
-            ratio_tolerance=0.5 * settings.loss.clip_range if tolerance is None else tolerance,
-            max_skipped=settings.loss.max_skipped,
-        ),
+        loss=settings.loss,
+        progress=progress,
         seed=settings.seed,
-        progress=accelerator.is_main_process,
-        **_stepping(settings, model, accelerator),
     )
+    if fused:
+        return FusedUpdate(steps)
+    needs = weighting.needs_gramian
+    return PlainUpdate(steps, Probe(steps, settings.gradients) if needs else NoProbe())
 
 
-def _stepping(settings: Config, model: Policy, accelerator: Accelerator) -> dict[str, Any]:
-    """What all optimizer steps need: AdamW, its rate, the loss scale and EMA."""
+def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Stepper:
+    """What every optimizer step needs: AdamW, its rate, the loss scale and EMA."""
     options, warmup = settings.optimizer, settings.optimizer.warmup
-    return {
-        "optimizer": torch.optim.AdamW(
+    return Stepper(
+        policy=model,
+        optimizer=torch.optim.AdamW(
             list(model.trainable().values()),
             lr=options.lr,
             eps=options.eps,
             betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
         ),
-        "lr": lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
-        "scaler": torch.amp.GradScaler(
+        lr=lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        scaler=torch.amp.GradScaler(
             accelerator.device.type,
             init_scale=first_scale(model.dimensions),
             growth_interval=GROWTH_INTERVAL,
             enabled=settings.policy.dtype == "float16",
         ),
-        "ema": EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
-    }
+        ema=EMA(model.trainable(), decay=settings.ema.decay, every=settings.ema.every),
+        max_grad_norm=options.max_grad_norm,
+        max_skipped=settings.loss.max_skipped,
+    )
 
 
 def processes(comm: Comm, device: torch.device) -> str:

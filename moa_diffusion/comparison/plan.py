@@ -257,7 +257,7 @@ def _check_settings(settings: Config) -> None:
         )
     assembly.heldout_requests(settings)
     _, weighting = assembly.objectives(settings)
-    assembly.gradients(settings, weighting)
+    assembly.is_fused(settings, weighting)
     assembly.solve_geometry(settings, 1)
     assembly.check_trackers(settings.log.trackers)
 

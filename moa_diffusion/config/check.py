@@ -7,6 +7,7 @@ import json
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from typing import Any
 from moa_diffusion.config.schema import Config, PromptFileConfig, WeightedPromptFileConfig
 from moa_diffusion.files.meant import nearest
 from moa_diffusion.types import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Which values a key may have."""
+
+    words: str  # completes "should be ..."
+    holds: Callable[[Any], bool]
+
 
 _AT_LEAST: dict[str, float] = {
     "policy.max_sequence_length": 1,
@@ -78,6 +88,27 @@ _POSITIVE_OR_NULL = (
     "policy.lora.alpha",
     "generation.max_prompt_tokens",
 )
+# By dotted key, whatever the other values are; docs/configuration.md shows them.
+RANGES: dict[str, Range] = {
+    **{
+        key: Range(words=f"at least {bound}", holds=partial(operator.le, bound))
+        for key, bound in _AT_LEAST.items()
+    },
+    **dict.fromkeys(_POSITIVE, Range(words="positive", holds=lambda value: value > 0)),
+    **dict.fromkeys(
+        _POSITIVE_OR_NULL,
+        Range(words="positive or null", holds=lambda value: value is None or value > 0),
+    ),
+    "gradients.share": Range(words="in (0, 1]", holds=lambda value: 0 < value <= 1),
+    "critic.gamma": Range(words="in (0, 1]", holds=lambda value: 0 < value <= 1),
+    "critic.lam": Range(words="in [0, 1]", holds=lambda value: 0 <= value <= 1),
+    "ema.decay": Range(words="in [0, 1)", holds=lambda value: 0 <= value < 1),
+    "optimizer.betas": Range(
+        words="two numbers in [0, 1)",
+        holds=lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    ),
+    "policy.lora.target_modules": Range(words="a non-empty list", holds=lambda value: value != []),
+}
 _PROMPT_FILES = {"train": WeightedPromptFileConfig, "heldout": PromptFileConfig}
 
 
@@ -87,23 +118,8 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: for the first value out of range.
     """
-    for key, bound in _AT_LEAST.items():
-        _require(config, key, partial(operator.le, bound), f"at least {bound}")
-    for key in _POSITIVE:
-        _require(config, key, lambda value: value > 0, "positive")
-    for key in _POSITIVE_OR_NULL:
-        _require(config, key, lambda value: value is None or value > 0, "positive or null")
-    _require(config, "gradients.share", lambda value: 0 < value <= 1, "in (0, 1]")
-    _require(config, "critic.gamma", lambda value: 0 < value <= 1, "in (0, 1]")
-    _require(config, "critic.lam", lambda value: 0 <= value <= 1, "in [0, 1]")
-    _require(config, "ema.decay", lambda value: 0 <= value < 1, "in [0, 1)")
-    _require(
-        config,
-        "optimizer.betas",
-        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-        "two numbers in [0, 1)",
-    )
-    _require(config, "policy.lora.target_modules", lambda value: value != [], "a non-empty list")
+    for key, allowed in RANGES.items():
+        _require(config, key, allowed.holds, allowed.words)
     check_prompts(dataclasses.asdict(config.prompts))
     _check_together(config)
     if config.preferences.given:

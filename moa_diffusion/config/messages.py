@@ -41,10 +41,10 @@ def plain(text: str, hint_of: Callable[[str], Any]) -> str:
     hint = None if key is None else hint_of(key[1])
     if key is None or value is None or hint is None:
         return " ".join(text.split())
-    found = " ".join(value[1].split())
-    near = difflib.get_close_matches(found, choices(hint), n=1, cutoff=0.4)
+    value_text = " ".join(value[1].split())
+    near = difflib.get_close_matches(value_text, choices(hint), n=1, cutoff=0.4)
     meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{key[1]}: should be {described(hint)}. Found {_quoted(found)}.{meant}"
+    return f"{key[1]}: should be {described(hint)}. Found {_quoted(value_text)}.{meant}"
 
 
 def described(hint: Any) -> str:
@@ -69,10 +69,10 @@ def choices(hint: Any) -> list[str]:
     return [value for part in get_args(hint) for value in choices(part)]
 
 
-def _quoted(found: str) -> str:
+def _quoted(value: str) -> str:
     """Words in quotes, so that it is seen where they end; numbers and brackets without."""
     words = {"None": "null", "True": "true", "False": "false"}
-    if found in words:
-        return words[found]
-    bare = re.fullmatch(r"[\[{].*|[-+.\w]*\d[-+.\w]*", found, re.DOTALL)
-    return found if bare else repr(found)
+    if value in words:
+        return words[value]
+    bare = re.fullmatch(r"[\[{].*|[-+.\w]*\d[-+.\w]*", value, re.DOTALL)
+    return value if bare else repr(value)

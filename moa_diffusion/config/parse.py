@@ -111,7 +111,7 @@ def _convert(hint: Any, value: Any) -> Any:
 def _record(hint: Any) -> Any:
     """The dataclass in a hint such as ``str | list[str | Record]``; None if there is none."""
     inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
-    return next((found for found in inside if found is not None), None)
+    return next((record for record in inside if record is not None), None)
 
 
 def _merge_open_values(
@@ -183,12 +183,12 @@ def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
 def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
     """What is set of ``prompts.train`` and ``prompts.heldout``; in lists with all defaults."""
     check_prompts(prompts)
-    found = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
-    for key, files in found.items():
+    chosen = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
+    for key, files in chosen.items():
         if isinstance(files, list):
             entries = [{"path": file} if isinstance(file, str) else file for file in files]
-            found[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
-    return found
+            chosen[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
+    return chosen
 
 
 def _listed(text: str) -> Any:
@@ -223,7 +223,7 @@ def _without_nulls(merged: dict[str, Any], over: dict[str, Any]) -> dict[str, An
 
 def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Open mappings that a YAML file sets, by dotted key."""
-    found = []
+    mappings = []
     for key in _OPEN:
         value: Any = values
         for part in key.split("."):
@@ -231,8 +231,8 @@ def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if value is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{key}: should be a mapping. Found {value!r}.")
-            found.append((key, value))
-    return found
+            mappings.append((key, value))
+    return mappings
 
 
 def _file(name: str) -> str:

@@ -12,9 +12,10 @@ class LoraConfig:
 
     Args:
         rank: Rank of the update.
-        alpha: Scale numerator (the update is multiplied by alpha / rank); the rank if null.
-        target_modules: Suffixes of the linear layers that get an adapter; if null the eight
-            attention projections of sd3, all projections of a causal_lm.
+        alpha: Numerator of the scale: the update is multiplied by alpha / rank. Null takes the
+            rank, so that the scale is 1.
+        target_modules: Suffixes of the names of the linear layers that get an adapter. Null takes
+            the eight attention projections for sd3 and all projections for causal_lm.
     """
 
     rank: int = 32
@@ -30,15 +31,18 @@ class PolicyConfig:
         name: Kind of policy: sd3 (Stable Diffusion 3 and 3.5), causal_lm (a language model of
             transformers) or toy (a Gaussian, for tests).
         path: Folder or hub id of the model; "tiny" is the one shipped with the package.
-        revision: Revision of a hub id.
-        dtype: Of the frozen weights and the forward pass; the adapter is always float32.
-        vae_dtype: Of the image decoder.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        max_sequence_length: T5 tokens per prompt.
-        step_batch: Trained steps of a sample per forward pass; more is faster on small models.
-        vae_batch: Images decoded at a time.
-        embeds_dir: Folder of a disk cache for prompt embeddings.
-        embeds_memory_gb: Limit of their memory cache, in GB.
+        revision: Branch, tag or commit of a hub id; null takes its main branch.
+        dtype: Precision of the frozen weights and of the forward pass; the adapter is always
+            float32.
+        vae_dtype: Precision of the image decoder.
+        gradient_checkpointing: Whether the backward pass computes activations again instead of
+            keeping them; saves memory and costs time.
+        max_sequence_length: Number of T5 tokens that are read of each prompt.
+        step_batch: Number of trained steps of a sample in one forward pass; more is faster on
+            small models.
+        vae_batch: Number of images that are decoded at a time.
+        embeds_dir: Folder of a disk cache for prompt embeddings; null keeps none.
+        embeds_memory_gb: Limit of the memory cache of prompt embeddings, in GB.
         adapter: LoRA weights to start from (a checkpoint's folder, its ema, an export, a folder of
             peft, a .safetensors file), for a second stage with other rewards. They start in the
             LoRA below, whose rank and target_modules have to hold them; what it has beyond them
@@ -70,15 +74,18 @@ class SamplingConfig:
 
     Args:
         resolution: Side of the square images, in pixels.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale; 1 switches it off and halves the cost.
-        sampler: Stochastic step: flow_sde or cps. The log-prob of cps is the published code's, not
-            the density (samplers.py); loss.clip_range goes with it (Flow-CPS's recipes: 1e-5).
-        noise_level: Of the stochastic step.
+        steps: Number of denoising steps.
+        guidance: Scale of classifier-free guidance; 1 switches it off and halves the cost.
+        sampler: Kind of stochastic step: flow_sde or cps. The log-prob of cps is the published
+            code's, not the density (samplers.py); loss.clip_range goes with it (Flow-CPS's
+            recipes: 1e-5).
+        noise_level: Size of the noise that a stochastic step adds; at most 1 for cps.
         shared_start: Whether the samples of a group start from the same noise.
-        window: Trained steps per rollout; 0 trains all but the last.
-        window_mode: Where the window lies: drawn per rollout, sliding to clean, or at the start.
-        window_stay: Rollouts at each place of a sliding window.
+        window: Number of trained steps per rollout, less than steps; 0 trains all steps but the
+            last.
+        window_mode: Where the window of trained steps lies: drawn anew for each rollout (random),
+            moving from the noise to the image (slide), or at the start (first).
+        window_stay: Number of rollouts for which a sliding window stays at one place.
     """
 
     resolution: int = 512
@@ -97,12 +104,13 @@ class GenerationConfig:
     """How a language model draws; in the place of `sampling`.
 
     Args:
-        max_new_tokens: Limit of a completion, with the token that ends it.
-        temperature: Of rollouts.
-        eval_temperature: Of evaluations; 0 takes the likeliest token, so that all completions of a
-            prompt are alike.
-        max_prompt_tokens: A longer prompt is an error; what the context leaves if null.
-        chat: Whether prompts go through the tokenizer's chat template; if it has one if null.
+        max_new_tokens: Largest number of tokens of a completion, the token that ends it included.
+        temperature: Temperature of rollouts.
+        eval_temperature: Temperature of evaluations; 0 takes the likeliest token, so that all
+            completions of a prompt are alike.
+        max_prompt_tokens: Largest number of tokens of a prompt; a longer prompt is an error. Null
+            allows what the model's context leaves.
+        chat: Whether prompts go through the tokenizer's chat template. Null: if it has one.
     """
 
     max_new_tokens: int = 64
@@ -117,8 +125,8 @@ class PromptFileConfig:
     """One of several prompt files.
 
     Args:
-        path: The file, as where it stands alone.
-        column: As prompts.column, which it is if null.
+        path: The file, written as it would be if it were the only one.
+        column: Name of the prompt's key or column in this file; null takes prompts.column.
     """
 
     path: str
@@ -130,9 +138,10 @@ class WeightedPromptFileConfig(PromptFileConfig):
     """One of several prompt files to train on.
 
     Args:
-        path: The file, as where it stands alone.
-        column: As prompts.column, which it is if null.
-        weight: Draws from this file, relative to those from the others, whatever their sizes.
+        path: The file, written as it would be if it were the only one.
+        column: Name of the prompt's key or column in this file; null takes prompts.column.
+        weight: How often a prompt is drawn from this file, relative to the others, whatever their
+            sizes.
     """
 
     weight: float = 1.0
@@ -146,8 +155,9 @@ class PromptsConfig:
         train: Prompt file (.txt, .jsonl, .csv, .tsv); "tiny" is the set shipped with the package.
             Or a list of files and of {path, weight, column}: a weight of 2 draws from a file twice
             as often as one of 1, the default, does.
-        heldout: Prompt file of the evaluation; "tiny" likewise. Or a list of files and of {path,
-            column}: all are drawn, the first prompts of each first.
+        heldout: Prompt file of the evaluation; "tiny" is the set shipped with the package. Or a
+            list of files and of {path, column}: all prompts are drawn, the first ones of each file
+            first.
         column: Key or column of the prompt in .jsonl, .csv and .tsv.
     """
 
@@ -161,11 +171,11 @@ class ObjectivesConfig:
     """From K rewards to one advantage.
 
     Args:
-        method: A name of the README's table "Which weighting when".
-        calibration: A calibration.json, whose levels become the base and the targets of methods
-            that have such options.
-        normalizer: Options of the method's normalizer.
-        weighting: Options of the method's weighting.
+        method: Name of the method: a pair of normalizer and weighting, see docs/methods.md.
+        calibration: A calibration.json of scripts/calibrate.py, whose levels become the base and
+            the targets of methods that have such options.
+        normalizer: Options of the method's normalizer, see docs/configuration.md.
+        weighting: Options of the method's weighting, see docs/configuration.md.
     """
 
     method: str = "dual_stage"
@@ -183,14 +193,16 @@ class PreferencesConfig:
     asked in evaluations alone. A round is an optimizer step.
 
     Args:
-        data: JSONL of prompt, responses, and pairs or scores by objective; "tiny" is the one
-            shipped with the package.
-        pairs: By objective, a JSONL of prompt, chosen and rejected (TRL's form); instead of data.
-        objectives: Names in data; needs no mention for pairs.
-        cycles: What to do with preferences that run in a circle: error or keep.
-        smoothing: Of win rates from pairs, the weight of a Beta prior around 1/2.
-        batch: Responses per optimizer step, over all processes.
-        level_prompts: Prompts over whose responses evaluations take the win rates; 0 for all.
+        data: JSONL file of prompts and responses with pairs or scores by objective; "tiny" is the
+            one shipped with the package.
+        pairs: By objective, a JSONL file of prompt, chosen and rejected (TRL's form); instead of
+            data.
+        objectives: Names of the objectives in data; left out with pairs, which names them.
+        cycles: What is done with preferences that run in a circle: error or keep.
+        smoothing: Weight of a Beta prior around 1/2 in the win rates that pairs give.
+        batch: Number of responses per optimizer step, over all processes.
+        level_prompts: Number of prompts over whose responses evaluations take the win rates; 0
+            takes all.
     """
 
     data: str | None = None
@@ -214,9 +226,9 @@ class GradientsConfig:
     Args:
         mode: fused (inside every optimizer step's backward pass, weights solved at each), probe
             (one more pass over a part of the rollout), or auto: fused where the weighting depends
-            on the gradients alone.
-        every: Rollouts between two probes.
-        share: Of the rollout's samples in a probe.
+            on the gradients alone, else probe.
+        every: Number of rollouts from one probe to the next.
+        share: Share of the rollout's samples that a probe takes.
     """
 
     mode: Literal["auto", "fused", "probe"] = "auto"
@@ -230,21 +242,21 @@ class LossConfig:
 
     Args:
         kind: grpo (one advantage per sample, from its siblings) or ppo (one per decision, from
-            value heads: see `critic`; language models).
-        clip_range: Of the probability ratio. Log-probs are means over latent dimensions, so
-            useful values are about 1e-4.
-        advantage_clip: Advantages are cut at plus and minus this.
+            value heads: see critic; language models only).
+        clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
+            are means over latent dimensions, so useful values are about 1e-4.
+        advantage_clip: Largest absolute advantage; what is beyond is cut to it.
         steps: plain, or equal: log ratios and losses of all denoising steps are brought to one size
             (as GRPO-Guard's ratio normalisation does), so that early steps train as late ones do
             and the clip acts on each; useful clip ranges are then other ones. Images only.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out. With the method
-            mopo in win rates per unit of KL: it is divided by what divides them.
-        kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text; gaussian or k3 if
-            null.
+            mopo it is in win rates per unit of KL: it is divided by what divides the win rates.
+        kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text. Null takes gaussian
+            for images and k3 for text.
         ratio_tolerance: Largest absolute log ratio of the on-policy check, which looks at each
-            decision when it is first drawn; half the clip range if null.
-        max_skipped: Consecutive updates with non-finite gradients before the run stops; those by
-            which float16 finds its loss scale do not count.
+            decision when it is first drawn. Null takes half the clip range.
+        max_skipped: Number of consecutive updates with non-finite gradients after which the run
+            stops; those by which float16 finds its loss scale do not count.
     """
 
     kind: Literal["grpo", "ppo"] = "grpo"
@@ -256,18 +268,23 @@ class LossConfig:
     ratio_tolerance: float | None = None
     max_skipped: int = 5
 
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute log ratio that passes the on-policy check."""
+        return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
+
 
 @dataclass
 class CriticConfig:
     """Value heads, one per objective, for `loss.kind: ppo`.
 
     Args:
-        granularity: What is weighed: each decision, or a sample by the mean of its decisions.
-        gamma: Discount per decision.
-        lam: Of the generalised advantage estimator; 1 is the return minus the value.
+        granularity: What is weighed: each decision, or each sample by the mean of its decisions.
+        gamma: Discount factor per decision.
+        lam: Lambda of the generalised advantage estimator; 1 is the return minus the value.
         hidden: Width of the layer between the model's last hidden state and the values.
-        lr: Learning rate of Adam.
-        epochs: Gradient steps per rollout.
+        lr: Learning rate of the value heads' Adam.
+        epochs: Number of gradient steps per rollout.
     """
 
     granularity: Literal["decision", "sample"] = "decision"
@@ -285,11 +302,11 @@ class OptimizerConfig:
     Args:
         lr: Learning rate.
         betas: AdamW's two decay rates.
-        eps: Added to the root of AdamW's second moment. Gradients of image models are about as
-            small as the default (see `policy/grad_rms`), which damps the smaller ones.
+        eps: Number that is added to the root of AdamW's second moment. Gradients of image models
+            are about as small as the default (see policy/grad_rms), which damps the smaller ones.
         weight_decay: AdamW's weight decay.
-        max_grad_norm: Gradients are clipped to this norm.
-        warmup: Optimizer steps of linear warm-up.
+        max_grad_norm: Norm to which longer gradients are cut.
+        warmup: Number of optimizer steps over which the learning rate rises from 0.
     """
 
     lr: float = 3e-4
@@ -305,8 +322,8 @@ class EmaConfig:
     """Average of the adapter, which evaluation and deployment use.
 
     Args:
-        decay: In [0, 1); 0 follows the adapter.
-        every: Optimizer steps between two updates of the average.
+        decay: Share of the old average that stays at an update; 0 follows the adapter.
+        every: Number of optimizer steps between two updates of the average.
     """
 
     decay: float = 0.9
@@ -318,14 +335,14 @@ class TrainerConfig:
     """Length and geometry; micro-batches are solved for the processes there are.
 
     Args:
-        steps: Rollouts of the whole run.
-        minutes: The run ends earlier once its rollouts, without evaluations, have taken this long;
-            0 for no limit.
-        groups: Prompts per rollout, over all processes.
-        group_size: Samples per prompt.
-        updates: Optimizer steps per rollout.
-        sample_batch: At most this many samples per forward pass while sampling.
-        micro_batch: At most this many samples per forward pass while training. In half precision
+        steps: Number of rollouts of the whole run.
+        minutes: Limit of the time that rollouts take, without evaluations; the run ends earlier
+            once it is reached. 0 sets none.
+        groups: Number of prompts per rollout, over all processes.
+        group_size: Number of samples per prompt.
+        updates: Number of optimizer steps per rollout.
+        sample_batch: Largest number of samples per forward pass while sampling.
+        micro_batch: Largest number of samples per forward pass while training. In half precision
             passes of sampling and training get equally many rows, so that they round alike.
     """
 
@@ -343,10 +360,11 @@ class CheckpointConfig:
     """Checkpoints; one is always written at the end.
 
     Args:
-        every: Rollouts between two checkpoints; 0 for none but on failure or SIGTERM.
-        keep: Newest checkpoints kept; 0 keeps all.
-        front: At most this many kept besides for being on the front of the held-out rewards, of
-            those that were evaluated.
+        every: Number of rollouts between two checkpoints; 0 writes none but at the end, on failure
+            and on SIGTERM.
+        keep: Number of the newest checkpoints that are kept; 0 keeps all.
+        front: Largest number of further checkpoints that are kept because they are on the front of
+            the held-out rewards, among those that were evaluated.
     """
 
     every: int = 20
@@ -359,16 +377,16 @@ class EvaluationConfig:
     """Held-out rewards and pictures during training: averaged weights, deterministic sampling.
 
     Args:
-        every: Rollouts between two evaluations; 0 for none.
-        images_per_prompt: Images of each held-out prompt.
-        prompts: At most this many held-out prompts; 0 for all.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale.
-        seed: Of the initial noise; equal for all runs, so that pictures can be compared.
-        pictures: Images of the picture sheet in samples/; 0 for none.
-        rollout_images: Images that are also drawn as rollouts draw them, for `alarm.gap`.
-        rewards: Held-out reward heads, as in rewards: they are asked here alone and never trained
-            on, so that `alarm` can tell when the rewards that are get gamed.
+        every: Number of rollouts between two evaluations; 0 makes none.
+        images_per_prompt: Number of images of each held-out prompt.
+        prompts: Largest number of held-out prompts; 0 takes all.
+        steps: Number of denoising steps.
+        guidance: Scale of classifier-free guidance.
+        seed: Seed of the initial noise; equal for all runs, so that pictures can be compared.
+        pictures: Number of images of the picture sheet in samples/; 0 draws none.
+        rollout_images: Number of images that are also drawn as rollouts draw them, for alarm.gap.
+        rewards: Held-out reward heads, written as in rewards: they are asked here alone and never
+            trained on, so that alarm can tell when the trained rewards are being gamed.
     """
 
     every: int = 20
@@ -387,16 +405,18 @@ class AlarmConfig:
     """What evaluations set off: a training reward up, a held-out one down, drifting outputs.
 
     Args:
-        action: What the first does: warn, stop the run, raise_kl (its weight times kl_factor), or
-            rollback to the held-out reward's best evaluation (with raise_kl, where there is KL).
-        patience: Evaluations in a row.
-        z: Standard errors, over prompts, by which a held-out reward is below its best and a
-            training reward above what it was then.
-        kl_factor: Of the KL's weight, each time.
-        limit: Alarms acted upon, before the next ends the run.
-        drift: Standard deviations of the outputs before training by which the mean of an output
-            statistic moves before a warning; 0 for none.
-        gap: The same by which deployed outputs score above rollouts; 0 for none.
+        action: What the first alarm does: warn, stop the run, raise_kl (multiply its weight by
+            kl_factor), or rollback to the held-out reward's best evaluation (and raise_kl, where
+            there is a KL).
+        patience: Number of evaluations in a row in which the held-out reward has to be down.
+        z: Number of standard errors, over prompts, by which a held-out reward is below its best and
+            a training reward above what it was then.
+        kl_factor: Factor by which the KL's weight grows each time.
+        limit: Number of alarms that are acted upon before the next ends the run.
+        drift: Number of standard deviations of the outputs before training by which the mean of an
+            output statistic moves before a warning; 0 gives none.
+        gap: Number of standard deviations, of the evaluation before training, by which deployed
+            outputs score above rollouts before a warning; 0 gives none.
     """
 
     action: Literal["warn", "stop", "raise_kl", "rollback"] = "warn"
@@ -413,8 +433,9 @@ class ScoringConfig:
     """How reward heads run.
 
     Args:
-        overlap: Heads score a batch while the next one is drawn, each in a thread of its own.
-        offload: Heads leave the accelerator while the policy is improved.
+        overlap: Whether heads score a batch while the next one is drawn, each in a thread of its
+            own.
+        offload: Whether heads leave the accelerator while the policy is improved.
     """
 
     overlap: bool = True
@@ -426,8 +447,8 @@ class LogConfig:
     """Where numbers go besides metrics.jsonl.
 
     Args:
-        trackers: Names of accelerate's trackers (tensorboard, wandb, ...); empty for none.
-        scores: Write every sample's rewards to scores/.
+        trackers: Names of accelerate's trackers (tensorboard, wandb, ...); an empty list for none.
+        scores: Whether every sample's rewards are written to scores/.
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -440,8 +461,8 @@ class Config:
 
     Args:
         output_dir: Folder of the run.
-        resume: "latest", or a checkpoint folder; null starts a new run.
-        seed: Of everything random.
+        resume: "latest", or a checkpoint's folder; null starts a new run.
+        seed: Seed of everything random.
         policy: The model.
         sampling: How rollouts are drawn.
         generation: How a language model draws.

@@ -132,12 +132,12 @@ def _finite(text: str) -> float:  # Python reads NaN and 1e999, which no reward 
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Python keeps the last
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise ValueError(f"the key {key!r} stands there twice")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _one_a_line(line: str) -> str:

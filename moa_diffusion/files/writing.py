@@ -164,8 +164,8 @@ def _number(error: Exception) -> int | None:
     """The system's number of an error, 0 if it is lost; None if it is none of the system's."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = _RUST.search(str(error))
-    return None if found is None else int(found[1])
+    match = _RUST.search(str(error))
+    return None if match is None else int(match[1])
 
 
 def _space(target: Path, number: int, needed: int | None) -> str:

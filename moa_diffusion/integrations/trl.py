@@ -201,11 +201,11 @@ class MultiObjective:
             def on_log(
                 self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any
             ) -> None:
-                found = [key for key in logs if REWARD_MEAN.fullmatch(key)]
-                if len(found) > 1:
+                means = [key for key in logs if REWARD_MEAN.fullmatch(key)]
+                if len(means) > 1:
                     raise ValueError(
                         "Parameter `reward_funcs` should be the MultiObjective alone: TRL adds "
-                        f"rewards of others to its advantages. Found {', '.join(found)}."
+                        f"rewards of others to its advantages. Found {', '.join(means)}."
                     )
 
             def state(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class MultiObjective:
 
 def _check_settings(args: Any) -> None:
     """Whether TRL leaves advantages as they are, but for the group's mean."""
-    for name, found, wanted in (
+    for name, value, wanted in (
         ("scale_rewards", args.scale_rewards, ("none",)),
         (
             "multi_objective_aggregation",
@@ -225,10 +225,10 @@ def _check_settings(args: Any) -> None:
         ),
         ("reward_weights", args.reward_weights, (None, [1.0])),
     ):
-        if found not in wanted:
+        if value not in wanted:
             raise ValueError(
                 f"Parameter `{name}` of GRPOConfig should be {wanted[0]!r}: MultiObjective has "
-                f"normalised and weighed by itself. Found {found!r}."
+                f"normalised and weighed by itself. Found {value!r}."
             )
 
 

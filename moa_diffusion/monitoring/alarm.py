@@ -111,33 +111,33 @@ class Watch:
         """Rollouts at which some held-out reward was at its best so far."""
         return {best["step"] for best in self._best.values()}
 
-    def look(self, found: Evaluation) -> list[Alarm]:
+    def look(self, evaluation: Evaluation) -> list[Alarm]:
         """Compare an evaluation with those before; the alarms that it sets off.
 
         At most one of them is to be acted upon: the first that is more than a warning.
         """
-        values = dict(zip(found.names, found.values, strict=True))  # [M] each
+        values = dict(zip(evaluation.names, evaluation.values, strict=True))  # [M] each
         if not self._base:
             self._base = {
                 "std": {name: _spread(values[name]) for name in self.objectives},
                 "statistics": {
                     name: (float(row.mean()), _spread(row))
-                    for name, row in found.statistics.items()
+                    for name, row in evaluation.statistics.items()
                 },
             }
-            self._warn_of_silence(found, values)
-        suspects = [self._suspect(found, name, values) for name in self.heldout]
+            self._warn_of_silence(evaluation, values)
+        suspects = [self._suspect(evaluation, name, values) for name in self.heldout]
         ripe = [one for one in suspects if one is not None and one.count >= self.rules.patience]
         # One is acted upon, the clearest; going back twice at once means nothing.
         ripe.sort(key=lambda one: one.fall / one.error if one.error > 0 else -math.inf)
-        alarms = [self._alarm(found, one, first=i == 0) for i, one in enumerate(ripe)]
+        alarms = [self._alarm(evaluation, one, first=i == 0) for i, one in enumerate(ripe)]
         if any(alarm.action == "rollback" for alarm in alarms):
             # The weights are no longer those that were just evaluated, nor those before.
             self._streak = dict.fromkeys(self.heldout, 0)
         else:
             for name in self.heldout:
-                self._remember(found, name, values)
-        return alarms + self._drifted(found) + self._apart(found)
+                self._remember(evaluation, name, values)
+        return alarms + self._drifted(evaluation) + self._apart(evaluation)
 
     def forget(self, steps: Collection[int]) -> None:
         """Have evaluations after these rollouts count no longer as anybody's best."""
@@ -167,14 +167,14 @@ class Watch:
     # ------------------------------------------------------------------ the rules
 
     def _suspect(
-        self, found: Evaluation, name: str, values: Mapping[str, Tensor]
+        self, evaluation: Evaluation, name: str, values: Mapping[str, Tensor]
     ) -> _Suspect | None:
         """How a held-out reward stands against its best evaluation; None if it has none."""
         best = self._best.get(name)
         if best is None:
             return None
-        fall, error = _paired(values[name], best["values"][name], found)
-        risen, rise = self._rise(values, best["values"], found)
+        fall, error = _paired(values[name], best["values"][name], evaluation)
+        risen, rise = self._rise(values, best["values"], evaluation)
         hacking = bool(risen) and fall < -self.rules.z * error
         self._count[name] = self._streak[name] + 1 if hacking else 0
         self._streak[name] = self._count[name] % self.rules.patience  # at the limit from 0 again
@@ -188,7 +188,7 @@ class Watch:
             rise=rise,
         )
 
-    def _alarm(self, found: Evaluation, one: _Suspect, *, first: bool) -> Alarm:
+    def _alarm(self, evaluation: Evaluation, one: _Suspect, *, first: bool) -> Alarm:
         action, to_step = self._act(one.best_step) if first else ("warn", None)
         done = {
             "warn": "",
@@ -199,7 +199,7 @@ class Watch:
         if first and self.over:
             done += " The run ends."
         return Alarm(
-            step=found.step,
+            step=evaluation.step,
             kind="reward_hack",
             name=one.name,
             message=f"Held-out reward {one.name} has fallen by {-one.fall:.3g} (standard error "
@@ -214,18 +214,20 @@ class Watch:
             rise=one.rise,
         )
 
-    def _remember(self, found: Evaluation, name: str, values: Mapping[str, Tensor]) -> None:
+    def _remember(self, evaluation: Evaluation, name: str, values: Mapping[str, Tensor]) -> None:
         """Take the evaluation for a held-out reward's best, if it is that."""
         if values[name].isnan().all():
             return
         best = self._best.get(name)
-        change = math.inf if best is None else _paired(values[name], best["values"][name], found)[0]
+        change = (
+            math.inf if best is None else _paired(values[name], best["values"][name], evaluation)[0]
+        )
         if not change <= 0:  # also if the two have no image in common
-            self._best[name] = {"step": found.step, "values": values}
+            self._best[name] = {"step": evaluation.step, "values": values}
 
-    def _warn_of_silence(self, found: Evaluation, values: Mapping[str, Tensor]) -> None:
+    def _warn_of_silence(self, evaluation: Evaluation, values: Mapping[str, Tensor]) -> None:
         for name in self.heldout:
-            prompts = found.prompts[~values[name].isnan()].unique()
+            prompts = evaluation.prompts[~values[name].isnan()].unique()
             if len(prompts) < 2:
                 logger.warning(
                     "Held-out reward %s applies to %d prompts; with less than 2 a fall has no "
@@ -247,26 +249,26 @@ class Watch:
         return action, best_step if action == "rollback" else None
 
     def _rise(
-        self, now: Mapping[str, Tensor], then: Mapping[str, Tensor], found: Evaluation
+        self, now: Mapping[str, Tensor], then: Mapping[str, Tensor], evaluation: Evaluation
     ) -> tuple[str, float]:
         """The objective that rose most, and by how many standard deviations; or none."""
         risen, most = "", 0.0
         for name in self.objectives:
-            change, error = _paired(now[name], then[name], found)
+            change, error = _paired(now[name], then[name], evaluation)
             if change > self.rules.z * error:  # false for an objective that does not apply
                 rise = change / _spread(torch.cat([now[name], then[name]]))
                 risen, most = max((risen, most), (name, rise), key=lambda pair: pair[1])
         return risen, most
 
-    def _drifted(self, found: Evaluation) -> list[Alarm]:
+    def _drifted(self, evaluation: Evaluation) -> list[Alarm]:
         alarms = []
-        for name, row in found.statistics.items():
+        for name, row in evaluation.statistics.items():
             mean, std = self._base["statistics"][name]
             moved = (float(row.mean()) - mean) / std if std > 0 else 0.0
             if self._news(f"drift {name}", 0 < self.rules.drift < abs(moved)):
                 alarms.append(
                     Alarm(
-                        step=found.step,
+                        step=evaluation.step,
                         kind="drift",
                         name=name,
                         message=f"The mean {name} of the outputs is {float(row.mean()):.3g}, "
@@ -276,15 +278,15 @@ class Watch:
                 )
         return alarms
 
-    def _apart(self, found: Evaluation) -> list[Alarm]:
+    def _apart(self, evaluation: Evaluation) -> list[Alarm]:
         alarms = []
-        for name, gap in found.gaps.items():
+        for name, gap in evaluation.gaps.items():
             std = self._base["std"][name]
             apart = gap / std if std > 0 else 0.0
             if self._news(f"gap {name}", 0 < self.rules.gap < apart):
                 alarms.append(
                     Alarm(
-                        step=found.step,
+                        step=evaluation.step,
                         kind="rollout_gap",
                         name=name,
                         message=f"Rollouts score {gap:.3g} below deployed outputs of the same "
@@ -306,9 +308,9 @@ class Watch:
         return holds and not said
 
 
-def _paired(now: Tensor, then: Tensor, found: Evaluation) -> tuple[float, float]:
+def _paired(now: Tensor, then: Tensor, evaluation: Evaluation) -> tuple[float, float]:
     """Mean difference of ``[M]`` and its standard error over prompts."""
-    return mean_and_error(now - then, found.prompts)
+    return mean_and_error(now - then, evaluation.prompts)
 
 
 def _spread(values: Tensor) -> float:

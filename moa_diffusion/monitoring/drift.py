@@ -77,9 +77,11 @@ def of_texts(texts: Sequence[str]) -> dict[str, Tensor]:
     """``words``, and ``distinct``: the share of a text's words that differ (1 for an empty one)."""
     words = [text.casefold().split() for text in texts]
     return {
-        "words": torch.tensor([float(len(found)) for found in words], dtype=torch.float64),
+        "words": torch.tensor(
+            [float(len(text_words)) for text_words in words], dtype=torch.float64
+        ),
         "distinct": torch.tensor(
-            [len(set(found)) / len(found) if found else 1.0 for found in words],
+            [len(set(text_words)) / len(text_words) if text_words else 1.0 for text_words in words],
             dtype=torch.float64,
         ),
     }

@@ -117,7 +117,7 @@ class HeldOut:
             RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
         """
         self._expect(self.requests)
-        found = self.scorer.survey(
+        scored = self.scorer.survey(
             self.requests,
             self.policy.generate,
             batch=self.batch,
@@ -127,16 +127,16 @@ class HeldOut:
         )
         dealt = deal(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
-        if isinstance(found.outputs, Tensor):
-            self._show_images(step, found.outputs, dealt)
+        if isinstance(scored.outputs, Tensor):
+            self._show_images(step, scored.outputs, dealt)
         else:
-            texts = gather_dealt_objects(found.outputs, dealt, self.comm)
+            texts = gather_dealt_objects(scored.outputs, dealt, self.comm)
             with agreed(self.comm, as_one=True):
                 self._show_texts(step, texts)
-        values = found.values.T  # [K, M]
+        values = scored.values.T  # [K, M]
         with agreed(self.comm, as_one=True):
             self.log.write_evaluation(
-                step, self.requests, self.scorer.names, values, found.extra, texts
+                step, self.requests, self.scorer.names, values, scored.extra, texts
             )
         prompts = same_prompt([request.prompt for request in self.requests])
         siblings = torch.tensor([request.group for request in self.requests])
@@ -153,12 +153,12 @@ class HeldOut:
         statistics = {
             name: gather_dealt(numbers, dealt, self.comm)
             for name, numbers in drift.statistics(
-                found.outputs, device=self._device, batch=self.batch
+                scored.outputs, device=self._device, batch=self.batch
             ).items()
         }
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
-        means["diversity"] = self._diversity(found.outputs, dealt, siblings)
-        metrics |= drift.prefixed("eval_", found.outputs, means)
+        means["diversity"] = self._diversity(scored.outputs, dealt, siblings)
+        metrics |= drift.prefixed("eval_", scored.outputs, means)
         gaps = self._gaps(step, values, before_batch)
         return Evaluation(
             step=step,
@@ -178,7 +178,7 @@ class HeldOut:
         if not asked:
             return {}
         self._expect(asked)
-        found = self.training.survey(
+        rollout_scores = self.training.survey(
             asked,
             lambda batch: self.policy.sample(batch, step=step).outputs,
             batch=self.batch,
@@ -187,7 +187,7 @@ class HeldOut:
             progress=self.progress,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
-        gaps = (values[rows, : len(asked)] - found.values.T).nanmean(1)  # [objectives]
+        gaps = (values[rows, : len(asked)] - rollout_scores.values.T).nanmean(1)  # [objectives]
         return dict(zip(self.training.names, gaps.tolist(), strict=True))
 
     def _expect(self, requests: Sequence[Request]) -> None:

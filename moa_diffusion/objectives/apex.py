@@ -47,21 +47,21 @@ class Apex(Weighting):
 
     Args:
         objectives: names of the K objectives.
-        potential: ``a_L`` >= 0; 0 switches the term off.
-        conflict: what conflicts are measured on: ``gradients`` (needs the Gramian),
+        potential: Weight ``a_L`` >= 0 of the learning potential; 0 switches the term off.
+        conflict: What conflicts are measured on: ``gradients`` (needs the Gramian),
             ``advantages``, or ``off``.
-        penalty: ``a_C`` >= 0.
-        need: ``a_N`` >= 0; 0 switches the term off.
-        temperature: ``tau`` > 0 of the softmax.
-        floor: ``f`` in [0, 1/K], the least weight.
-        horizon: ``H`` >= 1, rollouts over which learning is measured.
-        warmup: rollouts with equal weights, >= 1; ``base`` is their mean.
-        memory: prompts, the last ones seen, over which ``Rbar`` is taken.
-        spread_decay: of the EMA of spreads, in [0, 1).
-        decay: of the EMA of weights, in [0, 1).
-        step: automatic targets lie this many within-group standard deviations above the base.
-        base: by name, the mean reward before training; measured on the first rollouts if absent.
-        targets: by name, the reward to reach, above the base; automatic if absent.
+        penalty: Weight ``a_C`` >= 0 of the conflict.
+        need: Weight ``a_N`` >= 0 of the need; 0 switches the term off.
+        temperature: Temperature ``tau`` > 0 of the softmax; the higher, the more alike the weights.
+        floor: Least weight ``f`` of an objective, in [0, 1/K].
+        horizon: Number ``H`` >= 1 of rollouts over which learning is measured.
+        warmup: Number of rollouts with equal weights, >= 1; ``base`` is their mean.
+        memory: Number of prompts, the last ones seen, over which ``Rbar`` is taken.
+        spread_decay: Decay of the moving average of spreads, in [0, 1).
+        decay: Decay of the moving average of weights, in [0, 1).
+        step: Distance of automatic targets from the base, in within-group standard deviations.
+        base: Mean reward before training, by name; measured on the first rollouts if absent.
+        targets: Reward to reach, by name, above the base; automatic if absent.
     """
 
     spread: Tensor

@@ -39,12 +39,13 @@ class Chebyshev(Weighting):
     Args:
         objectives: names of the K objectives.
         weights: K positive finite numbers, the importance of each shortfall; equal by default.
-        base: raw reward at which the shortfall is ``w_k``; by default the first rollout's mean.
-        ideal: raw reward at which the shortfall is 0; by default ``base`` plus the first
+        base: Raw reward, by name, at which the shortfall is ``w_k``; by default the first rollout's
+            mean.
+        ideal: Raw reward, by name, at which the shortfall is 0; by default ``base`` plus the first
             within-group standard deviation (RMS) that is not 0.
-        decay: of the running mean, in [0, 1).
-        temperature: of the softmax, in units of ``d``.
-        rho: weight of every objective besides; not negative.
+        decay: Decay of the running mean, in [0, 1).
+        temperature: Temperature of the softmax, in units of ``d``; positive.
+        rho: Weight that every objective gets besides; not negative.
     """
 
     average: Tensor
@@ -99,8 +100,8 @@ class Chebyshev(Weighting):
 
     def report(self) -> dict[str, float]:
         """The shortfalls ``d_k`` of the last call, as far as they are known."""
-        found = zip(self.objectives, self._d.tolist(), strict=True)
-        return {f"shortfall/{name}": d for name, d in found if not math.isnan(d)}
+        shortfalls = zip(self.objectives, self._d.tolist(), strict=True)
+        return {f"shortfall/{name}": d for name, d in shortfalls if not math.isnan(d)}
 
     def _importance(self, weights: Sequence[float] | None) -> Tensor:
         values = [1.0] * len(self.objectives) if weights is None else list(weights)

@@ -56,8 +56,8 @@ class Gradient(Weighting):
         objectives: names of the K objectives.
         aggregator: TorchJD's name, in any case and with any separators: ``upgrad``, ``mgda``,
             ``pcgrad``, ``cagrad``, ``nash_mtl``, ``aligned-mtl``, ``IMTLG``, ``dualproj`` ...
-        options: of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad; ``pref_vector`` is a
-            list with one entry per objective.
+        options: Options of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad;
+            ``pref_vector`` is a list with one entry per objective.
 
     Raises:
         ImportError: if torchjd, or a solver that the method needs, is not installed.

@@ -54,20 +54,21 @@ class Mopo(Weighting):
 
     Args:
         objectives: names of the K objectives.
-        primary: the one that is improved; by default the first.
-        bounds: least level of each secondary objective; one number for all, or a number for each.
+        primary: Name of the objective that is improved; by default the first.
+        bounds: Least level of each secondary objective; one number for all, or a number for each.
             A win rate of 0.5 means "no worse than the reference model".
-        units: ``win_rate``, or ``reward`` for bounds on the mean raw reward. There four times the
-            within-group spread (RMS std) of the first rollout that has any stands for a win rate of
-            1, about as steep as a win rate is; before that the multiplier is 0.
-        variant: ``lagrangian`` or ``barrier``.
-        integral: gain per rollout.
-        proportional: gain of the momentary violation.
-        maximum: largest multiplier.
-        decay: of the level's moving average, in [0, 1).
-        sigma: of the barrier; the primary objective may lose about this much per bound.
-        patience: rollouts in a row at the largest multiplier and below the bound, after which a
-            warning says, once, that the bound may be out of reach.
+        units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward.
+            There four times the within-group spread (RMS std) of the first rollout that has any
+            stands for a win rate of 1, about as steep as a win rate is; before that the multiplier
+            is 0.
+        variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
+        integral: Gain of the integral of the violation, per rollout.
+        proportional: Gain of the momentary violation.
+        maximum: Largest multiplier.
+        decay: Decay of the level's moving average, in [0, 1).
+        sigma: Strength of the barrier; the primary objective may lose about this much per bound.
+        patience: Number of rollouts in a row at the largest multiplier and below the bound after
+            which a warning says, once, that the bound may be out of reach.
     """
 
     level: Tensor  # [K] Gbar; NaN: not measured yet
@@ -153,13 +154,13 @@ class Mopo(Weighting):
         return 1 / (1 + float(self.multipliers.sum()))
 
     def report(self) -> dict[str, float]:
-        found = {}
+        metrics = {}
         for k, name in enumerate(self.objectives):
             if name != self.primary and not self.level[k].isnan():
-                found[f"mopo_lambda/{name}"] = float(self.multipliers[k])
-                found[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
-                found[f"mopo_level/{name}"] = float(self.level[k])
-        return found
+                metrics[f"mopo_lambda/{name}"] = float(self.multipliers[k])
+                metrics[f"mopo_violation/{name}"] = float(self.bounds[k] - self.level[k])
+                metrics[f"mopo_level/{name}"] = float(self.level[k])
+        return metrics
 
     def headline(self) -> str:
         """The worst violation, or that every bound is kept."""

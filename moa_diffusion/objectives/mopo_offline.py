@@ -168,18 +168,32 @@ def effective_samples(weights: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineSettings:
-    """Settings of ``OfflineMopo``."""
+    """Settings of ``OfflineMopo``.
 
-    tau: float = 0.08  # weight of the KL to the reference
-    eta: float = 0.05  # of a dual step
-    maximum: float = 10.0  # largest multiplier
-    log_cap: float = 10.0  # largest log rho
-    eps: float = 0.0  # radius of the pessimistic ball in nats, 0.15 in the paper; 0: the mean
-    variant: str = "lagrangian"  # or barrier, MOPO-LB
-    sigma: float = 0.01  # of the barrier; the primary objective may lose about this much per bound
-    lag: int = 500  # steps between two references; 0: it stays the data's
-    follow: str = "ratchet"  # or beta_lag: how bounds follow the level at a new reference
-    beta: float = 0.9995  # share of the level that becomes a bound; 0 with ratchet: fixed bounds
+    Args:
+        tau: Weight of the KL to the reference; positive.
+        eta: Length of a dual step; positive.
+        maximum: Largest multiplier; positive.
+        log_cap: Largest ``log rho``; positive.
+        eps: Radius of the pessimistic ball in nats, 0.15 in the paper; 0 takes the mean.
+        variant: How multipliers follow the levels: ``lagrangian``, or ``barrier`` (MOPO-LB).
+        sigma: Strength of the barrier; the primary objective may lose about this much per bound.
+        lag: Number of steps between two references; with 0 it stays the data's.
+        follow: How bounds follow the level at a new reference: ``ratchet`` or ``beta_lag``.
+        beta: Share of the level that becomes a bound, in [0, 1]; 0 with ``ratchet`` keeps the
+            bounds as they are.
+    """
+
+    tau: float = 0.08
+    eta: float = 0.05
+    maximum: float = 10.0
+    log_cap: float = 10.0
+    eps: float = 0.0
+    variant: str = "lagrangian"
+    sigma: float = 0.01
+    lag: int = 500
+    follow: str = "ratchet"
+    beta: float = 0.9995
 
     def __post_init__(self) -> None:
         for name, choice, known in (
@@ -240,13 +254,13 @@ class OfflineMopo(nn.Module):
     ) -> None:
         super().__init__()
         self.primary, self.secondary, self.settings = primary, tuple(secondary), settings
-        for name, found, wanted in (
+        for name, shape, wanted in (
             ("pbar", tuple(pbar.shape), tuple(log_data.shape)),
             ("qbar", tuple(qbar.shape), (len(self.secondary), *log_data.shape)),
             ("bounds", (len(bounds),), (len(self.secondary),)),
         ):
-            if found != wanted:
-                raise ValueError(f"Parameter `{name}` should have shape {wanted}. Found {found}.")
+            if shape != wanted:
+                raise ValueError(f"Parameter `{name}` should have shape {wanted}. Found {shape}.")
         rates = torch.cat([pbar[None], qbar]).double()  # [1 + K, P, Y], the primary first
         self.log_data = log_data.double()
         rates = torch.where(self.log_data > -math.inf, rates, math.nan)
@@ -339,13 +353,13 @@ class OfflineMopo(nn.Module):
         return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
 
     def report(self) -> dict[str, float]:
-        found = {f"mopo_level/{self.primary}": self.reached}
+        metrics = {f"mopo_level/{self.primary}": self.reached}
         for k, (name, bound) in enumerate(zip(self.secondary, self.bounds(), strict=True)):
-            found[f"mopo_level/{name}"] = float(self.level[k])
-            found[f"mopo_bound/{name}"] = float(bound)
-            found[f"mopo_violation/{name}"] = float(bound - self.level[k])
-            found[f"mopo_lambda/{name}"] = float(self.lambdas[k])
-        return found
+            metrics[f"mopo_level/{name}"] = float(self.level[k])
+            metrics[f"mopo_bound/{name}"] = float(bound)
+            metrics[f"mopo_violation/{name}"] = float(bound - self.level[k])
+            metrics[f"mopo_lambda/{name}"] = float(self.lambdas[k])
+        return metrics
 
     def headline(self) -> str:
         """Level and multiplier of every bound, for the progress bar."""

@@ -38,10 +38,10 @@ class Noon(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        eps: added to each spread, in the objective's own unit; anything but 0 favours rewards of
-            small numbers in the minimum.
-        match_rms: scale the weighted mean so that its RMS over the batch is that of the plain mean
-            over the objectives that apply, of the same clamped advantages.
+        eps: Number that is added to each spread, in the objective's own unit; anything but 0
+            favours rewards of small numbers in the minimum.
+        match_rms: Whether the weighted mean is scaled so that its RMS over the batch is that of the
+            plain mean over the objectives that apply, of the same clamped advantages.
     """
 
     def __init__(

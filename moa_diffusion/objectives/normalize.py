@@ -27,9 +27,10 @@ class Raw(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        std: divide by the spread of the ``group`` (GRPO) or of the whole ``batch``, that is the
-            RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in it).
-        eps: added to the spread, in units of the weighted sum.
+        std: What is divided by: the spread of the ``group`` (GRPO) or of the whole ``batch``, that
+            is the RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in
+            it).
+        eps: Number that is added to the spread, in units of the weighted sum.
     """
 
     def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
@@ -61,9 +62,9 @@ class GDPO(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        std: what stage 1 divides by: the spread of the ``group``, or one for the whole ``batch``,
+        std: What stage 1 divides by: the spread of the ``group``, or one for the whole ``batch``,
             the RMS of the groups'.
-        eps: added to each spread, in the objective's own unit.
+        eps: Number that is added to each spread, in the objective's own unit.
     """
 
     def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
@@ -102,8 +103,9 @@ class DualStage(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        floor: ``c`` in [0, 1]; 0 gives GDPO's stage 1 without its eps.
-        decay: of the EMA, in [0, 1).
+        floor: Share ``c`` of the usual spread below which no spread is divided by, in [0, 1]; 0
+            gives GDPO's stage 1 without its eps.
+        decay: Decay of the moving average of spreads, in [0, 1).
     """
 
     spread: Tensor
@@ -138,9 +140,9 @@ class PromptHistory(Normalizer):
 
     Args:
         objectives: names of the K objectives.
-        size: rewards remembered per prompt and objective.
-        min_count: below it, the batch's mean and spread are used.
-        eps: added to each spread, in the objective's own unit.
+        size: Number of rewards that are remembered per prompt and objective.
+        min_count: Number of remembered rewards below which the batch's mean and spread are used.
+        eps: Number that is added to each spread, in the objective's own unit.
     """
 
     def __init__(

@@ -57,14 +57,14 @@ def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:
     Raises:
         ValueError: naming the objectives, the bounds, what can be reached, and what to change.
     """
-    if not (found := _out_of_reach(mopo, reference_known)):
+    if not (excluded := _out_of_reach(mopo, reference_known)):
         return
     eps, maximum = mopo.settings.eps, mopo.settings.maximum
     pessimism = f" in the worst case within `eps` = {eps:g}" if eps else ""
     raise ValueError(
         f"Parameter `bounds` should be within reach of the responses that are there. Found "
-        f"{found.bounds(mopo)}; the most that multipliers up to {maximum:g} reach is "
-        f"{found.level:.4g}{pessimism}. Lower the bounds"
+        f"{excluded.bounds(mopo)}; the most that multipliers up to {maximum:g} reach is "
+        f"{excluded.level:.4g}{pessimism}. Lower the bounds"
         f"{', or `eps` (0 takes the mean itself)' if eps else ''}, or `preferences.smoothing`, "
         "which draws win rates towards 1/2; several comparisons per response help as well."
     )
@@ -99,25 +99,25 @@ def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
             trial[j] = value
             return level(trial)
 
-        value, found = _maximum(along, mopo.settings.maximum, enough)
-        if found > most:
-            best[j], most = value, found
+        value, reached = _maximum(along, mopo.settings.maximum, enough)
+        if reached > most:
+            best[j], most = value, reached
     return most
 
 
 def _maximum(level: Callable[[float], float], largest: float, enough: float) -> tuple[float, float]:
     """Where in (0, largest] a level is largest, and how large; ends early at ``enough``."""
     values = (largest * torch.logspace(0, -5, STEPS, dtype=torch.float64)).tolist()
-    found: list[tuple[float, float]] = []
+    visited: list[tuple[float, float]] = []
     for _ in range(2):
         for value in values:
-            found.append((level(value), value))
-            if not found[-1][0] < enough:
-                return value, found[-1][0]
-        centre = max(found)[1]
+            visited.append((level(value), value))
+            if not visited[-1][0] < enough:
+                return value, visited[-1][0]
+        centre = max(visited)[1]
         values = (centre * torch.logspace(-0.13, 0.13, STEPS, dtype=torch.float64)).tolist()
         values = [value for value in values if value <= largest]
-    most, value = max(found)
+    most, value = max(visited)
     return value, most
 
 
@@ -131,14 +131,14 @@ def _excluding(mopo: OfflineMopo, bounds: Tensor) -> OutOfReach | None:
     possible = mopo.log_data > -torch.inf  # [P, Y]
     scores = torch.where(possible, mopo.rates[1:] * share, 0.0)  # [K, P, Y]
     log_weights = torch.zeros_like(bounds)
-    worst, found = TOLERANCE, None
+    worst, witness = TOLERANCE, None
     for step in range(DESCENT if len(bounds) > 1 else 1):
         weights = log_weights.softmax(0)
         mean = torch.einsum("k,kpy->py", weights, scores).masked_fill(~possible, -torch.inf)
         best, chosen = mean.max(1)  # [P]
         level = float(best.sum())
         if (gap := float(weights @ bounds) - level) > worst:
-            worst, found = gap, OutOfReach(weights=weights, level=level)
+            worst, witness = gap, OutOfReach(weights=weights, level=level)
         levels = scores.gather(2, chosen.expand(len(bounds), -1)[:, :, None]).sum((1, 2))  # [K]
         log_weights = log_weights - 10 * (levels - bounds) / (1 + step) ** 0.5
-    return found
+    return witness

@@ -42,12 +42,12 @@ USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of
 
 
 class WinRate(Normalizer):
-    """Centred win rates against reference rewards that ``remember`` has been told.
+    """Centred win rates against rewards of reference outputs, which ``remember`` keeps.
 
     Args:
         objectives: names of the K objectives.
-        pool_size: M, reference outputs per prompt, at least 2.
-        eps: added to the batch's spread, in win rates.
+        pool_size: Number M of reference outputs per prompt, at least 2.
+        eps: Number that is added to the batch's spread, in win rates.
     """
 
     def __init__(

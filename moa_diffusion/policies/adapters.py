@@ -328,7 +328,7 @@ def _check_layers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> 
     """What diffusers would say at greater length, or not at all."""
     modules = dict(model.named_modules())
     named = {name: re.fullmatch(r"(.+)\.lora_[AB]\.weight", name) for name in state}
-    places = {name: found[1] for name, found in named.items() if found is not None}
+    places = {name: located[1] for name, located in named.items() if located is not None}
     unknown = [n for n in state if not isinstance(modules.get(places.get(n, "")), nn.Linear)]
     if unknown:
         raise _unknown(path, unknown)
@@ -358,8 +358,8 @@ def _misfit(
 ) -> ConfigError:
     other = ""
     if a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
-        if (found := (len(b), a.shape[1])) != shape:
-            other = f", of another base model, where it is {found}"
+        if (actual := (len(b), a.shape[1])) != shape:
+            other = f", of another base model, where it is {actual}"
     elif (a is None) != (b is None):
         other = ": the file is incomplete"
     return ConfigError(

@@ -288,8 +288,8 @@ class CausalLMPolicy:
                 logits_to_keep=torch.arange(p - 1, p - 1 + t, device=self.device),
                 use_cache=False,
             ).logits  # [n, t, V]
-        found = token_log_probs(logits, response, self.temperature)
-        return functional.pad(torch.where(mask, found, 0.0), (0, self.max_new_tokens - t))
+        log_probs = token_log_probs(logits, response, self.temperature)
+        return functional.pad(torch.where(mask, log_probs, 0.0), (0, self.max_new_tokens - t))
 
     def _longest(self, requests: Sequence[Request]) -> int:
         return max(len(self.dialogue.prompt(request.prompt)) for request in requests)

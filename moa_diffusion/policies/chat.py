@@ -127,12 +127,12 @@ class Dialogue:
             mask: ``[n, T]``.
         """
         rows = [row[known].tolist() for row, known in zip(ids.cpu(), mask.cpu(), strict=True)]
-        found = []
+        decoded = []
         for prompt, row in zip(prompts, rows, strict=True):
             written = row[:-1] if row[-1] in self.stops else row  # a stop need not be special
             before = [] if self.chat else self.prompt(prompt)[-1:]
-            found.append(self._decode([*before, *written])[len(self._decode(before)) :])
-        return tuple(found)
+            decoded.append(self._decode([*before, *written])[len(self._decode(before)) :])
+        return tuple(decoded)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(

@@ -17,8 +17,8 @@ def check_place(path: str) -> None:
         ConfigError: if not.
     """
     if names_a_place(path) and not Path(path).is_dir():
-        found = "a file" if Path(path).is_file() else f"none at `{Path(path).absolute()}`"
-        raise ConfigError(f"policy.path: should be a folder with a model. Found {found}.")
+        contents = "a file" if Path(path).is_file() else f"none at `{Path(path).absolute()}`"
+        raise ConfigError(f"policy.path: should be a folder with a model. Found {contents}.")
 
 
 def check_reachable(path: str, file: str, *, revision: str | None = None) -> None:

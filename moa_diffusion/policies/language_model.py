@@ -122,7 +122,7 @@ def load_model(
     config = read_config(path, revision=revision)
     tokenizer = read_tokenizer(path, revision=revision)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             config=config,
@@ -133,7 +133,7 @@ def load_model(
         raise ConfigError(
             f"policy.path: the weights in {path!r} are missing or damaged: {error}"
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
             f"policy.path: the weights in {path!r} lack {len(missing)} tensors, first "
             f"{missing[0]}: they are not those of a whole causal language model."

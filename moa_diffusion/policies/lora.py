@@ -202,16 +202,16 @@ def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
     Returns:
         the ``layers`` of ``moa_diffusion.training.gradients.ObjectiveGradients``.
     """
-    found: list[MergedForward | TappedLinear] = []
+    layers: list[MergedForward | TappedLinear] = []
     for layer in adapted:
         if isinstance(layer.forward, MergedForward):
-            found.append(layer.forward)
+            layers.append(layer.forward)
             continue
         for linear in (layer.lora_A["default"], layer.lora_B["default"]):
             if not isinstance(linear.forward, TappedLinear):
                 linear.forward = TappedLinear(linear)
-            found.append(linear.forward)
-    return found
+            layers.append(linear.forward)
+    return layers
 
 
 @contextmanager

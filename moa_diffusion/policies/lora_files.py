@@ -118,10 +118,10 @@ def read_lora_file(place: Path, prefixes: tuple[str, ...], *, of: str) -> LoraFi
     state, metadata = _tensors(path)
     if not state:
         raise ConfigError(f"LoRA weights `{path}` should be of the {of} alone. Found no tensors.")
-    if found := foreign_format(state):
+    if format_name := foreign_format(state):
         raise ConfigError(
-            f"LoRA weights `{path}` should be a LoRA that diffusers or peft wrote. Found {found} "
-            f"(`{next(iter(state))}`)."
+            f"LoRA weights `{path}` should be a LoRA that diffusers or peft wrote. Found "
+            f"{format_name} (`{next(iter(state))}`)."
         )
     state = _unwrapped(state)
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in state)), "")
@@ -181,35 +181,38 @@ def find_lora_file(place: Path) -> Path:
     )
     whole = next((n for n in ("model_index.json", "config.json") if (place / n).is_file()), None)
     if (place / "config.yaml").is_file() or (place / "checkpoints").is_dir():
-        found = "the folder of a run; --run evaluates its checkpoints, and a checkpoint's folder"
-        found = f"{found} (checkpoints/step-000020, or ema in it) holds LoRA weights"
+        contents = "the folder of a run; --run evaluates its checkpoints, and a checkpoint's folder"
+        contents = f"{contents} (checkpoints/step-000020, or ema in it) holds LoRA weights"
     elif whole is not None:
-        found = f"{whole}: a whole model, not a LoRA"
+        contents = f"{whole}: a whole model, not a LoRA"
     elif len(weights) == 1:
         return weights[0]
     elif weights:
-        found = f"{len(weights)} files, of which one has to be named: {_listed(weights)}"
+        contents = f"{len(weights)} files, of which one has to be named: {_listed(weights)}"
     elif inside:
-        found = f"some in the folder{'s' if inside[1:] else ''} {', '.join(map(str, inside))} in it"
+        contents = (
+            f"some in the folder{'s' if inside[1:] else ''} {', '.join(map(str, inside))} in it"
+        )
     elif pickles:
         return _readable(pickles[0])
     else:
-        found = _listed(files) or "no file"
+        contents = _listed(files) or "no file"
     raise ConfigError(
-        f"LoRA weights should be in `{place}`: {DIFFUSERS}, or {PEFT} with {CONFIG}. Found {found}."
+        f"LoRA weights should be in `{place}`: {DIFFUSERS}, or {PEFT} with {CONFIG}. Found "
+        f"{contents}."
     )
 
 
 def _readable(path: Path) -> Path:
     if path.suffix == ".safetensors" or path.name in _USUAL:
         return path
-    found = repr(path.suffix or path.name)
+    kind = repr(path.suffix or path.name)
     if path.suffix in _PICKLES:
-        found += (
+        kind += (
             ": a pickle of PyTorch, which may run any code. `safetensors.torch.save_file("
             "torch.load(..., weights_only=True), ...)` converts tensors"
         )
-    raise ConfigError(f"LoRA weights `{path}` should be a .safetensors file. Found {found}.")
+    raise ConfigError(f"LoRA weights `{path}` should be a .safetensors file. Found {kind}.")
 
 
 def _listed(files: Iterable[Path]) -> str:
@@ -245,14 +248,14 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
     """
     with path.open("rb") as file:
         start = file.read(32)
-    found = next((kind for mark, kind in _OTHER_FILES if start.lstrip().startswith(mark)), None)
+    contents = next((kind for mark, kind in _OTHER_FILES if start.lstrip().startswith(mark)), None)
     if start[8:9] == b"{":  # of safetensors, which begins with a length that may look like a mark
-        found = None
+        contents = None
     if not start:
-        found = "an empty file"
-    elif found is None or (path.suffix in _PICKLES and start[:2] in (b"PK", b"\x80\x02")):
+        contents = "an empty file"
+    elif contents is None or (path.suffix in _PICKLES and start[:2] in (b"PK", b"\x80\x02")):
         return ConfigError(f"{so} ({type(error).__name__}: {error}).")
-    return ConfigError(f"{so}. Found {found}.")
+    return ConfigError(f"{so}. Found {contents}.")
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,8 +277,8 @@ def foreign_format(names: Iterable[str]) -> str | None:
         names: of all tensors of a file.
     """
     every = list(names)
-    if found := _first(_FORMATS, every):
-        return found
+    if format_name := _first(_FORMATS, every):
+        return format_name
     model = _first(_MODELS, every)
     if not any(_is_lora(name) for name in every):
         if other := _other_adapter(every):
@@ -293,8 +296,8 @@ def foreign_format(names: Iterable[str]) -> str | None:
 def _first(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> str:
     """What the first pattern means that is found in a name; "" for none."""
     every = list(names)
-    found = (what for pattern, what in patterns if any(re.search(pattern, n) for n in every))
-    return next(found, "")
+    matches = (what for pattern, what in patterns if any(re.search(pattern, n) for n in every))
+    return next(matches, "")
 
 
 def _other_adapter(names: Iterable[str]) -> str:
@@ -302,5 +305,5 @@ def _other_adapter(names: Iterable[str]) -> str:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as PREFIXES
 
     parts = [part for name in names for part in name.split(".")]
-    found = (kind for kind, prefix in PREFIXES.items() if any(p.startswith(prefix) for p in parts))
-    return next((kind.value for kind in found), "")
+    kinds = (kind for kind, prefix in PREFIXES.items() if any(p.startswith(prefix) for p in parts))
+    return next((kind.value for kind in kinds), "")

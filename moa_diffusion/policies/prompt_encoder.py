@@ -113,12 +113,12 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings ``[n, L, D]`` and pooled embeddings ``[n, E]`` of n prompts, on the device."""
-        found = {prompt: self._load(prompt) for prompt in dict.fromkeys(prompts)}
-        missing = [prompt for prompt, entry in found.items() if entry is None]
+        entries = {prompt: self._load(prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, entry in entries.items() if entry is None]
         if missing:
             with self._on_device():
-                found.update(self._encode(missing))
-        rows = [found[prompt] for prompt in prompts]
+                entries.update(self._encode(missing))
+        rows = [entries[prompt] for prompt in prompts]
         embeds = torch.stack([row[0] for row in rows if row is not None])
         pooled = torch.stack([row[1] for row in rows if row is not None])
         return embeds.to(self._device), pooled.to(self._device)

@@ -20,14 +20,14 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        found, normalizers = [], []
+        chosen, normalizers = [], []
         for part, index in _chunks(logits, ids):
             z = part.float() / temperature  # [rows, V]
             normalizers.append(z.logsumexp(1))
-            found.append(z.gather(1, index[:, None])[:, 0] - normalizers[-1])
+            chosen.append(z.gather(1, index[:, None])[:, 0] - normalizers[-1])
         ctx.save_for_backward(logits, ids, torch.cat(normalizers))
         ctx.temperature = temperature
-        return torch.cat(found).view(ids.shape)
+        return torch.cat(chosen).view(ids.shape)
 
     @staticmethod
     @once_differentiable

@@ -99,18 +99,18 @@ def unused(dtype: str, environment: Mapping[str, str] = os.environ) -> list[str]
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none").lower()
-    found = []
+    messages = []
     if _PRECISIONS.get(precision, precision) not in (None, dtype):
-        found.append(f"mixed_precision {precision}: policy.dtype rules, which is {dtype}")
+        messages.append(f"mixed_precision {precision}: policy.dtype rules, which is {dtype}")
     if backend != "no":
-        found.append(f"dynamo_backend {backend}: nothing is compiled")
+        messages.append(f"dynamo_backend {backend}: nothing is compiled")
     if steps != "1":
-        found.append(
+        messages.append(
             f"gradient_accumulation_steps {steps}: trainer.updates and trainer.micro_batch rule"
         )
     if clipping != "none":
-        found.append(f"gradient_clipping {clipping}: optimizer.max_grad_norm rules")
-    return found
+        messages.append(f"gradient_clipping {clipping}: optimizer.max_grad_norm rules")
+    return messages
 
 
 def _is_true(environment: Mapping[str, str], name: str) -> bool:

@@ -22,7 +22,7 @@ def nondominated(points: Tensor) -> list[bool]:
         return [False] * len(points)
     weakly = (known[:, None] >= known[None]).all(2)  # [E, E]: row at least as good as column
     strictly = (known[:, None] > known[None]).any(2)
-    return [not found for found in (weakly & strictly).any(0).tolist()]
+    return [not dominated for dominated in (weakly & strictly).any(0).tolist()]
 
 
 def spread_out(points: Tensor, limit: int) -> list[int]:

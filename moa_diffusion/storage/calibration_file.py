@@ -56,7 +56,7 @@ class Calibration:
 
         None as well where fewer than two objectives apply: there is nothing to take over.
         """
-        rivals = [name for name, found in self.objectives.items() if found.applies > 0]
+        rivals = [name for name, calibrated in self.objectives.items() if calibrated.applies > 0]
         if len(rivals) < 2:
             return None
         first = max(rivals, key=lambda name: self.objectives[name].share_static)
@@ -73,8 +73,8 @@ def save(calibration: Calibration, path: str | Path) -> None:
         "images": calibration.images,
         "seed": calibration.seed,
         "objectives": {
-            name: {key: _nullable(value) for key, value in asdict(found).items()}
-            for name, found in calibration.objectives.items()
+            name: {key: _nullable(value) for key, value in asdict(calibrated).items()}
+            for name, calibrated in calibration.objectives.items()
         },
         "correlations": {
             "names": list(calibration.objectives),
@@ -106,8 +106,8 @@ def load(path: str | Path, objectives: Iterable[str] = ()) -> Calibration:
     except ValueError as error:  # not JSON, or not UTF-8
         raise ConfigError(f"{where} should be JSON. Found: {error}.") from error
     if isinstance(values, dict) and values.get("version") != VERSION:
-        found = repr(values["version"]) if "version" in values else "none"
-        raise ConfigError(f"{where}: `version` should be {VERSION}. Found {found}.")
+        version = repr(values["version"]) if "version" in values else "none"
+        raise ConfigError(f"{where}: `version` should be {VERSION}. Found {version}.")
     keys = ("version", "model", "prompts", "images", "seed", "objectives", "correlations")
     values = _mapping(where, values, keys)
     for key, kind in {"model": str, "prompts": int, "images": int, "seed": int}.items():

@@ -175,22 +175,22 @@ def find(resume: str, run: Path) -> Path:
                 f"{step_folder(run, 100)}. Found no {STATE} in `{folder}`.{_meant(folder, run)}"
             )
         return folder
-    found = list_checkpoints(run)
-    if not found:
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
         raise ConfigError(
             f"resume: 'latest' needs a checkpoint in `{run / 'checkpoints'}`. Found none. If the "
             "run was moved, --output_dir names its folder."
         )
-    return found[-1]
+    return checkpoints[-1]
 
 
 def _meant(folder: Path, run: Path) -> str:
     """The checkpoints in or around a folder that is none, or in the run's own."""
     for place in (folder, *folder.parents[:3], run):  # up from step-000001/ema or its state.pt
-        if found := list_checkpoints(place):
-            names = ", ".join(f"`{path}`" for path in found[-5:])
-            return f" In `{place}` there {'are' if found[1:] else 'is'} {names}" + (
-                ", the newest last." if found[1:] else "."
+        if checkpoints := list_checkpoints(place):
+            names = ", ".join(f"`{path}`" for path in checkpoints[-5:])
+            return f" In `{place}` there {'are' if checkpoints[1:] else 'is'} {names}" + (
+                ", the newest last." if checkpoints[1:] else "."
             )
     return f" There is no checkpoint in `{folder}`, nor in `{run}`."
 

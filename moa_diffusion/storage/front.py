@@ -69,14 +69,14 @@ def retain(
 
 def _means(run: Path, objectives: Sequence[str]) -> dict[int, list[float]]:
     """Held-out means by rollouts; after a rollback those of the weights that it went back to."""
-    found: dict[int, list[float]] = {}
+    means: dict[int, list[float]] = {}
     for row in read_metrics(run / METRICS):
         if all(f"eval_mean/{name}" in row for name in objectives):
             values = [row[f"eval_mean/{name}"] for name in objectives]
-            found[row["step"]] = [math.nan if value is None else value for value in values]
+            means[row["step"]] = [math.nan if value is None else value for value in values]
     for alarm in read_metrics(run / ALARMS):
-        if alarm["to_step"] in found:
-            found[alarm["step"]] = found[alarm["to_step"]]
+        if alarm["to_step"] in means:
+            means[alarm["step"]] = means[alarm["to_step"]]
         elif alarm["to_step"] is not None:  # evaluated by the run that this one was resumed from
-            found.pop(alarm["step"], None)
-    return found
+            means.pop(alarm["step"], None)
+    return means

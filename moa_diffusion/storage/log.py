@@ -1,6 +1,6 @@
 """Named numbers of a run: ``metrics.jsonl``, per-sample scores, and what trackers get.
 
-Every name is ``group/name``; the README's table explains them all.
+Every name is ``group/name``; docs/metrics.md explains them all.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ estimated; here it is a loss of its own (``loss.kl_weight``), which value heads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +35,35 @@ from moa_diffusion.types import RewardMatrix, Rollout
 MOMENTUM = 0.95  # of the running scale of rewards
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """What advantages are computed from: the rewards of samples, or estimates of their decisions.
+
+    Without a critic the matrix holds the rewards, and advantages of its columns are what an update
+    takes: ``Estimates(matrix=rewards)``.
+    """
+
+    matrix: RewardMatrix  # [K, D]; D is N, or the number of decisions of all samples
+    # [N, T] int64: the column of each decision, -1 where there is no decision; None: D is N, and
+    # the decisions of a sample share its advantage.
+    columns: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the critic
+
+    def placed(self, advantage: Tensor) -> Tensor:
+        """Bring advantages of the columns ``[D]`` into the form that an update takes.
+
+        Returns:
+            ``[N]`` as it is, or with a critic ``[N, T]``, 0 where there is no decision.
+        """
+        if self.columns is None:
+            return advantage
+        return torch.where(self.columns >= 0, advantage[self.columns.clamp(min=0)], 0.0)
+
+
 class Critic:
     """K value heads on the policy's features, and the advantages that follow from them.
 
-    The heads see rewards in units of their running spread, so that one learning rate suits all;
+    The heads see rewards in units of their running deviation, so that one learning rate suits all;
     estimates are in the rewards' own units.
 
     Args:
@@ -92,23 +118,21 @@ class Critic:
         self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
         # [K] float64: running mean and variance of the rewards.
         self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
-        self.report: dict[str, float] = {}
 
-    def judge(self, rollout: Rollout, rewards: RewardMatrix) -> tuple[RewardMatrix, Tensor]:
-        """Estimates of all N samples' decisions, and better heads for the next rollout.
+    def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
+        """Estimate the advantages of all N samples' decisions, and fit the heads to this rollout.
 
         All is done on the device, which is waited for once, at the end.
 
         Args:
-            rollout: this process's n samples, with ``features`` in the trace.
-            rewards: raw, of all N samples.
+            rollout: The n samples of this process, with ``features`` in the trace.
+            rewards: The raw rewards of all N samples.
 
         Returns:
-            a matrix ``[K, D]`` of the estimates as one group, D the decisions (or samples) of all
-            processes, and ``[N, T]`` bool: which decisions they are, in this order.
+            estimates of the decisions (or samples) of all processes as one group.
         """
         n, first = len(rollout), self.comm.rank * len(rollout)
-        scaled, spread = self._scaled(rewards)
+        scaled, units = self._scaled(rewards)
         local = scaled[:, first : first + n]  # [K, n]
         features = rollout.trace["features"].to(self.device, torch.float32)
         mask = rollout.mask.to(self.device)
@@ -120,36 +144,33 @@ class Critic:
         estimates = gae(values, rewarded, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
         loss = self._fit(features, values + estimates, mask)
 
-        estimated = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
-        there = self.comm.gather(mask)  # [N, T]
-        told = torch.cat([part.flatten().to(dtype) for part in (loss, there, estimated)])
-        told = told.cpu().double()  # waits for the device
-        self.report = {"policy/value_loss": float(told[0]) / len(self.objectives)}
-        everywhere = told[1 : 1 + there.numel()].view(there.shape) > 0  # [N, T]
-        whole = told[1 + there.numel() :].view(estimated.shape).transpose(0, 1)
-        whole = whole * spread[:, None, None]  # [K, N, T]
+        gathered = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
+        masks = self.comm.gather(mask)  # [N, T]
+        numbers = torch.cat([part.flatten().to(dtype) for part in (loss, masks, gathered)])
+        numbers = numbers.cpu().double()  # waits for the device
+        everywhere = numbers[1 : 1 + masks.numel()].view(masks.shape) > 0  # [N, T]
+        everyone = numbers[1 + masks.numel() :].view(gathered.shape).transpose(0, 1)
+        everyone = everyone * units[:, None, None]  # [K, N, T]
+        samples = torch.arange(len(everywhere))[:, None].expand_as(everywhere)  # [N, T]
         if self.granularity == "sample":
             counts = everywhere.sum(1)
-            columns = torch.where(everywhere, whole, 0.0).sum(2) / counts  # [K, N]
-            owners = torch.arange(len(everywhere))
+            values = torch.where(everywhere, everyone, 0.0).sum(2) / counts  # [K, N]
+            columns, owners = samples, samples[:, 0]
         else:
-            columns = whole[:, everywhere]  # [K, D]
-            owners = torch.arange(len(everywhere))[:, None].expand_as(everywhere)[everywhere]
+            values = everyone[:, everywhere]  # [K, D]
+            columns = (everywhere.flatten().cumsum(0) - 1).view_as(everywhere)  # [N, T]
+            owners = samples[everywhere]  # [D]
         matrix = RewardMatrix(
             names=rewards.names,
-            values=columns,
-            groups=torch.zeros(columns.shape[1], dtype=torch.int64),
+            values=values,
+            groups=torch.zeros(values.shape[1], dtype=torch.int64),
             prompts=tuple(rewards.prompts[i] for i in owners.tolist()),
         )
-        return matrix, everywhere
-
-    def spread(self, advantage: Tensor, everywhere: Tensor) -> Tensor:
-        """Advantages of the matrix's columns ``[D]`` in their places ``[N, T]``, 0 elsewhere."""
-        if self.granularity == "sample":
-            return torch.where(everywhere, advantage[:, None], 0.0)
-        placed = advantage.new_zeros(everywhere.shape)
-        placed[everywhere] = advantage
-        return placed
+        return Estimates(
+            matrix=matrix,
+            columns=torch.where(everywhere, columns, -1),
+            metrics={"policy/value_loss": float(numbers[0]) / len(self.objectives)},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Heads, optimizer and the scale of the rewards, equal on every process."""
@@ -169,17 +190,17 @@ class Critic:
         self.mean, self.variance = state["mean"], state["variance"]
 
     def _scaled(self, rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
-        """Rewards in units of their running spread ``[K, N]``, NaN stays; and that ``[K]``."""
+        """Rewards in units of their running deviation ``[K, N]``, NaN stays; and that ``[K]``."""
         values = rewards.values
         mean = values.nanmean(1)
         variance = (values - mean[:, None]).square().nanmean(1)
-        met, now = self.mean.isfinite(), mean.isfinite()
-        blend = torch.where(met & now, MOMENTUM, torch.where(met, 1.0, 0.0))
+        known, now = self.mean.isfinite(), mean.isfinite()
+        blend = torch.where(known & now, MOMENTUM, torch.where(known, 1.0, 0.0))
         self.mean = _blend(self.mean, mean, blend)
         self.variance = _blend(self.variance, variance, blend)
-        spread = self.variance.sqrt()
-        spread = torch.where(spread > 0, spread, 1.0)  # NaN > 0 is false as well
-        return (values - self.mean.nan_to_num()[:, None]) / spread[:, None], spread
+        deviation = self.variance.sqrt()
+        units = torch.where(deviation > 0, deviation, 1.0)  # NaN > 0 is false as well
+        return (values - self.mean.nan_to_num()[:, None]) / units[:, None], units
 
     def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike.

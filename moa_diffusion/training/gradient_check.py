@@ -7,15 +7,20 @@ compared once per run, on a few samples and with coefficients of which every sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.distributed import Comm
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.training.gradients import ObjectiveGradients
+from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.types import Rollout
+
+logger = logging.getLogger(__name__)
 
 # Largest relative error of a tensor's gradient. Both ways share the passes through the network:
 # between them lies the last product of each layer, rounded once or once for every row, and in some
@@ -29,6 +34,55 @@ SIZE = 0.01  # of the noise that keeps B from being 0, where A has no gradient
 # Coefficients of two objectives. The largest and the sum are powers of two or 0, and scaling by
 # them rounds nothing: so both backward passes round alike, whatever the depth of the network.
 PAIRS = ((1.0, 0.0), (1.0, 1.0), (1.0, -0.5), (0.0, -1.0), (-1.0, -1.0), (0.5, -1.0), (1.0, -1.0))
+
+
+class GradientCheck:
+    """Checks once that the objectives' gradients add up to an ordinary one.
+
+    Args:
+        policy: The policy whose layers are checked.
+        comm: The collectives over the processes.
+        seed: Decides the disturbance and the coefficients.
+    """
+
+    def __init__(self, policy: Policy, comm: Comm, *, seed: int) -> None:
+        self.policy, self.comm, self.seed = policy, comm, seed
+        self._passed = False
+
+    def __call__(self, rollout: Rollout, samples: int) -> None:
+        """Check the first samples of a rollout, unless a check has passed before.
+
+        Args:
+            rollout: The n samples of this process.
+            samples: How many of them are looked at.
+
+        Raises:
+            TrainingError: naming the layers whose gradients are not those of a backward pass.
+        """
+        if self._passed:
+            return
+        part = rollout.select(torch.arange(samples))
+        errors, separate = relative_errors(self.policy, part, seed=self.seed)
+        tolerance = TOLERANCE[self.policy.dtype]
+        wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+        if self.comm.any(bool(wrong)):
+            worst = sorted(wrong, key=lambda name: -wrong[name])[:5]  # NaN in any place
+            raise TrainingError(
+                f"The gradients of single objectives are wrong in {len(wrong)} of {len(errors)} "
+                "trained tensors on this process: they do not add up to an ordinary backward pass "
+                f"(relative error above {tolerance:.0e}). Worst: "
+                f"{', '.join(f'{name} ({wrong[name]:.1e})' for name in worst) or 'none'}. These "
+                "layers take their samples in an order that is not known here. Leave them out of "
+                "`policy.lora.target_modules`, or choose a method that weighs without gradients."
+            )
+        if separate:
+            logger.warning(
+                "The gradients of %d of %d trained tensors take a backward pass for each "
+                "objective: their layers do not keep the samples apart.",
+                separate,
+                len(errors),
+            )
+        self._passed = True
 
 
 def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dict[str, float], int]:
@@ -51,13 +105,7 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
     parameters = policy.trainable()
     drawn = _coefficients(mask.shape, policy.whole_rows, source).to(mask.device)
     coefficients = torch.where(mask, drawn, 0.0)  # [2, m, t]
-    rows = ObjectiveGradients(
-        parameters,
-        policy.tapped(),
-        len(coefficients),
-        whole=policy.whole_rows,
-        copies=policy.row_copies,
-    )
+    rows = ObjectiveGradients.of(policy, len(coefficients))
     with _disturbed(parameters, source):
         log_probs, _ = policy.log_probs(rollout, steps)
         for scale in _scales(policy.dtype):

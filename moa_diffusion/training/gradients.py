@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_diffusion.distributed import Comm
+from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.devices import float64_device, widest
 
 # Below so many tokens a row, scaling the inputs K times is cheaper than a gradient for every row
@@ -120,6 +121,17 @@ class ObjectiveGradients:
         self._foreign: set[int] = set()  # layers whose rows were once not those of the decisions
         self.separate: set[str] = set()
         self._summed = False  # over the processes
+
+    @classmethod
+    def of(cls, policy: Policy, count: int) -> ObjectiveGradients:
+        """Rows for ``count`` objectives of a policy, as it says how its layers keep decisions."""
+        return cls(
+            policy.trainable(),
+            policy.tapped(),
+            count,
+            whole=policy.whole_rows,
+            copies=policy.row_copies,
+        )
 
     def backward(
         self,

@@ -18,7 +18,7 @@ from moa_diffusion.processes.launcher import make_accelerator
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage.trackers import TrackerError
-from moa_diffusion.training.loop import Loop
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.types import ConfigError
 
@@ -26,7 +26,7 @@ BAD_INPUT = (ConfigError, ImportError)
 STOPPED_BY_HAND = 128 + signal.SIGINT
 
 
-def launch(make: Callable[[Config], Loop]) -> int:
+def launch(make: Callable[[Config], Run]) -> int:
     """Read the command line, make the run, and run it.
 
     Args:

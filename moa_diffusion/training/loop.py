@@ -1,35 +1,33 @@
 """Round after round: a step, its metrics, an evaluation, a checkpoint. Stops and resumes exactly.
 
-What a step is stays open: ``trainer.py`` draws and learns from rollouts, ``offline.py`` learns from
-responses that are already there.
+What a step is, is the learner's business: ``trainer.py`` draws rollouts and learns from them,
+``offline.py`` learns from responses that are already there.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from moa_diffusion.data.seeds import derive_seed
-from moa_diffusion.distributed import Comm, ProcessError, agreed, share_telling
+from moa_diffusion.distributed import ProcessError, agreed, share_telling
 from moa_diffusion.monitoring.alarm import Alarm, Watch
 from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.processes.stopping import Interrupted, StopRequest
+from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint, front
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.saving import Saver
+from moa_diffusion.storage.saving import Saver
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
 
@@ -48,103 +46,147 @@ class Schedule:
     evaluate_every: int = 0  # held-out rewards and pictures
 
 
-class Loop(ABC):
-    """A run.
+class Learner(Protocol):
+    """What a run improves a policy with, one round after the other."""
+
+    title: str  # what a round is called, in the plural
+    objectives: tuple[str, ...]  # names of the K objectives
+    stepper: Stepper
+    progress: Progress
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is improved."""
+        ...
+
+    def prepare(self, heldout: HeldOut | None) -> Mapping[str, Any]:
+        """Do once what precedes the first round; what cannot work fails here.
+
+        Args:
+            heldout: The evaluation, whose prompts and heads are made ready too; None for none.
+
+        Returns:
+            what the scores of each head depend on, as ``Scorer.load`` has it; empty without heads.
+        """
+        ...
+
+    def step(self, *, kl_scale: float = 1.0) -> dict[str, float]:
+        """Learn for one round and return its metrics; ``kl_scale`` is a factor of the KL's weight.
+
+        ``progress.completed`` is the number of rounds before this one.
+        """
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """What the learner itself measures of the averaged weights, besides held-out rewards."""
+        ...
+
+    def snapshot(self) -> Any:
+        """What ``undo`` needs to undo the next round."""
+        ...
+
+    def undo(self, snapshot: Any) -> bool:
+        """Go back to the state before a round that was cut short; whether that was possible."""
+        ...
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        """A few words about a round for the progress bar."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one before: JSON values by name."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rounds change and the next one depends on, equal on every process."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Raises:
+            ConfigError: if it is of another adapter or of other settings.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Report what is to be said at the end of a run, however it ends."""
+        ...
+
+    def close(self) -> None:
+        """Release worker processes."""
+        ...
+
+
+class Run:
+    """Has a learner go round after round; stops and resumes exactly.
 
     Args:
-        policy: is improved.
-        stepper: takes the optimizer steps.
-        objectives: names of the K objectives; their means in evaluations, and those of rewards that
-            are not trained on, decide which checkpoints stay.
-        comm: collectives over the processes.
-        schedule: how long, and what happens when.
-        heldout: the evaluation; None for none.
-        watch: looks at the evaluations for a reward that is being gamed.
-        log: metrics and scores.
-        folder: of the run.
-        seed: of the run.
-        progress: whether this process shows progress bars.
+        learner: Improves the policy. The means of its objectives in evaluations, and those of
+            rewards that are not trained on, decide which checkpoints stay.
+        schedule: How long the run is, and what happens when.
+        heldout: The evaluation; None for none.
+        watch: Looks at the evaluations for a reward that is being gamed.
+        log: Where metrics and scores go.
+        folder: The run's folder.
+        seed: The run's seed.
     """
-
-    title = "rollouts"  # what a round is called
 
     def __init__(
         self,
+        learner: Learner,
         *,
-        policy: Policy,
-        stepper: Stepper,
-        objectives: tuple[str, ...],
-        comm: Comm,
         schedule: Schedule,
         heldout: HeldOut | None,
         watch: Watch,
         log: RunLog,
         folder: Path,
         seed: int,
-        progress: bool,
     ) -> None:
-        self.policy, self.objectives, self.comm = policy, objectives, comm
+        self.learner, self.progress = learner, learner.progress
         self.schedule, self.heldout, self.watch = schedule, heldout, watch
-        self.log, self.folder, self.seed, self.progress = log, folder, seed, progress
-        self.completed = 0  # rounds finished
-        self.seconds = 0.0  # that they took
-        self._stepper = stepper
-        self._saver = Saver(folder, stepper, self.state_dict, comm, self.title)
-        self._row: dict[str, float] | None = None  # metrics of a round not yet written
-        self.stop = StopRequest(said=comm.rank == 0)
+        self.log, self.folder, self.seed = log, folder, seed
+        self.comm = learner.progress.comm
+        self.seconds = 0.0  # that the rounds finished took
         self.torn = False  # a failure has left the state between two rounds
-        self._seconds: dict[str, float] = {}
+        self._saver = Saver(
+            folder, learner.policy, learner.stepper.ema, self.state_dict, self.comm, learner.title
+        )
+        self._row: dict[str, float] | None = None  # metrics of a round not yet written
 
-    # ------------------------------------------------------------------ what a run is made of
+    @property
+    def completed(self) -> int:
+        """The number of rounds finished."""
+        return self.progress.completed
 
-    @abstractmethod
-    def prepare(self) -> None:
-        """What has to be done once, before the first round."""
+    @property
+    def policy(self) -> Policy:
+        """The policy that is improved."""
+        return self.learner.policy
 
-    @abstractmethod
     def step(self) -> dict[str, float]:
-        """One round; adds one to ``completed`` and returns the round's metrics."""
-
-    @abstractmethod
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """A few words about a round for the progress bar."""
-
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """What a resumed run has to share with the one before: JSON values by name."""
-
-    @abstractmethod
-    def changing_state(self) -> dict[str, Any]:
-        """What rounds change and the next one depends on."""
-
-    @abstractmethod
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a ``changing_state``.
-
-        Raises:
-            ConfigError: if it is of other settings.
-        """
-
-    def attempt(self) -> dict[str, float]:
-        """One round; if it is cut short, it leaves the state as it was."""
-        return self.step()
+        """Learn for one round and return its metrics; nothing is written or evaluated."""
+        metrics = self.learner.step(kl_scale=self.watch.kl_scale)
+        self.progress.completed += 1
+        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
+        metrics = self.learner.evaluate()
         if self.heldout is None:
-            return {}
-        with self._timed("evaluate"), self._stepper.ema.applied():
-            found = self.heldout(self.completed, before_batch=self._leave_if_stopped)
+            return metrics
+        with self.progress.timed("evaluate"), self.learner.stepper.ema.applied():
+            evaluation = self.heldout(self.completed, before_batch=self.progress.leave_if_stopped)
         seconds = self.heldout.scorer.seconds.items()
-        self._seconds |= {f"evaluate_{name}": spent for name, spent in seconds}
-        alarms = self.watch.look(found)
+        self.progress.note_seconds({f"evaluate_{name}": spent for name, spent in seconds})
+        alarms = self.watch.look(evaluation)
         with agreed(self.comm, as_one=True):
             for alarm in alarms:
                 self.log.write_alarm(alarm.row())
-        self._act(next((alarm for alarm in alarms if alarm.to_step is not None), None))
-        return {**found.metrics, **self.watch.report()}
+        self._roll_back(next((alarm for alarm in alarms if alarm.to_step is not None), None))
+        return {**metrics, **evaluation.metrics, **self.watch.report()}
 
-    def _act(self, alarm: Alarm | None) -> None:
+    def _roll_back(self, alarm: Alarm | None) -> None:
         """Go back to the checkpoint that an alarm names."""
         if alarm is None:
             return
@@ -154,7 +196,7 @@ class Loop(ABC):
                 state = checkpoint.load_state(checkpoint.step_folder(self.folder, alarm.to_step))
             except ConfigError as error:  # somebody deleted or damaged it
                 raise TrainingError(f"alarm: cannot go back: {error}") from error
-        self.restore(state)
+        self.learner.load_state_dict(state)
 
     # ------------------------------------------------------------------ the run
 
@@ -172,30 +214,30 @@ class Loop(ABC):
         bar = tqdm(
             total=self.schedule.steps,
             initial=self.completed,
-            desc=self.title,
-            disable=not self.progress,
+            desc=self.learner.title,
+            disable=not self.progress.bars,
         )
-        with self.stop.listening(), bar:
+        with self.progress.stop.listening(), bar:
             self._forget_lost_checkpoints()
-            with self.stop.at_once():
-                self.prepare()  # if it fails, nothing has happened that would have to be saved
+            with self.progress.stop.at_once():
+                self._prepare()  # if it fails, nothing has happened that would have to be saved
             try:
-                self._leave_if_stopped()
+                self.progress.leave_if_stopped()
                 if self._row is not None:
                     self._finish_round(bar)
-                elif self.completed == 0 and (found := self.evaluate()):
+                elif self.completed == 0 and (metrics := self.evaluate()):
                     with agreed(self.comm, as_one=True):
-                        self.log.write(0, found | self._take_seconds())
+                        self.log.write(0, metrics | self.progress.take_seconds())
                     if self._may_be_wanted():
                         self.save()
                 if self.watch.over and self.completed < self.schedule.steps:
                     logger.warning(
                         "An alarm ended this run after %d %s. It goes on with another "
                         "alarm.action or a higher alarm.limit.",
-                        *(self.completed, self.title),
+                        *(self.completed, self.learner.title),
                     )
                 while not self._last():
-                    self._leave_if_stopped()
+                    self.progress.leave_if_stopped()
                     self._round(bar)
             except (RewardError, TrainingError, ProcessError, Interrupted) as error:
                 share_telling(self.comm, error)
@@ -204,20 +246,30 @@ class Loop(ABC):
             except (Exception, SystemExit) as error:  # the other processes may not know of it
                 error.add_note(self._rescue(error, alone=True))
                 raise
+            finally:
+                self.learner.finish()
+
+    def _prepare(self) -> None:
+        """Do once what precedes the first round, and write what the scores depend on."""
+        heads = self.learner.prepare(self.heldout)
+        if heads:
+            with agreed(self.comm):
+                self.log.write_heads(self.completed, heads)
 
     def _round(self, bar: tqdm[Any]) -> None:
         """One step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
-        start, completed = time.perf_counter(), self.completed
+        start, before = time.perf_counter(), self.learner.snapshot()
         try:
-            metrics = self.attempt()
-        except BaseException:
-            self.completed = completed  # where an attempt that was cut short goes back to
+            metrics = self.step()
+        except BaseException as error:  # perhaps between two optimizer steps
+            traceback.clear_frames(error.__traceback__)  # they hold what memory ran out for
+            self.torn = not self.learner.undo(before)  # what is saved is the state before the round
             raise
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self._row = metrics | self._take_seconds() | {"seconds/total": seconds}
+        self._row = metrics | self.progress.take_seconds() | {"seconds/total": seconds}
         self._finish_round(bar)
 
     def _finish_round(self, bar: tqdm[Any]) -> None:
@@ -226,14 +278,14 @@ class Loop(ABC):
         evaluated = any(name.startswith("eval_") for name in self._row)
         if not evaluated and (self._last() or self._due(self.schedule.evaluate_every)):
             start = time.perf_counter()
-            self._row |= self.evaluate() | self._take_seconds()
+            self._row |= self.evaluate() | self.progress.take_seconds()
             self._row["seconds/total"] += time.perf_counter() - start
         with agreed(self.comm, as_one=True):
             self.log.write(self.completed, self._row)
         metrics, self._row = self._row, None
         bar.update()
-        bar.set_postfix_str(self.headline(metrics))
-        self._stepper.check_health()
+        bar.set_postfix_str(self.learner.headline(metrics))
+        self.learner.stepper.check_health()
         due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
         if self._last() or due:
             self.save()
@@ -266,7 +318,7 @@ class Loop(ABC):
     def _rescue(self, failure: BaseException, *, alone: bool) -> str:
         """Save what can be saved after a failure; says where it is."""
         if self.torn:
-            return f"The state in memory is between two {self.title}: it is not saved."
+            return f"The state in memory is between two {self.learner.title}: it is not saved."
         return self._saver.rescue(self.completed, failure, alone=alone)
 
     def _forget_lost_checkpoints(self) -> None:
@@ -282,7 +334,7 @@ class Loop(ABC):
                 "There are no checkpoints after %s %s to go back to; alarms compare with later "
                 "evaluations.",
                 ", ".join(map(str, lost)),
-                self.title,
+                self.learner.title,
             )
 
     @property
@@ -293,7 +345,7 @@ class Loop(ABC):
         """Delete the checkpoints that are neither new, nor on the front, nor to go back to."""
         front.retain(
             self.folder,
-            (*self.objectives, *self.watch.heldout),
+            (*self.learner.objectives, *self.watch.heldout),
             newest=self.schedule.checkpoint_keep,
             front=self.schedule.checkpoint_front,
             best=self.watch.best_steps if self._rolls_back else (),
@@ -305,6 +357,7 @@ class Loop(ABC):
         Raises:
             TrackerError: if a tracker does not finish; the rest is released.
         """
+        self.learner.close()
         if self.heldout:
             self.heldout.scorer.close()
         try:
@@ -321,9 +374,9 @@ class Loop(ABC):
             "heldout": self.heldout.state_dict() if self.heldout else {},
             "watch": self.watch.state_dict(),
             "seed": self.seed,
-            "objectives": list(self.objectives),
-            **self.facts(),
-            **self.changing_state(),
+            "objectives": list(self.learner.objectives),
+            **self.learner.facts(),
+            **self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -332,15 +385,19 @@ class Loop(ABC):
         Raises:
             ConfigError: if the run's facts or adapter differ from the checkpoint's.
         """
-        shared = {"objectives": list(self.objectives), "seed": self.seed, **self.facts()}
-        for key, mine in shared.items():
-            if state.get(key) != mine:
+        shared = {
+            "objectives": list(self.learner.objectives),
+            "seed": self.seed,
+            **self.learner.facts(),
+        }
+        for key, value in shared.items():
+            if state.get(key) != value:
                 raise ConfigError(
-                    f"resume: the checkpoint has {key} {state.get(key)}. Found {mine} in this run."
+                    f"resume: the checkpoint has {key} {state.get(key)}. Found {value} in this run."
                 )
-        checkpoint.check_adapter(state["updater"]["trainable"], self.policy.trainable())
-        self.restore(state)
-        self.completed, self.seconds, self._row = state["step"], state["seconds"], state["row"]
+        self.learner.load_state_dict(state)
+        self.progress.completed = state["step"]
+        self.seconds, self._row = state["seconds"], state["row"]
         if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
             if state["heldout"]["identity"] == self.heldout.identity:
                 self.heldout.load_state_dict(state["heldout"])
@@ -355,25 +412,3 @@ class Loop(ABC):
             checkpoint.forget_after(self.folder, self.completed)
             if checkpoint.list_checkpoints(self.folder):
                 self._retain()
-
-    # ------------------------------------------------------------------ small parts
-
-    def _leave_if_stopped(self) -> None:
-        asked = self.stop.number  # may change at any time
-        if self.comm.any(asked > 0):
-            number = signal.Signals(int(self.comm.gather(torch.tensor([asked])).max()))
-            raise Interrupted(f"Stopped by {number.name}.", number)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
-
-    def _take_seconds(self) -> dict[str, float]:
-        seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        self._seconds = {}
-        return seconds

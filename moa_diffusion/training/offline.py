@@ -19,7 +19,6 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,16 +27,13 @@ from torch import Tensor
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
-from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo import checked_bounds
 from moa_diffusion.objectives.mopo_offline import OfflineMopo, OfflineSettings, effective_samples
 from moa_diffusion.objectives.reachable import check_bounds
 from moa_diffusion.policies.base import Policy
-from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.gradient_sum import GradientSum
-from moa_diffusion.training.loop import Loop, Schedule
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
 
@@ -54,50 +50,35 @@ class TeachablePolicy(Policy, Protocol):
         ...
 
 
-class Cloning(Stepper):
+class Cloning:
     """Takes the optimizer steps of weighted behaviour cloning.
 
     All responses are kept as token ids on the CPU, four bytes a token.
 
     Args:
-        policy: is taught.
-        data: the R rows are its responses, prompt by prompt.
-        comm: collectives over the processes.
-        optimizer: over ``policy.trainable()``.
-        lr: learning rate after so many optimizer steps.
-        scaler: loss scaler; disabled except in float16.
-        ema: average of the trained parameters.
-        micro_batch: rows per forward and backward pass.
-        max_grad_norm: the gradient is clipped to this length.
-        max_skipped: consecutive updates with non-finite gradients before giving up.
+        policy: The policy that is taught.
+        stepper: Takes one optimizer step on summed gradients.
+        data: The preferences; the R rows are their responses, prompt by prompt.
+        comm: The collectives over the processes.
+        micro_batch: Rows per forward and backward pass.
+
+    Raises:
+        ValueError: if ``micro_batch`` is not positive.
     """
 
     def __init__(
         self,
         *,
         policy: TeachablePolicy,
+        stepper: Stepper,
         data: Preferences,
         comm: Comm,
-        optimizer: torch.optim.Optimizer,
-        lr: Callable[[int], float],
-        scaler: torch.amp.GradScaler,
-        ema: EMA,
         micro_batch: int,
-        max_grad_norm: float,
-        max_skipped: int = 3,
     ) -> None:
         if micro_batch < 1:
             raise ValueError(f"Parameter `micro_batch` should be at least 1. Found {micro_batch}.")
-        super().__init__(
-            policy=policy,
-            optimizer=optimizer,
-            lr=lr,
-            scaler=scaler,
-            ema=ema,
-            max_grad_norm=max_grad_norm,
-            max_skipped=max_skipped,
-        )
-        self.teachable, self.data, self.comm, self.micro_batch = policy, data, comm, micro_batch
+        self.policy, self.stepper, self.data = policy, stepper, data
+        self.comm, self.micro_batch = comm, micro_batch
         self._places = data.rows().tolist()  # R pairs of prompt and position
         self._tokens: list[array[int]] = []  # R token ids, once `read` was called
 
@@ -111,7 +92,7 @@ class Cloning(Stepper):
             return
         texts = [self.data.responses[prompt][position] for prompt, position in self._places]
         try:
-            tokens = self.teachable.tokens_of(texts)
+            tokens = self.policy.tokens_of(texts)
         except ValueError as error:
             raise TrainingError(f"A response cannot be learned: {error}") from error
         self._tokens = [array("i", ids) for ids in tokens]
@@ -124,24 +105,24 @@ class Cloning(Stepper):
             weights: ``[B]``, constant.
         """
         self.read()
-        device = self.device
-        told = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
-        gradients = GradientSum(self._parameters)
+        device, scaler = self.stepper.device, self.stepper.scaler
+        parts = [torch.zeros(2, device=device)]  # weighted and plain log-probs, by micro-batch
+        gradients = GradientSum(self.stepper.parameters)
         for part in self._batches(len(rows)):
             log_pi = self._log_pi([rows[i] for i in part])  # [m]
             weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
-            torch.autograd.backward(self.scaler.scale(-weighted / len(rows)))
+            torch.autograd.backward(scaler.scale(-weighted / len(rows)))
             gradients.take()
-            told.append(torch.stack([weighted, log_pi.sum()]).detach().float())
-        sums = torch.stack(told).cpu().double().sum(0)
+            parts.append(torch.stack([weighted, log_pi.sum()]).detach().float())
+        sums = torch.stack(parts).cpu().double().sum(0)
         self.comm.sum_([sums])
         gradients.write(self.comm)
-        norm = self.optimizer_step()
+        norm = self.stepper.optimizer_step()
         return {
             "offline/loss": float(-sums[0]) / len(rows),
             "offline/log_prob": float(sums[1]) / len(rows),
             "offline/tokens": sum(len(self._tokens[row]) for row in rows) / len(rows),
-            **self.step_metrics([norm]),
+            **self.stepper.step_metrics([norm]),
         }
 
     @torch.no_grad()
@@ -176,11 +157,11 @@ class Cloning(Stepper):
     def _log_pi(self, rows: Sequence[int]) -> Tensor:
         """Log-probabilities of the responses at these rows, ``[m]``."""
         prompts = [self.data.prompts[self._places[row][0]] for row in rows]
-        return self.teachable.log_probs_of(prompts, [self._tokens[row] for row in rows])
+        return self.policy.log_probs_of(prompts, [self._tokens[row] for row in rows])
 
 
-class OfflineTrainer(Loop):
-    """Improves one objective under bounds on the others, from preferences.
+class OfflineTrainer:
+    """Improves one objective under bounds on the others, from preferences: a ``Learner``.
 
     What is surveyed, read without being learned from, is what is needed and no more. A reference is
     asked for the prompts whose responses are trained on while it holds: the order of the rows is
@@ -197,20 +178,17 @@ class OfflineTrainer(Loop):
     adapter is gone once it has been trained, so it is asked for all R responses before.
 
     Args:
-        cloning: takes the optimizer steps.
-        primary: the objective that is improved.
-        bounds: least win rate of each other objective; one number for all, or one for each.
-        settings: of MOPO.
-        batch: rows per optimizer step, over all processes.
-        level_prompts: prompts over whose responses evaluations take the win rates; 0 for all.
-        from_adapter: whether the policy starts from trained weights instead of the base model.
-        schedule: how long, and what happens when; a round is an optimizer step.
-        heldout: the evaluation by reward heads; None for none.
-        watch: looks at the evaluations for a reward that is being gamed.
-        log: metrics.
-        folder: of the run.
-        seed: of the order of the rows.
-        progress: whether this process shows a progress bar.
+        cloning: Takes the optimizer steps.
+        mopo: The target distribution over the responses, and its multipliers: ``constrained``.
+        progress: How far the run is; a round is an optimizer step.
+        seed: Decides the order of the rows.
+        batch: Rows per optimizer step, over all processes.
+        level_prompts: The number of prompts over whose responses evaluations take the win rates; 0
+            for all.
+        from_adapter: Whether the policy starts from trained weights instead of the base model.
+
+    Raises:
+        ValueError: if ``batch`` or ``level_prompts`` is too small.
     """
 
     title = "steps"
@@ -219,38 +197,20 @@ class OfflineTrainer(Loop):
         self,
         *,
         cloning: Cloning,
-        primary: str,
-        bounds: Mapping[str, float] | float,
-        settings: OfflineSettings,
-        batch: int,
-        schedule: Schedule,
-        heldout: HeldOut | None,
-        watch: Watch,
-        log: RunLog,
-        folder: Path,
+        mopo: OfflineMopo,
+        progress: Progress,
         seed: int,
+        batch: int,
         level_prompts: int = 512,
         from_adapter: bool = False,
-        progress: bool = True,
     ) -> None:
         for name, value, least in (("batch", batch, 1), ("level_prompts", level_prompts, 0)):
             if value < least:
                 raise ValueError(f"Parameter `{name}` should be at least {least}. Found {value}.")
-        self.mopo = constrained(cloning.data, primary, bounds, settings)
-        super().__init__(
-            policy=cloning.policy,
-            stepper=cloning,
-            objectives=(self.mopo.primary, *self.mopo.secondary),
-            comm=cloning.comm,
-            schedule=schedule,
-            heldout=heldout,
-            watch=watch,
-            log=log,
-            folder=folder,
-            seed=seed,
-            progress=progress,
-        )
-        self.cloning, self.data, self.batch = cloning, cloning.data, batch
+        self.cloning, self.mopo, self.data = cloning, mopo, cloning.data
+        self.policy, self.stepper = cloning.policy, cloning.stepper
+        self.objectives = (mopo.primary, *mopo.secondary)
+        self.progress, self.seed, self.batch = progress, seed, batch
         self.from_adapter = from_adapter
         # [R], of the policy that wrote the responses; NaN where it has not been asked for yet.
         self._log_mu: Tensor | None = None
@@ -258,10 +218,14 @@ class OfflineTrainer(Loop):
         shuffled = torch.randperm(len(self.data.prompts), generator=generator(seed, "levels"))
         self._level_prompts = shuffled[: level_prompts or None]
 
-    def step(self) -> dict[str, float]:
-        """One dual step and one optimizer step; returns the step's metrics."""
+    def step(self, *, kl_scale: float = 1.0) -> dict[str, float]:
+        """Take one dual step and one optimizer step; return the step's metrics.
+
+        Args:
+            kl_scale: A factor of ``tau``.
+        """
         self.refer()
-        target = self.mopo(self.watch.kl_scale)  # [P, Y], NaN where the reference is not known
+        target = self.mopo(kl_scale)  # [P, Y], NaN where the reference is not known
         rows = self.rows()
         weights = target[self._where[0], self._where[1]] * self._where.shape[1] / len(target)  # [R]
         if weights[rows].isnan().any():
@@ -269,9 +233,8 @@ class OfflineTrainer(Loop):
                 "The reference was not asked for all rows of this step: `preferences.batch` and "
                 "`objectives.weighting.lag` should be those of the run that saved the checkpoint."
             )
-        with self._timed("update"):
+        with self.progress.timed("update"):
             update = self.cloning(rows, weights[rows])
-        self.completed += 1
         known = target[~target.isnan().any(1)]
         samples = {"offline/effective_sample_size": effective_samples(known)}
         return self.mopo.report() | samples | update
@@ -281,18 +244,19 @@ class OfflineTrainer(Loop):
 
         They are a part of a shuffled epoch, or of several.
         """
-        chosen = range(self.completed, self.completed + 1) if steps is None else steps
+        now = self.progress.completed
+        chosen = range(now, now + 1) if steps is None else steps
         total, first = self._where.shape[1], chosen.start * self.batch
-        found: list[int] = []
-        while (left := len(chosen) * self.batch - len(found)) > 0:
-            epoch, position = divmod(first + len(found), total)
+        rows: list[int] = []
+        while (left := len(chosen) * self.batch - len(rows)) > 0:
+            epoch, position = divmod(first + len(rows), total)
             order = torch.randperm(total, generator=generator(self.seed, "rows", epoch))
-            found += order[position : position + left].tolist()
-        return found
+            rows += order[position : position + left].tolist()
+        return rows
 
     def refer(self) -> None:
         """Take the next reference if it is time. Cut short, it changes nothing."""
-        lag, now = self.mopo.settings.lag, self.completed
+        lag, now = self.mopo.settings.lag, self.progress.completed
         if self._log_mu is None:
             everything = torch.arange(self._where.shape[1])
             if self.data.log_probs is None:  # the reference is what wrote them
@@ -315,40 +279,37 @@ class OfflineTrainer(Loop):
             self.mopo.refer(self._log_ratio(self._prompts_of(range(now + lag, now + 2 * lag))))
 
     def evaluate(self) -> dict[str, float]:
-        """Win rates of the averaged weights over the responses, and held-out rewards."""
-        with self.cloning.ema.applied():
+        """Win rates of the averaged weights over the responses: ``eval_level/<objective>``."""
+        with self.stepper.ema.applied():
             levels = self.mopo.levels_of(self._log_ratio(self._level_prompts))
-        found = {f"eval_level/{name}": level for name, level in levels.items()}
-        return found | super().evaluate()
+        return {f"eval_level/{name}": level for name, level in levels.items()}
 
-    # ------------------------------------------------------------------ what the loop asks
+    # ------------------------------------------------------------------ what the run asks for
 
-    def prepare(self) -> None:
+    def prepare(self, heldout: HeldOut | None) -> Mapping[str, Any]:
         """Tokenise all responses and load the heads: what does not fit is known at the start."""
-        asked = self.heldout.requests if self.heldout else ()
-        prompts = [request.prompt for request in asked]
-        with agreed(self.comm):
+        prompts = [request.prompt for request in heldout.requests] if heldout else []
+        with agreed(self.progress.comm):
             self.policy.prepare([*self.data.prompts, *prompts])
             self.cloning.read()
-        if self.heldout:
-            facts = self.heldout.scorer.load(prompts)
-            self.heldout.try_rewards()
-            with agreed(self.comm):
-                self.log.write_heads(self.completed, facts)
+        heads: Mapping[str, Any] = {}
+        if heldout:
+            heads = heldout.scorer.load(prompts)
+            heldout.try_rewards()
         if self._log_mu is None:
             self.refer()
+        return heads
 
-    def attempt(self) -> dict[str, float]:
+    def snapshot(self) -> tuple[dict[str, Any], int]:
         # No copies: a step puts new tensors in the place of these.
-        before, updates = self.mopo.state_dict(), self.cloning.updates
-        try:
-            return self.step()
-        except BaseException:
-            if self.cloning.updates == updates:
-                self.mopo.load_state_dict(before)
-            else:  # the policy has learned what the state does not count
-                self.torn = True
-            raise
+        return self.mopo.state_dict(), self.stepper.updates
+
+    def undo(self, snapshot: tuple[dict[str, Any], int]) -> bool:
+        before, updates = snapshot
+        if self.stepper.updates != updates:  # the policy has learned what the state does not count
+            return False
+        self.mopo.load_state_dict(before)
+        return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         return self.mopo.headline()
@@ -356,17 +317,23 @@ class OfflineTrainer(Loop):
     def facts(self) -> dict[str, Any]:
         return {"method": [type(self.mopo).__name__], "preferences": self.data.digest()}
 
-    def changing_state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "updater": self.cloning.state_dict(),
+            "updater": self.stepper.state_dict(),
             "mopo": self.mopo.state_dict(),
             "log_mu": self._log_mu,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.cloning.load_state_dict(state["updater"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stepper.load_state_dict(state["updater"])
         self.mopo.load_state_dict(state["mopo"])
         self._log_mu = state["log_mu"]
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def _prompts_of(self, steps: range) -> Tensor:
         """The prompts whose responses are trained on in these steps."""
@@ -392,8 +359,8 @@ class OfflineTrainer(Loop):
         return self.cloning.table(found)
 
     def _survey(self, rows: Tensor) -> Tensor:
-        with self._timed("survey"):
-            return self.cloning.log_probs(rows.tolist(), self._leave_if_stopped)
+        with self.progress.timed("survey"):
+            return self.cloning.log_probs(rows.tolist(), self.progress.leave_if_stopped)
 
 
 def constrained(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.storage import checkpoint
 from moa_diffusion.training.ema import EMA
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Stepper:
         self.updates = 0  # optimizer steps taken
         self.skipped_in_a_row = 0
         self.proven_scale = USUAL_SCALE  # the loss scale that has given finite gradients
-        self._parameters = list(policy.trainable().values())
-        self.device = self._parameters[0].device
+        self.parameters = list(policy.trainable().values())
+        self.device = self.parameters[0].device
         self._scale: float | None = None  # what the scaler has on the device
 
     @property
@@ -90,7 +91,7 @@ class Stepper:
         """
         scale = self.loss_scale
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.proven_scale = scale
@@ -117,7 +118,7 @@ class Stepper:
         """
         finite = [norm for norm in norms if math.isfinite(norm)]
         norm = sum(finite) / len(finite) if finite else math.nan
-        elements = sum(parameter.numel() for parameter in self._parameters)
+        elements = sum(parameter.numel() for parameter in self.parameters)
         return {
             "policy/grad_norm": norm,
             "policy/grad_rms": norm / math.sqrt(elements),
@@ -152,7 +153,12 @@ class Stepper:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state of the same adapter; rates and decays stay this run's."""
+        """Go back to a saved state; rates and decays stay this run's.
+
+        Raises:
+            ConfigError: if it is of another adapter.
+        """
+        checkpoint.check_adapter(state["trainable"], self.policy.trainable())
         for name, parameter in self.policy.trainable().items():
             parameter.copy_(state["trainable"][name])
         self.optimizer.zero_grad(set_to_none=True)

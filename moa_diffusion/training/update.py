@@ -1,424 +1,320 @@
-"""The optimizer steps of one rollout: micro-batches, gradients over processes, clipping, EMA."""
+"""From K advantages to better parameters: what an update is given, and the ordinary update.
+
+An update weighs the objectives' advantages, combines them to one and takes the optimizer steps of
+the rollout. ``PlainUpdate`` here weighs once per rollout; ``fused.py`` weighs at every optimizer
+step, on the Gramian of that step's own gradients.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm
-from moa_diffusion.policies.base import Policy
-from moa_diffusion.training.ema import EMA
-from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
-from moa_diffusion.training.gradient_sum import GradientSum
+from moa_diffusion.config.schema import GradientsConfig
+from moa_diffusion.distributed import Comm, local_slice
+from moa_diffusion.objectives.base import Normalizer, Weighting, combine
+from moa_diffusion.objectives.metrics import cosine_metrics
+from moa_diffusion.training.critic import Estimates
+from moa_diffusion.training.gradient_check import GradientCheck
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loss import clip_fraction, clipped_surrogate, surrogate_coefficients
-from moa_diffusion.training.stepper import Stepper, TrainingError
-from moa_diffusion.types import Rollout, take
+from moa_diffusion.training.loss import clip_fraction, clipped_surrogate
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.steps import RolloutSteps, pass_sums
+from moa_diffusion.types import ObjectiveStats, Rollout, take
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surrogate:
-    """Settings of the policy-gradient loss."""
+class Scalarization:
+    """K advantages of one rollout on their way to one: weighed, combined, normalized again."""
 
-    clip_range: float  # of the ratio
-    advantage_clip: float  # advantages are cut at +- this
-    kl_weight: float  # beta; 0 leaves the reference out altogether
-    max_grad_norm: float
-    ratio_tolerance: float  # largest |log ratio| of the on-policy check
-    max_skipped: int  # consecutive updates with non-finite gradients before giving up
+    normalizer: Normalizer
+    weighting: Weighting
+    comm: Comm
+    step: int  # rollouts finished before this one
+    estimates: Estimates  # [K, D] of all processes: rewards of samples, or of decisions
+    advantages: Tensor  # [K, D] float64, after the normalizer's first stage
+    clip: float  # advantages are cut at +- this
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The K objectives."""
+        return self.estimates.matrix.names
+
+    def weigh(self, gramian: Tensor | None) -> Tensor:
+        """Ask the weighting; the answer of rank 0 counts on all processes.
+
+        Args:
+            gramian: ``[K, K]`` of the objectives' gradients; None if it is not measured.
+
+        Returns:
+            Weights ``[K]``, or ``[K, D]`` if each column has its own.
+
+        Raises:
+            TrainingError: if the weighting refuses what was measured.
+        """
+        matrix = self.estimates.matrix
+        stats = ObjectiveStats(
+            step=self.step,
+            rewards=matrix,
+            advantages=self.advantages,
+            gramian=gramian,
+            win_rates=self.normalizer.win_rates(matrix),
+        )
+        try:
+            weights: Tensor = self.weighting(stats).clone()
+        except ValueError as error:  # such as a target below the base level that was measured
+            raise TrainingError(f"objectives.weighting: {error}") from error
+        self.comm.broadcast_(weights)
+        return weights
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """The one advantage of each sample ``[N]``, or of each decision ``[N, T]``."""
+        matrix = self.estimates.matrix
+        combined = combine(self.advantages, weights, ~torch.isnan(matrix.values))  # [D]
+        advantage = self.normalizer.combined(combined, matrix).clamp(-self.clip, self.clip)
+        return self.estimates.placed(advantage)
+
+    def rescaled(self, weights: Tensor) -> Tensor:
+        """Weights ``[K]`` of gradients: normalized, times what stage 2 does to the advantage.
+
+        What stage 2 divides by becomes a factor of the weights, one for the whole batch. A sample
+        to which few objectives apply counts less than in ``combine``, since weights cannot be
+        renormalized, or whitened, for it alone.
+        """
+        matrix = self.estimates.matrix
+        weights = weights / weights.abs().sum()
+        combined = combine(self.advantages, weights, ~torch.isnan(matrix.values))  # [D]
+        total = combined.square().sum()
+        whitened = self.normalizer.combined(combined, matrix)
+        return weights * (whitened @ combined / total) if total > 0 else weights
+
+    def local_advantages(self) -> Tensor:
+        """Advantages ``[K, n]`` of this process's samples, after stage 1 and not clipped."""
+        return local_slice(self.advantages.T, self.comm).T
+
+    def kl_scale(self) -> float:
+        """The factor of the KL's weight that goes with the last ``combine`` or ``rescaled``."""
+        return self.weighting.kl_scale() * self.normalizer.kl_scale()
 
 
-class Updater(Stepper):
-    """Takes the optimizer steps of a rollout, on the clipped surrogate plus KL.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Improvement:
+    """What an update did."""
+
+    weights: Tensor  # [K], or [K, D]; the mean over the optimizer steps if each had its own
+    advantage: Tensor  # [N], or [N, T], of all processes: combined with these weights
+    metrics: Mapping[str, float]  # averaged over all processes and optimizer steps
+
+
+class Update(Protocol):
+    """Improves the policy on one rollout."""
+
+    steps: RolloutSteps
+    fused: bool  # whether the weighting is asked at every optimizer step
+
+    def improve(
+        self, rollout: Rollout, objectives: Scalarization, *, kl_scale: float = 1.0
+    ) -> Improvement:
+        """Weigh the objectives and take the rollout's optimizer steps.
+
+        Args:
+            rollout: The n samples of this process.
+            objectives: The objectives' advantages, and how they become one.
+            kl_scale: A factor of the KL's weight.
+
+        Raises:
+            TrainingError: if the weighting refuses what was measured, or the gradients of single
+                objectives cannot be told apart.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rollout depends on besides parameters and optimizer."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state."""
+        ...
+
+
+class Probe:
+    """Measures the objectives' gradients on a part of a rollout, before its optimizer steps.
 
     Args:
-        policy: gives log-probabilities.
-        geometry: how a rollout is cut.
-        comm: collectives over the processes.
-        optimizer: over ``policy.trainable()``.
-        lr: learning rate after so many optimizer steps.
-        scaler: loss scaler; disabled except in float16.
-        ema: average of the trained parameters.
-        surrogate: settings of the loss.
-        seed: of the order of the samples.
-        progress: whether this process shows a progress bar.
+        steps: Takes the optimizer steps of the rollouts that are probed.
+        settings: The rollouts between two probes, and the share of a rollout's micro-batches.
+
+    Attributes:
+        gramian: ``[K, K]`` float64, the last one measured; None before the first.
     """
 
-    def __init__(
-        self,
-        *,
-        policy: Policy,
-        geometry: Geometry,
-        comm: Comm,
-        optimizer: torch.optim.Optimizer,
-        lr: Callable[[int], float],
-        scaler: torch.amp.GradScaler,
-        ema: EMA,
-        surrogate: Surrogate,
-        seed: int,
-        progress: bool = True,
-    ) -> None:
-        super().__init__(
-            policy=policy,
-            optimizer=optimizer,
-            lr=lr,
-            scaler=scaler,
-            ema=ema,
-            max_grad_norm=surrogate.max_grad_norm,
-            max_skipped=surrogate.max_skipped,
-        )
-        self.geometry, self.comm, self.surrogate = geometry, comm, surrogate
-        self.seed, self.progress = seed, progress
-        self._checked: set[int] = set()  # decisions that were on-policy when first drawn
-        self._gradients_checked = False
-        self._off_policy = False  # whether it was said that a rollout was not on-policy
+    def __init__(self, steps: RolloutSteps, settings: GradientsConfig) -> None:
+        self.steps, self.settings = steps, settings
+        self.check = GradientCheck(steps.policy, steps.comm, seed=steps.seed)
+        self.gramian: Tensor | None = None
 
     def __call__(
-        self,
-        rollout: Rollout,
-        advantage: Tensor,
-        *,
-        step: int,
-        kl_scale: float = 1.0,
-        before_batch: Callable[[], None] = lambda: None,
-    ) -> dict[str, float]:
-        """Improve the policy on one rollout.
-
-        Args:
-            rollout: this process's n samples.
-            advantage: ``[n]``, or ``[n, T]`` if each decision has its own.
-            step: rollouts finished before this one; it decides the order of the samples.
-            kl_scale: factor of the KL's weight.
-            before_batch: called on all processes before each optimizer step, and where there is
-                one process, which need not be asked, before each micro-batch. If it raises, the
-                rollout's optimizer steps so far are not undone.
+        self, rollout: Rollout, objectives: Scalarization
+    ) -> tuple[Tensor | None, dict[str, float]]:
+        """Return the Gramian to weigh this rollout with, measured anew if that is due.
 
         Returns:
-            metrics, averaged over all processes and optimizer steps.
+            the Gramian ``[K, K]``, and the metrics ``cosine/*`` of this rollout's own gradients;
+            none if they were not measured.
         """
-        advantage = advantage.to(self.device, torch.float32)
-        beta = self.surrogate.kl_weight * kl_scale
+        metrics: dict[str, float] = {}
+        if self.gramian is None or objectives.step % self.settings.every == 0:
+            with self.steps.progress.timed("probe"):
+                measured = self.measure(rollout, objectives.local_advantages())
+            if measured.isfinite().all():
+                self.gramian = measured
+                metrics = cosine_metrics(objectives.names, measured)
+            else:  # the loss scale of float16 was too high, say: the update will lower it
+                logger.warning("The probe's gradients are not finite; it does not count.")
+        if self.gramian is None:  # the next rollout probes again
+            return torch.eye(len(objectives.names), dtype=torch.float64), metrics
+        return self.gramian, metrics
 
-        def backward(part: Rollout, index: Tensor, total: Tensor) -> Tensor:
-            return self._backward(part, take(advantage, index.tolist()), total, beta)
-
-        return self._run(rollout, backward, step=step, before_batch=before_batch)
-
-    def fused(
-        self,
-        rollout: Rollout,
-        advantages: Tensor,
-        solve: Callable[[Tensor], Tensor],
-        *,
-        step: int,
-        kl_scale: float = 1.0,
-        kl_unit: Callable[[], float] = lambda: 1.0,
-        before_batch: Callable[[], None] = lambda: None,
-    ) -> tuple[dict[str, float], Tensor]:
-        """Improve the policy; weights are found at every optimizer step from its own gradients.
-
-        The gradients of all objectives come from the one backward pass that training makes anyway,
-        each with its own clip mask, so they are exact also after the first step of a rollout. A
-        KL term costs a backward pass of its own: its gradient is no combination of theirs.
-
-        Args:
-            rollout: this process's n samples.
-            advantages: ``[K, n]``.
-            solve: Gramian ``[K, K]`` of the objectives' gradients (float64, CPU, equal on every
-                process) to their weights ``[K]``.
-            step: as above.
-            kl_scale: as above.
-            kl_unit: a further factor of the KL's weight, which ``solve`` has settled: asked for
-                after it, at every optimizer step.
-            before_batch: as above.
-
-        Returns:
-            metrics, and the mean weights ``[K]``.
-        """
-        advantages = advantages.to(self.device, torch.float32)
-        by_sample = advantages.T  # [n, K]
-        count, beta = len(advantages), self.surrogate.kl_weight * kl_scale
-        self.check_gradients(rollout)
-        rows = self._rows(count)
-        found: list[Tensor] = []
-
-        def backward(part: Rollout, index: Tensor, total: Tensor) -> Tensor:
-            return self._backward_rows(rows, part, take(by_sample, index.tolist()).T, total, beta)
-
-        def mix() -> None:
-            gramian = rows.gramian(self.comm)
-            if gramian.isfinite().all():
-                found.append(solve(gramian))
-            else:  # the step will be skipped, and counted
-                found.append(torch.full((count,), 1 / count, dtype=torch.float64))
-            if beta > 0:  # so far there is nothing but the KL's gradient
-                for parameter in self._parameters:
-                    assert parameter.grad is not None
-                    parameter.grad.mul_(kl_unit())
-            rows.write(found[-1] * self.loss_scale)
-            rows.clear()
-
-        metrics = self._run(rollout, backward, mix, step=step, before_batch=before_batch)
-        return metrics, torch.stack(found).mean(0)
-
-    def measure(self, rollout: Rollout, advantages: Tensor, *, step: int, share: float) -> Tensor:
+    def measure(self, rollout: Rollout, advantages: Tensor) -> Tensor:
         """Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
 
         Args:
-            rollout: this process's n samples, drawn by the policy as it is.
+            rollout: The n samples of this process, drawn by the policy as it is.
             advantages: ``[K, n]``.
-            step: rollouts finished before this one; it decides the order of the samples.
-            share: of the micro-batches that training will make of the rollout, in (0, 1].
         """
-        advantages = advantages.to(self.device, torch.float32)
-        self.check_gradients(rollout)
-        rows = self._rows(len(advantages))
-        chosen = self.geometry.probe(share, seed=self.seed, step=step, rank=self.comm.rank)
+        steps, policy = self.steps, self.steps.policy
+        advantages = advantages.to(steps.stepper.device, torch.float32)
+        self.check(rollout, steps.geometry.micro_batch)
+        rows = ObjectiveGradients.of(policy, len(advantages))
+        chosen = steps.geometry.probe(
+            self.settings.share,
+            seed=steps.seed,
+            step=steps.progress.completed,
+            rank=steps.comm.rank,
+        )
         index = [i for micro in chosen for i in micro.tolist()]  # perhaps none is ours
         decisions = take(rollout.mask, index).sum()[None]
-        self.comm.sum_([decisions])
+        steps.comm.sum_([decisions])
         for micro in chosen:
             part = rollout.select(micro, outputs=False)
-            mine = take(advantages.T, micro.tolist()).T  # [K, m]
-            for steps in self.policy.step_chunks(part.log_probs.shape[1]):
-                new, _ = self.policy.log_probs(part, steps)
+            local = take(advantages.T, micro.tolist()).T  # [K, m]
+            for chunk in policy.step_chunks(part.log_probs.shape[1]):
+                new, _ = policy.log_probs(part, chunk)
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
-                slopes = torch.where(part.mask[:, steps], -mine[:, :, None], 0.0)  # [K, m, t]
+                slopes = torch.where(part.mask[:, chunk], -local[:, :, None], 0.0)  # [K, m, t]
                 rows.backward(
                     new,
                     slopes / decisions,
-                    tokens=self.policy.row_tokens(part),
-                    scale=self.loss_scale,
+                    tokens=policy.row_tokens(part),
+                    scale=steps.stepper.loss_scale,
                 )
                 del new  # and the graph, before the next one is made
-        return rows.gramian(self.comm)
+        return rows.gramian(steps.comm)
 
-    def _rows(self, count: int) -> ObjectiveGradients:
-        return ObjectiveGradients(
-            self.policy.trainable(),
-            self.policy.tapped(),
-            count,
-            whole=self.policy.whole_rows,
-            copies=self.policy.row_copies,
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """The Gramian measured last."""
+        return {"gramian": self.gramian}
 
-    def _run(
-        self,
-        rollout: Rollout,
-        backward: Callable[[Rollout, Tensor, Tensor], Tensor],
-        finish: Callable[[], None] = lambda: None,
-        *,
-        step: int,
-        before_batch: Callable[[], None],
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state."""
+        self.gramian = state["gramian"]
+
+
+class NoProbe:
+    """Measures nothing, for weightings that do not look at gradients."""
+
+    def __call__(
+        self, rollout: Rollout, objectives: Scalarization
+    ) -> tuple[Tensor | None, dict[str, float]]:
+        """Return no Gramian, and no metrics."""
+        return None, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """No Gramian."""
+        return {"gramian": None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state: there is none."""
+
+
+class PlainUpdate:
+    """Weighs once per rollout, and descends on the surrogate of the combined advantage.
+
+    Args:
+        steps: Takes the optimizer steps of a rollout.
+        probe: Supplies the Gramian that the weighting looks at, if it does.
+    """
+
+    fused = False
+
+    def __init__(self, steps: RolloutSteps, probe: Probe | NoProbe) -> None:
+        self.steps, self.probe = steps, probe
+
+    def improve(
+        self, rollout: Rollout, objectives: Scalarization, *, kl_scale: float = 1.0
+    ) -> Improvement:
+        """Weigh, combine, descend: see ``Update``."""
+        gramian, cosines = self.probe(rollout, objectives)
+        weights = objectives.weigh(gramian)  # [K], or [K, D]
+        advantage = objectives.combine(weights)  # [N], or [N, T]
+        local = local_slice(advantage, self.steps.comm)
+        metrics = self.descend(rollout, local, kl_scale=objectives.kl_scale() * kl_scale)
+        return Improvement(weights=weights, advantage=advantage, metrics=cosines | metrics)
+
+    def descend(
+        self, rollout: Rollout, advantage: Tensor, *, kl_scale: float = 1.0
     ) -> dict[str, float]:
-        """The optimizer steps of a rollout.
-
-        Nothing in the loop over micro-batches and steps waits for the device: sums stay there
-        until the rollout's end, and each optimizer step reads the gradient's norm.
+        """Take the rollout's optimizer steps on the clipped surrogate plus KL.
 
         Args:
-            rollout: this process's n samples.
-            backward: adds the gradients of a micro-batch, given its samples, their index, and the
-                number of decisions in the whole minibatch (on the device); returns what
-                ``_told`` says of each forward pass, ``[passes, 4]`` on the device.
-            finish: adds to ``.grad``, which holds the sum over all micro-batches and processes,
-                what ``backward`` kept elsewhere.
-            step: rollouts finished before this one.
-            before_batch: called in between.
-        """
-        minibatches = self.geometry.minibatches(seed=self.seed, step=step, rank=self.comm.rank)
-        counts = rollout.mask.sum(1)  # [n]
-        totals = torch.stack(
-            [take(counts, index.flatten().tolist()).sum() for index in minibatches]
-        )
-        self.comm.sum_([totals])  # [updates], over all processes
-        found: list[Tensor] = []
-        norms, gradients = [], GradientSum(self._parameters)
-        passes = self.geometry.updates * self.geometry.accumulation
-        with tqdm(total=passes, desc="update", leave=False, disable=not self.progress) as bar:
-            for index, total in zip(minibatches, totals, strict=True):
-                for number, micro in enumerate(index):
-                    if number == 0 or self.comm.world_size == 1:
-                        before_batch()
-                    found.append(backward(rollout.select(micro, outputs=False), micro, total))
-                    gradients.take()
-                    bar.update()
-                gradients.write(self.comm)
-                finish()
-                norms.append(self.optimizer_step())
-        table = torch.cat(found).cpu()  # waits for the device
-        before = len(table) // self.geometry.updates  # passes before the first optimizer step
-        gap = float(self.comm.gather(table[:before, 3].max()[None]).max())
-        sums = table[:, :3].double().sum(0)
-        self.comm.sum_([sums])
-        decisions, clipped, kl = sums.tolist()
-        self._watch(gap)
-        return {
-            "policy/clip_fraction": clipped / decisions,
-            "policy/ratio_gap": gap,
-            **({"policy/kl": kl / decisions} if self.surrogate.kl_weight else {}),
-            **self.step_metrics(norms),
-        }
+            rollout: The n samples of this process.
+            advantage: ``[n]``, or ``[n, T]`` if each decision has its own.
+            kl_scale: A factor of the KL's weight.
 
-    def _backward(self, part: Rollout, advantage: Tensor, total: Tensor, beta: float) -> Tensor:
-        """Add the gradients of one micro-batch; returns what ``_told`` says of each pass."""
-        clip_range = self.surrogate.clip_range
+        Returns:
+            Metrics, averaged over all processes and optimizer steps.
+        """
+        with self.steps.progress.timed("update"):
+            return self.steps.take(rollout, _Surrogate(self.steps, advantage, kl_scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The Gramian that the weighting was given last."""
+        return self.probe.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state."""
+        self.probe.load_state_dict(state)
+
+
+class _Surrogate:
+    """The clipped surrogate of one advantage, plus KL: a ``MinibatchLoss``."""
+
+    def __init__(self, steps: RolloutSteps, advantage: Tensor, kl_scale: float) -> None:
+        self._steps, self._beta = steps, steps.loss.kl_weight * kl_scale
+        self._advantage = advantage.to(steps.stepper.device, torch.float32)
+
+    def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
+        policy, loss, scaler = self._steps.policy, self._steps.loss, self._steps.stepper.scaler
+        own = take(self._advantage, index)  # [m], or [m, T]
         sums = []
-        for steps in self.policy.step_chunks(part.log_probs.shape[1]):
-            mask, old = part.mask[:, steps], part.log_probs[:, steps]
-            new, kl = self.policy.log_probs(part, steps, with_kl=self.surrogate.kl_weight > 0)
-            mine = advantage if advantage.ndim == 1 else advantage[:, steps]
-            losses = clipped_surrogate(new, old, mine, clip_range)  # [m, t]
+        for chunk in policy.step_chunks(part.log_probs.shape[1]):
+            mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
+            new, kl = policy.log_probs(part, chunk, with_kl=loss.kl_weight > 0)
+            advantage = own if own.ndim == 1 else own[:, chunk]
+            losses = clipped_surrogate(new, old, advantage, loss.clip_range)  # [m, t]
             if kl is not None:
-                losses = losses + beta * kl
-            torch.autograd.backward(self.scaler.scale(torch.where(mask, losses, 0).sum() / total))
-            clipped = clip_fraction(new.detach(), old, mine, clip_range)
-            sums.append(_told(mask, new - old, clipped, kl))
+                losses = losses + self._beta * kl
+            torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
+            clipped = clip_fraction(new.detach(), old, advantage, loss.clip_range)
+            sums.append(pass_sums(mask, new - old, clipped, kl))
         return torch.stack(sums)
 
-    def _backward_rows(
-        self,
-        rows: ObjectiveGradients,
-        part: Rollout,
-        advantages: Tensor,
-        total: Tensor,
-        beta: float,
-    ) -> Tensor:
-        """As ``_backward``, but every objective's gradient goes to its own row, KL to ``.grad``."""
-        sums = []
-        with_kl = beta > 0
-        says = advantages != 0  # [K, m]
-        for steps in self.policy.step_chunks(part.log_probs.shape[1]):
-            mask, old = part.mask[:, steps], part.log_probs[:, steps]
-            new, kl = self.policy.log_probs(part, steps, with_kl=with_kl)
-            by_objective = surrogate_coefficients(new, old, advantages, self.surrogate.clip_range)
-            by_objective = torch.where(mask, by_objective, 0.0)  # [K, m, t]
-            rows.backward(
-                new,
-                by_objective / total,
-                tokens=self.policy.row_tokens(part),
-                scale=self.loss_scale,
-                retain_graph=with_kl,
-            )
-            if kl is not None:
-                weighted = beta * torch.where(mask, kl, 0.0).sum() / total
-                torch.autograd.backward(self.scaler.scale(weighted))
-            unclipped = (by_objective != 0).sum(0) / says.sum(0).clamp(min=1)[:, None]
-            # [m, t], share of the objectives that say something
-            clipped = torch.where(says.any(0)[:, None], 1 - unclipped, 0.0)
-            sums.append(_told(mask, new.detach() - old, clipped, kl))
-            del new, kl  # and the graph, before the next one is made
-        return torch.stack(sums)
-
-    def _watch(self, gap: float) -> None:
-        """Say it, once, if a rollout was not on-policy though the check had passed."""
-        if not gap <= self.surrogate.ratio_tolerance and not self._off_policy:
-            self._off_policy = True
-            logger.warning(
-                "Log-probs recomputed for training differ from those of sampling by up to %.2e "
-                "before any update (`loss.ratio_tolerance` is %.0e): part of what the clip sees is "
-                "rounding. `policy/ratio_gap` follows it.",
-                *(gap, self.surrogate.ratio_tolerance),
-            )
-
-    @torch.no_grad()
-    def check_ratio(self, rollout: Rollout, decisions: Sequence[int] | None = None) -> None:
-        """Log-probs as trained must equal those of sampling, for every kind of decision.
-
-        How far rounding moves a log-prob depends on the denoising step, 26 times more at the last
-        than at the first, so each is looked at when a rollout first has it: one micro-batch,
-        without gradient.
-
-        Args:
-            rollout: this process's n samples, drawn by the policy as it is.
-            decisions: numbers of the T decisions, as ``Policy.trained_steps`` has them; those that
-                were looked at before are left out. By default all are looked at.
-
-        Raises:
-            TrainingError: with a diagnosis, if they differ by more than the tolerance.
-        """
-        count = rollout.log_probs.shape[1]
-        new = (
-            set(range(count))
-            if decisions is None
-            else {i for i, number in enumerate(decisions) if number not in self._checked}
-        )
-        chunks = [
-            steps
-            for steps in self.policy.step_chunks(count)
-            if not new.isdisjoint(range(*steps.indices(count)))
-        ]
-        if not chunks:
-            return
-        part = rollout.select(torch.arange(self.geometry.micro_batch), outputs=False)
-        gap = torch.zeros(count, device=part.log_probs.device)  # [T]
-        for steps in chunks:
-            again, _ = self.policy.log_probs(part, steps)
-            gap[steps] = ((again - part.log_probs[:, steps]).abs() * part.mask[:, steps]).amax(0)
-        worst = float(gap.max()) if gap.isfinite().all() else math.inf
-        worst = float(self.comm.gather(torch.tensor([worst])).max())
-        if worst > self.surrogate.ratio_tolerance:
-            raise TrainingError(
-                "The policy is not on-policy: before any update of this rollout, log-probs "
-                f"recomputed for training differ from those of sampling by up to {worst:.2e} "
-                f"(tolerance {self.surrogate.ratio_tolerance:.0e}, `loss.ratio_tolerance`). Likely "
-                "causes: a half-precision kernel that depends on the batch size (make "
-                "`trainer.sample_batch` equal `trainer.micro_batch` times `policy.step_batch`), "
-                "dropout that is active, or latents rounded between sampling and training. By "
-                f"decision, on this process: {[f'{value:.1e}' for value in gap.tolist()]}."
-            )
-        self._checked.update(decisions or ())
-
-    def check_gradients(self, rollout: Rollout) -> None:
-        """The objectives' gradients must add up to an ordinary one; done once per run.
-
-        Args:
-            rollout: this process's n samples.
-
-        Raises:
-            TrainingError: naming the layers whose gradients are not those of a backward pass.
-        """
-        if self._gradients_checked:
-            return
-        part = rollout.select(torch.arange(self.geometry.micro_batch))
-        errors, separate = relative_errors(self.policy, part, seed=self.seed)
-        tolerance = TOLERANCE[self.policy.dtype]
-        wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-        if self.comm.any(bool(wrong)):
-            worst = sorted(wrong, key=lambda name: -wrong[name])[:5]  # NaN in any place
-            raise TrainingError(
-                f"The gradients of single objectives are wrong in {len(wrong)} of {len(errors)} "
-                "trained tensors on this process: they do not add up to an ordinary backward pass "
-                f"(relative error above {tolerance:.0e}). Worst: "
-                f"{', '.join(f'{name} ({wrong[name]:.1e})' for name in worst) or 'none'}. These "
-                "layers take their samples in an order that is not known here. Leave them out of "
-                "`policy.lora.target_modules`, or choose a method that weighs without gradients."
-            )
-        if separate:
-            logger.warning(
-                "The gradients of %d of %d trained tensors take a backward pass for each "
-                "objective: their layers do not keep the samples apart.",
-                separate,
-                len(errors),
-            )
-        self._gradients_checked = True
-
-
-def _told(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | None) -> Tensor:
-    """Of the decisions ``[m, t]``: how many, sums of clipped and KL, largest ``|log ratio|``."""
-    parts = [
-        mask.sum().float(),
-        torch.where(mask, clipped.float(), 0.0).sum(),
-        mask.new_zeros((), dtype=torch.float32) if kl is None else torch.where(mask, kl, 0.0).sum(),
-        torch.where(mask, log_ratio.abs(), 0.0).max(),
-    ]
-    return torch.stack(parts).detach()
+    def finish(self) -> None:
+        pass

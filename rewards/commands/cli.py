@@ -1,4 +1,4 @@
-"""The commands of `scripts/rewards.py`: list, check, score, serve."""
+"""The commands of `scripts/heads.py`: list, check, score, serve."""
 
 from __future__ import annotations
 

@@ -49,11 +49,11 @@ class Aesthetic(ModelHead):
             weights need a name that ends in `-quickgelu`: without, they load and score wrongly.
         predictor: The layers, named as a model is. By default the published file, from a copy on
             the hub that the digest verifies.
-        predictor_sha256: Expected digest of the layers; null for a head of one's own.
+        predictor_sha256: Expected SHA-256 digest of the layers; null for a head of one's own.
         dtype: Precision of the CLIP model: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the CLIP weights; None expects nothing.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the CLIP weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.

@@ -59,12 +59,13 @@ class Classifier(ModelHead):
 
     Args:
         model: Folder with `config.json`, weights and tokenizer, `package://NAME/PATH`, or hub
-            model; see `rewards.pretrained.locate`.
+            model.
         revision: Branch, tag or commit of a hub model.
         logit: Which output is the score: its index, or its label in `config.json`. May be left
             out where there is one only.
-        output: `logit`, or `probability`: the softmax over all labels; the sigmoid where there is
-            one, or where the config says that several may apply (`multi_label_classification`).
+        output: What is read: the `logit`, or the `probability`: the softmax over all labels; the
+            sigmoid where there is one, or where the config says that several may apply
+            (`multi_label_classification`).
         template: What the model reads, with the places `{prompt}` and `{text}`; `{text}` alone
             leaves the prompt out, and doubled braces stand for braces. `{prompt}{text}` by default.
             Special tokens may be written out, `<|user|>{prompt}<|assistant|>{text}`; those that a
@@ -75,9 +76,9 @@ class Classifier(ModelHead):
             tokenizer allow. What is longer is cut, and a warning says so once.
         truncation_side: Which end is cut off: `right` or `left`; of a pair, from the longer.
         dtype: Precision: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Texts at once.
-        sha256: Expected digest of the weights; None expects nothing.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of texts in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.

@@ -227,10 +227,10 @@ class PickScore(ClipHead):
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as published.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the weights; None expects nothing.
+        dtype: Precision: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -279,10 +279,10 @@ class ClipScore(ClipHead):
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of `openai/clip-vit-large-patch14`.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the weights; None expects nothing.
+        dtype: Precision: `float32`, `bfloat16` or `float16`.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.

@@ -39,7 +39,7 @@ class Length(RewardHead):
             one), or `tokens` of a `tokenizer`, without special ones.
         tokenizer: Folder, `package://NAME/PATH` or hub model with a tokenizer; for `unit: tokens`.
         revision: Branch, tag or commit of a hub model.
-        direction: `longer` or `shorter`.
+        direction: What scores higher: `longer` or `shorter` texts.
 
     Raises:
         ValueError: If a parameter is out of range, or `tokenizer` is given without need, or not
@@ -146,8 +146,8 @@ class Keyword(RewardHead):
     longest. Both are compared in the Unicode normal form NFKC, any white space as one space.
 
     Args:
-        words: Words or phrases, each once.
-        cap: Occurrences that score 1; null scores the share of words that occur.
+        words: List of words or phrases, each once.
+        cap: Number of occurrences that score 1; null scores the share of words that occur.
         ignore_case: Whether case is folded, by the full rules of Unicode: STRASSE is Straße.
         whole_words: Whether a word counts only where no letter, digit, mark or underscore stands
             directly before or after it. Turn it off for languages without spaces.
@@ -227,7 +227,7 @@ class Repetition(RewardHead):
     Deviations: words, not tokens, without case and punctuation, so that "the end, the end" counts.
 
     Args:
-        n: Length of the n-grams; the paper's is 4.
+        n: Length of the n-grams; 4 in the paper.
         unit: What they are made of: `words`, or `characters`, for languages without spaces.
 
     Raises:
@@ -271,8 +271,8 @@ class Format(RewardHead):
 
     Args:
         pattern: The regular expression.
-        match: `full`: it describes the whole text; `search`: some part of it.
-        timeout: Seconds for one text.
+        match: What the pattern describes: the whole text (`full`) or some part of it (`search`).
+        timeout: Number of seconds that one text may take.
 
     Raises:
         ValueError: If the pattern is malformed, or another parameter is wrong.

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @register("remote")
 class RemoteHead(RewardHead):
-    """The scores of a head on a reward server; higher is better. `scripts/rewards.py serve` is one.
+    """The scores of a head on a reward server; higher is better. `scripts/heads.py serve` is one.
 
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
@@ -43,14 +43,15 @@ class RemoteHead(RewardHead):
     Args:
         url: Address of the server, `http://host:port`, or a list of several.
         remote_name: Name of the head on the server.
-        timeout: Seconds for a batch, retries included. With several servers, a request that takes
-            more than half of the time left is sent to another, so allow twice what it takes.
-        retries: Answers of status 500 in a row, without a reason that is understood, after which a
-            connection to a server is given up. A server that is overloaded, late or not to be
-            reached is asked again until the time is up.
+        timeout: Number of seconds for a batch, retries included. With several servers, a request
+            that takes more than half of the time left is sent to another, so allow twice what it
+            takes.
+        retries: Number of answers of status 500 in a row, without a reason that is known, after
+            which a connection to a server is given up. A server that is overloaded, late or not to
+            be reached is asked again until the time is up.
         token_env: Environment variable that holds the server's token; empty: none is sent.
-        batch_size: Samples per request; the server may allow fewer.
-        max_parallel: Requests under way at once, per server.
+        batch_size: Number of samples per request; the server may allow fewer.
+        max_parallel: Number of requests under way at once, per server.
 
     Raises:
         ValueError: If a parameter is out of range, or the environment variable is not set.

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from moa_diffusion import assembly, tiny
 from moa_diffusion.config import check, from_dict, parse
 from moa_diffusion.storage.log import read_metrics
-from moa_diffusion.training.loop import Loop
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.offline import OfflineTrainer
 from moa_diffusion.types import ConfigError
 from waiting import AS_SCRIPT, HANG, python
@@ -68,7 +68,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def make(output: Path, **changes: Any) -> Loop:
+def make(output: Path, **changes: Any) -> Run:
     settings = from_dict(merged(FAST, {"output_dir": str(output)} | changes))
     check(settings)
     run = assembly.text_trainer(settings)
@@ -159,7 +159,7 @@ def test_a_run_leaves_texts_scores_and_an_adapter_for_peft(tmp_path: Path) -> No
     ids = AutoTokenizer.from_pretrained(tiny.LM_PATH)("To the baker", return_tensors="pt")
     with torch.no_grad():
         theirs = model(**ids).logits.log_softmax(-1)
-        with trainer.updater.ema.applied():
+        with trainer.learner.stepper.ema.applied():
             mine = trainer.policy.model(**ids).logits.log_softmax(-1)
     torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
 
@@ -171,14 +171,14 @@ def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -
     make(tmp_path / "one", **options).run()
     trained = tmp_path / "one" / "checkpoints" / "step-000002"
     run = make(tmp_path / "two", **merged(options, {"policy": {"adapter": str(trained)}}))
-    assert isinstance(run, OfflineTrainer)
+    assert isinstance(run.learner, OfflineTrainer)
     run.run()
     one, two = (
         [[row[f"eval_level/{name}"] for name in ("short", "polite")] for row in rows(folder)[::2]]
         for folder in (tmp_path / "one", tmp_path / "two")
     )
     # A response's log-probs, sums of tens of nats in float32, are asked for twice.
-    data = run.data.win_rates.mean((1, 2)).tolist()
+    data = run.learner.data.win_rates.mean((1, 2)).tolist()
     assert one[0] == pytest.approx(data, abs=1e-4)
     assert two[0] == pytest.approx(data, abs=1e-4)
     assert one[-1] != pytest.approx(data, abs=1e-2)
@@ -188,13 +188,13 @@ def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -
 def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: Path) -> None:
     trainer = make(tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 6})
     seen: list[torch.Tensor] = []
-    improve = trainer.improve
+    descend = trainer.learner.update.descend
 
-    def watched(rollout: Any, advantage: torch.Tensor) -> dict[str, float]:
+    def watched(rollout: Any, advantage: torch.Tensor, **options: float) -> dict[str, float]:
         seen.append(torch.where(rollout.mask, advantage, torch.nan))
-        return improve(rollout, advantage)
+        return descend(rollout, advantage, **options)
 
-    trainer.improve = watched
+    trainer.learner.update.descend = watched
     trainer.run()
     assert seen[-1].shape == (16, 12)
     within = seen[-1].nan_to_num(0).std(1)

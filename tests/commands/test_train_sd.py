@@ -411,7 +411,7 @@ def test_a_wrong_option_of_a_reward_is_told_the_nearest(
 def test_a_reward_server_that_dies_stops_the_run_after_saving(
     config: Path, here: Here, tmp_path: Path
 ) -> None:
-    serve = [python(), str(ROOT / "scripts" / "rewards.py"), "serve"]
+    serve = [python(), str(ROOT / "scripts" / "heads.py"), "serve"]
     for seconds in (5.0, 50.0, 500.0):  # a busy machine does not score a rollout in time
         run = tmp_path / f"run-{seconds:g}"
         over = threading.Event()

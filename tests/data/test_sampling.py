@@ -325,7 +325,7 @@ def mixed_sets(folder):
 
 def test_a_mixture_of_signs_and_plain_prompts_trains_without_false_zeros(tmp_path, capsys):
     trainer = assembly.trainer(run_of(tmp_path, **mixed_sets(tmp_path)))
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     trainer.run()
     shares = "2 prompts in 25 % of the draws, 3 prompts in 75 % of the draws"
     assert shares in capsys.readouterr().out

@@ -99,7 +99,7 @@ def aggregation(normalizer: Any = DualStage, weighting: Any = Apex, **options: A
 def test_advantages_are_those_of_our_trainer(tmp_path, method):
     config = settings(tmp_path / "run", method)
     trainer = assembly.trainer(config)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     trainer.run()
     ours = Aggregation(*assembly.objectives(config))
     limit = config.loss.advantage_clip

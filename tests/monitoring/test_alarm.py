@@ -17,8 +17,8 @@ from moa_diffusion.monitoring.alarm import Rules, Watch
 from moa_diffusion.monitoring.heldout import Evaluation
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.stepper import TrainingError
-from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError
 
 NOISE = torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
@@ -259,7 +259,7 @@ def not_red(images, prompts):
 STATISTICS = ("brightness", "saturation", "contrast", "high_frequency")
 
 
-def make(folder: Path, resume: str | None = None, **changes) -> Trainer:
+def make(folder: Path, resume: str | None = None, **changes) -> Run:
     """A run of the toy that raises ``red`` while ``not_red`` watches."""
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
@@ -292,7 +292,7 @@ def make(folder: Path, resume: str | None = None, **changes) -> Trainer:
     settings = from_dict(values)
     check(settings)
     trainer = assembly.trainer(settings)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -305,7 +305,7 @@ def told(folder: Path) -> list[dict]:
     return [row for row in found if row["kind"] == "reward_hack"]
 
 
-def drift(trainer: Trainer) -> torch.Tensor:
+def drift(trainer: Run) -> torch.Tensor:
     return trainer.policy.trainable()["drift"].detach().clone()
 
 
@@ -372,7 +372,7 @@ def test_rollback_goes_back_and_ends_at_the_best_weights(tmp_path):
     assert steps(folder) == [0, 1, 2, 3, 4]  # the second alarm is one more than the limit
     assert [(row["step"], row["to_step"]) for row in told(folder)] == [(2, 0), (4, 0)]
     assert torch.equal(drift(trainer), torch.zeros(2, 3))
-    assert trainer.updater.updates == 0
+    assert trainer.learner.stepper.updates == 0
     means = [row["eval_mean/red"] for row in read_metrics(folder / "metrics.jsonl")]
     assert means[3] < means[2]  # after going back
     front = json.loads((folder / "front.json").read_text())["checkpoints"]

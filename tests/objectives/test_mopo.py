@@ -463,10 +463,10 @@ def test_bounds_reach_the_points_that_weights_jump_over():
         pis, _ = bandit.train(normalizer, weighting, rollouts=250, kl=0.2)
         return levels(pis[-100:].mean(0), wins)
 
-    for weight in (0.2, 0.4, 0.45, 0.5, 0.6, 0.8):
+    for weight in (0.4, 0.45, 0.5):  # on either side of where it jumps
         secondary = reached(Static(names, weights=[weight, 1 - weight]))[1]
         assert min(high - secondary, secondary - low) < 0.01
-    for bound in (0.3, 0.4, 0.5, 0.6):
+    for bound in (0.3, 0.6):
         primary, secondary = reached(Mopo(names, bounds=bound))
         assert float(secondary) == pytest.approx(bound, abs=0.02)
         share = (secondary - low) / (high - low)

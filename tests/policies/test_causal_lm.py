@@ -26,7 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from moa_diffusion.config.schema import LossConfig
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies import token_log_probs
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.chat import Dialogue
@@ -37,7 +39,9 @@ from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import surrogate_coefficients
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.stepper import Stepper
+from moa_diffusion.training.steps import RolloutSteps
+from moa_diffusion.training.update import NoProbe, PlainUpdate
 from moa_diffusion.types import ConfigError, Request, Rollout, concatenate
 
 pytestmark = pytest.mark.filterwarnings(  # peft asks transformers by the old name
@@ -577,9 +581,18 @@ def test_a_response_may_not_spell_what_ends_it() -> None:
 # ---------------------------------------------------------------- training
 
 
-def updater(policy: CausalLMPolicy, *, kl_weight: float = 0.0) -> Updater:
-    return Updater(
+def steps_of(policy: CausalLMPolicy, *, kl_weight: float = 0.0) -> RolloutSteps:
+    return RolloutSteps(
         policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.AdamW(policy.trainable().values(), lr=0.02),
+            lr=lambda count: 0.02,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         geometry=Geometry.solve(
             groups=4,
             group_size=8,
@@ -588,21 +601,9 @@ def updater(policy: CausalLMPolicy, *, kl_weight: float = 0.0) -> Updater:
             max_sample_batch=32,
             max_micro_batch=8,
         ),
-        comm=LocalComm(),
-        optimizer=torch.optim.AdamW(policy.trainable().values(), lr=0.02),
-        lr=lambda count: 0.02,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        ema=EMA(policy.trainable(), decay=0.9, every=1),
-        surrogate=Surrogate(
-            clip_range=0.2,
-            advantage_clip=5.0,
-            kl_weight=kl_weight,
-            max_grad_norm=1.0,
-            ratio_tolerance=1e-4,
-            max_skipped=3,
-        ),
+        loss=LossConfig(clip_range=0.2, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        progress=Progress(LocalComm(), bars=False),
         seed=0,
-        progress=False,
     )
 
 
@@ -610,20 +611,22 @@ def updater(policy: CausalLMPolicy, *, kl_weight: float = 0.0) -> Updater:
 def test_a_token_that_is_rewarded_becomes_more_frequent(family: str) -> None:
     policy = policy_on(family, size=0, lora_rank=4, lora_alpha=8)
     policy.prepare(PROMPTS)
-    update, counts = updater(policy, kl_weight=0.01), []
+    steps, counts = steps_of(policy, kl_weight=0.01), []
+    update = PlainUpdate(steps, NoProbe())
     for step in range(6):
-        asked = [
+        steps.progress.completed = step
+        requests = [
             Request(prompt=PROMPTS[i % 4], group=i % 4, sibling=i // 4, seed=1000 * step + i)
             for i in range(32)
         ]
-        rollout = policy.sample(asked, step=step)
-        update.check_ratio(rollout)
+        rollout = policy.sample(requests, step=step)
+        steps.check_ratio(rollout)
         reward = torch.tensor([text.count("e") for text in rollout.texts]).float()
         counts.append(float(reward.mean()))
         spread = reward.view(8, 4)  # siblings by prompts
         advantage = (spread - spread.mean(0)) / (spread.std(0) + 0.1)
-        told = update(rollout, advantage.flatten(), step=step)
-        assert told["policy/skipped_updates"] == 0
+        metrics = update.descend(rollout, advantage.flatten())
+        assert metrics["policy/skipped_updates"] == 0
     assert counts[-1] > counts[0] + 1.0
 
 

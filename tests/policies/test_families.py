@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_objectives import FixedObjectives
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -22,15 +23,19 @@ from transformers import (
 )
 
 from moa_diffusion import tiny
+from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import surrogate_coefficients
-from moa_diffusion.training.stepper import TrainingError
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.stepper import Stepper, TrainingError
+from moa_diffusion.training.steps import RolloutSteps
+from moa_diffusion.training.update import Probe
 from moa_diffusion.types import Request, Rollout
 
 pytestmark = [
@@ -182,9 +187,18 @@ def test_only_what_cannot_be_told_apart_takes_separate_passes(
 # ---------------------------------------------------------------- the check at a run's start
 
 
-def updater(policy: Any) -> Updater:
-    return Updater(
+def steps_of(policy: Any) -> RolloutSteps:
+    return RolloutSteps(
         policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.SGD(policy.trainable().values(), lr=0.1),
+            lr=lambda count: 0.1,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         geometry=Geometry.solve(
             groups=2,
             group_size=2,
@@ -193,22 +207,20 @@ def updater(policy: Any) -> Updater:
             max_sample_batch=4,
             max_micro_batch=4,
         ),
-        comm=LocalComm(),
-        optimizer=torch.optim.SGD(policy.trainable().values(), lr=0.1),
-        lr=lambda count: 0.1,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        ema=EMA(policy.trainable(), decay=0.9, every=1),
-        surrogate=Surrogate(
-            clip_range=0.2,
-            advantage_clip=5.0,
-            kl_weight=0.0,
-            max_grad_norm=1.0,
-            ratio_tolerance=1e-4,
-            max_skipped=3,
-        ),
+        loss=LossConfig(clip_range=0.2, ratio_tolerance=1e-4),
+        progress=Progress(LocalComm(), bars=False),
         seed=0,
-        progress=False,
     )
+
+
+def measurer(policy: Any, mode: str, advantages: Tensor) -> Callable[[Rollout], object]:
+    """What measures the objectives' gradients on a rollout, in one of two ways."""
+    if mode == "probe":
+        probe = Probe(steps_of(policy), GradientsConfig(share=0.5))
+        return lambda rollout: probe.measure(rollout, advantages)
+    objectives: Any = FixedObjectives(advantages, lambda _: torch.ones(2))
+    update = FusedUpdate(steps_of(policy))
+    return lambda rollout: update.improve(rollout, objectives)
 
 
 def by_token(layer: Any) -> None:
@@ -233,10 +245,7 @@ def test_a_layer_with_another_order_of_samples_stops_the_run(mode: str) -> None:
     rollout, advantages = draw(policy, 4), torch.randn(2, 4)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
     with pytest.raises(TrainingError, match=r"wrong in 2 of .*layers\.1\.self_attn\.v_proj\.") as e:
-        if mode == "fused":
-            updater(policy).fused(rollout, advantages, lambda _: torch.ones(2), step=0)
-        else:
-            updater(policy).measure(rollout, advantages, step=0, share=1.0)
+        measurer(policy, mode, advantages)(rollout)
     assert "policy.lora.target_modules" in str(e.value)
     assert "k_proj" not in str(e.value)
     for name, parameter in policy.trainable().items():
@@ -249,16 +258,13 @@ def test_the_check_is_made_once_and_says_what_takes_long(
 ) -> None:
     policy, calls = policy_on("deepseek_v3"), []
     monkeypatch.setattr(
-        "moa_diffusion.training.update.relative_errors",
+        "moa_diffusion.training.gradient_check.relative_errors",
         lambda *given, **options: calls.append(1) or relative_errors(*given, **options),
     )
-    update, rollout, advantages = updater(policy), draw(policy, 4), torch.randn(2, 4)
+    measure, rollout = measurer(policy, mode, torch.randn(2, 4)), draw(policy, 4)
     with caplog.at_level(logging.WARNING):
-        for step in range(2):
-            if mode == "fused":
-                update.fused(rollout, advantages, lambda _: torch.ones(2), step=step)
-            else:
-                update.measure(rollout, advantages, step=0, share=0.5)
+        for _ in range(2):
+            measure(rollout)
     assert len(calls) == 1
     assert caplog.text.count("take a backward pass for each objective") == 1
 

@@ -148,8 +148,8 @@ def test_value_heads(pretended: Pretended) -> None:
         groups=torch.arange(3),
         prompts=("p",) * 3,
     )
-    matrix, _ = critic.judge(rollout, rewards)
-    assert matrix.values.isfinite().all()
+    estimates = critic.estimate(rollout, rewards)
+    assert estimates.matrix.values.isfinite().all()
 
 
 def test_learning_from_preferences(pretended: Pretended) -> None:
@@ -157,6 +157,7 @@ def test_learning_from_preferences(pretended: Pretended) -> None:
     from moa_diffusion.data.preference_files import read_preferences
     from moa_diffusion.training.ema import EMA
     from moa_diffusion.training.offline import Cloning
+    from moa_diffusion.training.stepper import Stepper
 
     data = read_preferences(tiny.PREFERENCES_PATH, ["politeness", "brevity"])
     parameter = torch.nn.Parameter(pretended.place(torch.zeros(())))
@@ -180,14 +181,18 @@ def test_learning_from_preferences(pretended: Pretended) -> None:
     policy: Any = Policy()
     cloning = Cloning(
         policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.SGD([parameter], lr=0.1),
+            lr=lambda count: 0.1,
+            scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1.0),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         data=data,
         comm=LocalComm(),
-        optimizer=torch.optim.SGD([parameter], lr=0.1),
-        lr=lambda count: 0.1,
-        scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1.0),
-        ema=EMA(policy.trainable(), decay=0.9, every=1),
         micro_batch=4,
-        max_grad_norm=1.0,
     )
     told = cloning([0, 1, 2], torch.ones(3, dtype=torch.float64))
     assert told["policy/skipped_updates"] == 0

@@ -434,7 +434,8 @@ def test_a_function_that_forgets_to_be_async_is_an_error():
 
 
 def test_the_example_of_the_readme_scores_what_it_says(tmp_path):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Rewards\n")[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## A reward of your own\n")[1]
     code, options = (
         section.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml")
     )

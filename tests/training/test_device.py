@@ -10,18 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from fixed_objectives import FixedObjectives
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import SMALLEST, random_pipeline
+from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import LocalComm
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.sd3 import SD3Policy
 from moa_diffusion.training.critic import Critic
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.stepper import Stepper
+from moa_diffusion.training.steps import RolloutSteps
+from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe
 from moa_diffusion.types import Request, RewardMatrix, Rollout
 
 DEVICE = torch.device("cuda", 0)
@@ -184,11 +190,20 @@ def on_device(device: Pretended, pipeline: Any, **options: Any) -> SD3Policy:
     return policy
 
 
-def updater(
+def steps_of(
     policy: SD3Policy, *, micro: int, updates: int, kl_weight: float, half: bool
-) -> Updater:
-    return Updater(
+) -> RolloutSteps:
+    return RolloutSteps(
         policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.AdamW(list(policy.trainable().values()), lr=1e-4),
+            lr=lambda count: 1e-4,
+            scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         geometry=Geometry.solve(
             groups=2,
             group_size=2,
@@ -197,21 +212,9 @@ def updater(
             max_sample_batch=4,
             max_micro_batch=micro,
         ),
-        comm=LocalComm(),
-        optimizer=torch.optim.AdamW(list(policy.trainable().values()), lr=1e-4),
-        lr=lambda count: 1e-4,
-        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half),
-        ema=EMA(policy.trainable(), decay=0.9, every=1),
-        surrogate=Surrogate(
-            clip_range=0.05,
-            advantage_clip=5.0,
-            kl_weight=kl_weight,
-            max_grad_norm=1.0,
-            ratio_tolerance=1.0,
-            max_skipped=3,
-        ),
+        loss=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1.0),
+        progress=Progress(LocalComm(), bars=False),
         seed=0,
-        progress=False,
     )
 
 
@@ -254,13 +257,16 @@ def test_an_update_waits_once_per_optimizer_step_and_once_at_its_end(
     with device:
         policy = on_device(device, pipeline, guidance=guidance, step_batch=step_batch)
         rollout = draw(policy)
-        improve = updater(policy, micro=micro, updates=updates, kl_weight=kl_weight, half=half)
+        steps = steps_of(policy, micro=micro, updates=updates, kl_weight=kl_weight, half=half)
     advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
     weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
     if fused:
-        after_one(device, lambda: improve.fused(rollout, advantages, lambda _: weights, step=0))
+        objectives: Any = FixedObjectives(advantages, lambda _: weights)
+        update = FusedUpdate(steps)
+        after_one(device, lambda: update.improve(rollout, objectives))
     else:
-        after_one(device, lambda: improve(rollout, advantages[0], step=0))
+        plain = PlainUpdate(steps, NoProbe())
+        after_one(device, lambda: plain.descend(rollout, advantages[0]))
     # The norm, the Gramian; and of the loss scale, what it is, and whether the gradients held.
     each = 1 + fused + 2 * half
     assert device.count("wait") == each * updates + 1, device.events
@@ -273,9 +279,10 @@ def test_a_probe_waits_for_its_gramian_alone(pipeline: Any) -> None:
     with device:
         policy = on_device(device, pipeline, guidance=4.5)
         rollout = draw(policy)
-        probe = updater(policy, micro=2, updates=1, kl_weight=0.0, half=False)
+        steps = steps_of(policy, micro=2, updates=1, kl_weight=0.0, half=False)
     advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
-    after_one(device, lambda: probe.measure(rollout, advantages, step=0, share=0.5))
+    probe = Probe(steps, GradientsConfig(share=0.5))
+    after_one(device, lambda: probe.measure(rollout, advantages))
     assert device.count("wait") == 1, device.events
     assert device.count("send") <= 2 + 1, device.events
 
@@ -305,7 +312,7 @@ def test_value_heads_wait_once_at_their_end(batch: int, epochs: int) -> None:
     )
     critic.device = DEVICE
     device.put(list(critic.heads.parameters()))
-    after_one(device, lambda: critic.judge(rollout, rewards))
+    after_one(device, lambda: critic.estimate(rollout, rewards))
     assert device.count("wait") == 1, device.events
     assert device.count("send") == 1, device.events  # the rewards
 

@@ -24,9 +24,9 @@ from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage import log as metrics
 from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.storage.saving import Saver
 from moa_diffusion.storage.trackers import TrackerError
-from moa_diffusion.training.saving import Saver
-from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.training.loop import Run
 from moa_diffusion.types import ConfigError
 
 
@@ -34,7 +34,7 @@ def red(images, prompts):
     return images[:, 0].mean((1, 2))
 
 
-def make(folder: Path, resume: str | None = None, **sections: object) -> Trainer:
+def make(folder: Path, resume: str | None = None, **sections: object) -> Run:
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a\nb\nc\n")
     values = {
@@ -62,11 +62,11 @@ def make(folder: Path, resume: str | None = None, **sections: object) -> Trainer
     config = from_dict(values)
     check(config)
     trainer = assembly.trainer(config)
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
-def drift(trainer: Trainer) -> torch.Tensor:
+def drift(trainer: Run) -> torch.Tensor:
     return trainer.policy.trainable()["drift"].detach().clone()
 
 
@@ -94,7 +94,7 @@ def goes_on(folder: Path, straight: tuple[torch.Tensor, list[dict]]) -> None:
     assert rows(folder) == straight[1]
 
 
-def at(trainer: Trainer, moment: str, act: Callable[[], None]) -> None:
+def at(trainer: Run, moment: str, act: Callable[[], None]) -> None:
     """Act once: drawing rollout 2, between its optimizer steps, in an evaluation, writing."""
     done = []
 
@@ -111,8 +111,8 @@ def at(trainer: Trainer, moment: str, act: Callable[[], None]) -> None:
             sample(requests, step=step),
         )[1]
     elif moment == "update":
-        trainer.updater.optimizer.register_step_post_hook(
-            lambda *_: once(trainer.updater.updates == 2)
+        trainer.learner.stepper.optimizer.register_step_post_hook(
+            lambda *_: once(trainer.learner.stepper.updates == 2)
         )
     elif moment in ("first evaluation", "evaluation"):
         generate, wanted = policy.generate, 0 if moment == "first evaluation" else 2
@@ -436,7 +436,7 @@ def test_each_error_is_told_once_and_none_is_lost(everyone, telling):
 def test_where_the_state_was_saved_is_said_by_the_process_that_saved_it(tmp_path):
     """Another one would name, and make, a temporary folder of its own."""
     others = Nodes(1, ["The state after 3 rounds is in /tmp/run-abc instead.", ""])
-    saver = Saver(tmp_path / "run", None, dict, others, "rounds")  # type: ignore[arg-type]
+    saver = Saver(tmp_path / "run", None, None, dict, others, "rounds")
     assert saver.rescue(3, StorageError("full"), alone=False) == others.everyone[0]
     assert not (tmp_path / "run").exists()
 

@@ -26,15 +26,16 @@ from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import Evaluation
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog, read_metrics
 from moa_diffusion.training.ema import EMA
-from moa_diffusion.training.loop import Schedule
-from moa_diffusion.training.offline import Cloning, OfflineTrainer
-from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.loop import Run, Schedule
+from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
+from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError, Request
 from waiting import HANG
 
@@ -138,7 +139,7 @@ def make(
     level_prompts: int = 512,
     start: Tensor | None = None,
     **schedule: Any,
-) -> OfflineTrainer:
+) -> Run:
     policy = Table(data, base)
     if start is not None:  # of a trained adapter
         policy.delta.data.copy_(start)
@@ -146,40 +147,45 @@ def make(
     comm = comm or LocalComm()
     cloning = Cloning(
         policy=policy,  # type: ignore[arg-type]  # what needs no pictures
+        stepper=Stepper(
+            policy=policy,  # type: ignore[arg-type]
+            optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+            lr=lambda count: lr * max(0.02, 1 - count / steps),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            ema=EMA(policy.trainable(), decay=0.5, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
         data=data,
         comm=comm,
-        optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-        lr=lambda count: lr * max(0.02, 1 - count / steps),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        ema=EMA(policy.trainable(), decay=0.5, every=1),
         micro_batch=micro,
-        max_grad_norm=1.0,
-        max_skipped=3,
     )
-    return OfflineTrainer(
+    learner = OfflineTrainer(
         cloning=cloning,
-        primary=primary,
-        bounds=bounds,
-        settings=settings,
+        mopo=constrained(data, primary, bounds, settings),
+        progress=Progress(comm, bars=False),
+        seed=seed,
         batch=len(data.rows()) if batch is None else batch,
         level_prompts=level_prompts,
         from_adapter=start is not None,
+    )
+    return Run(
+        learner,
         schedule=Schedule(steps=steps, **schedule),
+        heldout=None,
+        watch=Watch(data.objectives, ()),
         log=RunLog(folder, main=comm.rank == 0),
         folder=folder,
         seed=seed,
-        heldout=None,
-        watch=Watch(data.objectives, ()),
-        progress=False,
     )
 
 
-def learned(trainer: OfflineTrainer) -> Tensor:
+def learned(trainer: Run) -> Tensor:
     """The policy's probabilities ``[P, Y]``."""
     return trainer.policy.table().detach().exp().double()  # type: ignore[attr-defined]
 
 
-def train(trainer: OfflineTrainer) -> dict[str, float]:
+def train(trainer: Run) -> dict[str, float]:
     """All steps, without files; returns the last one's metrics and an evaluation."""
     told: dict[str, float] = {}
     while trainer.completed < trainer.schedule.steps:
@@ -206,7 +212,7 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
-def state(trainer: OfflineTrainer) -> dict[str, Any]:
+def state(trainer: Run) -> dict[str, Any]:
     return {key: value for key, value in trainer.state_dict().items() if key != "seconds"}
 
 
@@ -275,7 +281,7 @@ def test_one_objective_is_tilted_towards_without_bounds(tmp_path):
     trainer = make(tmp_path, preferences(rates))
     train(trainer)
     assert (learned(trainer) - (rates[0] / 0.2).softmax(1)).abs().max() < 0.02
-    assert trainer.mopo.headline() == ""
+    assert trainer.learner.mopo.headline() == ""
 
 
 def test_prompts_count_the_same_however_many_responses_they_have(tmp_path):
@@ -296,8 +302,8 @@ def test_prompts_count_the_same_however_many_responses_they_have(tmp_path):
 def test_every_epoch_shows_every_row_once(tmp_path):
     trainer = make(tmp_path, preferences(opposed(0)), batch=5)
     seen = []
-    for trainer.completed in range(12):
-        seen += trainer.rows()
+    for trainer.progress.completed in range(12):
+        seen += trainer.learner.rows()
     epochs = [sorted(seen[start : start + 12]) for start in range(0, 60, 12)]
     assert epochs == [list(range(12))] * 5
     assert seen[:12] != seen[12:24] != sorted(seen[12:24])
@@ -327,12 +333,12 @@ def test_bounds_that_exclude_each_other_are_warned_of_once(tmp_path, caplog):
     free = ((rates[0] / 0.2).softmax(1) * rates).sum(2).mean(1)
     trainer = make(tmp_path, preferences(rates), bounds=0.0, settings=settings, steps=60)
     with torch.no_grad():
-        trainer.mopo.floor[0] = float(free[1]) + 0.2
+        trainer.learner.mopo.floor[0] = float(free[1]) + 0.2
     with caplog.at_level(logging.WARNING):
         trainer.run()
     (record,) = caplog.records
     assert "on `price` may be out of reach" in record.getMessage()
-    assert trainer.mopo.lambdas[0] == 0.3
+    assert trainer.learner.mopo.lambdas[0] == 0.3
 
 
 # ---------------------------------------------------------------------- the reference
@@ -346,7 +352,7 @@ def test_the_reference_is_the_policy_of_a_lag_ago(tmp_path):
         before.append(learned(trainer))
         trainer.step()
     # The last was taken at step 12: the policy at step 8.
-    torch.testing.assert_close(trainer.mopo.log_ref.exp(), before[8], rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainer.learner.mopo.log_ref.exp(), before[8], rtol=0, atol=1e-6)
     assert (before[8] - before[4]).abs().max() > 1e-3
 
 
@@ -358,7 +364,7 @@ def test_a_step_puts_new_state_in_the_place_of_the_old(tmp_path, variant, follow
     trainer = make(tmp_path, preferences(opposed(1)), bounds=0.3, settings=settings, steps=20)
     seen = []
     for _ in range(7):
-        state = trainer.mopo.state_dict()
+        state = trainer.learner.mopo.state_dict()
         seen.append((state, {name: value.clone() for name, value in state.items()}))
         trainer.step()
     for state, copied in seen:
@@ -429,9 +435,9 @@ def test_with_log_probs_too_an_adapter_is_the_first_reference(tmp_path):
     data = preferences(opposed(1), log_probs=mu)
     base, start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5))
     trainer = make(tmp_path, data, bounds=0.0, base=base, start=start)
-    trainer.refer()
+    trainer.learner.refer()
     expected = (data.log_data + (base + start).log_softmax(1) - mu).log_softmax(1)
-    torch.testing.assert_close(trainer.mopo.log_ref, expected.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainer.learner.mopo.log_ref, expected.double(), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- what is read
@@ -460,10 +466,10 @@ def test_surveys_read_what_is_needed(tmp_path, lag):
     references = 3 * 10 * 2 * 2 if lag else 0
     assert evaluations + references / 2 <= policy.asked - 40
     assert policy.asked - 40 <= evaluations + references
-    assert {type(ids) for ids in trainer.cloning._tokens} == {array}  # on no device
-    known = ~trainer.mopo.log_ref.isnan().any(1)
+    assert {type(ids) for ids in trainer.learner.cloning._tokens} == {array}  # on no device
+    known = ~trainer.learner.mopo.log_ref.isnan().any(1)
     assert int(known.sum()) == (
-        200 if lag == 0 else len({r // 2 for r in trainer.rows(range(15, 20))})
+        200 if lag == 0 else len({r // 2 for r in trainer.learner.rows(range(15, 20))})
     )
 
 
@@ -476,7 +482,7 @@ def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
             tmp_path, data, bounds=0.0, settings=replace(QUICK, lag=3, beta=0.0), steps=12, batch=2
         )
         if everything:
-            trainer._prompts_of = lambda steps: torch.arange(40)  # type: ignore[method-assign]
+            trainer.learner._prompts_of = lambda steps: torch.arange(40)  # type: ignore[method-assign]
         for _ in range(12):
             trainer.step()
         trainers.append(trainer)
@@ -484,9 +490,11 @@ def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
     assert few.policy.asked < all_.policy.asked
     # A policy in float32; a softmax over fewer rows may round another way.
     torch.testing.assert_close(learned(few), learned(all_), rtol=0, atol=1e-6)
-    known = ~few.mopo.log_ref.isnan().any(1)
+    known = ~few.learner.mopo.log_ref.isnan().any(1)
     assert 0 < known.sum() <= 6  # rows of three steps
-    torch.testing.assert_close(few.mopo.log_ref[known], all_.mopo.log_ref[known], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        few.learner.mopo.log_ref[known], all_.learner.mopo.log_ref[known], rtol=0, atol=1e-5
+    )
 
 
 def test_rows_that_the_reference_was_not_asked_for_stop_the_run(tmp_path):
@@ -594,7 +602,9 @@ def test_a_process_without_rows_keeps_up_with_a_loss_scale(tmp_path):
     def steps(comm: Any, scale: float | None = 1024.0) -> Tensor:
         trainer = make(tmp_path, preferences(opposed(3)), batch=4, micro=4, comm=comm)
         if scale is not None:
-            trainer.cloning.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+            trainer.learner.cloning.stepper.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=scale, enabled=True
+            )
         told = [trainer.step() for _ in range(3)]
         assert [row["policy/skipped_updates"] for row in told] == [0, 0, 0]
         return learned(trainer)
@@ -666,7 +676,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_average(tmp_path):
         for name in ("delta.json", "ema/delta.json")
     )
     torch.testing.assert_close(live, trainer.policy.trainable()["delta"].detach())
-    torch.testing.assert_close(average, trainer.cloning.ema.average["delta"])
+    torch.testing.assert_close(average, trainer.learner.cloning.stepper.ema.average["delta"])
     assert (live - average).abs().max() > 1e-3
 
 
@@ -699,14 +709,14 @@ def test_an_evaluation_that_fails_is_made_up_for_after_a_resume(tmp_path):
     data = preferences(opposed(1))
     options: dict[str, Any] = {"steps": 6, "batch": 5, "evaluate_every": 2}
     broken = make(tmp_path / "run", data, **options)
-    levels_of = broken.mopo.levels_of
+    levels_of = broken.learner.mopo.levels_of
 
     def fail(log_ratio: Tensor) -> dict[str, float]:
         if broken.completed == 4:
             raise RewardError("judge: out of memory")
         return levels_of(log_ratio)
 
-    broken.mopo.levels_of = fail
+    broken.learner.mopo.levels_of = fail
     with pytest.raises(RewardError, match="judge"):
         broken.run()
     assert rows(tmp_path / "run")[-1]["step"] == 3
@@ -724,7 +734,7 @@ def test_an_alarm_that_raises_the_kl_raises_tau(tmp_path):
     trainer.watch.kl_scale = 2.5
     trainer.step()
     expected = float(((opposed(1)[0] / 0.5).softmax(1) * opposed(1)[0]).sum(1).mean())
-    assert trainer.mopo.reached == pytest.approx(expected)
+    assert trainer.learner.mopo.reached == pytest.approx(expected)
 
 
 def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
@@ -758,7 +768,9 @@ def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
     trainer.heldout = Fixed()  # type: ignore[assignment]
     trainer.run()
     assert [row.get("eval_mean/x") for row in rows(tmp_path)] == [0, None, 2, None, 4]
-    average = torch.log_softmax(trainer.cloning.ema.average["delta"], 1).exp().double()
+    average = (
+        torch.log_softmax(trainer.learner.cloning.stepper.ema.average["delta"], 1).exp().double()
+    )
     torch.testing.assert_close(drawn[-1], average)
     assert (learned(trainer) - average).abs().max() > 1e-3
     assert (tmp_path / "rewards.json").is_file()

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -23,8 +24,8 @@ from moa_diffusion.scoring import RewardError
 from moa_diffusion.statistics.groups import mean_and_error
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.stepper import TrainingError
-from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, Request, RewardMatrix
 from rewards import RewardHead
 
@@ -122,9 +123,9 @@ def settings(folder: Path, **changes: object) -> Config:
     return config
 
 
-def make(folder: Path, **changes: object) -> Trainer:
+def make(folder: Path, **changes: object) -> Run:
     trainer = assembly.trainer(settings(folder, **changes))
-    trainer.progress = trainer.updater.progress = False
+    trainer.progress.bars = False
     return trainer
 
 
@@ -132,7 +133,7 @@ def rewards(*names: str) -> dict[str, dict[str, str]]:
     return {name: {"path": f"{__file__}:{name}"} for name in names}
 
 
-def drift(trainer: Trainer) -> torch.Tensor:
+def drift(trainer: Run) -> torch.Tensor:
     return trainer.policy.trainable()["drift"].detach().clone()
 
 
@@ -159,12 +160,12 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
-def state(trainer: Trainer) -> dict:
+def state(trainer: Run) -> dict:
     """All of it but what a clock says."""
     return {key: value for key, value in trainer.state_dict().items() if key != "seconds"}
 
 
-def at_rollout(trainer: Trainer, number: int, act: Callable[[], None]) -> None:
+def at_rollout(trainer: Run, number: int, act: Callable[[], None]) -> None:
     """Call ``act`` before the first batch of a rollout (0 = the first)."""
     sample = trainer.policy.sample
 
@@ -225,20 +226,12 @@ def test_a_negative_weight_minimises(tmp_path):
 
 def test_the_first_update_is_the_policy_gradient(tmp_path):
     """One plain step: by hand, the gradient of mean(-A log p) of the samples drawn."""
-    trainer = make(tmp_path / "run", trainer__updates=1, loss__kl_weight=0.0)
+    trainer = make(tmp_path / "run", trainer__updates=1, optimizer__max_grad_norm=1e9)
     seen = {}
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.learner.stepper.optimizer.register_step_pre_hook(
         lambda *_: seen.update(gradient=trainer.policy.drift.grad.clone())
     )
-    trainer.updater.surrogate = type(trainer.updater.surrogate)(
-        clip_range=0.2,
-        advantage_clip=5.0,
-        kl_weight=0.0,
-        max_grad_norm=1e9,
-        ratio_tolerance=1e-4,
-        max_skipped=1,
-    )
-    rollout = trainer.policy.sample(trainer.sampler.requests(0), step=0)
+    rollout = trainer.policy.sample(trainer.learner.sampler.requests(0), step=0)
     trainer.step()
     scores = score_files(tmp_path / "run")["step-000001.jsonl"].splitlines()
     advantage = torch.tensor([json.loads(line)["advantage"] for line in scores])
@@ -266,10 +259,10 @@ def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
     with torch.no_grad():
         policy.drift.copy_(torch.tensor([[0.2, -0.1, 0.1], [-0.1, 0.15, 0.05]]))
     before = policy.drift.detach().clone()
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.learner.stepper.optimizer.register_step_pre_hook(
         lambda *_: seen.update(gradient=policy.drift.grad.clone())
     )
-    rollout = policy.sample(trainer.sampler.requests(0), step=0)
+    rollout = policy.sample(trainer.learner.sampler.requests(0), step=0)
     trainer.step()
     lines = score_files(tmp_path / "run")["step-000001.jsonl"].splitlines()
     found = [json.loads(line) for line in lines]
@@ -280,9 +273,9 @@ def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
         groups=torch.tensor([row["group"] for row in found]),
         prompts=tuple(row["prompt"] for row in found),
     )
-    multiplier = trainer.weighting.multipliers[1]
+    multiplier = trainer.learner.weighting.multipliers[1]
     assert multiplier > 0.1
-    S = trainer.normalizer.win_rates(matrix)
+    S = trainer.learner.normalizer.win_rates(matrix)
     score = (S[0] + multiplier * S[1]).float()
     score = score - score.view(4, 4).mean(1).repeat_interleave(4)
     with torch.no_grad():
@@ -314,24 +307,26 @@ def test_reference_draws_are_spread_over_the_run(tmp_path, steps):
         return sample(requests, step=step)
 
     trainer.policy.sample = watched
-    trainer.meet(trainer.sampler.requests(0))
+    trainer.learner.draw_references(trainer.learner.sampler.requests(0))
     assert {prompt for prompt, _ in drawn} == {"a", "b", "c"}
     for sibling in range(4):
         (step,) = {drawn[prompt, sibling] for prompt in "abc"}
         assert sibling * steps // 4 <= step < (sibling + 1) * steps / 4 + 1
     assert max(drawn.values()) < steps
-    assert trainer._reference_steps() == [drawn["a", sibling] for sibling in range(4)]
+    assert trainer.learner._reference_steps() == [drawn["a", sibling] for sibling in range(4)]
     # Each draw is scored in the pool of its own prompt.
-    for prompt, row in trainer.normalizer.rows.items():
+    for prompt, row in trainer.learner.normalizer.rows.items():
         seeds = [derive_seed(trainer.seed, "reference", prompt, sibling) for sibling in range(4)]
         outputs = sample([Request(prompt=prompt, seed=seed) for seed in seeds], step=0).images
-        torch.testing.assert_close(trainer.normalizer.pool[row, 0], red(outputs, []).double())
+        torch.testing.assert_close(
+            trainer.learner.normalizer.pool[row, 0], red(outputs, []).double()
+        )
 
 
 def test_advantages_and_gradients_are_clipped(tmp_path):
     trainer = make(tmp_path / "run", loss__advantage_clip=0.5, optimizer__max_grad_norm=1e-3)
     norms = []
-    trainer.updater.optimizer.register_step_pre_hook(
+    trainer.learner.stepper.optimizer.register_step_pre_hook(
         lambda *_: norms.append(float(trainer.policy.drift.grad.norm()))
     )
     found = trainer.step()
@@ -389,8 +384,8 @@ def test_batch_sizes_do_not_matter(tmp_path):
             loss__kl_weight=0.01,
         )
         trainer.run()
-        assert trainer.geometry.micro_batch == {2: 2, 3: 2, 8: 8, 100: 8}[size]
-        ends.append((drift(trainer), trainer.updater.ema.average["drift"]))
+        assert trainer.learner.geometry.micro_batch == {2: 2, 3: 2, 8: 8, 100: 8}[size]
+        ends.append((drift(trainer), trainer.learner.stepper.ema.average["drift"]))
     for end in ends[1:]:
         for found, expected in zip(end, ends[0], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -494,7 +489,7 @@ def test_checkpoints_hold_both_adapters_and_the_newest_are_kept(tmp_path):
     live = json.loads((kept[-1] / "drift.json").read_text())["drift"]
     average = json.loads((kept[-1] / "ema" / "drift.json").read_text())["drift"]
     assert live == drift(trainer).tolist()
-    assert average == trainer.updater.ema.average["drift"].tolist()
+    assert average == trainer.learner.stepper.ema.average["drift"].tolist()
     assert average != live
 
 
@@ -507,8 +502,8 @@ def test_weights_solved_at_every_step_scale_the_kl_as_the_normalizer_does(tmp_pa
             loss={"clip_range": 0.2, "kl_weight": weight},
             objectives={"method": "upgrad"},
         )
-        assert trainer.gradients.fused
-        monkeypatch.setattr(trainer.normalizer, "kl_scale", lambda: 0.0, raising=False)
+        assert trainer.learner.update.fused
+        monkeypatch.setattr(trainer.learner.normalizer, "kl_scale", lambda: 0.0, raising=False)
         with torch.no_grad():  # away from the reference, so that there is a KL
             trainer.policy.trainable()["drift"].add_(0.5)
         trainer.step()
@@ -519,12 +514,13 @@ def test_weights_solved_at_every_step_scale_the_kl_as_the_normalizer_does(tmp_pa
 def test_cosines_are_those_of_this_rollouts_gradients_or_none(tmp_path, monkeypatch):
     trainer = make(tmp_path / "run", objectives={"method": "upgrad"})
     assert any(name.startswith("cosine/") for name in trainer.step())
-    fused = trainer.updater.fused
+    improve = trainer.learner.update.improve
 
-    def never_finite(rollout, advantages, solve, **options):
-        return fused(rollout, advantages * math.nan, solve, **options)
+    def never_finite(rollout, objectives, **options):
+        spoilt = replace(objectives, advantages=objectives.advantages * math.nan)
+        return improve(rollout, spoilt, **options)
 
-    monkeypatch.setattr(trainer.updater, "fused", never_finite)
+    monkeypatch.setattr(trainer.learner.update, "improve", never_finite)
     assert not any(name.startswith("cosine/") for name in trainer.step())
 
 
@@ -568,7 +564,9 @@ def test_a_setting_changed_on_resume_is_used_or_refused(tmp_path, key):
     found = rows(folder)[-1]
     used = {
         "optimizer__lr": found["policy/lr"],
-        "optimizer__weight_decay": resumed.updater.optimizer.param_groups[0]["weight_decay"],
+        "optimizer__weight_decay": resumed.learner.stepper.optimizer.param_groups[0][
+            "weight_decay"
+        ],
         "weight": found["weight/green"] / found["weight/red"],
     }
     assert used[key] == pytest.approx(0.07)
@@ -603,7 +601,7 @@ class Failing(RewardHead):
 
 def test_a_failing_head_saves_what_was_learned(tmp_path):
     trainer = make(tmp_path / "run")
-    trainer.scorer.heads["green"] = Failing()
+    trainer.learner.scorer.heads["green"] = Failing()
     with pytest.raises(RewardError, match=r"failing.*OSError: server gone") as caught:
         trainer.run()
     saved = checkpoint.step_folder(tmp_path / "run", 2)
@@ -613,12 +611,12 @@ def test_a_failing_head_saves_what_was_learned(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
 
     straight = make(tmp_path / "straight")
-    straight.scorer.heads["green"] = Failing()
-    straight.scorer.heads["green"].calls = 10
+    straight.learner.scorer.heads["green"] = Failing()
+    straight.learner.scorer.heads["green"].calls = 10
     straight.run()
     resumed = make(tmp_path / "run", resume="latest")
-    resumed.scorer.heads["green"] = Failing()
-    resumed.scorer.heads["green"].calls = 10
+    resumed.learner.scorer.heads["green"] = Failing()
+    resumed.learner.scorer.heads["green"].calls = 10
     resumed.run()
     assert torch.equal(drift(resumed), drift(straight))
 
@@ -643,7 +641,7 @@ def test_a_reward_that_fails_before_anything_is_learned_leaves_the_folder_free(t
     """When it is tried on two samples, or in the first rollout."""
     folder = tmp_path / "run"
     trainer = make(folder)
-    trainer.scorer.heads["green"] = head = Late(fails_at)
+    trainer.learner.scorer.heads["green"] = head = Late(fails_at)
     with pytest.raises(RewardError, match="OSError: no such thing") as caught:
         trainer.run()
     assert head.seen == [2, 8, 8][:fails_at]
@@ -681,9 +679,9 @@ def test_trying_a_reward_leaves_the_global_generators_alone(tmp_path):
             return torch.rand(len(batch)) + random.random() + numpy.random.rand()
 
     trainer = make(tmp_path / "run")
-    trainer.scorer.heads["green"] = Drawing()
+    trainer.learner.scorer.heads["green"] = Drawing()
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
-    trainer._try_rewards()
+    trainer.learner.try_rewards()
     after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -790,19 +788,19 @@ def test_an_update_cut_short_is_undone(tmp_path):
     straight = make(tmp_path / "straight", trainer__steps=3)
     straight.run()
     trainer = make(tmp_path / "run", trainer__steps=3)
-    trainer.updater.optimizer.register_step_post_hook(
-        lambda *_: ask_to_stop() if trainer.updater.updates == 2 else None
+    trainer.learner.stepper.optimizer.register_step_post_hook(
+        lambda *_: ask_to_stop() if trainer.learner.stepper.updates == 2 else None
     )
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.completed == 1
-    assert trainer.updater.updates == 2
+    assert trainer.learner.stepper.updates == 2
     make(tmp_path / "run", trainer__steps=3, resume="latest").run()
     assert rows(tmp_path / "run") == rows(tmp_path / "straight")
     assert score_files(tmp_path / "run") == score_files(tmp_path / "straight")
 
 
-def broken_log_probs(trainer: Trainer, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def broken_log_probs(trainer: Run, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     log_probs = trainer.policy.log_probs
 
     def wrapped(rollout, steps, *, with_kl=False):
@@ -872,14 +870,18 @@ def test_the_gap_before_any_update_is_logged_and_said_once(tmp_path, caplog):
     assert all(row["policy/ratio_gap"] < 1e-6 for row in rows(tmp_path / "exact"))
 
 
-def scaled(trainer: Trainer, scale: float) -> None:
-    trainer.updater.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+def scaled(trainer: Run, scale: float) -> None:
+    trainer.learner.stepper.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=scale, growth_interval=2
+    )
 
 
-def overflow_above(trainer: Trainer, limit: float) -> None:
+def overflow_above(trainer: Run, limit: float) -> None:
     """Gradients are infinite at a larger loss scale, as float16 has it."""
     trainer.policy.drift.register_hook(
-        lambda gradient: gradient * (math.inf if trainer.updater.loss_scale > limit else 1.0)
+        lambda gradient: (
+            gradient * (math.inf if trainer.learner.stepper.loss_scale > limit else 1.0)
+        )
     )
 
 
@@ -895,7 +897,7 @@ def test_a_loss_scale_that_falls_from_its_start_is_no_failure(tmp_path, caplog):
     assert scales == [22, 20, 21, 20, 20, 21]
     assert "Update skipped" not in caplog.text
     assert drift(trainer).any()
-    assert trainer.updater.skipped_in_a_row == 0
+    assert trainer.learner.stepper.skipped_in_a_row == 0
 
 
 def test_at_the_usual_scale_a_skip_is_a_skip(tmp_path):
@@ -932,10 +934,10 @@ def test_float16_starts_with_a_scale_for_its_latents(tmp_path):
     assert first_scale(16 * 64 * 64) == 2**28  # where a random model's error is below 0.01
     assert first_scale(1) == 2**16  # a text's tokens
     trainer = make(tmp_path / "run", policy__dtype="float16", optimizer__eps=1e-12)
-    state = trainer.updater.scaler.state_dict()
+    state = trainer.learner.stepper.scaler.state_dict()
     assert state["scale"] == first_scale(3)
     assert state["growth_interval"] == 50
-    assert trainer.updater.optimizer.param_groups[0]["eps"] == 1e-12
+    assert trainer.learner.stepper.optimizer.param_groups[0]["eps"] == 1e-12
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
@@ -981,7 +983,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
         if trainer.completed != 1 or not torch.is_grad_enabled():
             return values
         before.setdefault("drift", drift(trainer))
-        before.setdefault("count", trainer.updater.ema.count)
+        before.setdefault("count", trainer.learner.stepper.ema.count)
         return values * math.nan
 
     broken_log_probs(trainer, spoil)
@@ -991,7 +993,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
     assert [row["policy/skipped_updates"] for row in found] == [0, 2, 0, 0]
     assert found[1]["policy/grad_norm"] is None
     assert torch.equal(before["after"], before["drift"])
-    assert trainer.updater.ema.count == before["count"] + 4
+    assert trainer.learner.stepper.ema.count == before["count"] + 4
     assert drift(trainer).isfinite().all()
 
 
@@ -1030,7 +1032,7 @@ def test_objectives_that_say_nothing_do_no_harm(tmp_path, method, names):
 
 def test_a_probe_that_is_not_finite_does_not_count(tmp_path, caplog):
     trainer = make(tmp_path / "run", **with_method("upgrad_probe"))
-    trainer.updater.measure = lambda *_, **__: torch.full((2, 2), math.nan)
+    trainer.learner.update.probe.measure = lambda *_: torch.full((2, 2), math.nan)
     trainer.run()
     assert drift(trainer).any()
     assert "not finite" in caplog.text
@@ -1068,8 +1070,8 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
     trainer = make(tmp_path / "run", trainer__steps=3, evaluation__every=3)
     trainer.run()
     live = drift(trainer)
-    expected = torch.sigmoid(trainer.updater.ema.average["drift"].sum(0))
-    assert not torch.equal(trainer.updater.ema.average["drift"], live)
+    expected = torch.sigmoid(trainer.learner.stepper.ema.average["drift"].sum(0))
+    assert not torch.equal(trainer.learner.stepper.ema.average["drift"], live)
     found = trainer.evaluate()
     assert found["eval_mean/red"] == pytest.approx(float(expected[0]))
     assert found["eval_mean/green"] == pytest.approx(float(expected[1]))
@@ -1146,9 +1148,9 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_half_the_clip_range_is_the_tolerance_by_default(tmp_path):
-    assert make(tmp_path / "a", loss__clip_range=1e-3).updater.surrogate.ratio_tolerance == 5e-4
+    assert make(tmp_path / "a", loss__clip_range=1e-3).learner.steps.loss.tolerance == 5e-4
     told = make(tmp_path / "b", loss__clip_range=1e-3, loss__ratio_tolerance=1e-5)
-    assert told.updater.surrogate.ratio_tolerance == 1e-5
+    assert told.learner.steps.loss.tolerance == 1e-5
 
 
 def test_a_checkpoint_is_written_at_the_end_in_any_case(tmp_path):

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from fixed_objectives import FixedObjectives
 
 from moa_diffusion import tiny
+from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import Comm, LocalComm
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loss import surrogate_coefficients
-from moa_diffusion.training.stepper import TrainingError
-from moa_diffusion.training.update import Surrogate, Updater
+from moa_diffusion.training.stepper import Stepper, TrainingError
+from moa_diffusion.training.steps import RolloutSteps
+from moa_diffusion.training.update import Improvement, NoProbe, PlainUpdate, Probe
 from moa_diffusion.types import Request, Rollout
 
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
@@ -57,18 +62,27 @@ def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
     return made
 
 
-def updater(
+def steps_of(
     policy: Any,
     *,
     micro: int = 4,
     updates: int = 1,
     kl_weight: float = 0.0,
     comm: Comm | None = None,
-) -> Updater:
+) -> RolloutSteps:
     comm = comm or LocalComm()
     parameters = list(policy.trainable().values())
-    return Updater(
+    return RolloutSteps(
         policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.SGD(parameters, lr=LR),  # Adam would hide the step's length
+            lr=lambda count: LR,
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1e9,
+            max_skipped=3,
+        ),
         geometry=Geometry.solve(
             groups=2,
             group_size=4,
@@ -77,22 +91,31 @@ def updater(
             max_sample_batch=8,
             max_micro_batch=micro,
         ),
-        comm=comm,
-        optimizer=torch.optim.SGD(parameters, lr=LR),  # Adam would hide the step's length
-        lr=lambda count: LR,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        ema=EMA(policy.trainable(), decay=0.9, every=1),
-        surrogate=Surrogate(
-            clip_range=0.05,
-            advantage_clip=5.0,
-            kl_weight=kl_weight,
-            max_grad_norm=1e9,
-            ratio_tolerance=1e-4,
-            max_skipped=3,
-        ),
+        loss=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        progress=Progress(comm, bars=False),
         seed=0,
-        progress=False,
     )
+
+
+def plain(steps: RolloutSteps) -> PlainUpdate:
+    return PlainUpdate(steps, NoProbe())
+
+
+def fused(
+    steps: RolloutSteps,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    solve: Callable[[torch.Tensor], Any] = lambda gramian: WEIGHTS,
+    *,
+    kl_scale: float = 1.0,
+    kl_unit: Callable[[], float] = lambda: 1.0,
+) -> Improvement:
+    objectives: Any = FixedObjectives(advantages, solve, kl_unit)
+    return FusedUpdate(steps).improve(rollout, objectives, kl_scale=kl_scale)
+
+
+def probe(steps: RolloutSteps, rollout: Rollout, advantages: torch.Tensor, share: float) -> Any:
+    return Probe(steps, GradientsConfig(share=share)).measure(rollout, advantages)
 
 
 def draw(policy: Any) -> tuple[Rollout, torch.Tensor]:
@@ -115,17 +138,18 @@ def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
     policy: Any, kl_weight: float, micro: int
 ) -> None:
     rollout, advantages = draw(policy)
-    plain = updater(policy, kl_weight=kl_weight)
-    before = copy.deepcopy(plain.state_dict())
+    steps = steps_of(policy, kl_weight=kl_weight)
+    before = copy.deepcopy(steps.stepper.state_dict())
     start = values(policy)
-    told = plain(rollout, WEIGHTS @ advantages, step=0)
+    told = plain(steps).descend(rollout, WEIGHTS @ advantages)
     expected = values(policy)
 
-    plain.load_state_dict(before)
+    steps.stepper.load_state_dict(before)
     assert torch.equal(values(policy), start)
-    fused = updater(policy, micro=micro, kl_weight=kl_weight)
-    found, weights = fused.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
-    assert torch.equal(weights, WEIGHTS)
+    done = fused(steps_of(policy, micro=micro, kl_weight=kl_weight), rollout, advantages)
+    found = done.metrics
+    assert torch.equal(done.weights, WEIGHTS)
+    assert torch.equal(done.advantage, WEIGHTS @ advantages)
     moved = (expected - start).abs().max()
     assert moved > 0
     assert (values(policy) - expected).abs().max() < 1e-5 * moved
@@ -137,8 +161,8 @@ def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
 def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy: Any) -> None:
     """Half the KL, said before or once the weights are known; powers of two round nothing."""
     rollout, advantages = draw(policy)
-    steps = updater(policy, updates=2, kl_weight=0.5)
-    before = copy.deepcopy(steps.state_dict())
+    steps = steps_of(policy, updates=2, kl_weight=0.5)
+    before = copy.deepcopy(steps.stepper.state_dict())
     settled: list[float] = []
 
     def solve(gramian: torch.Tensor) -> torch.Tensor:
@@ -147,9 +171,9 @@ def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy:
 
     found = []
     for options in ({"kl_scale": 0.5}, {"kl_unit": lambda: settled[-1]}, {}):
-        steps.load_state_dict(before)
+        steps.stepper.load_state_dict(before)
         settled.clear()
-        steps.fused(rollout, advantages, solve, step=0, **options)
+        fused(steps, rollout, advantages, solve, **options)  # type: ignore[arg-type]
         assert len(settled) == 2
         found.append(values(policy))
     assert torch.equal(found[0], found[1])
@@ -170,9 +194,12 @@ def test_the_gramian_is_that_of_separate_backward_passes(policy: Any) -> None:
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
     expected = torch.stack(rows) @ torch.stack(rows).T
 
-    seen = []
-    updater(policy).fused(
-        rollout, advantages, lambda gramian: seen.append(gramian) or WEIGHTS, step=0
+    seen: list[torch.Tensor] = []
+    fused(
+        steps_of(policy),
+        rollout,
+        advantages,
+        lambda gramian: seen.append(gramian) or WEIGHTS,  # type: ignore[func-returns-value]
     )
     scale = expected.diagonal().mean()
     torch.testing.assert_close(seen[0] / scale, expected / scale, rtol=0, atol=1e-5)
@@ -186,7 +213,7 @@ def test_a_probe_of_whole_steps_does_not_depend_on_the_micro_batch(
     rollout, advantages = draw(policy)
     before = values(policy)
     found = [
-        updater(policy, micro=micro, updates=2).measure(rollout, advantages, step=0, share=share)
+        probe(steps_of(policy, micro=micro, updates=2), rollout, advantages, share)
         for micro in (1, 2, 4)
     ]
     for gramian in found[1:]:
@@ -198,11 +225,11 @@ def test_a_probe_of_whole_steps_does_not_depend_on_the_micro_batch(
 def test_a_gradient_that_is_not_finite_skips_the_step(policy: Any) -> None:
     rollout, advantages = draw(policy)
     before = values(policy)
-    found, weights = updater(policy).fused(
-        rollout, advantages * float("nan"), lambda gramian: pytest.fail("asked"), step=0
+    done = fused(
+        steps_of(policy), rollout, advantages * float("nan"), lambda gramian: pytest.fail("asked")
     )
-    assert found["policy/skipped_updates"] == 1
-    assert weights.isfinite().all()
+    assert done.metrics["policy/skipped_updates"] == 1
+    assert done.weights.isfinite().all()
     assert torch.equal(values(policy), before)
 
 
@@ -224,25 +251,24 @@ def test_after_the_first_step_every_objective_has_its_own_clip() -> None:
 def test_a_fused_step_with_a_loss_scale_is_the_same_step(policy: Any) -> None:
     """As float16 has it; the scale comes into being with the first loss."""
     rollout, advantages = draw(policy)
-    plain = updater(policy)
-    before = copy.deepcopy(plain.state_dict())
-    plain.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+    unscaled = steps_of(policy)
+    before = copy.deepcopy(unscaled.stepper.state_dict())
+    fused(unscaled, rollout, advantages)
     expected = values(policy)
 
-    plain.load_state_dict(before)
-    scaled = updater(policy)
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
-    found, _ = scaled.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
-    assert found["policy/skipped_updates"] == 0
+    unscaled.stepper.load_state_dict(before)
+    scaled = steps_of(policy)
+    scaled.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    assert fused(scaled, rollout, advantages).metrics["policy/skipped_updates"] == 0
     torch.testing.assert_close(values(policy), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_probe_takes_the_advantages_as_they_are(policy: Any) -> None:
     """It is on-policy by definition: what rounding makes of the ratio does not count."""
     rollout, advantages = draw(policy)
-    expected = updater(policy).measure(rollout, advantages, step=0, share=1.0)
+    expected = probe(steps_of(policy), rollout, advantages, 1.0)
     off = dataclasses.replace(rollout, log_probs=rollout.log_probs + 1.0)
-    assert torch.equal(updater(policy).measure(off, advantages, step=0, share=1.0), expected)
+    assert torch.equal(probe(steps_of(policy), off, advantages, 1.0), expected)
 
 
 class ThreadComm(LocalComm):
@@ -279,13 +305,13 @@ def test_any_number_of_processes_ends_in_the_same_bits(
         share = len(rollout) // comm.world_size
         index = torch.arange(rank * share, (rank + 1) * share)
         part, local = rollout.select(index), advantages[:, index]
-        steps = updater(mine, micro=1, updates=2, kl_weight=kl_weight, comm=comm)
+        steps = steps_of(mine, micro=1, updates=2, kl_weight=kl_weight, comm=comm)
         if way == "plain":
-            steps(part, WEIGHTS @ local, step=0)
+            plain(steps).descend(part, WEIGHTS @ local)
         elif way == "fused":
-            steps.fused(part, local, lambda gramian: gramian.diagonal() / gramian.trace(), step=0)
+            fused(steps, part, local, lambda gramian: gramian.diagonal() / gramian.trace())
         else:
-            return steps.measure(part, local, step=0, share=0.75)
+            return probe(steps, part, local, 0.75)  # type: ignore[no-any-return]
         return values(mine)
 
     expected = improved(0, LocalComm())
@@ -307,12 +333,14 @@ def test_rows_of_another_sample_are_noticed_before_they_are_used(policy: Any, mo
     product = layer.forward
     layer.forward = lambda x: product(x.roll(1, 0)).roll(-1, 0)
     policy.tapped = lambda: taps
-    update, before = updater(policy), values(policy)
+    steps, before = steps_of(policy), values(policy)
+    update: Any = FusedUpdate(steps) if mode == "fused" else Probe(steps, GradientsConfig())
+    objectives = FixedObjectives(advantages, lambda gramian: WEIGHTS)
     with pytest.raises(TrainingError, match=r"wrong in 2 of .*blocks\.0\.attn\.to_v\.lora_"):
         if mode == "fused":
-            update.fused(rollout, advantages, lambda gramian: WEIGHTS, step=0)
+            update.improve(rollout, objectives)
         else:
-            update.measure(rollout, advantages, step=0, share=0.5)
+            update.measure(rollout, advantages)
     assert torch.equal(values(policy), before)
     layer.forward = product
-    update.check_gradients(rollout)
+    update.check(rollout, 4)

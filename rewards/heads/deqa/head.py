@@ -36,12 +36,12 @@ class DeqaHead(ModelHead):
     half precision. The architecture is written anew, see `rewards.heads.deqa.model`.
 
     Args:
-        model: Folder with `config.json` and weights, or hub model; see `rewards.pretrained.locate`.
+        model: Folder with `config.json` and weights, or hub model.
         revision: Branch, tag or commit of a hub model.
         dtype: Precision; the published scores were computed in float16.
-        device: A torch device, or `auto`.
-        batch_size: Pictures at once.
-        sha256: Expected digest of the weights, see `Weights.digest`; None expects nothing.
+        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        batch_size: Number of pictures in one forward pass.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.

@@ -2,7 +2,7 @@
 
 An engine is a class with `packages` (what must be installed), a constructor that loads its models,
 and `read`; the keyword arguments of its constructor are its options. A new one is such a class and
-an entry in `ENGINES`; what it needs before it can be built stands in `engine_plans.py`. This file
+an entry in `ENGINES`; what it needs before it can be built stands in `plans.py`. This file
 is also loaded by worker processes, which have neither torch nor the package at hand: it imports the
 standard library and NumPy only, and an engine imports its own library in its methods.
 """
@@ -98,8 +98,7 @@ class EasyOcr:
         detect: Whether to look for lines of text first; else the picture is read as one line.
         detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
         languages: EasyOCR's codes, e.g. `en`, or `ch_sim` and `en`; they choose the recogniser.
-        device: A torch device. `OcrHead` also takes `auto`, this process's GPU if there is one, and
-            names the one meant here.
+        device: A torch device. In a configuration also `auto`: this process's GPU if there is one.
         model_dir: Folder of the weights; by default EasyOCR's own, `~/.EasyOCR/model` unless the
             environment variable EASYOCR_MODULE_PATH names another parent.
         download_enabled: Whether weights that are not there are fetched.

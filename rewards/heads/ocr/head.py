@@ -59,7 +59,7 @@ class OcrHead(RewardHead):
     - `tesseract` is a program to install. It is made for scanned pages and reads nothing in noise.
 
     Args:
-        engine: `rapidocr`, `easyocr` or `tesseract`.
+        engine: Name of the OCR engine: `rapidocr`, `easyocr` or `tesseract`.
         quotes: Which quotes hold the target: `double` (ASCII), `curly`, `single` or `any`.
         substring_ok: Whether further text in the picture goes unpunished.
         detect: Whether the engine looks for lines of text first. Without, the picture is read as
@@ -67,13 +67,13 @@ class OcrHead(RewardHead):
         detection_side: Longer side, in pixels, to which a larger picture is shrunk for finding
             lines; they are read at full resolution. By default 320 for rapidocr, to be raised for
             text below 1/25 of the height, and 2560 for easyocr; tesseract has no such thing.
-        engine_options: Further arguments of the engine's class in `rewards.heads.ocr.engines`, e.g.
-            `{languages: [en, fr], device: cpu}` for easyocr or `{psm: 6}` for tesseract.
+        engine_options: Options of the engine, e.g. `{languages: [en, fr], device: cpu}` for easyocr
+            or `{psm: 6}` for tesseract.
         workers: Number of processes; 0 reads in this process. By default the number of cores
             divided by the processes of this job on this machine, at most 8. An engine on a GPU
             reads in this process: others would each hold the models, and take turns all the same.
-        timeout: Seconds within which a batch must be read. Without workers it is checked between
-            pictures.
+        timeout: Number of seconds within which a batch must be read. Without workers it is checked
+            between pictures.
 
     Raises:
         ValueError: If a parameter is out of range, or names weights that are not there.

@@ -6,7 +6,8 @@ of the target.
 
 Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased; characters that
 cannot be seen do not count either; apostrophes, quotation marks and dashes are those of ASCII,
-whichever form they have.
+whichever form they have; and Greek and Cyrillic letters whose capital looks like a Latin one are
+that Latin letter: a picture does not show which of them it is, and engines answer with either.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ _MARKS = str.maketrans(  # typographic forms, of which an OCR engine answers wit
         ),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\ufe63\uff0d", "-"),
     }
+)
+
+# Folded letters whose capitals look alike: Cyrillic, Greek.
+_LOOK_ALIKES = str.maketrans(
+    "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0456\u0455\u0458"
+    "\u03b1\u03b2\u03b5\u03b6\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7",
+    "abekmhopctyxisjabezhikmnoptyx",
 )
 
 
@@ -80,13 +88,14 @@ def without_quotes(prompt: str) -> str:
 def comparable(text: str) -> str:
     """Text as it is compared: NFKC, case folded, without white space and what cannot be seen.
 
-    Apostrophes, quotation marks and dashes of whatever form become those of ASCII.
+    Apostrophes, quotation marks and dashes of whatever form become those of ASCII, and Greek and
+    Cyrillic letters that look like Latin ones become those.
     """
     # Before NFKC, which takes an acute accent apart, and after, for marks that it makes.
     folded = unicodedata.normalize("NFKC", text.translate(_MARKS)).casefold()
     # Folding can leave the normal form, e.g. for a dotted capital I.
     shown = "".join(unicodedata.normalize("NFKC", folded).translate(_MARKS).split())
-    return "".join(filter(_is_seen, shown))
+    return "".join(filter(_is_seen, shown)).translate(_LOOK_ALIKES)
 
 
 def _is_seen(character: str) -> bool:

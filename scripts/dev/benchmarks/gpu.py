@@ -17,6 +17,7 @@ from benchmarks.pipelines import SIZES, parameter_count, random_pipeline, traine
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, Rollout
@@ -68,12 +69,11 @@ def measure_gpu(
         sampling=replace(settings.sampling, resolution=min(settings.sampling.resolution, largest)),
         trainer=replace(settings.trainer, groups=groups),
     )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(trainer_on(pipeline, scaled, folder, rewards)) as trainer,
-    ):
-        measured = _measure(trainer, phases, rollouts)
-        work = _work(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        run, trainer = trainer_on(pipeline, scaled, folder, rewards)
+        with closing(run):
+            measured = _measure(run, trainer, phases, rollouts)
+            work = _work(trainer)
     seconds, images = measured["seconds"], measured["images"]
     flops = {
         SAMPLE: images * settings.sampling.steps * work["flops"]["forward"],
@@ -98,27 +98,25 @@ def measure_gpu(
     }
 
 
-def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
+def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     """Seconds (of rollouts: medians) and peak memory by phase."""
     policy = trainer.policy
     assert isinstance(policy, SD3Policy)
     plan = [trainer.sampler.requests(step) for step in range(rollouts + 1)]
     prompts = sorted({request.prompt for requests in plan for request in requests})
-    strict = trainer.updater.surrogate  # `_work` reports on it; a mismatch should not end the run
-    trainer.updater.surrogate = replace(strict, ratio_tolerance=math.inf)
+    strict = trainer.steps.loss  # `_work` reports on it; a mismatch should not end the run
+    trainer.steps.loss = replace(strict, ratio_tolerance=math.inf)
     with phases.watching(
         (policy, "prepare", PREPARE),
         (policy.vae, "decode", DECODE),
         (trainer, "sample", SAMPLE),
         (trainer, "score", SCORE),
-        (trainer, "improve", UPDATE),
-        (trainer, "improve_jointly", UPDATE),
-        (trainer.updater, "measure", UPDATE),
+        (trainer.update, "improve", UPDATE),
     ):
         policy.prepare(prompts)
         once = phases.take()
-        rows = [_rollout(trainer, phases) for _ in plan][1:]
-    trainer.updater.surrogate = strict
+        rows = [_rollout(run, phases) for _ in plan][1:]
+    trainer.steps.loss = strict
     seconds = {name: once[name] for name in (BUILD, PREPARE)}
     for name in (SAMPLE, DECODE, SCORE, UPDATE, REST):
         seconds[name] = median(row[name] for row in rows)
@@ -132,10 +130,10 @@ def _measure(trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
     }
 
 
-def _rollout(trainer: Trainer, phases: Phases) -> dict[str, float]:
+def _rollout(run: Run, phases: Phases) -> dict[str, float]:
     """Seconds by phase of one training step."""
     phases.take()
-    trainer.step()
+    run.step()
     return phases.take()
 
 
@@ -145,7 +143,7 @@ def _work(trainer: Trainer) -> dict[str, Any]:
     batch = max(geometry.sample_batch, geometry.micro_batch)
     rollout = trainer.sample(trainer.sampler.requests(0)[:batch])
     try:
-        trainer.updater.check_ratio(rollout)
+        trainer.steps.check_ratio(rollout)
         verdict = ""
     except TrainingError as error:
         verdict = str(error)
@@ -170,10 +168,10 @@ def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
         trainer.policy.log_probs(part, first)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        with_kl = trainer.updater.surrogate.kl_weight > 0
+        with_kl = trainer.steps.loss.kl_weight > 0
         terms = trainer.policy.log_probs(part, first, with_kl=with_kl)
         torch.autograd.backward([term.sum() for term in terms if term is not None])
-    trainer.updater.optimizer.zero_grad(set_to_none=True)
+    trainer.stepper.optimizer.zero_grad(set_to_none=True)
     return forward, counter.get_total_flops()
 
 

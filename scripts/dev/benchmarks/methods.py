@@ -19,6 +19,7 @@ from moa_diffusion import assembly, tiny
 from moa_diffusion.config import Config, SamplingConfig, TrainerConfig
 from moa_diffusion.objectives.base import combine
 from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.types import ConfigError, ObjectiveStats, RewardMatrix
 from tiny_pipeline.tokenizers import MAX_LENGTH
@@ -68,13 +69,13 @@ def measure_methods(
         load = partial(random_pipeline, SIZES[name])
     steps: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        trainers = {}
+        runs = {}
         for method in methods:
-            trainers[method] = _prepared(load(), method, f"{folder}/{method}", rounds)
-            stack.callback(trainers[method].close)
+            runs[method] = _prepared(load(), method, f"{folder}/{method}", rounds)
+            stack.callback(runs[method][0].close)
         for turn in range(rounds + 1):
-            for method, trainer in trainers.items():
-                seconds = _step(trainer)
+            for method, (run, trainer) in runs.items():
+                seconds = _step(run, trainer)
                 if turn:
                     steps[method].append(seconds)
     layers = {method: _layer(method) for method in methods}
@@ -100,7 +101,7 @@ def measure_methods(
     }
 
 
-def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> Trainer:
+def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> tuple[Run, Trainer]:
     settings = Config(
         sampling=SamplingConfig(
             resolution=pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,
@@ -115,30 +116,29 @@ def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> Trainer:
     settings.objectives.method = method
     settings.policy.max_sequence_length = MAX_LENGTH
     with redirect_stdout(io.StringIO()):  # build reports the geometry
-        trainer = trainer_on(pipeline, settings, folder, HEADS)
+        run, trainer = trainer_on(pipeline, settings, folder, HEADS)
     prompts = [prompt.text for prompt in trainer.sampler.prompts]
     trainer.policy.prepare(prompts)
     for step in range(rounds + 1):
-        trainer.meet(trainer.sampler.requests(step))
-    return trainer
+        trainer.draw_references(trainer.sampler.requests(step))
+    return run, trainer
 
 
-def _step(trainer: Trainer) -> tuple[float, float]:
+def _step(run: Run, trainer: Trainer) -> tuple[float, float]:
     """CPU seconds of a whole step, and of its optimizer steps."""
-    name = "improve_jointly" if trainer.gradients.fused else "improve"
-    improve, spent = getattr(trainer, name), [0.0]
+    take, spent = trainer.steps.take, [0.0]
 
     def timed(*arguments: Any) -> Any:
         start = time.process_time()
-        found = improve(*arguments)
+        metrics = take(*arguments)
         spent[0] = time.process_time() - start
-        return found
+        return metrics
 
-    setattr(trainer, name, timed)
+    vars(trainer.steps)["take"] = timed
     start = time.process_time()
-    trainer.step()
+    run.step()
     seconds = time.process_time() - start
-    delattr(trainer, name)
+    del vars(trainer.steps)["take"]
     return seconds, spent[0]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.trainer import Trainer
 from tiny_pipeline.tokenizers import MAX_LENGTH, clip_tokenizer, t5_tokenizer
 
@@ -141,8 +142,8 @@ def parameter_count(pipeline: Any) -> int:
 
 def trainer_on(
     pipeline: Any, settings: Config, folder: str, rewards: Mapping[str, Any] = CHEAP_HEAD
-) -> Trainer:
-    """The trainer that ``build`` makes of the settings, on this pipeline.
+) -> tuple[Run, Trainer]:
+    """The run that ``assembly`` makes of the settings, on this pipeline, and what learns in it.
 
     Args:
         pipeline: taken over.
@@ -160,9 +161,10 @@ def trainer_on(
         evaluation=replace(settings.evaluation, every=0),
         log=replace(settings.log, trackers=[], scores=False),
     )
-    trainer = assembly.trainer(quiet, pipeline)
-    trainer.progress = trainer.updater.progress = False
-    return trainer
+    run = assembly.trainer(quiet, pipeline)
+    run.progress.bars = False
+    assert isinstance(run.learner, Trainer)
+    return run, run.learner
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from benchmarks.pipelines import BASE, parameter_count, random_pipeline, trainer
 from moa_diffusion import tiny
 from moa_diffusion.config import Config, LossConfig, SamplingConfig, TrainerConfig
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.training.update import PlainUpdate
 from tiny_pipeline.tokenizers import MAX_LENGTH
 
 BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit
@@ -112,8 +114,9 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
         trainers = []
         for number, case in enumerate(cases()):
             settings = case_settings(case, resolution=resolution, length=length)
-            trainers.append(_prepared(load(), settings, f"{folder}/{number}"))
-            stack.callback(trainers[-1].close)
+            run, trainer = _prepared(load(), settings, f"{folder}/{number}")
+            trainers.append(trainer)
+            stack.callback(run.close)
         call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
         call |= {"height": resolution, "width": resolution, "max_sequence_length": length}
         prompts = [request.prompt for request in trainers[0].sampler.requests(0)]
@@ -139,24 +142,25 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def _prepared(pipeline: Any, settings: Config, folder: str) -> Trainer:
-    """A trainer that has encoded the prompts of its first rollout."""
+def _prepared(pipeline: Any, settings: Config, folder: str) -> tuple[Run, Trainer]:
+    """A run whose trainer has encoded the prompts of its first rollout."""
     with redirect_stdout(io.StringIO()):  # build reports the geometry
-        trainer = trainer_on(pipeline, settings, folder)
+        run, trainer = trainer_on(pipeline, settings, folder)
     trainer.policy.prepare([request.prompt for request in trainer.sampler.requests(0)])
-    return trainer
+    return run, trainer
 
 
 def _batch(trainer: Trainer, *, trained: bool) -> None:
     rollout = trainer.sample(trainer.sampler.requests(0))
     if trained:
-        trainer.improve(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
+        assert isinstance(trainer.update, PlainUpdate)
+        trainer.update.descend(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
 
 
 def _watched(
     plain: Any, trainers: Sequence[Trainer], phases: Phases
 ) -> list[tuple[object, str, Label]]:
-    """What is which phase; the rest of ``improve`` is counted as rest."""
+    """What is which phase; the rest of ``descend`` is counted as rest."""
 
     def forward() -> str:
         if torch.is_grad_enabled():
@@ -176,8 +180,8 @@ def _watched(
             (policy, "encode", ENCODE),
             (policy.transformer, "forward", forward),
             (policy.vae, "decode", DECODE),
-            (trainer, "improve", IMPROVE),
-            (trainer.updater, "optimizer_step", OPTIMIZER),
+            (trainer.update, "descend", IMPROVE),
+            (trainer.stepper, "optimizer_step", OPTIMIZER),
         ]
     return targets
 

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from moa_diffusion.distributed import Comm
 from moa_diffusion.files.writing import StorageError, remove
 from moa_diffusion.storage import checkpoint
-from moa_diffusion.training.stepper import Stepper
 
 logger = logging.getLogger(__name__)
+
+
+class Savable(Protocol):
+    """A policy that can write its adapter."""
+
+    def trainable(self) -> Mapping[str, Tensor]:
+        """The trained parameters by name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as its parameters are."""
+        ...
+
+
+class Average(Protocol):
+    """The averaged weights."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Within the block the policy's parameters hold the average."""
+        ...
 
 
 class Saver:
     """Writes checkpoints of a policy and what trains it.
 
     Args:
-        folder: of the run.
-        stepper: has the policy and its averaged weights.
-        state: everything else, when it is asked; equal on every process.
-        comm: collectives over the processes.
-        title: what a round is called.
+        folder: The run's folder.
+        policy: The policy, whose adapter is written twice: as it is, and averaged.
+        ema: Its averaged weights.
+        state: Returns everything else, equal on every process.
+        comm: The collectives over the processes.
+        title: What a round is called.
     """
 
     def __init__(
         self,
         folder: Path,
-        stepper: Stepper,
+        policy: Savable,
+        ema: Average,
         state: Callable[[], dict[str, Any]],
         comm: Comm,
         title: str,
     ) -> None:
-        self.folder, self.stepper, self.state = folder, stepper, state
+        self.folder, self.policy, self.ema, self.state = folder, policy, ema, state
         self.comm, self.title = comm, title
 
     def write(self, target: Path) -> bool:
@@ -49,15 +73,15 @@ class Saver:
         """
         if (target / checkpoint.STATE).is_file():
             return False
-        policy, state = self.stepper.policy, checkpoint.packed(self.state())
-        adapter = sum(parameter.nbytes for parameter in policy.trainable().values())
+        state = checkpoint.packed(self.state())
+        adapter = sum(parameter.nbytes for parameter in self.policy.trainable().values())
         with checkpoint.atomic_folder(
             target, needed=len(state) + 2 * adapter, writer=f"partial-{self.comm.rank}"
         ) as partial:
-            policy.save(partial)
+            self.policy.save(partial)
             (partial / "ema").mkdir()
-            with self.stepper.ema.applied():
-                policy.save(partial / "ema")
+            with self.ema.applied():
+                self.policy.save(partial / "ema")
             (partial / checkpoint.STATE).write_bytes(state)
         return True
 

@@ -1,4 +1,4 @@
-"""The commands of `scripts/rewards.py`: list, check, score, serve."""
+"""The commands of `scripts/heads.py`: list, check, score, serve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rewards.commands.score_folder import ScoreTable, match
 from rewards.serving.server import listen
 from waiting import HANG
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "rewards.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "heads.py"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -43,6 +43,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(str(ended.value.code)), printed.out, printed.err
 
     return start
+
+
+def test_the_old_name_of_the_script_says_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = SCRIPT.with_name("rewards.py")
+    monkeypatch.setattr(sys, "argv", [str(old), "check", "sharpness"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(old), run_name="__main__")
+    printed = capsys.readouterr()
+    assert ended.value.code == 0
+    assert "scripts/rewards.py is now called scripts/heads.py" in printed.err
+    assert "sharpness" in printed.out
 
 
 LOSSLESS = {"webp": {"lossless": True}}  # and JPEG keeps a flat grey

@@ -1,0 +1,272 @@
+"""Writes docs/configuration.md: every key of a configuration and every option, from the code.
+
+`python scripts/dev/configuration.py`, from anywhere. Meanings are those of the docstrings, ranges
+those of `moa_diffusion/config/check.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import DocstringStyle, parse
+
+from moa_diffusion.assembly.methods import METHODS
+from moa_diffusion.config.check import RANGES
+from moa_diffusion.config.schema import (
+    Config,
+    PromptFileConfig,
+    SamplingConfig,
+    WeightedPromptFileConfig,
+)
+from moa_diffusion.objectives.mopo_offline import OfflineSettings
+from moa_diffusion.policies import samplers
+from rewards.heads.ocr.engines import ENGINES
+from rewards.registry import built_in
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+WORDS = {
+    NoneType: "null",
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    Any: "anything",
+}
+SAMPLERS = {"flow_sde": samplers.flow_sde, "cps": samplers.cps}
+OF_ALL = ("objectives", "weights")  # what `rewards` says, and no option
+OF_OCR = ("detect", "detection_side")  # options of the head `ocr`, and none of its engines
+HEAD = """\
+# Configuration
+
+Every key of a YAML file and every option of methods, reward heads and OCR engines. This page is
+written by `python scripts/dev/configuration.py` from the docstrings in the code, and a test says
+when it is not up to date: change the docstrings, not this page.
+
+A key is set in the YAML file, or on the command line by its dotted path: `--trainer.steps 200`.
+`--print_config` shows the whole configuration, and an unknown key is an error that names the
+nearest one. [methods.md](methods.md) says when to use which method, [rewards.md](rewards.md) what
+each reward measures.
+"""
+REWARDS = """\
+Besides the options of its head, listed [below](#reward-heads), every reward has these:
+
+| option | type | default | meaning |
+|---|---|---|---|
+| `weight` | number | `1` | Weight of the objective in methods with fixed weights; a negative one \
+minimises the reward. |
+| `head` | text | the reward's name | Name of the head; with it, two rewards may use one head with \
+different options. |
+| `path` | text | - | Import path or file of a function or class of your own, such as \
+`my_module:my_reward` or `my_rewards.py:my_reward`; instead of `head`. |
+| `per_image` | true or false | `false` | For a function that is not registered: whether it scores \
+one sample and not a batch. |
+| `concurrency` | integer | `8` | For an `async` function of one sample: how many samples are \
+awaited at a time. |
+"""
+
+
+def type_of(hint: Any) -> str:
+    """Return a type in the words of a YAML file."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        names = ", ".join(field.name for field in dataclasses.fields(hint))
+        return f"{{{names}}}"
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(map(type_of, inner))
+    if origin in (list, tuple) or (inner and issubclass(origin or object, Sequence)):
+        return f"list of {type_of(inner[0])}"
+    if origin is dict or (inner and issubclass(origin or object, Mapping)):
+        return f"mapping of names to {type_of(inner[1])}"
+    return WORDS[hint]
+
+
+def shown(value: Any) -> str:
+    """Return a default as YAML has it; a dash where there is none."""
+    if value in (inspect.Parameter.empty, dataclasses.MISSING):
+        return "-"
+    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
+        return f"`{value:.1e}`".replace("e-0", "e-").replace("e+0", "e+")
+    if isinstance(value, float) and value.is_integer():
+        return f"`{int(value)}`"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) or not value else f"`{value}`"
+
+
+def sentence(text: str | None) -> str:
+    """Return a docstring's text in one line of Markdown."""
+    return re.sub(r"\s+", " ", text or "").strip().replace("``", "`")
+
+
+def row(*cells: str) -> str:
+    """Return a row of a table."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[str, str]:
+    """Return what a class's docstring says of each parameter.
+
+    Args:
+        kind: The class.
+        without: Parameters that need no description.
+
+    Raises:
+        ValueError: If one that the class has is not described.
+    """
+    documented = parse(inspect.getdoc(kind) or "", style=DocstringStyle.GOOGLE)
+    found = {one.arg_name: sentence(one.description) for one in documented.params}
+    for name in inspect.signature(kind).parameters:
+        if name not in found and name not in without:
+            raise ValueError(f"The docstring of {kind.__qualname__} should describe `{name}`.")
+    return found
+
+
+def summary(kind: object) -> str:
+    """Return the first sentence of a docstring."""
+    return sentence(parse(inspect.getdoc(kind) or "").short_description)
+
+
+def keys(kind: Any, prefix: str = "") -> list[str]:
+    """Return the rows of a section's keys, those of its own sections included."""
+    rows, hints, said = [], get_type_hints(kind), meanings(kind)
+    for field in dataclasses.fields(kind):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            rows += keys(hint, f"{key}.")
+            continue
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        allowed = RANGES[key].words if key in RANGES else ""
+        rows.append(row(f"`{key}`", type_of(hint), shown(default), allowed, said[field.name]))
+    return rows
+
+
+def options(kind: Callable[..., Any], without: Collection[str] = OF_ALL) -> list[str]:
+    """Return a table of a class's options; a line that says so if it has none.
+
+    Args:
+        kind: The class; its parameters are its options.
+        without: Parameters that are no options.
+    """
+    said, hints = meanings(kind, without), get_type_hints(kind.__init__)
+    rows = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in without:
+            continue
+        default = parameter.default
+        rows.append(row(f"`{name}`", type_of(hints[name]), shown(default), said[name]))
+    if not rows:
+        return ["It has no options."]
+    return ["| option | type | default | meaning |", "|---|---|---|---|", *rows]
+
+
+def chapter(level: int, title: str, *parts: str | list[str]) -> str:
+    """Return a heading and what follows it, with empty lines between."""
+    texts = ["\n".join(part) if isinstance(part, list) else part for part in parts]
+    return "\n\n".join([f"{'#' * level} {title}", *texts])
+
+
+def sections() -> list[str]:
+    """Return a chapter for the keys at the top, and one for each section."""
+    hints, said = get_type_hints(Config), meanings(Config)
+    header = ["| key | type | default | range | meaning |", "|---|---|---|---|---|"]
+    rows = keys(Config)
+    found = []
+    for name, hint in hints.items():
+        own = [line for line in rows if line.startswith(f"| `{name}.")]
+        if name == "rewards":
+            found.append(chapter(3, "`rewards`", said[name], REWARDS.strip()))
+        elif dataclasses.is_dataclass(hint):
+            found.append(chapter(3, f"`{name}`", description(hint), header + own))
+    top = [line for line in rows if "." not in line.split("`")[1] and "`rewards`" not in line]
+    return [chapter(3, "The run", header + top), *found]
+
+
+def description(kind: Any) -> str:
+    """Return all that a docstring says before its parameters."""
+    documented = parse(inspect.getdoc(kind) or "", style=DocstringStyle.GOOGLE)
+    long = (documented.long_description or "").replace("``", "`")
+    return "\n\n".join(filter(None, (sentence(documented.short_description), long)))
+
+
+def page() -> str:
+    """Return the whole page."""
+    files = [
+        chapter(3, title, description(kind), options(kind))
+        for title, kind in (
+            ("An entry of `prompts.train`", WeightedPromptFileConfig),
+            ("An entry of `prompts.heldout`", PromptFileConfig),
+        )
+    ]
+    table = ["| method | normalizer | weighting | fixed by the name |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        fixed = [f"`{key}: {json.dumps(value)}`" for key, value in method.options.items()]
+        ends = (link(method.normalizer), link(method.weighting))
+        table.append(row(f"`{name}`", *ends, ", ".join(fixed)))
+    kinds = ["| sampler | what it is |", "|---|---|"]
+    if set(SAMPLERS) != set(get_args(get_type_hints(SamplingConfig)["sampler"])):
+        raise ValueError("SAMPLERS should have the names that `sampling.sampler` may have.")
+    kinds += [row(f"`{name}`", summary(step)) for name, step in SAMPLERS.items()]
+    normalizers = dict.fromkeys(method.normalizer for method in METHODS.values())
+    weightings = dict.fromkeys(method.weighting for method in METHODS.values())
+    classes = [chapter(3, kind.__name__, summary(kind), options(kind)) for kind in normalizers]
+    heads = [
+        chapter(3, f"`{name}`", summary(target), options(target))
+        for name, target in built_in().items()
+    ]
+    return (
+        "\n\n".join(
+            [
+                HEAD.strip(),
+                chapter(2, "Keys"),
+                *sections(),
+                *files,
+                chapter(2, "Methods", "`objectives.method` names a row of this table.", table),
+                chapter(2, "Options of normalizers", "They stand under `objectives.normalizer`."),
+                *classes,
+                chapter(2, "Options of weightings", "They stand under `objectives.weighting`."),
+                *(chapter(3, kind.__name__, summary(kind), options(kind)) for kind in weightings),
+                chapter(
+                    3,
+                    "Offline MOPO",
+                    "With `preferences`, `mopo` has the options `primary` and `bounds` of "
+                    "[Mopo](#mopo) and these:",
+                    options(OfflineSettings),
+                ),
+                chapter(2, "Samplers", "`sampling.sampler` names a row of this table.", kinds),
+                chapter(
+                    2, "Reward heads", "Options stand beside `weight` under the reward's name."
+                ),
+                *heads,
+                chapter(2, "OCR engines", "They stand under `engine_options` of the head `ocr`."),
+                *(
+                    chapter(3, f"Engine `{name}`", summary(kind), options(kind, OF_OCR))
+                    for name, kind in ENGINES.items()
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
+def link(kind: type[Any]) -> str:
+    """Return a link to the chapter of a normalizer or weighting."""
+    return f"[{kind.__name__}](#{kind.__name__.lower()})"
+
+
+def main() -> int:
+    """Write the page if it is not up to date."""
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
