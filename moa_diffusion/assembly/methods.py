@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.assembly.construct import construct, nearest
+from moa_diffusion.assembly.construct import construct
 from moa_diffusion.config import Config
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
@@ -69,7 +70,7 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
     method = settings.objectives.method
     if method not in METHODS:
         raise ConfigError(
-            f"objectives.method: unknown method {method!r}.{nearest(method, METHODS)} "
+            f"objectives.method: unknown method {method!r}.{did_you_mean(method, METHODS)} "
             f"Known: {', '.join(METHODS)}."
         )
     chosen, names = METHODS[method], tuple(settings.rewards)

@@ -151,7 +151,7 @@ def _pictures(
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_xlabel(
-                "  ".join(_short(score) for score in scores[:, i].tolist()), fontsize=8
+                "  ".join(_score_text(score) for score in scores[:, i].tolist()), fontsize=8
             )
             if number == 0:
                 words = asked[i].prompt.split()
@@ -161,7 +161,7 @@ def _pictures(
     figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
 
 
-def _short(score: float) -> str:
+def _score_text(score: float) -> str:
     if score != score:
         return "-"
     return f"{score:.2f}" if abs(score) < 10 else f"{score:.0f}"
