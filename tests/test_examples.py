@@ -181,7 +181,7 @@ def test_an_example_of_yaml_can_be_run(
             assembly.heads(settings, section)
     if not settings.preferences.given:
         _, weighting = assembly.objectives(settings)
-        assembly.gradients(settings, weighting)
+        assembly.is_fused(settings, weighting)  # checks what the weighting can do
         check_ppo(settings)
 
 
