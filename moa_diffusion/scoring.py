@@ -36,7 +36,7 @@ Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What ``Scorer.survey`` found for M requests."""
+    """Scores of M requests, as ``Scorer.survey`` returns them."""
 
     values: Tensor  # [M, K] float64, equal on every process
     extra: list[Extra]  # M, equal on every process
@@ -106,12 +106,12 @@ class Scorer:
             }
         first, *others = self.comm.gather_objects([facts])
         with agreed(self.comm):
-            for rank, found in enumerate(others, start=1):
+            for rank, other in enumerate(others, start=1):
                 for name in self.names:
-                    if found[name] != first[name]:
+                    if other[name] != first[name]:
                         raise RewardError(
                             f"Processes 0 and {rank} score differently: {first[name]} and "
-                            f"{found[name]}.",
+                            f"{other[name]}.",
                             head=name,
                         )
         return facts

@@ -239,7 +239,7 @@ def _check_call(
 
 
 def _check_settings(settings: Config) -> None:
-    """What every run needs, found out before the first begins."""
+    """Check what every run needs, before the first begins."""
     options = settings.evaluation
     if not options.every:
         raise ConfigError(
@@ -266,8 +266,8 @@ def _check_unchanged(run: PlannedRun) -> None:
     """Compare with what an earlier call began."""
     saved = run.folder / "config.yaml"
     if not saved.is_file():
-        found = [path for path in run.folder.rglob("*") if path.is_file()]
-        if found or run.folder.is_file():
+        files = [path for path in run.folder.rglob("*") if path.is_file()]
+        if files or run.folder.is_file():
             raise ConfigError(
                 f"--output: `{run.folder}` should be a run of this comparison. Found no "
                 "config.yaml in it."
