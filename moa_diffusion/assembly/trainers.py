@@ -318,7 +318,7 @@ def update(
         policy=model,
         stepper=stepper(settings, model, accelerator),
         geometry=geometry,
-        loss=settings.loss,
+        settings=settings.loss,
         progress=progress,
         seed=settings.seed,
     )

@@ -90,7 +90,7 @@ def steps_of(
             max_sample_batch=8,
             max_micro_batch=micro,
         ),
-        loss=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
         progress=Progress(comm, bars=False),
         seed=0,
     )
