@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,18 @@ def test_the_root_holds_three_modules_and_a_folder_fifteen() -> None:
             counts[path.parent] = counts.get(path.parent, 0) + 1
     assert counts[ROOT / "moa_diffusion"] <= 3
     assert {str(path): count for path, count in counts.items() if count > 15} == {}
+
+
+ROOMS = sorted(
+    name for name, path in MODULES.items() if path.name == "__init__.py" and name.count(".") == 1
+)
+
+
+@pytest.mark.parametrize("room", [name for name in ROOMS if name.startswith("moa_diffusion.")])
+def test_a_room_says_what_it_offers(room: str) -> None:
+    module = importlib.import_module(room)
+    assert module.__doc__ and module.__all__
+    assert [name for name in module.__all__ if name not in vars(module)] == []
 
 
 def test_the_embedded_models_lie_beside_their_rules_alone() -> None:

@@ -75,6 +75,15 @@ def test_the_packages_load_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_package_alone_loads_not_even_torch() -> None:
+    """What has only to be told of a wrong option should not wait for it."""
+    code = "import sys, moa_diffusion; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_is_short_and_has_a_main(script: Path) -> None:
     source = script.read_text()

@@ -5,13 +5,20 @@ jsonargparse. Nothing here builds anything: classes take flat keyword arguments 
 a configuration.
 """
 
-from moa_diffusion.config.check import check as check
-from moa_diffusion.config.parse import from_dict as from_dict
-from moa_diffusion.config.parse import load as load
-from moa_diffusion.config.parse import parse as parse
-from moa_diffusion.config.parse import to_yaml as to_yaml
-from moa_diffusion.config.places import traces as traces
-from moa_diffusion.config.schema import Config as Config
-from moa_diffusion.config.schema import LossConfig as LossConfig
-from moa_diffusion.config.schema import SamplingConfig as SamplingConfig
-from moa_diffusion.config.schema import TrainerConfig as TrainerConfig
+from moa_diffusion.config.check import check
+from moa_diffusion.config.parse import from_dict, load, parse, to_yaml
+from moa_diffusion.config.places import traces
+from moa_diffusion.config.schema import Config, LossConfig, SamplingConfig, TrainerConfig
+
+__all__ = [
+    "Config",
+    "LossConfig",
+    "SamplingConfig",
+    "TrainerConfig",
+    "check",
+    "from_dict",
+    "load",
+    "parse",
+    "to_yaml",
+    "traces",
+]

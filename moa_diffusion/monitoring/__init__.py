@@ -1,1 +1,13 @@
 """What watches a run: held-out evaluation, drift, alarms."""
+
+from moa_diffusion.monitoring.alarm import Alarm, Watch
+from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
+from moa_diffusion.monitoring.lessons import Lessons
+
+__all__ = [
+    "Alarm",
+    "Evaluation",
+    "HeldOut",
+    "Lessons",
+    "Watch",
+]

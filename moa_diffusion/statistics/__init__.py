@@ -1,1 +1,38 @@
 """Pure functions of numbers."""
+
+from moa_diffusion.statistics.bootstrap import (
+    Estimate,
+    estimate,
+    prompt_sums,
+    resample,
+    resampled_means,
+)
+from moa_diffusion.statistics.groups import (
+    group_centred,
+    group_moments,
+    mean_and_error,
+    rms_group_std,
+    same_prompt,
+    spread_within,
+    zero_variance_fraction,
+)
+from moa_diffusion.statistics.pareto import crowding, hypervolumes, nondominated, spread_out
+
+__all__ = [
+    "Estimate",
+    "crowding",
+    "estimate",
+    "group_centred",
+    "group_moments",
+    "hypervolumes",
+    "mean_and_error",
+    "nondominated",
+    "prompt_sums",
+    "resample",
+    "resampled_means",
+    "rms_group_std",
+    "same_prompt",
+    "spread_out",
+    "spread_within",
+    "zero_variance_fraction",
+]

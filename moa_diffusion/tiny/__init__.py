@@ -13,3 +13,5 @@ PROMPTS_PATH = Path(__file__).parent / "prompts"
 LM_PATH = Path(__file__).parent / "lm"
 TRAITS_PATH = Path(__file__).parent / "traits"
 PREFERENCES_PATH = Path(__file__).parent / "preferences" / "letters.jsonl"
+
+__all__ = ["LM_PATH", "PIPELINE_PATH", "PREFERENCES_PATH", "PROMPTS_PATH", "TRAITS_PATH"]
