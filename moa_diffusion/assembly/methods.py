@@ -24,7 +24,7 @@ from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, R
 from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.objectives.win_rate import WinRate
-from moa_diffusion.policies.samplers import SAMPLERS, Sampler
+from moa_diffusion.policies.samplers import SAMPLERS, StochasticSampler
 from moa_diffusion.storage import calibration_file
 from moa_diffusion.types import ConfigError
 from rewards.source import source_of
@@ -91,7 +91,7 @@ def method_of(settings: Config) -> Method:
     return method
 
 
-def sampler_of(settings: Config) -> Sampler:
+def sampler_of(settings: Config) -> StochasticSampler:
     """The stochastic step that is chosen, by name or import path.
 
     Raises:
@@ -100,10 +100,10 @@ def sampler_of(settings: Config) -> Sampler:
     name = settings.sampling.sampler
     if name in SAMPLERS:
         return SAMPLERS[name]
-    sampler: Sampler = _import("sampling.sampler", name, "sampler")
+    sampler: StochasticSampler = _import("sampling.sampler", name, "sampler")
     if not callable(sampler) or isinstance(sampler, type):
         raise ConfigError(
-            f"sampling.sampler: should name a function, see Sampler of "
+            f"sampling.sampler: should name a function, see StochasticSampler of "
             f"moa_diffusion.policies.samplers. Found {sampler!r}."
         )
     return sampler

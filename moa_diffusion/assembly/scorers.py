@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moa_diffusion.config import Config
@@ -13,6 +14,7 @@ from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring import alarm
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import (
     RewardError,
@@ -69,16 +71,25 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
     return built
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunScorers:
+    """What scores in a run, and what evaluations have scored."""
+
+    heldout: tuple[Request, ...]  # what evaluations draw; empty for none
+    everyone: Scorer  # all heads, those included that nobody trains on
+    training: Scorer  # the heads of the objectives
+
+
 def scorers(
-    settings: Config, comm: Comm, *, trained: Sequence[Prompt], asked: Sequence[Request]
-) -> tuple[Scorer, Scorer]:
-    """What runs all heads, held-out ones included, and what runs those of the objectives.
+    settings: Config, comm: Comm, *, trained: Sequence[Prompt], heldout: Sequence[Request]
+) -> RunScorers:
+    """Make the reward heads, and what runs them.
 
     Args:
-        settings: the configuration.
-        comm: collectives over the processes.
-        trained: prompts that the objectives are scored on.
-        asked: what evaluations draw.
+        settings: The configuration.
+        comm: The collectives over the processes.
+        trained: The prompts that the objectives are scored on.
+        heldout: What evaluations draw.
 
     Raises:
         ConfigError: as ``heads``, or if a head cannot use the prompts.
@@ -86,11 +97,14 @@ def scorers(
     options = {"overlap": settings.scoring.overlap, "offload": settings.scoring.offload}
     training = heads(settings)
     watched = heads(settings, "evaluation.rewards")
-    everyone = training | watched
-    drawn = [Prompt(text=request.prompt, metadata=request.metadata) for request in asked]
-    check_judged("rewards", training, [*trained, *drawn])
-    check_judged("evaluation.rewards", watched, drawn)
-    return Scorer(everyone, comm, **options), Scorer(training, comm, **options)
+    prompts = [Prompt(text=request.prompt, metadata=request.metadata) for request in heldout]
+    check_judged("rewards", training, [*trained, *prompts])
+    check_judged("evaluation.rewards", watched, prompts)
+    return RunScorers(
+        heldout=tuple(heldout),
+        everyone=Scorer(training | watched, comm, **options),
+        training=Scorer(training, comm, **options),
+    )
 
 
 def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
@@ -111,49 +125,56 @@ def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequen
             raise ConfigError(f"{section}.{name}: {error.cause}") from error
 
 
-def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
+def watcher(settings: Config, heldout: Sequence[Request]) -> Watch:
     """What looks at the evaluations for rewards that are being gamed.
 
     Args:
-        settings: the configuration.
-        asked: what evaluations draw.
+        settings: The configuration.
+        heldout: What evaluations draw.
 
     Raises:
         ConfigError: if the rules cannot be kept.
     """
-    rules, heldout = settings.alarm, tuple(settings.evaluation.rewards)
+    names = tuple(settings.evaluation.rewards)
     try:
         alarm.check(
-            rules,
-            heldout if asked else (),
+            settings.alarm,
+            names if heldout else (),
             kl_weight=settings.loss.kl_weight,
-            prompts=len({request.prompt for request in asked}),
+            prompts=len({request.prompt for request in heldout}),
         )
     except ValueError as error:
         raise ConfigError(f"alarm: {error}") from error
-    return Watch(tuple(settings.rewards), heldout, rules)
+    return Watch(tuple(settings.rewards), names, settings.alarm)
 
 
 def evaluation(
     settings: Config,
-    asked: Sequence[Request],
-    model: Policy,
-    everyone: Scorer,
-    training: Scorer,
-    comm: Comm,
+    scorers: RunScorers,
+    *,
+    policy: Policy,
     log: RunLog,
     batch: int,
-    progress: bool,
+    progress: Progress,
 ) -> HeldOut | None:
-    """The evaluation during training; None if nothing is asked, or nobody answers."""
-    if not asked or not everyone.names:
+    """The evaluation during training; None if nothing is drawn, or no head scores it.
+
+    Args:
+        settings: The configuration.
+        scorers: What scores, and what is drawn.
+        policy: The policy, which draws.
+        log: Where every sample's rewards go.
+        batch: Samples per forward pass.
+        progress: How far the run is.
+    """
+    if not scorers.heldout or not scorers.everyone.names:
         return None
     return HeldOut(
-        asked,
-        policy=model,
-        scorer=everyone,
-        training=training,
-        comm=comm,
+        scorers.heldout,
+        policy=policy,
+        scorer=scorers.everyone,
+        training=scorers.training,
+        comm=progress.comm,
         batch=batch,
         log=log,
         folder=Path(settings.output_dir),
@@ -168,5 +189,5 @@ def evaluation(
         shown=settings.evaluation.pictures,
         # Offline nothing is drawn as rollouts are, so there is nothing to compare with.
         as_rollouts=0 if settings.preferences.given else settings.evaluation.rollout_images,
-        progress=progress,
+        progress=progress.bars,
     )

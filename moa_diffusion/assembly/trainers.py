@@ -26,7 +26,7 @@ from moa_diffusion.assembly.models import (
 )
 from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, run_folder, run_log, start_over, write_config
-from moa_diffusion.assembly.scorers import evaluation, scorers, watcher
+from moa_diffusion.assembly.scorers import RunScorers, evaluation, scorers, watcher
 from moa_diffusion.config import Config
 from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
@@ -34,7 +34,6 @@ from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
 from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.alarm import Watch
-from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
@@ -116,12 +115,12 @@ def _trainer(
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     trained = [prompt for part in prompts.sets for prompt in part.prompts]
-    everyone, scorer = scorers(settings, comm, trained=trained, asked=requests)
+    judges = scorers(settings, comm, trained=trained, heldout=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
     learner = Trainer(
-        scorer=scorer,
+        scorer=judges.training,
         sampler=GroupSampler(
             prompts,
             groups=geometry.groups,
@@ -136,18 +135,7 @@ def _trainer(
         log=log,
         critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    heldout = evaluation(
-        settings,
-        requests,
-        model,
-        everyone,
-        scorer,
-        comm,
-        log,
-        geometry.sample_batch,
-        progress.bars,
-    )
-    run = _run(settings, learner, heldout, watch, log)
+    run = _run(settings, learner, judges, watch, log, geometry.sample_batch)
     _begin(settings, run, resumed, accelerator, agree)
     return run
 
@@ -202,7 +190,7 @@ def _offline_trainer(
             f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    everyone, scorer = scorers(settings, comm, trained=(), asked=requests)
+    judges = scorers(settings, comm, trained=(), heldout=requests)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
@@ -221,25 +209,18 @@ def _offline_trainer(
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
     )
-    heldout = evaluation(
-        settings,
-        requests,
-        model,
-        everyone,
-        scorer,
-        comm,
-        log,
-        settings.trainer.sample_batch,
-        progress.bars,
-    )
-    run = _run(settings, learner, heldout, watch, log)
+    run = _run(settings, learner, judges, watch, log, settings.trainer.sample_batch)
     _begin(settings, run, resumed, accelerator, agree)
     return run
 
 
 def _run(
-    settings: Config, learner: Learner, heldout: HeldOut | None, watch: Watch, log: RunLog
+    settings: Config, learner: Learner, judges: RunScorers, watch: Watch, log: RunLog, batch: int
 ) -> Run:
+    """The run around a learner; evaluations draw ``batch`` samples at a time."""
+    heldout = evaluation(
+        settings, judges, policy=learner.policy, log=log, batch=batch, progress=learner.progress
+    )
     return Run(
         learner,
         length=settings.trainer,
@@ -319,7 +300,7 @@ def update(
         policy=model,
         stepper=stepper(settings, model, accelerator),
         geometry=geometry,
-        loss=settings.loss,
+        settings=settings.loss,
         progress=progress,
         seed=settings.seed,
     )

@@ -3,11 +3,13 @@
 from moa_diffusion.monitoring.alarm import Alarm, Watch
 from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
 from moa_diffusion.monitoring.lessons import Lessons
+from moa_diffusion.monitoring.progress import Progress
 
 __all__ = [
     "Alarm",
     "Evaluation",
     "HeldOut",
     "Lessons",
+    "Progress",
     "Watch",
 ]

@@ -197,7 +197,7 @@ def cps(s: float, s_next: float, *, noise_level: float, s_second: float = 1.0) -
     return Step(1 - s_next + keep, v, std, s - s_next, unscaled=True)
 
 
-class Sampler(Protocol):
+class StochasticSampler(Protocol):
     """A kind of stochastic step: a function of two neighbouring sigmas of the schedule."""
 
     def __call__(self, s: float, s_next: float, *, noise_level: float, s_second: float) -> Step:
@@ -212,7 +212,7 @@ class Sampler(Protocol):
         ...
 
 
-SAMPLERS: dict[str, Sampler] = {"flow_sde": flow_sde, "cps": cps}
+SAMPLERS: dict[str, StochasticSampler] = {"flow_sde": flow_sde, "cps": cps}
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

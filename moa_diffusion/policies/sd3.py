@@ -196,7 +196,7 @@ class SD3Policy:
         seed: int,
         source: str = "",
         turn: tuple[int, int] = (0, 1),
-        sampler: samplers.Sampler | None = None,
+        sampler: samplers.StochasticSampler | None = None,
     ) -> None:
         self.settings, self.sampling, self.evaluation = settings, sampling, evaluation
         self.sampler = samplers.SAMPLERS[sampling.sampler] if sampler is None else sampler

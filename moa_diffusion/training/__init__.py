@@ -2,20 +2,25 @@
 
 from moa_diffusion.training.critic import Critic
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loop import Run
+from moa_diffusion.training.loop import Learner, Run
 from moa_diffusion.training.loss import clipped_surrogate
 from moa_diffusion.training.offline import OfflineTrainer
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.trainer import Trainer
+from moa_diffusion.training.update import PlainUpdate
 
 __all__ = [
     "EMA",
     "Critic",
+    "FusedUpdate",
     "Geometry",
+    "Learner",
     "ObjectiveGradients",
     "OfflineTrainer",
+    "PlainUpdate",
     "Run",
     "Trainer",
     "TrainingError",

@@ -64,7 +64,7 @@ class _ObjectiveRows:
 
     def __init__(self, steps: RolloutSteps, objectives: Scalarization, kl_scale: float) -> None:
         self._steps, self._objectives = steps, objectives
-        self._beta = steps.loss.kl_weight * kl_scale
+        self._beta = steps.settings.kl_weight * kl_scale
         local = objectives.local_advantages().clamp(-objectives.clip, objectives.clip)  # [K, n]
         self._advantages = local.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(local))
@@ -73,7 +73,8 @@ class _ObjectiveRows:
 
     def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
         """Add every objective's gradient to its own row, and that of the KL to ``.grad``."""
-        policy, loss, stepper = self._steps.policy, self._steps.loss, self._steps.stepper
+        policy, stepper = self._steps.policy, self._steps.stepper
+        clip_range = self._steps.settings.clip_range
         advantages = take(self._advantages, index).T  # [K, m]
         with_kl = self._beta > 0
         nonzero = advantages != 0  # [K, m]
@@ -81,7 +82,7 @@ class _ObjectiveRows:
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
             new, kl = policy.log_probs(part, chunk, with_kl=with_kl)
-            coefficients = surrogate_coefficients(new, old, advantages, loss.clip_range)
+            coefficients = surrogate_coefficients(new, old, advantages, clip_range)
             coefficients = torch.where(mask, coefficients, 0.0)  # [K, m, t]
             self._rows.backward(
                 new,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_diffusion.data.prompt_files import Prompt as Prompt
-from moa_diffusion.data.prompt_files import read_prompts as read_prompts
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.types import ConfigError
 

@@ -50,7 +50,7 @@ class RolloutSteps:
         policy: The policy, which gives log-probabilities.
         stepper: Takes one optimizer step on summed gradients.
         geometry: How a rollout is cut into minibatches and micro-batches.
-        loss: Settings of the loss; its tolerance is that of the on-policy check.
+        settings: The section ``loss``; its tolerance is that of the on-policy check.
         progress: How far the run is; the number of the rollout decides the order of the samples.
         seed: The run's seed, which the order of the samples depends on.
     """
@@ -61,12 +61,12 @@ class RolloutSteps:
         policy: Policy,
         stepper: Stepper,
         geometry: Geometry,
-        loss: LossConfig,
+        settings: LossConfig,
         progress: Progress,
         seed: int,
     ) -> None:
         self.policy, self.stepper, self.geometry = policy, stepper, geometry
-        self.loss, self.progress, self.seed = loss, progress, seed
+        self.settings, self.progress, self.seed = settings, progress, seed
         self.comm = progress.comm
         self._checked: set[int] = set()  # decisions that were on-policy when first drawn
         self._off_policy = False  # whether a rollout that was not on-policy has been reported
@@ -123,19 +123,19 @@ class RolloutSteps:
         return {
             "policy/clip_fraction": clipped / decisions,
             "policy/ratio_gap": gap,
-            **({"policy/kl": kl / decisions} if self.loss.kl_weight else {}),
+            **({"policy/kl": kl / decisions} if self.settings.kl_weight else {}),
             **self.stepper.step_metrics(norms),
         }
 
     def _report_gap(self, gap: float) -> None:
         """Report, once, if a rollout was not on-policy though the check had passed."""
-        if not gap <= self.loss.tolerance and not self._off_policy:
+        if not gap <= self.settings.tolerance and not self._off_policy:
             self._off_policy = True
             logger.warning(
                 "Log-probs recomputed for training differ from those of sampling by up to %.2e "
                 "before any update (`loss.ratio_tolerance` is %.0e): part of what the clip sees is "
                 "rounding. `policy/ratio_gap` follows it.",
-                *(gap, self.loss.tolerance),
+                *(gap, self.settings.tolerance),
             )
 
     @torch.no_grad()
@@ -174,11 +174,11 @@ class RolloutSteps:
             gap[steps] = ((again - part.log_probs[:, steps]).abs() * part.mask[:, steps]).amax(0)
         worst = float(gap.max()) if gap.isfinite().all() else math.inf
         worst = float(self.comm.gather(torch.tensor([worst])).max())
-        if worst > self.loss.tolerance:
+        if worst > self.settings.tolerance:
             raise TrainingError(
                 "The policy is not on-policy: before any update of this rollout, log-probs "
                 f"recomputed for training differ from those of sampling by up to {worst:.2e} "
-                f"(tolerance {self.loss.tolerance:.0e}, `loss.ratio_tolerance`). Likely "
+                f"(tolerance {self.settings.tolerance:.0e}, `loss.ratio_tolerance`). Likely "
                 "causes: a half-precision kernel that depends on the batch size (make "
                 "`trainer.sample_batch` equal `trainer.micro_batch` times `policy.step_batch`), "
                 "dropout that is active, or latents rounded between sampling and training. By "

@@ -224,7 +224,7 @@ class Trainer:
             step=self.progress.completed,
             estimates=estimates,
             advantages=advantages,
-            clip=self.steps.loss.advantage_clip,
+            clip=self.steps.settings.advantage_clip,
         )
 
     def record(

@@ -297,22 +297,23 @@ class _Surrogate:
     """The clipped surrogate of one advantage, plus KL: a ``MinibatchLoss``."""
 
     def __init__(self, steps: RolloutSteps, advantage: Tensor, kl_scale: float) -> None:
-        self._steps, self._beta = steps, steps.loss.kl_weight * kl_scale
+        self._steps, self._beta = steps, steps.settings.kl_weight * kl_scale
         self._advantage = advantage.to(steps.stepper.device, torch.float32)
 
     def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
-        policy, loss, scaler = self._steps.policy, self._steps.loss, self._steps.stepper.scaler
+        policy, settings = self._steps.policy, self._steps.settings
+        scaler = self._steps.stepper.scaler
         own = take(self._advantage, index)  # [m], or [m, T]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
-            new, kl = policy.log_probs(part, chunk, with_kl=loss.kl_weight > 0)
+            new, kl = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
             advantage = own if own.ndim == 1 else own[:, chunk]
-            losses = clipped_surrogate(new, old, advantage, loss.clip_range)  # [m, t]
+            losses = clipped_surrogate(new, old, advantage, settings.clip_range)  # [m, t]
             if kl is not None:
                 losses = losses + self._beta * kl
             torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
-            clipped = clip_fraction(new.detach(), old, advantage, loss.clip_range)
+            clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
             sums.append(pass_sums(mask, new - old, clipped, kl))
         return torch.stack(sums)
 

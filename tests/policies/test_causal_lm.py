@@ -612,7 +612,7 @@ def steps_of(policy: CausalLMPolicy, *, kl_weight: float = 0.0) -> RolloutSteps:
             max_sample_batch=32,
             max_micro_batch=8,
         ),
-        loss=LossConfig(clip_range=0.2, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        settings=LossConfig(clip_range=0.2, kl_weight=kl_weight, ratio_tolerance=1e-4),
         progress=Progress(LocalComm(), bars=False),
         seed=0,
     )

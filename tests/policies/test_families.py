@@ -202,7 +202,7 @@ def steps_of(policy: Any) -> RolloutSteps:
             max_sample_batch=4,
             max_micro_batch=4,
         ),
-        loss=LossConfig(clip_range=0.2, ratio_tolerance=1e-4),
+        settings=LossConfig(clip_range=0.2, ratio_tolerance=1e-4),
         progress=Progress(LocalComm(), bars=False),
         seed=0,
     )

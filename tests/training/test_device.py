@@ -213,7 +213,7 @@ def steps_of(
             max_sample_batch=4,
             max_micro_batch=micro,
         ),
-        loss=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1.0),
+        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1.0),
         progress=Progress(LocalComm(), bars=False),
         seed=0,
     )

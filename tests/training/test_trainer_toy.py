@@ -1148,9 +1148,9 @@ def test_what_cannot_be_built_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_half_the_clip_range_is_the_tolerance_by_default(tmp_path):
-    assert make(tmp_path / "a", loss__clip_range=1e-3).learner.steps.loss.tolerance == 5e-4
+    assert make(tmp_path / "a", loss__clip_range=1e-3).learner.steps.settings.tolerance == 5e-4
     told = make(tmp_path / "b", loss__clip_range=1e-3, loss__ratio_tolerance=1e-5)
-    assert told.learner.steps.loss.tolerance == 1e-5
+    assert told.learner.steps.settings.tolerance == 1e-5
 
 
 def test_a_checkpoint_is_written_at_the_end_in_any_case(tmp_path):

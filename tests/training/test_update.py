@@ -18,16 +18,19 @@ from moa_diffusion import tiny
 from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import Comm, LocalComm
 from moa_diffusion.monitoring.progress import Progress
+from moa_diffusion.objectives.base import Weighting
+from moa_diffusion.objectives.normalize import DualStage
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
+from moa_diffusion.training.critic import Estimates
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.loss import surrogate_coefficients
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.training.steps import RolloutSteps
-from moa_diffusion.training.update import Improvement, NoProbe, PlainUpdate, Probe
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.training.update import Improvement, NoProbe, PlainUpdate, Probe, Scalarization
+from moa_diffusion.types import ObjectiveStats, Request, RewardMatrix, Rollout
 
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 LR = 100.0  # so that a step is far larger than rounding
@@ -90,7 +93,7 @@ def steps_of(
             max_sample_batch=8,
             max_micro_batch=micro,
         ),
-        loss=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
         progress=Progress(comm, bars=False),
         seed=0,
     )
@@ -343,3 +346,130 @@ def test_rows_of_another_sample_are_noticed_before_they_are_used(policy: Any, mo
     assert torch.equal(values(policy), before)
     layer.forward = product
     update.check(rollout, 4)
+
+
+# ---------------------------------------------------------------- K advantages to one
+
+
+class Fixed(Weighting):
+    """Answers with the diagonal of the Gramian, or with equal weights; refuses a trace above 9."""
+
+    def forward(self, stats: ObjectiveStats) -> torch.Tensor:
+        if stats.gramian is None:
+            return torch.ones(len(self.objectives), dtype=torch.float64)
+        if stats.gramian.trace() > 9:
+            raise ValueError("too steep")
+        return stats.gramian.diagonal()
+
+    def kl_scale(self) -> float:
+        return 3.0
+
+
+def scalarization(values: torch.Tensor, *, clip: float = 100.0, step: int = 0) -> Scalarization:
+    names = tuple("abc"[: len(values)])
+    n = values.shape[1]
+    matrix = RewardMatrix(
+        names=names,
+        values=values,
+        groups=torch.arange(n) // 4,
+        prompts=tuple(str(i // 4) for i in range(n)),
+    )
+    normalizer = DualStage(names)
+    return Scalarization(
+        normalizer=normalizer,
+        weighting=Fixed(names),
+        comm=LocalComm(),
+        step=step,
+        estimates=Estimates(matrix=matrix),
+        advantages=normalizer.per_objective(matrix),
+        clip=clip,
+    )
+
+
+def random_rewards(seed: int = 0) -> torch.Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 8, generator=source, dtype=torch.float64)
+
+
+def test_rescaled_weights_of_gradients_give_the_combined_advantage() -> None:
+    """What stage 2 divides by is a factor of the weights, whatever their own scale."""
+    objectives = scalarization(random_rewards())
+    weights = torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)
+    combined = objectives.combine(weights)
+    assert combined.std() > 0.5
+    torch.testing.assert_close(objectives.rescaled(weights) @ objectives.advantages, combined)
+    torch.testing.assert_close(objectives.rescaled(5 * weights), objectives.rescaled(weights))
+    silent = scalarization(torch.ones(3, 8, dtype=torch.float64))
+    torch.testing.assert_close(silent.rescaled(weights), weights / 6)  # there is nothing to scale
+
+
+def test_the_combined_advantage_is_clipped_and_the_objectives_own_is_not() -> None:
+    objectives = scalarization(random_rewards(), clip=0.5)
+    combined = objectives.combine(torch.ones(3, dtype=torch.float64))
+    assert combined.abs().max() == 0.5
+    assert objectives.local_advantages().abs().max() > 0.5
+
+
+def test_what_a_weighting_refuses_ends_the_run_with_its_section() -> None:
+    objectives = scalarization(random_rewards())
+    assert objectives.weigh(None).tolist() == [1, 1, 1]
+    assert objectives.weigh(torch.eye(3).double()).tolist() == [1, 1, 1]
+    assert objectives.kl_scale() == 3
+    with pytest.raises(TrainingError, match=r"^objectives\.weighting: too steep"):
+        objectives.weigh(4 * torch.eye(3).double())
+
+
+def test_rank_0_answers_for_all() -> None:
+    class Second(LocalComm):
+        def broadcast_(self, tensor: torch.Tensor) -> None:
+            tensor.copy_(torch.tensor([1.0, 0.0, 0.0]))
+
+    objectives = dataclasses.replace(scalarization(random_rewards()), comm=Second())
+    assert objectives.weigh(None).tolist() == [1, 0, 0]
+
+
+def test_a_probe_measures_now_and_then_and_keeps_what_was_finite() -> None:
+    policy = ToyPolicy(steps=2)
+    rollout, _ = draw(policy)
+    probe = Probe(steps_of(policy), GradientsConfig(every=3))
+    measured = []
+
+    def measure(*given: Any) -> torch.Tensor:
+        measured.append(1)
+        return torch.full((3, 3), float("nan")) if len(measured) == 1 else 2 * torch.eye(3)
+
+    probe.measure = measure  # type: ignore[method-assign]
+    seen = []
+    for step in range(5):
+        gramian, metrics = probe(rollout, scalarization(random_rewards(), step=step))
+        seen.append((len(measured), float(gramian.trace()), len(metrics)))
+    # The first is not finite: the next rollout probes again, and then every third.
+    assert seen == [(1, 3, 0), (2, 6, 3), (2, 6, 0), (3, 6, 3), (3, 6, 0)]
+    again = Probe(steps_of(policy), GradientsConfig(every=3))
+    again.load_state_dict(probe.state_dict())
+    assert torch.equal(again.gramian, probe.gramian)
+    assert NoProbe()(rollout, scalarization(random_rewards())) == (None, {})
+
+
+def test_a_plain_update_descends_on_what_it_combined(policy: Any) -> None:
+    rollout, _ = draw(policy)
+    objectives = scalarization(random_rewards())
+    steps = steps_of(policy)
+    before = copy.deepcopy(steps.stepper.state_dict())
+    done = plain(steps).improve(rollout, objectives)
+    moved = values(policy)
+    assert torch.equal(done.weights, torch.ones(3, dtype=torch.float64))
+    assert torch.equal(done.advantage, objectives.combine(done.weights))
+    steps.stepper.load_state_dict(before)
+    metrics = plain(steps).descend(rollout, done.advantage)
+    assert torch.equal(values(policy), moved)
+    assert metrics == done.metrics
+
+
+def test_a_fused_update_takes_no_weighting_that_looks_at_more_than_the_gramian() -> None:
+    from moa_diffusion.training.trainer import Trainer
+
+    parts: Any = dict.fromkeys(("scorer", "sampler", "normalizer", "log"))
+    update = FusedUpdate(steps_of(ToyPolicy(steps=2)))
+    with pytest.raises(ValueError, match=r"`update` should weigh once per rollout .* for Fixed\."):
+        Trainer(update=update, weighting=Fixed(("a",)), rollouts=1, **parts)

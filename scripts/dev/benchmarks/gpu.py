@@ -104,8 +104,8 @@ def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[
     assert isinstance(policy, SD3Policy)
     plan = [trainer.sampler.requests(step) for step in range(rollouts + 1)]
     prompts = sorted({request.prompt for requests in plan for request in requests})
-    strict = trainer.steps.loss  # `_work` reports on it; a mismatch should not end the run
-    trainer.steps.loss = replace(strict, ratio_tolerance=math.inf)
+    strict = trainer.steps.settings  # `_work` reports on it; a mismatch should not end the run
+    trainer.steps.settings = replace(strict, ratio_tolerance=math.inf)
     with phases.watching(
         (policy, "prepare", PREPARE),
         (policy.vae, "decode", DECODE),
@@ -116,7 +116,7 @@ def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[
         policy.prepare(prompts)
         once = phases.take()
         rows = [_rollout(run, phases) for _ in plan][1:]
-    trainer.steps.loss = strict
+    trainer.steps.settings = strict
     seconds = {name: once[name] for name in (BUILD, PREPARE)}
     for name in (SAMPLE, DECODE, SCORE, UPDATE, REST):
         seconds[name] = median(row[name] for row in rows)
@@ -168,7 +168,7 @@ def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
         trainer.policy.log_probs(part, first)
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        with_kl = trainer.steps.loss.kl_weight > 0
+        with_kl = trainer.steps.settings.kl_weight > 0
         terms = trainer.policy.log_probs(part, first, with_kl=with_kl)
         torch.autograd.backward([term.sum() for term in terms if term is not None])
     trainer.stepper.optimizer.zero_grad(set_to_none=True)
