@@ -16,7 +16,7 @@ _INSTALLED = tuple(
 )
 
 
-def told(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Type and message of an exception, and the innermost line of a user's code that it passed.
 
     A user's code is what stands in a file outside Python, what is installed, and this project.

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardHead
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.parameters import parameters_of
 from rewards.source import FILE_MODULE
 
@@ -53,7 +53,7 @@ def load_entry_point(point: EntryPoint) -> Target:
     try:
         target = point.load()
     except (Exception, SystemExit) as error:  # a script, where a module was meant, may end itself
-        raise ValueError(f"{label}: loading failed: {told(error)}") from error
+        raise ValueError(f"{label}: loading failed: {cause_of(error)}") from error
     return _checked(target, point.attr or point.value, label)
 
 
@@ -133,7 +133,7 @@ def _import_module(place: str, path: str) -> ModuleType:
         raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f'Reward path "{path}": importing `{place}` failed: {told(error)}'
+            f'Reward path "{path}": importing `{place}` failed: {cause_of(error)}'
         ) from error
 
 
@@ -155,6 +155,6 @@ def _import_file(place: str, path: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(
-            f'Reward path "{path}": importing `{file}` failed: {told(error)}'
+            f'Reward path "{path}": importing `{file}` failed: {cause_of(error)}'
         ) from error
     return module

@@ -155,7 +155,7 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
         ConfigError: if not.
     """
     generation = settings.generation
-    asked = [request.prompt for request in heldout_requests(settings)]
+    heldout = [request.prompt for request in heldout_requests(settings)]
     try:
         language_model.check_fit(
             model_path(settings),
@@ -164,7 +164,7 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
             max_prompt_tokens=generation.max_prompt_tokens,
             target_modules=settings.policy.lora.target_modules,
             chat=generation.chat,
-            prompts=[*prompts, *asked],
+            prompts=[*prompts, *heldout],
         )
     except ConfigError:
         raise

@@ -19,8 +19,8 @@ from moa_diffusion.scoring import (
     RewardHead,
     Scorer,
     UnknownOption,
+    cause_of,
     create_head,
-    told,
 )
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import ConfigError, Request
@@ -57,7 +57,7 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
         except ValueError as error:
             raise ConfigError(f"{section}.{name}: {error}") from error
         except Exception as error:  # the constructor of a user's class may raise anything
-            raise ConfigError(f"{section}.{name}: {told(error)}") from error
+            raise ConfigError(f"{section}.{name}: {cause_of(error)}") from error
         wanted = "texts" if settings.policy.name == "causal_lm" else "images"
         if head.scores not in (wanted, "both"):
             raise ConfigError(
@@ -70,7 +70,7 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
 
 
 def scorers(
-    settings: Config, comm: Comm, *, trained: Sequence[Prompt], asked: Sequence[Request]
+    settings: Config, comm: Comm, *, trained: Sequence[Prompt], requests: Sequence[Request]
 ) -> tuple[Scorer, Scorer]:
     """What runs all heads, held-out ones included, and what runs those of the objectives.
 
@@ -78,7 +78,7 @@ def scorers(
         settings: the configuration.
         comm: collectives over the processes.
         trained: prompts that the objectives are scored on.
-        asked: what evaluations draw.
+        requests: The requests of evaluations.
 
     Raises:
         ConfigError: as ``heads``, or if a head cannot use the prompts.
@@ -87,19 +87,21 @@ def scorers(
     training = heads(settings)
     watched = heads(settings, "evaluation.rewards")
     everyone = training | watched
-    drawn = [Prompt(text=request.prompt, metadata=request.metadata) for request in asked]
-    check_judged("rewards", training, [*trained, *drawn])
-    check_judged("evaluation.rewards", watched, drawn)
+    drawn = [Prompt(text=request.prompt, metadata=request.metadata) for request in requests]
+    check_requirements("rewards", training, [*trained, *drawn])
+    check_requirements("evaluation.rewards", watched, drawn)
     return Scorer(everyone, comm, **options), Scorer(training, comm, **options)
 
 
-def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
+def check_requirements(
+    section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]
+) -> None:
     """Find out before anything is drawn whether prompts have what heads need of them.
 
     Args:
-        section: of the configuration that the heads are from.
+        section: The section of the configuration that the heads are from.
         chosen: heads by the reward's name.
-        prompts: whose samples they will judge.
+        prompts: The prompts whose samples they will score.
 
     Raises:
         ConfigError: naming the reward and what is missing, such as a key of the metadata.
@@ -111,12 +113,12 @@ def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequen
             raise ConfigError(f"{section}.{name}: {error.cause}") from error
 
 
-def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
+def watcher(settings: Config, requests: Sequence[Request]) -> Watch:
     """What looks at the evaluations for rewards that are being gamed.
 
     Args:
         settings: the configuration.
-        asked: what evaluations draw.
+        requests: The requests of evaluations.
 
     Raises:
         ConfigError: if the rules cannot be kept.
@@ -125,9 +127,9 @@ def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
     try:
         alarm.check(
             rules,
-            heldout if asked else (),
+            heldout if requests else (),
             kl_weight=settings.loss.kl_weight,
-            prompts=len({request.prompt for request in asked}),
+            prompts=len({request.prompt for request in requests}),
         )
     except ValueError as error:
         raise ConfigError(f"alarm: {error}") from error
@@ -136,7 +138,7 @@ def watcher(settings: Config, asked: Sequence[Request]) -> Watch:
 
 def evaluation(
     settings: Config,
-    asked: Sequence[Request],
+    requests: Sequence[Request],
     model: Policy,
     everyone: Scorer,
     training: Scorer,
@@ -145,11 +147,11 @@ def evaluation(
     batch: int,
     progress: bool,
 ) -> HeldOut | None:
-    """The evaluation during training; None if nothing is asked, or nobody answers."""
-    if not asked or not everyone.names:
+    """The evaluation during training; None without requests or without rewards."""
+    if not requests or not everyone.names:
         return None
     return HeldOut(
-        asked,
+        requests,
         policy=model,
         scorer=everyone,
         training=training,

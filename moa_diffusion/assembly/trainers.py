@@ -115,7 +115,7 @@ def _trainer(
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     trained = [prompt for part in prompts.sets for prompt in part.prompts]
-    everyone, scorer = scorers(settings, comm, trained=trained, asked=requests)
+    everyone, scorer = scorers(settings, comm, trained=trained, requests=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
@@ -201,7 +201,7 @@ def _offline_trainer(
             f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    everyone, scorer = scorers(settings, comm, trained=(), asked=requests)
+    everyone, scorer = scorers(settings, comm, trained=(), requests=requests)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)

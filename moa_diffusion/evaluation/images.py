@@ -69,7 +69,7 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
 
     Args:
         path: folder or hub id. Of a hub id the commit stands for the content.
-        revision: of a hub id.
+        revision: The revision of a hub id.
         memory: see ``files_digest``.
 
     Raises:

@@ -324,7 +324,7 @@ def check(rules: Rules, heldout: Sequence[str], *, kl_weight: float, prompts: in
     Args:
         rules: to check.
         heldout: rewards that are not trained on.
-        kl_weight: of the loss.
+        kl_weight: The KL weight of the loss.
         prompts: held-out prompts.
 
     Raises:

@@ -45,17 +45,17 @@ class CausalLMPolicy:
         model: taken over: it gets the adapter, and its generation settings (penalties, top-k)
             give way, as with them samples would not be the policy's. Dropout stays off. Frozen
             weights and the forward pass keep its dtype; adapter and log-probs are float32.
-        tokenizer: of the model.
+        tokenizer: The tokenizer of the model.
         device: where the model lives.
-        seed: of the adapter's initial values.
+        seed: The seed of the adapter's initial values.
         lora_rank: rank of the adapter.
         lora_alpha: scale numerator; the rank by default.
         target_modules: suffixes of the linear layers that get an adapter; by default all of them
             but the output embedding: the projections of attention and MLP.
         gradient_checkpointing: recompute activations in the backward pass (less memory).
         max_new_tokens: T, the limit of a response with its end.
-        temperature: of sampling and of the log-probs, positive.
-        eval_temperature: of ``generate``; 0 takes the likeliest token.
+        temperature: The temperature of sampling and of the log-probs, positive.
+        eval_temperature: The temperature of ``generate``; 0 takes the likeliest token.
         max_prompt_tokens: limit of a prompt; by default what the context leaves.
         chat: whether prompts go through the tokenizer's chat template; by default if it has one.
         features: whether rollouts hold the last hidden state that predicts each token, float32,

@@ -634,4 +634,4 @@ def test_code_in_no_file_cannot_be_told_apart():
     head = score_cache.FunctionHead(space["unknown"])
     with pytest.raises(ConfigError, match="should be code in a file"):
         score_cache.HeadVersion.of("unknown", head, {})
-    assembly.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])
+    assembly.check_requirements("rewards", {"unknown": head}, [Prompt(text="a")])
