@@ -74,7 +74,7 @@ def local_slice(values: S, comm: Comm) -> S:
     return values[comm.rank * share : (comm.rank + 1) * share]
 
 
-def deal(total: int, batch: int, comm: Comm) -> list[list[int]]:
+def shard(total: int, batch: int, comm: Comm) -> list[list[int]]:
     """Which of ``total`` items each rank takes: whole batches, in turn.
 
     The same items share a batch whatever the number of ranks, and so the same rounding.
@@ -90,31 +90,31 @@ def deal(total: int, batch: int, comm: Comm) -> list[list[int]]:
     ]
 
 
-def gather_dealt(mine: Tensor, dealt: Sequence[Sequence[int]], comm: Comm) -> Tensor:
+def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> Tensor:
     """Rows of all ranks in the order of the items: ``[total, ...]`` on every rank.
 
     Args:
-        mine: ``[m, ...]``, rows of this rank's items in the order dealt; what follows is left out.
-        dealt: the items of every rank, together 0 .. total - 1.
-        comm: collectives over the processes.
+        mine: ``[m, ...]``, the rows of this rank's shard in its order; what follows is left out.
+        shards: The items of every rank, together 0 .. total - 1.
+        comm: The collectives over the processes.
     """
-    share = max(len(items) for items in dealt)
+    share = max(len(items) for items in shards)
     padded = mine.new_zeros(share, *mine.shape[1:])
-    count = len(dealt[comm.rank])
+    count = len(shards[comm.rank])
     padded[:count] = mine[:count]
     gathered = comm.gather(padded)
     place = {
-        item: rank * share + i for rank, items in enumerate(dealt) for i, item in enumerate(items)
+        item: rank * share + i for rank, items in enumerate(shards) for i, item in enumerate(items)
     }
     return gathered[[place[item] for item in range(len(place))]]
 
 
-def gather_dealt_objects(
-    mine: Sequence[Any], dealt: Sequence[Sequence[int]], comm: Comm
+def gather_shard_objects(
+    mine: Sequence[Any], shards: Sequence[Sequence[int]], comm: Comm
 ) -> list[Any]:
-    """As ``gather_dealt``, for Python objects."""
-    gathered = comm.gather_objects(mine[: len(dealt[comm.rank])])
-    by_item = dict(zip([item for items in dealt for item in items], gathered, strict=True))
+    """As ``gather_shards``, for Python objects."""
+    gathered = comm.gather_objects(mine[: len(shards[comm.rank])])
+    by_item = dict(zip([item for items in shards for item in items], gathered, strict=True))
     return [by_item[item] for item in range(len(by_item))]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.distributed import Comm, agreed, gather_shard_objects, gather_shards, shard
 from moa_diffusion.processes.randomness import undisturbed
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
@@ -35,12 +35,12 @@ Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """Scores of M requests, as ``Scorer.survey`` returns them."""
+class Scored:
+    """What ``Scorer.draw_and_score`` returns for M requests."""
 
     values: Tensor  # [M, K] float64, equal on every process
     extra: list[Extra]  # M, equal on every process
-    outputs: Outputs  # m, of this process in the order of ``deal``
+    outputs: Outputs  # m, of this process in the order of ``shard``
 
 
 class Scorer:
@@ -155,7 +155,7 @@ class Scorer:
             extra=tuple(self.comm.gather_objects(extra)),
         )
 
-    def survey(
+    def draw_and_score(
         self,
         requests: Sequence[R],
         draw: Callable[[Sequence[R]], Outputs],
@@ -164,7 +164,7 @@ class Scorer:
         title: str,
         before_batch: Callable[[], None],
         progress: bool,
-    ) -> Survey:
+    ) -> Scored:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
@@ -178,12 +178,12 @@ class Scorer:
         Raises:
             RewardError, ProcessError: as ``collect``.
         """
-        dealt = deal(len(requests), batch, self.comm)
+        shards = shard(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
-        mine = [requests[i] for i in dealt[self.comm.rank] or [0]]
+        mine = [requests[i] for i in shards[self.comm.rank] or [0]]
         images: list[Tensor] = []
         texts: list[str] = []
-        starts = range(0, len(dealt[0]), batch)  # as many on every process
+        starts = range(0, len(shards[0]), batch)  # as many on every process
         with self.begin() as scoring:
             for start in tqdm(starts, desc=title, leave=False, disable=not progress):
                 before_batch()
@@ -196,9 +196,9 @@ class Scorer:
                         texts += drawn
                         scoring.add(part, texts=drawn)
             local, extra = self._wait(scoring, before_batch)  # [K, m]
-        return Survey(
-            values=gather_dealt(local.T, dealt, self.comm),
-            extra=gather_dealt_objects(extra, dealt, self.comm),
+        return Scored(
+            values=gather_shards(local.T, shards, self.comm),
+            extra=gather_shard_objects(extra, shards, self.comm),
             outputs=torch.cat(images) if images else tuple(texts),
         )
 

@@ -58,7 +58,7 @@ def load_entry_point(point: EntryPoint) -> Target:
 
 
 def import_target(path: str) -> Target:
-    """Imports what a path names.
+    """Imports the head that a path names.
 
     Args:
         path: `my_module:my_reward` or `path/to/file.py:my_reward`.
@@ -66,13 +66,31 @@ def import_target(path: str) -> Target:
     Raises:
         ValueError: If importing fails, or it names no head; the message says which part failed.
     """
+    found = import_object(path, "reward")
+    return _checked(found, path.rpartition(":")[2], f'Reward path "{path}"')
+
+
+def import_object(path: str, kind: str) -> Any:
+    """Imports whatever a path names.
+
+    Args:
+        path: `my_module:my_name` or `path/to/file.py:my_name`.
+        kind: What it names, as messages call it: "reward".
+
+    Raises:
+        ValueError: If importing fails; the message says which part failed.
+    """
     place, _, attribute = path.rpartition(":")
     if not place or not attribute:
         raise ValueError(
-            f"A reward path should read `my_module:my_reward` or `path/to/file.py:my_reward`. "
+            f"A {kind} path should read `my_module:my_{kind}` or `path/to/file.py:my_{kind}`. "
             f"Found {path!r}."
         )
-    module = _import_file(place, path) if place.endswith(".py") else _import_module(place, path)
+    label = f'{kind.capitalize()} path "{path}"'
+    if place.endswith(".py"):
+        module = _import_file(place, label)
+    else:
+        module = _import_module(place, label, f"path/to/file.py:my_{kind}")
     target: Any = module
     for part in attribute.split("."):
         try:
@@ -80,10 +98,10 @@ def import_target(path: str) -> Target:
         except AttributeError as error:
             public = sorted(key for key in vars(module) if not key.startswith("_"))
             raise ValueError(
-                f'Reward path "{path}": `{place}` has no attribute `{attribute}`.'
+                f"{label}: `{place}` has no attribute `{attribute}`."
                 f"{did_you_mean(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
-    return _checked(target, attribute, f'Reward path "{path}"')
+    return target
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -119,7 +137,7 @@ def _namesake(place: str, imported: str | None) -> str:
     return f" It is `{imported}`. If `{file.resolve()}` is meant, name it as `{file}:...`."
 
 
-def _import_module(place: str, path: str) -> ModuleType:
+def _import_module(place: str, label: str, example: str) -> ModuleType:
     if os.getcwd() not in sys.path:  # a script's own folder stands there instead
         sys.path.insert(0, os.getcwd())
     try:
@@ -127,34 +145,30 @@ def _import_module(place: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
             raise ValueError(
-                f'Reward path "{path}": there is no module `{error.name}` on the import path. '
-                f"A file is named by `path/to/file.py:my_reward`."
+                f"{label}: there is no module `{error.name}` on the import path. "
+                f"A file is named by `{example}`."
             ) from error
-        raise ValueError(f'Reward path "{path}": importing `{place}` failed: {error}') from error
+        raise ValueError(f"{label}: importing `{place}` failed: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(
-            f'Reward path "{path}": importing `{place}` failed: {cause_of(error)}'
-        ) from error
+        raise ValueError(f"{label}: importing `{place}` failed: {cause_of(error)}") from error
 
 
-def _import_file(place: str, path: str) -> ModuleType:
+def _import_file(place: str, label: str) -> ModuleType:
     file = Path(place).expanduser().resolve()
     if not file.is_file():
-        raise ValueError(f'Reward path "{path}": there is no file `{file}`.')
+        raise ValueError(f"{label}: there is no file `{file}`.")
     # One module per file: asked for twice, a file runs once.
     name = f"{FILE_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f'Reward path "{path}": `{file}` cannot be imported.')
+        raise ValueError(f"{label}: `{file}` cannot be imported.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(
-            f'Reward path "{path}": importing `{file}` failed: {cause_of(error)}'
-        ) from error
+        raise ValueError(f"{label}: importing `{file}` failed: {cause_of(error)}") from error
     return module

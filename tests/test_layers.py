@@ -38,6 +38,7 @@ LAYERS = (
 
 # The only modules that import the package `rewards` (scripts may too).
 USERS_OF_REWARDS = {
+    "moa_diffusion.assembly.methods",  # import paths of weightings, as rewards have them
     "moa_diffusion.scoring",
     "moa_diffusion.evaluation.sample_cache",
     "moa_diffusion.evaluation.score_cache",

@@ -1,6 +1,6 @@
 """Configuration to objects: the only modules that know names and classes."""
 
-from moa_diffusion.assembly.methods import METHODS, is_fused, objectives
+from moa_diffusion.assembly.methods import METHODS, is_fused, method_of, objectives
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
 from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, write_config
@@ -24,6 +24,7 @@ __all__ = [
     "heldout_prompts",
     "heldout_requests",
     "is_fused",
+    "method_of",
     "model_path",
     "objectives",
     "policy",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moa_diffusion.assembly.construct import construct
 from moa_diffusion.config import Config
@@ -23,10 +24,15 @@ from moa_diffusion.objectives.normalize import GDPO, DualStage, PromptHistory, R
 from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
 from moa_diffusion.objectives.win_rate import WinRate
+from moa_diffusion.policies.samplers import SAMPLERS, Sampler
 from moa_diffusion.storage import calibration_file
 from moa_diffusion.types import ConfigError
+from rewards.source import source_of
+from rewards.targets import import_object
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,23 +67,91 @@ METHODS = {
 }
 
 
+def method_of(settings: Config) -> Method:
+    """The normalizer and the weighting that are chosen, by name or import path.
+
+    Raises:
+        ConfigError: for a name that is not known, or a path that does not lead to such a class.
+    """
+    name, options = settings.objectives.method, settings.objectives.normalizer
+    if name in METHODS:
+        method = METHODS[name]
+    elif ":" in name:
+        weighting = _imported("objectives.method", name, "weighting", Weighting)  # type: ignore[type-abstract]
+        method = Method(normalizer=DualStage, weighting=weighting)
+    else:
+        raise ConfigError(
+            f"objectives.method: unknown method {name!r}.{did_you_mean(name, METHODS)} "
+            f"Known: {', '.join(METHODS)}; or an import path such as my_module:MyWeighting."
+        )
+    if "path" in options:
+        key = "objectives.normalizer.path"
+        normalizer = _imported(key, options["path"], "normalizer", Normalizer)  # type: ignore[type-abstract]
+        method = dataclasses.replace(method, normalizer=normalizer)
+    return method
+
+
+def sampler_of(settings: Config) -> Sampler:
+    """The stochastic step that is chosen, by name or import path.
+
+    Raises:
+        ConfigError: for a path that does not lead to a function.
+    """
+    name = settings.sampling.sampler
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    sampler: Sampler = _import("sampling.sampler", name, "sampler")
+    if not callable(sampler) or isinstance(sampler, type):
+        raise ConfigError(
+            f"sampling.sampler: should name a function, see Sampler of "
+            f"moa_diffusion.policies.samplers. Found {sampler!r}."
+        )
+    return sampler
+
+
+def own_code(settings: Config) -> dict[str, Any]:
+    """Which code of the user's own takes part: module, name and file digest by dotted key."""
+    method, chosen = method_of(settings), settings.objectives
+    own: dict[str, Any] = {}
+    if chosen.method not in METHODS:
+        own["objectives.method"] = source_of(method.weighting)
+    if "path" in chosen.normalizer:
+        own["objectives.normalizer.path"] = source_of(method.normalizer)
+    if settings.sampling.sampler not in SAMPLERS:
+        own["sampling.sampler"] = source_of(sampler_of(settings))
+    return own
+
+
+def _import(key: str, path: Any, kind: str) -> Any:
+    if not isinstance(path, str):
+        raise ConfigError(f"{key}: should be text. Found {path!r}.")
+    try:
+        return import_object(path, kind)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _imported(key: str, path: Any, kind: str, base: type[T]) -> type[T]:
+    found = _import(key, path, kind)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise ConfigError(
+            f"{key}: should name a subclass of {base.__module__}.{base.__name__}. Found {found!r}."
+        )
+    return found
+
+
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
     """The method's two parts.
 
     Raises:
         ConfigError: for an unknown method or option, or an option's bad value.
     """
-    method = settings.objectives.method
-    if method not in METHODS:
-        raise ConfigError(
-            f"objectives.method: unknown method {method!r}.{did_you_mean(method, METHODS)} "
-            f"Known: {', '.join(METHODS)}."
-        )
-    chosen, names = METHODS[method], tuple(settings.rewards)
+    method, chosen, names = settings.objectives.method, method_of(settings), tuple(settings.rewards)
+    own = settings.objectives.normalizer
     normalizer = construct(
         chosen.normalizer,
         "objectives.normalizer",
-        settings.objectives.normalizer,
+        {option: value for option, value in own.items() if option != "path"},
         {"objectives": names},
     )
     weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
@@ -155,15 +229,16 @@ def check_ppo(settings: Config) -> None:
     Raises:
         ConfigError: if not.
     """
-    fitting = [
-        name
-        for name, method in METHODS.items()
-        if issubclass(method.weighting, (Static, Pama, PamaVector))
-        and issubclass(method.normalizer, (Raw, GDPO, DualStage, Noon))
-    ]
-    if settings.loss.kind == "ppo" and settings.objectives.method not in fitting:
+    if settings.loss.kind == "ppo" and not _weighs_decisions(method_of(settings)):
+        fitting = [name for name, method in METHODS.items() if _weighs_decisions(method)]
         raise ConfigError(
             f"loss.kind: should be grpo for the method {settings.objectives.method}, which looks "
             f"at rewards of whole samples or at gradients. Found 'ppo', with which "
             f"{', '.join(fitting)} work."
         )
+
+
+def _weighs_decisions(method: Method) -> bool:
+    return issubclass(method.weighting, (Static, Pama, PamaVector)) and issubclass(
+        method.normalizer, (Raw, GDPO, DualStage, Noon)
+    )

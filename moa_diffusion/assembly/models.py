@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moa_diffusion import tiny
+from moa_diffusion.assembly.methods import sampler_of
 from moa_diffusion.assembly.prompts import heldout_requests
 from moa_diffusion.assembly.run_folder import check_folder
 from moa_diffusion.config import Config
@@ -60,7 +61,18 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
             pipeline = load_pipeline(
                 path, revision=model.revision, dtype=model.dtype, vae_dtype=model.vae_dtype
             )
-        built = _sd3(settings, device, pipeline, source=_fingerprint(path, model.revision))
+        built = SD3Policy(
+            pipeline,
+            settings=model,
+            sampling=sampling,
+            evaluation=settings.evaluation,
+            loss=settings.loss,
+            device=device,
+            seed=settings.seed,
+            source=_fingerprint(path, model.revision),
+            turn=(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
+            sampler=sampler_of(settings),
+        )
     except ConfigError:
         raise
     except ValueError as error:
@@ -116,38 +128,6 @@ def starting_adapter(
     return adapter
 
 
-def _sd3(settings: Config, device: torch.device, pipeline: Any, *, source: str) -> SD3Policy:
-    model, sampling = settings.policy, settings.sampling
-    return SD3Policy(
-        pipeline,
-        device=device,
-        seed=settings.seed,
-        source=source,
-        lora_rank=model.lora.rank,
-        lora_alpha=model.lora.alpha,
-        target_modules=model.lora.target_modules,
-        gradient_checkpointing=model.gradient_checkpointing,
-        resolution=sampling.resolution,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        sampler=sampling.sampler,
-        noise_level=sampling.noise_level,
-        window=sampling.window,
-        window_mode=sampling.window_mode,
-        window_stay=sampling.window_stay,
-        kl=settings.loss.kl or "gaussian",
-        even_steps=settings.loss.steps == "equal",
-        eval_steps=settings.evaluation.steps,
-        eval_guidance=settings.evaluation.guidance,
-        max_sequence_length=model.max_sequence_length,
-        step_batch=model.step_batch,
-        vae_batch=model.vae_batch,
-        embeds_dir=None if model.embeds_dir is None else Path(model.embeds_dir),
-        embeds_memory_gb=model.embeds_memory_gb,
-        turn=(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
-    )
-
-
 def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
     """Whether the settings fit a language model and no prompt is too long; loads no weights.
 
@@ -187,14 +167,11 @@ def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
         built = CausalLMPolicy(
             loaded,
             tokenizer,
+            settings=model,
+            generation=settings.generation,
             device=device,
             seed=settings.seed,
-            lora_rank=model.lora.rank,
-            lora_alpha=model.lora.alpha,
-            target_modules=model.lora.target_modules,
-            gradient_checkpointing=model.gradient_checkpointing,
             features=settings.loss.kind == "ppo",
-            **vars(settings.generation),
         )
     except ConfigError:
         raise
@@ -227,12 +204,12 @@ def critic(
     assert isinstance(model, CausalLMPolicy)
     return Critic(
         tuple(settings.rewards),
+        settings.critic,
         width=model.model.config.get_text_config().hidden_size,
         comm=comm,
         device=device,
         seed=settings.seed,
         batch=batch,
-        **vars(settings.critic),
     )
 
 

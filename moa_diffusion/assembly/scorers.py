@@ -123,7 +123,7 @@ def watcher(settings: Config, requests: Sequence[Request]) -> Watch:
     Raises:
         ConfigError: if the rules cannot be kept.
     """
-    rules, heldout = alarm.Rules(**vars(settings.alarm)), tuple(settings.evaluation.rewards)
+    rules, heldout = settings.alarm, tuple(settings.evaluation.rewards)
     try:
         alarm.check(
             rules,

@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.construct import construct
-from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives
+from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
     check_prompts,
@@ -46,7 +46,7 @@ from moa_diffusion.storage.trackers import TrackerError
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.loop import Learner, Run, Schedule
+from moa_diffusion.training.loop import Learner, Run
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
 from moa_diffusion.training.steps import RolloutSteps
@@ -104,7 +104,8 @@ def _trainer(
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     watch = watcher(settings, requests)
     geometry = solve_geometry(settings, comm.world_size)
-    shared = facts(settings, resumed, {"prompts.train": prompts.sets, "prompts.heldout": requests})
+    contents = {"prompts.train": prompts.sets, "prompts.heldout": requests, **own_code(settings)}
+    shared = facts(settings, resumed, contents)
     agree()
     check_same(comm, shared)
     if comm.rank == 0:
@@ -241,7 +242,9 @@ def _run(
 ) -> Run:
     return Run(
         learner,
-        schedule=schedule(settings),
+        length=settings.trainer,
+        checkpoints=settings.checkpoint,
+        evaluate_every=settings.evaluation.every,
         heldout=heldout,
         watch=watch,
         log=log,
@@ -296,18 +299,6 @@ def preferences(settings: Config) -> Preferences:
         raise
     except ValueError as error:
         raise ConfigError(f"preferences: {error}") from error
-
-
-def schedule(settings: Config) -> Schedule:
-    """How long, and what happens when."""
-    return Schedule(
-        steps=settings.trainer.steps,
-        minutes=settings.trainer.minutes,
-        checkpoint_every=settings.checkpoint.every,
-        checkpoint_keep=settings.checkpoint.keep,
-        checkpoint_front=settings.checkpoint.front,
-        evaluate_every=settings.evaluation.every,
-    )
 
 
 def update(

@@ -166,10 +166,7 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
         settings = config.load(base, overrides)
         named = dataclasses.replace(settings.objectives, method=method)
         settings = dataclasses.replace(settings, objectives=named)
-    chosen = assembly.METHODS.get(settings.objectives.method)
-    if chosen is None:
-        assembly.objectives(settings)  # it says what is known
-        raise AssertionError(settings.objectives.method)
+    chosen = assembly.method_of(settings)
     meant_for = assembly.METHODS.get(config.load(base, overrides).objectives.method)
     kept: dict[str, Any] = {}
     for part_name, kind in (("normalizer", chosen.normalizer), ("weighting", chosen.weighting)):

@@ -12,8 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.config.schema import Config, PromptFileConfig, WeightedPromptFileConfig
-from moa_diffusion.files.meant import nearest
+from moa_diffusion.config.schema import (
+    SAMPLERS,
+    Config,
+    PromptFileConfig,
+    WeightedPromptFileConfig,
+)
+from moa_diffusion.files.meant import did_you_mean, nearest
 from moa_diffusion.types import ConfigError
 
 
@@ -217,6 +222,12 @@ def _check_together(config: Config) -> None:
     for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
         if isinstance(files, list):
             _check_distinct(f"prompts.{name}", files, config.prompts.column)
+    sampler = config.sampling.sampler
+    if sampler not in SAMPLERS and ":" not in sampler:
+        raise ConfigError(
+            f"sampling.sampler: should be one of {', '.join(SAMPLERS)}, or an import path such as "
+            f"my_module:my_step. Found {sampler!r}.{did_you_mean(sampler, SAMPLERS)}"
+        )
     if config.sampling.sampler == "cps":
         _require(config, "sampling.noise_level", lambda value: value <= 1, "at most 1 for cps")
     if config.evaluation.every:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+SAMPLERS = ("flow_sde", "cps")  # names that `sampling.sampler` may have
+
 
 @dataclass
 class LoraConfig:
@@ -76,9 +78,9 @@ class SamplingConfig:
         resolution: Side of the square images, in pixels.
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance; 1 switches it off and halves the cost.
-        sampler: Kind of stochastic step: flow_sde or cps. The log-prob of cps is the published
-            code's, not the density (samplers.py); loss.clip_range goes with it (Flow-CPS's
-            recipes: 1e-5).
+        sampler: Kind of stochastic step: flow_sde, cps, or the import path of a function, such as
+            "mine.py:my_step" (see docs/methods.md). The log-prob of cps is the published code's,
+            not the density (samplers.py); loss.clip_range goes with it (Flow-CPS's recipes: 1e-5).
         noise_level: Size of the noise that a stochastic step adds; at most 1 for cps.
         shared_start: Whether the samples of a group start from the same noise.
         window: Number of trained steps per rollout, less than steps; 0 trains all steps but the
@@ -91,7 +93,7 @@ class SamplingConfig:
     resolution: int = 512
     steps: int = 10
     guidance: float = 4.5
-    sampler: Literal["flow_sde", "cps"] = "flow_sde"
+    sampler: str = "flow_sde"
     noise_level: float = 0.7
     shared_start: bool = False
     window: int = 0
@@ -171,10 +173,13 @@ class ObjectivesConfig:
     """From K rewards to one advantage.
 
     Args:
-        method: Name of the method: a pair of normalizer and weighting, see docs/methods.md.
+        method: Name of the method: a pair of normalizer and weighting, see docs/methods.md. Or the
+            import path of a weighting, such as "mine.py:MyWeighting", behind the normalizer
+            DualStage.
         calibration: A calibration.json of scripts/calibrate.py, whose levels become the base and
             the targets of methods that have such options.
-        normalizer: Options of the method's normalizer, see docs/configuration.md.
+        normalizer: Options of the method's normalizer, see docs/configuration.md. With `path`, the
+            import path of another normalizer, these are that one's options.
         weighting: Options of the method's weighting, see docs/configuration.md.
     """
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from moa_diffusion.adapters.diffusers import carrier, install
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.distributed import Comm, deal
+from moa_diffusion.distributed import Comm, shard
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.errors import working
 from moa_diffusion.evaluation.plan import EvaluationPlan
@@ -58,11 +58,11 @@ def draw_missing(
                 continue
             if candidate.adapter is not None:
                 install(policy.trainable(), candidate.adapter)
-            shard = deal(len(todo), size, comm)[comm.rank]
-            policy.expect([texts[todo[i].prompt] for i in shard])
+            local = shard(len(todo), size, comm)[comm.rank]
+            policy.expect([texts[todo[i].prompt] for i in local])
             title = f"draw {candidate.label}"
-            for start in tqdm(range(0, len(shard), size), desc=title, disable=comm.rank > 0):
-                batch = [todo[i] for i in shard[start : start + size]]
+            for start in tqdm(range(0, len(local), size), desc=title, disable=comm.rank > 0):
+                batch = [todo[i] for i in local[start : start + size]]
                 requests = [plan.medium.request(texts[one.prompt], one.seed) for one in batch]
                 generated = generate(policy, candidate, requests)
                 for sample, output in zip(batch, generated, strict=True):

@@ -109,7 +109,7 @@ def _score_missing(
     part_size = size * BATCHES_PER_WRITE
     for start in range(0, len(stored), part_size):
         part = stored[start : start + part_size]
-        survey = scorer.survey(
+        scored = scorer.draw_and_score(
             part,
             lambda batch: outputs.read([one.output for one in batch]),
             batch=size,
@@ -117,7 +117,7 @@ def _score_missing(
             before_batch=lambda: None,
             progress=comm.rank == 0,
         )
-        for name, column in zip(scorer.names, survey.values.T.tolist(), strict=True):
+        for name, column in zip(scorer.names, scored.values.T.tolist(), strict=True):
             prefix = f"{name}/"
             new = {
                 one.score: Score(
@@ -128,7 +128,7 @@ def _score_missing(
                         if key.startswith(prefix)
                     },
                 )
-                for one, value, extra in zip(part, column, survey.extra, strict=True)
+                for one, value, extra in zip(part, column, scored.extra, strict=True)
             }
             known[name].update(new)
             with working(comm):

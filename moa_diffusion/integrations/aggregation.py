@@ -78,18 +78,18 @@ class Aggregation:
             groups=_neighbours(prompts, group_size),
             prompts=tuple(prompts),
         )
-        stage1 = self.normalizer.per_objective(rewards)  # [K, N]
-        stats = ObjectiveStats(step=self.completed, rewards=rewards, advantages=stage1)
+        advantages = self.normalizer.per_objective(rewards)  # [K, N]
+        stats = ObjectiveStats(step=self.completed, rewards=rewards, advantages=advantages)
         # The first process's answer counts for all.
         weights: Tensor = broadcast_object_list([self.weighting(stats).clone()])[0]
-        scores = combine(stage1, weights, ~torch.isnan(rewards.values))  # [N]
-        advantages = self.normalizer.combined(scores, rewards)
-        means, _, _ = group_moments(advantages[None], rewards.groups)
-        if means.abs().max() > ROUNDING * advantages.abs().max():
+        combined = combine(advantages, weights, ~torch.isnan(rewards.values))  # [N]
+        advantage = self.normalizer.combined(combined, rewards)
+        means, _, _ = group_moments(advantage[None], rewards.groups)
+        if means.abs().max() > ROUNDING * advantage.abs().max():
             raise _uncentred(self.normalizer)
-        self.metrics = reward_metrics(rewards, stage1, weights) | self.weighting.report()
+        self.metrics = reward_metrics(rewards, advantages, weights) | self.weighting.report()
         self.completed += 1
-        return advantages
+        return advantage
 
     def state(self) -> str:
         """All that a resumed run needs, as JSON: numbers come back exactly, and in their order."""

@@ -23,25 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_diffusion.config.schema import AlarmConfig
 from moa_diffusion.monitoring.heldout import Evaluation
 from moa_diffusion.statistics.groups import mean_and_error
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "stop", "raise_kl", "rollback")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """When an alarm goes off, and what happens then."""
-
-    action: str = "warn"  # one of ACTIONS
-    patience: int = 2  # evaluations in a row
-    z: float = 2.0  # standard errors by which a held-out reward falls
-    kl_factor: float = 3.0  # of the KL's weight, for raise_kl and rollback
-    limit: int = 3  # alarms acted upon, before the next ends the run
-    drift: float = 3.0  # base standard deviations of a statistic's mean; 0: no warning
-    gap: float = 1.0  # the same between deployed and rollout outputs; 0: no warning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +72,14 @@ class Watch:
     Args:
         objectives: rewards that are trained on.
         heldout: rewards that are not; they may be none.
-        rules: when, and what then.
+        rules: When an alarm goes off, and what happens then: the section ``alarm``.
     """
 
     def __init__(
-        self, objectives: Sequence[str], heldout: Sequence[str], rules: Rules | None = None
+        self, objectives: Sequence[str], heldout: Sequence[str], rules: AlarmConfig | None = None
     ) -> None:
         self.objectives, self.heldout = tuple(objectives), tuple(heldout)
-        self.rules = rules or Rules()
+        self.rules = rules or AlarmConfig()
         self.kl_scale = 1.0  # factor of the KL's weight that alarms have brought about
         self._acted = 0  # alarms acted upon
         self._streak = dict.fromkeys(self.heldout, 0)  # evaluations in a row, towards an alarm
@@ -318,7 +306,7 @@ def _spread(values: Tensor) -> float:
     return float(known.std(correction=0)) if len(known) else math.nan
 
 
-def check(rules: Rules, heldout: Sequence[str], *, kl_weight: float, prompts: int) -> None:
+def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, prompts: int) -> None:
     """Whether these rules can be kept.
 
     Args:

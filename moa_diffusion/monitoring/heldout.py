@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt, gather_dealt_objects
+from moa_diffusion.distributed import Comm, agreed, gather_shard_objects, gather_shards, shard
 from moa_diffusion.files import png as pictures
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
@@ -77,9 +77,9 @@ class HeldOut:
         self.batch, self.log, self.folder = batch, log, folder
         self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
         self._device = next(iter(policy.trainable().values())).device
-        asked = [[request.prompt, request.seed] for request in self.requests]
+        drawn = [[request.prompt, request.seed] for request in self.requests]
         # Evaluations with another one cannot be compared with these, nor those in another unit.
-        text = json.dumps([asked, scorer.names, drawing, spread_within.__name__])
+        text = json.dumps([drawn, scorer.names, drawing, spread_within.__name__])
         self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
         # [K], of the policy as training starts from it: mean, and spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
@@ -93,11 +93,11 @@ class HeldOut:
         """
         watched = [name for name in self.scorer.names if name not in self.training.names]
         if watched:
-            asked = self.requests[: min(2, self.batch)]
+            requests = self.requests[: min(2, self.batch)]
             with agreed(self.comm):
-                self.policy.expect([request.prompt for request in asked])
-                drawn = self.policy.generate(asked)
-            self.scorer.try_out(asked, drawn, names=watched)
+                self.policy.expect([request.prompt for request in requests])
+                drawn = self.policy.generate(requests)
+            self.scorer.try_out(requests, drawn, names=watched)
 
     @torch.no_grad()
     def __call__(self, step: int, *, before_batch: Callable[[], None]) -> Evaluation:
@@ -117,7 +117,7 @@ class HeldOut:
             RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
         """
         self._expect(self.requests)
-        scored = self.scorer.survey(
+        scored = self.scorer.draw_and_score(
             self.requests,
             self.policy.generate,
             batch=self.batch,
@@ -125,12 +125,12 @@ class HeldOut:
             before_batch=before_batch,
             progress=self.progress,
         )
-        dealt = deal(len(self.requests), self.batch, self.comm)
+        shards = shard(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
         if isinstance(scored.outputs, Tensor):
-            self._show_images(step, scored.outputs, dealt)
+            self._show_images(step, scored.outputs, shards)
         else:
-            texts = gather_dealt_objects(scored.outputs, dealt, self.comm)
+            texts = gather_shard_objects(scored.outputs, shards, self.comm)
             with agreed(self.comm, as_one=True):
                 self._show_texts(step, texts)
         values = scored.values.T  # [K, M]
@@ -151,13 +151,13 @@ class HeldOut:
             if step:
                 metrics[f"eval_gain/{name}"] = gain
         statistics = {
-            name: gather_dealt(numbers, dealt, self.comm)
+            name: gather_shards(numbers, shards, self.comm)
             for name, numbers in drift.statistics(
                 scored.outputs, device=self._device, batch=self.batch
             ).items()
         }
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
-        means["diversity"] = self._diversity(scored.outputs, dealt, siblings)
+        means["diversity"] = self._diversity(scored.outputs, shards, siblings)
         metrics |= drift.prefixed("eval_", scored.outputs, means)
         gaps = self._gaps(step, values, before_batch)
         return Evaluation(
@@ -174,12 +174,12 @@ class HeldOut:
         self, step: int, values: Tensor, before_batch: Callable[[], None]
     ) -> dict[str, float]:
         """Mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
-        asked = self.requests[: self.as_rollouts]
-        if not asked:
+        requests = self.requests[: self.as_rollouts]
+        if not requests:
             return {}
-        self._expect(asked)
-        rollout_scores = self.training.survey(
-            asked,
+        self._expect(requests)
+        scored = self.training.draw_and_score(
+            requests,
             lambda batch: self.policy.sample(batch, step=step).outputs,
             batch=self.batch,
             title="as rollouts",
@@ -187,19 +187,19 @@ class HeldOut:
             progress=self.progress,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
-        gaps = (values[rows, : len(asked)] - rollout_scores.values.T).nanmean(1)  # [objectives]
+        gaps = (values[rows, : len(requests)] - scored.values.T).nanmean(1)  # [objectives]
         return dict(zip(self.training.names, gaps.tolist(), strict=True))
 
     def _expect(self, requests: Sequence[Request]) -> None:
-        """Let the policy make ready for what this process draws of the requests."""
-        mine = deal(len(requests), self.batch, self.comm)[self.comm.rank] or [0]
-        self.policy.expect([requests[i].prompt for i in mine])
+        """Let the policy make ready for this process's shard of the requests."""
+        own = shard(len(requests), self.batch, self.comm)[self.comm.rank] or [0]
+        self.policy.expect([requests[i].prompt for i in own])
 
-    def _show_images(self, step: int, images: Tensor, dealt: Sequence[Sequence[int]]) -> None:
+    def _show_images(self, step: int, images: Tensor, shards: Sequence[Sequence[int]]) -> None:
         """Write a sheet of the first images."""
         if shown := min(self.shown, len(self.requests)):
-            wanted = [[i for i in items if i < shown] for items in dealt]
-            first = gather_dealt(images, wanted, self.comm)
+            wanted = [[i for i in items if i < shown] for items in shards]
+            first = gather_shards(images, wanted, self.comm)
             with agreed(self.comm, as_one=True):
                 if self.comm.rank == 0:
                     sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
@@ -217,12 +217,12 @@ class HeldOut:
         write_text(target, "\n".join(parts))
 
     def _diversity(
-        self, outputs: Outputs, dealt: Sequence[Sequence[int]], siblings: Tensor
+        self, outputs: Outputs, shards: Sequence[Sequence[int]], siblings: Tensor
     ) -> float:
-        kept = drift.fingerprints(outputs)
-        if isinstance(kept, Tensor):
-            return drift.diversity(gather_dealt(kept, dealt, self.comm), siblings)
-        return drift.diversity(gather_dealt_objects(kept, dealt, self.comm), siblings)
+        prints = drift.fingerprints(outputs)
+        if isinstance(prints, Tensor):
+            return drift.diversity(gather_shards(prints, shards, self.comm), siblings)
+        return drift.diversity(gather_shard_objects(prints, shards, self.comm), siblings)
 
     def state_dict(self) -> dict[str, Any]:
         """What gains are measured against, and what it was measured on."""

@@ -59,8 +59,8 @@ class Normalizer(nn.Module, ABC):
         """Stage 1: advantages ``[K, N]`` float64, exactly 0 where the reward is NaN."""
 
     @abstractmethod
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        """Stage 2: the weighted mean ``scores [N]`` to one advantage per sample ``[N]``.
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Stage 2: the weighted mean ``advantage [N]`` of each sample, normalized: ``[N]``.
 
         Exactly 0 for a sample to which nothing applies, or whose group has no spread.
         """

@@ -18,7 +18,7 @@ def reward_metrics(
     rewards: RewardMatrix,
     advantages: Tensor,
     weights: Tensor,
-    judged: RewardMatrix | None = None,
+    estimates: RewardMatrix | None = None,
 ) -> dict[str, float]:
     """What one rollout says about each objective; NaN where nothing applies.
 
@@ -26,10 +26,10 @@ def reward_metrics(
         rewards: raw, ``[K, N]``.
         advantages: ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
         weights: ``[K]``, ``[K, N]`` or ``[K, D]``.
-        judged: what the advantages are of, if not of the rewards.
+        estimates: What the advantages are computed from, if not from the rewards: ``[K, D]``.
     """
     applies = ~torch.isnan(rewards.values)
-    known = ~torch.isnan((judged or rewards).values)
+    known = ~torch.isnan((estimates or rewards).values)
     mean_weight = weights if weights.ndim == 1 else weights.mean(1)
     columns = {
         "weight": mean_weight / mean_weight.abs().sum(),
@@ -40,8 +40,8 @@ def reward_metrics(
     metrics: dict[str, float] = {}
     for k, name in enumerate(rewards.names):
         values = rewards.values[k][applies[k]]
-        spread = float(values.std(correction=0)) if len(values) else math.nan
-        metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": spread}
+        deviation = float(values.std(correction=0)) if len(values) else math.nan
+        metrics |= {f"reward_mean/{name}": float(values.mean()), f"reward_std/{name}": deviation}
         metrics |= {f"{group}/{name}": float(column[k]) for group, column in columns.items()}
     for i, j in itertools.combinations(range(len(rewards.names)), 2):
         both = known[i] & known[j]

@@ -105,16 +105,16 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
     log_p = (log_ref - math.log(len(log_ref))).flatten()  # [P Y], over prompts and responses
     possible = log_p > -math.inf
     log_p, f = log_p[possible], (rho * qbar).flatten(1)[:, possible]  # [J], [K, J]
-    spread = f.amax(1) - f.amin(1)  # [K]
-    spread = torch.where(spread > 0, spread, 1.0)
+    extent = f.amax(1) - f.amin(1)  # [K]
+    extent = torch.where(extent > 0, extent, 1.0)
 
     def worst(log_chi: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # chi, KL(q), q: [K], [K], [K, J]
-        chi = spread * log_chi.exp()
+        chi = extent * log_chi.exp()
         log_q = (log_p - f / chi[:, None]).log_softmax(1)
         q = log_q.exp()
         return chi, (q * (log_q - log_p)).sum(1), q
 
-    low, high = torch.full_like(spread, -12.0), torch.full_like(spread, 12.0)  # of log chi/spread
+    low, high = torch.full_like(extent, -12.0), torch.full_like(extent, 12.0)  # of log chi/extent
     for _ in range(14):
         middle = (low + high) / 2
         outside = worst(middle)[1] > eps

@@ -57,14 +57,14 @@ class Noon(Normalizer):
         scale = std + self.eps
         return (centred / torch.where(scale > 0, scale, 1.0)).clamp(min=0)
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
         if not self.match_rms:
-            return scores
+            return advantage
         applies = ~torch.isnan(rewards.values)  # [K, N]
-        equal = scores.new_ones(len(self.objectives))  # [K]
+        equal = advantage.new_ones(len(self.objectives))  # [K]
         target = _rms(combine(self.per_objective(rewards), equal, applies))
-        own = _rms(scores)
-        return scores * (target / torch.where(own > 0, own, 1.0))
+        own = _rms(advantage)
+        return advantage * (target / torch.where(own > 0, own, 1.0))
 
 
 def _rms(values: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ class Raw(Normalizer):
         centred, _ = group_centred(rewards)
         return centred
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
         if self.std == "batch":
-            return whiten(scores, rewards, self.eps)
-        centred, std = group_centred(_combined(scores, rewards))
+            return whiten(advantage, rewards, self.eps)
+        centred, std = group_centred(_combined(advantage, rewards))
         return centred[0] / (std[0] + self.eps)
 
 
@@ -79,8 +79,8 @@ class GDPO(Normalizer):
             std = rms_group_std(rewards).nan_to_num(nan=0.0)[:, None]
         return centred / (std + self.eps)
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return whiten(scores, rewards, self.eps)
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        return whiten(advantage, rewards, self.eps)
 
 
 class DualStage(Normalizer):
@@ -128,8 +128,8 @@ class DualStage(Normalizer):
         scale = torch.maximum(std, self.floor * self.spread.nan_to_num(nan=0.0)[:, None])
         return centred / torch.where(scale > 0, scale, 1.0)
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return whiten_alike(scores, rewards, 1e-4)
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        return whiten_alike(advantage, rewards, 1e-4)
 
 
 class PromptHistory(Normalizer):
@@ -180,8 +180,8 @@ class PromptHistory(Normalizer):
                     advantages[k, index] = ((values - known.mean()) / scale).nan_to_num(nan=0.0)
         return advantages
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        return scores
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        return advantage
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.history
@@ -190,25 +190,25 @@ class PromptHistory(Normalizer):
         self.history = state
 
 
-def whiten(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
+def whiten(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
     """``(S - mean S) / (std S + eps)`` over the samples to which anything applies: ``[N]``.
 
     The mean taken off is the group's. Over groups centred in stage 1 it is the batch's as well;
     only where an objective applies to a part of a group does it differ, and there the batch's
     would give a group without any spread an advantage.
     """
-    centred, _ = group_centred(_combined(scores, rewards))
-    return centred[0] / (batch_spread(scores, rewards) + eps)
+    centred, _ = group_centred(_combined(advantage, rewards))
+    return centred[0] / (batch_spread(advantage, rewards) + eps)
 
 
-def whiten_alike(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
+def whiten_alike(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
     """As ``whiten``, over groups to which the same objectives apply: ``[N]``.
 
     A mean of K objectives that have little to do with each other varies as ``1 / sqrt(K)``. Divided
     by one spread for all, prompts to which one objective applies would weigh twice as much as
     prompts to which four apply; so each group is treated as in a batch of its like.
     """
-    advantages = torch.zeros_like(scores)
+    advantages = torch.zeros_like(advantage)
     patterns = _patterns(rewards)
     for pattern in patterns.unique():
         alike = patterns == pattern
@@ -218,13 +218,13 @@ def whiten_alike(scores: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
             groups=rewards.groups[alike],
             prompts=tuple(itertools.compress(rewards.prompts, alike.tolist())),
         )
-        advantages[alike] = whiten(scores[alike], part, eps)
+        advantages[alike] = whiten(advantage[alike], part, eps)
     return advantages
 
 
-def batch_spread(scores: Tensor, rewards: RewardMatrix) -> Tensor:
+def batch_spread(advantage: Tensor, rewards: RewardMatrix) -> Tensor:
     """RMS, over the samples to which anything applies, of the distance to their group's mean."""
-    centred, _ = group_centred(_combined(scores, rewards))
+    centred, _ = group_centred(_combined(advantage, rewards))
     counted = (~torch.isnan(rewards.values)).any(0)
     return (centred[0].square().sum() / counted.sum().clamp(min=1)).sqrt()
 
@@ -245,12 +245,12 @@ def _patterns(rewards: RewardMatrix) -> Tensor:
     return pattern[index]
 
 
-def _combined(scores: Tensor, rewards: RewardMatrix) -> RewardMatrix:
+def _combined(advantage: Tensor, rewards: RewardMatrix) -> RewardMatrix:
     """The weighted mean as a matrix of one objective, NaN where nothing applies."""
     counted = (~torch.isnan(rewards.values)).any(0)
     return RewardMatrix(
         names=("combined",),
-        values=torch.where(counted, scores, torch.nan)[None],
+        values=torch.where(counted, advantage, torch.nan)[None],
         groups=rewards.groups,
         prompts=rewards.prompts,
     )

@@ -119,10 +119,10 @@ class WinRate(Normalizer):
         _, std = group_centred(rewards)
         return torch.where(std > 0, centred, 0.0)
 
-    def combined(self, scores: Tensor, rewards: RewardMatrix) -> Tensor:
-        spread = float(batch_spread(scores, rewards))
+    def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        spread = float(batch_spread(advantage, rewards))
         self._divisor = spread + self.eps if spread > 0 else 1.0  # else there is only the KL
-        return whiten(scores, rewards, self.eps)
+        return whiten(advantage, rewards, self.eps)
 
     def kl_scale(self) -> float:
         return 1 / self._divisor

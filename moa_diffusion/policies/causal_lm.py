@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moa_diffusion.config.schema import GenerationConfig, PolicyConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.chat import Dialogue
@@ -45,19 +46,11 @@ class CausalLMPolicy:
         model: taken over: it gets the adapter, and its generation settings (penalties, top-k)
             give way, as with them samples would not be the policy's. Dropout stays off. Frozen
             weights and the forward pass keep its dtype; adapter and log-probs are float32.
-        tokenizer: The tokenizer of the model.
-        device: where the model lives.
-        seed: The seed of the adapter's initial values.
-        lora_rank: rank of the adapter.
-        lora_alpha: scale numerator; the rank by default.
-        target_modules: suffixes of the linear layers that get an adapter; by default all of them
-            but the output embedding: the projections of attention and MLP.
-        gradient_checkpointing: recompute activations in the backward pass (less memory).
-        max_new_tokens: T, the limit of a response with its end.
-        temperature: The temperature of sampling and of the log-probs, positive.
-        eval_temperature: The temperature of ``generate``; 0 takes the likeliest token.
-        max_prompt_tokens: limit of a prompt; by default what the context leaves.
-        chat: whether prompts go through the tokenizer's chat template; by default if it has one.
+        tokenizer: The model's tokenizer.
+        settings: The section ``policy``, of which the adapter and the checkpointing are taken.
+        generation: The section ``generation``: limits, temperatures and the chat template.
+        device: Where the model lives.
+        seed: Decides the adapter's initial values.
         features: whether rollouts hold the last hidden state that predicts each token, float32,
             for value heads.
 
@@ -74,61 +67,60 @@ class CausalLMPolicy:
         model: Any,
         tokenizer: Any,
         *,
+        settings: PolicyConfig,
+        generation: GenerationConfig,
         device: torch.device,
         seed: int,
-        lora_rank: int = 32,
-        lora_alpha: int | None = None,
-        target_modules: Sequence[str] | None = None,
-        gradient_checkpointing: bool = False,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        eval_temperature: float = 0.0,
-        max_prompt_tokens: int | None = None,
-        chat: bool | None = None,
         features: bool = False,
     ) -> None:
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig as ModelGeneration
 
-        if max_new_tokens < 1:
+        if generation.max_new_tokens < 1:
             raise ValueError(
-                f"Parameter `max_new_tokens` should be at least 1. Found {max_new_tokens}."
+                "Parameter `max_new_tokens` should be at least 1. "
+                f"Found {generation.max_new_tokens}."
             )
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"Parameter `temperature` should be positive. Found {temperature}.")
-        if not 0 <= eval_temperature < math.inf:
+        if not 0 < generation.temperature < math.inf:
             raise ValueError(
-                f"Parameter `eval_temperature` should be at least 0. Found {eval_temperature}."
+                f"Parameter `temperature` should be positive. Found {generation.temperature}."
+            )
+        if not 0 <= generation.eval_temperature < math.inf:
+            raise ValueError(
+                "Parameter `eval_temperature` should be at least 0. "
+                f"Found {generation.eval_temperature}."
             )
         check_forward(type(model))
         check_vocabulary(model, tokenizer)
         self.device, self.dtype = device, model.dtype
-        self.max_new_tokens, self.features = max_new_tokens, features
-        self.temperature, self.eval_temperature = temperature, eval_temperature
+        self.generation, self.features = generation, features
+        self.max_new_tokens = generation.max_new_tokens
         self.dialogue = Dialogue(
             tokenizer,
-            chat=chat,
+            chat=generation.chat,
             max_prompt_tokens=prompt_limit(
-                model.config, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens
+                model.config,
+                max_new_tokens=generation.max_new_tokens,
+                max_prompt_tokens=generation.max_prompt_tokens,
             ),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=generation.max_new_tokens,
             stops=stop_tokens(model.generation_config),
         )
         self.model: Any = model.to(device).eval()
-        self.model.generation_config = GenerationConfig(
+        self.model.generation_config = ModelGeneration(
             do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=generation.max_new_tokens,
             eos_token_id=self.dialogue.stops,
             pad_token_id=self.dialogue.filler,
         )
         lora.attach(
             self.model,
-            rank=lora_rank,
-            alpha=lora_rank if lora_alpha is None else lora_alpha,
-            target_modules=lora.projections(model) if target_modules is None else target_modules,
+            rank=settings.lora.rank,
+            alpha=settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha,
+            target_modules=settings.lora.target_modules or lora.projections(model),
             seed=derive_seed(seed, "lora"),
             task="CAUSAL_LM",
         )
-        if gradient_checkpointing:
+        if settings.gradient_checkpointing:
             checkpoint_layers(self.model)
         self._trainable = lora.parameters(self.model)
         self._adapted = lora.layers(self.model)
@@ -149,7 +141,7 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
-        response, mask = self._draw(requests, self.temperature)
+        response, mask = self._draw(requests, self.generation.temperature)
         return self._rollout(requests, self._texts(requests, response, mask), response, mask)
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
@@ -192,7 +184,7 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:
-        return self._texts(requests, *self._draw(requests, self.eval_temperature))
+        return self._texts(requests, *self._draw(requests, self.generation.eval_temperature))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return self._trainable
@@ -288,7 +280,7 @@ class CausalLMPolicy:
                 logits_to_keep=torch.arange(p - 1, p - 1 + t, device=self.device),
                 use_cache=False,
             ).logits  # [n, t, V]
-        log_probs = token_log_probs(logits, response, self.temperature)
+        log_probs = token_log_probs(logits, response, self.generation.temperature)
         return functional.pad(torch.where(mask, log_probs, 0.0), (0, self.max_new_tokens - t))
 
     def _longest(self, requests: Sequence[Request]) -> int:

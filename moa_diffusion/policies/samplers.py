@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ def flow_sde(s: float, s_next: float, *, noise_level: float, s_second: float) ->
     return Step(1 + half * d, (1 + half * (1 - s)) * d, g * math.sqrt(-d), -d)
 
 
-def cps(s: float, s_next: float, *, noise_level: float) -> Step:
+def cps(s: float, s_next: float, *, noise_level: float, s_second: float = 1.0) -> Step:
     """Coefficients-preserving step (Flow-CPS, arXiv 2509.05952): the noise left is s_next exactly.
 
     With ``std = s_next sin(noise_level pi/2)``, ``x_next = (1 - s_next) data + sqrt(s_next^2 -
@@ -187,12 +188,31 @@ def cps(s: float, s_next: float, *, noise_level: float) -> Step:
         s: this step's sigma, in (0, 1].
         s_next: the next sigma, in (0, s).
         noise_level: in (0, 1]; 1 replaces all noise.
+        s_second: The schedule's second sigma, which this step does not depend on.
     """
     std = s_next * math.sin(noise_level * math.pi / 2)
     # max(): the difference of two equal numbers may round below zero when noise_level is 1.
     keep = math.sqrt(max(s_next**2 - std**2, 0.0))
     v = keep * (1 - s) - (1 - s_next) * s
     return Step(1 - s_next + keep, v, std, s - s_next, unscaled=True)
+
+
+class Sampler(Protocol):
+    """A kind of stochastic step: a function of two neighbouring sigmas of the schedule."""
+
+    def __call__(self, s: float, s_next: float, *, noise_level: float, s_second: float) -> Step:
+        """The step from sigma ``s`` to ``s_next``, with a positive ``std``.
+
+        Args:
+            s: This step's sigma, in (0, 1].
+            s_next: The next sigma, in (0, s).
+            noise_level: ``sampling.noise_level``, positive.
+            s_second: The schedule's second sigma, for steps that have no value where ``s`` is 1.
+        """
+        ...
+
+
+SAMPLERS: dict[str, Sampler] = {"flow_sde": flow_sde, "cps": cps}
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -19,6 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.config.schema import (
+    EvaluationConfig,
+    LossConfig,
+    PolicyConfig,
+    SamplingConfig,
+)
 from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.policies import lora, samplers
 from moa_diffusion.policies.hub import check_reachable
@@ -63,8 +69,8 @@ def check_fit(
     Args:
         path: folder or hub id.
         revision: of a hub id.
-        resolution: as for ``SD3Policy``.
-        target_modules: as for ``SD3Policy``.
+        resolution: Side of the square images, in pixels.
+        target_modules: Suffixes of the linear layers that get an adapter.
 
     Raises:
         ConfigError: if there is no Stable Diffusion 3 pipeline, or a setting does not fit it.
@@ -157,36 +163,23 @@ class SD3Policy:
         pipeline: a ``StableDiffusion3Pipeline``, taken over: its transformer gets the adapter and
             its text encoders leave after ``prepare``. The frozen weights and the forward pass
             keep its dtype; the adapter, latents and log-probs are float32 in any case.
-        device: where the transformer and the VAE live.
-        seed: of the adapter's initial values and of the windows.
-        source: names the weights in the disk cache of prompt embeddings.
-        lora_rank: rank of the adapter.
-        lora_alpha: scale numerator; the rank by default.
-        target_modules: suffixes of the linear layers that get an adapter; by default the eight
-            attention projections.
-        gradient_checkpointing: recompute activations in the backward pass (less memory).
-        resolution: side of the square images, in pixels.
-        steps: denoising steps of a rollout.
-        guidance: classifier-free guidance scale; 1 or less switches it off and halves the cost.
-        sampler: stochastic step, 'flow_sde' or 'cps'; their log-probs have different units, and
-            want different clip ranges.
-        noise_level: of the stochastic step.
-        window: trained steps per rollout; 0 trains every step but the last.
-        window_mode: 'random' draws the first trained step for each rollout, 'slide' moves it from
-            noisy to clean by one every ``window_stay`` rollouts (MixGRPO), 'first' keeps it at 0.
-        window_stay: rollouts at each place of a sliding window.
-        kl: kind of KL: 'gaussian', 'dt_free' or 'velocity'.
-        even_steps: whether log-probs give way to ``samplers.Steps.even_score``: log ratios and
-            gradients of all steps are then of one size.
-        eval_steps: denoising steps of ``generate``.
-        eval_guidance: guidance scale of ``generate``.
-        max_sequence_length: T5 tokens per prompt.
-        step_batch: trained steps of a sample per forward pass; more is faster on small models,
-            and takes as many times the memory.
-        vae_batch: images decoded at a time.
-        embeds_dir: folder of the disk cache of prompt embeddings.
-        embeds_memory_gb: limit of their memory cache.
-        turn: this process and how many there are, for a disk cache that they share.
+        settings: The section ``policy``: the adapter, batches and caches; what loads the pipeline
+            (path, revision and dtypes) is not looked at.
+        sampling: The section ``sampling``: how rollouts are drawn.
+        evaluation: The section ``evaluation``, of which the steps and the guidance of ``generate``
+            are taken.
+        loss: The section ``loss``, of which the kind of KL is taken, and whether log-probs give way
+            to ``samplers.Steps.even_score``: log ratios and gradients of all steps are then of one
+            size.
+        device: Where the transformer and the VAE live.
+        seed: Decides the adapter's initial values and the windows.
+        source: Names the weights in the disk cache of prompt embeddings.
+        turn: This process and how many there are, for a disk cache that they share.
+        sampler: A stochastic step of one's own, in the place of the one that ``sampling`` names.
+
+    Raises:
+        ConfigError: if the transformer cannot draw images of the resolution.
+        ValueError: if a trained step has no positive standard deviation.
     """
 
     whole_rows = False
@@ -195,51 +188,32 @@ class SD3Policy:
         self,
         pipeline: Any,
         *,
+        settings: PolicyConfig,
+        sampling: SamplingConfig,
+        evaluation: EvaluationConfig,
+        loss: LossConfig,
         device: torch.device,
         seed: int,
         source: str = "",
-        lora_rank: int = 32,
-        lora_alpha: int | None = None,
-        target_modules: Sequence[str] | None = None,
-        gradient_checkpointing: bool = False,
-        resolution: int = 512,
-        steps: int = 10,
-        guidance: float = 4.5,
-        sampler: str = "flow_sde",
-        noise_level: float = 0.7,
-        window: int = 0,
-        window_mode: str = "random",
-        window_stay: int = 25,
-        kl: str = "gaussian",
-        even_steps: bool = False,
-        eval_steps: int = 40,
-        eval_guidance: float = 4.5,
-        max_sequence_length: int = 128,
-        step_batch: int = 1,
-        vae_batch: int = 8,
-        embeds_dir: Path | None = None,
-        embeds_memory_gb: float = 8.0,
         turn: tuple[int, int] = (0, 1),
+        sampler: samplers.Sampler | None = None,
     ) -> None:
+        self.settings, self.sampling, self.evaluation = settings, sampling, evaluation
+        self.sampler = samplers.SAMPLERS[sampling.sampler] if sampler is None else sampler
+        self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
-        self.steps, self.guidance = steps, guidance
-        self.row_copies = 2 if guidance > 1 else 1  # the unconditional rows come first
-        self.sampler, self.noise_level = sampler, noise_level
-        self.window, self.window_mode, self.window_stay = window, window_mode, window_stay
-        self.kl, self.even_steps = kl, even_steps
-        self.eval_steps, self.eval_guidance = eval_steps, eval_guidance
-        self.step_batch, self.vae_batch = step_batch, vae_batch
+        self.row_copies = 2 if sampling.guidance > 1 else 1  # the unconditional rows come first
 
         self.transformer: Any = pipeline.transformer.to(device)
         lora.attach(
             self.transformer,
-            rank=lora_rank,
-            alpha=lora_rank if lora_alpha is None else lora_alpha,
-            target_modules=lora.ATTENTION if target_modules is None else target_modules,
+            rank=settings.lora.rank,
+            alpha=settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha,
+            target_modules=settings.lora.target_modules or lora.ATTENTION,
             seed=derive_seed(seed, "lora"),
         )
         _call_processors(self.transformer)
-        if gradient_checkpointing:
+        if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()  # checkpointing asks for it; the model has no dropout
         self._trainable = lora.parameters(self.transformer)
@@ -250,23 +224,23 @@ class SD3Policy:
         self.encode = PromptEncoder(
             pipeline,
             device=device,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=settings.max_sequence_length,
             source=f"{source}:{self.dtype}",
-            cache_dir=embeds_dir,
-            memory_gb=embeds_memory_gb,
+            cache_dir=None if settings.embeds_dir is None else Path(settings.embeds_dir),
+            memory_gb=settings.embeds_memory_gb,
             turn=turn,
         )
         config = self.transformer.config
-        self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, resolution)
+        self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, sampling.resolution)
         self.dimensions = math.prod(self.latent_shape)
         # Coefficients of all steps are on the device once: numbers sent there one by one wait.
-        self._sigmas = self._schedule(steps)
+        self._sigmas = self._schedule(sampling.steps)
         self._sigma = torch.tensor(self._sigmas, dtype=torch.float32, device=device)
         self._deterministic = self._euler(self._sigmas)
         self._stochastic = samplers.Steps.of(  # of every step that may be trained
             [self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])], device
         )
-        self._eval_sigmas = self._schedule(eval_steps)
+        self._eval_sigmas = self._schedule(evaluation.steps)
         self._eval_deterministic = self._euler(self._eval_sigmas)
         self._embedded: tuple[tuple[str, ...], tuple[Tensor, Tensor]] | None = None  # the last
 
@@ -281,12 +255,12 @@ class SD3Policy:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
         window = self.trained_steps(step)
-        embeds = self._embeds([request.prompt for request in requests], self.guidance)
+        embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = self._start(requests, sources)
         latents, noises, log_probs = [], [], []
         for i, s in enumerate(self._sigmas[:-1]):
-            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.guidance)
+            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.sampling.guidance)
             if i not in window:
                 x = self._deterministic[i : i + 1].mean(x, v)
                 continue
@@ -324,10 +298,10 @@ class SD3Policy:
         numbers = slice(first + chosen.start, first + chosen.stop)
         coefficients = self._stochastic[numbers].repeat(n)
         s = self._sigma[numbers].repeat(n)
-        embeds = self._embeds([request.prompt for request in rollout.requests], self.guidance)
+        embeds = self._embeds([r.prompt for r in rollout.requests], self.sampling.guidance)
         if (t := len(chosen)) > 1:
             embeds = embeds[0].repeat_interleave(t, 0), embeds[1].repeat_interleave(t, 0)
-        v = self._velocity(x, s, embeds, self.guidance)
+        v = self._velocity(x, s, embeds, self.sampling.guidance)
         if self.even_steps:
             log_probs = coefficients.even_score(v, rollout.trace["noise"][:, here].flatten(0, 1))
         else:
@@ -337,15 +311,15 @@ class SD3Policy:
         if not with_kl:
             return log_probs, None
         with torch.no_grad(), lora.disabled(self._adapted):
-            v_ref = self._velocity(x, s, embeds, self.guidance)
+            v_ref = self._velocity(x, s, embeds, self.sampling.guidance)
         return log_probs, coefficients.kl(v, v_ref, self.kl).view(n, -1)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
-        embeds = self._embeds([request.prompt for request in requests], self.eval_guidance)
+        embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         x = self._start(requests, samplers.generators([request.seed for request in requests]))
         for i, s in enumerate(self._eval_sigmas[:-1]):
-            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.eval_guidance)
+            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.evaluation.guidance)
             x = self._eval_deterministic[i : i + 1].mean(x, v)
         return self._decode(x)
 
@@ -362,7 +336,8 @@ class SD3Policy:
         return None  # images and texts have different numbers
 
     def step_chunks(self, decisions: int) -> list[slice]:
-        return [slice(i, i + self.step_batch) for i in range(0, decisions, self.step_batch)]
+        size = self.settings.step_batch
+        return [slice(i, i + size) for i in range(0, decisions, size)]
 
     def save(self, folder: Path) -> None:
         lora.save_sd3(self.transformer, folder)
@@ -374,16 +349,17 @@ class SD3Policy:
 
         The last step is never trained: its noise is so small that the likelihood overflows.
         """
-        eligible = self.steps - 1
-        if self.window == 0:
+        sampling = self.sampling
+        eligible, window = sampling.steps - 1, sampling.window
+        if window == 0:
             return range(eligible)
-        places = eligible - self.window + 1
-        if self.window_mode == "random":
+        places, first = eligible - window + 1, 0
+        if sampling.window_mode == "random":
             draws = generator(self.seed, "window", step)
             first = int(torch.randint(places, (), generator=draws))
-        else:
-            first = (step // self.window_stay) % places if self.window_mode == "slide" else 0
-        return range(first, first + self.window)
+        elif sampling.window_mode == "slide":
+            first = (step // sampling.window_stay) % places
+        return range(first, first + window)
 
     def _velocity(
         self, x: Tensor, s: Tensor, embeds: tuple[Tensor, Tensor], guidance: float
@@ -407,9 +383,14 @@ class SD3Policy:
         return v
 
     def _stochastic_step(self, s: float, s_next: float) -> samplers.Step:
-        if self.sampler == "cps":
-            return samplers.cps(s, s_next, noise_level=self.noise_level)
-        return samplers.flow_sde(s, s_next, noise_level=self.noise_level, s_second=self._sigmas[1])
+        level, second = self.sampling.noise_level, self._sigmas[1]
+        step = self.sampler(s, s_next, noise_level=level, s_second=second)
+        if not isinstance(step, samplers.Step) or not step.std > 0:
+            raise ValueError(
+                "Parameter `sampler` should return a Step whose `std` is positive. "
+                f"Found {step!r} for the sigmas {s:g} and {s_next:g}."
+            )
+        return step
 
     def _start(self, requests: Sequence[Request], sources: Sequence[torch.Generator]) -> Tensor:
         """Initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
@@ -445,7 +426,7 @@ class SD3Policy:
         scaled = latents / config.scaling_factor + config.shift_factor
         pictures = [
             self.vae.decode(part, return_dict=False)[0].float()
-            for part in scaled.to(self.vae.dtype).split(self.vae_batch)
+            for part in scaled.to(self.vae.dtype).split(self.settings.vae_batch)
         ]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).cpu()
 

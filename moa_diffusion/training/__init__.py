@@ -4,7 +4,7 @@ from moa_diffusion.training.critic import Critic
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loop import Run, Schedule
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.loss import clipped_surrogate
 from moa_diffusion.training.offline import OfflineTrainer
 from moa_diffusion.training.stepper import TrainingError
@@ -17,7 +17,6 @@ __all__ = [
     "ObjectiveGradients",
     "OfflineTrainer",
     "Run",
-    "Schedule",
     "Trainer",
     "TrainingError",
     "clipped_surrogate",

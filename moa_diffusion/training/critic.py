@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.config.schema import CriticConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import Comm
 from moa_diffusion.processes.devices import widest
@@ -67,55 +68,48 @@ class Critic:
     estimates are in the rewards' own units.
 
     Args:
-        objectives: names of the K objectives.
-        width: d, of the features ``[n, T, d]`` in a rollout's trace.
-        comm: collectives over the processes.
-        device: of the heads.
-        seed: of their initial values.
-        granularity: 'decision', or 'sample': the mean over a sample's decisions.
-        gamma: discount per decision, in (0, 1].
-        lam: of the estimator, in [0, 1].
-        hidden: width of the layer between features and values.
-        lr: learning rate of Adam.
-        epochs: gradient steps per rollout, on all of it.
-        batch: samples per pass of the heads, as they were drawn, so that any number of processes
+        objectives: The names of the K objectives.
+        settings: The section ``critic``.
+        width: The size d of the features ``[n, T, d]`` in a rollout's trace.
+        comm: The collectives over the processes.
+        device: The heads' device.
+        seed: Decides the heads' initial values.
+        batch: Samples per pass of the heads, as they were drawn, so that any number of processes
             makes the same passes.
+
+    Raises:
+        ValueError: if ``settings.granularity`` is not known.
     """
 
     def __init__(
         self,
         objectives: Sequence[str],
+        settings: CriticConfig,
         *,
         width: int,
         comm: Comm,
         device: torch.device,
         seed: int,
-        granularity: str = "decision",
-        gamma: float = 1.0,
-        lam: float = 0.95,
-        hidden: int = 64,
-        lr: float = 1e-3,
-        epochs: int = 8,
         batch: int,
     ) -> None:
-        if granularity not in ("decision", "sample"):
+        if settings.granularity not in ("decision", "sample"):
             raise ValueError(
-                f"Parameter `granularity` should be 'decision' or 'sample'. Found {granularity!r}."
+                "Parameter `granularity` should be 'decision' or 'sample'. "
+                f"Found {settings.granularity!r}."
             )
-        self.objectives, self.comm, self.device = tuple(objectives), comm, device
-        self.granularity, self.gamma, self.lam, self.epochs = granularity, gamma, lam, epochs
-        self.batch = batch
+        self.objectives, self.settings, self.batch = tuple(objectives), settings, batch
+        self.comm, self.device = comm, device
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, "critic") % 2**63)
-            last = nn.Linear(hidden, len(objectives))
+            last = nn.Linear(settings.hidden, len(objectives))
             self.heads = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, hidden), nn.Tanh(), last
+                nn.LayerNorm(width), nn.Linear(width, settings.hidden), nn.Tanh(), last
             ).to(device)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         # PPO's usual epsilon: with Adam's own, gradients that are nothing but rounding move
         # parameters as far as any other.
-        self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=lr, eps=1e-5)
+        self.optimizer = torch.optim.Adam(self.heads.parameters(), lr=settings.lr, eps=1e-5)
         # [K] float64: running mean and variance of the rewards.
         self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
 
@@ -141,7 +135,9 @@ class Critic:
             parts = [self.heads(part) for part in features.split(self.batch)]
             values = torch.cat(parts).to(dtype).permute(2, 0, 1)  # [K, n, T]
         rewarded = local.to(self.device, dtype)
-        estimates = gae(values, rewarded, mask, gamma=self.gamma, lam=self.lam)  # [K, n, T]
+        estimates = gae(
+            values, rewarded, mask, gamma=self.settings.gamma, lam=self.settings.lam
+        )  # [K, n, T]
         loss = self._fit(features, values + estimates, mask)
 
         gathered = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
@@ -152,7 +148,7 @@ class Critic:
         everyone = numbers[1 + masks.numel() :].view(gathered.shape).transpose(0, 1)
         everyone = everyone * units[:, None, None]  # [K, N, T]
         samples = torch.arange(len(everywhere))[:, None].expand_as(everywhere)  # [N, T]
-        if self.granularity == "sample":
+        if self.settings.granularity == "sample":
             counts = everywhere.sum(1)
             values = torch.where(everywhere, everyone, 0.0).sum(2) / counts  # [K, N]
             columns, owners = samples, samples[:, 0]
@@ -216,7 +212,7 @@ class Critic:
         gradients = GradientSum(list(self.heads.parameters()))
         parts = [tensor.split(self.batch) for tensor in (features, targets, weight)]
         first = torch.zeros(1, dtype=widest(self.device), device=self.device)
-        for epoch in range(self.epochs):
+        for epoch in range(self.settings.epochs):
             self.optimizer.zero_grad()
             for feature, target, share in zip(*parts, strict=True):
                 errors = share * (self.heads(feature) - target).square()

@@ -132,10 +132,10 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
                 break
     sizes, errors = {}, {}
     for name, gradient in expected.items():
-        found = rows.rows[name]  # [2, ...]
+        each = rows.rows[name]  # [2, ...]
         # Sums may cancel: what is added up has the rounding errors.
-        sizes[name] = torch.stack([gradient.norm(), found[0].norm(), found[1].norm()]).max()
-        errors[name] = (found.sum(0) - gradient).norm()
+        sizes[name] = torch.stack([gradient.norm(), each[0].norm(), each[1].norm()]).max()
+        errors[name] = (each.sum(0) - gradient).norm()
     whole = torch.stack(list(sizes.values())).norm()
     if whole == 0:
         return dict.fromkeys(errors, 0.0), len(rows.separate)

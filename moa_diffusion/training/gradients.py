@@ -169,19 +169,19 @@ class ObjectiveGradients:
         coefficients = coefficients.detach().to(log_probs.device, torch.float32)
         passes = self._by_sample(coefficients) if self._whole else [self._by_decision(coefficients)]
         alone: dict[str, Tensor] = dict(self._outside)  # what K passes are needed for
-        asked = [i for i in range(len(self._layers)) if i not in self._foreign]
-        for seed, shares in passes if asked else ():
+        chosen = [i for i in range(len(self._layers)) if i not in self._foreign]
+        for seed, shares in passes if chosen else ():
             # The first pass shows all there is: the others go through the same graph.
-            met = self._contract(log_probs, seed * scale, shares / scale, asked, tokens)
-            if mixed := met & self._foreign:  # a layer is called twice, one call does not fit
+            added = self._contract(log_probs, seed * scale, shares / scale, chosen, tokens)
+            if mixed := added & self._foreign:  # a layer is called twice, one call does not fit
                 self._contract(log_probs, seed * scale, -shares / scale, sorted(mixed), tokens)
-            asked = [i for i in asked if i in met - self._foreign]
-            if not asked:
+            chosen = [i for i in chosen if i in added - self._foreign]
+            if not chosen:
                 break
-        for i in set(range(len(self._layers))).difference(asked):
+        for i in set(range(len(self._layers))).difference(chosen):
             alone |= {self._names[id(w)]: w for w in self._layers[i].weights}
-        found = self._add_separately(alone, log_probs, coefficients, scale, retain_graph)
-        if not asked and not found:
+        separately = self._add_separately(alone, log_probs, coefficients, scale, retain_graph)
+        if not chosen and not separately:
             raise RuntimeError(
                 "The log-probabilities depend on none of the trained parameters: the backward pass "
                 "came by none of the layers."
@@ -203,7 +203,7 @@ class ObjectiveGradients:
         """
         one = shares.shape[1] == 1  # whatever comes by belongs to it
         tiled = shares if one else shares.repeat(1, self._copies)  # [K, R]
-        met: set[int] = set()
+        added: set[int] = set()
 
         def record(i: int, weight: Tensor, left: Tensor, right: Tensor) -> None:
             left_rows = arranged(left, tiled.shape[1], tokens, whole=self._whole)
@@ -211,7 +211,7 @@ class ObjectiveGradients:
             if left_rows is None or right_rows is None:
                 self._foreign.add(i)
                 return
-            met.add(i)
+            added.add(i)
             add_rows(self._targets[id(weight)], tiled, left_rows, right_rows)
 
         for i in chosen:
@@ -226,7 +226,7 @@ class ObjectiveGradients:
         finally:
             for i in chosen:
                 self._layers[i].record = None
-        return met
+        return added
 
     @staticmethod
     def _by_decision(coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,11 +344,11 @@ class ObjectiveGradients:
                 retain_graph=retain_graph or k < self.count - 1,
                 allow_unused=True,
             )
-            found = dict(zip(used, gradients, strict=True))
+            by_name = dict(zip(used, gradients, strict=True))
             # A layer that nothing depends on costs no further pass.
-            used = {name: p for name, p in used.items() if found[name] is not None}
+            used = {name: p for name, p in used.items() if by_name[name] is not None}
             for name in used:
-                self.rows[name][k] += found[name] / scale
+                self.rows[name][k] += by_name[name] / scale
         self.separate |= used.keys()
         return True
 

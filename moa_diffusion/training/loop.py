@@ -10,13 +10,13 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import ProcessError, agreed, share_telling
 from moa_diffusion.monitoring.alarm import Alarm, Watch
@@ -32,18 +32,6 @@ from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How long, and what happens when. Counts are rounds; 0 switches an occasion off."""
-
-    steps: int  # rounds of the whole run
-    minutes: float = 0.0  # after which it ends earlier, evaluations apart
-    checkpoint_every: int = 0
-    checkpoint_keep: int = 0  # newest checkpoints kept; 0 keeps all
-    checkpoint_front: int = 0  # and at most so many that no other dominates in the held-out rewards
-    evaluate_every: int = 0  # held-out rewards and pictures
 
 
 class Learner(Protocol):
@@ -124,7 +112,10 @@ class Run:
     Args:
         learner: Improves the policy. The means of its objectives in evaluations, and those of
             rewards that are not trained on, decide which checkpoints stay.
-        schedule: How long the run is, and what happens when.
+        length: The rounds, and the minutes, of the whole run; the rest of the section is the
+            learner's business.
+        checkpoints: When a checkpoint is written, and which ones stay.
+        evaluate_every: Rounds between two evaluations; 0 for none.
         heldout: The evaluation; None for none.
         watch: Looks at the evaluations for a reward that is being gamed.
         log: Where metrics and scores go.
@@ -136,7 +127,9 @@ class Run:
         self,
         learner: Learner,
         *,
-        schedule: Schedule,
+        length: TrainerConfig,
+        checkpoints: CheckpointConfig,
+        evaluate_every: int = 0,
         heldout: HeldOut | None,
         watch: Watch,
         log: RunLog,
@@ -144,7 +137,8 @@ class Run:
         seed: int,
     ) -> None:
         self.learner, self.progress = learner, learner.progress
-        self.schedule, self.heldout, self.watch = schedule, heldout, watch
+        self.length, self.checkpoints, self.evaluate_every = length, checkpoints, evaluate_every
+        self.heldout, self.watch = heldout, watch
         self.log, self.folder, self.seed = log, folder, seed
         self.comm = learner.progress.comm
         self.seconds = 0.0  # that the rounds finished took
@@ -201,7 +195,7 @@ class Run:
     # ------------------------------------------------------------------ the run
 
     def run(self) -> None:
-        """Train until ``schedule.steps`` rounds are done.
+        """Train until ``length.steps`` rounds are done.
 
         Raises:
             Interrupted: after SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
@@ -212,7 +206,7 @@ class Run:
             Exception: any other, perhaps of this process alone, after it has saved the state.
         """
         bar = tqdm(
-            total=self.schedule.steps,
+            total=self.length.steps,
             initial=self.completed,
             desc=self.learner.title,
             disable=not self.progress.bars,
@@ -230,7 +224,7 @@ class Run:
                         self.log.write(0, metrics | self.progress.take_seconds())
                     if self._may_be_wanted():
                         self.save()
-                if self.watch.over and self.completed < self.schedule.steps:
+                if self.watch.over and self.completed < self.length.steps:
                     logger.warning(
                         "An alarm ended this run after %d %s. It goes on with another "
                         "alarm.action or a higher alarm.limit.",
@@ -276,7 +270,7 @@ class Run:
         """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
         assert self._row is not None
         evaluated = any(name.startswith("eval_") for name in self._row)
-        if not evaluated and (self._last() or self._due(self.schedule.evaluate_every)):
+        if not evaluated and (self._last() or self._due(self.evaluate_every)):
             start = time.perf_counter()
             self._row |= self.evaluate() | self.progress.take_seconds()
             self._row["seconds/total"] += time.perf_counter() - start
@@ -286,14 +280,14 @@ class Run:
         bar.update()
         bar.set_postfix_str(self.learner.headline(metrics))
         self.learner.stepper.check_health()
-        due = self._due(self.schedule.checkpoint_every) or self._may_be_wanted()
+        due = self._due(self.checkpoints.every) or self._may_be_wanted()
         if self._last() or due:
             self.save()
 
     def _last(self) -> bool:
         """Whether the run is at its end; the same on every process."""
-        over = 0 < 60 * self.schedule.minutes <= self.seconds
-        done = self.completed >= self.schedule.steps or self.watch.over
+        over = 0 < 60 * self.length.minutes <= self.seconds
+        done = self.completed >= self.length.steps or self.watch.over
         return done or self.comm.any(over)
 
     def _may_be_wanted(self) -> bool:
@@ -346,8 +340,8 @@ class Run:
         front.retain(
             self.folder,
             (*self.learner.objectives, *self.watch.heldout),
-            newest=self.schedule.checkpoint_keep,
-            front=self.schedule.checkpoint_front,
+            newest=self.checkpoints.keep,
+            front=self.checkpoints.front,
             best=self.watch.best_steps if self._rolls_back else (),
         )
 

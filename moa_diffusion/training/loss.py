@@ -30,8 +30,9 @@ def clipped_surrogate(
         ``[n, t]``; its mean is minimised.
     """
     ratio = torch.exp(log_probs - old_log_probs)
-    weight = _by_decision(advantages).to(ratio.dtype)
-    return torch.maximum(-weight * ratio, -weight * ratio.clamp(1 - clip_range, 1 + clip_range))
+    advantage = _by_decision(advantages).to(ratio.dtype)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
 def surrogate_coefficients(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.seeds import generator
-from moa_diffusion.distributed import Comm, agreed, deal, gather_dealt
+from moa_diffusion.distributed import Comm, agreed, gather_shards, shard
 from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
@@ -132,14 +132,14 @@ class Cloning:
         ``before_batch`` is called on all processes before each batch.
         """
         self.read()
-        batches, found = self._batches(len(rows)), [torch.zeros(0)]
+        batches, parts = self._batches(len(rows)), [torch.zeros(0)]
         most = math.ceil(math.ceil(len(rows) / self.micro_batch) / self.comm.world_size)
         for number in range(most):
             before_batch()
-            mine = batches[number : number + 1]  # none, if other processes have more
-            found += [self._log_pi([rows[i] for i in part]).float().cpu() for part in mine]
-        dealt = deal(len(rows), self.micro_batch, self.comm)
-        return gather_dealt(torch.cat(found).double(), dealt, self.comm)
+            own = batches[number : number + 1]  # none, if other processes have more
+            parts += [self._log_pi([rows[i] for i in part]).float().cpu() for part in own]
+        shards = shard(len(rows), self.micro_batch, self.comm)
+        return gather_shards(torch.cat(parts).double(), shards, self.comm)
 
     def table(self, values: Tensor) -> Tensor:
         """Numbers of the rows ``[R]`` in their places ``[P, Y]``, with 0 for padding."""
@@ -150,9 +150,9 @@ class Cloning:
 
     def _batches(self, total: int) -> list[list[int]]:
         """This process's share of ``total`` items, in micro-batches."""
-        mine = deal(total, self.micro_batch, self.comm)[self.comm.rank]
+        own = shard(total, self.micro_batch, self.comm)[self.comm.rank]
         size = self.micro_batch
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [own[start : start + size] for start in range(0, len(own), size)]
 
     def _log_pi(self, rows: Sequence[int]) -> Tensor:
         """Log-probabilities of the responses at these rows, ``[m]``."""
@@ -163,9 +163,9 @@ class Cloning:
 class OfflineTrainer:
     """Improves one objective under bounds on the others, from preferences: a ``Learner``.
 
-    What is surveyed, read without being learned from, is what is needed and no more. A reference is
-    asked for the prompts whose responses are trained on while it holds: the order of the rows is
-    known ahead, so the policy that will be the next reference is asked now. Levels are over these
+    Log-probs of responses are computed only where they are needed. A reference needs those of the
+    prompts whose responses are trained on while it holds: the order of the rows is known ahead, so
+    they are computed while the policy is what will be the next reference. Levels are over these
     prompts then. So a new reference costs, for each row that is trained on in ``settings.lag``
     steps, a forward pass of its prompt's Y responses (and the first time one of each for ``mu``),
     at most all R; while the reference is the data's, nothing. An evaluation costs a pass over the
@@ -174,8 +174,8 @@ class OfflineTrainer:
 
     The first reference is the policy as it starts, which without ``log_probs`` in the data is taken
     for the one that wrote them: the base model, or with ``policy.adapter`` the model with that
-    LoRA. The base model can be asked at any time for what it says of a response; a start from an
-    adapter is gone once it has been trained, so it is asked for all R responses before.
+    LoRA. Log-probs of the base model can be computed at any time; a start from an adapter is gone
+    once it has been trained, so those of all R responses are computed before.
 
     Args:
         cloning: Takes the optimizer steps.
@@ -261,14 +261,14 @@ class OfflineTrainer:
             everything = torch.arange(self._where.shape[1])
             if self.data.log_probs is None:  # the reference is what wrote them
                 if self.from_adapter:
-                    self._log_mu = self._survey(everything)
+                    self._log_mu = self._log_probs(everything)
                 else:  # the base model, when it is needed
                     self._log_mu = torch.full(everything.shape, math.nan, dtype=torch.float64)
                 return
             wrote = self.data.log_probs[self._where[0], self._where[1]]
             # The policy as it starts is the reference of the first `lag` steps and of the next.
             rows = self._rows_of(self._prompts_of(range(2 * lag))) if lag else everything
-            self.mopo.begin(self._ratio(rows, self._survey(rows) - wrote[rows]))
+            self.mopo.begin(self._ratio(rows, self._log_probs(rows) - wrote[rows]))
             try:
                 check_bounds(self.mopo)
             except ValueError as error:
@@ -349,16 +349,16 @@ class OfflineTrainer:
         rows = self._rows_of(prompts)
         if len(new := rows[self._log_mu[rows].isnan()]):
             with self.policy.reference():
-                self._log_mu[new] = self._survey(new)
-        return self._ratio(rows, self._survey(rows) - self._log_mu[rows])
+                self._log_mu[new] = self._log_probs(new)
+        return self._ratio(rows, self._log_probs(rows) - self._log_mu[rows])
 
     def _ratio(self, rows: Tensor, values: Tensor) -> Tensor:
         """These rows' numbers in their places ``[P, Y]``, NaN of all others."""
-        found = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
-        found[rows] = values
-        return self.cloning.table(found)
+        by_row = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
+        by_row[rows] = values
+        return self.cloning.table(by_row)
 
-    def _survey(self, rows: Tensor) -> Tensor:
+    def _log_probs(self, rows: Tensor) -> Tensor:
         with self.progress.timed("survey"):
             return self.cloning.log_probs(rows.tolist(), self.progress.leave_if_stopped)
 

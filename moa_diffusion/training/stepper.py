@@ -171,8 +171,8 @@ class Stepper:
             group.update(values)
         self.updates = state["updates"]
         if state["scaler"] and self.scaler.is_enabled():  # empty unless the run was in float16
-            mine = {name: self.scaler.state_dict()[name] for name in PACE}
-            self.scaler.load_state_dict(state["scaler"] | mine)
+            own = {name: self.scaler.state_dict()[name] for name in PACE}
+            self.scaler.load_state_dict(state["scaler"] | own)
         self._scale = None
         self.ema.load_state_dict(state["ema"])
         self.skipped_in_a_row = state["skipped_in_a_row"]

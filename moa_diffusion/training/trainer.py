@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.data.seeds import derive_seed, generator
-from moa_diffusion.distributed import agreed, deal, local_slice
+from moa_diffusion.distributed import agreed, local_slice, shard
 from moa_diffusion.monitoring import drift
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.lessons import Lessons
@@ -132,7 +132,7 @@ class Trainer:
             for group, prompt in enumerate(prompts)
         ]
         steps = self._reference_steps()
-        local = deal(len(references), self.geometry.sample_batch, self.comm)[self.comm.rank]
+        local = shard(len(references), self.geometry.sample_batch, self.comm)[self.comm.rank]
         self.expect([references[i] for i in local or [0]])
 
         def draw(batch: Sequence[Request]) -> Outputs:
@@ -143,7 +143,7 @@ class Trainer:
             return concatenate(parts).outputs
 
         with self.progress.timed("reference"), self.policy.reference():
-            scored = self.scorer.survey(
+            scored = self.scorer.draw_and_score(
                 references,
                 draw,
                 batch=self.geometry.sample_batch,

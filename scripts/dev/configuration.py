@@ -23,7 +23,6 @@ from moa_diffusion.config.check import RANGES
 from moa_diffusion.config.schema import (
     Config,
     PromptFileConfig,
-    SamplingConfig,
     WeightedPromptFileConfig,
 )
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
@@ -40,7 +39,6 @@ WORDS = {
     bool: "true or false",
     Any: "anything",
 }
-SAMPLERS = {"flow_sde": samplers.flow_sde, "cps": samplers.cps}
 OF_ALL = ("objectives", "weights")  # what `rewards` says, and no option
 OF_OCR = ("detect", "detection_side")  # options of the head `ocr`, and none of its engines
 HEAD = """\
@@ -212,9 +210,7 @@ def page() -> str:
         ends = (link(method.normalizer), link(method.weighting))
         table.append(row(f"`{name}`", *ends, ", ".join(fixed)))
     kinds = ["| sampler | what it is |", "|---|---|"]
-    if set(SAMPLERS) != set(get_args(get_type_hints(SamplingConfig)["sampler"])):
-        raise ValueError("SAMPLERS should have the names that `sampling.sampler` may have.")
-    kinds += [row(f"`{name}`", summary(step)) for name, step in SAMPLERS.items()]
+    kinds += [row(f"`{name}`", summary(step)) for name, step in samplers.SAMPLERS.items()]
     normalizers = dict.fromkeys(method.normalizer for method in METHODS.values())
     weightings = dict.fromkeys(method.weighting for method in METHODS.values())
     classes = [chapter(3, kind.__name__, summary(kind), options(kind)) for kind in normalizers]

@@ -515,7 +515,7 @@ def test_printing_options_exit_with_zero(tmp_path, capsys, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sampling.sampler", "cpss"], "one of flow_sde, cps. Found 'cpss'. Did you mean cps?"),
+        (["--sampling.sampler", "cpss"], "my_module:my_step. Found 'cpss'. Did you mean 'cps'?"),
         (
             ["--policy.dtype", "fp16"],
             "float32, bfloat16, float16. Found fp16. Did you mean float16",

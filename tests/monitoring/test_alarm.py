@@ -12,8 +12,9 @@ import torch
 
 from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
+from moa_diffusion.config.schema import AlarmConfig
 from moa_diffusion.monitoring import alarm
-from moa_diffusion.monitoring.alarm import Rules, Watch
+from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import Evaluation
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
@@ -47,7 +48,7 @@ def alarms(watch: Watch, course: list[tuple[float, float]]) -> list[alarm.Alarm]
 
 
 def watch(**rules) -> Watch:
-    return Watch(["a"], ["held"], Rules(**rules))
+    return Watch(["a"], ["held"], AlarmConfig(**rules))
 
 
 HACKED = [(0, 0), (1, 1), (2, 0.5), (3, -1), (4, -2)]
@@ -81,7 +82,7 @@ def test_no_alarm(course):
 
 
 def test_the_loudest_objective_may_rise_alone():
-    one = Watch(["quiet", "a"], ["held"], Rules(patience=1))
+    one = Watch(["quiet", "a"], ["held"], AlarmConfig(patience=1))
     for step, expected in ((0, []), (1, ["a"])):
         found = evaluation(step, train=step, held=-step)
         row = Evaluation(
@@ -124,7 +125,7 @@ def test_rollback_names_the_best_evaluation_and_the_limit_ends_the_run():
 
 
 def test_a_best_evaluation_of_weights_that_are_given_up_does_not_count():
-    one = Watch(["a"], ["held", "other"], Rules(action="rollback", patience=1))
+    one = Watch(["a"], ["held", "other"], AlarmConfig(action="rollback", patience=1))
     for step, (train, held, other) in enumerate([(0, 0, 0), (1, -1, 1)]):
         found = evaluation(step, train=train, held=held)
         values = torch.cat([found.values, found.values[:1] * 0 + NOISE + other])
@@ -156,7 +157,7 @@ def three(step: int, train: float, one: float, other: float) -> Evaluation:
 
 
 def test_of_two_alarms_at_once_the_clearer_is_acted_upon():
-    one = Watch(["a"], ["held", "other"], Rules(action="rollback", patience=2, kl_factor=3))
+    one = Watch(["a"], ["held", "other"], AlarmConfig(action="rollback", patience=2, kl_factor=3))
     course = [(0, 0, 0), (1, 1, -1), (2, -1, -2), (3, -2, -3)]
     found = [
         (alarm.step, alarm.name, alarm.action, alarm.to_step)
@@ -165,7 +166,7 @@ def test_of_two_alarms_at_once_the_clearer_is_acted_upon():
     ]
     assert found == [(2, "other", "rollback", 0)]
     assert one.kl_scale == 3
-    both = Watch(["a"], ["held", "other"], Rules(action="rollback", patience=1))
+    both = Watch(["a"], ["held", "other"], AlarmConfig(action="rollback", patience=1))
     both.look(three(0, 0, 0, 0))
     alarms = both.look(three(1, 1, -1, -4))
     assert [(alarm.name, alarm.action) for alarm in alarms] == [
@@ -229,7 +230,7 @@ def test_drift_and_gap_are_said_once_until_they_are_over():
 
 
 def test_an_objective_that_does_not_apply_is_left_out_of_the_rise():
-    one = Watch(["none", "a"], ["held"], Rules(patience=1))
+    one = Watch(["none", "a"], ["held"], AlarmConfig(patience=1))
     for step, expected in ((0, []), (1, ["reward_hack"])):
         found = evaluation(step, train=step, held=-step)
         row = Evaluation(
@@ -467,7 +468,7 @@ def test_rules_that_cannot_be_kept(tmp_path, changes, message):
 
 def test_an_unknown_action():
     with pytest.raises(ValueError, match="one of warn, stop, raise_kl, rollback"):
-        alarm.check(Rules(action="panic"), ["held"], kl_weight=0, prompts=9)
+        alarm.check(AlarmConfig(action="panic"), ["held"], kl_weight=0, prompts=9)
 
 
 def test_deployed_outputs_are_compared_with_rollouts(tmp_path):

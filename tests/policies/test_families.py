@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fixed_objectives import FixedObjectives
+from sections import lm_policy
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -101,14 +102,7 @@ def policy_on(family: str, dtype: torch.dtype = torch.float32) -> CausalLMPolicy
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.3)
-    policy = CausalLMPolicy(
-        network.to(dtype),
-        words,
-        device=torch.device("cpu"),
-        seed=0,
-        lora_rank=3,
-        max_new_tokens=T,
-    )
+    policy = lm_policy(network.to(dtype), words, lora_rank=3, max_new_tokens=T)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -162,6 +156,7 @@ def test_rows_are_those_of_separate_passes(family: str, clipped: bool) -> None:
 def test_without_the_number_of_tokens_flattened_layers_are_differentiated_separately() -> None:
     policy = policy_on("opt")
     rollout = draw(policy, 3)
+    # As above.
     assert worst_error(policy, rollout, coefficients_of(rollout, clipped=False)) < 3e-5
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from sections import sd3_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_diffusion import tiny
 from moa_diffusion.policies import lora
-from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.types import Request
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
@@ -34,10 +35,8 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("tapped", [False, True])
 def test_inputs_are_not_cast_to_float32_and_back(dtype: str, tapped: bool) -> None:
     """Without any effect on log-probs and gradients, to the bit."""
-    policy = SD3Policy(
+    policy = sd3_policy(
         load_pipeline(str(tiny.PIPELINE_PATH), dtype=dtype),
-        device=torch.device("cpu"),
-        seed=0,
         resolution=64,
         steps=4,
         guidance=1.0,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sections import sd3_policy
 
 from moa_diffusion import tiny
 from moa_diffusion.policies import lora
@@ -27,7 +28,7 @@ def pipeline() -> Any:
 @pytest.fixture
 def make(pipeline: Any) -> Any:
     def build(prompts: list[str] = PROMPTS, **options: Any) -> SD3Policy:
-        policy = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **(SMALL | options))
+        policy = sd3_policy(copy.deepcopy(pipeline), seed=0, **(SMALL | options))
         policy.prepare(prompts)
         return policy
 
@@ -61,7 +62,7 @@ def assert_log_probs_close(policy: SD3Policy, found: Any, expected: Any, steps: 
     log-prob rounds by itself comes on top.
     """
     eps = torch.finfo(torch.float32).eps
-    gain = 2 * policy.guidance - 1
+    gain = 2 * policy.sampling.guidance - 1
     for column, index in enumerate(steps):
         step = policy._stochastic_step(policy._sigmas[index], policy._sigmas[index + 1])
         allowed = 32 * eps * (gain * abs(step.v) / step.std + 1)
@@ -154,18 +155,21 @@ def test_gaussian_kl_is_that_of_the_two_means(make: Any) -> None:
     rollout = policy.sample(requests(2), step=0)
     _, kl = policy.log_probs(rollout, slice(1, 2), with_kl=True)
     x = rollout.trace["latents"][:, 1]
-    embeds = policy._embeds([request.prompt for request in rollout.requests], policy.guidance)
+    embeds = policy._embeds(
+        [request.prompt for request in rollout.requests], policy.sampling.guidance
+    )
     s, s_next = policy._sigmas[1], policy._sigmas[2]
     with torch.no_grad():
-        v = policy._velocity(x, torch.full((2,), s), embeds, policy.guidance)
+        v = policy._velocity(x, torch.full((2,), s), embeds, policy.sampling.guidance)
         with lora.disabled(policy._adapted):
-            v_ref = policy._velocity(x, torch.full((2,), s), embeds, policy.guidance)
-    g2 = policy.noise_level**2 * s / (1 - s)
+            v_ref = policy._velocity(x, torch.full((2,), s), embeds, policy.sampling.guidance)
+    g2 = policy.sampling.noise_level**2 * s / (1 - s)
     factor = (1 + g2 * (1 - s) / (2 * s)) * (s_next - s)
     std = (g2 * (s - s_next)) ** 0.5
     normal = torch.distributions.Normal
     exact = torch.distributions.kl_divergence(normal(factor * v, std), normal(factor * v_ref, std))
-    torch.testing.assert_close(kl[:, 0].detach(), exact.flatten(1).mean(1), rtol=1e-4, atol=0)
+    # The same passes in the same batch; of the formula, some ten operations in float32, 2e-7.
+    torch.testing.assert_close(kl[:, 0].detach(), exact.flatten(1).mean(1), rtol=1e-5, atol=0)
 
 
 def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> None:
@@ -181,8 +185,9 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
         generator=generators([request.seed for request in asked]),
         output_type="pt",
     ).images
-    # The same passes in the same batch: the update of the latents alone is written otherwise.
-    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-5, rtol=0)
+    # The same passes in the same batch: the update of the latents alone is written otherwise, and
+    # six of them and the decoder made 2.7e-6 of that. The bound is that of pictures above.
+    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("metadata", [True, False])
@@ -213,7 +218,8 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
     mine = policy.generate(asked)
     assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
-    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise.
+    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise (1.7e-6
+    # apart); a tenth of what a picture of 8 bits could show is 4e-4.
     assert (drawn - mine).abs().max() < 1e-4
 
 
@@ -232,15 +238,17 @@ def test_checkpointing_changes_memory_not_gradients(make: Any) -> None:
 
 def test_half_precision_keeps_adapter_latents_and_log_probs_in_float32(pipeline: Any) -> None:
     half = load_pipeline(str(tiny.PIPELINE_PATH), dtype="bfloat16")
-    policy = SD3Policy(half, device=CPU, seed=0, **SMALL)
+    policy = sd3_policy(half, seed=0, **SMALL)
     policy.prepare(PROMPTS)
     rollout = policy.sample(requests(2), step=0)
     assert policy.transformer.dtype == torch.bfloat16
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     assert rollout.log_probs.dtype == rollout.trace["latents"].dtype == torch.float32
-    new, _ = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    chunks = policy.step_chunks(3)
+    new = torch.cat([policy.log_probs(rollout, steps, with_kl=True)[0] for steps in chunks], dim=1)
     assert new.dtype == torch.float32
-    assert (new - rollout.log_probs).abs().max() < 1e-4
+    # Passes of the batch that sampling had; of another they may differ by bfloat16's eps, 0.008.
+    assert torch.equal(new, rollout.log_probs)
     new.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in policy.trainable().values())
 
@@ -258,11 +266,11 @@ def test_adapter_sits_on_the_eight_attention_projections(make: Any) -> None:
 def test_initial_adapter_depends_on_the_seed_alone(pipeline: Any) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **SMALL)
+    first = sd3_policy(copy.deepcopy(pipeline), seed=0, **SMALL)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    second = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, **SMALL)
-    other = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=1, **SMALL)
+    second = sd3_policy(copy.deepcopy(pipeline), seed=0, **SMALL)
+    other = sd3_policy(copy.deepcopy(pipeline), seed=1, **SMALL)
     name = next(name for name in first.trainable() if ".lora_A." in name)
     assert torch.equal(first.trainable()[name], second.trainable()[name])
     assert not torch.equal(first.trainable()[name], other.trainable()[name])
@@ -271,11 +279,11 @@ def test_initial_adapter_depends_on_the_seed_alone(pipeline: Any) -> None:
 def test_encoders_leave_after_prepare_and_the_disk_cache_replaces_them(
     make: Any, pipeline: Any, tmp_path: Any
 ) -> None:
-    policy = make(embeds_dir=tmp_path)
+    policy = make(embeds_dir=str(tmp_path))
     assert not policy.encode.encoders_loaded
     with pytest.raises(RuntimeError, match="announced"):
         policy.encode(["a green star on a black background"])
-    second = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, embeds_dir=tmp_path, **SMALL)
+    second = sd3_policy(copy.deepcopy(pipeline), seed=0, embeds_dir=str(tmp_path), **SMALL)
     second.encode._pipeline.text_encoder_3 = None  # would fail if anything were encoded again
     second.encode._pipeline.text_encoder_2 = None
     second.encode._pipeline.text_encoder = None
@@ -284,7 +292,7 @@ def test_encoders_leave_after_prepare_and_the_disk_cache_replaces_them(
 
 
 def test_encoders_stay_when_the_embeddings_do_not_fit(pipeline: Any) -> None:
-    policy = SD3Policy(copy.deepcopy(pipeline), device=CPU, seed=0, embeds_memory_gb=1e-5, **SMALL)
+    policy = sd3_policy(copy.deepcopy(pipeline), seed=0, embeds_memory_gb=1e-5, **SMALL)
     policy.prepare(PROMPTS)
     assert policy.encode.encoders_loaded
     assert policy.encode(["a green star on a black background"])[0].shape[0] == 1
@@ -318,7 +326,7 @@ def test_even_steps_are_on_policy_and_of_one_size(make: Any) -> None:
     """Gradients of plain steps differ 20-fold on this schedule; those of even ones do not."""
     ends = []
     for even in (False, True):
-        policy = make(steps=10, guidance=1.0, even_steps=even)
+        policy = make(steps=10, guidance=1.0, loss_steps="equal" if even else "plain")
         disturb(policy)
         rollout = policy.sample(requests(4), step=0)
         norms = []

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from moa_diffusion import tiny
+from moa_diffusion.config.schema import CriticConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.processes.devices import float64_device
@@ -132,7 +133,15 @@ def test_texts_are_drawn(pretended: Pretended) -> None:
 
 
 def test_value_heads(pretended: Pretended) -> None:
-    critic = Critic(("a", "b"), width=4, comm=LocalComm(), device=MPS, seed=0, hidden=3, batch=2)
+    critic = Critic(
+        ("a", "b"),
+        CriticConfig(hidden=3),
+        width=4,
+        comm=LocalComm(),
+        device=MPS,
+        seed=0,
+        batch=2,
+    )
     asked = tuple(Request(prompt="p", group=i) for i in range(3))
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
     rollout = Rollout(
@@ -153,7 +162,7 @@ def test_value_heads(pretended: Pretended) -> None:
 
 
 def test_learning_from_preferences(pretended: Pretended) -> None:
-    """An optimizer step, and a survey of all responses."""
+    """An optimizer step, and the log-probs of all responses."""
     from moa_diffusion.data.preference_files import read_preferences
     from moa_diffusion.training.ema import EMA
     from moa_diffusion.training.offline import Cloning

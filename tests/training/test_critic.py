@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from moa_diffusion.config.schema import CriticConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.objectives.noon import Noon
 from moa_diffusion.objectives.normalize import GDPO
@@ -43,14 +44,12 @@ def matrix(values: list[list[float]]) -> RewardMatrix:
 
 
 def critic(**changes) -> Critic:
-    options = {
-        "width": D,
-        "comm": LocalComm(),
-        "device": torch.device("cpu"),
-        "seed": 0,
-        "batch": 4,
-    }
-    return Critic(("a", "b"), **(options | changes))
+    seed = changes.pop("seed", 0)
+    device = torch.device("cpu")
+    settings = CriticConfig(**changes)
+    return Critic(
+        ("a", "b"), settings, width=D, comm=LocalComm(), device=device, seed=seed, batch=4
+    )
 
 
 def test_estimates_by_hand():

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from fixed_objectives import FixedObjectives
+from sections import sd3_policy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import SMALLEST, random_pipeline
-from moa_diffusion.config.schema import GradientsConfig, LossConfig
+from moa_diffusion.config.schema import CriticConfig, GradientsConfig, LossConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.sd3 import SD3Policy
@@ -175,7 +176,7 @@ def pipeline() -> Any:
 
 
 def on_device(device: Pretended, pipeline: Any, **options: Any) -> SD3Policy:
-    policy: Any = SD3Policy(
+    policy: Any = sd3_policy(
         copy.deepcopy(pipeline),
         device=DEVICE,
         seed=0,
@@ -308,7 +309,13 @@ def test_value_heads_wait_once_at_their_end(batch: int, epochs: int) -> None:
         prompts=("a",) * SAMPLES,
     )
     critic = Critic(
-        rewards.names, width=6, comm=LocalComm(), device=CPU, seed=0, batch=batch, epochs=epochs
+        rewards.names,
+        CriticConfig(epochs=epochs),
+        width=6,
+        comm=LocalComm(),
+        device=CPU,
+        seed=0,
+        batch=batch,
     )
     critic.device = DEVICE
     device.put(list(critic.heads.parameters()))

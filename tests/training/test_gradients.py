@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from sections import sd3_policy
 from torch import Tensor, nn
 
 from benchmarks import gradients as benchmark
@@ -69,9 +70,7 @@ def requests(count: int) -> list[Request]:
 
 def policy_on(pipeline: Any, **options: Any) -> SD3Policy:
     """A policy whose adapter is not at its initial value, where A has no gradient."""
-    policy = SD3Policy(
-        copy.deepcopy(pipeline), device=torch.device("cpu"), seed=0, **(SMALL | options)
-    )
+    policy = sd3_policy(copy.deepcopy(pipeline), **(SMALL | options))
     policy.prepare(PROMPTS)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():

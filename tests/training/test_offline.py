@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.alarm import Watch
@@ -33,7 +34,7 @@ from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog, read_metrics
 from moa_diffusion.training.ema import EMA
-from moa_diffusion.training.loop import Run, Schedule
+from moa_diffusion.training.loop import Run
 from moa_diffusion.training.offline import Cloning, OfflineTrainer, constrained
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError, Request
@@ -138,7 +139,10 @@ def make(
     seed: int = 0,
     level_prompts: int = 512,
     start: Tensor | None = None,
-    **schedule: Any,
+    minutes: float = 0.0,
+    checkpoint_every: int = 0,
+    checkpoint_keep: int = 0,
+    evaluate_every: int = 0,
 ) -> Run:
     policy = Table(data, base)
     if start is not None:  # of a trained adapter
@@ -171,7 +175,9 @@ def make(
     )
     return Run(
         learner,
-        schedule=Schedule(steps=steps, **schedule),
+        length=TrainerConfig(steps=steps, minutes=minutes),
+        checkpoints=CheckpointConfig(every=checkpoint_every, keep=checkpoint_keep, front=0),
+        evaluate_every=evaluate_every,
         heldout=None,
         watch=Watch(data.objectives, ()),
         log=RunLog(folder, main=comm.rank == 0),
@@ -188,7 +194,7 @@ def learned(trainer: Run) -> Tensor:
 def train(trainer: Run) -> dict[str, float]:
     """All steps, without files; returns the last one's metrics and an evaluation."""
     told: dict[str, float] = {}
-    while trainer.completed < trainer.schedule.steps:
+    while trainer.completed < trainer.length.steps:
         told = trainer.step()
     return told | trainer.evaluate()
 
@@ -444,7 +450,7 @@ def test_with_log_probs_too_an_adapter_is_the_first_reference(tmp_path):
 
 
 @pytest.mark.parametrize("lag", [0, 5])
-def test_surveys_read_what_is_needed(tmp_path, lag):
+def test_no_more_log_probs_are_computed_than_needed(tmp_path, lag):
     """200 prompts of two responses, two of which are trained on in a step."""
     data = preferences(torch.rand(2, 200, 2, generator=torch.Generator().manual_seed(0)).double())
     trainer = make(
@@ -474,7 +480,7 @@ def test_surveys_read_what_is_needed(tmp_path, lag):
 
 
 def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
-    """Trained on are the same rows with the same weights as after a survey of everything."""
+    """Trained on are the same rows with the same weights as with the log-probs of everything."""
     data = preferences(opposed(1, p=40))
     trainers = []
     for everything in (False, True):

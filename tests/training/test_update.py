@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from fixed_objectives import FixedObjectives
+from sections import sd3_policy
 
 from moa_diffusion import tiny
 from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import Comm, LocalComm
 from moa_diffusion.monitoring.progress import Progress
-from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
+from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
@@ -43,10 +44,8 @@ def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
     """Two policies: one whose rows come from K backward passes, one from its LoRA layers."""
     if request.param == "toy":
         return ToyPolicy(steps=2)
-    made = SD3Policy(
+    made = sd3_policy(
         copy.deepcopy(pipeline),
-        device=torch.device("cpu"),
-        seed=0,
         resolution=64,
         steps=4,
         guidance=1.0,

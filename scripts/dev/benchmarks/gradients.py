@@ -14,6 +14,13 @@ from torch import Tensor
 
 from benchmarks.phases import machine
 from benchmarks.pipelines import SMALLEST, random_pipeline
+from moa_diffusion.config.schema import (
+    EvaluationConfig,
+    LoraConfig,
+    LossConfig,
+    PolicyConfig,
+    SamplingConfig,
+)
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.training.gradients import CHUNK, ObjectiveGradients
 from moa_diffusion.types import Request
@@ -124,13 +131,14 @@ def _policy(dtype: str) -> SD3Policy:
     pipeline = random_pipeline(replace(SMALLEST, transformer=shape), dtype=DTYPES[dtype])
     policy = SD3Policy(
         pipeline,
+        settings=PolicyConfig(max_sequence_length=MAX_LENGTH, lora=LoraConfig(rank=RANK)),
+        sampling=SamplingConfig(
+            resolution=SIDE * pipeline.vae_scale_factor, steps=2, guidance=GUIDANCE
+        ),
+        evaluation=EvaluationConfig(),
+        loss=LossConfig(),
         device=torch.device("cpu"),
         seed=0,
-        lora_rank=RANK,
-        resolution=SIDE * pipeline.vae_scale_factor,
-        steps=2,
-        guidance=GUIDANCE,
-        max_sequence_length=MAX_LENGTH,
     )
     with torch.no_grad():
         for parameter in policy.trainable().values():

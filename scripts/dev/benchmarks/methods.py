@@ -173,7 +173,7 @@ def _layer(method: str) -> float:
             gramian=gramian,
             win_rates=normalizer.win_rates(rewards),
         )
-        scores = combine(advantages, weighting(stats), torch.ones_like(values, dtype=torch.bool))
-        normalizer.combined(scores, rewards)
+        applies = torch.ones_like(values, dtype=torch.bool)
+        normalizer.combined(combine(advantages, weighting(stats), applies), rewards)
         seconds.append(time.process_time() - start)
     return median(seconds[1:])

@@ -18,6 +18,13 @@ from torch import Tensor
 
 from benchmarks.phases import machine
 from benchmarks.pipelines import SMALLEST, random_pipeline
+from moa_diffusion.config.schema import (
+    EvaluationConfig,
+    LoraConfig,
+    LossConfig,
+    PolicyConfig,
+    SamplingConfig,
+)
 from moa_diffusion.policies.sd3 import SD3Policy
 from moa_diffusion.training.stepper import first_scale
 from moa_diffusion.types import Request
@@ -99,14 +106,16 @@ def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Poli
     for part in (pipeline, other):
         policy = SD3Policy(
             part,
+            settings=PolicyConfig(
+                max_sequence_length=32, lora=LoraConfig(rank=RANK, alpha=2 * RANK)
+            ),
+            sampling=SamplingConfig(
+                resolution=side * part.vae_scale_factor, steps=STEPS, guidance=1.0
+            ),
+            evaluation=EvaluationConfig(),
+            loss=LossConfig(),
             device=torch.device("cpu"),
             seed=0,
-            lora_rank=RANK,
-            lora_alpha=2 * RANK,
-            resolution=side * part.vae_scale_factor,
-            steps=STEPS,
-            guidance=1.0,
-            max_sequence_length=32,
         )
         policy.prepare([PROMPT])
         source = torch.Generator().manual_seed(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from moa_diffusion.config.schema import GenerationConfig, LoraConfig, PolicyConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
 from moa_diffusion.policies.language_model import load_model
@@ -40,10 +41,10 @@ def write_preferences(
     policy = CausalLMPolicy(
         model,
         tokenizer,
+        settings=PolicyConfig(name="causal_lm", lora=LoraConfig(rank=1)),
+        generation=GenerationConfig(max_new_tokens=MAX_NEW_TOKENS),
         device=torch.device("cpu"),
         seed=seed,
-        lora_rank=1,
-        max_new_tokens=MAX_NEW_TOKENS,
     )
     policy.prepare(prompts)
     lines = []
