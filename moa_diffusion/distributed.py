@@ -198,7 +198,7 @@ def _tells(everyone: Sequence[tuple[str, str]], rank: int) -> bool:
 
     Args:
         everyone: host of each process, and its error's message.
-        rank: of the process in question.
+        rank: The rank of the process in question.
     """
     host, mine = everyone[rank]
     if len({text for _, text in everyone}) == 1:

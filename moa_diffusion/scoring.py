@@ -20,10 +20,10 @@ from moa_diffusion.processes.randomness import undisturbed
 from moa_diffusion.types import Outputs, Request, RewardMatrix
 from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.option_types import UnknownOption
 
-__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "create_head", "told"]
+__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "cause_of", "create_head"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Scorer:
         """The rewards of a rollout whose batches were added, on every process.
 
         Args:
-            scoring: of this process's n samples.
+            scoring: The scoring of this process's n samples.
             requests: all N requests, in the order in which the processes hold them.
             while_waiting: called on all processes now and then until the last head is done.
 
@@ -171,7 +171,7 @@ class Scorer:
             requests: M >= 1, equal on every process; these take whole batches in turn.
             draw: outputs of n requests.
             batch: requests per call of ``draw``.
-            title: of the progress bar.
+            title: The title of the progress bar.
             before_batch: called on all processes before each batch.
             progress: whether this process shows the bar.
 
@@ -228,7 +228,7 @@ class Scorer:
         Args:
             requests: n, of this process.
             outputs: that were drawn for them.
-            names: of the heads; all by default.
+            names: The names of the heads; all by default.
 
         Raises:
             RewardError: if a head failed.
@@ -373,7 +373,7 @@ class Scoring:
             return head.evaluate(batch), time.perf_counter() - start
         except BaseException as error:  # a user's code may even call `sys.exit`
             if not isinstance(error, RewardError):
-                failure = RewardError(told(error), head=head.name)
+                failure = RewardError(cause_of(error), head=head.name)
             else:
                 samples = [(first + index, prompt) for index, prompt in error.samples]
                 failure = RewardError(error.cause, head=error.head, samples=samples)

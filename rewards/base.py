@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.pixels import check_images
 
 Kind = Literal["images", "texts"]  # of the samples in a batch
@@ -253,7 +253,7 @@ class RewardHead(ABC):
                 raise
             raise RewardError(error.cause, head=self._label, samples=error.samples) from error
         except Exception as error:
-            cause = told(error)
+            cause = cause_of(error)
             # A batch of one leaves no doubt about the sample.
             samples = batch.samples([0]) if len(batch) == 1 else ()
             raise RewardError(cause, head=self._label, samples=samples) from error

@@ -16,7 +16,7 @@ _INSTALLED = tuple(
 )
 
 
-def told(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Type and message of an exception, and the innermost line of a user's code that it passed.
 
     A user's code is what stands in a file outside Python, what is installed, and this project.
@@ -31,7 +31,7 @@ def told(error: BaseException) -> str:
 
 
 def passed(error: BaseException) -> str:
-    """The parenthesis of `told`, after a space; empty if no line of a user's was passed."""
+    """The parenthesis of `cause_of`, after a space; empty if no line of a user's was passed."""
     if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
         return ""
     users = [

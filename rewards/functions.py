@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scores
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.coroutines import LoopRunner, gather
 from rewards.parameters import function_name, parameters_of
 from rewards.source import source_of
@@ -169,7 +169,7 @@ class FunctionHead(RewardHead):
             raise RewardError(f"{error.cause}{self._hint()}", samples=error.samples) from error
         except Exception as error:
             only = [0] if len(batch) == 1 else []  # no doubt which it was
-            cause = f"{told(error)}{self._hint()}"
+            cause = f"{cause_of(error)}{self._hint()}"
             raise RewardError(cause, samples=batch.samples(only)) from error
         if values.shape != (len(batch),):
             raise RewardError(
@@ -305,7 +305,7 @@ async def _await(
 def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardError:
     if isinstance(error, RewardError):
         return RewardError(error.cause, samples=batch.samples([index]))
-    return RewardError(told(error), samples=batch.samples([index]))
+    return RewardError(cause_of(error), samples=batch.samples([index]))
 
 
 def _pair(returned: Any) -> tuple[float, Mapping[str, Any]]:

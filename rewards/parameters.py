@@ -217,13 +217,13 @@ def _roles(
     if prompts := candidates(_PLAIN_ROLES, "prompts"):
         chosen[prompts[0]] = "prompts"
     else:
-        asked = [name for name in required if _LIKELY_ROLES.get(name) == "prompts"]
-        if len(asked) == 1:  # of two at least one is a column
+        prompt_like = [name for name in required if _LIKELY_ROLES.get(name) == "prompts"]
+        if len(prompt_like) == 1:  # of two at least one is a column
             unnamed = {p.name for p in named if p.kind is Parameter.POSITIONAL_ONLY}
-            if asked[0] in unnamed:
-                chosen[asked[0]] = "prompts"
+            if prompt_like[0] in unnamed:
+                chosen[prompt_like[0]] = "prompts"
             else:
-                stand_in = asked[0]
+                stand_in = prompt_like[0]
     return {p.name: chosen[p.name] for p in named if p.name in chosen}, stand_in
 
 

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardHead
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.parameters import parameters_of
 from rewards.source import FILE_MODULE
 
@@ -53,7 +53,7 @@ def load_entry_point(point: EntryPoint) -> Target:
     try:
         target = point.load()
     except (Exception, SystemExit) as error:  # a script, where a module was meant, may end itself
-        raise ValueError(f"{label}: loading failed: {told(error)}") from error
+        raise ValueError(f"{label}: loading failed: {cause_of(error)}") from error
     return _checked(target, point.attr or point.value, label)
 
 
@@ -150,7 +150,7 @@ def _import_module(place: str, label: str, example: str) -> ModuleType:
             ) from error
         raise ValueError(f"{label}: importing `{place}` failed: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{label}: importing `{place}` failed: {told(error)}") from error
+        raise ValueError(f"{label}: importing `{place}` failed: {cause_of(error)}") from error
 
 
 def _import_file(place: str, label: str) -> ModuleType:
@@ -170,5 +170,5 @@ def _import_file(place: str, label: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(f"{label}: importing `{file}` failed: {told(error)}") from error
+        raise ValueError(f"{label}: importing `{file}` failed: {cause_of(error)}") from error
     return module

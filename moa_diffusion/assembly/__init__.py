@@ -4,7 +4,7 @@ from moa_diffusion.assembly.methods import METHODS, is_fused, method_of, objecti
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
 from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, write_config
-from moa_diffusion.assembly.scorers import check_judged, heads
+from moa_diffusion.assembly.scorers import check_requirements, heads
 from moa_diffusion.assembly.trainers import (
     check_trackers,
     preferences,
@@ -17,7 +17,7 @@ from moa_diffusion.assembly.trainers import (
 __all__ = [
     "METHODS",
     "causal_lm",
-    "check_judged",
+    "check_requirements",
     "check_trackers",
     "flat",
     "heads",

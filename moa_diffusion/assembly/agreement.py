@@ -45,7 +45,7 @@ def check_same(comm: Comm, mine: Mapping[str, str]) -> None:
 
     Args:
         comm: collectives over the processes.
-        mine: of this process, by name.
+        mine: The facts of this process, by name.
 
     Raises:
         ConfigError: on all processes, naming the first thing in which they differ, and where.

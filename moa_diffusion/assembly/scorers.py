@@ -21,8 +21,8 @@ from moa_diffusion.scoring import (
     RewardHead,
     Scorer,
     UnknownOption,
+    cause_of,
     create_head,
-    told,
 )
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import ConfigError, Request
@@ -59,7 +59,7 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
         except ValueError as error:
             raise ConfigError(f"{section}.{name}: {error}") from error
         except Exception as error:  # the constructor of a user's class may raise anything
-            raise ConfigError(f"{section}.{name}: {told(error)}") from error
+            raise ConfigError(f"{section}.{name}: {cause_of(error)}") from error
         wanted = "texts" if settings.policy.name == "causal_lm" else "images"
         if head.scores not in (wanted, "both"):
             raise ConfigError(
@@ -98,8 +98,8 @@ def scorers(
     training = heads(settings)
     watched = heads(settings, "evaluation.rewards")
     prompts = [Prompt(text=request.prompt, metadata=request.metadata) for request in heldout]
-    check_judged("rewards", training, [*trained, *prompts])
-    check_judged("evaluation.rewards", watched, prompts)
+    check_requirements("rewards", training, [*trained, *prompts])
+    check_requirements("evaluation.rewards", watched, prompts)
     return RunScorers(
         heldout=tuple(heldout),
         everyone=Scorer(training | watched, comm, **options),
@@ -107,7 +107,9 @@ def scorers(
     )
 
 
-def check_judged(section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]) -> None:
+def check_requirements(
+    section: str, chosen: Mapping[str, RewardHead], prompts: Sequence[Prompt]
+) -> None:
     """Find out before anything is drawn whether prompts have what heads need of them.
 
     Args:

@@ -43,7 +43,7 @@ def calibrate(
         weights: K weights of the weighted sum of raw rewards.
         milliseconds: K durations of scoring one sample.
         model: folder or hub id, with the adapter that training starts from, if there is one.
-        seed: of the samples.
+        seed: The seed of the samples.
 
     Raises:
         ValueError: if there is no sample, or a length or shape does not fit ``rewards``.
@@ -102,7 +102,7 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
         the fields ``mean`` to ``zero_variance`` of ``ObjectiveCalibration``.
     """
     known = ~values.isnan()
-    asked = len(groups.unique())
+    all_groups = len(groups.unique())
     values, groups = values[known], groups[known]
     if not len(values):
         names = ("mean", "std_total", "std_within", "std_between", "min", "max")
@@ -127,7 +127,7 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
         "max": float(high),
         "at_min": float((values == low).double().mean()),
         "at_max": float((values == high).double().mean()),
-        "applies": count / asked,
+        "applies": count / all_groups,
         "zero_variance": float(((s == 0) / n).sum() / count),
     }
 

@@ -15,6 +15,7 @@ from moa_diffusion.config import Config
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
+from moa_diffusion.report.grid import shown_prompts
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.statistics.groups import mean_and_error, same_prompt
 from moa_diffusion.storage import checkpoint
@@ -46,22 +47,22 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
     settings = {label: config.load(folder / "config.yaml") for label, folder in runs.items()}
     first = next(iter(settings.values()))
     names = list(first.rewards)
-    asked = [request for request in assembly.heldout_requests(first) if request.sibling == 0]
-    shown = min(shown, len(asked))
-    asked = [asked[i * len(asked) // shown] for i in range(shown)]
-    rows = draw_and_score(runs, first, asked)
+    requests = [one for one in assembly.heldout_requests(first) if one.sibling == 0]
+    requests = [requests[i] for i in shown_prompts(len(requests), shown)]
+    shown = len(requests)
+    rows = draw_and_score(runs, first, requests)
 
     figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
     _curves(parts[0], runs, names)
-    _pictures(parts[1], rows, asked, names)
+    _pictures(parts[1], rows, requests, names)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
 
 
 def draw_and_score(
-    runs: Mapping[str, Path], settings: Config, asked: Sequence[Request]
+    runs: Mapping[str, Path], settings: Config, requests: Sequence[Request]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""
     from diffusers.utils import logging
@@ -77,16 +78,16 @@ def draw_and_score(
             pipeline.load_lora_weights(folder)
         with torch.no_grad():
             images = pipeline(
-                [request.prompt for request in asked],
+                [request.prompt for request in requests],
                 num_inference_steps=settings.evaluation.steps,
                 guidance_scale=settings.evaluation.guidance,
                 height=settings.sampling.resolution,
                 width=settings.sampling.resolution,
                 max_sequence_length=settings.policy.max_sequence_length,
-                generator=generators([request.seed for request in asked]),
+                generator=generators([request.seed for request in requests]),
                 output_type="pt",
             ).images.float()
-        rows[label] = (images, scorer.score(asked, images=images))
+        rows[label] = (images, scorer.score(requests, images=images))
     scorer.close()
     return rows
 
@@ -112,8 +113,8 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
     """Change of one reward at every evaluation of a run, paired with the base model's images.
 
     Args:
-        folder: of the run.
-        name: of the objective.
+        folder: The folder of the run.
+        name: The name of the objective.
 
     Returns:
         rollouts; mean change, in the reward's unit; its standard error over prompts.
@@ -138,11 +139,11 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
 def _pictures(
     figure: Any,
     rows: Mapping[str, tuple[Tensor, Tensor]],
-    asked: Sequence[Request],
+    requests: Sequence[Request],
     names: Sequence[str],
 ) -> None:
     """Rows models, columns prompts, rewards under each picture."""
-    panels = figure.subplots(len(rows), len(asked), squeeze=False)
+    panels = figure.subplots(len(rows), len(requests), squeeze=False)
     for number, (row, (label, (images, scores))) in enumerate(
         zip(panels, rows.items(), strict=True)
     ):
@@ -154,7 +155,7 @@ def _pictures(
                 "  ".join(_score_text(score) for score in scores[:, i].tolist()), fontsize=8
             )
             if number == 0:
-                words = asked[i].prompt.split()
+                words = requests[i].prompt.split()
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)

@@ -98,7 +98,7 @@ def plan_comparison(
         methods: names of ``assembly.METHODS`` or YAML files; or these in one text, with commas.
         seeds: runs per method; the first has the configuration's own seed.
         output: folder of all runs.
-        minutes: of training after which a run ends; None for the configuration's.
+        minutes: The minutes of training after which a run ends; None takes the configuration's.
         parallel: runs at a time.
 
     Raises:

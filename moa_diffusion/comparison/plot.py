@@ -35,7 +35,7 @@ def plot_comparison(
     """Write a PNG.
 
     Args:
-        comparison: of M methods and K objectives.
+        comparison: The comparison of M methods and K objectives.
         runs: what it was made from.
         target: the PNG.
         pair: objectives of the front plot; the two that oppose each other most if None.

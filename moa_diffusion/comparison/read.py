@@ -42,9 +42,9 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
     """Read a run's evaluations and metrics.
 
     Args:
-        folder: of the run.
+        folder: The folder of the run.
         method: its label.
-        seed: of the run.
+        seed: The seed of the run.
         names: its K objectives.
 
     Raises:

@@ -165,8 +165,8 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
 
     Args:
         runs: finished runs, of the same held-out samples and objectives.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples: The number of resamples of the bootstrap.
+        seed: The seed of the bootstrap.
 
     Raises:
         ValueError: if the runs cannot be compared.
@@ -308,7 +308,7 @@ def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
     Columns are padded, so that it reads as well on a terminal.
 
     Args:
-        comparison: of the runs that finished.
+        comparison: The comparison of the runs that finished.
         failures: what runs that died said last, by name.
     """
     heads = ["method", *comparison.names, "worst", "hypervolume", "biggest share"]

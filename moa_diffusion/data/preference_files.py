@@ -44,12 +44,12 @@ def read_preferences(
     becomes metadata.
 
     Args:
-        path: of the file.
+        path: The JSONL file.
         objectives: K names; the file may hold no other.
         cycles: whether preferences that run in a circle are an ``error``, or kept (``keep``).
-        smoothing: of win rates from pairs, see ``preferences.py``.
-        scales: of win rates from scores, by objective; by default half of the RMS spread of the
-            scores within a prompt, over the file.
+        smoothing: What smooths win rates from pairs, see ``preferences.py``.
+        scales: The scale of win rates from scores, by objective. By default it is half of the RMS
+            spread of the scores within a prompt, over the file.
 
     Raises:
         ConfigError: for anything wrong in the file; the message starts with file and line.

@@ -67,7 +67,7 @@ def win_rates_of_pairs(
     Args:
         pairs: distinct (winner, loser), positions below ``responses``.
         responses: Y.
-        smoothing: of the Beta prior; 0 for none.
+        smoothing: The parameter of the Beta prior; 0 for none.
     """
     places = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     wins = torch.bincount(places[:, 0], minlength=responses).double()

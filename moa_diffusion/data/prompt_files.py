@@ -206,7 +206,7 @@ def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_R
 
     Args:
         path: for messages.
-        text: of the table.
+        text: The text of the table.
         delimiter: between cells.
         strict: whether a quotation mark that begins a cell has to end it as well.
     """

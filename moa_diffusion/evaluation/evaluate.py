@@ -38,7 +38,7 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
             raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
         check_launcher(accelerator)
         heads = assembly.heads(settings)
-        assembly.check_judged("rewards", heads, plan.prompts)
+        assembly.check_requirements("rewards", heads, plan.prompts)
         sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(plan.cache)
     memory = plan.cache / "digests.txt"
     with working(comm):

@@ -29,7 +29,7 @@ from moa_diffusion.types import ConfigError, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
+class ImageSettings:
     """How pictures are drawn, beside the model, the prompt and the seed."""
 
     steps: int
@@ -43,7 +43,7 @@ class Sampler:
     kind: str = "ode"  # deterministic
 
     @classmethod
-    def of(cls, settings: Config, path: str) -> Sampler:
+    def of(cls, settings: Config, path: str) -> ImageSettings:
         """Deployment settings: those of the section ``evaluation``.
 
         Args:
@@ -69,7 +69,7 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
 
     Args:
         path: folder or hub id. Of a hub id the commit stands for the content.
-        revision: of a hub id.
+        revision: The revision of a hub id.
         memory: see ``files_digest``.
 
     Raises:
@@ -133,8 +133,8 @@ class Images:
     def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
         shutil.copy(source / WEIGHTS, folder / WEIGHTS)
 
-    def sampler(self, settings: Config, device: torch.device) -> Sampler:
-        return Sampler.of(settings, assembly.model_path(settings))
+    def sampler(self, settings: Config, device: torch.device) -> ImageSettings:
+        return ImageSettings.of(settings, assembly.model_path(settings))
 
     def base_digest(self, settings: Config, memory: Path) -> str:
         path, revision = assembly.model_path(settings), settings.policy.revision

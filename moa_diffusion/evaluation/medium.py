@@ -11,9 +11,9 @@ import torch
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
-from moa_diffusion.evaluation.images import Images, Sampler
+from moa_diffusion.evaluation.images import Images, ImageSettings
 from moa_diffusion.evaluation.sample_cache import OutputCache
-from moa_diffusion.evaluation.texts import Generation, Texts
+from moa_diffusion.evaluation.texts import Texts, TextSettings
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import ConfigError, Request
 
@@ -47,7 +47,7 @@ class Medium(Protocol):
         """Write what a checkpoint's folder holds into another, the weights as they are."""
         ...
 
-    def sampler(self, settings: Config, device: torch.device) -> Sampler | Generation:
+    def sampler(self, settings: Config, device: torch.device) -> ImageSettings | TextSettings:
         """How outputs are drawn, beside the model, the prompt and the seed."""
         ...
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from moa_diffusion.data.sampling import Prompt
 from moa_diffusion.evaluation.candidates import Candidate
-from moa_diffusion.evaluation.images import Sampler
+from moa_diffusion.evaluation.images import ImageSettings
 from moa_diffusion.evaluation.sample_cache import OutputCache
 from moa_diffusion.evaluation.score_cache import HeadVersion, Score
-from moa_diffusion.evaluation.texts import Generation
+from moa_diffusion.evaluation.texts import TextSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ScoredSamples:
     candidates: tuple[Candidate, ...]
     digests: tuple[str, ...]  # one for each candidate, of the base model with its adapter
     prompts: tuple[Prompt, ...]
-    sampler: Sampler | Generation
+    sampler: ImageSettings | TextSettings
     samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
     scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
     versions: Mapping[str, HeadVersion]  # of the heads, by objective

@@ -33,7 +33,7 @@ _SUFFIXES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class TextSettings:
     """How completions are drawn, beside the model, the prompt and the seed."""
 
     max_new_tokens: int  # with the token that ends a completion
@@ -43,7 +43,7 @@ class Generation:
     noise: str  # kind of device whose generator it comes from; "none" at temperature 0
 
     @classmethod
-    def of(cls, settings: Config, path: str, device: torch.device) -> Generation:
+    def of(cls, settings: Config, path: str, device: torch.device) -> TextSettings:
         """Deployment settings: those of the section ``generation``.
 
         Args:
@@ -70,7 +70,7 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
 
     Args:
         path: folder or hub id. Of a hub id the commit stands for the content.
-        revision: of a hub id.
+        revision: The revision of a hub id.
         memory: see ``files_digest``.
 
     Raises:
@@ -129,8 +129,8 @@ class Texts:
     def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
         copy_adapter(source, folder, base=_hub_id(settings))
 
-    def sampler(self, settings: Config, device: torch.device) -> Generation:
-        return Generation.of(settings, assembly.model_path(settings), device)
+    def sampler(self, settings: Config, device: torch.device) -> TextSettings:
+        return TextSettings.of(settings, assembly.model_path(settings), device)
 
     def base_digest(self, settings: Config, memory: Path) -> str:
         path, revision = assembly.model_path(settings), settings.policy.revision

@@ -13,7 +13,7 @@ from moa_diffusion import assembly
 from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
-from moa_diffusion.evaluation.texts import Generation
+from moa_diffusion.evaluation.texts import TextSettings
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.summary import Summary, drawn, summarise
 from moa_diffusion.report.table import Table
@@ -101,7 +101,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
 def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
     """Metadata, and the code that writes as the evaluation does."""
     base = _public_name(settings.policy.path)
-    generation = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
+    generation = TextSettings.of(settings, assembly.model_path(settings), torch.device("cpu"))
     head: dict[str, object] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",

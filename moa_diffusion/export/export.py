@@ -44,8 +44,8 @@ def export(
 
     Args:
         entries: run folders, ``[name=]folder``.
-        checkpoint: of each run.
-        weights: of a soup's members, comma-separated; None for a single run.
+        checkpoint: The checkpoint of each run.
+        weights: The weights of a soup's members, comma-separated; None for a single run.
         ema: whether averaged weights are taken.
         output: a new folder; it appears when it is complete.
         evaluation: folder of ``scripts/evaluate.py`` with this model among others. By default that

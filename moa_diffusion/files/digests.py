@@ -28,7 +28,7 @@ def files_digest(folder: Path, files: Iterable[Path], memory: Path) -> str:
 
     Args:
         folder: that they lie in.
-        files: of the folder.
+        files: Files of the folder.
         memory: file where digests are kept by path, size and time of change: reading all weights
             again takes longer than most evaluations that have nothing to draw.
     """

@@ -57,7 +57,7 @@ def read_text(path: Path, kind: str) -> str:
     """The whole text of a UTF-8 file, without its byte order mark.
 
     Args:
-        path: of the file, which exists.
+        path: The file, which exists.
         kind: what it is, for messages: "A prompt file".
 
     Raises:
@@ -98,7 +98,7 @@ def json_lines(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """File and line, and the object on it, of a JSONL; blank lines are left out.
 
     Args:
-        path: of the file, which exists.
+        path: The file, which exists.
         kind: what it is, for messages.
 
     Raises:

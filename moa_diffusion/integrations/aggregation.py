@@ -30,8 +30,8 @@ class Aggregation:
     """A normalizer and a weighting, with all that they remember.
 
     Args:
-        normalizer: of K objectives.
-        weighting: of the same, in the same order.
+        normalizer: The normalizer of K objectives.
+        weighting: The weighting of the same objectives, in the same order.
 
     Raises:
         ValueError: if they are of different objectives, or one of them is not carried.

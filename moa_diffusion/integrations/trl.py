@@ -58,7 +58,7 @@ class MultiObjective:
 
     Args:
         rewards: K functions by name, as TRL calls them. ``None`` or NaN: does not apply.
-        normalizer: of these objectives, in this order.
+        normalizer: The normalizer of these objectives, in this order.
         weighting: likewise.
 
     Raises:

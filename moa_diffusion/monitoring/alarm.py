@@ -312,7 +312,7 @@ def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, promp
     Args:
         rules: to check.
         heldout: rewards that are not trained on.
-        kl_weight: of the loss.
+        kl_weight: The KL weight of the loss.
         prompts: held-out prompts.
 
     Raises:

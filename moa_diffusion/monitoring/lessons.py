@@ -18,7 +18,7 @@ class Lessons:
     Says so at the first rollout, where a wrong reward function shows, and at the end.
 
     Args:
-        names: of the K objectives.
+        names: The names of the K objectives.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -35,7 +35,7 @@ class Lessons:
         """Count one rollout.
 
         Args:
-            rewards: of its N samples.
+            rewards: The rewards of its N samples.
             advantages: ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
             advantage: what the policy is updated with, of any shape.
             first: whether it is the run's first.

@@ -231,7 +231,7 @@ class OfflineMopo(nn.Module):
         qbar: ``[K, P, Y]`` of the secondary ones.
         log_data: ``[P, Y]``, ``-log Y`` of the prompt's responses and ``-inf`` for padding.
         bounds: K least levels.
-        settings: of the algorithm.
+        settings: The settings of the algorithm.
     """
 
     lambdas: Tensor  # [K]

@@ -69,8 +69,8 @@ def sd3_skeleton(path: str, *, revision: str | None = None, config: Any = None) 
 
     Args:
         path: folder or hub id of a pipeline.
-        revision: of a hub id.
-        config: of the transformer, if it need not be read.
+        revision: The revision of a hub id.
+        config: The configuration of the transformer, if it need not be read.
     """
     from diffusers import SD3Transformer2DModel
 
@@ -85,7 +85,7 @@ def text_skeleton(path: str, *, revision: str | None = None) -> Any:
 
     Args:
         path: folder or hub id.
-        revision: of a hub id.
+        revision: The revision of a hub id.
 
     Raises:
         ConfigError: if there is none.
@@ -235,7 +235,7 @@ def peft_config(path: Path) -> Any:
     """peft's settings of a plain LoRA.
 
     Args:
-        path: of ``adapter_config.json``.
+        path: The path of ``adapter_config.json``.
 
     Raises:
         ConfigError: if it is missing or damaged, or of more than a plain LoRA.
@@ -291,10 +291,10 @@ def fitted(
     """The layers of an ``Adapter``, whose scales are those of the adapted model.
 
     Args:
-        path: of the weights, for messages.
+        path: The path of the weights, for messages.
         state: all tensors of the adapter.
         model: carries the adapter, with any values.
-        name: of the adapter.
+        name: The name of the adapter.
         whole: whether every adapted layer should have tensors; else those without are left out, as
             their B is zero.
         tell: whether to warn of those that are left out.

@@ -20,7 +20,7 @@ class Dialogue:
     so that the end of the text may serve as the filler.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: The tokenizer of transformers.
         chat: whether a prompt is a user's turn in the tokenizer's chat template, followed by the
             opening of the assistant's. By default, if there is a template.
         max_prompt_tokens: limit of a prompt with its template.

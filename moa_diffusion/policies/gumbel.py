@@ -25,8 +25,8 @@ class GumbelNoise:
 
     Args:
         seeds: one per text.
-        temperature: of the softmax, positive.
-        device: of the logits.
+        temperature: The temperature of the softmax, positive.
+        device: The device of the logits.
     """
 
     def __init__(self, seeds: Sequence[int], *, temperature: float, device: torch.device) -> None:

@@ -28,8 +28,8 @@ def check_reachable(path: str, file: str, *, revision: str | None = None) -> Non
 
     Args:
         path: folder or hub id.
-        file: of the model, that is in the cache if the model is.
-        revision: of a hub id.
+        file: The file of the model, that is in the cache if the model is.
+        revision: The revision of a hub id.
 
     Raises:
         ConfigError: if there is no such model, or no way to the hub.

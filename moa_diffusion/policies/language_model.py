@@ -109,8 +109,8 @@ def load_model(
 
     Args:
         path: folder or hub id.
-        revision: of a hub id.
-        dtype: of the frozen weights: 'float32', 'bfloat16' or 'float16'.
+        revision: The revision of a hub id.
+        dtype: The precision of the frozen weights: 'float32', 'bfloat16' or 'float16'.
 
     Raises:
         ConfigError: if there is no causal language model with a tokenizer, or its weights are
@@ -145,8 +145,8 @@ def prompt_limit(config: Any, *, max_new_tokens: int, max_prompt_tokens: int | N
     """Tokens that a prompt may have, so that it and a response fit into the context.
 
     Args:
-        config: of the model.
-        max_new_tokens: of a response.
+        config: The configuration of the model.
+        max_new_tokens: The largest number of tokens in a response.
         max_prompt_tokens: a smaller limit; by default all that is left.
 
     Raises:
@@ -184,7 +184,7 @@ def check_fit(
 
     Args:
         path: folder or hub id.
-        revision: of a hub id.
+        revision: The revision of a hub id.
         max_new_tokens: as for ``CausalLMPolicy``.
         max_prompt_tokens: as for ``CausalLMPolicy``.
         target_modules: as for ``CausalLMPolicy``.

@@ -38,10 +38,10 @@ def attach(
 
     Args:
         model: a diffusers or transformers model with peft support; frozen here.
-        rank: of the update.
+        rank: The rank of the update.
         alpha: the update is multiplied by ``alpha / rank``.
         target_modules: suffixes of the linear layers to adapt.
-        seed: of A's draw; the global generator is left alone.
+        seed: The seed of A's draw; the global generator is left alone.
         task: peft's name of the model's task, for loaders that choose a class by it.
 
     Raises:

@@ -107,7 +107,7 @@ def read_lora_file(place: Path, prefixes: tuple[str, ...], *, of: str) -> LoraFi
 
     Args:
         place: folder or file.
-        prefixes: of the names of tensors, of which all have the same one, or none.
+        prefixes: The prefixes of the names of tensors, of which all have the same one, or none.
         of: what the weights should be of, for messages: "transformer".
 
     Raises:
@@ -243,7 +243,7 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
 
     Args:
         path: exists.
-        error: of what tried to read it.
+        error: The error that the reader raised.
         so: that the file is damaged.
     """
     with path.open("rb") as file:
@@ -274,7 +274,7 @@ def foreign_format(names: Iterable[str]) -> str | None:
     """Which format these names of tensors are of; None if diffusers or peft write such.
 
     Args:
-        names: of all tensors of a file.
+        names: The names of all tensors of a file.
     """
     every = list(names)
     if format_name := _first(_FORMATS, every):

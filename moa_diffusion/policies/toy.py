@@ -24,7 +24,7 @@ class ToyPolicy:
 
     Args:
         steps: T, decisions per sample.
-        std: of each step.
+        std: The standard deviation of each step.
         kl: kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
     """
 

@@ -93,7 +93,7 @@ def unused(dtype: str, environment: Mapping[str, str] = os.environ) -> list[str]
 
     Args:
         dtype: ``policy.dtype`` of the run.
-        environment: of this process.
+        environment: The environment of this process.
     """
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()

@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
     Args:
         message: for the user.
-        number: of the signal that asked.
+        number: The number of the signal.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:

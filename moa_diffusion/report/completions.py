@@ -18,7 +18,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
     """Write a Markdown file.
 
     Args:
-        table: of E models and P prompts, with texts; the first seed is shown.
+        table: The table of E models and P prompts, with texts; the first seed is shown.
         target: the file.
         shown: at most this many prompts, as in the grid of pictures.
     """

@@ -25,10 +25,10 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     """Write a PNG.
 
     Args:
-        table: of E models and P prompts, with pictures.
+        table: The table of E models and P prompts, with pictures.
         target: the PNG.
         shown: at most this many prompts, see ``shown_prompts``.
-        seed: of the table's; by default the first.
+        seed: One of the table's seeds; by default the first.
     """
     assert table.images is not None
     s = 0 if seed is None else table.seeds.index(seed)

@@ -29,8 +29,8 @@ def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     Filled: not dominated by any model in all rewards together. Dashed: the front of the pair.
 
     Args:
-        table: of E models and K rewards.
-        summary: its summary.
+        table: The table of E models and K rewards.
+        summary: The summary of the table.
         target: the PNG.
     """
     import matplotlib

@@ -69,9 +69,9 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
     prompt that the table holds twice is one prompt.
 
     Args:
-        table: of E models, the base model first.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        table: The table of E models, the base model first.
+        resamples: The number of resamples of the bootstrap.
+        seed: The seed of the bootstrap.
     """
     models, rewards, prompts, seeds = table.values.shape
     values = table.values.reshape(models, rewards, prompts * seeds)  # [E, K, M]

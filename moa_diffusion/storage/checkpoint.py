@@ -103,7 +103,7 @@ def packed(state: dict[str, Any]) -> memoryview:
     """The bytes of ``state.pt``. torch forgets why a file could not be written; Python does not.
 
     Args:
-        state: of a run: tensors, numbers, strings, lists and dicts of them.
+        state: The state of a run: tensors, numbers, strings, lists and dicts of them.
     """
     file = io.BytesIO()
     torch.save({"version": VERSION, **to_cpu(state)}, file)

@@ -34,7 +34,7 @@ class RunLog:
     that was killed leaves the same files as one that was not.
 
     Args:
-        folder: of the run.
+        folder: The folder of the run.
         trackers: get every finite number as well; None for none, and on the other processes.
         main: whether this process writes.
         scores: whether per-sample scores are written.
@@ -68,7 +68,7 @@ class RunLog:
         """Begin a run in every tracker.
 
         Args:
-            settings: of the run, by dotted key.
+            settings: The settings of the run, by dotted key.
 
         Raises:
             TrackerError: naming a tracker that cannot begin.

@@ -60,7 +60,7 @@ class Trackers:
     """Starts trackers, hands them numbers, and names the one that fails. For the main process.
 
     Args:
-        names: of accelerate's trackers.
+        names: The names of accelerate's trackers.
         folder: for those that write files, unless they have a place of their own.
     """
 
@@ -73,7 +73,8 @@ class Trackers:
         """Begin a run in every tracker.
 
         Args:
-            settings: of the run by dotted key; long texts are cut, and ``config.yaml`` has them.
+            settings: The run's settings by dotted key. Long texts are cut, since
+                ``config.yaml`` has them whole.
 
         Raises:
             TrackerError: naming the first that cannot begin.

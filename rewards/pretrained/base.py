@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.pretrained.locate import Weights, check_name, find_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,7 +167,7 @@ class ModelHead(RewardHead):
                 raise
             raise RewardError(error.cause, head=self._label, samples=error.samples) from error
         except Exception as error:
-            raise RewardError(told(error), head=self._label) from error
+            raise RewardError(cause_of(error), head=self._label) from error
 
     def offload(self) -> None:
         """Moves the model to the CPU's memory; the next batch brings it back."""

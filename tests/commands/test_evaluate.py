@@ -30,7 +30,7 @@ from moa_diffusion.evaluation import score_cache
 from moa_diffusion.evaluation.candidates import candidates
 from moa_diffusion.evaluation.errors import EvaluationError
 from moa_diffusion.evaluation.evaluate import evaluate
-from moa_diffusion.evaluation.images import Sampler, base_digest
+from moa_diffusion.evaluation.images import ImageSettings, base_digest
 from moa_diffusion.evaluation.plan import EvaluationPlan, plan_evaluation
 from moa_diffusion.evaluation.records import ScoredSamples
 from moa_diffusion.evaluation.sample_cache import ImageCache
@@ -186,7 +186,7 @@ def test_pictures_are_those_of_plain_diffusers(
 
 def test_a_key_knows_everything_that_a_picture_depends_on(tmp_path: Path):
     settings = from_dict(SETTINGS)
-    sampler = Sampler.of(settings, str(PIPELINE_PATH))
+    sampler = ImageSettings.of(settings, str(PIPELINE_PATH))
     given = {"model": "m", "prompt": "p", "seed": 0, "sampler": sampler}
     others = [{"model": "n"}, {"prompt": "q"}, {"seed": 1}]
     changes = {
@@ -200,7 +200,7 @@ def test_a_key_knows_everything_that_a_picture_depends_on(tmp_path: Path):
         "negative_prompt": "ugly",
         "kind": "sde",
     }
-    assert changes.keys() == {field.name for field in dataclasses.fields(Sampler)}
+    assert changes.keys() == {field.name for field in dataclasses.fields(ImageSettings)}
     others += [{"sampler": dataclasses.replace(sampler, **{k: v})} for k, v in changes.items()]
     keys = [ImageCache.key(**given | other) for other in [{}, *others]]
     assert len(set(keys)) == len(keys)
@@ -634,4 +634,4 @@ def test_code_in_no_file_cannot_be_told_apart():
     head = score_cache.FunctionHead(space["unknown"])
     with pytest.raises(ConfigError, match="should be code in a file"):
         score_cache.HeadVersion.of("unknown", head, {})
-    assembly.check_judged("rewards", {"unknown": head}, [Prompt(text="a")])
+    assembly.check_requirements("rewards", {"unknown": head}, [Prompt(text="a")])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rewards import RewardBatch, RewardError, create
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.commands.check_head import Unusable, prepare
 
 USER = """
@@ -122,8 +122,8 @@ def test_a_failure_that_passed_no_code_of_a_user_names_no_line() -> None:
 
 
 def test_an_exception_without_words_and_one_that_was_never_raised() -> None:
-    assert told(asyncio.CancelledError()) == "CancelledError"
-    assert told(ValueError("x")) == "ValueError: x"
+    assert cause_of(asyncio.CancelledError()) == "CancelledError"
+    assert cause_of(ValueError("x")) == "ValueError: x"
 
 
 def test_code_that_stands_in_no_file_has_no_line() -> None:
@@ -132,5 +132,5 @@ def test_code_that_stands_in_no_file_has_no_line() -> None:
     except ZeroDivisionError as error:
         assert error.__traceback__ is not None
         typed = error.with_traceback(error.__traceback__.tb_next)
-    assert told(typed) == "ZeroDivisionError: division by zero"
+    assert cause_of(typed) == "ZeroDivisionError: division by zero"
     assert sys.exc_info() == (None, None, None)

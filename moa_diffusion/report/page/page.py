@@ -40,8 +40,8 @@ def write_report(
     """Write one HTML file that needs nothing beside it; links to the originals are relative.
 
     Args:
-        table: of E models, with pictures or with texts.
-        summary: of the table.
+        table: The table of E models, with pictures or with texts.
+        summary: The summary of the table.
         runs: training run folders by series; empty: no curves.
         target: the file.
         budget: bytes of the file at most; the thumbnails shrink until it fits.

@@ -30,8 +30,8 @@ def page_data(
     """Everything but the thumbnails; what is not a number is None.
 
     Args:
-        table: of E models, P prompts, S seeds, K rewards.
-        summary: of the table.
+        table: The table of E models, P prompts, S seeds, K rewards.
+        summary: The summary of the table.
         runs: training runs by series.
         pictures: the different files among the table's images.
         folder: that links to them start from.

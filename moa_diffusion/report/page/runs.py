@@ -45,8 +45,8 @@ def read_training(name: str, folder: Path) -> Training:
     """Read a run's folder; what a method does not write is empty.
 
     Args:
-        name: of the series.
-        folder: of the run.
+        name: The name of the series.
+        folder: The folder of the run.
 
     Raises:
         ConfigError: if a file is damaged; the message names it.

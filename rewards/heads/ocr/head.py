@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scores
-from rewards.blame import told
+from rewards.blame import cause_of
 from rewards.heads.ocr.alphabets import who_reads
 from rewards.heads.ocr.engines import Engine
 from rewards.heads.ocr.plans import plan_engine
@@ -140,15 +140,15 @@ class OcrHead(RewardHead):
         """
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
-        asked = [index for index, target in enumerate(targets) if comparable(target)]
-        if asked and not self._told:
+        positions = [index for index, target in enumerate(targets) if comparable(target)]
+        if positions and not self._told:
             for remark in self.remarks(list(dict.fromkeys(batch.prompts))):
                 self._told = True
                 _log.warning('Reward head "%s": %s', self._label, remark)
-        asked = [index for index in asked if not self._unreadable(targets[index])]
+        positions = [index for index in positions if not self._unreadable(targets[index])]
         values = torch.full((len(batch),), torch.nan)
         texts: list[str | None] = [None] * len(batch)
-        for index, text in zip(asked, self.read(batch, asked), strict=True):
+        for index, text in zip(positions, self.read(batch, positions), strict=True):
             values[index] = legibility(text, targets[index], substring_ok=self.substring_ok)
             texts[index] = text
         wanted = [target if comparable(target) else None for target in targets]
@@ -229,7 +229,7 @@ class OcrHead(RewardHead):
         try:
             alphabet = self._plan.alphabet()
         except Exception as error:  # whatever an engine's libraries raise
-            raise RewardError(f"The OCR engine did not start: {told(error)}") from error
+            raise RewardError(f"The OCR engine did not start: {cause_of(error)}") from error
         return None if alphabet is None else readable(alphabet)
 
     def _read(self, images: Sequence[np.ndarray]) -> list[list[str]]:
