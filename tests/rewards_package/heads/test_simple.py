@@ -30,8 +30,8 @@ def flat(*colours: tuple[int, int, int], shares=None, side: int = 20) -> np.ndar
     return np.array(pixels, dtype=np.uint8).reshape(side, side, 3)
 
 
-# Scores are float32, which rounds by 6e-8 of them. Sums of some hundred pixels, which other batches,
-# orders of the pixels and instruction sets cut otherwise, stay within ten of these.
+# Scores are float32, which rounds by 6e-8 of them. Sums of some hundred pixels, which another
+# batch, order or instruction set cuts otherwise, stay within ten of these.
 
 
 def batch(arrays, prompts=None) -> RewardBatch:
