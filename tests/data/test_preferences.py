@@ -35,7 +35,7 @@ def row(prompt: str = "To the baker:", **changes: Any) -> dict[str, Any]:
 
 
 def close(found: torch.Tensor, expected: Any) -> None:
-    """Float64 from end to end: torch's default of 1e-7, and pytest's, are far above its rounding."""
+    """Float64 from end to end: torch's default of 1e-7, and pytest's, are far above rounding."""
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(found, expected, equal_nan=True)
 

@@ -67,8 +67,8 @@ def test_float32_is_enough(shape: tuple[int, int]):
         assert found.keys() == expected.keys()
         for name, values in found.items():
             assert values.dtype == torch.float64
-            # Pixels are rounded at 6e-8 of 1; the spread of the dim ones, 1e-4, is 1,600 times that:
-            # 6e-4, less in a mean. What is summed of the others stays within 100 roundings.
+            # Pixels are rounded at 6e-8 of 1; the spread of the dim ones, 1e-4, is 1,600 times
+            # that: 6e-4, less in a mean. What is summed of the others stays within 100 roundings.
             close = {"rtol": 2e-3, "atol": 1e-6} if images is dim else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(values, expected[name], **close)
 
