@@ -46,6 +46,10 @@ def calibrated(rewards: RewardMatrix, **options: Any) -> Calibration:
     return calibrate(rewards, **(defaults | options))
 
 
+# Numbers are float64, and some of what is expected float32, rounded by 6e-8: pytest's default is
+# 1e-6. Where samples are drawn the comment gives the standard error over seeds.
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
@@ -72,6 +76,7 @@ def test_spreads_within_and_between_are_recovered_for_any_group_size(size: int):
     between = 3 * normal(prompts, seed=1).repeat_interleave(size)
     within = 0.5 * normal(prompts * size, seed=2)
     a = calibrated(matrix((10 + between + within)[None], size)).objectives["a"]
+    # 3 / sqrt(4000) = 0.05, and 1 / sqrt(2 * 4000) = 1.1 % of spreads: about three of them each.
     assert a.mean == pytest.approx(10, abs=0.15)
     assert a.std_within == pytest.approx(0.5, rel=0.03)
     assert a.std_between == pytest.approx(3, rel=0.03)
@@ -80,8 +85,8 @@ def test_spreads_within_and_between_are_recovered_for_any_group_size(size: int):
 
 def test_noise_alone_is_no_spread_between_prompts():
     a = calibrated(matrix(normal(1, 4000), 4)).objectives["a"]
-    assert a.std_within == pytest.approx(1, rel=0.03)
-    assert a.std_between < 0.1  # the group means alone have 0.5
+    assert a.std_within == pytest.approx(1, rel=0.03)  # 3000 degrees of freedom: 1.3 %
+    assert a.std_between < 0.1  # 0.02; its square is 0 to 0.01. The group means alone have 0.5
 
 
 def test_uneven_groups_are_unbiased():
@@ -91,6 +96,7 @@ def test_uneven_groups_are_unbiased():
         values = normal(40, seed=seed) + 2 * normal(10, seed=1000 + seed).repeat_interleave(4)
         values[[0, 1, 2, 6, 8, 9, 20, 21, 22]] = NAN
         found.append(calibrated(matrix(values[None])).objectives["a"].std_between ** 2)
+    # Ten prompts know their variance to a half, 300 times ten to 3 %: three of them.
     assert sum(found) / len(found) == pytest.approx(4, rel=0.1)
 
 
@@ -147,7 +153,7 @@ def test_retest_noise_is_that_of_one_score():
     first, second = (truth + 0.2 * normal(1, 20000, seed=seed) for seed in (1, 2))
     second[0, :7] = NAN
     a = calibrated(matrix(first), retest=second + 1).objectives["a"]  # a drift is not noise
-    assert a.retest_std == pytest.approx(0.2, rel=0.03)
+    assert a.retest_std == pytest.approx(0.2, rel=0.03)  # 20,000 differences: 0.5 %
 
 
 def test_correlations_are_those_within_groups():
@@ -157,6 +163,7 @@ def test_correlations_are_those_within_groups():
     values = torch.stack([*rows, torch.ones(4000).double()])
     values[2, ::3] = NAN
     found = correlations(matrix(values))
+    # (1 - r^2) / sqrt(3000) = 0.009, and 1 / sqrt(1700) = 0.025 where a third is missing.
     assert found[0, 1] == pytest.approx(-math.sqrt(0.5), abs=0.03)
     assert found[0, 2] == pytest.approx(0, abs=0.05)
     assert found[:3, :3].diagonal().tolist() == pytest.approx([1, 1, 1])

@@ -14,6 +14,7 @@ NAN = math.nan
 
 
 def close(found: torch.Tensor, expected: Any) -> None:
+    """Float64 from end to end: torch's default of 1e-7, and pytest's, are far above rounding."""
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(found, expected, equal_nan=True)
 

@@ -348,6 +348,7 @@ def test_a_mixture_of_signs_and_plain_prompts_trains_without_false_zeros(tmp_pat
     # What does not apply leaves no trace in the mean, as a zero would.
     last = [line for line in lines if line["step"] == 12 and line["reward/legible"] is not None]
     mean = sum(line["reward/legible"] for line in last) / 4
+    # A sum of four in another order; the file has all digits.
     assert rows[-1]["reward_mean/legible"] == pytest.approx(mean, rel=1e-6)
 
     found = (tmp_path / "run" / "evaluation" / "step-000012.jsonl").read_text().splitlines()

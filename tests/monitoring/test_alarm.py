@@ -61,9 +61,10 @@ def test_training_up_and_held_out_down_twice_in_a_row():
     ]
     one = found[0]
     assert (one.best_step, one.to_step, one.risen) == (1, None, "a")
-    assert one.fall == pytest.approx(-2, abs=0.1)
+    # Noise that is rolled keeps its mean; float64.
+    assert one.fall == pytest.approx(-2)
     pooled = torch.cat([NOISE + 1 + 0.1 * NOISE.roll(1), NOISE + 3 + 0.1 * NOISE.roll(3)])
-    assert one.rise == pytest.approx(2 / float(pooled.std(correction=0)), rel=0.05)
+    assert one.rise == pytest.approx(2 / float(pooled.std(correction=0)))
     assert "since rollout 1" in one.message
     assert json.loads(json.dumps(one.row()))["fall"] == one.fall
 
@@ -316,6 +317,7 @@ def test_warn_trains_on_and_evaluates_the_held_out_reward(tmp_path):
     assert steps(tmp_path / "run") == list(range(7))
     assert [row["step"] for row in told(tmp_path / "run")] == [2, 4, 6]
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    # Two means of float32 scores: within 1e-7.
     assert last["eval_mean/red"] + last["eval_mean/not_red"] == pytest.approx(1)
     assert "reward_mean/not_red" not in last
     assert "weight/not_red" not in last
@@ -475,7 +477,7 @@ def test_deployed_outputs_are_compared_with_rollouts(tmp_path):
     """A noisy rollout of the toy scores about what its mean does; a crippled one far less."""
     make(tmp_path / "run", trainer__steps=1).run()
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
-    assert abs(row["eval_gap/red"]) < 0.3
+    assert abs(row["eval_gap/red"]) < 0.3  # 0.04 from the seed, and more than 1 if crippled
     assert "eval_gap/not_red" not in row
     make(tmp_path / "none", trainer__steps=1, evaluation__rollout_images=0).run()
     assert "eval_gap/red" not in read_metrics(tmp_path / "none" / "metrics.jsonl")[0]
@@ -484,7 +486,7 @@ def test_deployed_outputs_are_compared_with_rollouts(tmp_path):
 def test_statistics_of_rollouts_and_evaluations(tmp_path):
     make(tmp_path / "run", trainer__steps=1, evaluation__images_per_prompt=2).run()
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert first["eval_image/brightness"] == pytest.approx(0.5)
+    assert first["eval_image/brightness"] == pytest.approx(0.5)  # float32: within 1e-7
     assert first["eval_image/diversity"] == 0  # the toy's deployed pictures are all alike
     assert second["image/diversity"] > 0
     assert {"image/saturation", "image/contrast", "image/high_frequency"} <= second.keys()

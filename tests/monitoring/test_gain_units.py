@@ -150,10 +150,12 @@ def test_all_gains_have_the_same_unit(evaluate, size, missing):
     after = [value + 0.1 for value in flat]
     _, found = evaluate(texts, groups, [flat, after])
     samples = list(zip(groups, [i % size for i in range(3 * size)], texts, strict=True))
+    # Noise of float32, in which 0.1 more is rounded by 6e-8: 6e-7 of the gain.
     assert found.metrics["eval_gain/red"] == pytest.approx(0.1 / unit, rel=1e-5)
     (compared,) = base_units([run_data(samples, [flat, after])])
     (summed,) = base_spread(table_of(texts[::size], noise.view(1, 3, size).tolist()))
     described = describe(noise.flatten().double(), torch.tensor(groups))["std_within"]
+    # Float64, as all below, whose sums go in another order.
     assert [compared, summed, described] == pytest.approx([unit] * 3, rel=1e-6)
 
 

@@ -195,6 +195,7 @@ def closing(head: FunctionHead, *arguments) -> torch.Tensor:
 def test_one_image_at_a_time_is_the_batch(function):
     b = batch(5)
     expected = FunctionHead(lambda images, prompts: images[:, 0].mean((1, 2)))(b)
+    # Means of some hundred float32 pixels, one by one or together: within torch's 1.3e-6.
     torch.testing.assert_close(closing(FunctionHead(function, per_image=True), b), expected)
 
 

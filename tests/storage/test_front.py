@@ -36,6 +36,7 @@ def test_nondominated_equals_its_definition():
 def test_the_ends_of_a_front_stay_and_the_crowd_leaves():
     x = torch.tensor([0.0, 0.1, 0.15, 0.5, 1.0])
     points = torch.stack([x, 1 - x], 1)
+    # These points are float32, rounded by 6e-8: pytest's default is 1e-6.
     assert crowding(points) == pytest.approx([math.inf, 0.3, 0.8, 1.7, math.inf])
     assert spread_out(points, 4) == [0, 2, 3, 4]
     assert spread_out(points, 2) == [0, 4]

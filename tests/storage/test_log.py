@@ -71,7 +71,7 @@ def test_scores_of_every_sample(tmp_path):
         "sibling": 1,
         "prompt": "groß",
         "seed": 11,
-        "advantage": pytest.approx(-0.1),
+        "advantage": pytest.approx(-0.1),  # float32, rounded by 6e-8 of it
         "reward/a": None,
         "reward/b": 2.0,
     }
@@ -129,6 +129,7 @@ def test_reward_metrics_in_numbers():
         "applies/b": 0.25,
         "correlation/a~b": NAN,
     }
+    # Float64 up to the file; pytest's default is 1e-6.
     assert found == pytest.approx(expected, nan_ok=True)
     per_sample = torch.tensor([[1.0] * 4, [-3.0] * 4]).double()
     again = reward_metrics(rewards, advantages, per_sample)

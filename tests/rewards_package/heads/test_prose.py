@@ -36,6 +36,8 @@ from rewards.serving.remote import RemoteHead
 from rewards.serving.server import Limits, Service, listen, run
 from waiting import DEADLINES, HANG, wait_until
 
+# Scores are quotients of whole numbers, rounded to float32, by 6e-8: pytest's default is 1e-6.
+
 
 def scores(name: str, *texts: str, **options: Any) -> list[float]:
     found: list[float] = create(name, **options)(batch(*texts)).tolist()

@@ -29,6 +29,9 @@ GOLDEN = np.load(Path(__file__).parents[3] / "fixtures" / "deqa_tiny.npz")
 CONFIG: dict[str, Any] = json.loads(GOLDEN["__config__"].tobytes())
 TENSORS = {key: torch.from_numpy(GOLDEN[key]) for key in GOLDEN.files if not key.startswith("__")}
 PIXELS, LOGITS = torch.from_numpy(GOLDEN["__pixels__"]), torch.from_numpy(GOLDEN["__logits__"])
+# Another batch, instruction set or number of threads sums in another order: some 60 products follow
+# each other, whose errors add up to about 32 times float32's eps, of logits and scores of up to 4.
+ROUNDING = 32 * 4 * torch.finfo(torch.float32).eps
 
 # The published sizes; `config.json` of mPLUG-Owl2 holds more, which does not matter here.
 FULL = {
@@ -155,9 +158,9 @@ def model(folder: Path) -> Deqa:
 
 @torch.no_grad()
 def test_logits_are_those_of_the_published_code(model):
-    torch.testing.assert_close(model(PIXELS), LOGITS, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(PIXELS), LOGITS, rtol=0, atol=ROUNDING)
     scores = model(PIXELS).softmax(1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    assert scores.tolist() == pytest.approx(GOLDEN["__scores__"].tolist(), abs=1e-5)
+    assert scores.tolist() == pytest.approx(GOLDEN["__scores__"].tolist(), abs=ROUNDING)
 
 
 @torch.no_grad()
@@ -166,13 +169,13 @@ def test_the_levels_are_words_of_the_whole_vocabulary(model):
     assert whole.shape == (3, CONFIG["vocab_size"])
     # excellent, good, fair, poor, bad in LLaMA-2's vocabulary
     levels = whole[:, [15129, 1781, 6534, 6460, 4319]]
-    torch.testing.assert_close(levels, LOGITS, rtol=0, atol=1e-5)
+    torch.testing.assert_close(levels, LOGITS, rtol=0, atol=ROUNDING)
 
 
 @torch.no_grad()
 def test_a_picture_is_read_alike_alone_and_among_others(model):
     alone = torch.cat([model(PIXELS[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(alone, model(PIXELS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, model(PIXELS), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -194,7 +197,8 @@ def test_norms_do_not_overflow_in_half_precision(folder):
     module = load(find_weights(str(folder)))
     module.load_state_dict(loud, assign=True)
     half = module(PIXELS.half()).float()
-    torch.testing.assert_close(half, module.float()(PIXELS), rtol=0, atol=0.02)
+    # Some hundred roundings to float16, of logits of up to 2: as above.
+    torch.testing.assert_close(half, module.float()(PIXELS), rtol=0, atol=32 * 2**-10)
 
 
 def test_the_full_size_has_as_many_numbers_as_the_published_weights():
@@ -214,6 +218,7 @@ def test_a_new_model_has_the_published_positions():
     places = [key for key in TENSORS if key.endswith("pos_embed")]
     assert len(places) == 4
     for key in places:
+        # Sines of angles up to some 4, which float32 rounds by 2e-7.
         torch.testing.assert_close(new[key], TENSORS[key], rtol=0, atol=1e-6)
 
 
@@ -323,11 +328,13 @@ def test_a_model_of_another_geometry_is_saved_and_scores(tmp_path):
     torch.manual_seed(0)
     module = Deqa(DeqaConfig.from_dict(SMALL))
     halves = {key: value.half() for key, value in module.state_dict().items()}
+    module.load_state_dict({key: value.float() for key, value in halves.items()})
     head = create("deqa", model=str(write(tmp_path, halves, config=SMALL)), dtype="float32")
     arrays = pictures(64, 64)
     shown = torch.stack([seen(array, side=64) for array in arrays])
     expected = module(shown).softmax(1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    torch.testing.assert_close(head(batch(arrays)), expected, rtol=0, atol=0.01)
+    assert expected.std() > 10 * ROUNDING  # there is something to be wrong about
+    torch.testing.assert_close(head(batch(arrays)), expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 97), (97, 40)])
@@ -338,10 +345,10 @@ def test_the_head_scores_what_the_published_preprocessing_shows(folder, model, h
     found = head.evaluate(batch(arrays))
     shares = model(torch.stack([seen(array) for array in arrays])).softmax(1)
     expected = shares @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-    torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.values, expected, rtol=0, atol=ROUNDING)
     assert list(found.extra) == list(LEVELS)
     columns = torch.tensor([found.extra[level] for level in LEVELS])
-    torch.testing.assert_close(columns.T, shares, rtol=0, atol=1e-5)
+    torch.testing.assert_close(columns.T, shares, rtol=0, atol=ROUNDING)
     assert 1 < found.values.min() < found.values.max() < 5
 
 
@@ -353,8 +360,8 @@ def test_scores_do_not_depend_on_the_batch_size(folder):
         )
         for size in (1, 3, 4)
     ]
-    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-5)
-    torch.testing.assert_close(results[1], results[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(results[1], results[2], rtol=0, atol=ROUNDING)
 
 
 def test_the_published_precision_is_the_default_and_is_recorded(folder):

@@ -144,7 +144,7 @@ def test_further_text_is_punished_only_on_request(head):
     strict = create("ocr", workers=0, substring_ok=False)
     full = batch([sign("STOP", COLOURS[2])], [says("TOP")])
     assert head(full).tolist() == [1.0]
-    assert strict(full).item() == pytest.approx(2 / 3, abs=1e-6)
+    assert strict(full).item() == pytest.approx(2 / 3)  # in float32: within 6e-8 of it
 
 
 def test_no_quoted_text_is_nan_and_costs_no_engine():
@@ -257,6 +257,7 @@ def test_the_formula(prompt, quotes, target, read, loose, strict):
         score = scores.values.item()
         assert scores.extra["target"] == [target]
         assert scores.extra["read"] == [read if target else None]
+        # A quotient of whole numbers in float32: within 6e-8 of it.
         assert math.isnan(score) if expected is None else score == pytest.approx(expected)
 
 

@@ -114,6 +114,7 @@ def test_levenshtein_is_a_metric():
     ],
 )
 def test_legibility(read, target, substring_ok, score):
+    # Python's floats, a quotient of whole numbers.
     assert legibility(read, target, substring_ok=substring_ok) == pytest.approx(score)
 
 
