@@ -108,8 +108,10 @@ class RewardBatch:
                     f"`metadata[{index}]` should be a mapping. Found {type(entry).__name__}."
                 )
         if (self.images is None) == (self.texts is None):
-            found = "neither" if self.images is None else "both"
-            raise ValueError(f"Exactly one of `images` and `texts` should be given. Found {found}.")
+            finding = "neither" if self.images is None else "both"
+            raise ValueError(
+                f"Exactly one of `images` and `texts` should be given. Found {finding}."
+            )
         if self.images is not None:
             check_images(self.images, size)
         if self.texts is not None and len(self.texts) != size:
@@ -183,10 +185,10 @@ class Scores:
     def __post_init__(self) -> None:
         for column, cells in self.extra.items():
             if isinstance(cells, str) or len(cells) != len(self.values):
-                found = "a string" if isinstance(cells, str) else len(cells)
+                finding = "a string" if isinstance(cells, str) else len(cells)
                 raise ValueError(
                     f"`extra[{column!r}]` should have one entry per sample ({len(self.values)}). "
-                    f"Found {found}."
+                    f"Found {finding}."
                 )
 
 
@@ -245,7 +247,7 @@ class RewardHead(ABC):
             return Scores(values=torch.empty(0))
         try:
             with torch.no_grad():
-                found = self.score(batch)
+                returned = self.score(batch)
         except RewardError as error:
             if error.head:
                 raise
@@ -255,7 +257,7 @@ class RewardHead(ABC):
             # A batch of one leaves no doubt about the sample.
             samples = batch.samples([0]) if len(batch) == 1 else ()
             raise RewardError(cause, head=self._label, samples=samples) from error
-        scores = found if isinstance(found, Scores) else Scores(values=found)
+        scores = returned if isinstance(returned, Scores) else Scores(values=returned)
         values = self._checked(scores.values, batch)
         return Scores(values=values, extra=self._checked_columns(scores.extra, batch))
 

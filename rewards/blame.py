@@ -26,8 +26,8 @@ def told(error: BaseException) -> str:
         without the parenthesis if no such line was passed.
     """
     message = str(error)
-    found = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return found + passed(error)
+    cause = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return cause + passed(error)
 
 
 def passed(error: BaseException) -> str:

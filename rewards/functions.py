@@ -161,10 +161,10 @@ class FunctionHead(RewardHead):
             samples, list(batch.prompts), batch.kind, one=False, keys=self._keys(batch)
         )
         try:
-            found = self.function(*given, **named, **self._columns(batch), **self.options)
+            returned = self.function(*given, **named, **self._columns(batch), **self.options)
             if self._is_async:
-                found = self._loop.run(found)
-            values = _tensor(found.values if isinstance(found, Scores) else found, batch)
+                returned = self._loop.run(returned)
+            values = _tensor(returned.values if isinstance(returned, Scores) else returned, batch)
         except RewardError as error:
             raise RewardError(f"{error.cause}{self._hint()}", samples=error.samples) from error
         except Exception as error:
@@ -177,7 +177,7 @@ class FunctionHead(RewardHead):
                 f"{self._hint()}",
                 samples=batch.samples(range(len(batch))),
             )
-        return Scores(values=values, extra=found.extra if isinstance(found, Scores) else {})
+        return Scores(values=values, extra=returned.extra if isinstance(returned, Scores) else {})
 
     def _score_each(self, batch: RewardBatch) -> Scores:
         samples = batch.require_texts() if batch.images is None else batch.images
@@ -308,16 +308,16 @@ def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardErro
     return RewardError(told(error), samples=batch.samples([index]))
 
 
-def _pair(found: Any) -> tuple[float, Mapping[str, Any]]:
+def _pair(returned: Any) -> tuple[float, Mapping[str, Any]]:
     """A sample's score and its further columns."""
-    if not isinstance(found, tuple):
-        return _number(found), {}
-    if len(found) != 2 or not isinstance(found[1], Mapping):
-        kinds = ", ".join(type(part).__name__ for part in found)
+    if not isinstance(returned, tuple):
+        return _number(returned), {}
+    if len(returned) != 2 or not isinstance(returned[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in returned)
         raise RewardError(
             f"The function should return a number or (number, {{column: value}}). Found ({kinds})."
         )
-    return _number(found[0]), found[1]
+    return _number(returned[0]), returned[1]
 
 
 def _number(value: Any) -> float:

@@ -112,8 +112,8 @@ def _resolved(target: Callable[..., Any], annotation: Any) -> Any:
 def _method(kind: type, name: str) -> Callable[..., Any]:
     # Looked up, since type checkers take `kind.__init__` for that of an instance.
     owner = next(base for base in kind.__mro__ if name in vars(base))
-    found: Callable[..., Any] = vars(owner)[name]
-    return found
+    method: Callable[..., Any] = vars(owner)[name]
+    return method
 
 
 def _fits(value: Any, expected: Any) -> bool:

@@ -118,14 +118,14 @@ class Parameters:
         """What `**kwargs` is given because no parameter is named for it."""
         if not self.takes_any:
             return {}
-        found: dict[str, Role] = {}
+        given: dict[str, Role] = {}
         roles = {*self.by_place, *self.by_name.values()}
         if roles <= {"prompts"}:
             names = ("images",) if kind == "images" else ("texts", "completions")
-            found |= {name[:-1] if one else name: "samples" for name in names}
+            given |= {name[:-1] if one else name: "samples" for name in names}
         if "prompts" not in roles:
-            found["prompt" if one else "prompts"] = "prompts"
-        return found
+            given["prompt" if one else "prompts"] = "prompts"
+        return given
 
 
 def parameters_of(function: Callable[..., Any]) -> Parameters:
@@ -205,10 +205,10 @@ def _roles(
         samples = list({_PLAIN_ROLES[name]: name for name in reversed(samples)}.values())
     chosen = {name: _PLAIN_ROLES[name] for name in samples}
     if not samples:
-        found = candidates(_LIKELY_ROLES, "images", "texts", "samples")
-        likely = [name for name in found if name not in _ANSWERS]
+        fitting = candidates(_LIKELY_ROLES, "images", "texts", "samples")
+        likely = [name for name in fitting if name not in _ANSWERS]
         # Of a function with `**kwargs`, which hold the samples, `answer` is a column, as in TRL.
-        likely = likely or ([] if takes_any else found)
+        likely = likely or ([] if takes_any else fitting)
         if len(likely) > 1:
             both = " and ".join(f"`{name}`" for name in likely)
             raise ValueError(f"{_WANTED} Found {both}, which may be the samples, of {described}.")

@@ -50,7 +50,7 @@ def source_of_class(kind: type[RewardHead]) -> Mapping[str, str]:
     kinds = [base for base in kind.__mro__ if _foreign(base)]
     if not kinds:
         return {}
-    files = {(found["module"], found["source_sha256"]) for found in map(source_of, kinds)}
+    files = {(source["module"], source["source_sha256"]) for source in map(source_of, kinds)}
     if len(files) == 1:
         return source_of(kind)
     digest = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()

@@ -30,10 +30,10 @@ def declared() -> dict[str, list[EntryPoint]]:
     Returns:
         By name; more than one where several packages declare the same.
     """
-    found: dict[str, list[EntryPoint]] = {}
+    points: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
-        found.setdefault(point.name, []).append(point)
-    return found
+        points.setdefault(point.name, []).append(point)
+    return points
 
 
 def distribution(point: EntryPoint) -> str:
@@ -51,10 +51,10 @@ def load_entry_point(point: EntryPoint) -> Target:
     """
     label = f'Reward head "{point.name}" of {distribution(point)} (entry point `{point.value}`)'
     try:
-        found = point.load()
+        target = point.load()
     except (Exception, SystemExit) as error:  # a script, where a module was meant, may end itself
         raise ValueError(f"{label}: loading failed: {told(error)}") from error
-    return _checked(found, point.attr or point.value, label)
+    return _checked(target, point.attr or point.value, label)
 
 
 def import_target(path: str) -> Target:
@@ -91,17 +91,17 @@ def import_object(path: str, kind: str) -> Any:
         module = _import_file(place, label)
     else:
         module = _import_module(place, label, f"path/to/file.py:my_{kind}")
-    found: Any = module
+    target: Any = module
     for part in attribute.split("."):
         try:
-            found = getattr(found, part)
+            target = getattr(target, part)
         except AttributeError as error:
             public = sorted(key for key in vars(module) if not key.startswith("_"))
             raise ValueError(
                 f"{label}: `{place}` has no attribute `{attribute}`."
                 f"{did_you_mean(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
-    return found
+    return target
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -110,22 +110,22 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
 
-def _checked(found: Any, attribute: str, label: str) -> Target:
-    if isinstance(found, RewardHead):
+def _checked(value: Any, attribute: str, label: str) -> Target:
+    if isinstance(value, RewardHead):
         raise ValueError(
             f"{label}: `{attribute}` is a finished head. Name its class, "
-            f"`{type(found).__name__}`, so that every objective gets its own."
+            f"`{type(value).__name__}`, so that every objective gets its own."
         )
-    if isinstance(found, type) and not issubclass(found, RewardHead):
+    if isinstance(value, type) and not issubclass(value, RewardHead):
         raise ValueError(f"{label}: `{attribute}` is a class but no RewardHead.")
-    if not callable(found):
-        raise ValueError(f"{label}: `{attribute}` is not callable. Found {type(found).__name__}.")
-    if not isinstance(found, type):
+    if not callable(value):
+        raise ValueError(f"{label}: `{attribute}` is not callable. Found {type(value).__name__}.")
+    if not isinstance(value, type):
         try:
-            parameters_of(found)
+            parameters_of(value)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
-    target: Target = found
+    target: Target = value
     return target
 
 

@@ -40,7 +40,7 @@ def mixtures(members: int, points: int) -> list[tuple[float, ...]]:
             return [(left,)]
         return [(i, *rest) for i in range(left + 1) for rest in shares(parts - 1, left - i)]
 
-    return [tuple(share / whole for share in found) for found in shares(members, whole)]
+    return [tuple(share / whole for share in counts) for counts in shares(members, whole)]
 
 
 def mix(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

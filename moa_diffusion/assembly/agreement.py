@@ -27,17 +27,17 @@ def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> di
         resumed: the checkpoint to go on from.
         read: what was read from files, by name; compared by its ``repr``.
     """
-    found = {key: str(value) for key, value in flat(settings).items()}
-    found |= {f"version of {name}": version(name) for name in _PACKAGES}
-    found |= {f"contents of {name}": _digest(repr(value).encode()) for name, value in read.items()}
+    shared = {key: str(value) for key, value in flat(settings).items()}
+    shared |= {f"version of {name}": version(name) for name in _PACKAGES}
+    shared |= {f"contents of {name}": _digest(repr(value).encode()) for name, value in read.items()}
     files = {"objectives.calibration": settings.objectives.calibration}
     if resumed is not None:
-        found["checkpoint"] = str(resumed)
+        shared["checkpoint"] = str(resumed)
         files["checkpoint"] = str(resumed / checkpoint.STATE)
     for name, file in files.items():
         if file is not None:
-            found[f"contents of {name}"] = _digest(Path(file).read_bytes())
-    return found
+            shared[f"contents of {name}"] = _digest(Path(file).read_bytes())
+    return shared
 
 
 def check_same(comm: Comm, mine: Mapping[str, str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ConfigError
 
 T = TypeVar("T")
@@ -18,10 +18,10 @@ def construct(
     """``kind(**options, **fixed)``.
 
     Args:
-        kind: a class.
-        key: dotted, of the options.
-        options: from the configuration.
-        fixed: further arguments, which are no options.
+        kind: A class.
+        key: The dotted key that the options stand under.
+        options: Options from the configuration.
+        fixed: Further arguments, which are no options.
 
     Raises:
         ConfigError: for an unknown option or a bad value.
@@ -30,16 +30,10 @@ def construct(
     for option in options:
         if option not in valid:
             raise ConfigError(
-                f"{key}.{option}: unknown option of {kind.__name__}.{nearest(option, valid)} "
+                f"{key}.{option}: unknown option of {kind.__name__}.{did_you_mean(option, valid)} "
                 f"Valid: {', '.join(valid) or 'none'}."
             )
     try:
         return kind(**options, **fixed)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question whether the nearest known name was meant; empty if none is near."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""

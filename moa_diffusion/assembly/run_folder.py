@@ -51,10 +51,10 @@ def run_folder(settings: Config) -> Path | None:
             f" of the {lost} rounds it went" if lost else "",
         )
         return None
-    found = None if settings.resume is None else checkpoint.find(settings.resume, folder)
-    if found is not None and found.resolve().parent.parent == folder.resolve():
+    resumed = None if settings.resume is None else checkpoint.find(settings.resume, folder)
+    if resumed is not None and resumed.resolve().parent.parent == folder.resolve():
         _report_changes(folder / "config.yaml", settings)
-        return found
+        return resumed
     if lost or any(checkpoint.step_of(path) for path in saved):
         way = "continue with --resume latest"
         if not saved:
@@ -63,9 +63,9 @@ def run_folder(settings: Config) -> Path | None:
             f"output_dir: should be a new folder. Found another run in `{folder}` ({lost} rounds). "
             f"Use another --output_dir, or {way}."
         )
-    if found is not None:
-        logger.warning("A new run in `%s` goes on from `%s`.", folder, found)
-    return found
+    if resumed is not None:
+        logger.warning("A new run in `%s` goes on from `%s`.", folder, resumed)
+    return resumed
 
 
 def start_over(folder: Path) -> None:

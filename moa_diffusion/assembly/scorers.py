@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_diffusion.assembly.construct import nearest
 from moa_diffusion.config import Config
 from moa_diffusion.data.sampling import Prompt
 from moa_diffusion.distributed import Comm
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring import alarm
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
@@ -52,7 +52,7 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
             valid = (*error.valid, *_COMMON)
             raise ConfigError(
                 f"{section}.{name}: unknown option {error.option!r}."
-                f"{nearest(error.option, valid)} Valid: {', '.join(valid)}."
+                f"{did_you_mean(error.option, valid)} Valid: {', '.join(valid)}."
             ) from error
         except ImportError:  # it names the package, and is no fault of the configuration
             raise

@@ -15,7 +15,7 @@ from accelerate.utils import LoggerType
 
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
-from moa_diffusion.assembly.construct import construct, nearest
+from moa_diffusion.assembly.construct import construct
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
@@ -32,6 +32,7 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
@@ -414,7 +415,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"log.trackers: unknown tracker {name!r}.{nearest(name, known)} "
+                f"log.trackers: unknown tracker {name!r}.{did_you_mean(name, known)} "
                 f"Known: {', '.join(sorted(known))}."
             )
         if name not in installed:

@@ -64,15 +64,15 @@ def calibrate(
     shares = advantage_shares(rewards, weights)
     objectives = {}
     for k, name in enumerate(rewards.names):
-        found = describe(rewards.values[k], rewards.groups)
+        statistics = describe(rewards.values[k], rewards.groups)
         difference = rewards.values[k] - retest[k].to(rewards.values)
         objectives[name] = ObjectiveCalibration(
-            **found,
+            **statistics,
             **{f"share_{recipe}": float(share[k]) for recipe, share in shares.items()},
             retest_std=_std(difference[~difference.isnan()]) / math.sqrt(2),
             milliseconds=float(milliseconds[k]),
-            base=found["mean"],
-            target=found["mean"] + found["std_within"],
+            base=statistics["mean"],
+            target=statistics["mean"] + statistics["std_within"],
             bound=0.5,
         )
     _, siblings = torch.unique(rewards.groups, return_counts=True)  # [P]
@@ -139,7 +139,7 @@ def correlations(rewards: RewardMatrix) -> Tensor:
     does not vary there.
     """
     size = len(rewards.names)
-    found = torch.full((size, size), torch.nan, dtype=torch.float64)
+    matrix = torch.full((size, size), torch.nan, dtype=torch.float64)
     for j in range(size):
         for k in range(j, size):
             pair = rewards.values[[j, k]]
@@ -147,8 +147,8 @@ def correlations(rewards: RewardMatrix) -> Tensor:
             a, b = group_centred(_matrix(both, rewards))[0]
             scale = (a.square().sum() * b.square().sum()).sqrt()
             if scale > 0:
-                found[j, k] = found[k, j] = ((a * b).sum() / scale).clamp(-1, 1)
-    return found
+                matrix[j, k] = matrix[k, j] = ((a * b).sum() / scale).clamp(-1, 1)
+    return matrix
 
 
 def advantage_shares(rewards: RewardMatrix, weights: Sequence[float]) -> dict[str, Tensor]:
@@ -175,8 +175,8 @@ def _std(values: Tensor) -> float:
     """Standard deviation of a sample ``[n]``, unbiased variance; exactly 0 if only rounding."""
     if len(values) < 2:
         return math.nan
-    found = float(values.std())
-    return 0.0 if found <= RESIDUE * float(values.abs().max()) else found
+    std = float(values.std())
+    return 0.0 if std <= RESIDUE * float(values.abs().max()) else std
 
 
 def _matrix(values: Tensor, like: RewardMatrix) -> RewardMatrix:

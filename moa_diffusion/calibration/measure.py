@@ -208,7 +208,7 @@ def report(calibration: Calibration, measured: Measurement) -> None:
         between.add_column(name, justify="right")
     for block in _BLOCKS:
         for label, field in block.items():
-            cells = [getattr(found, field) for found in calibration.objectives.values()]
+            cells = [getattr(objective, field) for objective in calibration.objectives.values()]
             table.add_row(label, *(_cell(value, percent=field in _PERCENT) for value in cells))
         table.add_section()
     for name, row in zip(calibration.objectives, calibration.correlations, strict=True):
@@ -227,29 +227,29 @@ def findings(calibration: Calibration, requires: Mapping[str, Sequence[str]]) ->
         requires: what each objective needs of a prompt.
     """
     sentences = []
-    for name, found in calibration.objectives.items():
-        if not found.applies:
+    for name, one in calibration.objectives.items():
+        if not one.applies:
             needed = " and ".join(requires.get(name, ()))
             sentences.append(
                 f"{name} applies to none of the {calibration.prompts} prompts"
                 f"{f' (it needs: {needed})' if needed else ''}: nothing is known of it."
             )
-        elif not found.std_within > 0:
+        elif not one.std_within > 0:
             sentences.append(
                 f"{name} does not vary within any prompt: training would get no signal from it."
             )
-        elif found.target > found.max:
+        elif one.target > one.max:
             sentences.append(
-                f"{name} is near its top: the proposed target {found.target:.4g} lies above the "
-                f"highest score seen, {found.max:.4g}."
+                f"{name} is near its top: the proposed target {one.target:.4g} lies above the "
+                f"highest score seen, {one.max:.4g}."
             )
-        if found.retest_std > NOISY * found.std_within:
+        if one.retest_std > NOISY * one.std_within:
             sentences.append(
-                f"{name} is noisy: the noise of one score is {found.retest_std:.2g} (std), the "
-                f"spread within prompts {found.std_within:.2g}."
+                f"{name} is noisy: the noise of one score is {one.retest_std:.2g} (std), the "
+                f"spread within prompts {one.std_within:.2g}."
             )
     objectives = calibration.objectives
-    if len([found for found in objectives.values() if found.applies]) < 2:
+    if len([one for one in objectives.values() if one.applies]) < 2:
         return [*sentences, "Fewer than two objectives apply: nobody can hijack the sum."]
     first = max(objectives, key=lambda name: objectives[name].share_static)
     share = f"{objectives[first].share_static:.1%} of the variance of"

@@ -66,7 +66,7 @@ def _histograms(
         panel.set_axis_off()
     centred, _ = group_centred(rewards)  # [K, N]
     applies = ~rewards.values.isnan()
-    for k, (name, found) in enumerate(calibration.objectives.items()):
+    for k, (name, objective) in enumerate(calibration.objectives.items()):
         panel = panels[k]
         panel.set_title(name)
         panel.spines[["top", "right", "left"]].set_visible(False)
@@ -78,13 +78,15 @@ def _histograms(
         reach = float(centred[k].abs().max()) or 1.0
         edges = numpy.linspace(-reach, reach, 32)
         panel.hist(centred[k][applies[k]].numpy(), edges, color=COLOURS[k % len(COLOURS)])
-        if found.std_within > 0:
-            panel.axvspan(-found.std_within, found.std_within, color="black", alpha=0.08, zorder=0)
+        if objective.std_within > 0:
+            panel.axvspan(
+                -objective.std_within, objective.std_within, color="black", alpha=0.08, zorder=0
+            )
         unit = f" [{units[name]}]" if units.get(name) else ""
         panel.set_xlabel(
             f"difference to the prompt's mean{unit}\n"
-            f"mean {found.mean:.3g}, std within {found.std_within:.3g}, "
-            f"between {found.std_between:.3g}",
+            f"mean {objective.mean:.3g}, std within {objective.std_within:.3g}, "
+            f"between {objective.std_between:.3g}",
             fontsize=8,
         )
 
@@ -93,14 +95,16 @@ def _shares(panel: Any, calibration: Calibration) -> None:
     """Bars of each recipe, one per objective; above the dashed line one objective decides alone."""
     count = len(calibration.objectives)
     width = 0.84 / count
-    for k, (name, found) in enumerate(calibration.objectives.items()):
-        heights = [getattr(found, field) for field in RECIPES.values()]
+    for k, (name, objective) in enumerate(calibration.objectives.items()):
+        heights = [getattr(objective, field) for field in RECIPES.values()]
         places = [i + (k - (count - 1) / 2) * width for i in range(len(RECIPES))]
         bars = panel.bar(places, heights, 0.94 * width, color=COLOURS[k % len(COLOURS)], label=name)
         panel.bar_label(bars, [f"{round(100 * h)}%" for h in heights], fontsize=8, padding=2)
     fields = RECIPES.values()
     shares = [
-        getattr(found, field) for found in calibration.objectives.values() for field in fields
+        getattr(objective, field)
+        for objective in calibration.objectives.values()
+        for field in fields
     ]
     low, high = min(shares), max(shares)
     panel.set_ylim(low - 0.08 if low < 0 else 0, max(1.0, high) + 0.1)

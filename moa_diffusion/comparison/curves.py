@@ -118,11 +118,11 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
     Returns:
         rollouts; mean change, in the reward's unit; its standard error over prompts.
     """
-    found: dict[int, list[dict[str, Any]]] = {
+    evaluations: dict[int, list[dict[str, Any]]] = {
         int(path.stem.removeprefix("step-")): read_metrics(path)
         for path in sorted(folder.glob("evaluation/step-*.jsonl"))
     }
-    key, base = f"reward/{name}", found[0]
+    key, base = f"reward/{name}", evaluations[0]
     prompts = same_prompt([row["prompt"] for row in base])
     nan = float("nan")
 
@@ -130,9 +130,9 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
         values = [nan if row[key] is None else row[key] for row in rows]
         return torch.tensor(values, dtype=torch.float64)
 
-    pairs = [mean_and_error(column(rows) - column(base), prompts) for rows in found.values()]
+    pairs = [mean_and_error(column(rows) - column(base), prompts) for rows in evaluations.values()]
     mean, error = numpy.array(pairs).T
-    return list(found), mean, error
+    return list(evaluations), mean, error
 
 
 def _pictures(
@@ -151,7 +151,7 @@ def _pictures(
             panel.set_xticks([])
             panel.set_yticks([])
             panel.set_xlabel(
-                "  ".join(_short(score) for score in scores[:, i].tolist()), fontsize=8
+                "  ".join(_score_text(score) for score in scores[:, i].tolist()), fontsize=8
             )
             if number == 0:
                 words = asked[i].prompt.split()
@@ -161,7 +161,7 @@ def _pictures(
     figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
 
 
-def _short(score: float) -> str:
+def _score_text(score: float) -> str:
     if score != score:
         return "-"
     return f"{score:.2f}" if abs(score) < 10 else f"{score:.0f}"

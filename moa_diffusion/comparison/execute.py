@@ -17,14 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from moa_diffusion import config
-from moa_diffusion.comparison.plan import Run
+from moa_diffusion.comparison.plan import PlannedRun
 from moa_diffusion.comparison.results import check_base
 from moa_diffusion.storage import checkpoint
 
 POLL = 0.3  # seconds between two looks at the processes
 
 
-def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, str]:
+def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[str, str]:
     """Run what is not finished, at most ``parallel`` at a time.
 
     On SIGTERM, SIGHUP or Ctrl-C the processes save their state and end; a second Ctrl-C kills
@@ -44,7 +44,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
             an earlier call is still at work on a run.
     """
     waiting = [run for run in runs if not run.finished()]
-    active: list[tuple[Run, subprocess.Popen[bytes]]] = []
+    active: list[tuple[PlannedRun, subprocess.Popen[bytes]]] = []
     failures: dict[str, str] = {}
     checked = False
     ended = {run.name: run.completed() for run in runs if run not in waiting}
@@ -80,7 +80,7 @@ def execute(runs: Sequence[Run], *, script: Path, parallel: int) -> dict[str, st
     return failures
 
 
-def _start(run: Run, script: Path) -> subprocess.Popen[bytes]:
+def _start(run: PlannedRun, script: Path) -> subprocess.Popen[bytes]:
     """Start or continue one run, out of reach of the terminal's Ctrl-C; its log is beside it.
 
     The process holds a lock on its log, also when the comparison that started it was killed.

@@ -24,7 +24,7 @@ SECTIONS = ("objectives", "gradients", "loss")  # what a method's YAML file deci
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class PlannedRun:
     """One training run."""
 
     method: str  # label
@@ -72,7 +72,7 @@ class Run:
 class ComparisonPlan:
     """All runs, and what a reader should know before they start."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     notes: tuple[str, ...]
     names: tuple[str, ...]  # of the objectives
 
@@ -123,7 +123,7 @@ def plan_comparison(
         names = tuple(settings.rewards)
         for seed in range(settings.seed, settings.seed + seeds):
             folder = output / f"{label}-{seed}"
-            run = Run(
+            run = PlannedRun(
                 method=label,
                 seed=seed,
                 folder=folder,
@@ -236,7 +236,7 @@ def _check_call(
 
 
 def _check_settings(settings: Config) -> None:
-    """What every run needs, found out before the first begins."""
+    """Check what every run needs, before the first begins."""
     options = settings.evaluation
     if not options.every:
         raise ConfigError(
@@ -259,12 +259,12 @@ def _check_settings(settings: Config) -> None:
     assembly.check_trackers(settings.log.trackers)
 
 
-def _check_unchanged(run: Run) -> None:
+def _check_unchanged(run: PlannedRun) -> None:
     """Compare with what an earlier call began."""
     saved = run.folder / "config.yaml"
     if not saved.is_file():
-        found = [path for path in run.folder.rglob("*") if path.is_file()]
-        if found or run.folder.is_file():
+        files = [path for path in run.folder.rglob("*") if path.is_file()]
+        if files or run.folder.is_file():
             raise ConfigError(
                 f"--output: `{run.folder}` should be a run of this comparison. Found no "
                 "config.yaml in it."

@@ -79,11 +79,11 @@ def _gains(figure: Any, comparison: Comparison, style: Mapping[str, tuple[str, s
         _rows(panel, comparison, style, [method.gains[name] for method in comparison.methods])
         panel.set_title(name, fontsize=10)
     worst, volume = panels[-2:]
-    found = [method.worst for method in comparison.methods]
-    _rows(worst, comparison, style, found, bars=True)
+    estimates = [method.worst for method in comparison.methods]
+    _rows(worst, comparison, style, estimates, bars=True)
     worst.set_title("worst objective", fontsize=10, fontweight="bold")
-    found = [method.hypervolume for method in comparison.methods]
-    _rows(volume, comparison, style, found, bars=True)
+    estimates = [method.hypervolume for method in comparison.methods]
+    _rows(volume, comparison, style, estimates, bars=True)
     volume.set_title("hypervolume", fontsize=10, fontweight="bold")
     volume.set_xlim(left=0)
     panels[0].set_yticks(
@@ -101,13 +101,13 @@ def _rows(
     panel: Any,
     comparison: Comparison,
     style: Mapping[str, tuple[str, str]],
-    found: Sequence[Estimate],
+    estimates: Sequence[Estimate],
     *,
     bars: bool = False,
 ) -> None:
     """One estimate per row: a marker or a bar, with its interval."""
     panel.axvline(0, color="black", linewidth=0.8)
-    for row, (method, one) in enumerate(zip(comparison.methods, found, strict=True)):
+    for row, (method, one) in enumerate(zip(comparison.methods, estimates, strict=True)):
         colour, marker = style[method.method]
         if math.isnan(one.value):
             continue
@@ -228,10 +228,10 @@ def _weights_title(method: MethodSummary) -> str:
 
 def mean_weights(runs: Sequence[RunData], name: str) -> tuple[list[int], list[float]]:
     """Rollouts, and the weight of an objective there: mean over the runs that got so far."""
-    found: dict[int, list[float]] = {}
+    weights: dict[int, list[float]] = {}
     for run in runs:
         for row in run.metrics:
             if (weight := row.get(f"weight/{name}")) is not None:
-                found.setdefault(row["step"], []).append(weight)
-    steps = sorted(found)
-    return steps, [sum(found[step]) / len(found[step]) for step in steps]
+                weights.setdefault(row["step"], []).append(weight)
+    steps = sorted(weights)
+    return steps, [sum(weights[step]) / len(weights[step]) for step in steps]

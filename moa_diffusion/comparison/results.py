@@ -184,7 +184,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
         tables = [prompt_sums(gains(run, units), run.prompts()) for run in mine]
         own = [resampled_means(*table, numpy.ones((1, prompts))) for table in tables]  # [1, E, K]
         again = [resampled_means(*table, prompt_draws) for table in tables]  # R of [B, E, K]
-        found = [
+        own_runs = [
             _summarise_run(run, points[0], float(hypervolumes(points)[0]))
             for run, points in zip(mine, own, strict=True)
         ]
@@ -201,18 +201,18 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
                 },
                 worst=estimate(last.min(1), last_again.min(2), run_draws),
                 hypervolume=estimate(
-                    numpy.array([run.hypervolume for run in found]),
+                    numpy.array([run.hypervolume for run in own_runs]),
                     numpy.stack([hypervolumes(points) for points in again]),
                     run_draws,
                 ),
-                above=_mean([run.above for run in found]),
-                shares=_means([run.shares for run in found]),
-                rollouts=_mean([run.rollouts for run in found]),
-                minutes=_mean([run.minutes for run in found]),
-                seconds=_means([run.seconds for run in found]),
+                above=_mean([run.above for run in own_runs]),
+                shares=_means([run.shares for run in own_runs]),
+                rollouts=_mean([run.rollouts for run in own_runs]),
+                minutes=_mean([run.minutes for run in own_runs]),
+                seconds=_means([run.seconds for run in own_runs]),
             )
         )
-        summaries += found
+        summaries += own_runs
     methods.sort(key=lambda method: _last_if_nan(method.worst.value))
     return Comparison(
         names=names,
@@ -339,7 +339,7 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     counts = sorted({len(method.seeds) for method in comparison.methods})
     seeds = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     runs = "run" if seeds == "1" else "runs"
-    found = [
+    sentences = [
         f"Gains over the start of training, in units of its spread within a prompt; "
         f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
         f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts: too narrow with few "
@@ -348,6 +348,6 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     for method in comparison.methods:
         if below := method.below():
             gains = ", ".join(f"{name} {method.gains[name].text('+.2f')}" for name in below)
-            found.append(f"{method.method} ends significantly below the start: {gains}.")
-    found += [f"Not in the table: {name} died: {words}" for name, words in failures.items()]
-    return found
+            sentences.append(f"{method.method} ends significantly below the start: {gains}.")
+    sentences += [f"Not in the table: {name} died: {words}" for name, words in failures.items()]
+    return sentences

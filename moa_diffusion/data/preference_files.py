@@ -93,8 +93,8 @@ def read_pairs(
             prompt = _text(where, row, "prompt", "user")
             pair = [_text(where, row, key, "assistant") for key in ("chosen", "rejected")]
             if pair[0] == pair[1]:
-                found = f"{shortened(pair[0], SHOWN)} twice"
-                raise bad_line(where, "`chosen` and `rejected` should differ.", found)
+                finding = f"{shortened(pair[0], SHOWN)} twice"
+                raise bad_line(where, "`chosen` and `rejected` should differ.", finding)
             draft = drafts.setdefault(prompt, Draft(where=where, prompt=prompt))
             draft.responses += [text for text in pair if text not in draft.responses]
             winner, loser = map(draft.responses.index, pair)
@@ -115,8 +115,8 @@ def _draft(where: str, row: dict[str, Any], objectives: Sequence[str], cycles: s
         raise bad_line(where, expectation, str(len(responses)))
     if repeated := [text for i, text in enumerate(responses) if text in responses[:i]]:
         positions = [i for i, text in enumerate(responses) if text == repeated[0]]
-        found = f"{shortened(repeated[0], SHOWN)} at the positions {positions}"
-        raise bad_line(where, "Responses should differ.", found)
+        finding = f"{shortened(repeated[0], SHOWN)} at the positions {positions}"
+        raise bad_line(where, "Responses should differ.", finding)
     keys = {"prompt", "responses", "preferences", "scores", "log_probs"}
     draft = Draft(
         where=where,
@@ -148,15 +148,15 @@ def _draft(where: str, row: dict[str, Any], objectives: Sequence[str], cycles: s
 def _by_objective(
     where: str, row: dict[str, Any], key: str, objectives: Sequence[str]
 ) -> dict[str, Any]:
-    found = row.get(key, {})
-    if not isinstance(found, dict):
-        raise bad_line(where, f"`{key}` should be an object by objective.", repr(found))
-    for name in found:
+    entries = row.get(key, {})
+    if not isinstance(entries, dict):
+        raise bad_line(where, f"`{key}` should be an object by objective.", repr(entries))
+    for name in entries:
         if name not in objectives:
             hint = did_you_mean(name, objectives).strip()
             expectation = f"An objective in `{key}` should be one of {tuple(objectives)}."
             raise bad_line(where, expectation, repr(name), hint)
-    return found
+    return entries
 
 
 def _positions(where: str, name: str, pair: Any, responses: int) -> tuple[int, int]:
@@ -222,9 +222,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _text(where: str, row: dict[str, Any], key: str, role: str) -> str:
     """A text, or the content of a conversation of one message by ``role``."""
-    found = row.get(key)
-    if isinstance(found, list):
-        roles = [part.get("role") if isinstance(part, dict) else None for part in found]
+    value = row.get(key)
+    if isinstance(value, list):
+        roles = [part.get("role") if isinstance(part, dict) else None for part in value]
         if roles != [role]:
             raise bad_line(
                 where,
@@ -232,10 +232,10 @@ def _text(where: str, row: dict[str, Any], key: str, role: str) -> str:
                 f"the roles {roles}; a longer one can be rendered to a string beforehand, with "
                 "the chat template of the model",
             )
-        found = found[0].get("content")
-    if not isinstance(found, str) or (key == "prompt" and not found.strip()):
-        raise bad_line(where, f"A line should have a text `{key}`.", repr(found))
-    return found
+        value = value[0].get("content")
+    if not isinstance(value, str) or (key == "prompt" and not value.strip()):
+        raise bad_line(where, f"A line should have a text `{key}`.", repr(value))
+    return value
 
 
 logger = logging.getLogger(__name__)
@@ -260,8 +260,8 @@ class Draft:
         """Note a pair; a tie is refused, and a cycle unless it is to be kept."""
         pairs = self.pairs.setdefault(objective, {})
         if (loser, winner) in pairs:
-            found = f"both orders of {self._named([winner, loser])}; leave a tie out"
-            raise bad_line(where, f"A pair of `{objective}` should have one winner.", found)
+            finding = f"both orders of {self._named([winner, loser])}; leave a tie out"
+            raise bad_line(where, f"A pair of `{objective}` should have one winner.", finding)
         if cycles == "error" and (way := _way(pairs, loser, winner)):
             raise bad_line(
                 where,
@@ -358,10 +358,10 @@ def _behaviour(drafts: Sequence[Draft], log_data: Tensor) -> Tensor | None:
     """Log-probabilities of the responses ``[P, Y]``, if the file has them."""
     if all(draft.log_probs is None for draft in drafts):
         return None
-    found = torch.full_like(log_data, math.nan)
+    log_probs = torch.full_like(log_data, math.nan)
     for p, draft in enumerate(drafts):
         if draft.log_probs is None:
             expectation = "`log_probs` should be in all lines or in none."
             raise bad_line(draft.where, expectation, "none here")
-        found[p, : len(draft.responses)] = draft.log_probs
-    return found
+        log_probs[p, : len(draft.responses)] = draft.log_probs
+    return log_probs

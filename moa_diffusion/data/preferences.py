@@ -51,12 +51,12 @@ class Preferences:
 
     def digest(self) -> str:
         """16 hexadecimal digits that change with any text, win rate or log-probability."""
-        found = blake2b(digest_size=8)
-        found.update(json.dumps([self.objectives, self.prompts, self.responses]).encode())
+        state = blake2b(digest_size=8)
+        state.update(json.dumps([self.objectives, self.prompts, self.responses]).encode())
         for tensor in (self.win_rates, self.log_probs):
             if tensor is not None:
-                found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+                state.update(tensor.contiguous().numpy().tobytes())
+        return state.hexdigest()
 
 
 def win_rates_of_pairs(

@@ -77,20 +77,20 @@ def read_prompts(path: str | Path, *, column: str = "prompt") -> tuple[Prompt, .
 
 def _read_txt(path: Path, column: str) -> list[Prompt]:
     lines = read_text(path, KIND).split("\n")
-    found = [(f"{path}:{n}", stripped(line)) for n, line in enumerate(lines, start=1)]
-    found = [(where, line) for where, line in found if line]
-    _check_no_table(found, column)
-    for where, line in found:
+    prompts = [(f"{path}:{n}", stripped(line)) for n, line in enumerate(lines, start=1)]
+    prompts = [(where, line) for where, line in prompts if line]
+    _check_no_table(prompts, column)
+    for where, line in prompts:
         if "\r" in line:
             raise bad_line(where, "A prompt should hold no control characters.", shortened(line))
-    return [Prompt(text=_prompt(where, line)) for where, line in found]
+    return [Prompt(text=_prompt(where, line)) for where, line in prompts]
 
 
-def _check_no_table(found: Sequence[tuple[str, str]], column: str) -> None:
+def _check_no_table(prompts: Sequence[tuple[str, str]], column: str) -> None:
     """Refuse a ``.txt`` that something wrote as a table or as JSON."""
-    if not found:
+    if not prompts:
         return
-    where, first = found[0]
+    where, first = prompts[0]
     header = [cell.strip(' "').casefold() for cell in re.split(r"[,;\t|]", first)]
     words = all(re.fullmatch(r"[\w.-]{0,40}", cell) for cell in header)
     named = column.casefold() in header and all(re.fullmatch(r"[\w .-]{0,40}", h) for h in header)
@@ -101,7 +101,7 @@ def _check_no_table(found: Sequence[tuple[str, str]], column: str) -> None:
             f"what looks like the header of a table, {shortened(first)}",
             "Name a table .csv or .tsv, or take the line out.",
         )
-    for place, line in found:
+    for place, line in prompts:
         if _JSON.fullmatch(line):
             kind, hint = ("an object", "Name a file of objects .jsonl.")
             if line.startswith("["):
@@ -131,8 +131,8 @@ def _read_jsonl(path: Path, column: str) -> list[Prompt]:
 
 def _prompt(where: str, text: str) -> str:
     """The prompt, checked: something to see, and characters that a text encoder has."""
-    if found := _CONTROL.search(text):
-        expectation = f"A prompt should hold no control characters such as {found[0]!r}."
+    if control := _CONTROL.search(text):
+        expectation = f"A prompt should hold no control characters such as {control[0]!r}."
         raise bad_line(where, expectation, shortened(text))
     return text
 
@@ -220,15 +220,15 @@ def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_R
         assert match is not None  # the second form matches everywhere
         last = text[match.end() : match.end() + 1] in ("", "\n")  # then a \r belongs to the line
         raw = match[0].removesuffix("\r") if last else match[0]
-        found = _Cell(raw=raw, quoted=match["quoted"] is not None)
-        if strict and not found.quoted and found.raw.lstrip(" ").startswith('"'):
+        one = _Cell(raw=raw, quoted=match["quoted"] is not None)
+        if strict and not one.quoted and one.raw.lstrip(" ").startswith('"'):
             raise bad_line(
                 f"{path}:{number}",
                 "A cell in quotation marks should begin and end with one, right beside the "
                 "commas, and have those within it written twice.",
-                shortened(found.raw),
+                shortened(one.raw),
             )
-        cells.append(found)
+        cells.append(one)
         number += raw.count("\n")
         place = match.end()
         if text.startswith(delimiter, place):
@@ -339,6 +339,6 @@ def _refuse_header(where: str, header: Sequence[str], delimiter: str, column: st
         )
     else:
         hint = _meant(column, header)
-    found = f"the columns {', '.join(map(repr, header))}"
-    found = found if len(found) <= 2 * SHOWN else f"{found[: 2 * SHOWN]}..."
-    raise bad_line(where, f"The header should have a column `{column}`.", found, hint)
+    finding = f"the columns {', '.join(map(repr, header))}"
+    finding = finding if len(finding) <= 2 * SHOWN else f"{finding[: 2 * SHOWN]}..."
+    raise bad_line(where, f"The header should have a column `{column}`.", finding, hint)

@@ -101,7 +101,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
 def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
     """Metadata, and the code that writes as the evaluation does."""
     base = _public_name(settings.policy.path)
-    found = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
+    generation = Generation.of(settings, assembly.model_path(settings), torch.device("cpu"))
     head: dict[str, object] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -110,12 +110,12 @@ def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
     tokens = (
         'tokenizer.apply_chat_template(\n    [{"role": "user", "content": prompt}], '
         'add_generation_prompt=True,\n    return_tensors="pt", return_dict=True,\n)'
-        if found.chat
+        if generation.chat
         else 'tokenizer(prompt, return_tensors="pt")'
     )
     choice = (
-        f"do_sample=True, temperature={found.temperature:g}, top_k=0, top_p=1.0"
-        if found.temperature > 0
+        f"do_sample=True, temperature={generation.temperature:g}, top_k=0, top_p=1.0"
+        if generation.temperature > 0
         else "do_sample=False"
     )
     return head, (
@@ -125,8 +125,8 @@ def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
         f'model = PeftModel.from_pretrained(\n    AutoModelForCausalLM.from_pretrained("{base}"), '
         f'"{name}"\n)\n'
         f"inputs = {tokens}\n"
-        f"found = model.generate(\n    **inputs, max_new_tokens={found.max_new_tokens}, {choice},"
-        "\n)\n"
+        "found = model.generate(\n"
+        f"    **inputs, max_new_tokens={generation.max_new_tokens}, {choice},\n)\n"
         'text = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], '
         "skip_special_tokens=True)"
     )
@@ -155,8 +155,8 @@ def _training(
     return markdown(rows)
 
 
-def _scores(table: Table, found: Summary, shown: str) -> list[str]:
-    base, model = found.models
+def _scores(table: Table, summary: Summary, shown: str) -> list[str]:
+    base, model = summary.models
     rows = [["reward", "unit", "base model", "this model", "gain", "improved prompts"]]
     for name in table.rewards:
         one = model.rewards[name]

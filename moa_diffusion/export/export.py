@@ -105,15 +105,15 @@ def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) 
         return None
     check_libraries(TABLES_AND_PLOTS)
     table = read_table(folder or usual)
-    found = [e for e, one in enumerate(table.models) if one.adapter_digest == adapter.digest]
-    if not found:
+    matching = [e for e, one in enumerate(table.models) if one.adapter_digest == adapter.digest]
+    if not matching:
         if folder is None:
             return None
         known = ", ".join(one.label for one in table.models)
         raise ConfigError(
             f"--evaluation: `{folder}` should have these weights among its models: {known}."
         )
-    chosen = [0, found[0]]
+    chosen = [0, matching[0]]
     return dataclasses.replace(
         table,
         models=tuple(table.models[e] for e in chosen),

@@ -25,16 +25,16 @@ _MARKS = {  # bytes that a file of another encoding begins with; those of UTF-32
 _BLANK = "\u200b\u2060\ufeff"
 
 
-def bad_line(where: str, expectation: str, found: str, hint: str = "") -> ConfigError:
+def bad_line(where: str, expectation: str, finding: str, hint: str = "") -> ConfigError:
     """An error about a line of a file.
 
     Args:
         where: file and line, ``prompts.txt:3``.
         expectation: a sentence.
-        found: as it is to be shown.
+        finding: as it is to be shown.
         hint: a further sentence.
     """
-    return ConfigError(f"{where}: {expectation} Found {found}.{f' {hint}' if hint else ''}")
+    return ConfigError(f"{where}: {expectation} Found {finding}.{f' {hint}' if hint else ''}")
 
 
 def shortened(value: object, limit: int = SHOWN) -> str:

@@ -23,14 +23,14 @@ COLUMNS = 3
 CROWDED = 16  # models beyond which only those of the front are named
 
 
-def write_pareto(table: Table, found: Summary, target: Path) -> None:
+def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     """Write a PNG: a panel per pair of rewards, means of the samples.
 
     Filled: not dominated by any model in all rewards together. Dashed: the front of the pair.
 
     Args:
         table: of E models and K rewards.
-        found: its summary.
+        summary: its summary.
         target: the PNG.
     """
     import matplotlib
@@ -52,9 +52,9 @@ def write_pareto(table: Table, found: Summary, target: Path) -> None:
         panel.set_axis_off()
     if pairs:
         for panel, (x, y) in zip(panels.flat, pairs, strict=False):
-            _panel(panel, table, found, x, y)
+            _panel(panel, table, summary, x, y)
     else:
-        _single(panels[0, 0], table, found)
+        _single(panels[0, 0], table, summary)
     handles = dict(
         pair
         for panel in panels.flat
@@ -82,10 +82,10 @@ def _style(table: Table) -> dict[str, tuple[str, str]]:
     }
 
 
-def _panel(panel: Any, table: Table, found: Summary, x: int, y: int) -> None:
+def _panel(panel: Any, table: Table, summary: Summary, x: int, y: int) -> None:
     names = table.rewards[x], table.rewards[y]
     points = numpy.array(
-        [[model.rewards[name].mean.value for name in names] for model in found.models]
+        [[model.rewards[name].mean.value for name in names] for model in summary.models]
     )  # [E, 2]
     front = points[nondominated(torch.from_numpy(points))]
     front = front[numpy.argsort(front[:, 0])]
@@ -99,14 +99,14 @@ def _panel(panel: Any, table: Table, found: Summary, x: int, y: int) -> None:
                 *points[e],
                 marker,
                 color=colour,
-                markerfacecolor=colour if found.models[e].nondominated else "white",
+                markerfacecolor=colour if summary.models[e].nondominated else "white",
                 markersize=7,
                 label=series if e == mine[0] else None,
                 zorder=3,
             )
-    mark = "P" if found.models[0].nondominated else "+"
+    mark = "P" if summary.models[0].nondominated else "+"
     panel.plot(*points[0], mark, color="black", markersize=10, label="base model", zorder=4)
-    _label(panel, table, found, points)
+    _label(panel, table, summary, points)
     panel.axvline(points[0, 0], color="0.9", linewidth=0.8, zorder=0)
     panel.axhline(points[0, 1], color="0.9", linewidth=0.8, zorder=0)
     for axis, name in zip((panel.set_xlabel, panel.set_ylabel), names, strict=True):
@@ -128,9 +128,9 @@ def _order(table: Table, members: Sequence[int]) -> list[int]:
     return [other, *members, one]
 
 
-def _label(panel: Any, table: Table, found: Summary, points: Array) -> None:
+def _label(panel: Any, table: Table, summary: Summary, points: Array) -> None:
     """Name the models, in the words that their series leaves to say."""
-    for model, one, point in zip(table.models, found.models, points, strict=True):
+    for model, one, point in zip(table.models, summary.models, points, strict=True):
         if not model.series or (len(table.models) > CROWDED and not one.nondominated):
             continue
         words = model.label.removeprefix(f"{model.series}/").removeprefix("step-")
@@ -139,11 +139,11 @@ def _label(panel: Any, table: Table, found: Summary, points: Array) -> None:
         panel.annotate(words, point, (5, 4), textcoords="offset points", fontsize=7, color="0.3")
 
 
-def _single(panel: Any, table: Table, found: Summary) -> None:
+def _single(panel: Any, table: Table, summary: Summary) -> None:
     """One reward: means with their intervals, a row per model."""
     name = table.rewards[0]
     style = _style(table)
-    for row, (model, one) in enumerate(zip(table.models, found.models, strict=True)):
+    for row, (model, one) in enumerate(zip(table.models, summary.models, strict=True)):
         mean = one.rewards[name].mean
         colour, marker = style.get(model.series, ("black", "+"))
         panel.plot([mean.low, mean.high], [row, row], color=colour, linewidth=2)

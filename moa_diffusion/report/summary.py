@@ -1,4 +1,4 @@
-"""What an evaluation found, in numbers: means, gains over the base model, the front."""
+"""An evaluation in numbers: means, gains over the base model, the front."""
 
 from __future__ import annotations
 
@@ -155,14 +155,14 @@ def _improved(means: Array, base: Array) -> float:
 
 def write_summary(table: Table, folder: Path) -> Summary:
     """Write ``summary.md``, and ``summary.json`` with the same numbers unrounded."""
-    found = summarise(table)
-    write_text(folder / "summary.md", text(table, found))
-    plain = json.dumps(without_nan(asdict(found)), indent=2, allow_nan=False)
+    summary = summarise(table)
+    write_text(folder / "summary.md", text(table, summary))
+    plain = json.dumps(without_nan(asdict(summary)), indent=2, allow_nan=False)
     write_text(folder / "summary.json", plain + "\n")
-    return found
+    return summary
 
 
-def text(table: Table, found: Summary) -> str:
+def text(table: Table, summary: Summary) -> str:
     """The summary in Markdown."""
     one, several = ("image", "images") if table.texts is None else ("completion", "completions")
     parts = [
@@ -175,15 +175,15 @@ def text(table: Table, found: Summary) -> str:
         "the base model's.",
     ]
     for name in table.rewards:
-        unit, spread = table.units[name], found.units[name]
+        unit, spread = table.units[name], summary.units[name]
         parts.append(f"## {name}{f' ({unit})' if unit else ''}")
-        if found.models[0].rewards[name].samples == 0:
+        if summary.models[0].rewards[name].samples == 0:
             parts.append("Applies to none of the prompts.")
             continue
         rows = [["checkpoint", "mean", "gain", "gain in stds", "improved", several]]
-        for model in found.models:
+        for model in summary.models:
             said = model.rewards[name]
-            base = model is found.models[0]
+            base = model is summary.models[0]
             rows.append(
                 [
                     model.label,
@@ -199,7 +199,7 @@ def text(table: Table, found: Summary) -> str:
             parts.append("The base model does not vary within any prompt, so there is no std.")
         else:
             parts.append(f"One std is {spread:.4g}.")
-    parts += ["## Front", *_front(table, found)]
+    parts += ["## Front", *_front(table, summary)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -216,11 +216,11 @@ def drawn(table: Table) -> str:
     return f"{tokens}, at most {sampler['max_new_tokens']} tokens, {sampler['dtype']}"
 
 
-def _front(table: Table, found: Summary) -> list[str]:
+def _front(table: Table, summary: Summary) -> list[str]:
     rows = [["checkpoint", "worst gain in stds", "hypervolume", "non-dominated"]]
-    for model in found.models:
-        gains = [model.rewards[name].gain_in_stds.value for name in found.volume_of]
-        base = model is found.models[0]
+    for model in summary.models:
+        gains = [model.rewards[name].gain_in_stds.value for name in summary.volume_of]
+        base = model is summary.models[0]
         rows.append(
             [
                 model.label,
@@ -230,10 +230,10 @@ def _front(table: Table, found: Summary) -> list[str]:
             ]
         )
     volumes = [["models", "hypervolume"]]
-    volumes += [[name, volume.text(".4g")] for name, volume in found.series.items()]
-    volumes.append(["all", found.together.text(".4g")])
+    volumes += [[name, volume.text(".4g")] for name, volume in summary.series.items()]
+    volumes.append(["all", summary.together.text(".4g")])
     said = [markdown(rows), markdown(volumes)]
-    left_out = [name for name in table.rewards if name not in found.volume_of]
+    left_out = [name for name in table.rewards if name not in summary.volume_of]
     said.append(
         "Hypervolumes are in stds, between the base model and what is dominated; a model below the "
         "base model in one reward has none"

@@ -119,9 +119,9 @@ def read_table(folder: Path) -> Table:
 
 
 def _nested(
-    found: Mapping[tuple[int, int, int], T], models: int, prompts: int, seeds: int
+    cells: Mapping[tuple[int, int, int], T], models: int, prompts: int, seeds: int
 ) -> tuple[tuple[tuple[T, ...], ...], ...]:
     return tuple(
-        tuple(tuple(found[e, p, s] for s in range(seeds)) for p in range(prompts))
+        tuple(tuple(cells[e, p, s] for s in range(seeds)) for p in range(prompts))
         for e in range(models)
     )

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, gather_shards, shard
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo import checked_bounds
@@ -373,8 +373,7 @@ def constrained(
             bounds that no multipliers reach.
     """
     if primary not in data.objectives:
-        near = get_close_matches(primary, data.objectives, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(primary, data.objectives)
         expectation = f"Parameter `primary` should be one of {data.objectives}."
         raise ValueError(f"{expectation} Found {primary!r}.{hint}")
     secondary = [name for name in data.objectives if name != primary]

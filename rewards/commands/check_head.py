@@ -26,7 +26,7 @@ class Unusable(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a check found."""
+    """The scores of two samples, and what they took."""
 
     scores: Scores  # of the fitting and of the degraded sample, in this order
     seconds: float  # for both

@@ -79,16 +79,16 @@ def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) ->
     head = prepare(name, options, kind="texts" if texts else None)
     loaded = time.monotonic() - began
     try:
-        found = try_head(head, texts=texts)
+        checked = try_head(head, texts=texts)
     finally:
         head.close()
-    good, bad = found.scores.values.tolist()
+    good, bad = checked.scores.values.tolist()
     print(f"{name}: works; unit: {head.unit or '-'}")
     for label, value in (("fitting sample", good), ("degraded sample", bad)):
         shown = "does not apply (NaN)" if value != value else f"{value:.6g}"
         print(f"  {label}: {shown}")
-    print(f"  seconds: {loaded:.2f} to load, {found.seconds:.2f} to score both")
-    for key, text in found.provenance.items():
+    print(f"  seconds: {loaded:.2f} to load, {checked.seconds:.2f} to score both")
+    for key, text in checked.provenance.items():
         print(f"  {key}: {text}")
 
 

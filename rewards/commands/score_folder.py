@@ -107,10 +107,10 @@ def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
     """
     for number, (_, metadata) in enumerate(prompts, start=1):
         if not isinstance(metadata.get("text"), str):
-            found = "none" if "text" not in metadata else type(metadata["text"]).__name__
+            finding = "none" if "text" not in metadata else type(metadata["text"]).__name__
             raise ValueError(
                 f"Prompt {number} should come with the text to score, under the key (in the "
-                f"column) `text`. Found {found}. For pictures, name their folder."
+                f"column) `text`. Found {finding}. For pictures, name their folder."
             )
     return [
         (metadata["text"], prompt, {key: metadata[key] for key in metadata if key != "text"})
@@ -167,14 +167,14 @@ class ScoreTable:
         advice = "Delete it, or name another output."
         try:
             head, *lines = [json.loads(line) for line in text.splitlines()]
-            found = head["scorer"]
+            earlier = head["scorer"]
             rows = [(line["of"], line["row"]) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`{self.partial}` is no beginning of a table. {advice}") from error
-        if found != scorer:
+        if earlier != scorer:
             raise ValueError(
                 f"`{self.partial}` holds scores of another head, of other options or weights "
-                f"(digest {str(found)[:12]} instead of {scorer[:12]}). {advice}"
+                f"(digest {str(earlier)[:12]} instead of {scorer[:12]}). {advice}"
             )
         if len(rows) > len(pairs):
             raise ValueError(

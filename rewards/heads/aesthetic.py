@@ -123,18 +123,18 @@ class Aesthetic(ModelHead):
         else:
             self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
         try:
-            found = find_weights(self.predictor, required=())
+            files = find_weights(self.predictor, required=())
         except RewardError as error:
             raise RewardError(
                 f"{error.cause} The published head is the file {_HEAD} of {_HEAD_SOURCE}: put it "
                 f"where you like and set `predictor` to its path."
             ) from error
-        digest = found.digest()
-        found.expect(self.predictor_sha256, digest, option="predictor_sha256")
-        self._affine = read_affine(found)
+        digest = files.digest()
+        files.expect(self.predictor_sha256, digest, option="predictor_sha256")
+        self._affine = read_affine(files)
         self._head_found = {
-            "predictor": found.model,
-            "predictor_revision": found.revision,
+            "predictor": files.model,
+            "predictor_revision": files.revision,
             "predictor_sha256": digest,
         }
 

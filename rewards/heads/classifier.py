@@ -305,10 +305,10 @@ def find_output(logit: int | str | None, labels: Mapping[int, str]) -> tuple[int
         if len(labels) == 1:
             return next(iter(labels.items()))
         raise RewardError(f"The model has several outputs. Set `logit` to one of {known}.")
-    found = [index for index, label in labels.items() if logit in (index, label)]
-    if len(found) != 1:
+    matching = [index for index, label in labels.items() if logit in (index, label)]
+    if len(matching) != 1:
         hint = did_you_mean(logit, list(labels.values())) if isinstance(logit, str) else ""
         raise RewardError(
             f"The model should have one output that is `logit = {logit!r}`. It has {known}.{hint}"
         )
-    return found[0], labels[found[0]]
+    return matching[0], labels[matching[0]]

@@ -115,16 +115,16 @@ class ClipHead(ModelHead):
         lengths = [len(ids) for ids in found_ids]
         cut = [i for i, length in enumerate(lengths) if length > longest]
         blank = [prompt for prompt in prompts if not self._judges(prompt)]
-        found = []
+        remarks = []
         if cut:
-            found.append(
+            remarks.append(
                 f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
                 f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
                 f"{prompts[cut[0]]!r}."
             )
         if blank:
-            found.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
-        return found
+            remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
+        return remarks
 
     def _judges(self, prompt: str) -> bool:
         return bool(prompt.strip())
@@ -172,11 +172,11 @@ class ClipHead(ModelHead):
             max_length=longest,
             return_tensors="pt",
         )
-        found = module.get_text_features(
+        output = module.get_text_features(
             input_ids=tokens.input_ids.to(self.device),
             attention_mask=tokens.attention_mask.to(self.device),
         )
-        embedded = F.normalize(found.pooler_output.float(), dim=-1).cpu()  # [n, D]
+        embedded = F.normalize(output.pooler_output.float(), dim=-1).cpu()  # [n, D]
         self._texts.update(zip(prompts, embedded, strict=True))
 
     def _longest(self, module: Any) -> int:
@@ -332,8 +332,8 @@ def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 def embed_images(module: Any, pixels: Tensor) -> Tensor:
     """Embeddings of preprocessed pictures: `[n, 3, S, S]` to `[n, D]`, length 1, float32, CPU."""
-    found = module.get_image_features(pixel_values=pixels)
-    return F.normalize(found.pooler_output.float(), dim=-1).cpu()
+    output = module.get_image_features(pixel_values=pixels)
+    return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
 def _is_processor(files: Weights) -> bool:

@@ -204,8 +204,8 @@ class Keyword(RewardHead):
 
     def _score(self, text: str) -> float:
         if self.cap is None:
-            found = sum(pattern.search(text) is not None for pattern in self._patterns)
-            return found / len(self._patterns)
+            matched = sum(pattern.search(text) is not None for pattern in self._patterns)
+            return matched / len(self._patterns)
         (pattern,) = self._patterns
         return min(self.cap, sum(1 for _ in pattern.finditer(text))) / self.cap
 
@@ -306,10 +306,10 @@ class Format(RewardHead):
         Raises:
             RewardError: If the pattern takes too long on a text; names the sample.
         """
-        found = []
+        matched = []
         for index, text in enumerate(batch.require_texts()):
             try:
-                found.append(self._matches(text, timeout=self.timeout) is not None)
+                matched.append(self._matches(text, timeout=self.timeout) is not None)
             except TimeoutError as error:
                 raise RewardError(
                     f"The pattern takes longer than {self.timeout:g} s on a text of {len(text)} "
@@ -317,7 +317,7 @@ class Format(RewardHead):
                     f"`timeout`.",
                     samples=batch.samples([index]),
                 ) from error
-        return torch.tensor(found, dtype=torch.float32)
+        return torch.tensor(matched, dtype=torch.float32)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Models that others have trained: found, read strictly, fed."""
+"""Models that others have trained: located, read strictly, fed."""

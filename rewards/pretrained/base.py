@@ -177,7 +177,7 @@ class ModelHead(RewardHead):
                 shared.move(torch.device("cpu"))
 
     def provenance(self) -> Mapping[str, str]:
-        """Model and precision; once loaded, also the revision found and the digest."""
+        """Model and precision; once loaded, also the revision and the digest."""
         asked = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.revision is not None:
             asked["revision"] = self.revision
@@ -222,14 +222,14 @@ class ModelHead(RewardHead):
         part_of = samples[rows] if isinstance(samples, Tensor) else [samples[row] for row in rows]
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                found = self._score_batch(module, part_of, prompts)
+                returned = self._score_batch(module, part_of, prompts)
         except torch.OutOfMemoryError as error:
             raise RewardError(
                 f"No memory left on {self.device} for {len(rows)} {what}s at once. Lower "
                 f"`batch_size`, or choose a smaller `dtype` or another `device`.",
                 samples=batch.samples(rows),
             ) from error
-        part = found if isinstance(found, Scores) else Scores(values=found)
+        part = returned if isinstance(returned, Scores) else Scores(values=returned)
         values = part.values.to(device="cpu", dtype=torch.float32)
         if values.shape != (len(rows),):
             raise RewardError(
@@ -266,26 +266,26 @@ def pick_device(device: str) -> torch.device:
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        found = torch.device(name)
+        chosen = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
             f"Parameter `device` should be auto or a torch device. Found `device = {device!r}`."
         ) from error
-    if found.type == "cuda":
+    if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if name == "cuda" and count:
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
-        if count == 0 or found.index >= count:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+        if count == 0 or chosen.index >= count:
             raise ValueError(
                 f"Parameter `device` names a GPU, of which torch sees {count}. "
                 f"Found `device = {device!r}`."
             )
-    elif found.type == "mps" and not torch.backends.mps.is_available():
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(
             f"Parameter `device` names an Apple GPU, and torch sees none. "
             f"Found `device = {device!r}`."
         )
-    return found
+    return chosen
 
 
 class _Shared:

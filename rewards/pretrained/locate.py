@@ -142,9 +142,9 @@ def find_weights(
     place = _locate(model, "model")
     if place.folder is None:
         folder = _cached_or_fetched(place, revision, required, optional, tensors)
-        found = folder.name  # snapshots are named after their commit
+        commit = folder.name  # snapshots are named after their commit
     else:
-        folder, found = place.folder, place.revision
+        folder, commit = place.folder, place.revision
     missing = _missing(folder, place.file, required, tensors)
     if missing:
         advice = "Name a folder that holds all its files."
@@ -155,7 +155,7 @@ def find_weights(
             f"The model `{model}` lacks {' and '.join(missing)} in {folder}. {advice}"
         )
     files = _tensor_files(folder, place.file) if tensors else ()
-    return Weights(folder=folder, model=model, revision=found, files=files)
+    return Weights(folder=folder, model=model, revision=commit, files=files)
 
 
 def _locate(model: str, option: str) -> _Place:

@@ -60,8 +60,8 @@ def read_tensor(weights: Weights, name: str) -> Tensor:
         try:
             with safe_open(path, framework="pt", device="cpu") as opened:
                 if name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    found: Tensor = opened.get_tensor(name)
-                    return found
+                    tensor: Tensor = opened.get_tensor(name)
+                    return tensor
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
     raise RewardError(
@@ -131,8 +131,8 @@ def load_pretrained(
     )
     unexpected = [key for key in report["unexpected_keys"] if not key.endswith(tuple(ignore))]
     misshapen = [
-        f"{name} ({list(found)} instead of {list(wanted)})"
-        for name, found, wanted in report["mismatched_keys"]
+        f"{name} ({list(shape)} instead of {list(wanted)})"
+        for name, shape, wanted in report["mismatched_keys"]
     ]
     _check_names(
         weights, missing=report["missing_keys"], unexpected=unexpected, misshapen=misshapen
@@ -162,7 +162,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
             return load_file(path, device="cpu")
         # Only the format of torch 1.6 and later, a zip archive, can be mapped.
-        found = torch.load(
+        content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
@@ -172,11 +172,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise _unreadable(path, error) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(value, Tensor) for value in found.values()
+    if not isinstance(content, dict) or not all(
+        isinstance(value, Tensor) for value in content.values()
     ):
         raise RewardError(f"The file {path} should hold tensors by name, a state dict.")
-    return found
+    return content
 
 
 def _unreadable(path: Path, error: Exception) -> RewardError:

@@ -44,7 +44,7 @@ def load_tokenizer(files: Weights) -> Any:
     """The tokenizer of a model, a `PreTrainedTokenizerBase`.
 
     Args:
-        files: Its files, found with `optional=TOKENIZER_FILES`.
+        files: Its files, located with `optional=TOKENIZER_FILES`.
 
     Raises:
         RewardError: If there is none, or it is damaged.
@@ -89,11 +89,11 @@ class Reader:
         Raises:
             RewardError: If there is no token to read, or one that the model does not know.
         """
-        found = self.tokenizer(*segments, verbose=False)
-        length = len(found["input_ids"])
+        encoded = self.tokenizer(*segments, verbose=False)
+        length = len(encoded["input_ids"])
         if length > self.longest:
-            found = self.tokenizer(*segments, truncation=True, max_length=int(self.longest))
-        row = {name: list(found[name]) for name in self.inputs if name in found}
+            encoded = self.tokenizer(*segments, truncation=True, max_length=int(self.longest))
+        row = {name: list(encoded[name]) for name in self.inputs if name in encoded}
         if not row["input_ids"]:
             if self.start is None:
                 raise RewardError(

@@ -249,11 +249,11 @@ def unpack_reply(body: bytes, count: int) -> tuple[Identity, Scores]:
     if not isinstance(reply, dict):
         raise WireError("The reply should be a JSON object.")
     values, applies, extra = (reply.get(key) for key in ("scores", "applies", "extra"))
-    for key, found in (("scores", values), ("applies", applies)):
-        if not isinstance(found, list) or len(found) != count:
-            size = f" of {len(found)}" if isinstance(found, list) else ""
+    for key, entries in (("scores", values), ("applies", applies)):
+        if not isinstance(entries, list) or len(entries) != count:
+            size = f" of {len(entries)}" if isinstance(entries, list) else ""
             raise WireError(
-                f"`{key}` should be a list of {count}. Found {type(found).__name__}{size}."
+                f"`{key}` should be a list of {count}. Found {type(entries).__name__}{size}."
             )
     assert isinstance(values, list)
     assert isinstance(applies, list)

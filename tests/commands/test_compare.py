@@ -20,7 +20,7 @@ from PIL import Image
 
 from moa_diffusion import config
 from moa_diffusion.comparison.execute import cause_of_death, execute
-from moa_diffusion.comparison.plan import Run, method_settings, plan_comparison
+from moa_diffusion.comparison.plan import PlannedRun, method_settings, plan_comparison
 from moa_diffusion.comparison.plot import mean_path, plot_comparison
 from moa_diffusion.comparison.read import read_run, training_seconds
 from moa_diffusion.comparison.results import (
@@ -426,7 +426,7 @@ def test_a_run_is_finished_when_its_steps_or_its_minutes_are_over(tmp_path: Path
 
     def finished(steps: int, minutes: float) -> bool:
         settings = config.from_dict({"trainer": {"steps": steps, "minutes": minutes}})
-        run = Run(method="a", seed=0, folder=tmp_path / "a-0", settings=settings)
+        run = PlannedRun(method="a", seed=0, folder=tmp_path / "a-0", settings=settings)
         assert run.completed() == 15
         return run.finished()
 

@@ -12,6 +12,8 @@ from moa_diffusion.objectives.apex import Apex, correlation, cosine, opposition
 from moa_diffusion.objectives.normalize import DualStage
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
+# Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
+# torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
 NAMES = ("a", "b", "c")
 
 
@@ -199,9 +201,9 @@ def test_toy_the_objective_that_moves_most_easily_does_not_take_over(method):
         shared, own = float(weights[0]) - 0.5 * float(weights[1]), float(weights[1])
         level += torch.tensor([0.20 * shared, 0.04 * own - 0.08 * max(shared, 0)]).double()
     if method == "equal":
-        assert level[1] <= 1e-9
+        assert level[1] <= 1e-9  # 60 sums of float64 round by far less
     else:
-        assert level.min() > 0.3
+        assert level.min() > 0.3  # 0.83
 
 
 @pytest.mark.parametrize(

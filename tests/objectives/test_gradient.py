@@ -111,7 +111,9 @@ def test_the_direction_is_torchjds_own_on_the_jacobian(method, objectives):
     weights = make(method, objectives)(stats(G, step=7))
     assert weights.shape == (objectives,)
     assert weights.dtype == torch.float64
-    tolerance = 1e-3 if method == "nashmtl" else 1e-6  # iterative, in float32 and to 1e-3
+    # Nash-MTL is iterative, in float32 and to 1e-3. The others' factor of the Gramian is exact to
+    # 1e-12, see below, and their answers to some times that.
+    tolerance = 1e-3 if method == "nashmtl" else 1e-6
     torch.testing.assert_close(unit(weights @ J), unit(expected), rtol=tolerance, atol=tolerance)
 
 
@@ -121,6 +123,7 @@ def test_mgda_finds_the_least_norm():
     exact = min_norm_weights(G)
     c = make("mgda", 4, epsilon=1e-9, max_iters=5000)(stats(G))
     least = float(exact @ G @ exact)
+    # Frank-Wolfe comes nearer as one over the number of steps: 0.5 % above.
     assert least - 1e-9 <= float(c @ G @ c) <= least * 1.01
 
 
@@ -128,6 +131,7 @@ def test_upgrad_helps_every_objective():
     J = jacobian(4) * torch.tensor([[1.0], [1.0], [1.0], [5.0]]).double()
     G = J @ J.T
     assert G.sum(1).min() < 0, "the plain sum would do as well"
+    # UPGrad's own regularisation is 1e-4; found here is 16, the plain sum has -1136.
     assert (G @ make("upgrad", 4)(stats(G))).min() >= -1e-3 * G.diagonal().mean()
 
 
@@ -140,6 +144,7 @@ def test_frozen_weights():
     }
     for name, expected in frozen.items():
         weights = torch.tensor(expected, dtype=torch.float64)
+        # Float64 from end to end: the numbers are small fractions.
         torch.testing.assert_close(make(name)(stats(G)), weights, rtol=1e-9, atol=1e-9)
 
 
@@ -220,6 +225,7 @@ def test_a_preference_follows_its_objective():
 def test_factor():
     for J in (jacobian(4), jacobian(4)[[0, 1, 1, 0]], torch.ones(3, 1).double()):
         G = J @ J.T
+        # An eigendecomposition in float64 is exact to some times 1e-16 of the largest.
         torch.testing.assert_close(factor(G) @ factor(G).T, G, rtol=1e-12, atol=1e-12 * G.max())
 
 
@@ -321,4 +327,4 @@ def test_two_objectives_of_very_different_scale_both_improve():
         x = x + 0.02 * unit(weighting(stats(J @ J.T)) @ J)
         if (x - (p + q) / 2).norm() < 0.03:
             break
-    torch.testing.assert_close(x, (p + q) / 2, atol=0.03, rtol=0)
+    torch.testing.assert_close(x, (p + q) / 2, atol=0.03, rtol=0)  # steps are 0.02 long

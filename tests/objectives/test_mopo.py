@@ -22,6 +22,8 @@ from moa_diffusion.objectives.static import Static
 from moa_diffusion.objectives.win_rate import WinRate
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
+# Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
+# torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
 NAMES = ("a", "b", "c")
 NAN = math.nan
 
@@ -405,7 +407,8 @@ def run(seed: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_bandit_settles_at_the_constrained_optimum(seed):
     """Without a KL the optimum is a linear programme's; the KL that is left costs next to nothing.
 
-    Found over the three seeds: at most 0.003 from the bounds, 0.0014 from the optimum.
+    Found over the three seeds: at most 0.003 from the bounds, 0.0015 from the optimum. All is
+    float64 from fixed seeds, so another machine moves this by rounding alone.
     """
     found, multipliers, wanted = run(seed)
     final = found[-200:].mean(0)  # [K]
@@ -421,14 +424,14 @@ def test_gains_that_are_too_small_or_have_no_damping():
     _, swinging, _ = run(2, integral=1.0, proportional=0.0)
     assert (swinging[-200:].std(0) > 5 * multipliers[-200:].std(0)).all()  # 0.85 and 0.05
     slow, _, _ = run(2, integral=0.02, proportional=1.0)
-    assert (B - slow[35:45, 1:].mean(0)).amax() > 0.15
-    assert (B - settled[35:45, 1:].mean(0)).amax() < 0.01
+    assert (B - slow[35:45, 1:].mean(0)).amax() > 0.1  # 0.16
+    assert (B - settled[35:45, 1:].mean(0)).amax() < 0.01  # 0.003
 
 
 def test_barrier_stays_inside_the_bounds():
     found, _, wanted = run(0, variant="barrier")
     final = found[-200:].mean(0)
-    assert (final[1:] > B + 0.005).all()
+    assert (final[1:] > B + 0.005).all()  # 0.011 and 0.031 inside, which costs the first 0.021
     assert float(final[0]) == pytest.approx(float(wanted[0]), abs=0.03)
 
 
@@ -465,9 +468,10 @@ def test_bounds_reach_the_points_that_weights_jump_over():
 
     for weight in (0.4, 0.45, 0.5):  # on either side of where it jumps
         secondary = reached(Static(names, weights=[weight, 1 - weight]))[1]
-        assert min(high - secondary, secondary - low) < 0.01
+        assert min(high - secondary, secondary - low) < 0.01  # the KL keeps it 0.0016 away
     for bound in (0.3, 0.6):
         primary, secondary = reached(Mopo(names, bounds=bound))
+        # Found: 0.0075 from the bound, as the mean of 100 rollouts of 16 goes, and 0.0004 inside.
         assert float(secondary) == pytest.approx(bound, abs=0.02)
         share = (secondary - low) / (high - low)
         on_the_edge = (1 - share) * wins[0, 0, 0] + share * wins[0, 0, 1]

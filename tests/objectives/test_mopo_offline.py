@@ -25,7 +25,12 @@ from moa_diffusion.objectives.mopo_offline import (
     tilt,
 )
 
+# Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
+# torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
 INFINITY = math.inf
+# Of win rates, which lie in [0, 1]. The dual steps that tests take leave at most 2e-7, and SLSQP,
+# which stops where it gains less than 1e-14, knows its optimum to the root of that: 1e-7.
+SETTLED = 1e-4
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -102,8 +107,10 @@ def by_solver(pbar: Tensor, qbar: Tensor, log_ref: Tensor, tau: float, bounds: T
 def test_closed_form_and_dual_reach_the_constrained_optimum(seed):
     pbar, qbar, log_ref, tau, bounds = problem(seed)
     pi, lambdas = by_dual(pbar, qbar, log_ref, tau, bounds)
-    torch.testing.assert_close(pi, by_solver(pbar, qbar, log_ref, tau, bounds), atol=1e-4, rtol=0)
+    expected = by_solver(pbar, qbar, log_ref, tau, bounds)
+    torch.testing.assert_close(pi, expected, atol=SETTLED, rtol=0)
     levels = (pi * qbar).sum(2).mean(1)
+    # The last step moved multipliers by less than 1e-9, so violations are below 1e-9 / (4 tau).
     assert (levels >= bounds - 1e-6).all()
     assert (lambdas * (levels - bounds)).abs().max() < 1e-6  # complementary slackness
     if seed % 4 == 0:
@@ -157,6 +164,7 @@ def test_dual_follows_the_violation():
     lambdas, bounds = torch.tensor([1.0, 1.0, 0.01, 9.99]), torch.tensor([0.5] * 4)
     levels = torch.tensor([0.4, 0.6, 0.9, 0.1])
     after = dual_step(lambdas, levels, bounds, 0.1, 10.0)
+    # Three operations in float32, 6e-8 each: torch's default for it is 1.3e-6.
     torch.testing.assert_close(after, torch.tensor([1.01, 0.99, 0.0, 10.0]))
 
 
@@ -173,6 +181,7 @@ def test_a_slack_bound_loses_its_multiplier():
 
 def test_barrier_in_numbers_and_at_its_cap():
     levels, bounds = torch.tensor([0.6, 0.501, 0.5, 0.3]), torch.tensor([0.5] * 4)
+    # 0.6 - 0.5 in float32 is off by 3e-8, which is 3e-7 of it; torch's default allows 1.3e-6.
     torch.testing.assert_close(barrier(levels, bounds, 0.01, 5.0), torch.tensor([0.1, 5, 5, 5]))
 
 
@@ -187,6 +196,7 @@ def test_pessimistic_is_the_largest_value_of_its_dual(eps):
     for k, level in enumerate(found):
         f = (rho * qbar[k]).flatten()
         dual = -chi[:, 0] * (log_p - f / chi).logsumexp(1) - chi[:, 0] * eps
+        # The grid's points are 0.09 % apart, and the value is flat at its maximum: 1e-7.
         assert float(level) == pytest.approx(float(dual.max()), abs=1e-6)
 
 
@@ -196,9 +206,10 @@ def test_pessimism_grows_from_the_mean_to_the_smallest_value():
     mean = constraint_levels(rho, qbar, log_ref)
     assert torch.equal(pessimistic(rho, qbar, log_ref, 0.0), mean)
     levels = [pessimistic(rho, qbar, log_ref, eps) for eps in (1e-9, 1e-3, 0.1, 1.0, 100.0)]
+    # Within 1e-9 the worst case is the root of 2e-9 of a standard deviation lower: 1.4e-5.
     torch.testing.assert_close(levels[0], mean, atol=1e-4, rtol=0)
     assert all((low < high).all() for high, low in pairwise(levels))
-    torch.testing.assert_close(levels[-1], (rho * qbar).flatten(1).amin(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(levels[-1], (rho * qbar).flatten(1).amin(1))
     constant = torch.ones_like(qbar)
     flat = pessimistic(torch.ones_like(pbar), constant, log_ref, 0.1)
     torch.testing.assert_close(flat, torch.ones(len(qbar)).double())
@@ -223,6 +234,7 @@ def test_a_barrier_step_settles_where_the_barrier_says():
         levels = constraint_levels(tilt(pbar, qbar, lambdas, tau, log_ref), qbar, log_ref)
         lambdas = barrier_step(lambdas, levels, bounds, 0.5, sigma, 10.0)
     assert (levels > bounds).all()
+    # 600 steps leave 7e-7 of it.
     torch.testing.assert_close(lambdas, barrier(levels, bounds, sigma, 10.0), rtol=1e-5, atol=0)
     assert 0 < float(lambdas.min()) < 10
 
@@ -283,7 +295,7 @@ def test_a_set_of_responses_settles_at_the_solvers_optimum(seed):
     mopo = offline(pbar, qbar, bounds, tau=tau, eta=4 * tau, log_data=log_ref)
     target = settle(mopo, 800)
     expected = by_solver(pbar, qbar, log_ref, tau, bounds)
-    torch.testing.assert_close(target, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(target, expected, atol=SETTLED, rtol=0)
 
 
 def test_a_higher_bound_costs_more_of_the_primary_objective():
@@ -295,7 +307,7 @@ def test_a_higher_bound_costs_more_of_the_primary_objective():
     for bound in (start + 0.02 * i for i in range(1, 6)):
         mopo = offline(pbar, qbar, [bound])
         settle(mopo)
-        assert float(mopo.level) == pytest.approx(bound, abs=1e-4)
+        assert float(mopo.level) == pytest.approx(bound, abs=SETTLED)
         reached.append((mopo.reached, float(mopo.lambdas)))
     assert all(high[0] > low[0] and high[1] < low[1] for high, low in pairwise(reached))
     assert free.reached > reached[0][0]
@@ -311,6 +323,7 @@ def test_a_slack_bound_leaves_the_primary_objective_alone(variant):
         assert mopo.lambdas.tolist() == [0]
         torch.testing.assert_close(target, free)
     else:
+        # 4e-4; over tau = 0.2 it moves shares, which are about 0.2, by some 1e-4.
         assert 0 < float(mopo.lambdas) < 1e-3
         torch.testing.assert_close(target, free, atol=1e-3, rtol=0)
 
@@ -336,7 +349,7 @@ def test_pessimism_keeps_a_distance_from_the_bound():
         mopo = offline(pbar, qbar, [0.5], eps=eps)
         target = settle(mopo, 120)
         found[eps] = float((target * qbar[0]).sum(1).mean()), float(mopo.lambdas), mopo.reached
-    assert found[0.0][0] == pytest.approx(0.5, abs=1e-3)
+    assert found[0.0][0] == pytest.approx(0.5, abs=SETTLED)
     assert found[0.0][0] + 0.005 < found[0.001][0] < found[0.01][0]
     assert found[0.0][1] < found[0.001][1] < found[0.01][1]
     assert found[0.0][2] > found[0.001][2] > found[0.01][2]
@@ -363,7 +376,7 @@ def test_what_was_not_compared_says_nothing():
     filled = qbar[0].clone()
     filled[1, 2] = qbar[0, 1].nanmean()
     expected = (target[1:] * filled[1:]).sum(1).mean()
-    assert float(mopo.level) == pytest.approx(float(expected)) == pytest.approx(0.6, abs=1e-4)
+    assert float(mopo.level) == pytest.approx(float(expected)) == pytest.approx(0.6, abs=SETTLED)
     score = torch.where(pbar[2].isnan(), pbar[2].nanmean(), pbar[2]) + mopo.lambdas * qbar[0, 2]
     torch.testing.assert_close(target[2], (score / 0.2).softmax(0))
 
@@ -377,7 +390,7 @@ def test_padding_has_no_weight():
     target = settle(mopo)
     assert target[1, 2:].tolist() == [0] * 4
     torch.testing.assert_close(target.sum(1), torch.ones(4).double())
-    assert float(mopo.level) == pytest.approx(0.5, abs=1e-4)
+    assert float(mopo.level) == pytest.approx(0.5, abs=SETTLED)
     mopo.refer(torch.zeros_like(pbar))
     torch.testing.assert_close(mopo.log_ref, log_data)
 
@@ -388,10 +401,10 @@ def test_the_reference_follows_and_the_bounds_with_it():
     for follow, bound in (("ratchet", 0.55), ("beta_lag", 0.9 * 0.55)):
         mopo = offline(pbar, qbar, [0.55], lag=1, beta=0.9, follow=follow)
         settle(mopo)
-        assert float(mopo.level) == pytest.approx(0.55, abs=1e-4)
+        assert float(mopo.level) == pytest.approx(0.55, abs=SETTLED)
         mopo.refer(first)
         torch.testing.assert_close(mopo.log_ref, mopo.log_data)  # the start, still
-        assert float(mopo.bounds()) == pytest.approx(bound, abs=1e-4)
+        assert float(mopo.bounds()) == pytest.approx(bound, abs=SETTLED)
         mopo()
         mopo.refer(second)
         torch.testing.assert_close(mopo.log_ref, first.log_softmax(1))

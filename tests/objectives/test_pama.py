@@ -21,6 +21,8 @@ from moa_diffusion.objectives.pama import (
 )
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
+# Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
+# torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
 NAN = math.nan
 FAMILIES = (
     "normal",
@@ -102,6 +104,7 @@ def test_the_closed_form_solves_the_scalar_problem(name, objectives):
     torch.testing.assert_close((c * A).sum(0), s, rtol=1e-12, atol=1e-12 * float(A.abs().max()))
     scale = A.square().mean(0)
     for i, numbers in enumerate(A.T.tolist()):
+        # Numbers within a relative 1e-12 are ties to it, and float64 rounds by 1e-16.
         assert abs(float(s[i]) ** 2 - smallest_square(numbers)) <= 1e-9 * float(scale[i])
 
 
@@ -170,6 +173,7 @@ def test_a_duplicated_objective_changes_nothing(kind):
     before = advantage(kind(once.rewards.names), once)
     after = advantage(kind(twice.rewards.names), twice)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-8)
+    # A ridge of 1e-10 alone tells how duplicates share, so rounding grows by 1e10, to 1e-6.
     weights = kind(twice.rewards.names)(twice)
     torch.testing.assert_close(weights[1], weights[3], rtol=1e-4, atol=1e-8)
 
@@ -190,7 +194,7 @@ def test_an_objective_is_left_out_only_where_it_is_constant():
     weights = Pama(("r0", "r1"))(shown)
     assert weights[:, 4:].tolist() == [[0] * 4, [1] * 4]
     expected = torch.tensor([0, 1, 0, 0, 0, 1, 0, 1]).double()
-    torch.testing.assert_close(advantage(Pama(("r0", "r1")), shown), expected, rtol=2e-4, atol=0)
+    torch.testing.assert_close(advantage(Pama(("r0", "r1")), shown), expected)
 
 
 @pytest.mark.parametrize("kind", [Pama, PamaVector])
@@ -222,7 +226,8 @@ def test_rescaling_one_raw_reward_changes_nothing(kind, factor):
         advantage(kind(one.rewards.names), one),
         advantage(kind(one.rewards.names), other),
     )
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    # Nothing has an eps here, so the unit cancels up to rounding.
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- min-norm weights
@@ -285,6 +290,7 @@ def test_min_norm_weights_are_optimal(objectives):
         assert (c >= 0).all(), name
         assert float(c.sum()) == pytest.approx(1.0, abs=1e-12), name
         norm = float(c @ G @ c)
+        # The ridge is 1e-10 of it.
         assert norm <= smallest_norm(G) + 1e-9 * scale, name
         # No direction on the simplex descends: this bounds the distance to any optimum.
         assert norm - float((G @ c).min()) <= 1e-9 * scale, name
@@ -301,6 +307,7 @@ def test_min_norm_weights_in_numbers():
     torch.testing.assert_close(min_norm_weights(identity), torch.full((3,), 1 / 3).double())
     lengths = torch.diag(torch.tensor([1.0, 2.0, 4.0]).double())
     expected = torch.tensor([4.0, 2.0, 1.0]).double() / 7
+    # The ridge is 1e-10 of each.
     torch.testing.assert_close(min_norm_weights(lengths), expected, rtol=1e-8, atol=0)
     inside = torch.tensor([[1.0, 2.0], [2.0, 9.0]]).double()  # the short one is on the way
     assert min_norm_weights(inside).tolist() == [1, 0]
@@ -316,6 +323,7 @@ def test_min_norm_weights_of_zero_rows():
 def test_min_norm_weights_of_duplicates_share():
     J = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).double()
     expected = torch.tensor([0.25, 0.5, 0.25]).double()
+    # Singular but for the ridge of 1e-10, which turns rounding of 1e-16 into 1e-6.
     torch.testing.assert_close(min_norm_weights(J @ J.T), expected, rtol=1e-5, atol=0)
 
 
@@ -344,5 +352,5 @@ def learned(kind: str, seeds: int = 4, updates: int = 150) -> float:
 
 def test_pama_learns_and_one_batch_mean_for_all_decisions_does_not():
     """The latter pushes up whatever was sampled: its direction ignores the rewards."""
-    assert learned("per sample") > 0.25
-    assert abs(learned("batch mean")) < 0.1
+    assert learned("per sample") > 0.25  # 0.42
+    assert abs(learned("batch mean")) < 0.1  # -0.01

@@ -156,6 +156,7 @@ def test_rows_are_those_of_separate_passes(family: str, clipped: bool) -> None:
 def test_without_the_number_of_tokens_flattened_layers_are_differentiated_separately() -> None:
     policy = policy_on("opt")
     rollout = draw(policy, 3)
+    # As above.
     assert worst_error(policy, rollout, coefficients_of(rollout, clipped=False)) < 3e-5
 
 

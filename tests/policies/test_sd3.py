@@ -168,7 +168,8 @@ def test_gaussian_kl_is_that_of_the_two_means(make: Any) -> None:
     std = (g2 * (s - s_next)) ** 0.5
     normal = torch.distributions.Normal
     exact = torch.distributions.kl_divergence(normal(factor * v, std), normal(factor * v_ref, std))
-    torch.testing.assert_close(kl[:, 0].detach(), exact.flatten(1).mean(1), rtol=1e-4, atol=0)
+    # The same passes in the same batch; of the formula, some ten operations in float32, 2e-7.
+    torch.testing.assert_close(kl[:, 0].detach(), exact.flatten(1).mean(1), rtol=1e-5, atol=0)
 
 
 def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> None:
@@ -184,8 +185,9 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
         generator=generators([request.seed for request in asked]),
         output_type="pt",
     ).images
-    # The same passes in the same batch: the update of the latents alone is written otherwise.
-    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-5, rtol=0)
+    # The same passes in the same batch: the update of the latents alone is written otherwise, and
+    # six of them and the decoder made 2.7e-6 of that. The bound is that of pictures above.
+    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("metadata", [True, False])
@@ -216,7 +218,8 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
     mine = policy.generate(asked)
     assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
-    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise.
+    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise (1.7e-6
+    # apart); a tenth of what a picture of 8 bits could show is 4e-4.
     assert (drawn - mine).abs().max() < 1e-4
 
 
@@ -241,9 +244,11 @@ def test_half_precision_keeps_adapter_latents_and_log_probs_in_float32(pipeline:
     assert policy.transformer.dtype == torch.bfloat16
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     assert rollout.log_probs.dtype == rollout.trace["latents"].dtype == torch.float32
-    new, _ = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    chunks = policy.step_chunks(3)
+    new = torch.cat([policy.log_probs(rollout, steps, with_kl=True)[0] for steps in chunks], dim=1)
     assert new.dtype == torch.float32
-    assert (new - rollout.log_probs).abs().max() < 1e-4
+    # Passes of the batch that sampling had; of another they may differ by bfloat16's eps, 0.008.
+    assert torch.equal(new, rollout.log_probs)
     new.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in policy.trainable().values())
 

@@ -43,7 +43,7 @@ def cards(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[
     shown = [one for e in chosen.values() for one in summary.models[e].rewards.values()]
     ends = [abs(end) for one in shown for end in (one.gain_in_stds.low, one.gain_in_stds.high)]
     reach = max((end for end in ends if math.isfinite(end)), default=0.0)
-    found = []
+    headlines = []
     for name, e in chosen.items():
         model = summary.models[e]
         worst = worst_gain(model, summary)
@@ -52,7 +52,7 @@ def cards(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[
             _gain(table, model, reward, reach, heldout=reward in heldout)
             for reward in table.rewards
         )
-        found.append(
+        headlines.append(
             Card(
                 series=name,
                 model=e,
@@ -64,7 +64,7 @@ def cards(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[
                 alarms=len(runs[name].alarms) if name in runs else None,
             )
         )
-    return found
+    return headlines
 
 
 def worst_gain(model: ModelSummary, summary: Summary) -> tuple[str, float] | None:

@@ -82,13 +82,13 @@ def write_report(
 
 def versions() -> dict[str, str]:
     """Of the packages that results depend on, as installed where the report is written."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def _render(parts: Mapping[str, Any], small: Sequence[str]) -> str:
@@ -125,8 +125,8 @@ def _joined(names: Sequence[str]) -> str:
 
 def _digest(script: str) -> str:
     """As a Content-Security-Policy names a script that may run."""
-    found = hashlib.sha256(script.encode()).digest()
-    return f"sha256-{base64.b64encode(found).decode('ascii')}"
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
 def _json(value: Any) -> Any:

@@ -112,11 +112,11 @@ def _thin(curve: Curve) -> Curve:
 
 
 def _alarms(path: Path) -> tuple[Mapping[str, Any], ...]:
-    found = _rows(path)
-    for number, alarm in enumerate(found, start=1):
+    alarms = _rows(path)
+    for number, alarm in enumerate(alarms, start=1):
         if missing := [key for key in ALARM if key not in alarm]:
             raise ConfigError(f"{path}:{number}: An alarm should have {', '.join(missing)}.")
-    return tuple(found)
+    return tuple(alarms)
 
 
 def _front(path: Path) -> tuple[Mapping[str, Any], ...]:

@@ -67,10 +67,10 @@ def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
             rung = bisect.bisect_left(
                 range(len(LADDER) - 1), -per_picture, lo=rung, key=lambda i: -estimate(i)
             )
-            found = list(pool.map(_encode, pictures, [LADDER[rung]] * len(pictures)))
-            needed = _length(found)
+            encoded = list(pool.map(_encode, pictures, [LADDER[rung]] * len(pictures)))
+            needed = _length(encoded)
             if needed <= room:
-                return found
+                return encoded
             # Those tried were smaller than the others.
             factor = needed / len(pictures) / estimate(rung) * MARGIN
             rung += 1

@@ -184,10 +184,10 @@ def _expect(values: Mapping[str, Any], key: str, expected: Any) -> None:
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    if not isinstance(found, Mapping):
-        raise ValueError(f"`{key}` should be a mapping. Found {found!r}.")
-    return found
+    mapping = values.get(key)
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"`{key}` should be a mapping. Found {mapping!r}.")
+    return mapping
 
 
 def _ids(lists: Any) -> list[tuple[int, ...]]:

@@ -151,8 +151,8 @@ class EasyOcr:
         with contained():
             if self._detect:
                 # Not `readtext`: it takes an array for BGR, but shows it to the detector as RGB.
-                found = self._reader.detect(image, canvas_size=self._side, reformat=False)
-                (level,), (tilted,) = found
+                detected = self._reader.detect(image, canvas_size=self._side, reformat=False)
+                (level,), (tilted,) = detected
             return list(self._reader.recognize(grey, level, tilted, detail=0, reformat=False))
 
     def offload(self) -> None:

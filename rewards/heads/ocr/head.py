@@ -161,11 +161,13 @@ class OcrHead(RewardHead):
             RewardError: If the engine does not start.
         """
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in prompts]
-        bad = [(target, found) for target in targets if (found := self._unreadable(target))]
+        bad = [
+            (target, characters) for target in targets if (characters := self._unreadable(target))
+        ]
         if not bad:
             return []
         self._told = True
-        missing = dict.fromkeys(character for _, found in bad for character in found)
+        missing = dict.fromkeys(character for _, characters in bad for character in characters)
         shown = " ".join(list(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
         return [
             f"{len(bad)} of {len(prompts)} prompts quote characters that the OCR engine "
@@ -186,7 +188,7 @@ class OcrHead(RewardHead):
         except PoolError as error:
             concerned = batch.samples([indices[position] for position in error.indices])
             raise RewardError(error.cause, head=self.name, samples=concerned) from error
-        return ["\n".join(found) for found in lines]
+        return ["\n".join(words) for words in lines]
 
     def load(self) -> None:
         """Fetches the weights and starts the engine, in all worker processes.

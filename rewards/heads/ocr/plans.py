@@ -250,11 +250,11 @@ class TesseractPlan(EnginePlan):
     def alphabet(self) -> str | None:
         """See `EnginePlan`."""
         folder = self._installed()[0]
-        found = [
+        texts = [
             alphabets.tesseract(folder / f"{code}.traineddata")
             for code in self.options["languages"]
         ]
-        return None if None in found else "".join(text for text in found if text)
+        return None if None in texts else "".join(text for text in texts if text)
 
     def provenance(self) -> dict[str, str]:
         """See `EnginePlan`."""

@@ -375,8 +375,8 @@ def test_what_is_malformed_is_refused_with_the_reason() -> None:
 
 def test_pictures_are_counted_before_they_are_decompressed(monkeypatch) -> None:
     decoded: list[int] = []
-    decode = wire.png.decode
-    monkeypatch.setattr(wire.png, "decode", lambda file: decoded.append(1) or decode(file))
+    decode = wire.checked_png.decode
+    monkeypatch.setattr(wire.checked_png, "decode", lambda file: decoded.append(1) or decode(file))
     limits = Limits(max_pixels=64, max_batch_pixels=128, max_queue_pixels=192)
     gate = Gate()
     with serving(limits=limits, gate=gate) as url, ThreadPoolExecutor(1) as pool:

@@ -1,0 +1,55 @@
+"""The cache of scores: whole lines count, torn ones do not, damaged ones are named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.evaluation.score_cache import HeadVersion, Score, ScoreCache
+from moa_diffusion.scoring import create_head
+from moa_diffusion.types import ConfigError
+
+HEAD = create_head("sharpness")
+VERSION = HeadVersion.of("sharp", HEAD, {})
+
+
+def test_scores_are_read_as_they_were_added(tmp_path: Path):
+    cache = ScoreCache(tmp_path / "scores", VERSION)
+    assert cache.read() == {}
+    cache.add({"a": Score(value=0.1 + 0.2, extra={"text": "\u00e9"})})
+    cache.add({"b": Score(value=math.nan, extra={})})
+    scores = ScoreCache(tmp_path / "scores", VERSION).read()
+    assert scores["a"] == Score(value=0.1 + 0.2, extra={"text": "\u00e9"})
+    assert math.isnan(scores["b"].value)
+
+
+def test_the_next_writer_cuts_off_a_torn_line(tmp_path: Path):
+    cache = ScoreCache(tmp_path, VERSION)
+    cache.add({"a": Score(value=1.0, extra={})})
+    whole = cache.path.read_bytes()
+    cache.path.write_bytes(whole + b'{"key": "b", "val')
+    assert list(cache.read()) == ["a"]
+    cache.add({"c": Score(value=2.0, extra={})})
+    assert list(cache.read()) == ["a", "c"]
+    assert cache.path.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("line", ["{", '{"key": "a"}', '{"key": "a", "value": [], "extra": {}}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str):
+    cache = ScoreCache(tmp_path, VERSION)
+    cache.path.write_text(f"{{}}\n{line}\n")
+    with pytest.raises(ConfigError, match=r"jsonl:2: is damaged .*Delete the file"):
+        cache.read()
+
+
+def test_a_score_depends_on_the_metadata_of_the_prompt():
+    one, two = Prompt(text="p", metadata={"n": 1}), Prompt(text="p", metadata={"n": 2})
+    assert ScoreCache.key("sample", one) != ScoreCache.key("sample", two)
+
+
+def test_options_that_matter_are_part_of_the_version(tmp_path: Path):
+    other = HeadVersion.of("sharp", HEAD, {"option": 2})
+    assert ScoreCache(tmp_path, VERSION).path != ScoreCache(tmp_path, other).path

@@ -1,0 +1,106 @@
+"""Parts over servers: sent once, to whoever is free; failures go elsewhere or end the batch."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+
+from rewards.serving.spread import SendError, Spread, SpreadError
+
+LONG = 600.0  # seconds that no test comes near
+
+
+def spread(send, urls=("a", "b"), *, parts=6, lanes=2, retries=2, seconds=LONG):
+    return Spread(urls, send, parts=parts, lanes=lanes, retries=retries, seconds=seconds)
+
+
+def test_results_are_in_the_order_of_the_parts():
+    sent: Counter[int] = Counter()
+
+    def send(url: str, part: int, seconds: float) -> str:
+        sent[part] += 1
+        return f"result {part}"
+
+    assert spread(send).run() == [f"result {part}" for part in range(6)]
+    assert sent == Counter(range(6)), "each part is sent once"
+
+
+def test_a_server_that_hangs_leaves_its_parts_of_the_queue_to_the_other():
+    done, hang = [], threading.Event()
+
+    def send(url: str, part: int, seconds: float) -> int:
+        if url == "slow":
+            assert hang.wait(LONG)
+        else:
+            done.append(part)
+            if len(done) == 3:  # of four, one hangs in the single lane of the other
+                hang.set()
+        return part
+
+    assert spread(send, ("slow", "fast"), parts=4, lanes=1).run() == [0, 1, 2, 3]
+
+
+def test_a_part_of_a_server_that_never_will_goes_to_another():
+    def send(url: str, part: int, seconds: float) -> str:
+        if url == "a":
+            raise SendError("a: no such head", elsewhere=True)
+        return url
+
+    assert spread(send).run() == ["b"] * 6
+
+
+def test_without_any_server_left_the_batch_fails_with_the_causes():
+    def send(url: str, part: int, seconds: float) -> str:
+        raise SendError(f"{url} is of another version", elsewhere=True)
+
+    with pytest.raises(SpreadError) as failure:
+        spread(send).run()
+    assert failure.value.cause.startswith("no server is left: ")
+    assert "a is of another version" in failure.value.cause
+    assert failure.value.parts == tuple(range(6))
+
+
+def test_a_failure_that_is_the_samples_fault_ends_the_batch_and_names_them():
+    def send(url: str, part: int, seconds: float) -> str:
+        if part == 0:
+            raise SendError("NaN in the pixels", samples=[3])
+        return url
+
+    with pytest.raises(SpreadError, match="NaN in the pixels") as failure:
+        spread(send, ("a",), lanes=1).run()
+    assert (failure.value.parts, failure.value.samples) == ((0,), (3,))
+
+
+def test_failures_that_cost_are_bounded():
+    calls: Counter[str] = Counter()
+
+    def send(url: str, part: int, seconds: float) -> str:
+        calls[url] += 1
+        raise SendError("500", again=True, costs=True, pause=0)
+
+    with pytest.raises(SpreadError, match="no server is left: 500"):
+        spread(send, ("a",), parts=1, lanes=1, retries=2).run()
+    assert calls["a"] == 3
+
+
+def test_an_error_of_the_sender_is_raised_itself():
+    def send(url: str, part: int, seconds: float) -> str:
+        raise ZeroDivisionError("a fault of the client")
+
+    with pytest.raises(ZeroDivisionError, match="a fault of the client"):
+        spread(send).run()
+
+
+def test_a_request_gets_half_of_the_time_where_another_server_could_take_over():
+    given: dict[int, float] = {}
+
+    def send(url: str, part: int, seconds: float) -> str:
+        given[part] = seconds
+        return url
+
+    spread(send, ("a", "b"), parts=1).run()
+    assert given[0] <= LONG / 2
+    spread(send, ("a",), parts=1).run()
+    assert LONG / 2 < given[0] <= LONG

@@ -1,0 +1,50 @@
+"""Identities: what changes scores changes them, and they survive JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rewards import create
+from rewards.identity import Identity
+
+HEAD = create("sharpness")
+IDENTITY = Identity.of("sharp", HEAD, {"option": 1})
+
+
+def test_an_identity_survives_json():
+    assert Identity.from_json(json.loads(json.dumps(IDENTITY.to_json()))) == IDENTITY
+
+
+def test_options_count_unless_the_head_says_that_they_do_not(monkeypatch):
+    assert Identity.of("sharp", HEAD, {"option": 2}).digest != IDENTITY.digest
+    monkeypatch.setattr(type(HEAD), "neutral_options", ("device",))
+    assert Identity.of("sharp", HEAD, {"option": 1, "device": "cuda"}).digest == IDENTITY.digest
+
+
+def test_the_name_on_a_server_is_not_part_of_the_digest():
+    assert Identity.of("other", HEAD, {"option": 1}).digest == IDENTITY.digest
+
+
+def test_a_server_of_an_earlier_version_may_not_say_what_a_head_scores():
+    value = IDENTITY.to_json()
+    del value["scores"]
+    assert Identity.from_json({**value, "requires": []}).scores == "both"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": None}, "should hold texts"),
+        ({"requires": "text"}, "should hold texts"),
+        ({"provenance": {"weights": 1}}, "should hold texts"),
+        ({"scores": "sounds"}, "should be one of"),
+    ],
+)
+def test_what_is_no_identity_is_refused(change, message):
+    value = {**IDENTITY.to_json(), "requires": [], **change}
+    with pytest.raises(ValueError, match=message):
+        Identity.from_json(value)
+    with pytest.raises(ValueError, match="should have"):
+        Identity.from_json({"head": "sharp"})

@@ -1,0 +1,286 @@
+"""Tests lie where one looks for them: a module's in the file of its name, or in one named here."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+from test_layers import MODULES, imports
+
+TESTS = Path(__file__).parent
+
+# Modules without a test file of their own: the file that tests them instead, why, and the modules.
+ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "calibration/test_describe.py": (
+        "a file is written and read by what describes rewards",
+        ("moa_diffusion.storage.calibration_file",),
+    ),
+    "commands/test_calibrate.py": (
+        "measuring and plotting take a model: one run of the command shows both",
+        ("moa_diffusion.calibration.measure", "moa_diffusion.calibration.plot"),
+    ),
+    "commands/test_compare.py": (
+        "a comparison's steps take finished runs: made once, for all of them",
+        (
+            "moa_diffusion.comparison.execute",
+            "moa_diffusion.comparison.plan",
+            "moa_diffusion.comparison.plot",
+            "moa_diffusion.comparison.read",
+            "moa_diffusion.comparison.results",
+        ),
+    ),
+    "commands/test_evaluate.py": (
+        "an evaluation's steps take trained runs: made once, for all of them",
+        (
+            "moa_diffusion.adapters.diffusers",
+            "moa_diffusion.evaluation.candidates",
+            "moa_diffusion.evaluation.draw",
+            "moa_diffusion.evaluation.errors",
+            "moa_diffusion.evaluation.evaluate",
+            "moa_diffusion.evaluation.images",
+            "moa_diffusion.evaluation.medium",
+            "moa_diffusion.evaluation.plan",
+            "moa_diffusion.evaluation.records",
+            "moa_diffusion.evaluation.score",
+            "moa_diffusion.evaluation.write",
+            "moa_diffusion.report.grid",
+            "moa_diffusion.report.pareto_plot",
+            "moa_diffusion.report.shown",
+            "moa_diffusion.report.summary",
+            "moa_diffusion.report.table",
+        ),
+    ),
+    "commands/test_evaluate_text.py": (
+        "the same of language models",
+        (
+            "moa_diffusion.adapters.peft",
+            "moa_diffusion.evaluation.texts",
+            "moa_diffusion.report.completions",
+        ),
+    ),
+    "commands/test_export.py": (
+        "what is exported is loaded by a plain pipeline",
+        ("moa_diffusion.export.card", "moa_diffusion.export.export"),
+    ),
+    "commands/test_heads.py": (
+        "the command's parts, each by what it prints",
+        (
+            "rewards.commands.check_head",
+            "rewards.commands.cli",
+            "rewards.commands.head_cards",
+            "rewards.commands.score_folder",
+        ),
+    ),
+    "commands/test_train_sd.py": (
+        "assembling a run takes its whole configuration",
+        (
+            "moa_diffusion.assembly.models",
+            "moa_diffusion.assembly.scorers",
+            "moa_diffusion.assembly.trainers",
+            "moa_diffusion.comparison.curves",
+        ),
+    ),
+    "config/test_config.py": (
+        "every right key survives and every wrong one is named, through all of reading",
+        (
+            "moa_diffusion.config.check",
+            "moa_diffusion.config.messages",
+            "moa_diffusion.config.parse",
+            "moa_diffusion.config.schema",
+        ),
+    ),
+    "data/test_prompt_files.py": (
+        "what a text file may hold shows in the files that are read",
+        ("moa_diffusion.files.text",),
+    ),
+    "files/test_paths.py": (
+        "places in a configuration are paths",
+        ("moa_diffusion.config.places",),
+    ),
+    "integrations/test_trl.py": (
+        "aggregation is what a trainer of TRL calls",
+        ("moa_diffusion.integrations.aggregation",),
+    ),
+    "objectives/test_weightings.py": (
+        "a common suite, which every weighting must pass",
+        (
+            "moa_diffusion.objectives.base",
+            "moa_diffusion.objectives.static",
+        ),
+    ),
+    "policies/test_causal_lm.py": (
+        "parts of the policy of language models, on a model",
+        (
+            "moa_diffusion.policies.chat",
+            "moa_diffusion.policies.gumbel",
+            "moa_diffusion.policies.language_model",
+            "moa_diffusion.policies.token_log_probs",
+        ),
+    ),
+    "policies/test_families.py": (
+        "a common suite, which every policy must pass",
+        (
+            "moa_diffusion.monitoring.progress",
+            "moa_diffusion.policies.base",
+            "moa_diffusion.training.gradient_check",
+        ),
+    ),
+    "policies/test_lora_files.py": (
+        "files of LoRA weights are read into adapters",
+        ("moa_diffusion.policies.adapters", "moa_diffusion.policies.hub"),
+    ),
+    "processes/test_launcher.py": (
+        "commands of several processes end as their launcher says",
+        ("moa_diffusion.training.launch",),
+    ),
+    "report/page/test_page.py": (
+        "the page is looked at as a whole",
+        (
+            "moa_diffusion.report.page.cards",
+            "moa_diffusion.report.page.payload",
+            "moa_diffusion.report.page.runs",
+            "moa_diffusion.report.page.thumbnails",
+        ),
+    ),
+    "rewards_package/heads/deqa/test_model.py": (
+        "the parts of one ported model, against the published code",
+        (
+            "rewards.heads.deqa.config",
+            "rewards.heads.deqa.head",
+            "rewards.heads.deqa.vision",
+        ),
+    ),
+    "rewards_package/heads/ocr/test_engines.py": (
+        "an engine's options are planned before the engine is made",
+        ("rewards.heads.ocr.alphabets", "rewards.heads.ocr.plans"),
+    ),
+    "rewards_package/heads/test_clip.py": (
+        "tokens are those of the model's own tokenizer",
+        ("rewards.pretrained.tokens",),
+    ),
+    "rewards_package/pretrained/test_locate.py": (
+        "weights are located in order to be read",
+        ("rewards.pretrained.tensors",),
+    ),
+    "rewards_package/serving/test_server.py": (
+        "server and client, each against the other",
+        (
+            "rewards.serving.batching",
+            "rewards.serving.checked_png",
+            "rewards.serving.client",
+            "rewards.serving.wire",
+        ),
+    ),
+    "rewards_package/test_functions.py": (
+        "a user's function is code with a source, and may be a coroutine",
+        ("rewards.coroutines", "rewards.source"),
+    ),
+    "storage/test_log.py": (
+        "metrics are what a log holds",
+        ("moa_diffusion.objectives.metrics",),
+    ),
+    "tiny/test_writing.py": (
+        "the rules of the shipped letters, which their models were trained by",
+        ("moa_diffusion.tiny.phrases", "moa_diffusion.tiny.rules"),
+    ),
+    "training/test_endings.py": (
+        "how a run ends: by itself, by a signal, by a full disk",
+        ("moa_diffusion.processes.stopping", "moa_diffusion.storage.saving"),
+    ),
+    "training/test_trainer_toy.py": (
+        "a whole run on the toy policy, which must learn",
+        (
+            "moa_diffusion.monitoring.heldout",
+            "moa_diffusion.monitoring.lessons",
+            "moa_diffusion.policies.toy",
+            "moa_diffusion.training.loop",
+            "moa_diffusion.training.trainer",
+        ),
+    ),
+    "training/test_update.py": (
+        "an update takes a stepper, its steps and its minibatches",
+        (
+            "moa_diffusion.training.fused",
+            "moa_diffusion.training.geometry",
+            "moa_diffusion.training.stepper",
+            "moa_diffusion.training.steps",
+        ),
+    ),
+}
+UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}
+# Loaded by their names, which no import shows.
+BY_NAME = {
+    "rewards.heads.deqa.head": '"deqa"',
+    "rewards.pretrained.tokens": '"clipscore"',
+}
+
+
+def own_file(module: str) -> Path:
+    """Where the tests of a module lie, if it has a file of its own."""
+    package, *folders, name = module.split(".")
+    # No folder is called `rewards`: a test that is run as a script would find it first.
+    first = ["rewards_package"] if package == "rewards" else []
+    return Path(*first, *folders, f"test_{name}.py")
+
+
+@functools.cache
+def imported(module: str) -> frozenset[str]:
+    """What a module of the packages imports, also inside functions."""
+    path = MODULES[module]
+    items = imports(path.read_text(), module, is_package=path.name == "__init__.py")
+    return frozenset(item.module for item in items if item.module in MODULES)
+
+
+def reached(modules: set[str]) -> set[str]:
+    """These modules and all that they import, directly or not."""
+    seen: set[str] = set()
+    left = modules & MODULES.keys()
+    while left:
+        seen |= left
+        left = {one for module in left for one in imported(module)} - seen
+    return seen
+
+
+@pytest.mark.parametrize("module", sorted(UNITS))
+def test_a_module_has_a_test_file_of_its_name_or_is_listed(module: str) -> None:
+    listed = [name for name, (_, modules) in ELSEWHERE.items() if module in modules]
+    if (TESTS / own_file(module)).is_file():
+        assert listed == [], "has a file of its own"
+    else:
+        assert len(listed) == 1, f"write tests/{own_file(module)}, or list the module"
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_a_listed_file_tests_what_it_is_listed_for(name: str) -> None:
+    text = (TESTS / name).read_text()
+    known = reached({item.module for item in imports(text, "tests.any")})
+    missing = set(ELSEWHERE[name][1]) - known
+    assert {one for one in missing if BY_NAME.get(one, one) not in text} == set()
+    assert set(ELSEWHERE[name][1]) <= UNITS.keys()
+
+
+# Stems that several modules have, each with the reason; any other tells a module from all others.
+SHARED_STEMS = {
+    "base": "the contract that the other modules of a room keep",
+    "head": "a reward head that has a folder of its own",
+    "plan": "what a command will do, checked before anything is loaded",
+    "plot": "the figure of a command that has one",
+}
+
+
+def test_no_two_modules_share_a_stem_without_a_reason() -> None:
+    stems = [path.stem for path in UNITS.values()]
+    shared = {stem for stem in stems if stems.count(stem) > 1}
+    assert shared == SHARED_STEMS.keys()
+
+
+def test_no_two_classes_share_a_name() -> None:
+    names = [
+        node.name
+        for path in UNITS.values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
