@@ -34,7 +34,7 @@ class Comm(Protocol):
         ...
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
-        """What every rank holds, any number each and JSON-like, in rank order, on all ranks."""
+        """Return what every rank holds, any number each and JSON-like, in rank order."""
         ...
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -46,7 +46,7 @@ class Comm(Protocol):
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank."""
+        """Return whether the flag is set on at least one rank."""
         ...
 
     def barrier(self) -> None:
@@ -59,10 +59,10 @@ class Comm(Protocol):
 
 
 def local_slice(values: S, comm: Comm) -> S:
-    """This rank's contiguous share of a global tensor or tuple of length N.
+    """Return this rank's contiguous share of a global tensor or tuple of length N.
 
     Raises:
-        ValueError: if N is no multiple of the number of processes.
+        ValueError: If N is no multiple of the number of processes.
     """
     total = len(values)
     if total % comm.world_size:
@@ -75,7 +75,7 @@ def local_slice(values: S, comm: Comm) -> S:
 
 
 def shard(total: int, batch: int, comm: Comm) -> list[list[int]]:
-    """Which of ``total`` items each rank takes: whole batches, in turn.
+    """Return which of ``total`` items each rank takes: whole batches, in turn.
 
     The same items share a batch whatever the number of ranks, and so the same rounding.
     """
@@ -91,7 +91,7 @@ def shard(total: int, batch: int, comm: Comm) -> list[list[int]]:
 
 
 def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> Tensor:
-    """Rows of all ranks in the order of the items: ``[total, ...]`` on every rank.
+    """Return rows of all ranks in the order of the items: ``[total, ...]`` on every rank.
 
     Args:
         mine: ``[m, ...]``, the rows of this rank's shard in its order; what follows is left out.
@@ -122,8 +122,8 @@ class ProcessError(RuntimeError):
     """What made one process fail, raised on all of them.
 
     Args:
-        message: says which process failed, and why.
-        kind: class of the error that it failed with.
+        message: Says which process failed, and why.
+        kind: Class of the error that it failed with.
     """
 
     def __init__(self, message: str, kind: str) -> None:
@@ -133,18 +133,18 @@ class ProcessError(RuntimeError):
 
 @contextmanager
 def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
-    """What fails in the block on one process fails on all; none waits for one that is gone.
+    """Return what fails in the block on one process fails on all; none waits for one that is gone.
 
     Args:
-        comm: collectives over the processes, which all have to enter the block. Inside there is
+        comm: Collectives over the processes, which all have to enter the block. Inside there is
             no other collective that a failure could leave out, but other such blocks and what this
             one is given: a function with which all processes find out half-way whether one has
             failed.
-        as_one: whether a process that failed raises ``ProcessError`` too, from its own error,
+        as_one: Whether a process that failed raises ``ProcessError`` too, from its own error,
             so that whoever catches it knows that the others have it as well.
 
     Raises:
-        ProcessError: on the processes that did not fail; on the others their own error.
+        ProcessError: On the processes that did not fail; on the others their own error.
     """
     try:
         yield lambda: _exchange(comm, None, as_one)
@@ -189,15 +189,18 @@ def share_telling(comm: Comm, error: BaseException) -> None:
 
 
 def tells(error: BaseException) -> bool:
-    """Whether this process is to tell of an error: of what the others may not know always."""
+    """Return whether this process is to tell of an error.
+
+    Of what the others may not know always.
+    """
     return bool(vars(error).get(_KNOWN, True))
 
 
 def _tells(everyone: Sequence[tuple[str, str]], rank: int) -> bool:
-    """Whether no other process tells the same.
+    """Return whether no other process tells the same.
 
     Args:
-        everyone: host of each process, and its error's message.
+        everyone: Host of each process, and its error's message.
         rank: The rank of the process in question.
     """
     host, mine = everyone[rank]
@@ -242,7 +245,7 @@ class AccelerateComm:
     """The processes that ``accelerate launch`` or ``torchrun`` started.
 
     Args:
-        accelerator: supplies rank, world size and the device whose backend carries the traffic.
+        accelerator: Supplies rank, world size and the device whose backend carries the traffic.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

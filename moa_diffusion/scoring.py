@@ -52,9 +52,9 @@ class Scorer:
 
     Args:
         heads: K reward heads by the objective's name.
-        comm: collectives over the processes.
-        overlap: whether heads work beside each other and beside the drawing of the next batch.
-        offload: whether heads free the accelerator's memory when a rollout is scored.
+        comm: Collectives over the processes.
+        overlap: Whether heads work beside each other and beside the drawing of the next batch.
+        offload: Whether heads free the accelerator's memory when a rollout is scored.
     """
 
     def __init__(
@@ -82,17 +82,16 @@ class Scorer:
         """Have every head load what it needs, and say what it cannot judge.
 
         Args:
-            prompts: that samples will be drawn from.
+            prompts: That samples will be drawn from.
 
         Returns:
-            by objective what its scores depend on: the head's class, its unit, and the provenance
+            By objective what its scores depend on: the head's class, its unit, and the provenance
             that it reports.
 
         Raises:
-            RewardError: if a head failed, or processes would score with different weights.
-            ProcessError: if a head failed on another process.
+            RewardError: If a head failed, or processes would score with different weights.
+            ProcessError: If a head failed on another process.
         """
-
         with agreed(self.comm):
             for head in self.heads.values():
                 head.load()
@@ -118,7 +117,7 @@ class Scorer:
 
     @contextmanager
     def begin(self) -> Iterator[Scoring]:
-        """A scoring that batches are added to.
+        """Return a scoring that batches are added to.
 
         What no head has begun at the end is dropped; a head that is at work is not waited for.
         """
@@ -135,16 +134,16 @@ class Scorer:
         *,
         while_waiting: Callable[[], None],
     ) -> RewardMatrix:
-        """The rewards of a rollout whose batches were added, on every process.
+        """Return the rewards of a rollout whose batches were added, on every process.
 
         Args:
             scoring: The scoring of this process's n samples.
-            requests: all N requests, in the order in which the processes hold them.
-            while_waiting: called on all processes now and then until the last head is done.
+            requests: All N requests, in the order in which the processes hold them.
+            while_waiting: Called on all processes now and then until the last head is done.
 
         Raises:
-            RewardError: if a head failed; nothing is scored 0.
-            ProcessError: if a head failed on another process.
+            RewardError: If a head failed; nothing is scored 0.
+            ProcessError: If a head failed on another process.
         """
         local, extra = self._wait(scoring, while_waiting)
         return RewardMatrix(
@@ -169,14 +168,14 @@ class Scorer:
 
         Args:
             requests: M >= 1, equal on every process; these take whole batches in turn.
-            draw: outputs of n requests.
-            batch: requests per call of ``draw``.
+            draw: Outputs of n requests.
+            batch: Requests per call of ``draw``.
             title: The title of the progress bar.
-            before_batch: called on all processes before each batch.
-            progress: whether this process shows the bar.
+            before_batch: Called on all processes before each batch.
+            progress: Whether this process shows the bar.
 
         Raises:
-            RewardError, ProcessError: as ``collect``.
+            RewardError, ProcessError: As ``collect``.
         """
         shards = shard(len(requests), batch, self.comm)
         # A process without a share draws the first request, which does not count.
@@ -212,7 +211,7 @@ class Scorer:
         """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
 
         Raises:
-            RewardError: if a head failed.
+            RewardError: If a head failed.
         """
         with self.begin() as scoring:
             scoring.add(requests, images=images, texts=texts)
@@ -226,13 +225,13 @@ class Scorer:
         Random numbers that later outputs or scores depend on stay as they are.
 
         Args:
-            requests: n, of this process.
-            outputs: that were drawn for them.
+            requests: N, of this process.
+            outputs: That were drawn for them.
             names: The names of the heads; all by default.
 
         Raises:
-            RewardError: if a head failed.
-            ProcessError: if a head failed on another process.
+            RewardError: If a head failed.
+            ProcessError: If a head failed on another process.
         """
         chosen = {name: self.heads[name] for name in (self.names if names is None else names)}
         images = outputs if isinstance(outputs, Tensor) else None
@@ -324,7 +323,7 @@ class Scoring:
                 wait(results)
 
     def ended(self, *, within: float) -> bool:
-        """Whether all is scored, or something failed, after at most so many seconds."""
+        """Return whether all is scored, or something failed, after at most so many seconds."""
         results = [result for of_head in self._results.values() for result in of_head]
         pending = wait(results, within, return_when=FIRST_EXCEPTION).not_done
         return not pending or self._lost.is_set()
@@ -333,11 +332,11 @@ class Scoring:
         """Wait for the heads, or for the first failure.
 
         Returns:
-            raw rewards ``[K, n]`` float64, what heads add to each of the n samples, and seconds
+            Raw rewards ``[K, n]`` float64, what heads add to each of the n samples, and seconds
             by objective.
 
         Raises:
-            RewardError: if a head failed.
+            RewardError: If a head failed.
         """
         results = [result for of_head in self._results.values() for result in of_head]
         wait(results, return_when=FIRST_EXCEPTION)
@@ -365,7 +364,7 @@ class Scoring:
         self._lost.set()
 
     def _evaluate(self, head: RewardHead, batch: RewardBatch, first: int) -> tuple[Scores, float]:
-        """Scores, and the seconds that they took; ``first`` is the batch's first sample."""
+        """Score, and the seconds that they took; ``first`` is the batch's first sample."""
         if self._lost.is_set():
             raise _Skipped
         start = time.perf_counter()

@@ -93,11 +93,11 @@ class Rollout:
         return self.images
 
     def select(self, index: Tensor, *, outputs: bool = True) -> Rollout:
-        """The samples at ``index [m]`` (int64, on the CPU), in that order.
+        """Return the samples at ``index [m]`` (int64, on the CPU), in that order.
 
         Args:
-            index: rows, known to the host: nothing has to be sent to the device.
-            outputs: whether images and texts come along; else the part is bare.
+            index: Rows, known to the host: nothing has to be sent to the device.
+            outputs: Whether images and texts come along; else the part is bare.
         """
         rows = index.tolist()
         images = self.images if outputs else None

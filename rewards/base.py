@@ -1,7 +1,7 @@
 """What a reward head is: a batch of samples in, one number per sample out, higher is better.
 
-A head says three things and nothing else: a finite number is a score, `NaN` means "this objective
-does not apply to this sample", and everything that went wrong is a `RewardError`. A failure never
+A head says three things and nothing else: a finite number is a score, ``NaN`` means "this objective
+does not apply to this sample", and everything that went wrong is a ``RewardError``. A failure never
 becomes a score.
 """
 
@@ -33,7 +33,7 @@ class RewardError(RuntimeError):
 
     Args:
         cause: What went wrong, in words.
-        head: Name of the head; empty when it is not known yet (`RewardHead` fills it in).
+        head: Name of the head; empty when it is not known yet (``RewardHead`` fills it in).
         samples: Index in the batch and prompt of every sample concerned; empty when the failure
             cannot be pinned on samples.
     """
@@ -77,8 +77,8 @@ class RewardBatch:
     """N samples to score: images or texts, with the prompts they were made from.
 
     Raises:
-        ValueError: If lengths differ, if not exactly one of `images` and `texts` is given, or if
-            `images` has the wrong shape, type or range.
+        ValueError: If lengths differ, if not exactly one of ``images`` and ``texts`` is given, or
+            if ``images`` has the wrong shape, type or range.
     """
 
     prompts: Sequence[str]  # N
@@ -128,7 +128,7 @@ class RewardBatch:
         return "texts" if self.images is None else "images"
 
     def require_images(self) -> Tensor:
-        """Returns the images, `[N, 3, H, W]` float32 in [0, 1].
+        """Return the images, ``[N, 3, H, W]`` float32 in [0, 1].
 
         Raises:
             ValueError: If the batch holds texts.
@@ -138,7 +138,7 @@ class RewardBatch:
         return self.images
 
     def require_texts(self) -> Sequence[str]:
-        """Returns the N texts.
+        """Return the N texts.
 
         Raises:
             ValueError: If the batch holds images.
@@ -151,7 +151,7 @@ class RewardBatch:
         """Quantises the images as a PNG file would: round(255 x).
 
         Returns:
-            Tensor `[N, 3, H, W]`, uint8, on the device of the images.
+            Tensor ``[N, 3, H, W]``, uint8, on the device of the images.
 
         Raises:
             ValueError: If the batch holds texts.
@@ -159,7 +159,7 @@ class RewardBatch:
         return self.require_images().detach().mul(255.0).round().to(torch.uint8)
 
     def arrays(self) -> np.ndarray:
-        """Quantised images as one array `[N, H, W, 3]`, uint8, RGB, contiguous, on the CPU."""
+        """Quantised images as one array ``[N, H, W, 3]``, uint8, RGB, contiguous, on the CPU."""
         return np.ascontiguousarray(self.uint8().permute(0, 2, 3, 1).cpu().numpy())
 
     def to_pil(self) -> list[Image.Image]:
@@ -167,7 +167,7 @@ class RewardBatch:
         return [Image.fromarray(array) for array in self.arrays()]
 
     def samples(self, indices: Sequence[int]) -> list[tuple[int, str]]:
-        """Index and prompt of the given samples, as `RewardError` wants them."""
+        """Index and prompt of the given samples, as ``RewardError`` wants them."""
         return [(int(index), self.prompts[int(index)]) for index in indices]
 
 
@@ -176,7 +176,7 @@ class Scores:
     """What a head says of N samples: a number each, and whatever else the scores table should hold.
 
     Raises:
-        ValueError: If a column of `extra` has not one entry per sample.
+        ValueError: If a column of ``extra`` has not one entry per sample.
     """
 
     values: Tensor  # [N] floating; NaN = the objective does not apply; higher is better
@@ -195,16 +195,16 @@ class Scores:
 class RewardHead(ABC):
     """One objective: scores a batch, one number per sample, higher is better.
 
-    A subclass sets the class attributes, implements `score`, and imports heavy libraries inside
-    its constructor. Call the head itself, not `score`: the call checks what `score` returned.
+    A subclass sets the class attributes, implements ``score``, and imports heavy libraries inside
+    its constructor. Call the head itself, not ``score``: the call checks what ``score`` returned.
 
     Attributes:
         name: Name of the objective in logs and errors; settable on an instance.
         unit: Unit of the scores, e.g. "kB" or "1 - edit distance / length".
-        requires: What a prompt must have for the head to apply, e.g. `("quoted text",)`. Samples
-            without it score `NaN`.
-        scores: What it scores; other batches are refused before `score` is called. The default
-            leaves that to `score`.
+        requires: What a prompt must have for the head to apply, e.g. ``("quoted text",)``. Samples
+            without it score ``NaN``.
+        scores: What it scores; other batches are refused before ``score`` is called. The default
+            leaves that to ``score``.
         neutral_options: Constructor arguments that say where and how fast the head computes, but
             not what: servers that differ in them alone give the same scores.
     """
@@ -217,21 +217,21 @@ class RewardHead(ABC):
 
     @abstractmethod
     def score(self, batch: RewardBatch) -> Tensor | Scores:
-        """Scores a batch of at least one sample.
+        """Score a batch of at least one sample.
 
         Returns:
-            Floating tensor `[N]`, any device; `NaN` where the objective does not apply. Or
-            `Scores`, to add columns to the scores table.
+            Floating tensor ``[N]``, any device; ``NaN`` where the objective does not apply. Or
+            ``Scores``, to add columns to the scores table.
         """
 
     def __call__(self, batch: RewardBatch) -> Tensor:
-        """Scores a batch and checks the result.
+        """Score a batch and checks the result.
 
         Returns:
-            float32 tensor `[N]` on the CPU; `NaN` where the objective does not apply.
+            Float32 tensor ``[N]`` on the CPU; ``NaN`` where the objective does not apply.
 
         Raises:
-            RewardError: If the head scores something else, or `score` raises, or returns an
+            RewardError: If the head scores something else, or ``score`` raises, or returns an
                 infinity, a wrong shape or a wrong type.
         """
         return self.evaluate(batch).values
@@ -262,7 +262,7 @@ class RewardHead(ABC):
         return Scores(values=values, extra=self._checked_columns(scores.extra, batch))
 
     def expect(self, kind: Kind) -> None:
-        """Checks that the head scores such samples: to ask before anything is loaded or drawn.
+        """Check that the head scores such samples: to ask before anything is loaded or drawn.
 
         Raises:
             RewardError: If it does not.
@@ -275,7 +275,7 @@ class RewardHead(ABC):
     def check_prompts(  # noqa: B027 - most heads can use any
         self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Checks that the head can use the prompts: to ask before anything is loaded or drawn.
+        """Check that the head can use the prompts: to ask before anything is loaded or drawn.
 
         Args:
             prompts: N prompts that samples will be drawn from.
@@ -286,7 +286,7 @@ class RewardHead(ABC):
         """
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """What users should know of the scores of samples drawn from these prompts.
+        """Return what users should know of the scores of samples drawn from these prompts.
 
         To ask when the head is loaded; a sentence or two for each kind of prompt that the head
         judges in part, or not at all.
@@ -294,24 +294,26 @@ class RewardHead(ABC):
         return []
 
     def load(self) -> None:  # noqa: B027 - most heads hold nothing
-        """Loads what the head needs, so that the first batch need not wait for it.
+        """Load what the head needs, so that the first batch need not wait for it.
 
         Raises:
             RewardError: If weights are missing or damaged, or a server does not answer.
         """
 
     def offload(self) -> None:  # noqa: B027 - most heads hold nothing
-        """Frees the accelerator's memory until the next batch; what was loaded stays in memory."""
+        """Free the accelerator's memory until the next batch; what was loaded stays in memory."""
 
     def provenance(self) -> Mapping[str, str]:
-        """What the scores depend on beside the options: weights, revision, digest, engine version.
+        """Return what the scores depend on beside the options.
+
+        Weights, revision, digest, engine version.
 
         Saved with every run and every scores table. Complete once the head has scored or loaded.
         """
         return {}
 
     def close(self) -> None:  # noqa: B027 - most heads hold nothing
-        """Frees what the head holds (worker processes, models). May be called more than once."""
+        """Free what the head holds (worker processes, models). May be called more than once."""
 
     @property
     def _label(self) -> str:
@@ -367,7 +369,7 @@ class RewardHead(ABC):
 
 
 def _python_scalar(value: Any) -> Any:
-    """What JSON is given in the place of a NumPy scalar."""
+    """Return what JSON is given in the place of a NumPy scalar."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} is no JSON value")

@@ -22,7 +22,7 @@ def cause_of(error: BaseException) -> str:
     A user's code is what stands in a file outside Python, what is installed, and this project.
 
     Returns:
-        `KeyError: 'tag' (/home/me/my_rewards.py, line 12, in tagged: return tags[prompt])`, or
+        ``KeyError: 'tag' (/home/me/my_rewards.py, line 12, in tagged: return tags[prompt])``, or
         without the parenthesis if no such line was passed.
     """
     message = str(error)
@@ -31,7 +31,10 @@ def cause_of(error: BaseException) -> str:
 
 
 def passed(error: BaseException) -> str:
-    """The parenthesis of `cause_of`, after a space; empty if no line of a user's was passed."""
+    """Return the parenthesis of ``cause_of``, after a space.
+
+    Empty if no line of a user's was passed.
+    """
     if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
         return ""
     users = [

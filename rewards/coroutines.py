@@ -17,7 +17,7 @@ T = TypeVar("T")
 class LoopRunner:
     """An event loop for coroutines that are called from blocking code.
 
-    It is the same loop until `close`: a client that keeps connections open, as those of httpx and
+    It is the same loop until ``close``: a client that keeps connections open, as those of httpx and
     aiohttp do, cannot be used on another loop. Where the calling thread runs a loop of its own, as
     a notebook does, the coroutine runs in another thread, and this one waits.
     """
@@ -26,7 +26,7 @@ class LoopRunner:
         self._runner: asyncio.Runner | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine to its end.
+        """Run a coroutine to its end.
 
         Returns:
             What it returns.
@@ -46,14 +46,14 @@ class LoopRunner:
             raise RuntimeError("The coroutine was cancelled.") from error
 
     def close(self) -> None:
-        """Closes the loop; the next coroutine opens another."""
+        """Close the loop; the next coroutine opens another."""
         runner, self._runner = self._runner, None
         if runner is not None:
             _close(runner)
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
-    """Awaits all calls, at most `concurrency` of them at a time; a failure cancels the others.
+    """Awaits all calls, at most ``concurrency`` of them at a time; a failure cancels the others.
 
     Returns:
         The results, in the order of the calls.
@@ -76,7 +76,7 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: in
 
 
 def _close(runner: asyncio.Runner) -> None:
-    """Closes the loop; nothing happens the second time."""
+    """Close the loop; nothing happens the second time."""
     if _in_a_loop():
         with ThreadPoolExecutor(1) as executor:
             executor.submit(runner.close).result()

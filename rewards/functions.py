@@ -25,46 +25,47 @@ CONCURRENCY = 8  # samples under way at a time, by default
 class FunctionHead(RewardHead):
     """A plain function as a reward head.
 
-    A batch function is `f(images, prompts, **metadata) -> list[float]`, or an array, or a tensor:
-    N numbers, higher is better, `NaN` where the objective does not apply. `images` is the tensor
-    `[N, 3, H, W]` in [0, 1], `prompts` the list of N prompts. To add columns to the scores table
-    it returns `Scores(values=..., extra={column: N JSON values})`. A function that scores texts is
-    `f(texts, prompts, **metadata)`, with the list of N texts.
+    A batch function is ``f(images, prompts, **metadata) -> list[float]``, or an array, or a tensor:
+    N numbers, higher is better, ``NaN`` where the objective does not apply. ``images`` is the
+    tensor ``[N, 3, H, W]`` in [0, 1], ``prompts`` the list of N prompts. To add columns to the
+    scores table it returns ``Scores(values=..., extra={column: N JSON values})``. A function that
+    scores texts is ``f(texts, prompts, **metadata)``, with the list of N texts.
 
-    With `per_image` it is `f(image, prompt, **metadata) -> float`, called once per sample with
-    `image [3, H, W]`, or `f(text, prompt, **metadata) -> float`. To add columns it returns
-    `(score, {column: JSON value})`; a sample for which it returns none gets null in them.
+    With ``per_image`` it is ``f(image, prompt, **metadata) -> float``, called once per sample with
+    ``image [3, H, W]``, or ``f(text, prompt, **metadata) -> float``. To add columns it returns
+    ``(score, {column: JSON value})``; a sample for which it returns none gets null in them.
 
-    What a parameter is given, its name says, and not its place: the samples go to `images`,
-    `image`, `pictures` or `picture`, or to `texts`, `text`, `completions`, `completion`,
-    `responses` or `response`; the prompts to `prompts` or `prompt`, which may be left out. So TRL's
-    `f(prompts, completions, **kwargs)` will do. Where none of these names is there, common others
-    are known, as in `f(question, answer)` or `f(captions, generated)`: see `rewards.parameters`.
-    A function of which no parameter stands for the samples is refused.
+    What a parameter is given, its name says, and not its place: the samples go to ``images``,
+    ``image``, ``pictures`` or ``picture``, or to ``texts``, ``text``, ``completions``,
+    ``completion``, ``responses`` or ``response``; the prompts to ``prompts`` or ``prompt``, which
+    may be left out. So TRL's ``f(prompts, completions, **kwargs)`` will do. Where none of these
+    names is there, common others are known, as in ``f(question, answer)`` or ``f(captions,
+    generated)``: see ``rewards.parameters``. A function of which no parameter stands for the
+    samples is refused.
 
     A metadata key is passed when the function names it as a further parameter, or for every key
-    when it has `**metadata`: to a batch function as a list of N values, `None` for a sample without
-    the key (if no sample has it, the parameter's default holds); with `per_image` as the sample's
-    value. A sample without a key that a parameter without a default names is an error; of a set of
-    prompts `check_prompts` tells it before anything is drawn.
+    when it has ``**metadata``: to a batch function as a list of N values, ``None`` for a sample
+    without the key (if no sample has it, the parameter's default holds); with ``per_image`` as the
+    sample's value. A sample without a key that a parameter without a default names is an error; of
+    a set of prompts ``check_prompts`` tells it before anything is drawn.
 
-    Either kind may be an `async def`. Its coroutines run on one event loop that the head keeps, so
-    a client with open connections may serve all batches. Nothing here limits how long they take:
+    Either kind may be an ``async def``. Its coroutines run on one event loop that the head keeps,
+    so a client with open connections may serve all batches. Nothing here limits how long they take:
     give what waits on a network a timeout.
 
     Args:
         function: The function.
         name: Name of the objective; the function's own name by default.
         unit: Unit of the scores.
-        requires: What a prompt must have for the function to return something else than `NaN`.
+        requires: What a prompt must have for the function to return something else than ``NaN``.
         options: Fixed values for further parameters of the function; never read from metadata.
         per_image: Whether the function scores one image, or one text, and not a batch.
-        concurrency: With `per_image` and an async function, how many samples of a batch may be
+        concurrency: With ``per_image`` and an async function, how many samples of a batch may be
             under way at a time.
 
     Raises:
         ValueError: If the function has no parameter for the samples or claims the name of an option
-            of the head, an option names no further parameter of it, or `concurrency` is not a
+            of the head, an option names no further parameter of it, or ``concurrency`` is not a
             positive integer.
     """
 
@@ -108,17 +109,17 @@ class FunctionHead(RewardHead):
         self._loop = LoopRunner()
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Calls the function; see the class for what it is given and may return.
+        """Call the function; see the class for what it is given and may return.
 
         Raises:
             RewardError: If a sample lacks metadata, or the function returns something else than
-                numbers; with `per_image`, for whatever it raises. Names the samples.
+                numbers; with ``per_image``, for whatever it raises. Names the samples.
         """
         self._check_metadata(batch)
         return self._score_each(batch) if self.per_image else self._score_batch(batch)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Checks that every prompt has the metadata that the function needs.
+        """Check that every prompt has the metadata that the function needs.
 
         Raises:
             RewardError: If one has not; names the function with its file and line, the parameter,
@@ -148,11 +149,11 @@ class FunctionHead(RewardHead):
             )
 
     def provenance(self) -> Mapping[str, str]:
-        """Module and name of the function, and the SHA-256 of the file that it stands in."""
+        """Return module and name of the function, and the SHA-256 of the file that it stands in."""
         return self._source
 
     def close(self) -> None:
-        """Closes the event loop of an async function; the next batch opens another."""
+        """Close the event loop of an async function; the next batch opens another."""
         self._loop.close()
 
     def _score_batch(self, batch: RewardBatch) -> Scores:
@@ -246,7 +247,7 @@ class FunctionHead(RewardHead):
                 )
 
     def _hint(self) -> str:
-        """What a failure of a whole batch may come from."""
+        """Return what a failure of a whole batch may come from."""
         name = self._parameters.singular
         if not name:
             return ""
@@ -256,7 +257,7 @@ class FunctionHead(RewardHead):
         )
 
     def _keywords(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """What the function is given of one sample's metadata."""
+        """Return what the function is given of one sample's metadata."""
         own = self._parameters
         return {
             key: value
@@ -265,13 +266,16 @@ class FunctionHead(RewardHead):
         }
 
     def _columns(self, batch: RewardBatch) -> dict[str, list[Any]]:
-        """What the function is given of all samples' metadata."""
+        """Return what the function is given of all samples' metadata."""
         keys = {key: None for entry in batch.metadata for key in self._keywords(entry)}
         return {key: [entry.get(key) for entry in batch.metadata] for key in keys}
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling the function gives a coroutine; knows objects with an async `__call__`."""
+    """Return whether calling the function gives a coroutine.
+
+    Knows objects with an async ``__call__``.
+    """
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__
     )
@@ -280,7 +284,7 @@ def is_async(function: Callable[..., Any]) -> bool:
 def _attempt(
     call: Callable[[], Any], index: int, batch: RewardBatch
 ) -> tuple[float, Mapping[str, Any]]:
-    """Scores one sample; whatever goes wrong is pinned on it."""
+    """Score one sample; whatever goes wrong is pinned on it."""
     try:
         return _pair(call())
     except Exception as error:
@@ -290,7 +294,7 @@ def _attempt(
 async def _await(
     call: Callable[[], Awaitable[Any]], index: int, batch: RewardBatch
 ) -> tuple[float, Mapping[str, Any]]:
-    """As `_attempt`, for an async function."""
+    """As ``_attempt``, for an async function."""
     try:
         return _pair(await call())
     except asyncio.CancelledError as error:
@@ -309,7 +313,7 @@ def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardErro
 
 
 def _pair(returned: Any) -> tuple[float, Mapping[str, Any]]:
-    """A sample's score and its further columns."""
+    """Return a sample's score and its further columns."""
     if not isinstance(returned, tuple):
         return _number(returned), {}
     if len(returned) != 2 or not isinstance(returned[1], Mapping):
@@ -343,7 +347,7 @@ def _shown(value: Any) -> str:
 
 
 def _tensor(values: Any, batch: RewardBatch) -> Tensor:
-    """What a batch function returned, as a floating tensor; the caller checks its length."""
+    """Return what a batch function returned, as a floating tensor; the caller checks its length."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() else values.double()
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):

@@ -48,12 +48,12 @@ class Identity:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The identity as JSON values; `from_json` reads them."""
+        """Return the identity as JSON values; ``from_json`` reads them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Any) -> Identity:
-        """Reads what `to_json` wrote.
+        """Read what ``to_json`` wrote.
 
         Raises:
             ValueError: If something is missing or of another type.

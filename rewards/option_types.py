@@ -26,7 +26,7 @@ _WORDS = {
 
 
 class UnknownOption(ValueError):
-    """A head has no such option; what it has is in `valid`."""
+    """A head has no such option; what it has is in ``valid``."""
 
     def __init__(self, head: str, option: str, valid: Sequence[str]) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class UnknownOption(ValueError):
 
 
 def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Checks that options are among those of a head.
+    """Check that options are among those of a head.
 
     Args:
         head: Name of the head, for the message.
@@ -53,7 +53,7 @@ def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """As `check_names`, that none is missing that has no default (`inspect.Parameter.empty`).
+    """As ``check_names``, that none is missing that has no default (``inspect.Parameter.empty``).
 
     Raises:
         ValueError: If one is.
@@ -68,9 +68,9 @@ def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, An
 
 
 def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Checks the types of options.
+    """Check the types of options.
 
-    An integer will do for a `float`; true and false are no numbers; a tuple will do for a list.
+    An integer will do for a ``float``; true and false are no numbers; a tuple will do for a list.
 
     Args:
         head: Name of the head, for the message.

@@ -1,12 +1,12 @@
 """What the parameters of a reward function stand for: their names say it, not their order.
 
-`f(images, prompts)`, `f(prompts, completions, **kwargs)` and `f(completions, answer)` all get what
-they ask for. A parameter that is named neither for the samples nor for the prompts is an option, or
-a key of the prompts' metadata. A function that names no samples is refused; only `*args` are filled
-by place, samples first.
+``f(images, prompts)``, ``f(prompts, completions, **kwargs)`` and ``f(completions, answer)`` all get
+what they ask for. A parameter that is named neither for the samples nor for the prompts is an
+option, or a key of the prompts' metadata. A function that names no samples is refused; only
+``*args`` are filled by place, samples first.
 
 Some names stand for samples or prompts in one code base and for a column of the data in another
-(`answer`, `question`). Those are read as samples or prompts where no plainer name is there. A
+(``answer``, ``question``). Those are read as samples or prompts where no plainer name is there. A
 column of the data is what it is called: the prompts yield to it, and samples that have its name are
 an error.
 """
@@ -84,12 +84,12 @@ class Parameters:
     def arguments(
         self, samples: Any, prompts: Any, kind: str, *, one: bool, keys: Collection[str]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """What to call the function with, beside options and metadata.
+        """Return what to call the function with, beside options and metadata.
 
         Args:
-            samples: Images or texts; with `one`, one of them.
+            samples: Images or texts; with ``one``, one of them.
             prompts: As many prompts.
-            kind: `images` or `texts`.
+            kind: ``images`` or ``texts``.
             one: Whether it is called for one sample.
             keys: Options, and keys of the batch's metadata.
         """
@@ -109,13 +109,13 @@ class Parameters:
         return [value(role) for role in self.by_place], given
 
     def taken(self, kind: str, *, one: bool) -> tuple[str, ...]:
-        """Names that no key of the metadata may have."""
+        """Return the names that no key of the metadata may have."""
         if not self.takes_any:  # a key of the name of `prompts`, say, is not asked for
             return self.guessed
         return (*self.by_keyword, *self.unnamed(kind, one=one))
 
     def unnamed(self, kind: str, *, one: bool) -> dict[str, Role]:
-        """What `**kwargs` is given because no parameter is named for it."""
+        """Return what ``**kwargs`` is given because no parameter is named for it."""
         if not self.takes_any:
             return {}
         given: dict[str, Role] = {}
@@ -129,7 +129,7 @@ class Parameters:
 
 
 def parameters_of(function: Callable[..., Any]) -> Parameters:
-    """Reads a reward function's signature.
+    """Read a reward function's signature.
 
     Raises:
         ValueError: If the function has no parameter for the samples or two that may be them, has a
@@ -190,7 +190,10 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
 def _roles(
     named: Sequence[Parameter], takes_any: bool, described: str
 ) -> tuple[dict[str, Role], str]:
-    """The parameters that stand for samples and prompts, in order; and `Parameters.stand_in`."""
+    """Return the parameters that stand for samples and prompts, in order.
+
+    And ``Parameters.stand_in``.
+    """
     required = [p.name for p in named if p.default is Parameter.empty]
 
     def candidates(known: Mapping[str, Role], *wanted: Role) -> list[str]:

@@ -1,6 +1,6 @@
 """A picture file as a viewer shows it: the one way in which files become pixels that are scored.
 
-Pillow's own `convert("RGB")` clips 16 bits to 8, leaves a photo lying on its side, takes any
+Pillow's own ``convert("RGB")`` clips 16 bits to 8, leaves a photo lying on its side, takes any
 colour space for sRGB, drops transparency, and reads the first of several frames.
 """
 
@@ -23,13 +23,13 @@ _BITS, _MEANING = 258, 262
 
 
 def read_rgb(file: Path | IO[bytes]) -> np.ndarray:
-    """Reads a picture.
+    """Read a picture.
 
     Grey of 16 bits is scaled to 8; the orientation in the metadata is applied; colours of an
     embedded profile become those of sRGB; an alpha channel without effect is dropped.
 
     Returns:
-        `[H, W, 3]`, uint8, sRGB.
+        ``[H, W, 3]``, uint8, sRGB.
 
     Raises:
         ValueError: If the file is no picture or damaged, holds several frames or transparent
@@ -84,7 +84,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _lets_through(image: Image.Image, *, deep: bool) -> bool:
-    """Whether a pixel is not opaque."""
+    """Return whether a pixel is not opaque."""
     if deep:
         return bool((np.asarray(image) == image.info["transparency"]).any())
     return image.convert("RGBA").getchannel("A").getextrema()[0] != 255
@@ -101,7 +101,7 @@ def _shallow(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The picture in RGB; by the profile, if there is one and it speaks of such a picture."""
+    """Return the picture in RGB, by its profile if that speaks of such a picture."""
     if profile:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         # Decoders ignore one for another kind of picture, as PNG's specification says.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_images(images: Tensor, size: int) -> None:
-    """Checks that images are `[N, 3, H, W]` float32 in [0, 1].
+    """Check that images are ``[N, 3, H, W]`` float32 in [0, 1].
 
     Args:
         images: The images.

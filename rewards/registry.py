@@ -1,9 +1,9 @@
-"""Names of reward heads: open to every user through `@register`, strict about everything else.
+"""Names of reward heads: open to every user through ``@register``, strict about everything else.
 
 Heads that come with the package are listed by name and module and imported when first asked for,
-so that `import rewards` stays light. Their modules import heavy libraries in constructors only.
+so that ``import rewards`` stays light. Their modules import heavy libraries in constructors only.
 Other installed packages declare heads of theirs as entry points of the group
-`moa_diffusion.rewards`: `their_head = "their_module:TheirHead"`.
+``moa_diffusion.rewards``: ``their_head = "their_module:TheirHead"``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BUILT_IN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadInfo:
-    """What `available` tells about one registered head."""
+    """What ``available`` tells about one registered head."""
 
     name: str
     unit: str  # unit of the scores
@@ -90,23 +90,23 @@ def register(
     requires: Sequence[str] | None = None,
     per_image: bool = False,
 ) -> Callable[[TargetT], TargetT]:
-    """Registers a `RewardHead` subclass or a plain function under a name.
+    """Register a ``RewardHead`` subclass or a plain function under a name.
 
     Args:
-        name: The name that `create` and configs use.
+        name: The name that ``create`` and configs use.
         unit: Unit of the scores; by default the class attribute, and empty for a function.
         requires: What a prompt must have for the head to apply; by default likewise.
-        per_image: Whether a function scores one image, `f(image, prompt, ...) -> float`, or one
-            text, `f(text, prompt, ...) -> float`, and not a batch, `f(images, prompts, ...)` or
-            `f(texts, prompts, ...) -> list[float]`. `FunctionHead` tells all about them.
+        per_image: Whether a function scores one image, ``f(image, prompt, ...) -> float``, or one
+            text, ``f(text, prompt, ...) -> float``, and not a batch, ``f(images, prompts, ...)`` or
+            ``f(texts, prompts, ...) -> list[float]``. ``FunctionHead`` tells all about them.
 
     Returns:
-        A decorator that returns its argument as it was (a class takes over `name`, and `unit` and
-        `requires` where given here).
+        A decorator that returns its argument as it was (a class takes over ``name``, and ``unit``
+        and ``requires`` where given here).
 
     Raises:
         ValueError: If the name is taken by something else, the function has a wrong signature, or
-            a class is registered with `per_image`. Registering the same class or function again,
+            a class is registered with ``per_image``. Registering the same class or function again,
             as a module reload does, replaces it.
     """
     if not isinstance(name, str) or not name or ":" in name:
@@ -149,20 +149,20 @@ def register(
 
 
 def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
-    """Builds a head from its registered name or from an import path.
+    """Build a head from its registered name or from an import path.
 
     Args:
         name: The name of a head that is built in, registered, or declared by an installed
-            package; with `path`, merely the name that the head gets. A name that contains ":" is
+            package; with ``path``, merely the name that the head gets. A name that contains ":" is
             taken as an import path.
-        path: `my_module:my_reward` or `path/to/file.py:my_reward`, naming a function or a
-            `RewardHead` subclass.
+        path: ``my_module:my_reward`` or ``path/to/file.py:my_reward``, naming a function or a
+            ``RewardHead`` subclass.
         options: Constructor arguments of the head; for a function, values for its further
-            parameters, `concurrency` if it is async and scores one sample at a time, and
-            `per_image` if nothing registered it.
+            parameters, ``concurrency`` if it is async and scores one sample at a time, and
+            ``per_image`` if nothing registered it.
 
     Returns:
-        The head, with `head.name` set to `name`.
+        The head, with ``head.name`` set to ``name``.
 
     Raises:
         ValueError: If the name, the path or an option is wrong; the message lists what is valid.
@@ -207,17 +207,17 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
 
 
 def built_in() -> dict[str, Target]:
-    """Returns the functions and classes that come with the package, by name; imports them all."""
+    """Return the functions and classes that come with the package, by name; imports them all."""
     for module in sorted(set(_BUILT_IN.values())):
         importlib.import_module(module)
     return {name: _entries[name].target for name in _BUILT_IN}
 
 
 def available() -> dict[str, HeadInfo]:
-    """Lists every head: name -> unit, requirements and one line of documentation.
+    """List every head: name -> unit, requirements and one line of documentation.
 
     Imports all of them. What another package declares and cannot be used is listed with its
-    `problem`, and does not hide the others.
+    ``problem``, and does not hide the others.
     """
     built_in()
     entries: dict[str, _Entry] = {}
@@ -258,7 +258,7 @@ def _lookup(name: str) -> _Entry:
 
 
 def _declared_entry(name: str, points: Sequence[EntryPoint]) -> _Entry:
-    """What an installed package declares under a name that nothing else has.
+    """Return what an installed package declares under a name that nothing else has.
 
     Raises:
         ValueError: If something else has the name, or loading fails; the message names the package.
@@ -289,7 +289,7 @@ def _built_in_path(name: str) -> str:
 
 
 def _describe(target: Target) -> _Entry:
-    """What is known of a function or class, by its registration if it has one."""
+    """Return what is known of a function or class, by its registration if it has one."""
     for entry in _entries.values():
         if entry.target is target:
             return entry

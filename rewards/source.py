@@ -18,15 +18,15 @@ _OWN = __name__.partition(".")[0]
 
 
 def source_of(target: Callable[..., Any]) -> dict[str, str]:
-    """Where the code of a function, class or callable object stands, and what it hashes to.
+    """Return where the code of a function, class or callable object stands, and what it hashes to.
 
     The digest is that of one file: what the file imports does not change it, nor does what a
     partial or a callable object holds.
 
     Returns:
-        `module` (the file's stem if it was imported by its path, so that the same file at another
-        place has the same name), `name`, and `source_sha256`, hexadecimal, or `UNKNOWN` for what
-        was typed into a prompt.
+        ``module`` (the file's stem if it was imported by its path, so that the same file at another
+        place has the same name), ``name``, and ``source_sha256``, hexadecimal, or ``UNKNOWN`` for
+        what was typed into a prompt.
     """
     while isinstance(target, partial):
         target = target.func
@@ -43,7 +43,9 @@ def source_of(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def source_of_class(kind: type[RewardHead]) -> Mapping[str, str]:
-    """The same of a class of heads; with `source_sha256` over the files of its bases outside here.
+    """Return the same of a class of heads.
+
+    With ``source_sha256`` over the files of its bases outside here.
 
     Empty for a head of this package, which its version describes.
     """

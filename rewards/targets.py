@@ -25,7 +25,7 @@ GROUP = "moa_diffusion.rewards"  # of the entry points that declare heads
 
 
 def declared() -> dict[str, list[EntryPoint]]:
-    """Heads that installed packages declare in the entry point group `GROUP`; loads none of them.
+    """Heads that installed packages declare in the entry point group ``GROUP``; loads none of them.
 
     Returns:
         By name; more than one where several packages declare the same.
@@ -37,14 +37,14 @@ def declared() -> dict[str, list[EntryPoint]]:
 
 
 def distribution(point: EntryPoint) -> str:
-    """The package that declares an entry point, for messages: name and version."""
+    """Return the package that declares an entry point, for messages: name and version."""
     if point.dist is None:
         return f"an unknown package (`{point.value}`)"
     return f'the package "{point.dist.name}" {point.dist.version}'
 
 
 def load_entry_point(point: EntryPoint) -> Target:
-    """Imports what an entry point names.
+    """Import what an entry point names.
 
     Raises:
         ValueError: If importing fails, or it names no head; the message names the package.
@@ -58,10 +58,10 @@ def load_entry_point(point: EntryPoint) -> Target:
 
 
 def import_target(path: str) -> Target:
-    """Imports the head that a path names.
+    """Import the head that a path names.
 
     Args:
-        path: `my_module:my_reward` or `path/to/file.py:my_reward`.
+        path: ``my_module:my_reward`` or ``path/to/file.py:my_reward``.
 
     Raises:
         ValueError: If importing fails, or it names no head; the message says which part failed.
@@ -71,10 +71,10 @@ def import_target(path: str) -> Target:
 
 
 def import_object(path: str, kind: str) -> Any:
-    """Imports whatever a path names.
+    """Import whatever a path names.
 
     Args:
-        path: `my_module:my_name` or `path/to/file.py:my_name`.
+        path: ``my_module:my_name`` or ``path/to/file.py:my_name``.
         kind: What it names, as messages call it: "reward".
 
     Raises:
@@ -105,7 +105,10 @@ def import_object(path: str, kind: str) -> Any:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """A question to end an error message with: the known name that looks most like this one."""
+    """Return a question to end an error message with.
+
+    The known name that looks most like this one.
+    """
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' Did you mean "{matches[0]}"?' if matches else ""
 
@@ -130,7 +133,7 @@ def _checked(value: Any, attribute: str, label: str) -> Target:
 
 
 def _namesake(place: str, imported: str | None) -> str:
-    """What to do about a file that has the name of another module, which was imported instead."""
+    """Return what to do about a file of the name of another module, which was imported instead."""
     file = Path(*place.split(".")).with_suffix(".py")
     if place.endswith(".py") or not file.is_file() or str(file.resolve()) == imported:
         return ""

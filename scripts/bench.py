@@ -1,5 +1,7 @@
-"""Measure what training costs: on the CPU (`train`, `gradients`, `methods`, `ocr`), or on a GPU;
-and how far gradients in float16 are from those in float32 (`precision`, half an hour).
+"""Measure what training costs: on the CPU, or on a GPU.
+
+On the CPU: `train`, `gradients`, `methods`, `ocr`; and how far gradients in float16 are from those
+in float32 (`precision`, half an hour).
 
 python scripts/bench.py train --pipeline base
 python scripts/bench.py gradients; python scripts/bench.py ocr --images 100

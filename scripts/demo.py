@@ -1,6 +1,7 @@
 """Train the shipped tiny Stable Diffusion 3 with two recipes, and draw what they did.
 
-Writes runs/demo/demo.png, continues where it stopped. Options go to both runs."""
+Writes runs/demo/demo.png, continues where it stopped. Options go to both runs.
+"""
 
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ def start(name: str, recipe: str) -> subprocess.Popen[bytes]:
 
 
 def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """One progress bar per run, until all have ended or one has failed."""
+    """Return one progress bar per run, until all have ended or one has failed."""
     bars = {}
     for i, name in enumerate(processes):
         total = config.load(ROOT / "configs" / RECIPES[name], sys.argv[1:]).trainer.steps

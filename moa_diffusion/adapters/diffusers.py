@@ -31,9 +31,9 @@ def install(trainable: Mapping[str, nn.Parameter], adapter: Adapter) -> None:
     """Put an adapter into a policy's LoRA, in place.
 
     Args:
-        trainable: parameters of the LoRA "default", of at least the adapter's rank, with scale 1,
+        trainable: Parameters of the LoRA "default", of at least the adapter's rank, with scale 1,
             on at least its layers.
-        adapter: what it is to be.
+        adapter: What it is to be.
     """
     for parameter in trainable.values():
         parameter.zero_()

@@ -22,9 +22,9 @@ def copy_adapter(source: Path, folder: Path, *, base: str | None) -> None:
     """Write an adapter that peft wrote once more, naming its base model as given.
 
     Args:
-        source: holds it.
-        folder: exists.
-        base: hub id of the base model; None if it has none.
+        source: Holds it.
+        folder: Exists.
+        base: Hub id of the base model; None if it has none.
     """
     shutil.copy(source / WEIGHTS, folder / WEIGHTS)
     config = peft_config(source / CONFIG)
@@ -36,10 +36,10 @@ def write_adapter(adapter: Adapter, folder: Path, model: Any, *, base: str | Non
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, of one rank.
 
     Args:
-        adapter: what is written.
-        folder: exists.
-        model: a ``skeleton`` of the base model.
-        base: hub id of the base model; None if it has none.
+        adapter: What is written.
+        folder: Exists.
+        model: A ``skeleton`` of the base model.
+        base: Hub id of the base model; None if it has none.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file

@@ -23,11 +23,11 @@ def mixtures(members: int, points: int) -> list[tuple[float, ...]]:
     """Weights at even distances, each summing to 1, from the last member alone to the first alone.
 
     Args:
-        members: n >= 2 models.
-        points: along each edge between two of them, ends included.
+        members: N >= 2 models.
+        points: Along each edge between two of them, ends included.
 
     Raises:
-        ConfigError: for fewer than two of either.
+        ConfigError: For fewer than two of either.
     """
     if members < 2:
         raise ConfigError(f"--soup: should name at least two models. Found {members}.")
@@ -44,13 +44,13 @@ def mixtures(members: int, points: int) -> list[tuple[float, ...]]:
 
 
 def mix(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The LoRA whose update is the weighted sum of the others'.
+    """Return the LoRA whose update is the weighted sum of the others'.
 
     A member of weight 0 is left out, and one of weight 1 is returned itself, so the ends are exact.
 
     Args:
-        adapters: n, of the same base model.
-        weights: n.
+        adapters: N, of the same base model.
+        weights: N.
     """
     parts = [(w, one) for w, one in zip(weights, adapters, strict=True) if w != 0]
     if len(parts) == 1 and parts[0][0] == 1:

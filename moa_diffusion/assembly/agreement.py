@@ -20,12 +20,12 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> dict[str, str]:
-    """What is equal on all processes of one run, by name.
+    """Return what is equal on all processes of one run, by name.
 
     Args:
-        settings: the configuration.
-        resumed: the checkpoint to go on from.
-        read: what was read from files, by name; compared by its ``repr``.
+        settings: The configuration.
+        resumed: The checkpoint to go on from.
+        read: What was read from files, by name; compared by its ``repr``.
     """
     shared = {key: str(value) for key, value in flat(settings).items()}
     shared |= {f"version of {name}": version(name) for name in _PACKAGES}
@@ -44,11 +44,11 @@ def check_same(comm: Comm, mine: Mapping[str, str]) -> None:
     """Compare with the other processes.
 
     Args:
-        comm: collectives over the processes.
+        comm: Collectives over the processes.
         mine: The facts of this process, by name.
 
     Raises:
-        ConfigError: on all processes, naming the first thing in which they differ, and where.
+        ConfigError: On all processes, naming the first thing in which they differ, and where.
     """
     everyone = comm.gather_objects([[socket.gethostname(), dict(mine)]])
     first_host, first = everyone[0]

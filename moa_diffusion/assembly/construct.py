@@ -24,7 +24,7 @@ def construct(
         fixed: Further arguments, which are no options.
 
     Raises:
-        ConfigError: for an unknown option or a bad value.
+        ConfigError: For an unknown option or a bad value.
     """
     valid = [name for name in inspect.signature(kind).parameters if name not in fixed]
     for option in options:

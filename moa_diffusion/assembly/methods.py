@@ -68,10 +68,10 @@ METHODS = {
 
 
 def method_of(settings: Config) -> Method:
-    """The normalizer and the weighting that are chosen, by name or import path.
+    """Return the normalizer and the weighting that are chosen, by name or import path.
 
     Raises:
-        ConfigError: for a name that is not known, or a path that does not lead to such a class.
+        ConfigError: For a name that is not known, or a path that does not lead to such a class.
     """
     name, options = settings.objectives.method, settings.objectives.normalizer
     if name in METHODS:
@@ -92,10 +92,10 @@ def method_of(settings: Config) -> Method:
 
 
 def sampler_of(settings: Config) -> StochasticSampler:
-    """The stochastic step that is chosen, by name or import path.
+    """Return the stochastic step that is chosen, by name or import path.
 
     Raises:
-        ConfigError: for a path that does not lead to a function.
+        ConfigError: For a path that does not lead to a function.
     """
     name = settings.sampling.sampler
     if name in SAMPLERS:
@@ -110,7 +110,10 @@ def sampler_of(settings: Config) -> StochasticSampler:
 
 
 def own_code(settings: Config) -> dict[str, Any]:
-    """Which code of the user's own takes part: module, name and file digest by dotted key."""
+    """Return which code of the user's own takes part.
+
+    Module, name and file digest by dotted key.
+    """
     method, chosen = method_of(settings), settings.objectives
     own: dict[str, Any] = {}
     if chosen.method not in METHODS:
@@ -141,10 +144,10 @@ def _imported(key: str, path: Any, kind: str, base: type[T]) -> type[T]:
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
-    """The method's two parts.
+    """Return the method's two parts.
 
     Raises:
-        ConfigError: for an unknown method or option, or an option's bad value.
+        ConfigError: For an unknown method or option, or an option's bad value.
     """
     method, chosen, names = settings.objectives.method, method_of(settings), tuple(settings.rewards)
     own = settings.objectives.normalizer
@@ -186,7 +189,7 @@ def _calibrated(
     """Options that a calibration file supplies: base levels, levels to reach, bounds.
 
     Raises:
-        ConfigError: if the file cannot be used, or lacks an objective.
+        ConfigError: If the file cannot be used, or lacks an objective.
     """
     measured = calibration_file.load(path).objectives
     for name in names:
@@ -209,10 +212,10 @@ def _calibrated(
 
 
 def is_fused(settings: Config, weighting: Weighting) -> bool:
-    """Whether weights are solved at every optimizer step, instead of once per rollout.
+    """Return whether weights are solved at every optimizer step, instead of once per rollout.
 
     Raises:
-        ConfigError: if they cannot be in the way that the configuration asks for.
+        ConfigError: If they cannot be in the way that the configuration asks for.
     """
     mode = settings.gradients.mode
     if mode == "fused" and not weighting.from_gramian_alone:
@@ -224,10 +227,10 @@ def is_fused(settings: Config, weighting: Weighting) -> bool:
 
 
 def check_ppo(settings: Config) -> None:
-    """Whether the method can weigh decisions, if there are value heads to judge them.
+    """Return whether the method can weigh decisions, if there are value heads to judge them.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: If not.
     """
     if settings.loss.kind == "ppo" and not _weighs_decisions(method_of(settings)):
         fitting = [name for name, method in METHODS.items() if _weighs_decisions(method)]

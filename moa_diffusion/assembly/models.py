@@ -34,10 +34,10 @@ from moa_diffusion.types import ConfigError
 
 
 def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
-    """The model, on its device; the pipeline is loaded from ``policy.path`` if None.
+    """Return the model, on its device; the pipeline is loaded from ``policy.path`` if None.
 
     Raises:
-        ConfigError: if the path holds no model of the kind, or a setting does not fit it.
+        ConfigError: If the path holds no model of the kind, or a setting does not fit it.
     """
     kl = settings.loss.kl or "gaussian"
     if settings.policy.name == "toy":
@@ -85,15 +85,15 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
 def starting_adapter(
     settings: Config, pipeline: Any = None, *, tell: bool = True
 ) -> Adapter | None:
-    """The LoRA that training starts from; None if it starts from the base model.
+    """Return the LoRA that training starts from; None if it starts from the base model.
 
     Args:
-        settings: the configuration.
-        pipeline: in the place of ``policy.path``, as for ``policy``.
-        tell: whether to warn of layers that it leaves out; not where it is only checked.
+        settings: The configuration.
+        pipeline: In the place of ``policy.path``, as for ``policy``.
+        tell: Whether to warn of layers that it leaves out; not where it is only checked.
 
     Raises:
-        ConfigError: if there is none at ``policy.adapter``, or it does not fit the base model or
+        ConfigError: If there is none at ``policy.adapter``, or it does not fit the base model or
             the LoRA that is trained.
     """
     model = settings.policy
@@ -129,10 +129,10 @@ def starting_adapter(
 
 
 def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
-    """Whether the settings fit a language model and no prompt is too long; loads no weights.
+    """Return whether the settings fit a language model and no prompt is too long; loads no weights.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: If not.
     """
     generation = settings.generation
     heldout = [request.prompt for request in heldout_requests(settings)]
@@ -153,10 +153,10 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
 
 
 def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
-    """A language model on its device.
+    """Return a language model on its device.
 
     Raises:
-        ConfigError: if the path holds none, or a setting does not fit it.
+        ConfigError: If the path holds none, or a setting does not fit it.
     """
     model = settings.policy
     start = starting_adapter(settings)
@@ -186,7 +186,7 @@ def model_path(settings: Config) -> str:
     """Folder or hub id of the model; "tiny" is the one shipped with the package.
 
     Raises:
-        ConfigError: if what can only be a folder does not exist.
+        ConfigError: If what can only be a folder does not exist.
     """
     path = settings.policy.path
     shipped = tiny.LM_PATH if settings.policy.name == "causal_lm" else tiny.PIPELINE_PATH
@@ -214,7 +214,10 @@ def critic(
 
 
 def _fingerprint(path: str, revision: str | None) -> str:
-    """Names a pipeline's text encoders; another one after files of a local folder changed."""
+    """Return the names a pipeline's text encoders.
+
+    Another one after files of a local folder changed.
+    """
     files = sorted(Path(path).glob("text_encoder*/*")) if Path(path).is_dir() else []
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]
     return f"{path}@{revision}:{','.join(stamps)}"

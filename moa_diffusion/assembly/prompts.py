@@ -14,10 +14,10 @@ from moa_diffusion.types import Request
 
 
 def train_prompts(settings: Config) -> Mixture:
-    """What training draws from: the prompt sets of ``prompts.train`` and their weights.
+    """Return what training draws from: the prompt sets of ``prompts.train`` and their weights.
 
     Raises:
-        ConfigError: for a file that cannot be read.
+        ConfigError: For a file that cannot be read.
     """
     return Mixture(
         [
@@ -31,10 +31,10 @@ def train_prompts(settings: Config) -> Mixture:
 
 
 def heldout_prompts(settings: Config) -> tuple[Prompt, ...]:
-    """The held-out prompts, the files' in turn; empty if the configuration names none.
+    """Return the held-out prompts, the files' in turn; empty if the configuration names none.
 
     Raises:
-        ConfigError: for a file that cannot be read.
+        ConfigError: For a file that cannot be read.
     """
     if settings.prompts.heldout is None:
         return ()
@@ -44,12 +44,12 @@ def heldout_prompts(settings: Config) -> tuple[Prompt, ...]:
 
 
 def heldout_requests(settings: Config) -> tuple[Request, ...]:
-    """What the evaluation draws: the same for every run with the same evaluation seed.
+    """Return what the evaluation draws: the same for every run with the same evaluation seed.
 
     Empty for a run without evaluations.
 
     Raises:
-        ConfigError: for a file that cannot be read.
+        ConfigError: For a file that cannot be read.
     """
     if not settings.evaluation.every:
         return ()

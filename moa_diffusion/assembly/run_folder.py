@@ -32,13 +32,13 @@ def write_config(settings: Config) -> None:
 
 
 def run_folder(settings: Config) -> Path | None:
-    """The checkpoint to resume from, or None for a new run in a folder without another run.
+    """Return the checkpoint to resume from, or None for a new run in a folder without another run.
 
     A run that ended before it had learned something is no run: the same command begins anew. So
     does ``--resume latest`` with one that has lost what it learned, for want of a checkpoint.
 
     Raises:
-        ConfigError: if the folder holds another run, or there is no such checkpoint.
+        ConfigError: If the folder holds another run, or there is no such checkpoint.
     """
     folder = Path(settings.output_dir)
     check_folder("output_dir", folder)
@@ -79,12 +79,12 @@ def start_over(folder: Path) -> None:
 
 
 def _rounds(folder: Path) -> int:
-    """Rounds of the run in a folder; 0 for none."""
+    """Round of the run in a folder; 0 for none."""
     return max((row["step"] for row in read_metrics(folder / METRICS)), default=0)
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """It need not exist, but has to be possible."""
+    """Check that a folder can be written: it need not exist, but has to be possible."""
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"{key}: should be a folder. Found the file `{part}`.")
@@ -123,7 +123,7 @@ def flat(settings: Config) -> dict[str, str | int | float | bool]:
 
 
 def run_log(settings: Config, accelerator: Accelerator) -> RunLog:
-    """Where metrics and scores go."""
+    """Return where metrics and scores go."""
     folder = Path(settings.output_dir)
     tracked = accelerator.is_main_process and settings.log.trackers
     return RunLog(

@@ -31,14 +31,14 @@ _COMMON = ("weight", "head", "path")  # what every reward may say beside its hea
 
 
 def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
-    """One reward head per objective, or per held-out reward.
+    """Return one reward head per objective, or per held-out reward.
 
     Args:
-        settings: the configuration.
+        settings: The configuration.
         section: ``rewards`` or ``evaluation.rewards``.
 
     Raises:
-        ConfigError: naming the objective, for an unknown head, import path or option.
+        ConfigError: Naming the objective, for an unknown head, import path or option.
     """
     built = {}
     chosen = settings.rewards if section == "rewards" else settings.evaluation.rewards
@@ -92,7 +92,7 @@ def scorers(
         heldout: What evaluations draw.
 
     Raises:
-        ConfigError: as ``heads``, or if a head cannot use the prompts.
+        ConfigError: As ``heads``, or if a head cannot use the prompts.
     """
     options = {"overlap": settings.scoring.overlap, "offload": settings.scoring.offload}
     training = heads(settings)
@@ -113,12 +113,12 @@ def check_requirements(
     """Find out before anything is drawn whether prompts have what heads need of them.
 
     Args:
-        section: of the configuration that the heads are from.
-        chosen: heads by the reward's name.
-        prompts: whose samples they will judge.
+        section: Section of the configuration that the heads are from.
+        chosen: Heads by the reward's name.
+        prompts: Whose samples they will judge.
 
     Raises:
-        ConfigError: naming the reward and what is missing, such as a key of the metadata.
+        ConfigError: Naming the reward and what is missing, such as a key of the metadata.
     """
     for name, head in chosen.items():
         try:
@@ -128,14 +128,14 @@ def check_requirements(
 
 
 def watcher(settings: Config, heldout: Sequence[Request]) -> Watch:
-    """What looks at the evaluations for rewards that are being gamed.
+    """Return what looks at the evaluations for rewards that are being gamed.
 
     Args:
         settings: The configuration.
         heldout: What evaluations draw.
 
     Raises:
-        ConfigError: if the rules cannot be kept.
+        ConfigError: If the rules cannot be kept.
     """
     names = tuple(settings.evaluation.rewards)
     try:
@@ -159,7 +159,7 @@ def evaluation(
     batch: int,
     progress: Progress,
 ) -> HeldOut | None:
-    """The evaluation during training; None if nothing is drawn, or no head scores it.
+    """Return the evaluation during training; None if nothing is drawn, or no head scores it.
 
     Args:
         settings: The configuration.

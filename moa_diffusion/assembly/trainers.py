@@ -62,13 +62,13 @@ def trainer(settings: Config, pipeline: Any = None) -> Run:
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
 
     Args:
-        settings: the configuration.
-        pipeline: a ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
+        settings: The configuration.
+        pipeline: A ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
 
     Raises:
-        ConfigError: for anything in the configuration that cannot be run.
-        ImportError: if a chosen reward head or tracker needs a package that is not installed.
-        ProcessError: on this process, if another one raises one of these.
+        ConfigError: For anything in the configuration that cannot be run.
+        ImportError: If a chosen reward head or tracker needs a package that is not installed.
+        ProcessError: On this process, if another one raises one of these.
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
@@ -141,12 +141,12 @@ def _trainer(
 
 
 def text_trainer(settings: Config) -> Run:
-    """A run that trains a language model: online, or from preferences where there are some.
+    """Return a run that trains a language model: online, or from preferences where there are some.
 
     Raises:
-        ConfigError: as ``trainer``.
-        ImportError: as ``trainer``.
-        ProcessError: as ``trainer``.
+        ConfigError: As ``trainer``.
+        ImportError: As ``trainer``.
+        ProcessError: As ``trainer``.
     """
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
@@ -217,7 +217,7 @@ def _offline_trainer(
 def _run(
     settings: Config, learner: Learner, judges: RunScorers, watch: Watch, log: RunLog, batch: int
 ) -> Run:
-    """The run around a learner; evaluations draw ``batch`` samples at a time."""
+    """Return the run around a learner; evaluations draw ``batch`` samples at a time."""
     heldout = evaluation(
         settings, judges, policy=learner.policy, log=log, batch=batch, progress=learner.progress
     )
@@ -258,16 +258,16 @@ def _begin(
 
 
 def report_unused(settings: Config) -> None:
-    """Say once what `accelerate launch` asks for in vain."""
+    """Say once what ``accelerate launch`` asks for in vain."""
     if options := unused(settings.policy.dtype):
         logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
 
 
 def preferences(settings: Config) -> Preferences:
-    """The responses to learn from.
+    """Return the responses to learn from.
 
     Raises:
-        ConfigError: for anything wrong in the files.
+        ConfigError: For anything wrong in the files.
     """
     options = settings.preferences
     cycles, smoothing = options.cycles, options.smoothing
@@ -293,7 +293,7 @@ def update(
     """AdamW, EMA and the loss over the policy's adapter, and how often objectives are weighed.
 
     Raises:
-        ConfigError: if the weighting cannot be asked as often as the configuration wants.
+        ConfigError: If the weighting cannot be asked as often as the configuration wants.
     """
     fused = is_fused(settings, weighting)
     steps = RolloutSteps(
@@ -311,7 +311,7 @@ def update(
 
 
 def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Stepper:
-    """What every optimizer step needs: AdamW, its rate, the loss scale and EMA."""
+    """Return what every optimizer step needs: AdamW, its rate, the loss scale and EMA."""
     options, warmup = settings.optimizer, settings.optimizer.warmup
     return Stepper(
         policy=model,
@@ -336,17 +336,17 @@ def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Steppe
 
 
 def processes(comm: Comm, device: torch.device) -> str:
-    """What a run is on: on CPUs also how many threads, since another number rounds differently."""
+    """Return what a run is on; on CPUs also the number of threads, which changes rounding."""
     threads = torch.get_num_threads()
     each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
     return f"Processes: {comm.world_size} ({device.type}{each})."
 
 
 def solve_geometry(settings: Config, world_size: int) -> Geometry:
-    """How a rollout is cut over this many processes, with a warning of smaller batches than stated.
+    """Cut a rollout over this many processes, with a warning of smaller batches than stated.
 
     Raises:
-        ConfigError: if the samples cannot be shared evenly.
+        ConfigError: If the samples cannot be shared evenly.
     """
     options, half = settings.trainer, settings.policy.dtype != "float32"
     geometry = Geometry.solve(
@@ -376,7 +376,10 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
 
 
 def _rows_per_sample(settings: Config) -> int:
-    """Rows of a training pass that a sample has; guidance doubles those of sampling as well."""
+    """Return rows of a training pass that a sample has.
+
+    Guidance doubles those of sampling as well.
+    """
     if settings.policy.name == "causal_lm":
         return 1
     trained = settings.sampling.window or settings.sampling.steps - 1
@@ -384,7 +387,7 @@ def _rows_per_sample(settings: Config) -> int:
 
 
 def unequal_batches(settings: Config, geometry: Geometry) -> str | None:
-    """What to change if passes in half precision differ in size, and so in rounding."""
+    """Return what to change if passes in half precision differ in size, and so in rounding."""
     if settings.policy.dtype == "float32":
         return None
     rows = _rows_per_sample(settings)
@@ -408,7 +411,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Find out before the models load whether every tracker is known and installed.
 
     Raises:
-        ConfigError: naming the nearest known tracker, or the package to install.
+        ConfigError: Naming the nearest known tracker, or the package to install.
     """
     known = [str(kind) for kind in LoggerType if str(kind) != "all"]
     installed = [str(kind) for kind in get_available_trackers()]

@@ -38,15 +38,15 @@ def calibrate(
     rate of 0.5, "no worse than the base model".
 
     Args:
-        rewards: raw rewards ``[K, N]`` of samples drawn before training.
+        rewards: Raw rewards ``[K, N]`` of samples drawn before training.
         retest: ``[K, N]``, the same samples scored a second time.
         weights: K weights of the weighted sum of raw rewards.
         milliseconds: K durations of scoring one sample.
-        model: folder or hub id, with the adapter that training starts from, if there is one.
+        model: Folder or hub id, with the adapter that training starts from, if there is one.
         seed: The seed of the samples.
 
     Raises:
-        ValueError: if there is no sample, or a length or shape does not fit ``rewards``.
+        ValueError: If there is no sample, or a length or shape does not fit ``rewards``.
     """
     if not rewards.values.numel():
         raise ValueError("Parameter `rewards` should hold at least one sample. Found none.")
@@ -99,7 +99,7 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
         groups: ``[N]`` int64, any ids.
 
     Returns:
-        the fields ``mean`` to ``zero_variance`` of ``ObjectiveCalibration``.
+        The fields ``mean`` to ``zero_variance`` of ``ObjectiveCalibration``.
     """
     known = ~values.isnan()
     all_groups = len(groups.unique())
@@ -152,7 +152,7 @@ def correlations(rewards: RewardMatrix) -> Tensor:
 
 
 def advantage_shares(rewards: RewardMatrix, weights: Sequence[float]) -> dict[str, Tensor]:
-    """Each objective's share ``[K]`` of the variance that decides the gradient, by recipe.
+    """Return each objective's share ``[K]`` of the variance that decides the gradient, by recipe.
 
     ``static`` is the weighted sum of raw rewards with ``weights``; ``gdpo`` and ``dual_stage`` have
     equal weights and their default options.
@@ -172,7 +172,10 @@ def advantage_shares(rewards: RewardMatrix, weights: Sequence[float]) -> dict[st
 
 
 def _std(values: Tensor) -> float:
-    """Standard deviation of a sample ``[n]``, unbiased variance; exactly 0 if only rounding."""
+    """Return the standard deviation of a sample ``[n]``, unbiased variance.
+
+    Exactly 0 if only rounding.
+    """
     if len(values) < 2:
         return math.nan
     std = float(values.std())

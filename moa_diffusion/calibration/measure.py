@@ -69,7 +69,7 @@ class Measurement:
     requires: Mapping[str, tuple[str, ...]]  # by objective: what a prompt must have
 
     def calibration(self, settings: Config) -> Calibration:
-        """The statistics, with the weights of this configuration."""
+        """Return the statistics, with the weights of this configuration."""
         options, policy = settings.rewards.values(), settings.policy
         path = policy.path if policy.name == "sd3" else policy.name
         return calibrate(
@@ -89,15 +89,15 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
     group is a rollout of its own: it gets its own window of trained steps.
 
     Args:
-        settings: the configuration of a training run.
+        settings: The configuration of a training run.
         prompts: P, how many of its training prompts, in the order of its seed; all if there are
             fewer.
         images: G, samples per prompt.
-        folder: for the scores.
+        folder: For the scores.
 
     Raises:
-        ConfigError: before any model is loaded, for what cannot be measured.
-        RewardError: if a head fails; what was scored before is in the file.
+        ConfigError: Before any model is loaded, for what cannot be measured.
+        RewardError: If a head fails; what was scored before is in the file.
     """
     requests = draws(settings, prompts=prompts, images=images)
     if len(requests) < prompts:
@@ -146,7 +146,7 @@ def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request,
     """P groups of G requests, each for another training prompt.
 
     Raises:
-        ConfigError: for a bad number or prompt file.
+        ConfigError: For a bad number or prompt file.
     """
     if prompts < 1:
         raise ConfigError(f"--prompts: should be at least 1. Found {prompts}.")
@@ -175,7 +175,7 @@ def _sample(model: Policy, group: Sequence[Request], batch: int) -> Rollout:
 def _write(
     file: Any, group: Sequence[Request], names: Sequence[str], first: Tensor, second: Tensor
 ) -> None:
-    """One line per sample; ``first`` and ``second`` are ``[K, G]``."""
+    """Return one line per sample; ``first`` and ``second`` are ``[K, G]``."""
     for request, one, two in zip(group, first.T.tolist(), second.T.tolist(), strict=True):
         row: dict[str, Any] = {
             "group": request.group,
@@ -220,11 +220,11 @@ def report(calibration: Calibration, measured: Measurement) -> None:
 
 
 def findings(calibration: Calibration, requires: Mapping[str, Sequence[str]]) -> list[str]:
-    """What a reader should know first, in sentences.
+    """Return what a reader should know first, in sentences.
 
     Args:
         calibration: K objectives.
-        requires: what each objective needs of a prompt.
+        requires: What each objective needs of a prompt.
     """
     sentences = []
     for name, one in calibration.objectives.items():

@@ -29,9 +29,9 @@ def plot_calibration(
 
     Args:
         calibration: K objectives.
-        rewards: the raw rewards ``[K, N]`` it was made from.
-        units: by objective.
-        target: the PNG.
+        rewards: The raw rewards ``[K, N]`` it was made from.
+        units: By objective.
+        target: The PNG.
     """
     import matplotlib
 

@@ -32,12 +32,12 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
     held-out prompts at even distances and the evaluation's own seeds: nothing is picked by hand.
 
     Args:
-        runs: run folders by label; all must have the same rewards and held-out prompts.
-        target: the PNG.
-        shown: held-out prompts shown.
+        runs: Run folders by label; all must have the same rewards and held-out prompts.
+        target: The PNG.
+        shown: Held-out prompts shown.
 
     Raises:
-        ConfigError: if a run has no checkpoint.
+        ConfigError: If a run has no checkpoint.
     """
     import matplotlib
 
@@ -93,7 +93,7 @@ def draw_and_score(
 
 
 def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
-    """One panel per objective: change over the base model on the same prompts and seeds."""
+    """Return one panel per objective: change over the base model on the same prompts and seeds."""
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, panel in zip(names, panels, strict=True):
         for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
@@ -117,7 +117,7 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
         name: The name of the objective.
 
     Returns:
-        rollouts; mean change, in the reward's unit; its standard error over prompts.
+        Rollouts; mean change, in the reward's unit; its standard error over prompts.
     """
     evaluations: dict[int, list[dict[str, Any]]] = {
         int(path.stem.removeprefix("step-")): read_metrics(path)
@@ -142,7 +142,7 @@ def _pictures(
     requests: Sequence[Request],
     names: Sequence[str],
 ) -> None:
-    """Rows models, columns prompts, rewards under each picture."""
+    """Return rows models, columns prompts, rewards under each picture."""
     panels = figure.subplots(len(rows), len(requests), squeeze=False)
     for number, (row, (label, (images, scores))) in enumerate(
         zip(panels, rows.items(), strict=True)

@@ -31,16 +31,16 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
     them.
 
     Args:
-        runs: all runs of the comparison.
+        runs: All runs of the comparison.
         script: ``train_sd.py``.
-        parallel: processes at a time.
+        parallel: Processes at a time.
 
     Returns:
-        for every run that died, by name, what it said last.
+        For every run that died, by name, what it said last.
 
     Raises:
-        KeyboardInterrupt: after the processes have ended.
-        ValueError: likewise, if the start's rewards allow no comparison, or if a process of
+        KeyboardInterrupt: After the processes have ended.
+        ValueError: Likewise, if the start's rewards allow no comparison, or if a process of
             an earlier call is still at work on a run.
     """
     waiting = [run for run in runs if not run.finished()]
@@ -143,7 +143,7 @@ def interruptible() -> Iterator[None]:
 
 
 def cause_of_death(log: Path, status: int) -> str:
-    """The last line of a log that names an error, else the signal, else the last line."""
+    """Return the last line of a log that names an error, else the signal, else the last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]

@@ -41,7 +41,7 @@ class PlannedRun:
         return self.folder.with_name(f"{self.name}.log")
 
     def read(self) -> RunData:
-        """What it left, once it has finished."""
+        """Return what it left, once it has finished."""
         names = tuple(self.settings.rewards)
         return read_run(self.folder, method=self.method, seed=self.seed, names=names)
 
@@ -52,12 +52,12 @@ class PlannedRun:
         return max(lines - 1, 0)  # the first is the evaluation of the start
 
     def evaluated(self) -> bool:
-        """Whether the evaluation of the start is written."""
+        """Return whether the evaluation of the start is written."""
         path = self.folder / "metrics.jsonl"
         return path.is_file() and path.stat().st_size > 0
 
     def finished(self) -> bool:
-        """Whether the last rollout is done and evaluated."""
+        """Return whether the last rollout is done and evaluated."""
         path, options = self.folder / "metrics.jsonl", self.settings.trainer
         rows = read_metrics(path) if path.is_file() else []
         if not rows or rows[-1]["step"] == 0:
@@ -90,19 +90,19 @@ def plan_comparison(
     minutes: float | None = None,
     parallel: int = 1,
 ) -> ComparisonPlan:
-    """The runs of a comparison, checked as far as it costs nothing; nothing is written.
+    """Return the runs of a comparison, checked as far as it costs nothing; nothing is written.
 
     Args:
         base: YAML file of a training run.
-        overrides: dotted options of all runs (``["--trainer.steps", "20"]``).
-        methods: names of ``assembly.METHODS`` or YAML files; or these in one text, with commas.
-        seeds: runs per method; the first has the configuration's own seed.
-        output: folder of all runs.
+        overrides: Dotted options of all runs (``["--trainer.steps", "20"]``).
+        methods: Names of ``assembly.METHODS`` or YAML files; or these in one text, with commas.
+        seeds: Runs per method; the first has the configuration's own seed.
+        output: Folder of all runs.
         minutes: The minutes of training after which a run ends; None takes the configuration's.
-        parallel: runs at a time.
+        parallel: Runs at a time.
 
     Raises:
-        ConfigError: for anything that cannot be compared, or that differs from what an earlier
+        ConfigError: For anything that cannot be compared, or that differs from what an earlier
             call began in ``output``.
     """
     methods = _methods(methods)
@@ -137,7 +137,10 @@ def plan_comparison(
 
 
 def _methods(given: str | Sequence[str]) -> list[str]:
-    """Names as they stand, files with their home folder; a file's name may have commas."""
+    """Return the names as they stand, files with their home folder.
+
+    A file's name may have commas.
+    """
     try:
         if isinstance(given, str):
             given = split_list(given, lambda part: _is_file(part) and expanded(part).is_file())
@@ -147,12 +150,12 @@ def _methods(given: str | Sequence[str]) -> list[str]:
 
 
 def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[Config, list[str]]:
-    """The configuration of a method, and sentences about what it leaves out.
+    """Return the configuration of a method, and sentences about what it leaves out.
 
     Options that the base configuration gives to other classes than the method's are left out.
 
     Raises:
-        ConfigError: for an unknown method, or anything else that cannot be run.
+        ConfigError: For an unknown method, or anything else that cannot be run.
     """
     notes: list[str] = []
     own: Mapping[str, Any] = {}
@@ -187,7 +190,7 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
 
 
 def _read_method(path: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """The sections of a method's file that count."""
+    """Return the sections of a method's file that count."""
     if not path.is_file():
         raise ConfigError(f"--methods: should name YAML files. Found no file `{path}`.")
     try:  # every key and value; what such a file may leave to the base configuration is given

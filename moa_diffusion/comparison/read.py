@@ -34,7 +34,10 @@ class RunData:
     metrics: Sequence[Mapping[str, Any]]  # a row per rollout, from 1
 
     def prompts(self) -> NDArray[numpy.int64]:
-        """Number of each sample's prompt, ``[M]``; one that is held out twice has one number."""
+        """Return the number of each sample's prompt, ``[M]``.
+
+        One that is held out twice has one number.
+        """
         return same_prompt([sample[2] for sample in self.samples]).numpy()
 
 
@@ -43,12 +46,12 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
 
     Args:
         folder: The folder of the run.
-        method: its label.
+        method: Its label.
         seed: The seed of the run.
-        names: its K objectives.
+        names: Its K objectives.
 
     Raises:
-        ValueError: if there is no evaluation of the start or none after it, or if two of them
+        ValueError: If there is no evaluation of the start or none after it, or if two of them
             drew different samples; the message names the file.
     """
     paths = sorted(folder.glob("evaluation/step-*.jsonl"))
@@ -79,7 +82,7 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
 
 
 def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ...], Array]:
-    """The samples in a fixed order, and their rewards ``[K, M]``."""
+    """Return the samples in a fixed order, and their rewards ``[K, M]``."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: (row["group"], row["sibling"]))
     samples = tuple((row["group"], row["sibling"], row["prompt"], row["seed"]) for row in rows)

@@ -72,7 +72,7 @@ class MethodSummary:
     seconds: Mapping[str, float]
 
     def biggest(self) -> tuple[str, float]:
-        """The objective with the biggest share of the advantage's variance, and the share."""
+        """Return the objective with the largest share of the advantage's variance, and it."""
         known = {name: share for name, share in self.shares.items() if not math.isnan(share)}
         name = max(known, key=lambda key: known[key], default="")
         return name, known.get(name, math.nan)
@@ -101,13 +101,13 @@ class Comparison:
 
 
 def base_units(runs: Sequence[RunData]) -> Array:
-    """The start's spread within a prompt, of every objective: ``[K]``.
+    """Return the start's spread within a prompt, of every objective: ``[K]``.
 
     As ``eval_gain`` has it (``spread_within``). All runs start from the same model; what noisy
     rewards make of it is averaged.
 
     Raises:
-        ValueError: if runs drew different samples or one image per prompt, or if an objective does
+        ValueError: If runs drew different samples or one image per prompt, or if an objective does
             not vary within any prompt.
     """
     first = runs[0]
@@ -126,7 +126,7 @@ def check_base(folder: Path, names: Sequence[str]) -> None:
     """Check the evaluation of the start, as soon as there is one.
 
     Raises:
-        ValueError: if gains would have no unit.
+        ValueError: If gains would have no unit.
     """
     _spread(names, *_read_evaluation(folder / "evaluation" / "step-000000.jsonl", names))
 
@@ -164,12 +164,12 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
     all runs of a resample, since all draw the same. With a few runs such an interval is too narrow.
 
     Args:
-        runs: finished runs, of the same held-out samples and objectives.
+        runs: Finished runs, of the same held-out samples and objectives.
         resamples: The number of resamples of the bootstrap.
         seed: The seed of the bootstrap.
 
     Raises:
-        ValueError: if the runs cannot be compared.
+        ValueError: If the runs cannot be compared.
     """
     if not runs:
         raise ValueError("No run has finished: there is nothing to compare.")
@@ -255,7 +255,7 @@ def _summarise_run(run: RunData, path: Array, hypervolume: float) -> RunSummary:
 
 
 def opposed(comparison: Comparison) -> tuple[str, str]:
-    """The two objectives whose final gains have the most negative correlation over all runs."""
+    """Return the two objectives whose final gains correlate most negatively over all runs."""
     pairs = list(itertools.combinations(comparison.names, 2))
 
     def correlation(pair: tuple[str, str]) -> float:
@@ -269,10 +269,10 @@ def opposed(comparison: Comparison) -> tuple[str, str]:
 
 
 def read_pair(text: str | None, names: Sequence[str]) -> tuple[str, str] | None:
-    """Two objectives from ``"a,b"``; None if the text is.
+    """Return two objectives from ``"a,b"``; None if the text is.
 
     Raises:
-        ConfigError: if it does not name two different objectives.
+        ConfigError: If it does not name two different objectives.
     """
     if text is None:
         return None
@@ -287,7 +287,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean over mappings by key; a missing key counts as 0, NaN not at all."""
+    """Return the mean over mappings by key; a missing key counts as 0, NaN not at all."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return {
         key: _mean([value for row in rows if not math.isnan(value := row.get(key, 0.0))])
@@ -303,13 +303,13 @@ def _last_if_nan(value: float) -> float:
 
 
 def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
-    """A Markdown table, one row per method, and a sentence about each method that harms.
+    """Return a Markdown table, one row per method, and a sentence about each method that harms.
 
     Columns are padded, so that it reads as well on a terminal.
 
     Args:
         comparison: The comparison of the runs that finished.
-        failures: what runs that died said last, by name.
+        failures: What runs that died said last, by name.
     """
     heads = ["method", *comparison.names, "worst", "hypervolume", "biggest share"]
     rows = [[*heads, "rollouts", "minutes"]]

@@ -121,7 +121,7 @@ def check(config: Config) -> None:
     """Check every value's range.
 
     Raises:
-        ConfigError: for the first value out of range.
+        ConfigError: For the first value out of range.
     """
     for key, allowed in RANGES.items():
         _require(config, key, allowed.holds, allowed.words)
@@ -255,7 +255,7 @@ def check_prompts(prompts: dict[str, Any]) -> None:
     """Check the lists of prompt files, as a YAML file has them.
 
     Raises:
-        ConfigError: naming the first entry that is wrong.
+        ConfigError: Naming the first entry that is wrong.
     """
     for name, record in _PROMPT_FILES.items():
         key, value = f"prompts.{name}", prompts.get(name)
@@ -293,7 +293,7 @@ def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
     """Check every objective's name, and its options as far as they are common to all heads.
 
     Raises:
-        ConfigError: naming the first that is wrong.
+        ConfigError: Naming the first that is wrong.
     """
     for name, options in rewards.items():
         _check_name(section, name)
@@ -311,7 +311,7 @@ def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
 
 
 def _check_name(section: str, name: Any) -> None:
-    """Names of rewards are the ends of names of metrics, and heads of columns."""
+    """Return the names of rewards are the ends of names of metrics, and heads of columns."""
     if not isinstance(name, str):
         shown = json.dumps(name, default=str)
         raise ConfigError(

@@ -26,11 +26,13 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def plain(text: str, hint_of: Callable[[str], Any]) -> str:
-    """A message of jsonargparse as this project words them; the message if it is an unknown one.
+    """Return a message of jsonargparse as this project words them.
+
+    The message if it is an unknown one.
 
     Args:
-        text: the message.
-        hint_of: type of a dotted key; None if there is no such key.
+        text: The message.
+        hint_of: Type of a dotted key; None if there is no such key.
     """
     if empty := _EMPTY.search(text):
         return f"{empty[1]}: should have a value, as in `--{empty[1]} VALUE`. Found none."
@@ -48,7 +50,7 @@ def plain(text: str, hint_of: Callable[[str], Any]) -> str:
 
 
 def described(hint: Any) -> str:
-    """What a value of a type looks like."""
+    """Return what a value of a type looks like."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}" if len(inside) > 1 else str(inside[0])
@@ -63,7 +65,7 @@ def described(hint: Any) -> str:
 
 
 def choices(hint: Any) -> list[str]:
-    """The values of a type that has few of them."""
+    """Return the values of a type that has few of them."""
     if get_origin(hint) is Literal:
         return [str(value) for value in get_args(hint)]
     return [value for part in get_args(hint) for value in choices(part)]

@@ -30,8 +30,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line (``sys.argv`` by default), check every key and value.
 
     Raises:
-        ConfigError: naming the key, what was expected, and what was found.
-        SystemExit: for ``--help`` and ``--print_config``.
+        ConfigError: Naming the key, what was expected, and what was found.
+        SystemExit: For ``--help`` and ``--print_config``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     check_encodable("command line", arguments)
@@ -73,7 +73,7 @@ def _parser() -> ArgumentParser:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with dotted overrides (``["--seed", "1"]``)."""
+    """Return the configuration of a YAML file with dotted overrides (``["--seed", "1"]``)."""
     return parse(["--config", str(path), *overrides])
 
 
@@ -81,7 +81,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Nested dictionaries to dataclasses; keys without a value keep their default.
 
     Raises:
-        ConfigError: for a list of prompt files with a wrong entry.
+        ConfigError: For a list of prompt files with a wrong entry.
     """
     check_prompts(values.get("prompts", {}))
     built: Config = _build(Config, values)
@@ -89,7 +89,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included, as YAML that ``parse`` reads back."""
+    """Return the whole configuration, defaults included, as YAML that ``parse`` reads back."""
     text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     return text
 
@@ -109,7 +109,10 @@ def _convert(hint: Any, value: Any) -> Any:
 
 
 def _record(hint: Any) -> Any:
-    """The dataclass in a hint such as ``str | list[str | Record]``; None if there is none."""
+    """Return the dataclass in a hint such as ``str | list[str | Record]``.
+
+    None if there is none.
+    """
     inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
     return next((record for record in inside if record is not None), None)
 
@@ -124,7 +127,7 @@ def _merge_open_values(
     inherit the weights of the list that it replaces; here only the last list counts.
 
     Returns:
-        the arguments with one option per open mapping and list of prompt files, and these mappings
+        The arguments with one option per open mapping and list of prompt files, and these mappings
         and lists by dotted key.
     """
     rest: list[str] = []
@@ -169,7 +172,7 @@ def _merge_open_values(
 
 
 def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
-    """The last file that sets ``output_dir``, and whether an option sets it after that."""
+    """Return the last file that sets ``output_dir``, and whether an option sets it after that."""
     source, explicit = None, False
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, rest = option.partition("=")
@@ -181,7 +184,10 @@ def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
 
 
 def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
-    """What is set of ``prompts.train`` and ``prompts.heldout``; in lists with all defaults."""
+    """Return what is set of ``prompts.train`` and ``prompts.heldout``.
+
+    In lists with all defaults.
+    """
     check_prompts(prompts)
     chosen = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
     for key, files in chosen.items():
@@ -192,7 +198,7 @@ def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(text: str) -> Any:
-    """A list or mapping in an option's text; the text where it is a file's name."""
+    """Return a list or mapping in an option's text; the text where it is a file's name."""
     if Path(text).is_file():
         return text
     try:
@@ -356,7 +362,7 @@ def _hint(key: str) -> Any:
 
 
 def _known_hint(key: str) -> Any:
-    """The type of a key; None if there is no such key."""
+    """Return the type of a key; None if there is no such key."""
     return _hint(key) if key in _all_keys() else None
 
 

@@ -34,7 +34,7 @@ _KEYS = (
 
 
 def traces(folder: Path) -> list[str]:
-    """What a run left in a folder."""
+    """Return what a run left in a folder."""
     return [name for name in TRACES if (folder / name).exists()]
 
 
@@ -42,7 +42,7 @@ def expand_homes(config: Config) -> None:
     """Replace a leading ``~`` in every file and folder, in place.
 
     Raises:
-        ConfigError: naming the key, if there is no such user.
+        ConfigError: Naming the key, if there is no such user.
     """
     for key in _KEYS:
         *sections, name = key.split(".")
@@ -92,9 +92,9 @@ def follow_run(config: Config, source: Path | None, *, explicit: bool) -> None:
     checkpoint to continue from lies in the folder of a run that began at ``output_dir``.
 
     Args:
-        config: changed in place.
-        source: the file that ``output_dir`` stands in; None if it is the default.
-        explicit: whether an option of the command line says where the run goes; then that counts.
+        config: Changed in place.
+        source: The file that ``output_dir`` stands in; None if it is the default.
+        explicit: Whether an option of the command line says where the run goes; then that counts.
     """
     if explicit:
         return
@@ -113,7 +113,7 @@ def follow_run(config: Config, source: Path | None, *, explicit: bool) -> None:
 
 
 def _moved(run: Path, output_dir: str) -> Path | None:
-    """The folder of a run, if it began at ``output_dir``."""
+    """Return the folder of a run, if it began at ``output_dir``."""
     written = run / NAME
     if not written.is_file() or not traces(run):
         return None

@@ -103,7 +103,7 @@ class SamplingConfig:
 
 @dataclass
 class GenerationConfig:
-    """How a language model draws; in the place of `sampling`.
+    """How a language model draws; in the place of ``sampling``.
 
     Args:
         max_new_tokens: Largest number of tokens of a completion, the token that ends it included.
@@ -178,8 +178,8 @@ class ObjectivesConfig:
             DualStage.
         calibration: A calibration.json of scripts/calibrate.py, whose levels become the base and
             the targets of methods that have such options.
-        normalizer: Options of the method's normalizer, see docs/configuration.md. With `path`, the
-            import path of another normalizer, these are that one's options.
+        normalizer: Options of the method's normalizer, see docs/configuration.md. With ``path``,
+            the import path of another normalizer, these are that one's options.
         weighting: Options of the method's weighting, see docs/configuration.md.
     """
 
@@ -193,9 +193,9 @@ class ObjectivesConfig:
 class PreferencesConfig:
     """Responses that are already there, to learn from instead of rollouts: offline MOPO.
 
-    `objectives.weighting` holds MOPO's options, `primary` and `bounds` (one number, or one for each
-    other objective; 0.5 is the level of the responses themselves) among them. `rewards` are then
-    asked in evaluations alone. A round is an optimizer step.
+    ``objectives.weighting`` holds MOPO's options, ``primary`` and ``bounds`` (one number, or one
+    for each other objective; 0.5 is the level of the responses themselves) among them. ``rewards``
+    are then asked in evaluations alone. A round is an optimizer step.
 
     Args:
         data: JSONL file of prompts and responses with pairs or scores by objective; "tiny" is the
@@ -229,7 +229,7 @@ class GradientsConfig:
     """When the objectives' own gradients are measured, for weightings that need their Gramian.
 
     Args:
-        mode: fused (inside every optimizer step's backward pass, weights solved at each), probe
+        mode: ``fused`` (inside every optimizer step's backward pass, weights solved at each), probe
             (one more pass over a part of the rollout), or auto: fused where the weighting depends
             on the gradients alone, else probe.
         every: Number of rollouts from one probe to the next.
@@ -246,14 +246,14 @@ class LossConfig:
     """The policy-gradient surrogate.
 
     Args:
-        kind: grpo (one advantage per sample, from its siblings) or ppo (one per decision, from
+        kind: ``grpo`` (one advantage per sample, from its siblings) or ppo (one per decision, from
             value heads: see critic; language models only).
         clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
             are means over latent dimensions, so useful values are about 1e-4.
         advantage_clip: Largest absolute advantage; what is beyond is cut to it.
-        steps: plain, or equal: log ratios and losses of all denoising steps are brought to one size
-            (as GRPO-Guard's ratio normalisation does), so that early steps train as late ones do
-            and the clip acts on each; useful clip ranges are then other ones. Images only.
+        steps: ``plain``, or ``equal``: log ratios and losses of all denoising steps are brought to
+            one size (as GRPO-Guard's ratio normalisation does), so that early steps train as late
+            ones do and the clip acts on each; useful clip ranges are then other ones. Images only.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out. With the method
             mopo it is in win rates per unit of KL: it is divided by what divides the win rates.
         kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text. Null takes gaussian
@@ -281,7 +281,7 @@ class LossConfig:
 
 @dataclass
 class CriticConfig:
-    """Value heads, one per objective, for `loss.kind: ppo`.
+    """Value heads, one per objective, for ``loss.kind: ppo``.
 
     Args:
         granularity: What is weighed: each decision, or each sample by the mean of its decisions.

@@ -46,14 +46,14 @@ def read_preferences(
     Args:
         path: The JSONL file.
         objectives: K names; the file may hold no other.
-        cycles: whether preferences that run in a circle are an ``error``, or kept (``keep``).
+        cycles: Whether preferences that run in a circle are an ``error``, or kept (``keep``).
         smoothing: What smooths win rates from pairs, see ``preferences.py``.
         scales: The scale of win rates from scores, by objective. By default it is half of the RMS
             spread of the scores within a prompt, over the file.
 
     Raises:
-        ConfigError: for anything wrong in the file; the message starts with file and line.
-        ValueError: for a bad argument.
+        ConfigError: For anything wrong in the file; the message starts with file and line.
+        ValueError: For a bad argument.
     """
     path = Path(path)
     known = _checked(objectives, cycles, smoothing, scales)
@@ -77,13 +77,13 @@ def read_pairs(
     columns are not read.
 
     Args:
-        paths: by objective.
-        cycles: as in ``read_preferences``.
-        smoothing: as there.
+        paths: By objective.
+        cycles: As in ``read_preferences``.
+        smoothing: As there.
 
     Raises:
-        ConfigError: for anything wrong in a file; the message starts with file and line.
-        ValueError: for a bad argument.
+        ConfigError: For anything wrong in a file; the message starts with file and line.
+        ValueError: For a bad argument.
     """
     files = {name: Path(path) for name, path in paths.items()}
     _checked(tuple(files), cycles, smoothing, None)
@@ -106,7 +106,7 @@ def read_pairs(
 
 
 def _draft(where: str, row: dict[str, Any], objectives: Sequence[str], cycles: str) -> Draft:
-    """One line of a JSONL, checked."""
+    """Return one line of a JSONL, checked."""
     responses = row.get("responses")
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         raise bad_line(where, "`responses` should be a list of texts.", repr(responses))
@@ -171,7 +171,7 @@ def _positions(where: str, name: str, pair: Any, responses: int) -> tuple[int, i
 
 
 def _numbers(where: str, what: str, values: Any, responses: Sequence[str], *, null: bool) -> Tensor:
-    """A number for each response ``[Y]``; null becomes NaN where it is allowed."""
+    """Return a number for each response ``[Y]``; null becomes NaN where it is allowed."""
     kinds = (int, float, type(None)) if null else (int, float)
     if (
         not isinstance(values, list)
@@ -221,7 +221,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _text(where: str, row: dict[str, Any], key: str, role: str) -> str:
-    """A text, or the content of a conversation of one message by ``role``."""
+    """Return a text, or the content of a conversation of one message by ``role``."""
     value = row.get(key)
     if isinstance(value, list):
         roles = [part.get("role") if isinstance(part, dict) else None for part in value]
@@ -355,7 +355,7 @@ def _warn_of_single_labels(name: str, drafts: Sequence[Draft], smoothing: float)
 
 
 def _behaviour(drafts: Sequence[Draft], log_data: Tensor) -> Tensor | None:
-    """Log-probabilities of the responses ``[P, Y]``, if the file has them."""
+    """Return Log-probabilities of the responses ``[P, Y]``, if the file has them."""
     if all(draft.log_probs is None for draft in drafts):
         return None
     log_probs = torch.full_like(log_data, math.nan)

@@ -62,10 +62,12 @@ class Preferences:
 def win_rates_of_pairs(
     pairs: Sequence[tuple[int, int]], responses: int, smoothing: float = 0.0
 ) -> Tensor:
-    """Share of its opponents that each response beats: ``[Y]`` float64, NaN without opponents.
+    """Return the share of its opponents that each response beats.
+
+    ``[Y]`` float64, NaN without opponents.
 
     Args:
-        pairs: distinct (winner, loser), positions below ``responses``.
+        pairs: Distinct (winner, loser), positions below ``responses``.
         responses: Y.
         smoothing: The parameter of the Beta prior; 0 for none.
     """
@@ -77,11 +79,11 @@ def win_rates_of_pairs(
 
 
 def win_rates_of_scores(scores: Tensor, scale: float) -> Tensor:
-    """Mean probability of beating each of the others: ``[Y]`` float64.
+    """Return the mean probability of beating each of the others: ``[Y]`` float64.
 
     Args:
         scores: ``[Y]``, NaN where there is none; the win rate is NaN there, and no opponent.
-        scale: difference of scores that is worth odds of e; at 0 more is 1, less 0, equal 1/2.
+        scale: Difference of scores that is worth odds of e; at 0 more is 1, less 0, equal 1/2.
     """
     r = scores.double()
     gap = r[:, None] - r  # [Y, Y]

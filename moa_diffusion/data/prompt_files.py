@@ -53,10 +53,10 @@ def read_prompts(path: str | Path, *, column: str = "prompt") -> tuple[Prompt, .
     Args:
         path: ``.txt`` (one prompt a line, blank lines ignored), ``.jsonl`` (objects), ``.csv`` or
             ``.tsv`` (with a header line); UTF-8.
-        column: the key or column that holds the prompt.
+        column: The key or column that holds the prompt.
 
     Raises:
-        ConfigError: if the file is missing, of another kind, empty, or has a line that is wrong or
+        ConfigError: If the file is missing, of another kind, empty, or has a line that is wrong or
             can be read in two ways; the message gives file and line number.
     """
     path = Path(path)
@@ -130,7 +130,7 @@ def _read_jsonl(path: Path, column: str) -> list[Prompt]:
 
 
 def _prompt(where: str, text: str) -> str:
-    """The prompt, checked: something to see, and characters that a text encoder has."""
+    """Return the prompt, checked: something to see, and characters that a text encoder has."""
     if control := _CONTROL.search(text):
         expectation = f"A prompt should hold no control characters such as {control[0]!r}."
         raise bad_line(where, expectation, shortened(text))
@@ -148,7 +148,7 @@ def _row_to_prompt(where: str, row: dict[str, Any], column: str) -> Prompt:
 
 
 def _meant(column: str, names: Sequence[str]) -> str:
-    """Which column was meant, and how it is named in a configuration."""
+    """Return which column was meant, and how it is named in a configuration."""
     if column in names:
         return ""
     question = did_you_mean(column, names)
@@ -202,13 +202,13 @@ def _read_table(path: Path, column: str) -> list[Prompt]:
 
 
 def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_Row]:
-    """Rows of cells as the quoted dialect has them; empty lines are left out.
+    """Return rows of cells as the quoted dialect has them; empty lines are left out.
 
     Args:
-        path: for messages.
+        path: For messages.
         text: The text of the table.
-        delimiter: between cells.
-        strict: whether a quotation mark that begins a cell has to end it as well.
+        delimiter: Between cells.
+        strict: Whether a quotation mark that begins a cell has to end it as well.
     """
     cell = re.compile(
         rf'(?P<quoted>"[^"]*(?:""[^"]*)*")(?={delimiter}|\r?\n|\r?\Z)|[^{delimiter}\n]*'
@@ -262,7 +262,7 @@ def _check_no_escapes(path: Path, rows: Sequence[_Row]) -> None:
 
 
 def _unquoted(path: Path, rows: Sequence[_Row]) -> bool:
-    """Whether a ``.tsv`` is of the plain dialect; either will do where no cell tells.
+    """Return whether a ``.tsv`` is of the plain dialect; either will do where no cell tells.
 
     A writer that quotes leaves no quotation mark in a cell that is not quoted, so one such cell
     says that the file is plain. A cell in quotation marks that holds a tab, a line break or a
@@ -303,7 +303,7 @@ def _unquoted(path: Path, rows: Sequence[_Row]) -> bool:
 
 
 def _header(path: Path, row: _Row, delimiter: str) -> list[str]:
-    """Names of the columns."""
+    """Return the names of the columns."""
     where, names = f"{path}:{row[0]}", [stripped(cell.value) for cell in row[1]]
     if re.fullmatch(r"sep=.?", delimiter.join(names), re.IGNORECASE | re.DOTALL):
         raise bad_line(

@@ -38,7 +38,7 @@ class Mixture:
     arithmetic on the draw's number: nothing to save, and the same on every machine.
 
     Args:
-        sets: at least one; their weights are positive.
+        sets: At least one; their weights are positive.
     """
 
     def __init__(self, sets: Sequence[PromptSet]) -> None:
@@ -51,7 +51,7 @@ class Mixture:
         return tuple(prompt for part in self.sets for prompt in part.prompts)
 
     def locate(self, draw: int) -> tuple[int, int]:
-        """The set that a draw (from 0) falls to, and how many draws have fallen to it before."""
+        """Return the set that a draw (from 0) falls to, and how many draws fell to it before."""
         half = Fraction(1, 2)
         # At this time at most `draw` draws are due, and at least `draw` less the number of sets.
         time = max(Fraction(0), (draw - half * len(self.sets)) / sum(self._weights))
@@ -64,7 +64,7 @@ class Mixture:
             counts[number] += 1
 
     def describe(self) -> str:
-        """One line for the log: size and share of each set."""
+        """Return one line for the log: size and share of each set."""
         total = sum(self._weights)
         return f"{len(self.sets)} prompt sets: " + ", ".join(
             f"{len(part.prompts)} prompts in {float(100 * weight / total):.3g} % of the draws"
@@ -73,7 +73,7 @@ class Mixture:
 
 
 def in_turn(sets: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
-    """The first prompt of each set, the second of each, and so on until all are through."""
+    """Return the first prompt of each set, the second of each, and so on until all are through."""
     longest = max(map(len, sets), default=0)
     return tuple(part[i] for i in range(longest) for part in sets if i < len(part))
 
@@ -82,11 +82,11 @@ class GroupSampler:
     """Draws P prompts per step, each for G siblings; every prompt set comes in shuffled epochs.
 
     Args:
-        prompts: the prompt set, or a mixture of several.
+        prompts: The prompt set, or a mixture of several.
         groups: P, prompt draws per step.
         group_size: G, siblings per draw.
-        seed: the run's seed.
-        shared_start: whether siblings start from the same noise, so that their rewards differ by
+        seed: The run's seed.
+        shared_start: Whether siblings start from the same noise, so that their rewards differ by
             what the policy did alone (DanceGRPO, arXiv 2505.07818).
     """
 
@@ -109,7 +109,10 @@ class GroupSampler:
         self.shared_start = shared_start
 
     def requests(self, step: int) -> tuple[Request, ...]:
-        """All ``N = P * G`` requests of a step, siblings side by side; equal on every rank."""
+        """Return all ``N = P * G`` requests of a step, siblings side by side.
+
+        Equal on every rank.
+        """
         return tuple(
             Request(
                 prompt=prompt.text,

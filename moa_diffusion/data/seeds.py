@@ -11,11 +11,11 @@ from moa_diffusion.data.prompt_files import read_prompts as read_prompts
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any tuple of integers and strings; equal on every machine."""
+    """Return a 63-bit seed from any tuple of integers and strings; equal on every machine."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by ``derive_seed``."""
+    """Return a CPU generator seeded by ``derive_seed``."""
     return torch.Generator("cpu").manual_seed(derive_seed(*parts))

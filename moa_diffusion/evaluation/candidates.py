@@ -51,7 +51,7 @@ def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -
         files: Whether a file will do as well.
 
     Raises:
-        ConfigError: if a folder does not exist, can be read in two ways, or two have one name.
+        ConfigError: If a folder does not exist, can be read in two ways, or two have one name.
     """
     check_encodable(option, entries)
     folders: dict[str, Path] = {}
@@ -74,10 +74,10 @@ def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -
 
 
 def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str, Config]:
-    """The configurations that runs were made with, and the same options over each.
+    """Return the configurations that runs were made with, and the same options over each.
 
     Raises:
-        ConfigError: for a folder that is no run.
+        ConfigError: For a folder that is no run.
     """
     for name, folder in runs.items():
         if not (folder / "config.yaml").is_file():
@@ -89,14 +89,14 @@ def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str
 
 
 def shared_settings(settings: Mapping[str, Config], medium: Medium) -> Config:
-    """One configuration for all: the first, with the rewards of all, held-out ones included.
+    """Return one configuration for all: the first, with the rewards of all, held-out ones included.
 
     Args:
         settings: Configurations by name.
         medium: What the first of them draws.
 
     Raises:
-        ConfigError: if the models would not be drawn alike or are not of one base model, or if
+        ConfigError: If the models would not be drawn alike or are not of one base model, or if
             they have different rewards of one name.
     """
     (first_name, first), *others = settings.items()
@@ -147,7 +147,7 @@ def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
         every: Only multiples of this are taken; None takes all.
 
     Raises:
-        ConfigError: if there is no such checkpoint.
+        ConfigError: If there is no such checkpoint.
     """
     saved = [int(path.name.removeprefix("step-")) for path in checkpoint.list_checkpoints(run)]
     if chosen is not None and every is not None:
@@ -189,7 +189,7 @@ def candidates(
     soup: str | None = None,
     points: int = 5,
 ) -> list[Candidate]:
-    """All models to evaluate, the base model first.
+    """Return all models to evaluate, the base model first.
 
     Args:
         settings: The settings that all share, which ``Medium.check`` has passed.
@@ -205,7 +205,7 @@ def candidates(
             included.
 
     Raises:
-        ConfigError: for anything missing or damaged.
+        ConfigError: For anything missing or damaged.
     """
     for name in loras:
         if name in runs:
@@ -233,7 +233,7 @@ def candidates(
 
 
 def _soup(models: Sequence[Candidate], given: str, points: int) -> list[Candidate]:
-    """The mixtures of these; the ends stand in the list already."""
+    """Return the mixtures of these; the ends stand in the list already."""
     known = {part for one in models if one.adapter for part in (one.label, one.series)}
     names = split_list(given, known.__contains__)  # a run's name may have commas
     members = [_member(models, name) for name in names]
@@ -285,5 +285,5 @@ def _value(settings: Config, key: str) -> Any:
 
 
 def model_digest(base: str, adapter: str) -> str:
-    """The digest of the base model with an adapter, or of the base model where there is none."""
+    """Return the digest of the base model with its adapter, if there is one."""
     return json_digest([base, adapter]) if adapter else base

@@ -40,9 +40,9 @@ def draw_missing(
         comm: Collectives over the processes.
 
     Raises:
-        ConfigError: if a process does not see what another has written.
-        EvaluationError: if nothing can be written.
-        ProcessError: if one of these was raised on another process.
+        ConfigError: If a process does not see what another has written.
+        EvaluationError: If nothing can be written.
+        ProcessError: If one of these was raised on another process.
     """
     size = plan.settings.trainer.sample_batch
     texts = [prompt.text for prompt in plan.prompts]
@@ -81,7 +81,7 @@ def _check_shared(lost: Sequence[str], outputs: OutputCache[Any]) -> None:
 
 
 def carrying_policy(plan: EvaluationPlan, device: torch.device) -> Policy:
-    """The base model with a LoRA that can carry each candidate's weights in turn."""
+    """Return the base model with a LoRA that can carry each candidate's weights in turn."""
     adapters = [one.adapter for one in plan.candidates if one.adapter is not None]
     rank, names = carrier(adapters)
     lora = LoraConfig(rank=rank, alpha=rank, target_modules=names or None)
@@ -89,7 +89,7 @@ def carrying_policy(plan: EvaluationPlan, device: torch.device) -> Policy:
 
 
 def generate(policy: Policy, candidate: Candidate, requests: Sequence[Request]) -> Outputs:
-    """Outputs of the candidate, whose weights the policy carries."""
+    """Return the outputs of the candidate, whose weights the policy carries."""
     if candidate.adapter is not None:
         return policy.generate(requests)
     with policy.reference():

@@ -25,10 +25,10 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
         plan: What ``plan_evaluation`` has checked; every process sees the disk of its cache.
 
     Raises:
-        ConfigError: for what cannot be run, before a model is loaded.
-        RewardError: if a head failed.
-        EvaluationError: if the cache cannot be read or written.
-        ProcessError: if one of these was raised on another process.
+        ConfigError: For what cannot be run, before a model is loaded.
+        RewardError: If a head failed.
+        EvaluationError: If the cache cannot be read or written.
+        ProcessError: If one of these was raised on another process.
     """
     settings, medium, seeds = plan.settings, plan.medium, plan.seeds
     accelerator = make_accelerator()

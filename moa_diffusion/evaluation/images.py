@@ -47,8 +47,8 @@ class ImageSettings:
         """Deployment settings: those of the section ``evaluation``.
 
         Args:
-            settings: the configuration.
-            path: folder or hub id of the pipeline.
+            settings: The configuration.
+            path: Folder or hub id of the pipeline.
         """
         from diffusers import StableDiffusion3Pipeline
 
@@ -68,12 +68,12 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
     """Digest of everything that a pipeline loads.
 
     Args:
-        path: folder or hub id. Of a hub id the commit stands for the content.
+        path: Folder or hub id. Of a hub id the commit stands for the content.
         revision: The revision of a hub id.
-        memory: see ``files_digest``.
+        memory: See ``files_digest``.
 
     Raises:
-        ConfigError: if the commit of a hub id is not known.
+        ConfigError: If the commit of a hub id is not known.
     """
     from diffusers import StableDiffusion3Pipeline
 
@@ -148,7 +148,7 @@ class Images:
         return assembly.policy(dataclasses.replace(settings, policy=model), device)
 
     def request(self, prompt: str, seed: int) -> Request:
-        """Starts from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call.
+        """Start from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call.
 
         So the pictures of one seed start alike whatever the prompt or the model.
         """

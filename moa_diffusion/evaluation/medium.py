@@ -31,12 +31,12 @@ class Medium(Protocol):
         """Check that the base model can draw these prompts so, before its weights are read.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: If not.
         """
         ...
 
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        """What reads a folder of LoRA weights for the base model, and raises ``ConfigError``."""
+        """Return what reads a folder of LoRA weights, and raises ``ConfigError``."""
         ...
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
@@ -48,7 +48,7 @@ class Medium(Protocol):
         ...
 
     def sampler(self, settings: Config, device: torch.device) -> ImageSettings | TextSettings:
-        """How outputs are drawn, beside the model, the prompt and the seed."""
+        """Return how outputs are drawn, beside the model, the prompt and the seed."""
         ...
 
     def base_digest(self, settings: Config, memory: Path) -> str:
@@ -56,15 +56,15 @@ class Medium(Protocol):
         ...
 
     def cache(self, folder: Path) -> OutputCache[Any]:
-        """Where outputs are kept, in a folder of a name of their own."""
+        """Return where outputs are kept, in a folder of a name of their own."""
         ...
 
     def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        """The base model with a LoRA."""
+        """Return the base model with a LoRA."""
         ...
 
     def request(self, prompt: str, seed: int) -> Request:
-        """What is asked of the policy."""
+        """Return what is asked of the policy."""
         ...
 
 
@@ -72,10 +72,10 @@ MEDIA: dict[str, Medium] = {"sd3": Images(), "causal_lm": Texts()}
 
 
 def medium_of(settings: Config) -> Medium:
-    """What a configuration's policy draws.
+    """Return what a configuration's policy draws.
 
     Raises:
-        ConfigError: if it draws nothing that could be looked at.
+        ConfigError: If it draws nothing that could be looked at.
     """
     name = settings.policy.name
     if name not in MEDIA:

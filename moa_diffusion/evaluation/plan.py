@@ -48,8 +48,8 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
         overrides: Dotted keys and values over every configuration.
 
     Raises:
-        ConfigError: for anything that cannot be evaluated.
-        ImportError: if what writes the results is not installed; says how to install it.
+        ConfigError: For anything that cannot be evaluated.
+        ImportError: If what writes the results is not installed; says how to install it.
     """
     check_libraries(TABLES_AND_PLOTS)
     for name, value in options.items():
@@ -100,7 +100,7 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
 def _configurations(
     options: Mapping[str, Any], runs: Mapping[str, Path], overrides: Sequence[str]
 ) -> dict[str, Config]:
-    """The configurations that the models were made with, by run, or by the file or folder."""
+    """Return the configurations that the models were made with, by run, file or folder."""
     sources = [name for name in ("config", "pipeline") if options[name] is not None]
     if bool(runs) + len(sources) != 1:
         given = ", ".join([*(["--run"] if runs else []), *(f"--{name}" for name in sources)])
@@ -120,7 +120,7 @@ def _configurations(
 
 
 def _policy_name(path: str) -> str:
-    """The policy that a local folder holds the model of; of a hub id nothing is known."""
+    """Return the policy that a local folder holds the model of; of a hub id nothing is known."""
     try:
         folder = expanded(path)
     except ValueError as error:
@@ -160,10 +160,10 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:
-    """The prompts of a file, or the run's held-out ones.
+    """Return the prompts of a file, or the run's held-out ones.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: If there are none.
     """
     if file is not None:
         return read_prompts(file, column=settings.prompts.column)

@@ -47,7 +47,7 @@ class OutputCache(ABC, Generic[T]):
         return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
 
     def path(self, key: str) -> Path:
-        """Where the output is, or would be."""
+        """Return where the output is, or would be."""
         return self.folder / f"{key}{self.suffix}"
 
     def missing(self, keys: Sequence[str]) -> list[str]:
@@ -59,16 +59,16 @@ class OutputCache(ABC, Generic[T]):
         self._encode(output, self.path(key))
 
     def read(self, keys: Sequence[str]) -> Outputs:
-        """Outputs in this order.
+        """Return the outputs in this order.
 
         Raises:
-            ConfigError: naming a file that is damaged or not there.
+            ConfigError: Naming a file that is damaged or not there.
         """
         return self._batch([self._read(key) for key in keys])
 
     @abstractmethod
     def columns(self, key: str, folder: Path) -> dict[str, Any]:
-        """What a table of scores in ``folder`` says of one output."""
+        """Return what a table of scores in ``folder`` says of one output."""
 
     def _read(self, key: str) -> T:
         path = self.path(key)
@@ -87,7 +87,7 @@ class OutputCache(ABC, Generic[T]):
     @staticmethod
     @abstractmethod
     def _decode(path: Path) -> T:
-        """The output in a file; ``OSError`` or ``ValueError`` if it holds none."""
+        """Return the output in a file; ``OSError`` or ``ValueError`` if it holds none."""
 
     @staticmethod
     @abstractmethod

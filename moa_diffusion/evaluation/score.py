@@ -33,7 +33,7 @@ def score_samples(
     outputs: OutputCache[Any],
     comm: Comm,
 ) -> tuple[dict[str, tuple[Score, ...]], dict[str, HeadVersion], int]:
-    """Scores of all samples by objective; what is not in the cache is computed.
+    """Score of all samples by objective; what is not in the cache is computed.
 
     Args:
         plan: The evaluation.
@@ -46,10 +46,10 @@ def score_samples(
         M scores by objective, the heads' versions by objective, and how many scores were computed.
 
     Raises:
-        RewardError: if a head failed.
-        ConfigError: if what the cache holds is damaged.
-        EvaluationError: if nothing can be written.
-        ProcessError: if one of these was raised on another process.
+        RewardError: If a head failed.
+        ConfigError: If what the cache holds is damaged.
+        EvaluationError: If nothing can be written.
+        ProcessError: If one of these was raised on another process.
     """
 
     def options(name: str) -> dict[str, Any]:

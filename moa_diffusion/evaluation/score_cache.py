@@ -37,7 +37,7 @@ class HeadVersion:
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> HeadVersion:
-        """The version of a head as it is loaded.
+        """Return the version of a head as it is loaded.
 
         A function of the user's own has no version: its source file stands for one.
 
@@ -47,7 +47,7 @@ class HeadVersion:
             options: The options that it was built with.
 
         Raises:
-            ConfigError: if the head's code is in no file, so that scores cannot be kept apart from
+            ConfigError: If the head's code is in no file, so that scores cannot be kept apart from
                 those of other code.
         """
         identity = Identity.of(name, head, options)
@@ -81,14 +81,17 @@ class ScoreCache:
 
     @staticmethod
     def key(sample: str, prompt: Prompt) -> str:
-        """What a score depends on beside the head; the sample's key holds the prompt's text."""
+        """Return what a score depends on beside the head.
+
+        The sample's key holds the prompt's text.
+        """
         return json_digest([sample, dict(prompt.metadata)])
 
     def read(self) -> dict[str, Score]:
-        """All scores by key.
+        """Return all scores by key.
 
         Raises:
-            ConfigError: if a whole line is damaged.
+            ConfigError: If a whole line is damaged.
         """
         if not self.path.is_file():
             return {}

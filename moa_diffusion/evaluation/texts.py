@@ -47,9 +47,9 @@ class TextSettings:
         """Deployment settings: those of the section ``generation``.
 
         Args:
-            settings: the configuration.
-            path: folder or hub id of the model.
-            device: that draws. The same seed gives other texts on another kind of device.
+            settings: The configuration.
+            path: Folder or hub id of the model.
+            device: That draws. The same seed gives other texts on another kind of device.
         """
         generation = settings.generation
         chat = generation.chat
@@ -69,12 +69,12 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
     """Digest of everything that a language model and its tokenizer load.
 
     Args:
-        path: folder or hub id. Of a hub id the commit stands for the content.
+        path: Folder or hub id. Of a hub id the commit stands for the content.
         revision: The revision of a hub id.
-        memory: see ``files_digest``.
+        memory: See ``files_digest``.
 
     Raises:
-        ConfigError: if the commit of a hub id is not known.
+        ConfigError: If the commit of a hub id is not known.
     """
     from transformers.utils import cached_file, extract_commit_hash
 

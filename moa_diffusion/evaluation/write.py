@@ -32,10 +32,10 @@ def write_results(
         runs: Folders of runs by series, whose training the page shows.
 
     Returns:
-        what to print.
+        What to print.
 
     Raises:
-        ConfigError: if a file that a run left is damaged.
+        ConfigError: If a file that a run left is damaged.
     """
     output.mkdir(parents=True, exist_ok=True)
     write_table(scored, output)

@@ -38,7 +38,7 @@ def model_card(
     name: str,
     shown: str | None,
 ) -> str:
-    """The card in Markdown, with the metadata that model hubs read in front.
+    """Return the card in Markdown, with the metadata that model hubs read in front.
 
     Args:
         settings: The settings that all members share.
@@ -190,5 +190,8 @@ def _scores(table: Table, summary: Summary, shown: str) -> list[str]:
 
 
 def _public_name(base: str) -> str:
-    """A base model as a reader can name it: not by a path on the machine it was trained on."""
+    """Return a base model as a reader can name it.
+
+    Not by a path on the machine it was trained on.
+    """
     return "path/to/the/base/model" if base == "tiny" or Path(base).is_dir() else base

@@ -43,20 +43,20 @@ def export(
     The weights are what diffusers loads, or, of a language model, what peft does.
 
     Args:
-        entries: run folders, ``[name=]folder``.
+        entries: Run folders, ``[name=]folder``.
         checkpoint: The checkpoint of each run.
         weights: The weights of a soup's members, comma-separated; None for a single run.
-        ema: whether averaged weights are taken.
-        output: a new folder; it appears when it is complete.
-        evaluation: folder of ``scripts/evaluate.py`` with this model among others. By default that
+        ema: Whether averaged weights are taken.
+        output: A new folder; it appears when it is complete.
+        evaluation: Folder of ``scripts/evaluate.py`` with this model among others. By default that
             of the run, if it has the model; without one the card has no scores.
 
     Returns:
-        what to print.
+        What to print.
 
     Raises:
-        ConfigError: for anything missing or damaged, or an output folder that is not new.
-        ImportError: if scores are to be read and what reads them is not installed.
+        ConfigError: For anything missing or damaged, or an output folder that is not new.
+        ImportError: If scores are to be read and what reads them is not installed.
     """
     runs = named_folders("--run", entries)
     shares = _shares(weights, len(runs))
@@ -99,7 +99,7 @@ def _shares(weights: str | None, runs: int) -> tuple[float, ...]:
 
 
 def _evaluated(adapter: Adapter, folder: Path | None, runs: Mapping[str, Path]) -> Table | None:
-    """The base model and this one in an evaluation; None if there is no evaluation of it."""
+    """Return the base model and this one in an evaluation; None if there is no evaluation of it."""
     usual = next(iter(runs.values())) / "evaluate"
     if folder is None and not (len(runs) == 1 and (usual / NAME).is_file()):
         return None

@@ -27,9 +27,9 @@ def files_digest(folder: Path, files: Iterable[Path], memory: Path) -> str:
     """Digest of the content of files by their place in a folder.
 
     Args:
-        folder: that they lie in.
+        folder: That they lie in.
         files: Files of the folder.
-        memory: file where digests are kept by path, size and time of change: reading all weights
+        memory: File where digests are kept by path, size and time of change: reading all weights
             again takes longer than most evaluations that have nothing to draw.
     """
     before = _remembered(memory)

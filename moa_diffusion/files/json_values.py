@@ -8,7 +8,7 @@ from typing import Any
 
 
 def without_nan(value: Any) -> Any:
-    """The value with null (None) for every number that is not finite, and texts for keys.
+    """Return the value with null (None) for every number that is not finite, and texts for keys.
 
     Args:
         value: Nested mappings, lists and tuples of values that JSON knows otherwise.

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like a name, or None if none is near.
+    """Return the known name that looks most like a name, or None if none is near.
 
     Args:
         name: The name as it was written.
@@ -19,6 +19,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question that ends a message, with a blank before it; empty if no known name is near."""
+    """Return a question that ends a message, with a blank before it.
+
+    Empty if no known name is near.
+    """
     near = nearest(name, known)
     return "" if near is None else f" Did you mean {near!r}?"

@@ -1,6 +1,6 @@
-"""Does the name `rewards` mean the package that came with this one?
+"""Does the name ``rewards`` mean the package that came with this one?
 
-The name is a common one: a file `rewards.py` beside a user's script comes first on Python's path.
+The name is a common one: a file ``rewards.py`` beside a user's script comes first on Python's path.
 Every module of this package is imported after this check, so that the clash is told by one
 message, and not by whichever name the user's file happens to lack.
 """
@@ -19,7 +19,7 @@ def check_neighbour(name: str) -> None:
     """Check that importing a package by its name gives the one that stands beside this one.
 
     Raises:
-        ImportError: if it gives something else; names both, and what to do.
+        ImportError: If it gives something else; names both, and what to do.
     """
     own = _ROOT / name / "__init__.py"
     place = _place(name)
@@ -34,7 +34,10 @@ def check_neighbour(name: str) -> None:
 
 
 def _place(name: str) -> Path | None:
-    """The file that importing the name would run or has run, or the folder; None: there is none."""
+    """Return the file that importing the name would run or has run, or the folder.
+
+    None: there is none.
+    """
     spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None and _makes_way(Path(spec.origin), name):
         first = Path(spec.origin).resolve().parent
@@ -48,7 +51,7 @@ def _place(name: str) -> Path | None:
 
 
 def _makes_way(file: Path, name: str) -> bool:
-    """Whether a file is this project's script of the name, in a checkout or a copy of scripts/.
+    """Return whether a file is this project's script of the name, or a copy of it.
 
     Python looks there first when it runs a script beside it. Imported by its name, that script
     takes its folder off the path and has the import done anew, and says so in these lines.

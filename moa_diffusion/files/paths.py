@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def expanded(text: str | Path) -> Path:
-    """The place with ``~`` and ``~user`` replaced by the home folder, as a shell does.
+    """Return the place with ``~`` and ``~user`` replaced by the home folder, as a shell does.
 
     A folder that is itself called ``~`` is ``./~``.
 
     Raises:
-        ValueError: if there is no such user.
+        ValueError: If there is no such user.
     """
     try:
         return Path(text).expanduser()
@@ -29,7 +29,7 @@ def expanded(text: str | Path) -> Path:
 
 
 def names_a_place(text: str) -> bool:
-    """Whether a text can only be a place on this machine, and not a hub id ``owner/name``."""
+    """Return whether a text can only be a place on this machine, not a hub id ``owner/name``."""
     return text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1
 
 
@@ -40,7 +40,7 @@ def split_name(entry: str) -> tuple[str | None, Path]:
     folder, and what stands before the first ``=`` is a name only without a path separator.
 
     Raises:
-        ValueError: if both readings exist.
+        ValueError: If both readings exist.
     """
     whole = expanded(entry)
     name, equals, rest = entry.partition("=")
@@ -58,14 +58,14 @@ def split_name(entry: str) -> tuple[str | None, Path]:
 
 
 def split_list(text: str, known: Callable[[str], bool]) -> list[str]:
-    """Names or files, comma-separated, of which some may have commas themselves.
+    """Return the names or files, comma-separated, of which some may have commas themselves.
 
     Args:
-        text: as given.
-        known: whether a part is one that exists; parts of which none is known are single words.
+        text: As given.
+        known: Whether a part is one that exists; parts of which none is known are single words.
 
     Returns:
-        the parts, without white space around them; the longest that is known, from the left.
+        The parts, without white space around them; the longest that is known, from the left.
     """
     words, parts = text.split(","), []
     while words:
@@ -78,7 +78,7 @@ def split_list(text: str, known: Callable[[str], bool]) -> list[str]:
 
 
 def usual_mode(folder: Path) -> int:
-    """The permissions that a new file gets in a folder, by the umask.
+    """Return the permissions that a new file gets in a folder, by the umask.
 
     safetensors writes its files for their owner alone, so that nobody else could read a model.
     """

@@ -26,19 +26,19 @@ _BLANK = "\u200b\u2060\ufeff"
 
 
 def bad_line(where: str, expectation: str, finding: str, hint: str = "") -> ConfigError:
-    """An error about a line of a file.
+    """Return an error about a line of a file.
 
     Args:
-        where: file and line, ``prompts.txt:3``.
-        expectation: a sentence.
-        finding: as it is to be shown.
-        hint: a further sentence.
+        where: File and line, ``prompts.txt:3``.
+        expectation: A sentence.
+        finding: As it is to be shown.
+        hint: A further sentence.
     """
     return ConfigError(f"{where}: {expectation} Found {finding}.{f' {hint}' if hint else ''}")
 
 
 def shortened(value: object, limit: int = SHOWN) -> str:
-    """A value as Python writes it, or its start; what cannot be printed is escaped."""
+    """Return a value as Python writes it, or its start; what cannot be printed is escaped."""
     if isinstance(value, str):
         return repr(value if len(value) <= limit else f"{value[: limit - 3]}...")
     text = repr(value)
@@ -46,7 +46,7 @@ def shortened(value: object, limit: int = SHOWN) -> str:
 
 
 def stripped(text: str) -> str:
-    """The text without white space around it, visible or not."""
+    """Return the text without white space around it, visible or not."""
     before = None
     while before != text:
         before, text = text, text.strip().strip(_BLANK)
@@ -54,14 +54,14 @@ def stripped(text: str) -> str:
 
 
 def read_text(path: Path, kind: str) -> str:
-    """The whole text of a UTF-8 file, without its byte order mark.
+    """Return the whole text of a UTF-8 file, without its byte order mark.
 
     Args:
         path: The file, which exists.
-        kind: what it is, for messages: "A prompt file".
+        kind: What it is, for messages: "A prompt file".
 
     Raises:
-        ConfigError: if it is of another encoding, holds NUL characters, or has lines that end as
+        ConfigError: If it is of another encoding, holds NUL characters, or has lines that end as
             on old Macintoshes.
     """
     data = path.read_bytes()
@@ -99,10 +99,10 @@ def json_lines(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Args:
         path: The file, which exists.
-        kind: what it is, for messages.
+        kind: What it is, for messages.
 
     Raises:
-        ConfigError: for a line that is no JSON object, gives a key twice, has a number that JSON
+        ConfigError: For a line that is no JSON object, gives a key twice, has a number that JSON
             does not know, or text that cannot be encoded.
     """
     for number, line in enumerate(read_text(path, kind).split("\n"), start=1):
@@ -153,11 +153,11 @@ def check_encodable(where: str, value: Any) -> None:
     JSON and YAML, and then no tokenizer, file or server takes it.
 
     Args:
-        where: file and line, or what else the value stands in; keys are added to it.
-        value: nested mappings, lists, texts.
+        where: File and line, or what else the value stands in; keys are added to it.
+        value: Nested mappings, lists, texts.
 
     Raises:
-        ConfigError: for the first text that cannot be encoded.
+        ConfigError: For the first text that cannot be encoded.
     """
     if isinstance(value, str):
         try:

@@ -41,11 +41,11 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
     """Turn what the system raises within the block into an error about ``target``.
 
     Args:
-        target: the file or folder that is written.
-        needed: its size in bytes, if it is known.
+        target: The file or folder that is written.
+        needed: Its size in bytes, if it is known.
 
     Raises:
-        StorageError: naming the path, the cause, and the bytes that are needed and free.
+        StorageError: Naming the path, the cause, and the bytes that are needed and free.
     """
     try:
         yield
@@ -69,11 +69,11 @@ def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     older file is as it was.
 
     Args:
-        target: the file.
-        needed: its size in bytes, if it is known.
+        target: The file.
+        needed: Its size in bytes, if it is known.
 
     Raises:
-        StorageError: if the file cannot be written.
+        StorageError: If the file cannot be written.
     """
     # Containers that share the folder may have equal process ids.
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -94,7 +94,7 @@ def write_bytes(target: Path, data: bytes | memoryview) -> None:
     """Write a file whole.
 
     Raises:
-        StorageError: if it cannot be written.
+        StorageError: If it cannot be written.
     """
     with replaced(target, len(data)) as partial:
         partial.write_bytes(data)
@@ -104,7 +104,7 @@ def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 file whole.
 
     Raises:
-        StorageError: if it cannot be written.
+        StorageError: If it cannot be written.
     """
     write_bytes(target, text.encode())
 
@@ -113,7 +113,7 @@ def append_text(target: Path, text: str) -> None:
     """Add to the end of a UTF-8 file, all of the text or nothing.
 
     Raises:
-        StorageError: if it cannot be written.
+        StorageError: If it cannot be written.
     """
     data = text.encode()
     with writing(target, len(data)):
@@ -161,7 +161,10 @@ def size_text(count: int) -> str:
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of an error, 0 if it is lost; None if it is none of the system's."""
+    """Return the system's number of an error, 0 if it is lost.
+
+    None if it is none of the system's.
+    """
     if isinstance(error, OSError):
         return error.errno or 0
     match = _RUST.search(str(error))

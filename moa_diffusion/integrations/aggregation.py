@@ -34,7 +34,7 @@ class Aggregation:
         weighting: The weighting of the same objectives, in the same order.
 
     Raises:
-        ValueError: if they are of different objectives, or one of them is not carried.
+        ValueError: If they are of different objectives, or one of them is not carried.
     """
 
     def __init__(self, normalizer: Normalizer, weighting: Weighting) -> None:
@@ -60,15 +60,17 @@ class Aggregation:
         self.metrics: dict[str, float] = {}  # of the last rollout
 
     def __call__(self, prompts: Sequence[str], values: Tensor, group_size: int) -> Tensor:
-        """One rollout of all processes, on each of them: advantages ``[N]``, of mean 0 in a group.
+        """Return one rollout of all processes, on each of them.
+
+        Advantages ``[N]``, of mean 0 in a group.
 
         Args:
             prompts: N.
-            values: raw rewards ``[K, N]`` float64, NaN where an objective does not apply.
+            values: Raw rewards ``[K, N]`` float64, NaN where an objective does not apply.
             group_size: G; each G neighbours are a group, and have one prompt.
 
         Raises:
-            ValueError: if a group is not whole, or the mean of one is not 0.
+            ValueError: If a group is not whole, or the mean of one is not 0.
         """
         from accelerate.utils import broadcast_object_list
 
@@ -92,7 +94,10 @@ class Aggregation:
         return advantage
 
     def state(self) -> str:
-        """All that a resumed run needs, as JSON: numbers come back exactly, and in their order."""
+        """Return all that a resumed run needs, as JSON.
+
+        Numbers come back exactly, and in their order.
+        """
         return json.dumps(
             {
                 "completed": self.completed,
@@ -107,7 +112,7 @@ class Aggregation:
         """Go on from a saved state.
 
         Raises:
-            ValueError: if it is of other objectives, another method or other settings.
+            ValueError: If it is of other objectives, another method or other settings.
         """
         saved, mine = json.loads(state), json.loads(self.state())
         for name in ("parts", "objectives"):
@@ -129,7 +134,7 @@ class Aggregation:
 
 
 def _neighbours(prompts: Sequence[str], group_size: int) -> Tensor:
-    """The group of each of N samples: ``[N]`` int64."""
+    """Return the group of each of N samples: ``[N]`` int64."""
     for start in range(0, len(prompts), group_size):
         group = prompts[start : start + group_size]
         if len(group) < group_size or len(set(group)) > 1:
@@ -142,7 +147,7 @@ def _neighbours(prompts: Sequence[str], group_size: int) -> Tensor:
 
 
 def _as_tensors(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists to tensors where ``like`` has one; what is no tensor stays as it is."""
+    """List to tensors where ``like`` has one; what is no tensor stays as it is."""
     return {
         name: torch.tensor(value, dtype=like[name].dtype)
         if isinstance(like.get(name), Tensor)

@@ -59,10 +59,10 @@ class MultiObjective:
     Args:
         rewards: K functions by name, as TRL calls them. ``None`` or NaN: does not apply.
         normalizer: The normalizer of these objectives, in this order.
-        weighting: likewise.
+        weighting: Likewise.
 
     Raises:
-        ValueError: if the three do not fit together, or TRL cannot carry them.
+        ValueError: If the three do not fit together, or TRL cannot carry them.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class MultiObjective:
         log_extra: Callable[[str, list[float]], None],
         **columns: Any,
     ) -> list[float]:
-        """What TRL calls: one advantage for each of this process's n completions.
+        """Return what TRL calls: one advantage for each of this process's n completions.
 
         An evaluation trains nothing: means are logged, 0 is returned and nothing is remembered.
 
         Raises:
-            ValueError: if rewards are not one per completion, or groups are not whole.
+            ValueError: If rewards are not one per completion, or groups are not whole.
         """
         from accelerate import PartialState
         from accelerate.utils import gather_object
@@ -152,13 +152,13 @@ class MultiObjective:
         return own
 
     def callback(self) -> Any:
-        """The ``TrainerCallback`` through which this object learns about the trainer.
+        """Return the ``TrainerCallback`` through which this object learns about the trainer.
 
         It also saves what normalizer and weighting remember, in the ``trainer_state.json`` of each
         checkpoint; ``train(resume_from_checkpoint=...)`` brings it back.
 
         Raises:
-            ImportError: if TRL is not installed.
+            ImportError: If TRL is not installed.
         """
         from transformers import TrainerCallback
         from transformers.trainer_callback import ExportableState
@@ -215,7 +215,7 @@ class MultiObjective:
 
 
 def _check_settings(args: Any) -> None:
-    """Whether TRL leaves advantages as they are, but for the group's mean."""
+    """Return whether TRL leaves advantages as they are, but for the group's mean."""
     for name, value, wanted in (
         ("scale_rewards", args.scale_rewards, ("none",)),
         (
@@ -233,14 +233,17 @@ def _check_settings(args: Any) -> None:
 
 
 def _is_plain(function: Any) -> bool:
-    """Whether it is what TRL calls at once and for numbers: no path, model or coroutine."""
+    """Return whether it is what TRL calls at once and for numbers: no path, model or coroutine."""
     if not callable(function) or isinstance(function, nn.Module):
         return False
     return not any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def _as_text(prompt: Any) -> str:
-    """The prompt by which siblings are known, and a weighting remembers; messages as JSON."""
+    """Return the prompt by which siblings are known, and a weighting remembers.
+
+    Messages as JSON.
+    """
     if isinstance(prompt, str):
         return prompt
     try:

@@ -70,8 +70,8 @@ class Watch:
     """Looks at one evaluation after the other, and remembers the best of each held-out reward.
 
     Args:
-        objectives: rewards that are trained on.
-        heldout: rewards that are not; they may be none.
+        objectives: Rewards that are trained on.
+        heldout: Rewards that are not; they may be none.
         rules: When an alarm goes off, and what happens then: the section ``alarm``.
     """
 
@@ -136,7 +136,7 @@ class Watch:
         return {f"alarm/{name}": float(count) for name, count in self._count.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next evaluation is compared with."""
+        """Return all that the next evaluation is compared with."""
         return {
             "kl_scale": self.kl_scale,
             "acted": self._acted,
@@ -157,7 +157,7 @@ class Watch:
     def _suspect(
         self, evaluation: Evaluation, name: str, values: Mapping[str, Tensor]
     ) -> _Suspect | None:
-        """How a held-out reward stands against its best evaluation; None if it has none."""
+        """Return how a held-out reward stands against its best evaluation; None if it has none."""
         best = self._best.get(name)
         if best is None:
             return None
@@ -225,7 +225,7 @@ class Watch:
                 )
 
     def _act(self, best_step: int) -> tuple[str, int | None]:
-        """What an alarm leads to, given the alarms before it."""
+        """Return what an alarm leads to, given the alarms before it."""
         action = self.rules.action
         if action == "warn":
             return action, None
@@ -239,7 +239,7 @@ class Watch:
     def _rise(
         self, now: Mapping[str, Tensor], then: Mapping[str, Tensor], evaluation: Evaluation
     ) -> tuple[str, float]:
-        """The objective that rose most, and by how many standard deviations; or none."""
+        """Return the objective that rose most, and by how many standard deviations; or none."""
         risen, most = "", 0.0
         for name in self.objectives:
             change, error = _paired(now[name], then[name], evaluation)
@@ -287,7 +287,7 @@ class Watch:
         return alarms
 
     def _news(self, what: str, holds: bool) -> bool:
-        """Whether this holds now and did not hold at the last look."""
+        """Return whether this holds now and did not hold at the last look."""
         said = what in self._said
         if holds and not said:
             self._said.append(what)
@@ -297,7 +297,7 @@ class Watch:
 
 
 def _paired(now: Tensor, then: Tensor, evaluation: Evaluation) -> tuple[float, float]:
-    """Mean difference of ``[M]`` and its standard error over prompts."""
+    """Return the mean difference of ``[M]`` and its standard error over prompts."""
     return mean_and_error(now - then, evaluation.prompts)
 
 
@@ -307,16 +307,16 @@ def _spread(values: Tensor) -> float:
 
 
 def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, prompts: int) -> None:
-    """Whether these rules can be kept.
+    """Return whether these rules can be kept.
 
     Args:
-        rules: to check.
-        heldout: rewards that are not trained on.
+        rules: To check.
+        heldout: Rewards that are not trained on.
         kl_weight: The KL weight of the loss.
-        prompts: held-out prompts.
+        prompts: Held-out prompts.
 
     Raises:
-        ValueError: naming the rule.
+        ValueError: Naming the rule.
     """
     if rules.action not in ACTIONS:
         raise ValueError(

@@ -26,9 +26,9 @@ def statistics(
     """Numbers about each output: ``[n]`` float64 by name, on the CPU.
 
     Args:
-        outputs: n images or texts.
-        device: where images are looked at; where they are by default.
-        batch: images there at a time.
+        outputs: N images or texts.
+        device: Where images are looked at; where they are by default.
+        batch: Images there at a time.
     """
     if not isinstance(outputs, Tensor):
         return of_texts(outputs)
@@ -37,7 +37,7 @@ def statistics(
 
 
 def of_images(images: Tensor) -> dict[str, Tensor]:
-    """What changes when pictures bleach, blacken, blur or fill with noise.
+    """Return what changes when pictures bleach, blacken, blur or fill with noise.
 
     Args:
         images: ``[n, 3, H, W]`` float32 in [0, 1].
@@ -88,7 +88,10 @@ def of_texts(texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def fingerprints(outputs: Outputs) -> Tensor | list[list[str]]:
-    """What is kept of outputs for ``diversity``: thumbnails ``[n, d]``, or the texts' words."""
+    """Return what is kept of outputs for ``diversity``.
+
+    Thumbnails ``[n, d]``, or the texts' words.
+    """
     if isinstance(outputs, Tensor):
         small = torch.nn.functional.adaptive_avg_pool2d(
             outputs, (min(THUMBNAIL, outputs.shape[2]), min(THUMBNAIL, outputs.shape[3]))
@@ -98,14 +101,14 @@ def fingerprints(outputs: Outputs) -> Tensor | list[list[str]]:
 
 
 def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
-    """How much siblings differ, 0 if they are all alike; NaN without any.
+    """Return how much siblings differ, 0 if they are all alike; NaN without any.
 
     Args:
         kept: ``fingerprints`` of N outputs.
         groups: ``[N]``, equal for siblings.
 
     Returns:
-        pictures: the root mean square over thumbnails' pixels of the standard deviation within a
+        Pictures: the root mean square over thumbnails' pixels of the standard deviation within a
         group. Texts: the mean over pairs of siblings of the share of their words that only one has
         (Jaccard's distance).
     """
@@ -126,6 +129,6 @@ def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
 
 
 def prefixed(kind: str, outputs: Outputs, values: Mapping[str, float]) -> dict[str, float]:
-    """Names of metrics: ``image/<statistic>`` or ``text/<statistic>`` after a prefix."""
+    """Return the names of metrics: ``image/<statistic>`` or ``text/<statistic>`` after a prefix."""
     what = "image" if isinstance(outputs, Tensor) else "text"
     return {f"{kind}{what}/{name}": value for name, value in values.items()}

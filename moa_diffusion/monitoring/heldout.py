@@ -42,17 +42,17 @@ class HeldOut:
 
     Args:
         requests: M samples to draw; their seeds fix the outputs.
-        policy: draws them.
-        scorer: the K reward heads, those that are not trained on included.
-        training: the heads of the objectives, for the comparison with rollouts.
-        comm: collectives over the processes.
-        batch: samples per forward pass.
-        log: where every sample's rewards go.
-        folder: where sheets of pictures go.
-        drawing: names the settings that outputs depend on beside the requests and the weights.
-        shown: outputs per sheet, the first of the requests; 0 for none.
-        as_rollouts: outputs that are also drawn as rollouts draw them, the first likewise.
-        progress: whether this process shows a progress bar.
+        policy: Draws them.
+        scorer: The K reward heads, those that are not trained on included.
+        training: The heads of the objectives, for the comparison with rollouts.
+        comm: Collectives over the processes.
+        batch: Samples per forward pass.
+        log: Where every sample's rewards go.
+        folder: Where sheets of pictures go.
+        drawing: Names the settings that outputs depend on beside the requests and the weights.
+        shown: Outputs per sheet, the first of the requests; 0 for none.
+        as_rollouts: Outputs that are also drawn as rollouts draw them, the first likewise.
+        progress: Whether this process shows a progress bar.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class HeldOut:
         """Score two outputs with the heads that are not trained on, before many are drawn.
 
         Raises:
-            RewardError, ProcessError: as ``Scorer.try_out``.
+            RewardError, ProcessError: As ``Scorer.try_out``.
         """
         watched = [name for name in self.scorer.names if name not in self.training.names]
         if watched:
@@ -109,12 +109,12 @@ class HeldOut:
         whatever their unit, and for any number of outputs per prompt.
 
         Args:
-            step: rollouts finished; at 0 the policy is what training starts from: the base model,
+            step: Rollouts finished; at 0 the policy is what training starts from: the base model,
                 or with ``policy.adapter`` the model with that LoRA.
-            before_batch: called on all processes before each batch.
+            before_batch: Called on all processes before each batch.
 
         Raises:
-            RewardError, ProcessError: on all processes, if a head fails or nothing can be written.
+            RewardError, ProcessError: On all processes, if a head fails or nothing can be written.
         """
         self._expect(self.requests)
         scored = self.scorer.draw_and_score(
@@ -173,7 +173,7 @@ class HeldOut:
     def _gaps(
         self, step: int, values: Tensor, before_batch: Callable[[], None]
     ) -> dict[str, float]:
-        """Mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
+        """Return the mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
         requests = self.requests[: self.as_rollouts]
         if not requests:
             return {}
@@ -225,7 +225,7 @@ class HeldOut:
         return drift.diversity(gather_shard_objects(prints, shards, self.comm), siblings)
 
     def state_dict(self) -> dict[str, Any]:
-        """What gains are measured against, and what it was measured on."""
+        """Return what gains are measured against, and what it was measured on."""
         return {"base": self.base, "unit": self.unit, "identity": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -37,8 +37,8 @@ class Lessons:
         Args:
             rewards: The rewards of its N samples.
             advantages: ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
-            advantage: what the policy is updated with, of any shape.
-            first: whether it is the run's first.
+            advantage: What the policy is updated with, of any shape.
+            first: Whether it is the run's first.
         """
         self._resumed |= self._rollouts == 0 and not first
         self._rollouts += 1

@@ -37,7 +37,7 @@ class Progress:
         """Leave if any process was asked to stop; all processes have to call this.
 
         Raises:
-            Interrupted: on all processes.
+            Interrupted: On all processes.
         """
         number = self.stop.number  # may change at any time
         if self.comm.any(number > 0):

@@ -46,7 +46,7 @@ class Apex(Weighting):
     """Weights that follow each objective's potential, conflicts and need.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         potential: Weight ``a_L`` >= 0 of the learning potential; 0 switches the term off.
         conflict: What conflicts are measured on: ``gradients`` (needs the Gramian),
             ``advantages``, or ``off``.
@@ -194,7 +194,7 @@ class Apex(Weighting):
         self.history = torch.cat([self.history[1:], mean[None]])
 
     def _set_targets(self, mean: Tensor) -> None:
-        """Base, unit and target of the start, or of when an objective first shows a spread."""
+        """Return base, unit and target of the start, or of when an objective first has a spread."""
         late = self.base.isnan() | ~(self.unit > 0)
         fresh = late if self.seen > self.warmup else torch.ones_like(late)
         self.base = torch.where(fresh, mean, self.base)

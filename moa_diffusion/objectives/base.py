@@ -22,7 +22,7 @@ class Normalizer(nn.Module, ABC):
     """Puts rewards of different units onto one scale.
 
     Args:
-        objectives: names of the K objectives, in the order of the matrix's rows.
+        objectives: Names of the K objectives, in the order of the matrix's rows.
     """
 
     reference_samples: int = 0  # outputs of the reference wanted per prompt, see `remember`
@@ -32,7 +32,7 @@ class Normalizer(nn.Module, ABC):
         self.objectives = tuple(objectives)
 
     def unknown(self, prompts: Sequence[str]) -> list[str]:
-        """The distinct prompts, in order, whose reference rewards ``remember`` has not been told.
+        """Return the distinct prompts, in order, whose reference rewards are not known yet.
 
         Empty for a normalizer that wants no reference samples.
         """
@@ -66,8 +66,10 @@ class Normalizer(nn.Module, ABC):
         """
 
     def kl_scale(self) -> float:
-        """Factor of the KL's weight since the last call of ``combined``: 1, unless the two stages
-        keep the reward's unit up to one number, which then has to scale the KL as well.
+        """Return the factor of the KL's weight since the last call of ``combined``.
+
+        It is 1, unless the two stages keep the reward's unit up to one number, which then has to
+        scale the KL as well.
         """
         return 1.0
 
@@ -76,7 +78,7 @@ class Weighting(nn.Module, ABC):
     """Decides how much each objective counts.
 
     Args:
-        objectives: names of the K objectives, in the order of the matrix's rows.
+        objectives: Names of the K objectives, in the order of the matrix's rows.
     """
 
     needs_gramian: bool = False  # whether ``stats.gramian`` has to be measured
@@ -93,11 +95,11 @@ class Weighting(nn.Module, ABC):
         """Weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
 
     def report(self) -> dict[str, float]:
-        """What the last call found, for the metrics: ``group/objective`` to a number."""
+        """Return what the last call found, for the metrics: ``group/objective`` to a number."""
         return {}
 
     def headline(self) -> str:
-        """A few words about the last call for the progress bar; empty for nothing to say."""
+        """Return a few words about the last call for the progress bar; empty for nothing to say."""
         return ""
 
     def kl_scale(self) -> float:
@@ -111,7 +113,7 @@ def by_name(
     """Numbers given for some objectives, in the objectives' order: ``[K]``, NaN where none is.
 
     Raises:
-        ValueError: naming the parameter, for an unknown objective or a value that is not finite.
+        ValueError: Naming the parameter, for an unknown objective or a value that is not finite.
     """
     for name, value in (values or {}).items():
         if name not in objectives:
@@ -145,7 +147,7 @@ def effective_weights(weights: Tensor, applies: Tensor) -> Tensor:
 
 
 def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
-    """The weighted mean of the objectives that apply to each sample: ``[N]``.
+    """Return the weighted mean of the objectives that apply to each sample: ``[N]``.
 
     Args:
         advantages: ``[K, N]``, 0 where the objective does not apply.
@@ -156,7 +158,7 @@ def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
 
 
 def variance_share(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
-    """Each objective's share of the variance of ``combine``: what decides the gradient.
+    """Return each objective's share of the variance of ``combine``: what decides the gradient.
 
     With constant weights that is ``w_k (Cov(z) w)_k / (w' Cov(z) w)``. The shares sum to 1; one
     may be negative (an objective that the others oppose). One near 1 is "variance hijacking".

@@ -37,7 +37,7 @@ class Chebyshev(Weighting):
     by) is left out of the softmax.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         weights: K positive finite numbers, the importance of each shortfall; equal by default.
         base: Raw reward, by name, at which the shortfall is ``w_k``; by default the first rollout's
             mean.
@@ -99,7 +99,7 @@ class Chebyshev(Weighting):
         return smooth_max(d, self.temperature) + self.rho
 
     def report(self) -> dict[str, float]:
-        """The shortfalls ``d_k`` of the last call, as far as they are known."""
+        """Return the shortfalls ``d_k`` of the last call, as far as they are known."""
         shortfalls = zip(self.objectives, self._d.tolist(), strict=True)
         return {f"shortfall/{name}": d for name, d in shortfalls if not math.isnan(d)}
 

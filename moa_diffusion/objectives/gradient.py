@@ -53,15 +53,15 @@ class Gradient(Weighting):
     """Weights ``[K]`` by a method of TorchJD; some methods give negative ones.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         aggregator: TorchJD's name, in any case and with any separators: ``upgrad``, ``mgda``,
             ``pcgrad``, ``cagrad``, ``nash_mtl``, ``aligned-mtl``, ``IMTLG``, ``dualproj`` ...
         options: Options of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad;
             ``pref_vector`` is a list with one entry per objective.
 
     Raises:
-        ImportError: if torchjd, or a solver that the method needs, is not installed.
-        ValueError: for an unknown or refused method, or options that it does not take.
+        ImportError: If torchjd, or a solver that the method needs, is not installed.
+        ValueError: For an unknown or refused method, or options that it does not take.
     """
 
     needs_gramian = True
@@ -115,12 +115,15 @@ class Gradient(Weighting):
         return weights
 
     def report(self) -> dict[str, float]:
-        """Whether the last call had to fall back on min-norm weights."""
+        """Return whether the last call had to fall back on min-norm weights."""
         return {"gradient/min_norm_fallback": self._fallbacks}
 
     @torch.no_grad()
     def _solve(self, G: Tensor, kept: Sequence[int], *, seed: int) -> Tensor:
-        """The method's weights of the objectives ``kept``; the global generator stays as it is."""
+        """Return the method's weights of the objectives ``kept``.
+
+        The global generator stays as it is.
+        """
         from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator
 
         method = self._build(kept)
@@ -140,7 +143,10 @@ class Gradient(Weighting):
         return w.detach().double()
 
     def _build(self, kept: Sequence[int]) -> Aggregator:
-        """A fresh solver for the objectives ``kept``: nothing of an earlier call is left in it."""
+        """Return a fresh solver for the objectives ``kept``.
+
+        Nothing of an earlier call is left in it.
+        """
         options = dict(self._options)
         if self._preference is not None:
             entries = [float(self._preference[k]) for k in kept]
@@ -170,8 +176,8 @@ def find_aggregator(name: str) -> type[Aggregator]:
     """TorchJD's aggregator of that name, case and separators aside.
 
     Raises:
-        ImportError: if torchjd is not installed.
-        ValueError: if there is none, or it needs more than one Gramian.
+        ImportError: If torchjd is not installed.
+        ValueError: If there is none, or it needs more than one Gramian.
     """
     try:
         from torchjd import aggregation
@@ -206,7 +212,7 @@ def find_aggregator(name: str) -> type[Aggregator]:
 
 
 def factor(G: Tensor) -> Tensor:
-    """A matrix ``J [K, K]`` with ``J J' = G``."""
+    """Return a matrix ``J [K, K]`` with ``J J' = G``."""
     eigenvalues, V = torch.linalg.eigh(G)
     return V * eigenvalues.clamp(min=0).sqrt()
 

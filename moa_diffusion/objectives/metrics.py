@@ -20,10 +20,10 @@ def reward_metrics(
     weights: Tensor,
     estimates: RewardMatrix | None = None,
 ) -> dict[str, float]:
-    """What one rollout says about each objective; NaN where nothing applies.
+    """Return what one rollout says about each objective; NaN where nothing applies.
 
     Args:
-        rewards: raw, ``[K, N]``.
+        rewards: Raw, ``[K, N]``.
         advantages: ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
         weights: ``[K]``, ``[K, N]`` or ``[K, D]``.
         estimates: What the advantages are computed from, if not from the rewards: ``[K, D]``.

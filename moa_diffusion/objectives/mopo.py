@@ -53,7 +53,7 @@ class Mopo(Weighting):
     them by up to 0.18 and swings on.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         primary: Name of the objective that is improved; by default the first.
         bounds: Least level of each secondary objective; one number for all, or a number for each.
             A win rate of 0.5 means "no worse than the reference model".
@@ -163,7 +163,7 @@ class Mopo(Weighting):
         return metrics
 
     def headline(self) -> str:
-        """The worst violation, or that every bound is kept."""
+        """Return the worst violation, or that every bound is kept."""
         violation = self.bounds - self.level  # [K], in the bounds' units
         known = (violation / self.unit).nan_to_num(nan=-math.inf)
         worst = int(known.argmax())
@@ -182,7 +182,10 @@ class Mopo(Weighting):
                 )
 
     def _measure(self, stats: ObjectiveStats) -> Tensor:
-        """Mean over the batch of what the bounds are on: ``[K]``, NaN if nothing applies."""
+        """Return the mean over the batch of what the bounds are on.
+
+        ``[K]``, NaN if nothing applies.
+        """
         if self.units == "reward":
             spread = rms_group_std(stats.rewards)
             self.unit = torch.where(self.unit.isnan() & (spread > 0), 4 * spread, self.unit)
@@ -214,7 +217,7 @@ class Mopo(Weighting):
 def checked_bounds(
     bounds: Mapping[str, float] | float, primary: str, secondary: Sequence[str], units: str
 ) -> dict[str, float]:
-    """One finite bound for each secondary objective; in [0, 1] if they are win rates."""
+    """Return one finite bound for each secondary objective; in [0, 1] if they are win rates."""
     if isinstance(bounds, Mapping):
         chosen = dict(bounds)
     elif units == "reward" and secondary:

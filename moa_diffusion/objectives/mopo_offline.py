@@ -14,7 +14,8 @@ the violation::
 ``OfflineMopo`` runs them over a set of responses. The reference follows the policy, and the bounds
 follow the reference::
 
-    every `lag` steps:   log ref(y|x) <- log pi_{t - lag}(y|x) - log mu(y|x), normalised per prompt
+    every ``lag`` steps:   log ref(y|x) <- log pi_{t - lag}(y|x) - log mu(y|x), normalised per
+    prompt
                          b_k <- max(b_user, beta G_k)         "ratchet"
                          b_k <- beta G_k                      "beta_lag", as published
 
@@ -60,10 +61,10 @@ def tilt(
         pbar: ``[P, Y]`` win rates of the primary objective.
         qbar: ``[K, P, Y]`` of the secondary ones.
         lambdas: ``[K]`` non-negative.
-        tau: weight of the KL, positive.
+        tau: Weight of the KL, positive.
         log_ref: ``[P, Y]``, each row the logarithm of a distribution: ``-log Y`` for responses
             that were sampled from the reference, ``-inf`` for padding.
-        log_cap: largest ``log rho``. Below infinity the rows need not average 1.
+        log_cap: Largest ``log rho``. Below infinity the rows need not average 1.
     """
     if not tau > 0:
         raise ValueError(f"Parameter `tau` should be positive. Found {tau}.")
@@ -84,7 +85,9 @@ def constraint_levels(rho: Tensor, qbar: Tensor, log_ref: Tensor) -> Tensor:
 
 
 def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tensor:
-    """The smallest ``G_k`` over all data distributions within KL ``eps`` of this one: ``[K]``.
+    """Return the smallest ``G_k`` over all data distributions within KL ``eps`` of this one.
+
+    ``[K]``.
 
     That is ``max_chi -chi log E_ref exp(-rho qbar_k / chi) - chi eps`` over ``chi > 0``. With
     ``f = rho qbar`` the worst distribution is ``q ~ ref exp(-f / chi)``, and the value of the dual
@@ -96,7 +99,7 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
         rho: ``[P, Y]``.
         qbar: ``[K, P, Y]``.
         log_ref: ``[P, Y]``.
-        eps: radius of the ball in nats; 0 gives ``constraint_levels``.
+        eps: Radius of the ball in nats; 0 gives ``constraint_levels``.
     """
     if not 0 <= eps < math.inf:
         raise ValueError(f"Parameter `eps` should be finite and not negative. Found {eps}.")
@@ -147,7 +150,7 @@ def barrier(levels: Tensor, bounds: Tensor, sigma: float, maximum: float) -> Ten
 def barrier_step(
     lambdas: Tensor, levels: Tensor, bounds: Tensor, eta: float, sigma: float, maximum: float
 ) -> Tensor:
-    """A dual step for the barrier, whose fixed point is ``sigma / (G - b)``: ``[K]``.
+    """Return a dual step for the barrier, whose fixed point is ``sigma / (G - b)``: ``[K]``.
 
     ``lambda`` minimises ``lambda (G - b) - sigma log lambda + (lambda - before)^2 / (2 eta)``.
     Where ``G`` answers at once, ``barrier`` swings between nothing and the maximum; this step is
@@ -225,8 +228,8 @@ class OfflineMopo(nn.Module):
     not known (NaN) is left out of everything.
 
     Args:
-        primary: name of the objective that is improved.
-        secondary: names of the K others.
+        primary: Name of the objective that is improved.
+        secondary: Names of the K others.
         pbar: ``[P, Y]`` win rates of the primary objective; NaN: not compared, or padding.
         qbar: ``[K, P, Y]`` of the secondary ones.
         log_data: ``[P, Y]``, ``-log Y`` of the prompt's responses and ``-inf`` for padding.
@@ -279,7 +282,7 @@ class OfflineMopo(nn.Module):
         self.register_buffer("lagged", torch.zeros_like(self.log_data))
 
     def forward(self, kl_scale: float = 1.0) -> Tensor:
-        """One dual step; then the target ``[P, Y]`` at these multipliers.
+        """Return one dual step; then the target ``[P, Y]`` at these multipliers.
 
         Each row is a distribution, or sums to less than 1 where ``log_cap`` binds; NaN where the
         reference is not known. ``kl_scale`` is a factor of ``tau``.
@@ -312,7 +315,7 @@ class OfflineMopo(nn.Module):
         return float(pessimistic(rho[a], self.rates[k : k + 1, a], self.log_ref[a], eps))
 
     def bounds(self) -> Tensor:
-        """The bounds that hold at present: ``[K]``."""
+        """Return the bounds that hold at present: ``[K]``."""
         if self.settings.follow == "ratchet":
             return torch.maximum(self.floor, self.followed)
         return torch.where(self.followed.isinf(), self.floor, self.followed)

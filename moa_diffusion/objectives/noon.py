@@ -37,7 +37,7 @@ class Noon(Normalizer):
     computes it again.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         eps: Number that is added to each spread, in the objective's own unit; anything but 0
             favours rewards of small numbers in the minimum.
         match_rms: Whether the weighted mean is scaled so that its RMS over the batch is that of the
@@ -68,7 +68,10 @@ class Noon(Normalizer):
 
 
 def _rms(values: Tensor) -> Tensor:
-    """Root mean square of ``[N]``; scaled first, so that tiny values do not underflow."""
+    """Return the root mean square of ``[N]``.
+
+    Scaled first, so that tiny values do not underflow.
+    """
     largest = values.abs().amax() if len(values) else values.new_zeros(())
     scale = torch.where(largest > 0, largest, 1.0)
     return scale * (values / scale).square().mean().sqrt()

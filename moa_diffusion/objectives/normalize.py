@@ -26,7 +26,7 @@ class Raw(Normalizer):
     every group the same weight, whatever applies to it. With ``std='batch'`` it does not.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         std: What is divided by: the spread of the ``group`` (GRPO) or of the whole ``batch``, that
             is the RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in
             it).
@@ -61,7 +61,7 @@ class GDPO(Normalizer):
     independent). ``DualStage`` evens that out.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         std: What stage 1 divides by: the spread of the ``group``, or one for the whole ``batch``,
             the RMS of the groups'.
         eps: Number that is added to each spread, in the objective's own unit.
@@ -102,7 +102,7 @@ class DualStage(Normalizer):
     description does not say what happens where some do not apply.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         floor: Share ``c`` of the usual spread below which no spread is divided by, in [0, 1]; 0
             gives GDPO's stage 1 without its eps.
         decay: Decay of the moving average of spreads, in [0, 1).
@@ -139,7 +139,7 @@ class PromptHistory(Normalizer):
     average is not normalised again, so prompts to which fewer objectives apply weigh more.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         size: Number of rewards that are remembered per prompt and objective.
         min_count: Number of remembered rewards below which the batch's mean and spread are used.
         eps: Number that is added to each spread, in the objective's own unit.
@@ -230,7 +230,9 @@ def batch_spread(advantage: Tensor, rewards: RewardMatrix) -> Tensor:
 
 
 def _patterns(rewards: RewardMatrix) -> Tensor:
-    """Number of the set of objectives that apply to some sample of each sample's group: ``[N]``.
+    """Return the number of the set of objectives that apply to some sample of each sample's group.
+
+    ``[N]``.
 
     Of the group, since a head that cannot judge one of its samples makes that no prompt of another
     kind.
@@ -246,7 +248,7 @@ def _patterns(rewards: RewardMatrix) -> Tensor:
 
 
 def _combined(advantage: Tensor, rewards: RewardMatrix) -> RewardMatrix:
-    """The weighted mean as a matrix of one objective, NaN where nothing applies."""
+    """Return the weighted mean as a matrix of one objective, NaN where nothing applies."""
     counted = (~torch.isnan(rewards.values)).any(0)
     return RewardMatrix(
         names=("combined",),

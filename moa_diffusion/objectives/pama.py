@@ -66,13 +66,16 @@ class PamaVector(Weighting):
 
 
 def tells_apart(stats: ObjectiveStats) -> Tensor:
-    """Whether the objective applies to the sample and varies in its group: ``[K, N]`` bool."""
+    """Return whether the objective applies to the sample and varies in its group.
+
+    ``[K, N]`` bool.
+    """
     _, std, _ = group_moments(stats.rewards.values, stats.rewards.groups)
     return (std > 0) & ~torch.isnan(stats.rewards.values)
 
 
 def min_norm_scalar(advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The scalar problem, for each sample: ``s*`` and weights ``c`` that attain it.
+    """Return the scalar problem, for each sample: ``s*`` and weights ``c`` that attain it.
 
     ``c`` is not unique. Where the valid advantages have one sign it is uniform over those nearest
     to 0; where some are exactly 0, uniform over these; where they straddle 0, it is on the smallest
@@ -109,7 +112,7 @@ def _uniform(members: Tensor) -> Tensor:
 
 
 def min_norm_weights(gramian: Tensor) -> Tensor:
-    """The weights on the simplex that minimise ``c' G c``: ``[K]``.
+    """Return the weights on the simplex that minimise ``c' G c``: ``[K]``.
 
     An active set grows by the vector that violates optimality most and shrinks where a weight
     would turn negative (Wolfe's nearest-point method, in terms of the Gramian). It ends after
@@ -119,7 +122,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
         gramian: ``[K, K]``, symmetric and positive semi-definite; it may be singular.
 
     Returns:
-        float64; uniform over the zero rows if there are any.
+        Float64; uniform over the zero rows if there are any.
     """
     G = gramian.double()
     K = len(G)
@@ -153,7 +156,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
 
 
 def _affine_minimum(G: Tensor) -> Tensor:
-    """The minimum of ``y' G y`` with ``sum y = 1`` and no constraint on signs."""
+    """Return the minimum of ``y' G y`` with ``sum y = 1`` and no constraint on signs."""
     scale = G.diagonal().rsqrt()  # rows of very different length: solve between unit vectors
     y: Tensor = scale * torch.linalg.solve(scale[:, None] * G * scale, scale)
     return y / y.sum()

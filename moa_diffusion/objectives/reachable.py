@@ -35,7 +35,7 @@ class OutOfReach:
     level: float  # the most that this mean can be
 
     def bounds(self, mopo: OfflineMopo) -> str:
-        """The bounds in words."""
+        """Return the bounds in words."""
         pairs = zip(mopo.secondary, mopo.bounds().tolist(), self.weights.tolist(), strict=True)
         involved = [(name, bound, weight) for name, bound, weight in pairs if weight > 0.01]
         said = " and ".join(f"{bound:g} for `{name}`" for name, bound, _ in involved)
@@ -50,12 +50,12 @@ def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:
     """Check that some multipliers keep the bounds.
 
     Args:
-        mopo: whose bounds.
-        reference_known: whether its reference is the one that it will have; if not, what no
+        mopo: Whose bounds.
+        reference_known: Whether its reference is the one that it will have; if not, what no
             reference can keep is found.
 
     Raises:
-        ValueError: naming the objectives, the bounds, what can be reached, and what to change.
+        ValueError: Naming the objectives, the bounds, what can be reached, and what to change.
     """
     if not (excluded := _out_of_reach(mopo, reference_known)):
         return
@@ -71,7 +71,7 @@ def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:
 
 
 def _out_of_reach(mopo: OfflineMopo, reference_known: bool) -> OutOfReach | None:
-    """The first bound, or bounds together, that cannot be kept."""
+    """Return the first bound, or bounds together, that cannot be kept."""
     bounds = mopo.bounds()  # [K]
     for k, bound in enumerate(bounds.tolist() if reference_known else ()):
         level = _largest_level(mopo, k, bound - TOLERANCE)
@@ -106,7 +106,7 @@ def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
 
 
 def _maximum(level: Callable[[float], float], largest: float, enough: float) -> tuple[float, float]:
-    """Where in (0, largest] a level is largest, and how large; ends early at ``enough``."""
+    """Return where in (0, largest] a level is largest, and how large; ends early at ``enough``."""
     values = (largest * torch.logspace(0, -5, STEPS, dtype=torch.float64)).tolist()
     visited: list[tuple[float, float]] = []
     for _ in range(2):
@@ -122,7 +122,7 @@ def _maximum(level: Callable[[float], float], largest: float, enough: float) -> 
 
 
 def _excluding(mopo: OfflineMopo, bounds: Tensor) -> OutOfReach | None:
-    """The weights under which policies over the responses miss the bounds' mean by the most."""
+    """Return the weights under which policies miss the bounds' mean by the most."""
     applies = (mopo.applies[1:] & ~mopo.log_ref.isnan().any(1)).double()  # [K, P]
     counts = applies.sum(1)
     if (counts == 0).any():

@@ -17,7 +17,7 @@ class Static(Weighting):
     What they multiply is the normalizer's choice: raw rewards (``raw``) or z-scores.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         weights: K finite numbers, not all zero; equal by default. A negative one minimises.
     """
 

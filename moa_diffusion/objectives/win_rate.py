@@ -45,7 +45,7 @@ class WinRate(Normalizer):
     """Centred win rates against rewards of reference outputs, which ``remember`` keeps.
 
     Args:
-        objectives: names of the K objectives.
+        objectives: Names of the K objectives.
         pool_size: Number M of reference outputs per prompt, at least 2.
         eps: Number that is added to the batch's spread, in win rates.
     """
@@ -90,12 +90,14 @@ class WinRate(Normalizer):
         self.scale = torch.cat([self.scale, scale[len(self.scale) :]])
 
     def win_rates(self, rewards: RewardMatrix) -> Tensor:
-        """Each sample's win rate against the pool of its prompt: ``[K, N]`` float64 in [0, 1].
+        """Return each sample's win rate against the pool of its prompt.
+
+        ``[K, N]`` float64 in [0, 1].
 
         NaN where the objective does not apply to the sample, or to none of its pool.
 
         Raises:
-            RuntimeError: for a prompt without a pool.
+            RuntimeError: For a prompt without a pool.
         """
         if unknown := self.unknown(rewards.prompts):
             raise RuntimeError(
@@ -141,7 +143,9 @@ class WinRate(Normalizer):
 
 
 def pool_std(pool: Tensor) -> Tensor:
-    """Population standard deviation over the last axis, ignoring NaN; rounding is exactly 0.
+    """Return the population standard deviation over the last axis, ignoring NaN.
+
+    Rounding is exactly 0.
 
     Args:
         pool: ``[..., M]``.

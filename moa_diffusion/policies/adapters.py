@@ -65,10 +65,10 @@ class Adapter:
 
 
 def sd3_skeleton(path: str, *, revision: str | None = None, config: Any = None) -> Any:
-    """The transformer of a pipeline without its weights.
+    """Return the transformer of a pipeline without its weights.
 
     Args:
-        path: folder or hub id of a pipeline.
+        path: Folder or hub id of a pipeline.
         revision: The revision of a hub id.
         config: The configuration of the transformer, if it need not be read.
     """
@@ -81,14 +81,14 @@ def sd3_skeleton(path: str, *, revision: str | None = None, config: Any = None) 
 
 
 def text_skeleton(path: str, *, revision: str | None = None) -> Any:
-    """A causal language model without its weights.
+    """Return a causal language model without its weights.
 
     Args:
-        path: folder or hub id.
+        path: Folder or hub id.
         revision: The revision of a hub id.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If there is none.
     """
     from transformers import AutoModelForCausalLM
 
@@ -100,13 +100,13 @@ def read_sd3_adapter(place: Path, transformer: Any, *, tell: bool = True) -> Ada
     """Read LoRA weights as ``StableDiffusion3Pipeline.load_lora_weights`` or peft would.
 
     Args:
-        place: folder or file of LoRA weights; see ``lora_files``.
-        transformer: an ``sd3_skeleton`` of the base model, which the weights are fitted to; as it
+        place: Folder or file of LoRA weights; see ``lora_files``.
+        transformer: An ``sd3_skeleton`` of the base model, which the weights are fitted to; as it
             was afterwards.
-        tell: whether to warn of layers that the file leaves out.
+        tell: Whether to warn of layers that the file leaves out.
 
     Raises:
-        ConfigError: if the file is missing, damaged or foreign, or does not fit the base model.
+        ConfigError: If the file is missing, damaged or foreign, or does not fit the base model.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -140,7 +140,7 @@ def read_sd3_adapter(place: Path, transformer: Any, *, tell: bool = True) -> Ada
 
 
 def _metadata(file: LoraFile) -> dict[str, Any] | None:
-    """What diffusers wrote of the LoRA's settings beside its tensors; None if it did not."""
+    """Return what diffusers wrote of the LoRA's settings beside its tensors; None if it did not."""
     key, where = f"{_PREFIX}.target_modules", f"LoRA weights `{file.path}` have damaged metadata"
     try:
         config = json.loads(file.metadata.get("lora_adapter_metadata", "null"))
@@ -175,14 +175,14 @@ def read_text_adapter(
     the last part of the name.
 
     Args:
-        place: folder of ``adapter_config.json`` and ``adapter_model.safetensors``, or that file.
-        model: a ``text_skeleton`` of the base model, which peft fits the weights to; as it was
+        place: Folder of ``adapter_config.json`` and ``adapter_model.safetensors``, or that file.
+        model: A ``text_skeleton`` of the base model, which peft fits the weights to; as it was
             afterwards.
-        base: folder or hub id of the base model; None for no comparison of names.
-        tell: whether to warn of layers that the file leaves out.
+        base: Folder or hub id of the base model; None for no comparison of names.
+        tell: Whether to warn of layers that the file leaves out.
 
     Raises:
-        ConfigError: if a file is missing, damaged or foreign, is no plain LoRA, or does not fit
+        ConfigError: If a file is missing, damaged or foreign, is no plain LoRA, or does not fit
             the base model.
     """
     folder = place.parent if place.is_file() else place
@@ -232,13 +232,13 @@ def _refused(path: Path, error: Exception) -> ConfigError:
 
 
 def peft_config(path: Path) -> Any:
-    """peft's settings of a plain LoRA.
+    """Return peft's settings of a plain LoRA.
 
     Args:
         path: The path of ``adapter_config.json``.
 
     Raises:
-        ConfigError: if it is missing or damaged, or of more than a plain LoRA.
+        ConfigError: If it is missing or damaged, or of more than a plain LoRA.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -288,19 +288,19 @@ def fitted(
     whole: bool = True,
     tell: bool = True,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The layers of an ``Adapter``, whose scales are those of the adapted model.
+    """Return the layers of an ``Adapter``, whose scales are those of the adapted model.
 
     Args:
         path: The path of the weights, for messages.
-        state: all tensors of the adapter.
-        model: carries the adapter, with any values.
+        state: All tensors of the adapter.
+        model: Carries the adapter, with any values.
         name: The name of the adapter.
-        whole: whether every adapted layer should have tensors; else those without are left out, as
+        whole: Whether every adapted layer should have tensors; else those without are left out, as
             their B is zero.
-        tell: whether to warn of those that are left out.
+        tell: Whether to warn of those that are left out.
 
     Raises:
-        ConfigError: if a layer lacks its tensors, their shapes do not fit, or more is left.
+        ConfigError: If a layer lacks its tensors, their shapes do not fit, or more is left.
     """
     layers, left_out = {}, []
     for place, layer in _adapted(model).items():
@@ -325,7 +325,7 @@ def fitted(
 
 
 def _check_layers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """What diffusers would say at greater length, or not at all."""
+    """Return what diffusers would say at greater length, or not at all."""
     modules = dict(model.named_modules())
     named = {name: re.fullmatch(r"(.+)\.lora_[AB]\.weight", name) for name in state}
     places = {name: located[1] for name, located in named.items() if located is not None}
@@ -341,7 +341,7 @@ def _check_layers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> 
 
 
 def _fits(shape: tuple[int, int], a: Tensor, b: Tensor) -> bool:
-    """Whether A ``[rank, in]`` and B ``[out, rank]`` update a weight ``[out, in]``."""
+    """Return whether A ``[rank, in]`` and B ``[out, rank]`` update a weight ``[out, in]``."""
     plain = a.ndim == b.ndim == 2
     return plain and (len(b), a.shape[1]) == shape and len(a) == b.shape[1] > 0
 
@@ -369,7 +369,7 @@ def _misfit(
 
 
 def _adapted(model: Any) -> dict[str, Any]:
-    """The adapted layers by name."""
+    """Return the adapted layers by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = model.named_modules()

@@ -41,13 +41,15 @@ class Policy(Protocol):
         """Draw one batch without gradient.
 
         Args:
-            requests: n samples to draw; each depends on its own seed alone.
-            step: the rollout's number, from which choices shared by all ranks are derived.
+            requests: N samples to draw; each depends on its own seed alone.
+            step: The rollout's number, from which choices shared by all ranks are derived.
         """
         ...
 
     def trained_steps(self, step: int) -> Sequence[int]:
-        """Which of the decisions that may be trained are the T of rollout ``step``: their numbers.
+        """Return which of the decisions that may be trained are the T of rollout ``step``.
+
+        Their numbers.
 
         What is true of a decision (how its log-probability rounds, say) is true of its number, in
         whichever column of a rollout it stands. Equal on all ranks.
@@ -57,21 +59,21 @@ class Policy(Protocol):
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
+        """Return Log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
 
         Args:
-            rollout: n samples that ``sample`` drew.
-            steps: part of the T decisions, as ``step_chunks`` cuts them.
-            with_kl: whether to return the KL to the reference ``[n, t]`` (with gradient) as well.
+            rollout: N samples that ``sample`` drew.
+            steps: Part of the T decisions, as ``step_chunks`` cuts them.
+            with_kl: Whether to return the KL to the reference ``[n, t]`` (with gradient) as well.
         """
         ...
 
     def generate(self, requests: Sequence[Request]) -> Outputs:
-        """Outputs as deployment would draw them: without exploration noise."""
+        """Return the outputs as deployment would draw them: without exploration noise."""
         ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
-        """The parameters being trained, float32, by stable names."""
+        """Return the parameters being trained, float32, by stable names."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -79,7 +81,7 @@ class Policy(Protocol):
         ...
 
     def tapped(self) -> Sequence[Any]:
-        """The layers that hand over the gradients of all objectives in one backward pass.
+        """Return the layers that hand over the gradients of all objectives in one backward pass.
 
         They are ``moa_diffusion.training.gradients.Layer``. Trainable parameters outside them are
         differentiated once per objective.

@@ -43,7 +43,7 @@ class CausalLMPolicy:
     ``length``, tokens with the end, and ``entropy``, the mean of ``-log p`` over them in nats.
 
     Args:
-        model: taken over: it gets the adapter, and its generation settings (penalties, top-k)
+        model: Taken over: it gets the adapter, and its generation settings (penalties, top-k)
             give way, as with them samples would not be the policy's. Dropout stays off. Frozen
             weights and the forward pass keep its dtype; adapter and log-probs are float32.
         tokenizer: The model's tokenizer.
@@ -51,12 +51,12 @@ class CausalLMPolicy:
         generation: The section ``generation``: limits, temperatures and the chat template.
         device: Where the model lives.
         seed: Decides the adapter's initial values.
-        features: whether rollouts hold the last hidden state that predicts each token, float32,
+        features: Whether rollouts hold the last hidden state that predicts each token, float32,
             for value heads.
 
     Raises:
-        ConfigError: if model, tokenizer and limits do not fit together.
-        ValueError: if a parameter is out of range, or names no layer.
+        ConfigError: If model, tokenizer and limits do not fit together.
+        ValueError: If a parameter is out of range, or names no layer.
     """
 
     whole_rows, row_copies = True, 1
@@ -131,7 +131,7 @@ class CausalLMPolicy:
         """Tokenise the prompts.
 
         Raises:
-            ConfigError: naming the first that is too long.
+            ConfigError: Naming the first that is too long.
         """
         for prompt in prompts:
             self.dialogue.prompt(prompt)
@@ -148,16 +148,16 @@ class CausalLMPolicy:
         """Given responses as token ids, each tokenised by itself, with its end; no forward pass.
 
         Raises:
-            ValueError: naming the first that is too long, or that spells its end.
+            ValueError: Naming the first that is too long, or that spells its end.
         """
         return [self.dialogue.response(text) for text in texts]
 
     def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities ``[n]`` float32 of whole given responses, with gradient.
+        """Return Log-probabilities ``[n]`` float32 of whole given responses, with gradient.
 
         Args:
-            prompts: n.
-            tokens: n responses, as ``tokens_of`` gives them.
+            prompts: N.
+            tokens: N responses, as ``tokens_of`` gives them.
         """
         requests = [Request(prompt=prompt) for prompt in prompts]
         response, mask = self.dialogue.pad(tokens, self.max_new_tokens, left=False)
@@ -260,14 +260,14 @@ class CausalLMPolicy:
     def _score(
         self, requests: Sequence[Request], response: Tensor, mask: Tensor, p: int, t: int
     ) -> Tensor:
-        """Log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
+        """Return Log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
 
         Args:
-            requests: n, of which the prompts count.
+            requests: N, of which the prompts count.
             response: ``[n, T]``.
             mask: ``[n, T]``.
-            p: columns of the prompts, no less than the longest has.
-            t: columns of the responses, likewise.
+            p: Columns of the prompts, no less than the longest has.
+            t: Columns of the responses, likewise.
         """
         prompts, known = self._prompts(requests, p)
         mask, response = mask[:, :t], response[:, :t]

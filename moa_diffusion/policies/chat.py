@@ -21,19 +21,19 @@ class Dialogue:
 
     Args:
         tokenizer: The tokenizer of transformers.
-        chat: whether a prompt is a user's turn in the tokenizer's chat template, followed by the
+        chat: Whether a prompt is a user's turn in the tokenizer's chat template, followed by the
             opening of the assistant's. By default, if there is a template.
-        max_prompt_tokens: limit of a prompt with its template.
-        max_new_tokens: limit of a response with its end.
-        stops: further token ids that end a response.
+        max_prompt_tokens: Limit of a prompt with its template.
+        max_new_tokens: Limit of a response with its end.
+        stops: Further token ids that end a response.
 
     Raises:
-        ConfigError: if the tokenizer lacks an end-of-text token, or a template that is asked for.
+        ConfigError: If the tokenizer lacks an end-of-text token, or a template that is asked for.
 
     Attributes:
-        end: id of the token that ends a text.
-        stops: ids of all tokens that end a response, sorted.
-        filler: id of the token at places that do not exist.
+        end: Id of the token that ends a text.
+        stops: Ids of all tokens that end a response, sorted.
+        filler: Id of the token at places that do not exist.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Dialogue:
         """Token ids of a prompt, at least one.
 
         Raises:
-            ConfigError: if it is too long, or nothing at all.
+            ConfigError: If it is too long, or nothing at all.
         """
         if text not in self._prompts:
             self._prompts[text] = self._encode(text)
@@ -101,7 +101,7 @@ class Dialogue:
         """Token ids of a response, tokenised by itself, and its end.
 
         Raises:
-            ValueError: if it is too long, or a token inside it would have ended it.
+            ValueError: If it is too long, or a token inside it would have ended it.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         if inside := [i for i in ids if i in self.stops]:
@@ -121,7 +121,7 @@ class Dialogue:
         """Responses without special tokens.
 
         Args:
-            prompts: n, after which they stand: some tokenizers write a space in front of a word
+            prompts: N, after which they stand: some tokenizers write a space in front of a word
                 only where something is before it.
             ids: ``[n, T]``.
             mask: ``[n, T]``.

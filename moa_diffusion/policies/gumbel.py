@@ -24,7 +24,7 @@ class GumbelNoise:
     the device has no float64, they are made on the CPU.
 
     Args:
-        seeds: one per text.
+        seeds: One per text.
         temperature: The temperature of the softmax, positive.
         device: The device of the logits.
     """

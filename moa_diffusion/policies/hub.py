@@ -14,7 +14,7 @@ def check_place(path: str) -> None:
     """Check that what can only be a folder of this machine is one.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: If not.
     """
     if names_a_place(path) and not Path(path).is_dir():
         contents = "a file" if Path(path).is_file() else f"none at `{Path(path).absolute()}`"
@@ -27,12 +27,12 @@ def check_reachable(path: str, file: str, *, revision: str | None = None) -> Non
     The libraries that load it would ask for a minute before they gave up.
 
     Args:
-        path: folder or hub id.
+        path: Folder or hub id.
         file: The file of the model, that is in the cache if the model is.
         revision: The revision of a hub id.
 
     Raises:
-        ConfigError: if there is no such model, or no way to the hub.
+        ConfigError: If there is no such model, or no way to the hub.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (

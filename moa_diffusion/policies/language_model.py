@@ -21,10 +21,10 @@ ARGUMENTS = {"attention_mask", "position_ids", "logits_to_keep"}
 
 
 def read_config(path: str, *, revision: str | None = None) -> Any:
-    """The model's configuration, of a kind that can be trained here.
+    """Return the model's configuration, of a kind that can be trained here.
 
     Raises:
-        ConfigError: if there is none, or it is not that of a causal language model.
+        ConfigError: If there is none, or it is not that of a causal language model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -52,7 +52,7 @@ def check_forward(kind: type[Any]) -> None:
     """Check that a class of models takes what a policy passes.
 
     Raises:
-        ConfigError: naming the arguments that its forward pass lacks.
+        ConfigError: Naming the arguments that its forward pass lacks.
     """
     lacking = ARGUMENTS - inspect.signature(kind.forward).parameters.keys()
     if lacking:
@@ -67,7 +67,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Check that every token has an embedding.
 
     Raises:
-        ConfigError: if not.
+        ConfigError: If not.
     """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -86,10 +86,10 @@ def stop_tokens(generation_config: Any) -> list[int]:
 
 
 def read_tokenizer(path: str, *, revision: str | None = None) -> Any:
-    """The tokenizer beside a model.
+    """Return the tokenizer beside a model.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If there is none.
     """
     from transformers import AutoTokenizer
 
@@ -108,12 +108,12 @@ def load_model(
     """Load a causal language model and its tokenizer from a folder or a hub id, cast once.
 
     Args:
-        path: folder or hub id.
+        path: Folder or hub id.
         revision: The revision of a hub id.
         dtype: The precision of the frozen weights: 'float32', 'bfloat16' or 'float16'.
 
     Raises:
-        ConfigError: if there is no causal language model with a tokenizer, or its weights are
+        ConfigError: If there is no causal language model with a tokenizer, or its weights are
             incomplete.
     """
     from safetensors import SafetensorError
@@ -147,10 +147,10 @@ def prompt_limit(config: Any, *, max_new_tokens: int, max_prompt_tokens: int | N
     Args:
         config: The configuration of the model.
         max_new_tokens: The largest number of tokens in a response.
-        max_prompt_tokens: a smaller limit; by default all that is left.
+        max_prompt_tokens: A smaller limit; by default all that is left.
 
     Raises:
-        ConfigError: if the context is too short.
+        ConfigError: If the context is too short.
     """
     context: int = config.get_text_config().max_position_embeddings
     if context <= max_new_tokens:
@@ -183,18 +183,18 @@ def check_fit(
     """Check settings against a model's configuration and tokenizer, before its weights are read.
 
     Args:
-        path: folder or hub id.
+        path: Folder or hub id.
         revision: The revision of a hub id.
-        max_new_tokens: as for ``CausalLMPolicy``.
-        max_prompt_tokens: as for ``CausalLMPolicy``.
-        target_modules: as for ``CausalLMPolicy``.
-        chat: as for ``CausalLMPolicy``.
-        prompts: that must not be too long.
+        max_new_tokens: As for ``CausalLMPolicy``.
+        max_prompt_tokens: As for ``CausalLMPolicy``.
+        target_modules: As for ``CausalLMPolicy``.
+        chat: As for ``CausalLMPolicy``.
+        prompts: That must not be too long.
 
     Raises:
-        ConfigError: if there is no causal language model with a tokenizer, or a setting or a
+        ConfigError: If there is no causal language model with a tokenizer, or a setting or a
             prompt does not fit it.
-        ValueError: if ``target_modules`` name no layer.
+        ValueError: If ``target_modules`` name no layer.
     """
     from transformers import AutoModelForCausalLM
 
@@ -219,7 +219,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     transformers does so in training mode only, in which dropout acts.
 
     Raises:
-        ValueError: if the model is not made of such layers.
+        ValueError: If the model is not made of such layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -37,15 +37,15 @@ def attach(
     """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
 
     Args:
-        model: a diffusers or transformers model with peft support; frozen here.
+        model: A diffusers or transformers model with peft support; frozen here.
         rank: The rank of the update.
-        alpha: the update is multiplied by ``alpha / rank``.
-        target_modules: suffixes of the linear layers to adapt.
+        alpha: The update is multiplied by ``alpha / rank``.
+        target_modules: Suffixes of the linear layers to adapt.
         seed: The seed of A's draw; the global generator is left alone.
-        task: peft's name of the model's task, for loaders that choose a class by it.
+        task: Peft's name of the model's task, for loaders that choose a class by it.
 
     Raises:
-        ValueError: if a name matches no layer.
+        ValueError: If a name matches no layer.
     """
     from peft import LoraConfig
 
@@ -79,7 +79,7 @@ def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
     """Check that each suffix names linear layers.
 
     Raises:
-        ValueError: naming the first that does not.
+        ValueError: Naming the first that does not.
     """
     names = _linear_layers(model)
     for target in target_modules:
@@ -111,19 +111,19 @@ def _conv1d() -> type[nn.Module]:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name."""
+    """Return the adapter's parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def layers(model: nn.Module) -> list[Any]:
-    """The adapted layers."""
+    """Return the adapted layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adapts(target_modules: Sequence[str], name: str) -> bool:
-    """Whether a layer of this name gets an adapter, by peft's rule: the name or its end."""
+    """Return whether a layer of this name gets an adapter, by peft's rule: the name or its end."""
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 
@@ -135,7 +135,7 @@ def start_from(model: Any, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None
     model is the base model with these updates, and all of the adapter can be trained.
 
     Args:
-        model: with the adapter.
+        model: With the adapter.
         updates: A ``[rank, in]`` and B ``[out, rank]`` by the name of an adapted layer, of at most
             the adapter's rank.
     """
@@ -197,10 +197,10 @@ def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
     Merged layers do so anyway; in the others A and B get a ``TappedLinear``, once.
 
     Args:
-        adapted: the model's ``layers``.
+        adapted: The model's ``layers``.
 
     Returns:
-        the ``layers`` of ``moa_diffusion.training.gradients.ObjectiveGradients``.
+        The ``layers`` of ``moa_diffusion.training.gradients.ObjectiveGradients``.
     """
     layers: list[MergedForward | TappedLinear] = []
     for layer in adapted:
@@ -219,7 +219,7 @@ def disabled(adapted: Sequence[Any]) -> Iterator[None]:
     """Within the block the model is the reference: its adapter is off.
 
     Args:
-        adapted: the model's ``layers``, found once: walking the model costs a small model's
+        adapted: The model's ``layers``, found once: walking the model costs a small model's
             forward pass.
     """
     for layer in adapted:
@@ -232,7 +232,7 @@ def disabled(adapted: Sequence[Any]) -> Iterator[None]:
 
 
 def folded_state(model: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The adapter with ``alpha / rank`` multiplied into B, and its metadata with alpha = rank.
+    """Return the adapter with ``alpha / rank`` multiplied into B, and metadata with alpha = rank.
 
     Loaders that ignore the metadata assume alpha = rank: folded, they draw the same picture.
     """

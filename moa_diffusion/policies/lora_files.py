@@ -106,12 +106,12 @@ def read_lora_file(place: Path, prefixes: tuple[str, ...], *, of: str) -> LoraFi
     """Read a file of LoRA weights, or the one in a folder.
 
     Args:
-        place: folder or file.
+        place: Folder or file.
         prefixes: The prefixes of the names of tensors, of which all have the same one, or none.
-        of: what the weights should be of, for messages: "transformer".
+        of: What the weights should be of, for messages: "transformer".
 
     Raises:
-        ConfigError: if there is none, it is damaged, of another format or another kind of model,
+        ConfigError: If there is none, it is damaged, of another format or another kind of model,
             or has values that are not finite.
     """
     path = find_lora_file(place)
@@ -161,10 +161,10 @@ def read_lora_file(place: Path, prefixes: tuple[str, ...], *, of: str) -> LoraFi
 
 
 def find_lora_file(place: Path) -> Path:
-    """The file of LoRA weights that a folder or a file means.
+    """Return the file of LoRA weights that a folder or a file means.
 
     Raises:
-        ConfigError: if there is none, or more than one that could be meant.
+        ConfigError: If there is none, or more than one that could be meant.
     """
     if place.is_file():
         return _readable(place)
@@ -239,12 +239,12 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def damaged(path: Path, error: Exception, so: str) -> ConfigError:
-    """The error about a file that cannot be read, which names what the file is if that is known.
+    """Return the error about a file that cannot be read; it says what the file is, if known.
 
     Args:
-        path: exists.
+        path: Exists.
         error: The error that the reader raised.
-        so: that the file is damaged.
+        so: That the file is damaged.
     """
     with path.open("rb") as file:
         start = file.read(32)
@@ -271,7 +271,7 @@ def _is_lora(name: str) -> bool:
 
 
 def foreign_format(names: Iterable[str]) -> str | None:
-    """Which format these names of tensors are of; None if diffusers or peft write such.
+    """Return which format these names of tensors are of; None if diffusers or peft write such.
 
     Args:
         names: The names of all tensors of a file.
@@ -294,14 +294,14 @@ def foreign_format(names: Iterable[str]) -> str | None:
 
 
 def _first(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> str:
-    """What the first pattern means that is found in a name; "" for none."""
+    """Return what the first pattern means that is found in a name; "" for none."""
     every = list(names)
     matches = (what for pattern, what in patterns if any(re.search(pattern, n) for n in every))
     return next(matches, "")
 
 
 def _other_adapter(names: Iterable[str]) -> str:
-    """Which of peft's other kinds of adapters has such tensors; "" for none."""
+    """Return which of peft's other kinds of adapters has such tensors; "" for none."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as PREFIXES
 
     parts = [part for name in names for part in name.split(".")]

@@ -3,7 +3,7 @@
 peft computes ``W x + s B (A x)`` with three products, which on a small model costs a fifth of a
 forward pass. Here the product is with ``W' = W + s B A``, made once per update of A and B, and the
 backward pass returns the gradients of A and B themselves, or hands over what they are made of
-(`moa_diffusion.training.gradients`). In half precision the update would drown in its rounding:
+(``moa_diffusion.training.gradients``). In half precision the update would drown in its rounding:
 such layers keep peft's forward.
 """
 
@@ -62,10 +62,10 @@ class MergedForward:
     ``weights``, and gives them no gradient.
 
     Args:
-        layer: the layer, with one adapter named "default", without dropout.
+        layer: The layer, with one adapter named "default", without dropout.
 
     Raises:
-        ValueError: if the base weight is not float32.
+        ValueError: If the base weight is not float32.
     """
 
     def __init__(self, layer: Any) -> None:

@@ -30,14 +30,14 @@ class PromptEncoder:
     is told of. Those least recently used are forgotten first, the expected ones not at all.
 
     Args:
-        pipeline: a ``StableDiffusion3Pipeline``; its encoders are taken over.
-        device: where embeddings are computed and returned.
+        pipeline: A ``StableDiffusion3Pipeline``; its encoders are taken over.
+        device: Where embeddings are computed and returned.
         max_sequence_length: T5 tokens per prompt.
-        source: names the weights (path and revision) in the keys of the disk cache.
-        cache_dir: folder of the disk cache; None keeps embeddings in memory only.
-        memory_gb: limit of the memory cache, in GB (1e9 bytes).
-        batch_size: prompts encoded at a time.
-        turn: this process and how many there are: with a disk cache that they share, they begin at
+        source: Names the weights (path and revision) in the keys of the disk cache.
+        cache_dir: Folder of the disk cache; None keeps embeddings in memory only.
+        memory_gb: Limit of the memory cache, in GB (1e9 bytes).
+        batch_size: Prompts encoded at a time.
+        turn: This process and how many there are: with a disk cache that they share, they begin at
             different prompts and leave out what another one has written.
     """
 

@@ -58,7 +58,7 @@ class Steps:
 
     @classmethod
     def of(cls, steps: Sequence[Step], device: torch.device) -> Steps:
-        """One row per step."""
+        """Return one row per step."""
         rows = [[step.x, step.v, step.std, step.length] for step in steps]
         columns = torch.tensor(rows, dtype=torch.float32, device=device).T
         x, v, std, length = columns[:, :, None, None, None]
@@ -68,11 +68,11 @@ class Steps:
         return cls(x=x, v=v, std=std, length=length, unscaled=unscaled[:, None, None, None])
 
     def __getitem__(self, rows: slice) -> Steps:
-        """Some of them."""
+        """Return some of them."""
         return self._each(lambda part: part[rows])
 
     def repeat(self, times: int) -> Steps:
-        """All of them, one after the other, so many times over."""
+        """Return all of them, one after the other, so many times over."""
         return self._each(lambda part: part.repeat(times, 1, 1, 1))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
@@ -81,7 +81,7 @@ class Steps:
         return Steps(x=x, v=v, std=std, length=length, unscaled=unscaled)
 
     def mean(self, x: Tensor, v: Tensor) -> Tensor:
-        """Mean ``[N, C, H, W]`` of ``x_next``, given latents and velocities after guidance."""
+        """Return the mean ``[N, C, H, W]`` of ``x_next`` by latents and guided velocities."""
         return self.x * x + self.v * v
 
     def log_prob(self, x_next: Tensor, mean: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Steps:
         return per_dimension.flatten(1).mean(1)
 
     def even_score(self, v: Tensor, noise: Tensor) -> Tensor:
-        """What stands for the log density where all steps shall count alike: ``[N]``.
+        """Return what stands for the log density where all steps shall count alike: ``[N]``.
 
         Differences of it are normalised log ratios. With ``m`` the mean under the policy that
         drew the step's ``noise``, ``m'`` under another, and D the dimensions, the log ratio is ::
@@ -137,7 +137,7 @@ class Steps:
                 with CPS nearly all of them is the last trained step's.
 
         Raises:
-            ValueError: for another kind.
+            ValueError: For another kind.
         """
         if kind not in KL_KINDS:
             raise ValueError(f"Parameter `kind` should be one of {KL_KINDS}. Found {kind!r}.")
@@ -166,10 +166,10 @@ def flow_sde(s: float, s_next: float, *, noise_level: float, s_second: float) ->
     ``x (1 + g^2 D / 2s) + v (1 + g^2 (1 - s) / 2s) D``, the spread ``g sqrt(-D)``.
 
     Args:
-        s: this step's sigma, in (0, 1].
-        s_next: the next sigma, in [0, s).
+        s: This step's sigma, in (0, 1].
+        s_next: The next sigma, in [0, s).
         noise_level: ``a`` in the paper, > 0; 0.7 there.
-        s_second: the schedule's second sigma; stands for ``s`` in ``1 - s`` where ``s`` is 1.
+        s_second: The schedule's second sigma; stands for ``s`` in ``1 - s`` where ``s`` is 1.
     """
     d = s_next - s
     g = noise_level * math.sqrt(s / (1 - (s_second if s >= 1 else s)))
@@ -185,9 +185,9 @@ def cps(s: float, s_next: float, *, noise_level: float, s_second: float = 1.0) -
     The step is ``unscaled``: its log-prob is the published code's, not the density.
 
     Args:
-        s: this step's sigma, in (0, 1].
-        s_next: the next sigma, in (0, s).
-        noise_level: in (0, 1]; 1 replaces all noise.
+        s: This step's sigma, in (0, 1].
+        s_next: The next sigma, in (0, s).
+        noise_level: In (0, 1]; 1 replaces all noise.
         s_second: The schedule's second sigma, which this step does not depend on.
     """
     std = s_next * math.sin(noise_level * math.pi / 2)
@@ -201,7 +201,7 @@ class StochasticSampler(Protocol):
     """A kind of stochastic step: a function of two neighbouring sigmas of the schedule."""
 
     def __call__(self, s: float, s_next: float, *, noise_level: float, s_second: float) -> Step:
-        """The step from sigma ``s`` to ``s_next``, with a positive ``std``.
+        """Return the step from sigma ``s`` to ``s_next``, with a positive ``std``.
 
         Args:
             s: This step's sigma, in (0, 1].
@@ -216,7 +216,7 @@ SAMPLERS: dict[str, StochasticSampler] = {"flow_sde": flow_sde, "cps": cps}
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample, so that its noise depends on its own seed alone.
+    """Return one CPU generator per sample, so that its noise depends on its own seed alone.
 
     A diffusers pipeline called with ``generator=generators(seeds)`` starts from the same latents.
     """
@@ -226,5 +226,5 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def noise(
     sources: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Standard normal ``[len(sources), *shape]`` float32, drawn on the CPU, moved to ``device``."""
+    """Draw standard normal ``[len(sources), *shape]`` on the CPU, and move it to ``device``."""
     return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)

@@ -38,7 +38,7 @@ def check_pipeline(path: str, *, revision: str | None = None) -> None:
     """Read the pipeline's index and nothing else.
 
     Raises:
-        ConfigError: if there is no pipeline, or one of another class.
+        ConfigError: If there is no pipeline, or one of another class.
     """
     from diffusers import StableDiffusion3Pipeline
 
@@ -67,13 +67,13 @@ def check_fit(
     """Check settings against a pipeline's configuration files, before its weights are read.
 
     Args:
-        path: folder or hub id.
-        revision: of a hub id.
+        path: Folder or hub id.
+        revision: Revision of a hub id.
         resolution: Side of the square images, in pixels.
         target_modules: Suffixes of the linear layers that get an adapter.
 
     Raises:
-        ConfigError: if there is no Stable Diffusion 3 pipeline, or a setting does not fit it.
+        ConfigError: If there is no Stable Diffusion 3 pipeline, or a setting does not fit it.
     """
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
@@ -96,12 +96,12 @@ def latent_shape(config: Any, factor: int, resolution: int) -> tuple[int, int, i
     """Shape ``(C, h, w)`` of the latents of a square image.
 
     Args:
-        config: of the transformer.
-        factor: pixels per latent along a side.
-        resolution: side of the image, in pixels.
+        config: Config of the transformer.
+        factor: Pixels per latent along a side.
+        resolution: Side of the image, in pixels.
 
     Raises:
-        ConfigError: if the transformer cannot draw it.
+        ConfigError: If the transformer cannot draw it.
     """
     multiple = factor * config.patch_size
     largest = config.pos_embed_max_size * multiple
@@ -119,13 +119,13 @@ def load_pipeline(
     """Load a Stable Diffusion 3 pipeline from a folder or a hub id, cast once.
 
     Args:
-        path: folder or hub id.
-        revision: of a hub id.
-        dtype: of transformer and text encoders: 'float32', 'bfloat16' or 'float16'.
-        vae_dtype: of the VAE, likewise.
+        path: Folder or hub id.
+        revision: Revision of a hub id.
+        dtype: Data type of transformer and text encoders: 'float32', 'bfloat16' or 'float16'.
+        vae_dtype: Data type of the VAE, likewise.
 
     Raises:
-        ConfigError: before any weight is read, if there is no pipeline or one of another class.
+        ConfigError: Before any weight is read, if there is no pipeline or one of another class.
     """
     from diffusers import StableDiffusion3Pipeline
     from safetensors import SafetensorError
@@ -160,7 +160,7 @@ class SD3Policy:
     """A ``StableDiffusion3Pipeline`` whose transformer carries a LoRA adapter.
 
     Args:
-        pipeline: a ``StableDiffusion3Pipeline``, taken over: its transformer gets the adapter and
+        pipeline: A ``StableDiffusion3Pipeline``, taken over: its transformer gets the adapter and
             its text encoders leave after ``prepare``. The frozen weights and the forward pass
             keep its dtype; the adapter, latents and log-probs are float32 in any case.
         settings: The section ``policy``: the adapter, batches and caches; what loads the pipeline
@@ -178,8 +178,8 @@ class SD3Policy:
         sampler: A stochastic step of one's own, in the place of the one that ``sampling`` names.
 
     Raises:
-        ConfigError: if the transformer cannot draw images of the resolution.
-        ValueError: if a trained step has no positive standard deviation.
+        ConfigError: If the transformer cannot draw images of the resolution.
+        ValueError: If a trained step has no positive standard deviation.
     """
 
     whole_rows = False
@@ -345,7 +345,7 @@ class SD3Policy:
     # ------------------------------------------------------------------ parts
 
     def trained_steps(self, step: int) -> range:
-        """The denoising steps trained in rollout ``step``: equal on all ranks.
+        """Return the denoising steps trained in rollout ``step``: equal on all ranks.
 
         The last step is never trained: its noise is so small that the likelihood overflows.
         """
@@ -393,7 +393,7 @@ class SD3Policy:
         return step
 
     def _start(self, requests: Sequence[Request], sources: Sequence[torch.Generator]) -> Tensor:
-        """Initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
+        """Return the initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
         starts = [
             source
             if request.start_seed is None
@@ -403,7 +403,7 @@ class SD3Policy:
         return samplers.noise(starts, self.latent_shape, self.device)
 
     def _euler(self, sigmas: Sequence[float]) -> samplers.Steps:
-        """All steps of a schedule as deployment takes them."""
+        """Return all steps of a schedule as deployment takes them."""
         return samplers.Steps.of([samplers.ode(*pair) for pair in pairwise(sigmas)], self.device)
 
     def _embeds(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     Args:
         logits: ``[n, t, V]`` of any floating dtype; its gradient has the same.
         ids: ``[n, t]`` int64.
-        temperature: positive.
+        temperature: Positive.
 
     Returns:
         ``[n, t]`` float32.

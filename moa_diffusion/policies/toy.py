@@ -25,7 +25,7 @@ class ToyPolicy:
     Args:
         steps: T, decisions per sample.
         std: The standard deviation of each step.
-        kl: kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
+        kl: Kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
     """
 
     dtype = torch.float32

@@ -6,10 +6,13 @@ import torch
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """The device itself if it is known to have float64, else the CPU: Apple's has none."""
+    """Return the device itself if it is known to have float64, else the CPU: Apple's has none."""
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The type that sums are made in on a device: float64, or float32 where there is none."""
+    """Return the type that sums are made in on a device.
+
+    Float64, or float32 where there is none.
+    """
     return torch.float64 if float64_device(device) == device else torch.float32

@@ -1,6 +1,6 @@
-"""What `accelerate launch` passes on: what is used, what is not, and what cannot work here.
+"""What ``accelerate launch`` passes on: what is used, what is not, and what cannot work here.
 
-Only the frozen model's LoRA is trained, and `distributed.py` sums its gradients; so there is no
+Only the frozen model's LoRA is trained, and ``distributed.py`` sums its gradients; so there is no
 optimizer or gradient that an engine could split over processes, and the model stands whole on each.
 """
 
@@ -44,8 +44,8 @@ def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> 
     Of the launcher's other settings see ``check_launcher`` and ``unused``.
 
     Args:
-        tracker: name of the one that this Accelerator starts; none by default.
-        folder: for a tracker that writes files.
+        tracker: Name of the one that this Accelerator starts; none by default.
+        folder: For a tracker that writes files.
     """
     # Sums of products in half precision stay float32: with the other reduction, what a matrix
     # product rounds to depends on how cuBLAS splits it, and so on the batch.
@@ -66,7 +66,7 @@ def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os
     """Refuse what the launcher asks for and this program cannot do.
 
     Raises:
-        ConfigError: naming it, and how to start without it.
+        ConfigError: Naming it, and how to start without it.
     """
     engines = [name for key, name in _ENGINES.items() if _is_true(environment, key)]
     if _is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -89,7 +89,7 @@ def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os
 
 
 def unused(dtype: str, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What the launcher asks for that is not used, each with the setting that rules instead.
+    """Return what the launcher asks for that is not used, each with the setting that rules instead.
 
     Args:
         dtype: ``policy.dtype`` of the run.

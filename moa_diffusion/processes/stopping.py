@@ -18,7 +18,7 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved.
 
     Args:
-        message: for the user.
+        message: For the user.
         number: The number of the signal.
     """
 
@@ -31,7 +31,7 @@ class StopRequest:
     """Whether this process was asked to stop, and by which signal.
 
     Args:
-        said: whether this process answers on stderr.
+        said: Whether this process answers on stderr.
     """
 
     def __init__(self, *, said: bool) -> None:
@@ -39,10 +39,10 @@ class StopRequest:
         self._said, self._at_once, self._since = said, False, 0.0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """What the signals do: remember the first; a second Ctrl-C ends at once.
+        """Return what the signals do: remember the first; a second Ctrl-C ends at once.
 
         Raises:
-            KeyboardInterrupt: on a second Ctrl-C, or on the first within ``at_once``.
+            KeyboardInterrupt: On a second Ctrl-C, or on the first within ``at_once``.
         """
         again = bool(self.number) and time.monotonic() - self._since > _SAME_PRESS_SECONDS
         if number == signal.SIGINT and (self._at_once or again):

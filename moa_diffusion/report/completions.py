@@ -19,8 +19,8 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
 
     Args:
         table: The table of E models and P prompts, with texts; the first seed is shown.
-        target: the file.
-        shown: at most this many prompts, as in the grid of pictures.
+        target: The file.
+        shown: At most this many prompts, as in the grid of pictures.
     """
     assert table.texts is not None
     head = ["prompt", *(literal(model.label) for model in table.models)]
@@ -42,7 +42,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as a cell of a Markdown table that shows it as it is."""
+    """Return a text as a cell of a Markdown table that shows it as it is."""
     lines = []
     for line in text.splitlines():
         line = line.replace("\t", " ")

@@ -26,8 +26,8 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
 
     Args:
         table: The table of E models and P prompts, with pictures.
-        target: the PNG.
-        shown: at most this many prompts, see ``shown_prompts``.
+        target: The PNG.
+        shown: At most this many prompts, see ``shown_prompts``.
         seed: One of the table's seeds; by default the first.
     """
     assert table.images is not None
@@ -68,7 +68,7 @@ def shown_prompts(prompts: int, shown: int) -> list[int]:
 
 
 def score_text(score: float) -> str:
-    """A score in few characters; a dash where the reward does not apply."""
+    """Return a score in few characters; a dash where the reward does not apply."""
     if math.isnan(score):
         return "-"
     return f"{score:.3f}" if abs(score) < 10 else f"{score:.4g}"
@@ -119,7 +119,7 @@ def _width(text: str) -> int:
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib: it knows more scripts than Pillow's own."""
+    """Return the font that comes with matplotlib: it knows more scripts than Pillow's own."""
     import matplotlib
 
     return ImageFont.truetype(

@@ -15,7 +15,7 @@ def check_libraries(names: tuple[str, ...]) -> None:
         names: The import names, all of the extra ``report``.
 
     Raises:
-        ImportError: with the line that installs them.
+        ImportError: With the line that installs them.
     """
     try:
         for name in names:

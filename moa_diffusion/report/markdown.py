@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first row the heading, padded so that it reads on a terminal too."""
+    """Return a Markdown table, the first row its heading, padded to read on a terminal too."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     lines = []

@@ -31,7 +31,7 @@ def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     Args:
         table: The table of E models and K rewards.
         summary: The summary of the table.
-        target: the PNG.
+        target: The PNG.
     """
     import matplotlib
 
@@ -117,7 +117,10 @@ def _panel(panel: Any, table: Table, summary: Summary, x: int, y: int) -> None:
 
 
 def _order(table: Table, members: Sequence[int]) -> list[int]:
-    """The models that a line joins: a run from the base model on, a soup of two from end to end."""
+    """Return the models that a line joins.
+
+    A run from the base model on, a soup of two from end to end.
+    """
     first = table.models[members[0]]
     if first.step is not None:
         return [0, *members]
@@ -140,7 +143,7 @@ def _label(panel: Any, table: Table, summary: Summary, points: Array) -> None:
 
 
 def _single(panel: Any, table: Table, summary: Summary) -> None:
-    """One reward: means with their intervals, a row per model."""
+    """Return one reward: means with their intervals, a row per model."""
     name = table.rewards[0]
     style = _style(table)
     for row, (model, one) in enumerate(zip(table.models, summary.models, strict=True)):

@@ -13,7 +13,7 @@ def write_shown(table: Table, folder: Path, *, shown: int) -> str:
     """Write some prompts with the samples of all models beside each other.
 
     Returns:
-        the file's name.
+        The file's name.
     """
     if table.texts is None:
         write_grid(table, folder / "grid.png", shown=shown)

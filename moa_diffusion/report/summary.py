@@ -132,7 +132,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
 
 
 def base_spread(table: Table) -> Array:
-    """The base model's standard deviation within a prompt, of every reward: ``[K]``.
+    """Return the base model's standard deviation within a prompt, of every reward: ``[K]``.
 
     The unit of gains, see ``spread_within``. NaN where there is one seed, or where a reward does
     not vary within any prompt.
@@ -145,7 +145,7 @@ def base_spread(table: Table) -> Array:
 
 
 def _improved(means: Array, base: Array) -> float:
-    """Share of the prompts ``[P]`` that a reward applies to whose samples score more on average."""
+    """Return the share of prompts ``[P]``, of those with a score, whose samples score more."""
     applies = ~numpy.isnan(means - base)
     return float((means > base)[applies].mean()) if applies.any() else math.nan
 
@@ -163,7 +163,7 @@ def write_summary(table: Table, folder: Path) -> Summary:
 
 
 def text(table: Table, summary: Summary) -> str:
-    """The summary in Markdown."""
+    """Return the summary in Markdown."""
     one, several = ("image", "images") if table.texts is None else ("completion", "completions")
     parts = [
         "# Evaluation",
@@ -204,7 +204,7 @@ def text(table: Table, summary: Summary) -> str:
 
 
 def drawn(table: Table) -> str:
-    """How its samples were drawn, in words."""
+    """Return how its samples were drawn, in words."""
     sampler = table.sampler
     if table.texts is None:
         return (

@@ -51,7 +51,7 @@ def read_table(folder: Path) -> Table:
     """Read what ``write_table`` wrote.
 
     Raises:
-        ConfigError: if there is no table, or one that is damaged or incomplete.
+        ConfigError: If there is no table, or one that is damaged or incomplete.
     """
     from pyarrow import ArrowException, parquet
 

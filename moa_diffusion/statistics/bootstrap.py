@@ -28,7 +28,7 @@ class Estimate:
         """``value [low, high]``, or a dash.
 
         Args:
-            form: format of each number, such as ``+.2f``.
+            form: Format of each number, such as ``+.2f``.
         """
         if math.isnan(self.value):
             return "-"
@@ -65,14 +65,14 @@ def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
 
 
 def resample(count: int, *, resamples: int, seed: int) -> Array:
-    """How often each of ``count`` units is drawn with replacement, ``[B, count]``."""
+    """Return how often each of ``count`` units is drawn with replacement, ``[B, count]``."""
     generator = numpy.random.default_rng(seed)
     shares = numpy.full(count, 1 / count)
     return generator.multinomial(count, shares, size=resamples).astype(numpy.float64)
 
 
 def estimate(own: Array, resampled: Array, runs: Array) -> Estimate:
-    """Mean over R runs, with the percentile interval of a bootstrap over runs and prompts.
+    """Return the mean over R runs, with the interval of a bootstrap over runs and prompts.
 
     Args:
         own: ``[R]``, of the sample itself.
@@ -84,7 +84,7 @@ def estimate(own: Array, resampled: Array, runs: Array) -> Estimate:
 
 
 def estimate_one(own: float, resampled: Array) -> Estimate:
-    """A statistic of one sample, with the percentile interval of a bootstrap ``[B]``."""
+    """Return a statistic of one sample, with the percentile interval of a bootstrap ``[B]``."""
     return Estimate(value=float(own), **_interval(resampled))
 
 

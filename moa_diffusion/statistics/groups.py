@@ -14,14 +14,14 @@ RESIDUE = 1e-12  # relative to the largest |value|: a smaller spread is rounding
 
 
 def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation and count of each sample's own group, ignoring NaN.
+    """Return the mean, standard deviation and count of each sample's own group, ignoring NaN.
 
     Args:
         values: ``[K, N]`` float64, NaN where an objective does not apply.
         groups: ``[N]`` int64, any ids.
 
     Returns:
-        three ``[K, N]`` tensors; a group without a value has mean 0, std 0 and count 0. A spread
+        Three ``[K, N]`` tensors; a group without a value has mean 0, std 0 and count 0. A spread
         that is only rounding is returned as exactly 0.
     """
     _, index = torch.unique(groups, return_inverse=True)  # [N] in 0..P-1
@@ -44,10 +44,12 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def rms_group_std(rewards: RewardMatrix) -> Tensor:
-    """Root mean square over the samples of their group's std: ``[K]``; NaN if nothing applies.
+    """Return the root mean square over the samples of their group's std: ``[K]``.
+
+    NaN if nothing applies.
 
     The population's std, which is what a group z-score divides by. In groups of n it is
-    ``sqrt((n - 1) / n)`` of the true spread; `spread_within` is the estimate to report.
+    ``sqrt((n - 1) / n)`` of the true spread; ``spread_within`` is the estimate to report.
     """
     _, std, _ = group_moments(rewards.values, rewards.groups)
     applies = ~torch.isnan(rewards.values)
@@ -77,7 +79,7 @@ def spread_within(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def same_prompt(prompts: Sequence[str]) -> Tensor:
-    """The samples' prompts as numbers, equal for equal texts: ``[N]`` int64.
+    """Return the samples' prompts as numbers, equal for equal texts: ``[N]`` int64.
 
     What a standard error takes as independent: a prompt that was drawn twice, because a file holds
     it twice, tells no more about other prompts than a prompt that was drawn once.
@@ -87,7 +89,10 @@ def same_prompt(prompts: Sequence[str]) -> Tensor:
 
 
 def zero_variance_fraction(rewards: RewardMatrix) -> Tensor:
-    """Share of the samples to which an objective applies whose group has no spread: ``[K]``."""
+    """Return the share of the samples to which an objective applies whose group has no spread.
+
+    ``[K]``.
+    """
     _, std, _ = group_moments(rewards.values, rewards.groups)
     applies = ~torch.isnan(rewards.values)
     return ((std == 0) & applies).sum(1) / applies.sum(1)
@@ -105,14 +110,14 @@ def group_centred(rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
 
 
 def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
-    """Mean of the samples, and its standard error with prompts as the independent units.
+    """Return the mean of the samples, and its standard error with prompts as the independent units.
 
     Args:
         values: ``[M]``, NaN where a reward does not apply.
         prompts: ``[M]`` int64, the prompt of each.
 
     Returns:
-        both NaN where nothing applies; the error also with fewer than two prompts.
+        Both NaN where nothing applies; the error also with fewer than two prompts.
     """
     known = ~values.isnan()
     values, prompts = values[known].double(), prompts[known]

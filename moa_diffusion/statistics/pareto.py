@@ -11,7 +11,7 @@ from moa_diffusion.statistics.bootstrap import Array
 
 
 def nondominated(points: Tensor) -> list[bool]:
-    """Which of E points no other dominates; equal points are both in.
+    """Return which of E points no other dominates; equal points are both in.
 
     Args:
         points: ``[E, K]``, higher is better. A column with a NaN is left out for all; without any
@@ -33,7 +33,7 @@ def spread_out(points: Tensor, limit: int) -> list[int]:
 
     Args:
         points: ``[E, K]``.
-        limit: at least 0.
+        limit: At least 0.
     """
     kept = list(range(len(points)))
     while len(kept) > limit:

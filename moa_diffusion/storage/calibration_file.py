@@ -52,7 +52,7 @@ class Calibration:
     correlations: tuple[tuple[float, ...], ...]  # [K, K], of values centred within their group
 
     def hijacker(self) -> str | None:
-        """The objective that alone decides a weighted sum of raw rewards, if there is one.
+        """Return the objective that alone decides a weighted sum of raw rewards, if there is one.
 
         None as well where fewer than two objectives apply: there is nothing to take over.
         """
@@ -88,11 +88,11 @@ def load(path: str | Path, objectives: Iterable[str] = ()) -> Calibration:
     """Read a file that ``save`` wrote.
 
     Args:
-        path: the JSON file.
-        objectives: names that it has to hold.
+        path: The JSON file.
+        objectives: Names that it has to hold.
 
     Raises:
-        ConfigError: naming the file, the key, what was expected, and what was found.
+        ConfigError: Naming the file, the key, what was expected, and what was found.
     """
     path = Path(path)
     where = f"Calibration file `{path}`"
@@ -141,7 +141,7 @@ def load(path: str | Path, objectives: Iterable[str] = ()) -> Calibration:
 
 
 def _mapping(where: str, values: Any, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """The mapping itself, if it is one and has exactly these keys."""
+    """Return the mapping itself, if it is one and has exactly these keys."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} should hold a mapping. Found {values!r}.")
     for key in keys or ():

@@ -30,7 +30,7 @@ VERSION = 3  # of the layout of ``state.pt``
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` rollouts lives."""
+    """Return where the checkpoint after ``step`` rollouts lives."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -55,12 +55,12 @@ def atomic_folder(
     was.
 
     Args:
-        target: the folder.
-        needed: bytes that it will take, if that is known.
-        writer: keeps processes that write the same folder out of each other's way.
+        target: The folder.
+        needed: Bytes that it will take, if that is known.
+        writer: Keeps processes that write the same folder out of each other's way.
 
     Raises:
-        StorageError: if the system does not let it be written.
+        StorageError: If the system does not let it be written.
     """
     partial = target.with_name(f".{target.name}.{writer}")
     with writing(target, needed):
@@ -100,7 +100,9 @@ def _fsync(path: Path) -> None:
 
 
 def packed(state: dict[str, Any]) -> memoryview:
-    """The bytes of ``state.pt``. torch forgets why a file could not be written; Python does not.
+    """Return the bytes of ``state.pt``. torch forgets why a file could not be written.
+
+    Python does not.
 
     Args:
         state: The state of a run: tensors, numbers, strings, lists and dicts of them.
@@ -111,7 +113,7 @@ def packed(state: dict[str, Any]) -> memoryview:
 
 
 def to_cpu(state: Any) -> Any:
-    """A copy of a nested state that later in-place changes leave alone, on the CPU."""
+    """Return a copy of a nested state that later in-place changes leave alone, on the CPU."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
@@ -125,7 +127,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Read the bytes of ``packed``, without unpickling arbitrary objects, onto the CPU.
 
     Raises:
-        ConfigError: if the file is missing, damaged, or of another version.
+        ConfigError: If the file is missing, damaged, or of another version.
     """
     path = folder / STATE
     if not path.is_file():
@@ -147,7 +149,7 @@ def check_adapter(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) ->
     """Compare the adapter in a checkpoint with the run's.
 
     Raises:
-        ConfigError: naming the first tensor whose name or shape differs.
+        ConfigError: Naming the first tensor whose name or shape differs.
     """
     before = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     now = {name: tuple(tensor.shape) for name, tensor in present.items()}
@@ -162,10 +164,10 @@ def check_adapter(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) ->
 
 
 def find(resume: str, run: Path) -> Path:
-    """The checkpoint folder that ``--resume`` means: ``latest`` of this run, or a path.
+    """Return the checkpoint folder that ``--resume`` means: ``latest`` of this run, or a path.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If there is none.
     """
     if resume != "latest":
         folder = Path(resume)
@@ -185,7 +187,7 @@ def find(resume: str, run: Path) -> Path:
 
 
 def _meant(folder: Path, run: Path) -> str:
-    """The checkpoints in or around a folder that is none, or in the run's own."""
+    """Return the checkpoints in or around a folder that is none, or in the run's own."""
     for place in (folder, *folder.parents[:3], run):  # up from step-000001/ema or its state.pt
         if checkpoints := list_checkpoints(place):
             names = ", ".join(f"`{path}`" for path in checkpoints[-5:])

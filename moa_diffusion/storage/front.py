@@ -33,11 +33,11 @@ def retain(
     """Write ``front.json`` and delete the checkpoints that nothing speaks for.
 
     Args:
-        run: folder of the run.
+        run: Folder of the run.
         objectives: K rewards whose means in evaluations decide.
-        newest: checkpoints that stay for being new; 0 keeps all.
-        front: checkpoints that stay at most for being on the front; 0 for none.
-        best: rollouts of checkpoints that a rollback may go back to.
+        newest: Checkpoints that stay for being new; 0 keeps all.
+        front: Checkpoints that stay at most for being on the front; 0 for none.
+        best: Rollouts of checkpoints that a rollback may go back to.
     """
     saved = [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(run)]
     means = _means(run, objectives)

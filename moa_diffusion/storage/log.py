@@ -35,9 +35,9 @@ class RunLog:
 
     Args:
         folder: The folder of the run.
-        trackers: get every finite number as well; None for none, and on the other processes.
-        main: whether this process writes.
-        scores: whether per-sample scores are written.
+        trackers: Get every finite number as well; None for none, and on the other processes.
+        main: Whether this process writes.
+        scores: Whether per-sample scores are written.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class RunLog:
         """Append one line for rollout ``step``, from 1; what is not finite becomes null.
 
         Raises:
-            StorageError: if it cannot be written.
-            TrackerError: if a tracker fails; the line is then written.
+            StorageError: If it cannot be written.
+            TrackerError: If a tracker fails; the line is then written.
         """
         if self._main:
             self._append(self.path, {"step": step, **values})
@@ -71,7 +71,7 @@ class RunLog:
             settings: The settings of the run, by dotted key.
 
         Raises:
-            TrackerError: naming a tracker that cannot begin.
+            TrackerError: Naming a tracker that cannot begin.
         """
         if self._trackers is not None:
             self._trackers.start(settings)
@@ -80,7 +80,7 @@ class RunLog:
         """Let the trackers finish writing.
 
         Raises:
-            TrackerError: naming a tracker that fails.
+            TrackerError: Naming a tracker that fails.
         """
         if self._trackers is not None:
             self._trackers.finish()
@@ -92,7 +92,7 @@ class RunLog:
             self._append(self.folder / ALARMS, alarm)
 
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """One line of JSON; a number that is not finite becomes null."""
+        """Return one line of JSON; a number that is not finite becomes null."""
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
@@ -110,9 +110,9 @@ class RunLog:
         """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage.
 
         Args:
-            step: rollouts finished.
+            step: Rollouts finished.
             requests: N.
-            rewards: raw, ``[K, N]``.
+            rewards: Raw, ``[K, N]``.
             advantage: ``[N]``.
             texts: N, of a language model.
         """
@@ -132,7 +132,7 @@ class RunLog:
         """Write the M samples of an evaluation: prompt, seed, raw rewards and further columns.
 
         Args:
-            step: rollouts finished.
+            step: Rollouts finished.
             requests: M.
             names: K objectives.
             values: ``[K, M]``.
@@ -147,8 +147,8 @@ class RunLog:
         """Note in ``rewards.json`` what scores depend on (weights, digests) after ``step``.
 
         Args:
-            step: rollouts finished so far.
-            heads: by objective.
+            step: Rollouts finished so far.
+            heads: By objective.
         """
         if not self._main:
             return
@@ -171,8 +171,8 @@ class RunLog:
         """Forget everything after rollout ``step``; at 0 also the evaluation before the first.
 
         Args:
-            step: the last rollout whose numbers and scores stay.
-            pending: whether its row of numbers is still to be written, and goes as well.
+            step: The last rollout whose numbers and scores stay.
+            pending: Whether its row of numbers is still to be written, and goes as well.
         """
         if not self._main:
             return
@@ -200,7 +200,7 @@ def _write_samples(
     extra: Sequence[Mapping[str, Any]],
     texts: Sequence[str],
 ) -> None:
-    """One line per sample; what is NaN becomes null."""
+    """Return one line per sample; what is NaN becomes null."""
     lines = []
     for i, request in enumerate(requests):
         row: dict[str, Any] = {
@@ -222,12 +222,12 @@ def _write_samples(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl`` or ``alarms.jsonl``; none if there is no such file.
+    """Return rows of a ``metrics.jsonl`` or ``alarms.jsonl``; none if there is no such file.
 
     A last line cut off by a crash is left out.
 
     Raises:
-        ValueError: if another line is not JSON; the message gives its number.
+        ValueError: If another line is not JSON; the message gives its number.
     """
     if not path.is_file():
         return []

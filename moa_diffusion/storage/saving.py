@@ -22,7 +22,7 @@ class Savable(Protocol):
     """A policy that can write its adapter."""
 
     def trainable(self) -> Mapping[str, Tensor]:
-        """The trained parameters by name."""
+        """Return the trained parameters by name."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -66,10 +66,10 @@ class Saver:
         """Write a checkpoint unless it is there.
 
         Returns:
-            whether it was written.
+            Whether it was written.
 
         Raises:
-            StorageError: if it cannot be; an older folder is as it was.
+            StorageError: If it cannot be; an older folder is as it was.
         """
         if (target / checkpoint.STATE).is_file():
             return False
@@ -89,13 +89,13 @@ class Saver:
         """Save the state after a failure, outside of the run's folder if that takes nothing.
 
         Args:
-            step: rounds finished.
-            failure: what ended the run; what it says is not said again.
-            alone: whether other processes may not know of the failure and wait for this one. It
+            step: Rounds finished.
+            failure: What ended the run; what it says is not said again.
+            alone: Whether other processes may not know of the failure and wait for this one. It
                 then writes by itself; the state is the same on all.
 
         Returns:
-            a sentence on where the state is.
+            A sentence on where the state is.
         """
         if alone:
             return self._rescued(step, failure)

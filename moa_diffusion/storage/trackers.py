@@ -42,7 +42,7 @@ class Names:
         return self._unique(name, _metric(name))
 
     def key(self, name: str) -> str:
-        """The same of a setting's dotted key; dots stay."""
+        """Return the same of a setting's dotted key; dots stay."""
         return self._unique(name, _safe(name, _UNSAFE_KEY).strip(".") or "_")
 
     def _unique(self, name: str, fitted: str) -> str:
@@ -61,7 +61,7 @@ class Trackers:
 
     Args:
         names: The names of accelerate's trackers.
-        folder: for those that write files, unless they have a place of their own.
+        folder: For those that write files, unless they have a place of their own.
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
@@ -77,7 +77,7 @@ class Trackers:
                 ``config.yaml`` has them whole.
 
         Raises:
-            TrackerError: naming the first that cannot begin.
+            TrackerError: Naming the first that cannot begin.
         """
         short = {self._keys.key(key): _shortened(value) for key, value in settings.items()}
         options = {"dvclive": {"dir": str(self.folder / "dvclive"), "save_dvc_exp": False}}
@@ -94,7 +94,7 @@ class Trackers:
         """Hand over the numbers of a round; those that are not finite are left out.
 
         Raises:
-            TrackerError: naming the tracker that failed.
+            TrackerError: Naming the tracker that failed.
         """
         finite = {
             self._names(name): float(value)
@@ -115,7 +115,7 @@ class Trackers:
         """Let all of them finish writing.
 
         Raises:
-            TrackerError: naming the first that failed, once all were asked.
+            TrackerError: Naming the first that failed, once all were asked.
         """
         failure: TrackerError | None = None
         for name, trackers in self._started.items():
@@ -143,7 +143,7 @@ def _safe(text: str, unsafe: re.Pattern[str]) -> str:
 
 
 def _readable(name: str) -> bool:
-    """Whether every letter and digit has one in ASCII."""
+    """Return whether every letter and digit has one in ASCII."""
     return not any(
         letter.isalnum() and not unicodedata.normalize("NFKD", letter).encode("ascii", "ignore")
         for letter in name

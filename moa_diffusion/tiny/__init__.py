@@ -1,9 +1,10 @@
 """The embedded defaults: models of full-size architectures, small enough to ship.
 
-`StableDiffusion3Pipeline.from_pretrained(PIPELINE_PATH)` loads the pipeline, offline. It draws the
-two families of prompts, at 64 x 64 pixels; `scripts/dev/tiny_pipeline/` describes them and makes
-it from nothing. `AutoModelForCausalLM.from_pretrained(LM_PATH)` loads a language model, which
-writes the letters of `scripts/dev/tiny_letters/`; `TRAITS_PATH` holds classifiers of them.
+``StableDiffusion3Pipeline.from_pretrained(PIPELINE_PATH)`` loads the pipeline, offline. It draws
+the two families of prompts, at 64 x 64 pixels; ``scripts/dev/tiny_pipeline/`` describes them and
+makes it from nothing. ``AutoModelForCausalLM.from_pretrained(LM_PATH)`` loads a language model,
+which writes the letters of ``scripts/dev/tiny_letters/``; ``TRAITS_PATH`` holds classifiers of
+them.
 """
 
 from pathlib import Path

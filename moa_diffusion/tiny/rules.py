@@ -32,13 +32,16 @@ _MANNERS = re.compile(
 
 
 def count_moods(text: str) -> tuple[int, int]:
-    """How often the text praises and how often it blames; "not" before a word turns it round."""
+    """Return how often the text praises and how often it blames.
+
+    "not" before a word turns it round.
+    """
     praised = [(m["good"] is None) == (m["not"] is not None) for m in _MOOD.finditer(text)]
     return sum(praised), len(praised) - sum(praised)
 
 
 def count_manners(text: str) -> tuple[int, int]:
-    """The number of polite and of blunt expressions in the text."""
+    """Return the number of polite and of blunt expressions in the text."""
     polite = [m["polite"] is not None for m in _MANNERS.finditer(text)]
     return sum(polite), len(polite) - sum(polite)
 
@@ -72,5 +75,5 @@ def politeness(text: str) -> float:
 
 
 def words(text: str) -> int:
-    """The number of pieces between white space."""
+    """Return the number of pieces between white space."""
     return len(text.split())

@@ -78,7 +78,7 @@ class Critic:
             makes the same passes.
 
     Raises:
-        ValueError: if ``settings.granularity`` is not known.
+        ValueError: If ``settings.granularity`` is not known.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Critic:
             rewards: The raw rewards of all N samples.
 
         Returns:
-            estimates of the decisions (or samples) of all processes as one group.
+            Estimates of the decisions (or samples) of all processes as one group.
         """
         n, first = len(rollout), self.comm.rank * len(rollout)
         scaled, units = self._scaled(rewards)
@@ -202,7 +202,7 @@ class Critic:
         """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike.
 
         Returns:
-            the loss before the first step ``[1]``, a sum over the objectives, on the device.
+            The loss before the first step ``[1]``, a sum over the objectives, on the device.
         """
         known = mask & ~returns.isnan()  # [K, n, T]
         targets = torch.where(known, returns, 0.0).permute(1, 2, 0).float()  # [n, T, K]
@@ -234,7 +234,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
         values: ``[K, n, T]``, before each decision.
         rewards: ``[K, n]``, which come with the last decision; NaN where one does not apply.
         mask: ``[n, T]`` bool, true up to the last decision.
-        gamma: discount per decision.
+        gamma: Discount per decision.
         lam: 1 is the return minus the value, 0 one step of it.
 
     Returns:

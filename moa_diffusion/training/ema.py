@@ -17,9 +17,9 @@ class EMA:
     cut over processes and forward passes.
 
     Args:
-        parameters: what is averaged; starts at their present values.
-        decay: in [0, 1).
-        every: optimizer steps between two updates of the average.
+        parameters: What is averaged; starts at their present values.
+        decay: In [0, 1).
+        every: Optimizer steps between two updates of the average.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, decay: float, every: int) -> None:

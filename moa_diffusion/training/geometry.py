@@ -54,7 +54,7 @@ class Geometry:
         max_micro_batch: int,
         equal_rows: int | None = None,
     ) -> Geometry:
-        """The largest batches within the two limits that cut each process's share evenly.
+        """Return the largest batches within the two limits that cut each process's share evenly.
 
         Where the limits themselves do, any number of processes makes the same forward passes, of
         the same samples, and all of them train the same parameters to the last bit.
@@ -62,16 +62,16 @@ class Geometry:
         Args:
             groups: P.
             group_size: G.
-            updates: optimizer steps per rollout.
-            world_size: processes.
-            max_sample_batch: limit of the first batch.
-            max_micro_batch: limit of the second.
-            equal_rows: if a forward pass shall have as many rows in training, where a sample has
+            updates: Optimizer steps per rollout.
+            world_size: Processes.
+            max_sample_batch: Limit of the first batch.
+            max_micro_batch: Limit of the second.
+            equal_rows: If a forward pass shall have as many rows in training, where a sample has
                 so many (its decisions), as in sampling, where it has one: kernels of half
                 precision round by the number of rows. If no two batches fit, they stay unequal.
 
         Raises:
-            ConfigError: if the samples cannot be shared evenly; the message names the numbers.
+            ConfigError: If the samples cannot be shared evenly; the message names the numbers.
         """
         samples = groups * group_size
         if samples % (world_size * updates):
@@ -100,7 +100,7 @@ class Geometry:
         )
 
     def describe(self) -> str:
-        """One line for the log, printed before anything expensive starts."""
+        """Return one line for the log, printed before anything expensive starts."""
         return (
             f"{self.groups} groups x {self.group_size} siblings = {self.samples} samples per "
             f"rollout on {self.world_size} process{'es' if self.world_size > 1 else ''}: "
@@ -119,7 +119,7 @@ class Geometry:
         of processes.
 
         Returns:
-            one int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
+            One int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
         """
         blocks = self.samples // self.updates
         scores = torch.rand(blocks, self.updates, generator=generator(seed, "minibatches", step))
@@ -136,13 +136,13 @@ class Geometry:
         one per optimizer step.
 
         Args:
-            share: of all micro-batches of the rollout, in (0, 1]; at least one is taken.
-            seed: as for ``minibatches``.
-            step: likewise.
-            rank: likewise.
+            share: Share of all micro-batches of the rollout, in (0, 1]; at least one is taken.
+            seed: As for ``minibatches``.
+            step: Likewise.
+            rank: Likewise.
 
         Returns:
-            int64 tensors ``[micro_batch]``.
+            Int64 tensors ``[micro_batch]``.
         """
         each = self.accumulation * self.world_size  # micro-batches of an optimizer step
         left = max(1, round(share * each * self.updates))

@@ -57,7 +57,7 @@ class GradientCheck:
             samples: How many of them are looked at.
 
         Raises:
-            TrainingError: naming the layers whose gradients are not those of a backward pass.
+            TrainingError: Naming the layers whose gradients are not those of a backward pass.
         """
         if self._passed:
             return
@@ -91,12 +91,12 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
     The adapter is disturbed meanwhile, and is afterwards what it was.
 
     Args:
-        policy: whose ``tapped`` layers are tried.
-        rollout: m samples that it drew.
-        seed: of the disturbance and of which sample gets which coefficients.
+        policy: Whose ``tapped`` layers are tried.
+        rollout: M samples that it drew.
+        seed: Seed of the disturbance and of which sample gets which coefficients.
 
     Returns:
-        by parameter the error relative to its own gradient or a small share of the whole one (NaN
+        By parameter the error relative to its own gradient or a small share of the whole one (NaN
         if a gradient is not finite), and how many parameters take a backward pass per objective.
     """
     source = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ class GradientSum:
     """Adds up what micro-batches leave in ``.grad``, over micro-batches and processes.
 
     Args:
-        parameters: at least one, all on one device; with P numbers in all.
+        parameters: At least one, all on one device; with P numbers in all.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -41,9 +41,9 @@ class Layer(Protocol):
     """A layer that hands over what the gradients of its weights are made of.
 
     Attributes:
-        weights: trained, each ``[p, q]``.
-        leaves: tensors that a backward pass must be asked for, in order to come by here.
-        record: while it is set, called in the backward pass with a weight, ``left [R, ..., p]``
+        weights: Trained, each ``[p, q]``.
+        leaves: Tensors that a backward pass must be asked for, in order to come by here.
+        record: While it is set, called in the backward pass with a weight, ``left [R, ..., p]``
             and ``right [R, ..., q]``: the weight's gradient is the sum of ``left^T right`` over
             all axes but the last. The weights get no gradient from that pass.
     """
@@ -64,24 +64,24 @@ class ObjectiveGradients:
     exact, and slow.
 
     Args:
-        parameters: what is trained, by name; all on one device.
-        layers: that hand over, as ``Policy.tapped()`` gives them before the log-probabilities
+        parameters: What is trained, by name; all on one device.
+        layers: That hand over, as ``Policy.tapped()`` gives them before the log-probabilities
             are computed.
         count: K.
-        whole: whether a row of a layer holds all t decisions of a sample (a text's tokens), instead
+        whole: Whether a row of a layer holds all t decisions of a sample (a text's tokens), instead
             of one. Then one backward pass serves the decisions of which the K coefficients have
             equal proportions within their sample: one pass while nothing is clipped, at most
             three on a clipped surrogate, and never more than K.
-        copies: how often all rows stand in a layer's input, one set after the other: 2 with
+        copies: How often all rows stand in a layer's input, one set after the other: 2 with
             classifier-free guidance.
 
     Raises:
-        ValueError: if ``count`` or ``copies`` is not positive, there is no parameter, or a layer's
+        ValueError: If ``count`` or ``copies`` is not positive, there is no parameter, or a layer's
             weight is not among them.
 
     Attributes:
-        rows: by name, ``[K, *shape]``, of the type that sums are made in.
-        separate: names of the parameters that took K backward passes so far.
+        rows: By name, ``[K, *shape]``, of the type that sums are made in.
+        separate: Names of the parameters that took K backward passes so far.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ObjectiveGradients:
 
     @classmethod
     def of(cls, policy: Policy, count: int) -> ObjectiveGradients:
-        """Rows for ``count`` objectives of a policy, as it says how its layers keep decisions."""
+        """Return rows for ``count`` objectives, by what the policy says of its layers."""
         return cls(
             policy.trainable(),
             policy.tapped(),
@@ -154,15 +154,15 @@ class ObjectiveGradients:
             log_probs: ``[m, t]``, with gradient.
             coefficients: ``[K, m, t]``, the derivatives of the K losses by ``log_probs``.
             tokens: L of a row in this pass, if it is known.
-            scale: for float16, where small gradients vanish. The backward pass starts from
+            scale: For float16, where small gradients vanish. The backward pass starts from
                 ``scale max_k |c_knt|``, so what suits the ordinary loss (``GradScaler``) suits
                 here. The rows are divided by it again, in float32.
-            retain_graph: as ``torch.autograd.backward`` has it, for a KL term that goes through
+            retain_graph: As ``torch.autograd.backward`` has it, for a KL term that goes through
                 the same graph afterwards.
 
         Raises:
-            ValueError: if a shape does not fit, or ``scale`` is not positive.
-            RuntimeError: if the rows have been summed over the processes since ``clear``, or the
+            ValueError: If a shape does not fit, or ``scale`` is not positive.
+            RuntimeError: If the rows have been summed over the processes since ``clear``, or the
                 log-probabilities depend on no parameter.
         """
         self._check(log_probs, coefficients, scale)
@@ -195,10 +195,10 @@ class ObjectiveGradients:
         chosen: Sequence[int],
         tokens: int | None,
     ) -> set[int]:
-        """One backward pass from ``seed [m, t]``; objective k has ``shares_k`` of every row.
+        """Return one backward pass from ``seed [m, t]``; objective k has ``shares_k`` of every row.
 
         Returns:
-            those of the chosen layers that added to the rows. Those that came by with rows of
+            Those of the chosen layers that added to the rows. Those that came by with rows of
             another number are ``_foreign`` from then on.
         """
         one = shares.shape[1] == 1  # whatever comes by belongs to it
@@ -285,7 +285,7 @@ class ObjectiveGradients:
             weights: ``[K]``.
 
         Raises:
-            ValueError: if the shape is another.
+            ValueError: If the shape is another.
         """
         if weights.shape != (self.count,):
             raise ValueError(
@@ -332,7 +332,10 @@ class ObjectiveGradients:
         scale: float,
         retain_graph: bool,
     ) -> bool:
-        """Rows of these parameters, one backward pass for each; returns whether there are any."""
+        """Return rows of these parameters, one backward pass for each.
+
+        Returns whether there are any.
+        """
         used = dict(parameters)
         for k, row in enumerate(coefficients):
             if not used:
@@ -354,13 +357,13 @@ class ObjectiveGradients:
 
 
 def arranged(values: Tensor, rows: int, tokens: int | None, *, whole: bool) -> Tensor | None:
-    """A layer's input with R rows as its first axis, or None if they cannot be told apart.
+    """Return a layer's input with R rows as its first axis, or None if they cannot be told apart.
 
     Args:
         values: ``[R, ..., q]``, or ``[R L, q]``; of any shape if there is one row.
         rows: R.
         tokens: L, if it is known.
-        whole: whether a row holds all decisions of a sample, and so has an axis of tokens.
+        whole: Whether a row holds all decisions of a sample, and so has an axis of tokens.
     """
     if rows == 1:
         return values.reshape(1, -1, values.shape[-1])
@@ -401,7 +404,7 @@ def _add_by_row(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> No
 
 
 def _add_by_scaling(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
-    """The narrower side scaled by every objective's share: K L products per number."""
+    """Return the narrower side scaled by every objective's share: K L products per number."""
     left, right, by = left.float(), right.float(), shares.T[:, None, :, None]  # [R, 1, K, 1]
     if left.shape[2] <= right.shape[2]:
         scaled = (by * left[:, :, None]).flatten(2).flatten(0, 1)  # [R L, K p]

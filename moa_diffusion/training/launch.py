@@ -30,10 +30,10 @@ def launch(make: Callable[[Config], Run]) -> int:
     """Read the command line, make the run, and run it.
 
     Args:
-        make: a run from its configuration.
+        make: A run from its configuration.
 
     Returns:
-        exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input, 128 and the signal's
+        Exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input, 128 and the signal's
         number after another signal: 130 for Ctrl-C.
     """
     main_process = os.environ.get("RANK", "0") == "0"
@@ -81,14 +81,14 @@ def launch(make: Callable[[Config], Run]) -> int:
 
 
 def status_of(error: Exception) -> int:
-    """The exit status that tells an error of the input, 2, from any other, 1."""
+    """Return the exit status that tells an error of the input, 2, from any other, 1."""
     kinds = {"ConfigError", "ImportError", "ModuleNotFoundError"}  # on another process
     bad = error.kind in kinds if isinstance(error, ProcessError) else isinstance(error, BAD_INPUT)
     return 2 if bad else 1
 
 
 def error_notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way."""
+    """Return what was added to an error on its way."""
     return list(error.__notes__) if "__notes__" in vars(error) else []
 
 
@@ -103,10 +103,10 @@ def say(error: BaseException) -> None:
 
 
 def _arguments() -> list[str]:
-    """The command line.
+    """Return the command line.
 
     Raises:
-        ConfigError: if it is empty, since there is no run without a recipe.
+        ConfigError: If it is empty, since there is no run without a recipe.
     """
     if len(sys.argv) > 1:
         return sys.argv[1:]
@@ -122,5 +122,8 @@ def _arguments() -> list[str]:
 
 
 def _is_told(cause: Exception) -> bool:
-    """Whether a cause is one whose message says all; any other is shown with its traceback."""
+    """Return whether a cause is one whose message says all.
+
+    Any other is shown with its traceback.
+    """
     return isinstance(cause, (StorageError, TrackerError, ConfigError, RewardError, ValueError))

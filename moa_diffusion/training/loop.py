@@ -54,7 +54,7 @@ class Learner(Protocol):
             heldout: The evaluation, whose prompts and heads are made ready too; None for none.
 
         Returns:
-            what the scores of each head depend on, as ``Scorer.load`` has it; empty without heads.
+            What the scores of each head depend on, as ``Scorer.load`` has it; empty without heads.
         """
         ...
 
@@ -66,11 +66,11 @@ class Learner(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """What the learner itself measures of the averaged weights, besides held-out rewards."""
+        """Return what the learner measures of the averaged weights, besides held-out rewards."""
         ...
 
     def snapshot(self) -> Any:
-        """What ``undo`` needs to undo the next round."""
+        """Return what ``undo`` needs to undo the next round."""
         ...
 
     def undo(self, snapshot: Any) -> bool:
@@ -78,22 +78,22 @@ class Learner(Protocol):
         ...
 
     def headline(self, metrics: Mapping[str, float]) -> str:
-        """A few words about a round for the progress bar."""
+        """Return a few words about a round for the progress bar."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run has to share with the one before: JSON values by name."""
+        """Return what a resumed run has to share with the one before: JSON values by name."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What rounds change and the next one depends on, equal on every process."""
+        """Return what rounds change and the next one depends on, equal on every process."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved state.
 
         Raises:
-            ConfigError: if it is of another adapter or of other settings.
+            ConfigError: If it is of another adapter or of other settings.
         """
         ...
 
@@ -198,12 +198,12 @@ class Run:
         """Train until ``length.steps`` rounds are done.
 
         Raises:
-            Interrupted: after SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
-            RewardError, TrainingError, ProcessError: on all processes, after the state is saved,
+            Interrupted: After SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
+            RewardError, TrainingError, ProcessError: On all processes, after the state is saved,
                 unless nothing has begun.
-            KeyboardInterrupt: on a second Ctrl-C, and the first until something has begun: nothing
+            KeyboardInterrupt: On a second Ctrl-C, and the first until something has begun: nothing
                 is saved, and what is there stays whole.
-            Exception: any other, perhaps of this process alone, after it has saved the state.
+            Exception: Any other, perhaps of this process alone, after it has saved the state.
         """
         bar = tqdm(
             total=self.length.steps,
@@ -251,7 +251,7 @@ class Run:
                 self.log.write_heads(self.completed, heads)
 
     def _round(self, bar: tqdm[Any]) -> None:
-        """One step with what belongs to it: metrics, evaluation, checkpoint."""
+        """Return one step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
         start, before = time.perf_counter(), self.learner.snapshot()
@@ -285,13 +285,13 @@ class Run:
             self.save()
 
     def _last(self) -> bool:
-        """Whether the run is at its end; the same on every process."""
+        """Return whether the run is at its end; the same on every process."""
         over = 0 < 60 * self.length.minutes <= self.seconds
         done = self.completed >= self.length.steps or self.watch.over
         return done or self.comm.any(over)
 
     def _may_be_wanted(self) -> bool:
-        """Whether a later alarm may go back to the state as it is."""
+        """Return whether a later alarm may go back to the state as it is."""
         return self._rolls_back and self.completed in self.watch.best_steps
 
     def _due(self, every: int) -> bool:
@@ -301,7 +301,7 @@ class Run:
         """Write a checkpoint of the state after the last completed round.
 
         Raises:
-            ProcessError: on all processes, if it cannot be written.
+            ProcessError: On all processes, if it cannot be written.
         """
         folder = checkpoint.step_folder(self.folder, self.completed)
         with agreed(self.comm, as_one=True):
@@ -316,7 +316,7 @@ class Run:
         return self._saver.rescue(self.completed, failure, alone=alone)
 
     def _forget_lost_checkpoints(self) -> None:
-        """An alarm goes back only to what is there: a run may go on in another folder."""
+        """Return an alarm goes back only to what is there: a run may go on in another folder."""
         here = [
             step
             for step in sorted(self.watch.best_steps if self._rolls_back else ())
@@ -349,7 +349,7 @@ class Run:
         """Release worker processes, trackers and the process group.
 
         Raises:
-            TrackerError: if a tracker does not finish; the rest is released.
+            TrackerError: If a tracker does not finish; the rest is released.
         """
         self.learner.close()
         if self.heldout:
@@ -377,7 +377,7 @@ class Run:
         """Go back to a saved state.
 
         Raises:
-            ConfigError: if the run's facts or adapter differ from the checkpoint's.
+            ConfigError: If the run's facts or adapter differ from the checkpoint's.
         """
         shared = {
             "objectives": list(self.learner.objectives),

@@ -38,7 +38,7 @@ def clipped_surrogate(
 def surrogate_coefficients(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
 ) -> Tensor:
-    """Derivative of ``clipped_surrogate`` by the log-probability, for K sets of advantages.
+    """Return the derivative of ``clipped_surrogate`` by the log-prob, for K sets of advantages.
 
     It is ``-A r`` where the clip does not act and 0 where it does, so each objective has its own
     clip mask. With it, objective k's gradient is ``sum c_knt grad log p_nt``.
@@ -53,7 +53,7 @@ def surrogate_coefficients(
         log_probs: ``[n, t]`` under the policy being trained; no gradient is kept.
         old_log_probs: ``[n, t]`` under the policy that sampled.
         advantages: ``[K, n]``.
-        clip_range: as for ``clipped_surrogate``.
+        clip_range: As for ``clipped_surrogate``.
 
     Returns:
         ``[K, n, t]``.
@@ -69,7 +69,7 @@ def surrogate_coefficients(
 def clip_fraction(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
 ) -> Tensor:
-    """Which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
+    """Return which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
     ratio = torch.exp(log_probs - old_log_probs)
     sign = _by_decision(advantages).sign()
     return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))

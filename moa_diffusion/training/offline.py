@@ -46,7 +46,7 @@ class TeachablePolicy(Policy, Protocol):
         ...
 
     def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
+        """Return Log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
         ...
 
 
@@ -63,7 +63,7 @@ class Cloning:
         micro_batch: Rows per forward and backward pass.
 
     Raises:
-        ValueError: if ``micro_batch`` is not positive.
+        ValueError: If ``micro_batch`` is not positive.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Cloning:
         """Tokenise all responses, once.
 
         Raises:
-            TrainingError: on every process alike, for a response that the policy cannot take.
+            TrainingError: On every process alike, for a response that the policy cannot take.
         """
         if self._tokens:
             return
@@ -98,7 +98,7 @@ class Cloning:
         self._tokens = [array("i", ids) for ids in tokens]
 
     def __call__(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
-        """One optimizer step on ``-mean(weight log pi(y|x))``; returns metrics.
+        """Return one optimizer step on ``-mean(weight log pi(y|x))``; returns metrics.
 
         Args:
             rows: B, of all processes together.
@@ -149,13 +149,13 @@ class Cloning:
         return table
 
     def _batches(self, total: int) -> list[list[int]]:
-        """This process's share of ``total`` items, in micro-batches."""
+        """Return this process's share of ``total`` items, in micro-batches."""
         own = shard(total, self.micro_batch, self.comm)[self.comm.rank]
         size = self.micro_batch
         return [own[start : start + size] for start in range(0, len(own), size)]
 
     def _log_pi(self, rows: Sequence[int]) -> Tensor:
-        """Log-probabilities of the responses at these rows, ``[m]``."""
+        """Return Log-probabilities of the responses at these rows, ``[m]``."""
         prompts = [self.data.prompts[self._places[row][0]] for row in rows]
         return self.policy.log_probs_of(prompts, [self._tokens[row] for row in rows])
 
@@ -188,7 +188,7 @@ class OfflineTrainer:
         from_adapter: Whether the policy starts from trained weights instead of the base model.
 
     Raises:
-        ValueError: if ``batch`` or ``level_prompts`` is too small.
+        ValueError: If ``batch`` or ``level_prompts`` is too small.
     """
 
     title = "steps"
@@ -240,7 +240,7 @@ class OfflineTrainer:
         return self.mopo.report() | samples | update
 
     def rows(self, steps: range | None = None) -> list[int]:
-        """The rows of these steps, by default of this one; equal everywhere.
+        """Return the rows of these steps, by default of this one; equal everywhere.
 
         They are a part of a shuffled epoch, or of several.
         """
@@ -336,11 +336,11 @@ class OfflineTrainer:
         pass
 
     def _prompts_of(self, steps: range) -> Tensor:
-        """The prompts whose responses are trained on in these steps."""
+        """Return the prompts whose responses are trained on in these steps."""
         return self._where[0][self.rows(steps)].unique()
 
     def _rows_of(self, prompts: Tensor) -> Tensor:
-        """All rows of these prompts, in order."""
+        """Return all rows of these prompts, in order."""
         return torch.isin(self._where[0], prompts).nonzero()[:, 0]
 
     def _log_ratio(self, prompts: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ class OfflineTrainer:
         return self._ratio(rows, self._log_probs(rows) - self._log_mu[rows])
 
     def _ratio(self, rows: Tensor, values: Tensor) -> Tensor:
-        """These rows' numbers in their places ``[P, Y]``, NaN of all others."""
+        """Return these rows' numbers in their places ``[P, Y]``, NaN of all others."""
         by_row = torch.full((self._where.shape[1],), math.nan, dtype=torch.float64)
         by_row[rows] = values
         return self.cloning.table(by_row)
@@ -369,7 +369,7 @@ def constrained(
     """MOPO's state for these preferences.
 
     Raises:
-        ValueError: for a primary objective or a bound that the preferences do not have, or for
+        ValueError: For a primary objective or a bound that the preferences do not have, or for
             bounds that no multipliers reach.
     """
     if primary not in data.objectives:

@@ -43,13 +43,13 @@ class Stepper:
     """Steps on gradients that are already summed over the processes.
 
     Args:
-        policy: whose parameters are trained.
-        optimizer: over ``policy.trainable()``.
-        lr: learning rate after so many optimizer steps.
-        scaler: loss scaler; disabled except in float16.
-        ema: average of the trained parameters.
-        max_grad_norm: the gradient is clipped to this length.
-        max_skipped: consecutive updates with non-finite gradients before giving up.
+        policy: Whose parameters are trained.
+        optimizer: Over ``policy.trainable()``.
+        lr: Learning rate after so many optimizer steps.
+        scaler: Loss scaler; disabled except in float16.
+        ema: Average of the trained parameters.
+        max_grad_norm: The gradient is clipped to this length.
+        max_skipped: Consecutive updates with non-finite gradients before giving up.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Stepper:
         return norm
 
     def step_metrics(self, norms: Sequence[float]) -> dict[str, float]:
-        """What the optimizer steps of a round tell.
+        """Return what the optimizer steps of a round tell.
 
         Args:
-            norms: of the gradients, as ``optimizer_step`` returned them.
+            norms: Norms of the gradients, as ``optimizer_step`` returned them.
         """
         finite = [norm for norm in norms if math.isfinite(norm)]
         norm = sum(finite) / len(finite) if finite else math.nan
@@ -131,7 +131,7 @@ class Stepper:
         """Give up after too many updates without a finite gradient.
 
         Raises:
-            TrainingError: saying what may help.
+            TrainingError: Saying what may help.
         """
         if self.skipped_in_a_row >= self.max_skipped:
             raise TrainingError(
@@ -156,7 +156,7 @@ class Stepper:
         """Go back to a saved state; rates and decays stay this run's.
 
         Raises:
-            ConfigError: if it is of another adapter.
+            ConfigError: If it is of another adapter.
         """
         checkpoint.check_adapter(state["trainable"], self.policy.trainable())
         for name, parameter in self.policy.trainable().items():

@@ -152,7 +152,7 @@ class RolloutSteps:
                 that were checked before are left out. By default all are checked.
 
         Raises:
-            TrainingError: with a diagnosis, if they differ by more than the tolerance.
+            TrainingError: With a diagnosis, if they differ by more than the tolerance.
         """
         count = rollout.log_probs.shape[1]
         new = (
@@ -188,7 +188,7 @@ class RolloutSteps:
 
 
 def pass_sums(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | None) -> Tensor:
-    """Sums over the decisions of one forward pass, for the metrics.
+    """Sum over the decisions of one forward pass, for the metrics.
 
     Args:
         mask: ``[m, t]`` bool, which decisions exist.

@@ -49,7 +49,7 @@ class Trainer:
         critic: The value heads; None if the decisions of a sample share one advantage.
 
     Raises:
-        ValueError: if the update weighs at every optimizer step, and the weighting depends on more
+        ValueError: If the update weighs at every optimizer step, and the weighting depends on more
             than the Gramian.
     """
 
@@ -161,11 +161,11 @@ class Trainer:
             requests: The N requests of all processes.
 
         Returns:
-            the n samples of this process, and the raw rewards ``[K, N]`` on every process.
+            The n samples of this process, and the raw rewards ``[K, N]`` on every process.
 
         Raises:
-            TrainingError: if log-probabilities as trained differ from those of sampling.
-            RewardError: if a head fails.
+            TrainingError: If log-probabilities as trained differ from those of sampling.
+            RewardError: If a head fails.
         """
         local = local_slice(requests, self.comm)
         self.expect(local)
@@ -209,14 +209,17 @@ class Trainer:
         return rewards
 
     def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
-        """What advantages are computed from: the rewards ``[K, N]``, or the critic's estimates."""
+        """Return what advantages are computed from.
+
+        The rewards ``[K, N]``, or the critic's estimates.
+        """
         if self.critic is None:
             return Estimates(matrix=rewards)
         with self.progress.timed("critic"):
             return self.critic.estimate(rollout, rewards)
 
     def scalarization(self, estimates: Estimates, advantages: Tensor) -> Scalarization:
-        """What the update needs to make one advantage of the K ``[K, N]`` or ``[K, D]``."""
+        """Return what the update needs to make one advantage of the K ``[K, N]`` or ``[K, D]``."""
         return Scalarization(
             normalizer=self.normalizer,
             weighting=self.weighting,

@@ -57,7 +57,7 @@ class Scalarization:
             Weights ``[K]``, or ``[K, D]`` if each column has its own.
 
         Raises:
-            TrainingError: if the weighting refuses what was measured.
+            TrainingError: If the weighting refuses what was measured.
         """
         matrix = self.estimates.matrix
         stats = ObjectiveStats(
@@ -75,7 +75,7 @@ class Scalarization:
         return weights
 
     def combine(self, weights: Tensor) -> Tensor:
-        """The one advantage of each sample ``[N]``, or of each decision ``[N, T]``."""
+        """Return the one advantage of each sample ``[N]``, or of each decision ``[N, T]``."""
         matrix = self.estimates.matrix
         combined = combine(self.advantages, weights, ~torch.isnan(matrix.values))  # [D]
         advantage = self.normalizer.combined(combined, matrix).clamp(-self.clip, self.clip)
@@ -100,7 +100,7 @@ class Scalarization:
         return local_slice(self.advantages.T, self.comm).T
 
     def kl_scale(self) -> float:
-        """The factor of the KL's weight that goes with the last ``combine`` or ``rescaled``."""
+        """Return the factor of the KL's weight that goes with the last combination."""
         return self.weighting.kl_scale() * self.normalizer.kl_scale()
 
 
@@ -130,13 +130,13 @@ class Update(Protocol):
             kl_scale: A factor of the KL's weight.
 
         Raises:
-            TrainingError: if the weighting refuses what was measured, or the gradients of single
+            TrainingError: If the weighting refuses what was measured, or the gradients of single
                 objectives cannot be told apart.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next rollout depends on besides parameters and optimizer."""
+        """Return what the next rollout depends on besides parameters and optimizer."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class Probe:
         """Return the Gramian to weigh this rollout with, measured anew if that is due.
 
         Returns:
-            the Gramian ``[K, K]``, and the metrics ``cosine/*`` of this rollout's own gradients;
+            The Gramian ``[K, K]``, and the metrics ``cosine/*`` of this rollout's own gradients;
             none if they were not measured.
         """
         metrics: dict[str, float] = {}
@@ -219,7 +219,7 @@ class Probe:
         return rows.gramian(steps.comm)
 
     def state_dict(self) -> dict[str, Any]:
-        """The Gramian measured last."""
+        """Return the Gramian measured last."""
         return {"gramian": self.gramian}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,7 +285,7 @@ class PlainUpdate:
             return self.steps.take(rollout, _Surrogate(self.steps, advantage, kl_scale))
 
     def state_dict(self) -> dict[str, Any]:
-        """The Gramian that the weighting was given last."""
+        """Return the Gramian that the weighting was given last."""
         return self.probe.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -40,12 +40,12 @@ def prepare(
     *,
     kind: Kind | None = None,
 ) -> RewardHead:
-    """Builds a head and loads what it needs.
+    """Build a head and loads what it needs.
 
     Args:
-        name: See `rewards.create`.
+        name: See ``rewards.create``.
         options: Options of the head.
-        path: See `rewards.create`.
+        path: See ``rewards.create``.
         kind: What it is to score, which is checked before anything is loaded; None: anything.
 
     Raises:
@@ -76,10 +76,10 @@ def prepare(
 
 
 def try_head(head: RewardHead, *, texts: bool = False) -> Checked:
-    """Scores a fitting and a degraded sample: texts if the head scores nothing else, or pictures.
+    """Score a fitting and a degraded sample: texts if the head scores nothing else, or pictures.
 
     Args:
-        head: A head as `prepare` returns it.
+        head: A head as ``prepare`` returns it.
         texts: Whether to have it score texts if it scores both.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The commands of `scripts/heads.py`: list, check, score, serve."""
+"""The commands of ``scripts/heads.py``: list, check, score, serve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TRAINER_KEYS = ("weight", "head", "path")  # of an objective in a training conf
 
 
 def list_heads(console: Console) -> None:
-    """Prints all registered heads with what one wants to know before using them."""
+    """Print all registered heads with what one wants to know before using them."""
     table = Table(title="Reward heads")
     for column in (
         "name",
@@ -64,10 +64,10 @@ def list_heads(console: Console) -> None:
 
 
 def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) -> None:
-    """Loads a head, scores a fitting and a degraded sample, and prints what came out.
+    """Load a head, scores a fitting and a degraded sample, and prints what came out.
 
     Args:
-        name: See `rewards.create`.
+        name: See ``rewards.create``.
         options: Options of the head.
         texts: Whether to have a head that scores both, pictures and texts, score texts.
 
@@ -101,14 +101,15 @@ def score_samples(
     *,
     batch_size: int,
 ) -> None:
-    """Scores the pictures of a folder, or texts, into a table and prints a summary.
+    """Score the pictures of a folder, or texts, into a table and prints a summary.
 
     Args:
-        name: See `rewards.create`.
+        name: See ``rewards.create``.
         options: Options of the head.
         folder: Folder of pictures; None scores the texts that stand with the prompts.
-        prompts: See `rewards.commands.score_folder.match`, and `texts_of` where there is no folder.
-        output: See `rewards.commands.score_folder.ScoreTable`.
+        prompts: See ``rewards.commands.score_folder.match``, and ``texts_of`` where there is no
+            folder.
+        output: See ``rewards.commands.score_folder.ScoreTable``.
         batch_size: Pictures or texts at once.
 
     Raises:
@@ -157,10 +158,10 @@ def serve(
     token: str,
     limits: server.Limits,
 ) -> None:
-    """Loads heads and serves them until SIGINT or SIGTERM.
+    """Load heads and serves them until SIGINT or SIGTERM.
 
     Args:
-        wanted: Options by head; see `chosen_heads`.
+        wanted: Options by head; see ``chosen_heads``.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         token: What clients must show; needed beyond loopback.
@@ -168,7 +169,7 @@ def serve(
 
     Raises:
         ValueError: If the token is missing or malformed.
-        ImportError: See `rewards.serving.server.check_packages`.
+        ImportError: See ``rewards.serving.server.check_packages``.
         OSError: If the address cannot be had.
         Unusable: If a head cannot be loaded.
     """
@@ -215,12 +216,12 @@ def serve(
 def chosen_heads(
     names: str | None, config: Path | None, options: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The heads to serve, with options.
+    """Return the heads to serve, with options.
 
     Args:
         names: Names, separated by commas; None takes all heads of the config or of the options.
         config: A YAML file: a mapping from heads to their options, or a training config, whose
-            section `rewards` is one.
+            section ``rewards`` is one.
         options: The same as JSON text.
 
     Raises:
@@ -251,7 +252,7 @@ def chosen_heads(
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options given as `key=value`; a value that is JSON is read as such, else it is a text.
+    """Options given as ``key=value``; a value that is JSON is read as such, else it is a text.
 
     Raises:
         ValueError: If one has no "=".
@@ -269,7 +270,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def read_token(file: Path | None) -> str:
-    """The server's token, from a file or else from the environment; empty if there is none.
+    """Return the server's token, from a file or else from the environment; empty if there is none.
 
     Raises:
         ValueError: If the file cannot be read or is empty.

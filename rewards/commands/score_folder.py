@@ -25,7 +25,7 @@ Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, met
 
 
 def refuse_blank_lines(prompts: Path) -> None:
-    """Checks that line i of a `.txt` file can belong to picture i; other files have no blank rows.
+    """Check that line i of a ``.txt`` file can belong to picture i; other files have no blank rows.
 
     Raises:
         ValueError: If a line before the last prompt is blank; names file and line.
@@ -45,12 +45,12 @@ def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> lis
     """Pairs pictures with prompts.
 
     Args:
-        folder: Its pictures are taken in natural order: `2.png` before `10.png`.
-        prompts: Prompt and metadata. If the metadata has the key `file`, that names the picture in
-            the folder; else prompt i belongs to picture i.
+        folder: Its pictures are taken in natural order: ``2.png`` before ``10.png``.
+        prompts: Prompt and metadata. If the metadata has the key ``file``, that names the picture
+            in the folder; else prompt i belongs to picture i.
 
     Returns:
-        File, prompt and metadata without `file`, in the order of the files.
+        File, prompt and metadata without ``file``, in the order of the files.
 
     Raises:
         ValueError: If a picture lacks a prompt or a prompt its picture.
@@ -97,10 +97,10 @@ def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
     """Pairs texts with prompts.
 
     Args:
-        prompts: Prompt and metadata, which holds the text under the key `text`.
+        prompts: Prompt and metadata, which holds the text under the key ``text``.
 
     Returns:
-        Text, prompt and metadata without `text`, in order.
+        Text, prompt and metadata without ``text``, in order.
 
     Raises:
         ValueError: If a text is missing or of another type.
@@ -121,17 +121,17 @@ def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
 class ScoreTable:
     """A table that grows batch by batch: a row per sample with file or text, prompt, score, extras.
 
-    Rows are appended to `OUTPUT.partial.jsonl` as they come, so that a failure loses none, and the
-    same run started again goes on after them; `finish` turns them into the file that was asked for.
-    The first line of the partial file says who scores, each further one holds a row and the digest
-    of what was scored.
+    Rows are appended to ``OUTPUT.partial.jsonl`` as they come, so that a failure loses none, and
+    the same run started again goes on after them; ``finish`` turns them into the file that was
+    asked for. The first line of the partial file says who scores, each further one holds a row and
+    the digest of what was scored.
 
     Args:
-        output: `.parquet`, `.csv` or `.jsonl`. A file of this name is replaced by `finish`.
+        output: ``.parquet``, ``.csv`` or ``.jsonl``. A file of this name is replaced by ``finish``.
 
     Raises:
         ValueError: If the name ends otherwise.
-        ImportError: If it is `.parquet` and pyarrow is not installed.
+        ImportError: If it is ``.parquet`` and pyarrow is not installed.
     """
 
     def __init__(self, output: Path) -> None:
@@ -143,11 +143,12 @@ class ScoreTable:
         output.parent.mkdir(parents=True, exist_ok=True)
 
     def begin(self, scorer: str, pairs: Sequence[Pair]) -> None:
-        """Starts the partial file, or takes over the rows of one that is there.
+        """Start the partial file, or takes over the rows of one that is there.
 
         Args:
             scorer: Digest of the head; rows of another are not mixed with its own.
-            pairs: See `match` and `texts_of`; the rows that are there should be those of the first.
+            pairs: See ``match`` and ``texts_of``; the rows that are there should be those of the
+                first.
 
         Raises:
             ValueError: If a partial file is there and is not the beginning of this run. It stays
@@ -191,12 +192,12 @@ class ScoreTable:
         return [row for _, row in rows]
 
     def discard(self) -> None:
-        """Removes a partial file that this table began and that holds no row."""
+        """Remove a partial file that this table began and that holds no row."""
         if self._begun and not self.rows:
             self.partial.unlink()
 
     def append(self, rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
-        """Adds the rows of some samples; they are on disk when this returns."""
+        """Add the rows of some samples; they are on disk when this returns."""
         with self.partial.open("a", encoding="utf-8") as file:
             for row, pair in zip(rows, pairs, strict=True):
                 line = {"of": _digest(pair), "row": row}
@@ -204,7 +205,7 @@ class ScoreTable:
         self.rows.extend(rows)
 
     def finish(self, provenance: Mapping[str, Any]) -> None:
-        """Writes the file, with the provenance in it (.parquet) or beside it (OUTPUT.json)."""
+        """Write the file, with the provenance in it (.parquet) or beside it (OUTPUT.json)."""
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
         table = {column: [row.get(column) for row in self.rows] for column in columns}
         draft = self.output.with_name(f"{self.output.name}.draft")
@@ -223,11 +224,11 @@ def score_pairs(
     *,
     batch_size: int,
 ) -> None:
-    """Scores the samples that have no row yet, in order; a progress bar shows how far it is.
+    """Score the samples that have no row yet, in order; a progress bar shows how far it is.
 
     Args:
         head: The head.
-        pairs: See `match` and `texts_of`.
+        pairs: See ``match`` and ``texts_of``.
         table: Gets the rows; the score is None where the objective does not apply.
         batch_size: Samples read at once; of pictures, those of one size are scored together.
 
@@ -257,7 +258,10 @@ def score_pairs(
 
 
 def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
-    """What can be scored together, texts or pictures of one size: their places and the batch."""
+    """Return what can be scored together, texts or pictures of one size.
+
+    Their places and the batch.
+    """
     texts = [sample for sample, _, _ in part if isinstance(sample, str)]
     if texts:
         prompts, metadata = [pair[1] for pair in part], [pair[2] for pair in part]
@@ -283,7 +287,7 @@ def _named(pair: Pair) -> dict[str, str]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Number, mean, spread and extremes of the scores of a table's rows."""
+    """Return the number, mean, spread and extremes of the scores of a table's rows."""
     key, what = ("text", "texts") if "text" in rows[0] else ("file", "pictures")
     scored = [row for row in rows if row["score"] is not None]
     if not scored:

@@ -14,11 +14,13 @@ Writer = Callable[[Path, Columns, Mapping[str, Any]], None]  # file, columns, pr
 
 
 def writer_for(output: Path) -> Writer:
-    """What writes a table into a file of this name; a .parquet file also holds the provenance.
+    """Return what writes a table into a file of this name.
+
+    A .parquet file also holds the provenance.
 
     Raises:
-        ValueError: If the name ends otherwise than in `.parquet`, `.csv` or `.jsonl`.
-        ImportError: If it is `.parquet` and pyarrow is not installed.
+        ValueError: If the name ends otherwise than in ``.parquet``, ``.csv`` or ``.jsonl``.
+        ImportError: If it is ``.parquet`` and pyarrow is not installed.
     """
     writers = {".parquet": _write_parquet, ".csv": _write_csv, ".jsonl": _write_jsonl}
     if output.suffix not in writers:

@@ -40,24 +40,24 @@ class Aesthetic(ModelHead):
     Deviations: the layers are multiplied out to one affine map when they are loaded, in float64.
 
     Args:
-        model: The CLIP model, as folder, file, `package://NAME/PATH` or hub model: for
+        model: The CLIP model, as folder, file, ``package://NAME/PATH`` or hub model: for
             transformers the folder, for open_clip the file of weights. By default OpenAI's
             ViT-L/14.
         revision: Branch, tag or commit of a hub model.
-        backbone: What runs the CLIP model: `transformers` or `open_clip`.
+        backbone: What runs the CLIP model: ``transformers`` or ``open_clip``.
         architecture: Name of the model in open_clip, which its files do not tell. OpenAI's
-            weights need a name that ends in `-quickgelu`: without, they load and score wrongly.
+            weights need a name that ends in ``-quickgelu``: without, they load and score wrongly.
         predictor: The layers, named as a model is. By default the published file, from a copy on
             the hub that the digest verifies.
         predictor_sha256: Expected SHA-256 digest of the layers; null for a head of one's own.
-        dtype: Precision of the CLIP model: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        dtype: Precision of the CLIP model: ``float32``, ``bfloat16`` or ``float16``.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of pictures in one forward pass.
         sha256: Expected SHA-256 digest of the CLIP weights; null expects none.
 
     Raises:
         ValueError: If a parameter is wrong.
-        ImportError: If `backbone` is `open_clip` and it is not installed.
+        ImportError: If ``backbone`` is ``open_clip`` and it is not installed.
     """
 
     unit = "rating from 1 to 10"
@@ -155,13 +155,15 @@ class Aesthetic(ModelHead):
 
 
 def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
-    """Multiplies out a head of linear layers: `layers.{i}.weight`, `layers.{i}.bias`, any widths.
+    """Multiplies out a head of linear layers.
+
+    ``layers.{i}.weight``, ``layers.{i}.bias``, any widths.
 
     Layers follow each other in the order of i; numbers left out were dropout. With layers
     W_i x + b_i the product is w x + b with w = W_k ... W_1 and b = W_k (... b_1) + b_k.
 
     Returns:
-        `w [D]` and `b []`, float64.
+        ``w [D]`` and ``b []``, float64.
 
     Raises:
         RewardError: If names or shapes are others.
@@ -218,7 +220,7 @@ def _image_size(architecture: str) -> int:
 
 
 def _build_open_clip(architecture: str, weights: Weights) -> nn.Module:
-    """The half of an open_clip model that reads pictures: `[n, 3, S, S]` to `[n, D]`."""
+    """Return the half of an open_clip model that reads pictures: ``[n, 3, S, S]`` to ``[n, D]``."""
     open_clip = _open_clip()
     # On the meta device the model costs no memory and draws no random numbers.
     with torch.device("meta"):

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 class Classifier(ModelHead):
     """One output of a text classifier or reward model of transformers, for prompt and text.
 
-    Higher is better. Any model that `AutoModelForSequenceClassification` loads will do, so the
-    scale is the model's own: a logit, or with `output: probability` 0 to 1. Two that papers use:
+    Higher is better. Any model that ``AutoModelForSequenceClassification`` loads will do, so the
+    scale is the model's own: a logit, or with ``output: probability`` 0 to 1. Two that papers use:
 
         sentiment:  # of a review that goes on from the prompt; as in TRL and PAMA
           {head: classifier, model: lvwerra/distilbert-imdb, logit: POSITIVE}
@@ -42,13 +42,13 @@ class Classifier(ModelHead):
           {head: classifier, model: Ray2333/gpt2-large-harmless-reward_model, pair: true}
 
     A text is read as transformers reads it alone: padding stands on the right, is masked, and has
-    the token that the model's `config.json` calls padding, whatever the tokenizer says. Where the
+    the token that the model's ``config.json`` calls padding, whatever the tokenizer says. Where the
     config names none, texts of one length are scored together without any, and the score is read
     at the last token, as transformers does for a single text. So scores do not depend on
-    `batch_size` beyond rounding.
+    ``batch_size`` beyond rounding.
 
-    Where a prompt is so long that nothing of the text is read, all texts score the same; `remarks`
-    counts such prompts.
+    Where a prompt is so long that nothing of the text is read, all texts score the same;
+    ``remarks`` counts such prompts.
 
     A text without any token, which only a template without the prompt allows, is read as the
     tokenizer's token for the beginning of a text, else for its end.
@@ -58,25 +58,25 @@ class Classifier(ModelHead):
     is run, so one with classes of its own is refused.
 
     Args:
-        model: Folder with `config.json`, weights and tokenizer, `package://NAME/PATH`, or hub
+        model: Folder with ``config.json``, weights and tokenizer, ``package://NAME/PATH``, or hub
             model.
         revision: Branch, tag or commit of a hub model.
-        logit: Which output is the score: its index, or its label in `config.json`. May be left
+        logit: Which output is the score: its index, or its label in ``config.json``. May be left
             out where there is one only.
-        output: What is read: the `logit`, or the `probability`: the softmax over all labels; the
-            sigmoid where there is one, or where the config says that several may apply
-            (`multi_label_classification`).
-        template: What the model reads, with the places `{prompt}` and `{text}`; `{text}` alone
-            leaves the prompt out, and doubled braces stand for braces. `{prompt}{text}` by default.
-            Special tokens may be written out, `<|user|>{prompt}<|assistant|>{text}`; those that a
-            policy writes into its text are then understood as such too.
+        output: What is read: the ``logit``, or the ``probability``: the softmax over all labels;
+            the sigmoid where there is one, or where the config says that several may apply
+            (``multi_label_classification``).
+        template: What the model reads, with the places ``{prompt}`` and ``{text}``; ``{text}``
+            alone leaves the prompt out, and doubled braces stand for braces. ``{prompt}{text}`` by
+            default. Special tokens may be written out, ``<|user|>{prompt}<|assistant|>{text}``;
+            those that a policy writes into its text are then understood as such too.
         pair: Whether prompt and text are given as two segments instead, with what the tokenizer
             puts between them.
         max_length: Tokens that are read, special ones included; by default as many as model and
             tokenizer allow. What is longer is cut, and a warning says so once.
-        truncation_side: Which end is cut off: `right` or `left`; of a pair, from the longer.
-        dtype: Precision: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        truncation_side: Which end is cut off: ``right`` or ``left``; of a pair, from the longer.
+        dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of texts in one forward pass.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
@@ -148,7 +148,7 @@ class Classifier(ModelHead):
         return {**super().provenance(), **read}
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Says how many prompts leave no room for the text.
+        """Say how many prompts leave no room for the text.
 
         Raises:
             RewardError: If the model cannot be loaded.
@@ -166,7 +166,10 @@ class Classifier(ModelHead):
         ]
 
     def _reads_text(self, prompt: str) -> bool:
-        """Whether what is read depends on the text: not if the prompt before it fills the room."""
+        """Return whether what is read depends on the text.
+
+        Not if the prompt before it fills the room.
+        """
         assert self._reader is not None  # `_prepare` ran
         short, long = (self._segments(prompt, text) for text in ("a", "a b c"))
         row, length = self._reader.read(*short)
@@ -174,7 +177,7 @@ class Classifier(ModelHead):
         return length <= self._reader.longest or row != self._reader.read(*long)[0]
 
     def _segments(self, prompt: str, text: str) -> tuple[str, ...]:
-        """What the tokenizer is given."""
+        """Return what the tokenizer is given."""
         return (prompt, text) if self.pair else (self.template.format(prompt=prompt, text=text),)
 
     def _recipe(self) -> Hashable:
@@ -210,7 +213,7 @@ class Classifier(ModelHead):
         return scores
 
     def _read(self, logits: Tensor) -> Tensor:
-        """Logits `[m, labels]` to scores `[m]`."""
+        """Logits ``[m, labels]`` to scores ``[m]``."""
         if self.output == "probability":
             several = self._exclusive and logits.shape[-1] > 1
             logits = logits.softmax(-1) if several else logits.sigmoid()
@@ -232,7 +235,7 @@ class Classifier(ModelHead):
 
 
 def check_template(template: str) -> str:
-    """Returns the template if it has the place `{text}`, and no others but `{prompt}`.
+    """Return the template if it has the place ``{text}``, and no others but ``{prompt}``.
 
     Raises:
         ValueError: Otherwise.
@@ -255,7 +258,7 @@ def check_template(template: str) -> str:
 
 
 def build_classifier(weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """A model for sequence classification, on the CPU.
+    """Return a model for sequence classification, on the CPU.
 
     Raises:
         RewardError: If the weights are damaged or do not fit, or transformers has no such class.
@@ -271,7 +274,10 @@ def build_classifier(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 def _sketch(weights: Weights) -> Any:
-    """The model without weights: of a class that its `config.json` tells, on the meta device."""
+    """Return the model without weights.
+
+    Of a class that its ``config.json`` tells, on the meta device.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
@@ -288,7 +294,7 @@ def _sketch(weights: Weights) -> Any:
 
 
 def find_output(logit: int | str | None, labels: Mapping[int, str]) -> tuple[int, str]:
-    """Which output of a model is the score.
+    """Return which output of a model is the score.
 
     Args:
         logit: Its index or label; None will do where there is one only.

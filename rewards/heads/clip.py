@@ -33,21 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 class ClipHead(ModelHead):
-    """A head on a `CLIPModel` of transformers and the tokenizer that belongs to it.
+    """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
 
-    A prompt is cut at the number of tokens that the model reads (77); `remarks` counts those. When
-    that removes quoted text, which the picture ought to show, a warning names the prompt, once. A
-    prompt of nothing but white space asks for nothing, and scores NaN.
+    A prompt is cut at the number of tokens that the model reads (77); ``remarks`` counts those.
+    When that removes quoted text, which the picture ought to show, a warning names the prompt,
+    once. A prompt of nothing but white space asks for nothing, and scores NaN.
 
     Args:
-        model: See `ModelHead`.
-        revision: See `ModelHead`.
-        processor: Where the tokenizer and `preprocessor_config.json` come from, named as a model
-            is; by default the model, if it has these files, else `default_processor`.
-        dtype: See `ModelHead`.
-        device: See `ModelHead`.
-        batch_size: See `ModelHead`.
-        sha256: See `ModelHead`.
+        model: See ``ModelHead``.
+        revision: See ``ModelHead``.
+        processor: Where the tokenizer and ``preprocessor_config.json`` come from, named as a model
+            is; by default the model, if it has these files, else ``default_processor``.
+        dtype: See ``ModelHead``.
+        device: See ``ModelHead``.
+        batch_size: See ``ModelHead``.
+        sha256: See ``ModelHead``.
     """
 
     default_processor: ClassVar[str]
@@ -90,11 +90,11 @@ class ClipHead(ModelHead):
 
         Args:
             module: The CLIP model.
-            images: `[n, 3, H, W]`, uint8.
-            prompts: n prompts.
+            images: ``[n, 3, H, W]``, uint8.
+            prompts: N prompts.
 
         Returns:
-            `[n]` in [-1, 1], float32, on the CPU.
+            ``[n]`` in [-1, 1], float32, on the CPU.
         """
         assert self._preprocess is not None  # `_prepare` ran before the first batch
         pixels = self._preprocess(images).to(self.device, self.dtype)
@@ -105,7 +105,7 @@ class ClipHead(ModelHead):
         return (seen * read).sum(dim=-1)
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Says how many prompts are cut, and how many say nothing.
+        """Say how many prompts are cut, and how many say nothing.
 
         Raises:
             RewardError: If the model cannot be loaded.
@@ -160,7 +160,7 @@ class ClipHead(ModelHead):
         return files
 
     def _embed(self, module: Any, prompts: Sequence[str]) -> None:
-        """Adds the embeddings of prompts, `[D]` float32 of length 1, to those kept."""
+        """Add the embeddings of prompts, ``[D]`` float32 of length 1, to those kept."""
         if not prompts:
             return
         longest = self._longest(module)
@@ -223,12 +223,12 @@ class PickScore(ClipHead):
     of the choice.
 
     Args:
-        model: Weights in the format of transformers: folder, `package://NAME/PATH` or hub model.
+        model: Weights in the format of transformers: folder, ``package://NAME/PATH`` or hub model.
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
-            of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, as published.
-        dtype: Precision: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+            of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as published.
+        dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of pictures in one forward pass.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
@@ -275,12 +275,12 @@ class ClipScore(ClipHead):
     instead of ViT-B/32.
 
     Args:
-        model: Weights in the format of transformers: folder, `package://NAME/PATH` or hub model.
+        model: Weights in the format of transformers: folder, ``package://NAME/PATH`` or hub model.
         revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
-            of `openai/clip-vit-large-patch14`.
-        dtype: Precision: `float32`, `bfloat16` or `float16`.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+            of ``openai/clip-vit-large-patch14``.
+        dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of pictures in one forward pass.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
@@ -316,7 +316,7 @@ class ClipScore(ClipHead):
 
 
 def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """A `CLIPModel` of transformers on the CPU.
+    """Return a ``CLIPModel`` of transformers on the CPU.
 
     Raises:
         RewardError: If the weights are damaged or do not fit.
@@ -331,7 +331,10 @@ def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 def embed_images(module: Any, pixels: Tensor) -> Tensor:
-    """Embeddings of preprocessed pictures: `[n, 3, S, S]` to `[n, D]`, length 1, float32, CPU."""
+    """Embeddings of preprocessed pictures.
+
+    ``[n, 3, S, S]`` to ``[n, D]``, length 1, float32, CPU.
+    """
     output = module.get_image_features(pixel_values=pixels)
     return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 

@@ -17,14 +17,14 @@ LEVELS = ("excellent", "good", "fair", "poor", "bad")
 
 
 def rate(logits: Tensor, worth: Sequence[float]) -> Scores:
-    """Reads ratings from the logits of the five levels.
+    """Read ratings from the logits of the five levels.
 
     Args:
-        logits: `[N, 5]`, in the order of `LEVELS`, any precision and device.
+        logits: ``[N, 5]``, in the order of ``LEVELS``, any precision and device.
         worth: What each level is worth.
 
     Returns:
-        The ratings, `[N]` float32 on the CPU, with the probability of each level in a column
+        The ratings, ``[N]`` float32 on the CPU, with the probability of each level in a column
         named after it.
     """
     # In half precision a probability near 1 has steps of 5e-4, the rating of 2e-3.

@@ -24,7 +24,7 @@ Match = Literal["full", "search"]
 class Length(RewardHead):
     """How long the text is, within bounds: clip(l / scale, low, high); the prompt is not counted.
 
-    Higher is better: longer, or with `direction: shorter` its negative, so that brevity is an
+    Higher is better: longer, or with ``direction: shorter`` its negative, so that brevity is an
     objective of its own and no negative weight is needed. The length reward of PAMA (He and Maher
     2025, https://arxiv.org/abs/2508.07768), with the numbers of its experiment on film reviews.
 
@@ -34,15 +34,16 @@ class Length(RewardHead):
         scale: Length that scores 1.
         low: Least score before the sign: shorter texts score the same.
         high: Largest score before the sign: longer texts score the same. Null sets no bound.
-        unit: What is counted: `words` (between white space; a text without any, as in Chinese or
-            Thai, is one word), `characters` (code points in normal form C, runs of white space as
-            one), or `tokens` of a `tokenizer`, without special ones.
-        tokenizer: Folder, `package://NAME/PATH` or hub model with a tokenizer; for `unit: tokens`.
+        unit: What is counted: ``words`` (between white space; a text without any, as in Chinese or
+            Thai, is one word), ``characters`` (code points in normal form C, runs of white space as
+            one), or ``tokens`` of a ``tokenizer``, without special ones.
+        tokenizer: Folder, ``package://NAME/PATH`` or hub model with a tokenizer; for ``unit:
+            tokens``.
         revision: Branch, tag or commit of a hub model.
-        direction: What scores higher: `longer` or `shorter` texts.
+        direction: What scores higher: ``longer`` or ``shorter`` texts.
 
     Raises:
-        ValueError: If a parameter is out of range, or `tokenizer` is given without need, or not
+        ValueError: If a parameter is out of range, or ``tokenizer`` is given without need, or not
             given where needed.
     """
 
@@ -91,7 +92,7 @@ class Length(RewardHead):
         self._provenance: dict[str, str] = {}
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns the clipped lengths, `[N]`.
+        """Return the clipped lengths, ``[N]``.
 
         Raises:
             RewardError: If the tokenizer cannot be loaded.
@@ -100,7 +101,7 @@ class Length(RewardHead):
         return self.sign * (lengths / self.scale).clamp(self.low, self.high)
 
     def load(self) -> None:
-        """Loads the tokenizer, if tokens are counted.
+        """Load the tokenizer, if tokens are counted.
 
         Raises:
             RewardError: If it is missing or damaged.
@@ -125,7 +126,7 @@ class Length(RewardHead):
         return self._provenance
 
     def close(self) -> None:
-        """Lets go of the tokenizer; the next batch loads it again."""
+        """Let go of the tokenizer; the next batch loads it again."""
         self._loaded = None
 
     def _length(self, text: str) -> int:
@@ -141,7 +142,7 @@ class Length(RewardHead):
 class Keyword(RewardHead):
     """Which part of given words and phrases the text has: 0 none of them, 1 all of them.
 
-    Higher is better. With `cap` it is not which there are but how often: the occurrences of any,
+    Higher is better. With ``cap`` it is not which there are but how often: the occurrences of any,
     up to the cap, divided by it; where two overlap, the one that begins first counts, of those the
     longest. Both are compared in the Unicode normal form NFKC, any white space as one space.
 
@@ -153,7 +154,7 @@ class Keyword(RewardHead):
             directly before or after it. Turn it off for languages without spaces.
 
     Raises:
-        ValueError: If there is no word, one is empty or stands there twice, or `cap` is not
+        ValueError: If there is no word, one is empty or stands there twice, or ``cap`` is not
             positive.
     """
 
@@ -199,7 +200,7 @@ class Keyword(RewardHead):
         ]
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns shares, `[N]` in [0, 1]."""
+        """Return shares, ``[N]`` in [0, 1]."""
         return torch.tensor([self._score(self._folded(text)) for text in batch.require_texts()])
 
     def _score(self, text: str) -> float:
@@ -228,10 +229,10 @@ class Repetition(RewardHead):
 
     Args:
         n: Length of the n-grams; 4 in the paper.
-        unit: What they are made of: `words`, or `characters`, for languages without spaces.
+        unit: What they are made of: ``words``, or ``characters``, for languages without spaces.
 
     Raises:
-        ValueError: If `n` is not positive, or `unit` is unknown.
+        ValueError: If ``n`` is not positive, or ``unit`` is unknown.
     """
 
     unit = "-share of repeated n-grams"
@@ -248,7 +249,7 @@ class Repetition(RewardHead):
         self._parts = regex.compile(r"\w+" if unit == "words" else r"\S")
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns minus the shares, `[N]` in (-1, 0]."""
+        """Return minus the shares, ``[N]`` in (-1, 0]."""
         return torch.tensor([self._score(text) for text in batch.require_texts()])
 
     def _score(self, text: str) -> float:
@@ -261,17 +262,20 @@ class Repetition(RewardHead):
 class Format(RewardHead):
     """Whether the text has a form: 1 where a regular expression matches it, else 0.
 
-    Higher is better. The syntax is that of the package regex, which is that of Python's `re` and
-    more: flags stand in the pattern, `(?is)...`. White space around a text is part of it; where it
-    should not matter, let the pattern begin and end with `\\s*`.
+    Higher is better. The syntax is that of the package regex, which is that of Python's ``re`` and
+    more: flags stand in the pattern, ``(?is)...``. White space around a text is part of it; where
+        it
+    should not matter, let the pattern begin and end with ``\\s*``.
 
-    Some patterns, such as `(a|aa)+b`, take time that grows exponentially with the text where they
-    do not match. A text on which the pattern takes longer than `timeout` is an error, never a
-    score; write such patterns with atomic groups, `(?>a|aa)+b`, or possessive quantifiers, `a++`.
+    Some patterns, such as ``(a|aa)+b``, take time that grows exponentially with the text where they
+    do not match. A text on which the pattern takes longer than ``timeout`` is an error, never a
+    score; write such patterns with atomic groups, ``(?>a|aa)+b``, or possessive quantifiers,
+    ``a++``.
 
     Args:
         pattern: The regular expression.
-        match: What the pattern describes: the whole text (`full`) or some part of it (`search`).
+        match: What the pattern describes: the whole text (``full``) or some part of it
+            (``search``).
         timeout: Number of seconds that one text may take.
 
     Raises:
@@ -301,7 +305,7 @@ class Format(RewardHead):
         self._matches = compiled.fullmatch if match == "full" else compiled.search
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns 1 or 0, `[N]`.
+        """Return 1 or 0, ``[N]``.
 
         Raises:
             RewardError: If the pattern takes too long on a text; names the sample.
@@ -328,5 +332,5 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def _spaced(text: str) -> str:
-    """The text with single spaces in the place of white space, and none around it."""
+    """Return the text with single spaces in the place of white space, and none around it."""
     return " ".join(text.split())

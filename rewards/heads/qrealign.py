@@ -28,12 +28,12 @@ class QRealignHead(ModelHead):
     (https://github.com/Q-Future/Q-ReAlign) is Q-Align (Wu et al. 2023,
     https://arxiv.org/abs/2312.17090) on Qwen3.5-VL: asked to rate the picture, the model goes on
     after "The quality of the image is" with a word, which is read as a rating, see
-    `rewards.heads.levels`. The scores table also gets the probability of each level. Question,
+    ``rewards.heads.levels``. The scores table also gets the probability of each level. Question,
     reading and weights of the levels are those of the authors' quick start.
 
     The default weights have 0.8 billion parameters, 2.2 GB in half precision, under the Apache
-    licence 2.0 as their model card says; the 4 and 9 billion ones (`q-future/Q-ReAlign-Lite-4B`,
-    `q-future/Q-ReAlign-Pro-9B`) load alike. Three of four layers are slow on a GPU without the
+    licence 2.0 as their model card says; the 4 and 9 billion ones (``q-future/Q-ReAlign-Lite-4B``,
+    ``q-future/Q-ReAlign-Pro-9B``) load alike. Three of four layers are slow on a GPU without the
     packages flash-linear-attention and causal-conv1d, of which transformers tells.
 
     The published weights were not at hand: that this head computes what the quick start computes
@@ -42,10 +42,10 @@ class QRealignHead(ModelHead):
     thinking, so a template that opens a thought there would be wrong for them.
 
     Args:
-        model: Folder with `config.json`, weights, tokenizer and processor, or hub model.
+        model: Folder with ``config.json``, weights, tokenizer and processor, or hub model.
         revision: Branch, tag or commit of a hub model.
         dtype: Precision; the weights are published in bfloat16.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of pictures in one forward pass.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 

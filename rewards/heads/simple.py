@@ -52,7 +52,7 @@ class JpegCompressibility(RewardHead):
         self.quality = quality
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns minus the file sizes in kB, `[N]`."""
+        """Return minus the file sizes in kB, ``[N]``."""
         sizes = []
         for image in batch.to_pil():
             file = io.BytesIO()
@@ -78,7 +78,7 @@ class Colourfulness(RewardHead):
     scores = "images"
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns M3, `[N]`."""
+        """Return M3, ``[N]``."""
         return _in_chunks(self._score, batch.uint8())
 
     @staticmethod
@@ -106,7 +106,7 @@ class Sharpness(RewardHead):
     scores = "images"
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns the variances, `[N]`.
+        """Return the variances, ``[N]``.
 
         Raises:
             ValueError: If the pictures have no inner pixel.
@@ -173,18 +173,18 @@ def named_colours(prompt: str) -> tuple[str, ...]:
 
 
 def negates_colour(prompt: str) -> bool:
-    """Whether a prompt says, outside quotes, of a colour that it should not be there."""
+    """Return whether a prompt says, outside quotes, of a colour that it should not be there."""
     return _NEGATED.search(without_quotes(prompt)) is not None
 
 
 def oklab(rgb: Tensor) -> Tensor:
-    """sRGB to OKLab (Ottosson 2020, https://bottosson.github.io/posts/oklab/).
+    """Convert sRGB to OKLab (Ottosson 2020, https://bottosson.github.io/posts/oklab/).
 
     Args:
-        rgb: `[..., 3, P]`, gamma-encoded sRGB in [0, 1].
+        rgb: ``[..., 3, P]``, gamma-encoded sRGB in [0, 1].
 
     Returns:
-        `[..., 3, P]`: lightness in [0, 1], and two opponent axes of about +-0.3.
+        ``[..., 3, P]``: lightness in [0, 1], and two opponent axes of about +-0.3.
     """
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_lms = [
@@ -208,10 +208,10 @@ class PromptColour(RewardHead):
 
     Higher is better. For every colour named outside quotes, every pixel x has the closeness
     exp(-(|x - c| / tolerance)^2), with the distance |x - c| in OKLab (Ottosson 2020,
-    https://bottosson.github.io/posts/oklab/); the `share` of pixels that are closest to c count,
+    https://bottosson.github.io/posts/oklab/); the ``share`` of pixels that are closest to c count,
     by their mean; the score is the mean over the named colours. Continuous in every pixel.
     A prompt that names no colour scores NaN, and so does one that wants a colour away ("without any
-    red"), of which `remarks` tell: the head cannot see how much of it would be too much.
+    red"), of which ``remarks`` tell: the head cannot see how much of it would be too much.
 
     What it cannot see: where a colour is. A blue circle on red and a red circle on blue score the
     same, and so does any other arrangement of the same pixels.
@@ -240,7 +240,7 @@ class PromptColour(RewardHead):
         self.tolerance = tolerance
 
     def score(self, batch: RewardBatch) -> Tensor:
-        """Returns the mean closeness, `[N]`; NaN where the prompt names none, or one to avoid."""
+        """Return the mean closeness, ``[N]``; NaN where the prompt names none, or one to avoid."""
         images = batch.uint8().flatten(2)  # [N, 3, P]
         names = [() if negates_colour(p) else named_colours(p) for p in batch.prompts]
         step = max(1, _CHUNK // images.shape[-1])
@@ -251,7 +251,7 @@ class PromptColour(RewardHead):
         return torch.cat(scores)
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Says which prompts name a colour that should not be there."""
+        """Say which prompts name a colour that should not be there."""
         negated = [prompt for prompt in prompts if negates_colour(prompt)]
         if not negated:
             return []
@@ -261,7 +261,7 @@ class PromptColour(RewardHead):
         ]
 
     def _score(self, images: Tensor, names: Sequence[tuple[str, ...]]) -> Tensor:
-        """Scores `[N, 3, P]` images for their named colours, `[N]`."""
+        """Score ``[N, 3, P]`` images for their named colours, ``[N]``."""
         # One row per (sample, named colour), R in all: prompts name different numbers of colours.
         pairs = [(n, colour) for n, colours in enumerate(names) for colour in colours]
         rows = torch.tensor([n for n, _ in pairs], dtype=torch.long, device=images.device)

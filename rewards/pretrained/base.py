@@ -1,6 +1,6 @@
 """Heads that run a pretrained model: loading, devices, precision, batches and sharing.
 
-A head of this kind names its files, builds the module, and scores a micro-batch; `ModelHead` does
+A head of this kind names its files, builds the module, and scores a micro-batch; ``ModelHead`` does
 the rest:
 
     class Brightness(ModelHead):
@@ -13,7 +13,7 @@ the rest:
         def _score_batch(self, module, images, prompts) -> Tensor:
             return module(normalise(images).to(self.device, self.dtype)).squeeze(-1)
 
-A head that scores texts says `scores = "texts"` and is given them in the place of the images.
+A head that scores texts says ``scores = "texts"`` and is given them in the place of the images.
 """
 
 from __future__ import annotations
@@ -38,25 +38,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelHead(RewardHead):
     """A head that scores pictures, or texts, with a pretrained model.
 
-    The model is loaded by `load` or with the first batch, by whichever thread comes first, and
-    stands on the device until `offload` or `close`. Heads of one process that build the same
+    The model is loaded by ``load`` or with the first batch, by whichever thread comes first, and
+    stands on the device until ``offload`` or ``close``. Heads of one process that build the same
     module from the same files, in the same precision, on the same device, share it; it is freed
-    when the last of them is closed, and `offload` of one is `offload` for all until one scores.
+    when the last of them is closed, and ``offload`` of one is ``offload`` for all until one scores.
 
-    Scores do not depend on `batch_size` beyond rounding, nor on an autocast around the call.
+    Scores do not depend on ``batch_size`` beyond rounding, nor on an autocast around the call.
 
-    A subclass implements `_build` and `_score_batch`, and sets `required` and `optional`, and
-    `scores` where that is not pictures.
-    What `_build` makes depends on the files, `dtype` and `_recipe` alone.
+    A subclass implements ``_build`` and ``_score_batch``, and sets ``required`` and ``optional``,
+    and ``scores`` where that is not pictures. What ``_build`` makes depends on the files, ``dtype``
+    and ``_recipe`` alone.
 
     Args:
-        model: Folder, file, `package://NAME/PATH`, or hub model; see `rewards.pretrained.locate`.
+        model: Folder, file, ``package://NAME/PATH``, or hub model; see
+            ``rewards.pretrained.locate``.
         revision: Branch, tag or commit of a hub model.
-        dtype: Precision of the model: one of `DTYPES`.
-        device: A torch device; `auto` is this process's GPU (by `LOCAL_RANK`), else `mps`, else
-            the CPU.
+        dtype: Precision of the model: one of ``DTYPES``.
+        device: A torch device; ``auto`` is this process's GPU (by ``LOCAL_RANK``), else ``mps``,
+            else the CPU.
         batch_size: Samples at once.
-        sha256: Expected digest of the weights, see `Weights.digest`; None expects nothing.
+        sha256: Expected digest of the weights, see ``Weights.digest``; None expects nothing.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.
@@ -99,34 +100,37 @@ class ModelHead(RewardHead):
 
     @abstractmethod
     def _build(self, weights: Weights) -> nn.Module:
-        """Loads the module in `self.dtype`, on the CPU. Runs once for heads that share it."""
+        """Load the module in ``self.dtype``, on the CPU. Runs once for heads that share it."""
 
     def _recipe(self) -> Hashable:
-        """What heads have in common whose `_build` makes the same of the same files."""
+        """Return what heads have in common whose ``_build`` makes the same of the same files."""
         return type(self)._build
 
     def _prepare(self, weights: Weights) -> None:
-        """Loads what each head has of its own, e.g. a tokenizer."""
+        """Load what each head has of its own, e.g. a tokenizer."""
 
     @abstractmethod
     def _score_batch(self, module: Any, samples: Any, prompts: Sequence[str]) -> Tensor | Scores:
-        """Scores a micro-batch.
+        """Score a micro-batch.
 
         Args:
-            module: What `_build` returned, on `self.device`.
-            samples: Images `[n, 3, H, W]`, uint8, on the device of the batch; or n texts.
-            prompts: n prompts.
+            module: What ``_build`` returned, on ``self.device``.
+            samples: Images ``[n, 3, H, W]``, uint8, on the device of the batch; or n texts.
+            prompts: N prompts.
 
         Returns:
-            Finite scores `[n]`, or `Scores` with further columns.
+            Finite scores ``[n]``, or ``Scores`` with further columns.
         """
 
     def _judges(self, prompt: str) -> bool:
-        """Whether the objective applies to samples of a prompt; asked when the model is loaded."""
+        """Return whether the objective applies to samples of a prompt.
+
+        Asked when the model is loaded.
+        """
         return True
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Scores a batch, `batch_size` samples at a time; NaN where the objective does not apply.
+        """Score a batch, ``batch_size`` samples at a time; NaN where the objective does not apply.
 
         Raises:
             RewardError: If the model cannot be loaded, memory runs out, or a score is not finite.
@@ -152,7 +156,7 @@ class ModelHead(RewardHead):
         return Scores(values=values, extra=extra)
 
     def load(self) -> None:
-        """Loads the model and puts it on the device.
+        """Load the model and puts it on the device.
 
         Raises:
             RewardError: If files are missing, damaged or not the expected ones, or the device has
@@ -170,7 +174,7 @@ class ModelHead(RewardHead):
             raise RewardError(cause_of(error), head=self._label) from error
 
     def offload(self) -> None:
-        """Moves the model to the CPU's memory; the next batch brings it back."""
+        """Move the model to the CPU's memory; the next batch brings it back."""
         shared = self._shared
         if shared is not None:
             with shared.lock:
@@ -184,7 +188,7 @@ class ModelHead(RewardHead):
         return {**asked, **self._provenance}
 
     def close(self) -> None:
-        """Lets go of the model; the next batch loads it again."""
+        """Let go of the model; the next batch loads it again."""
         with self._lock:
             self._shared = None
 
@@ -249,12 +253,12 @@ class ModelHead(RewardHead):
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that a name means for this process.
+    """Return the device that a name means for this process.
 
     Args:
-        device: A torch device. `auto` is `cuda` if there is a GPU, else `mps`, else `cpu`; `cuda`
-            is the GPU with this process's `LOCAL_RANK` (0 without; modulo the number of GPUs, as
-            some launchers show each process only its own).
+        device: A torch device. ``auto`` is ``cuda`` if there is a GPU, else ``mps``, else ``cpu``;
+            ``cuda`` is the GPU with this process's ``LOCAL_RANK`` (0 without; modulo the number of
+            GPUs, as some launchers show each process only its own).
 
     Raises:
         ValueError: If there is no such device on this machine.
@@ -298,7 +302,7 @@ class _Shared:
         self.lock = threading.Lock()
 
     def move(self, device: torch.device) -> None:
-        """Moves the module; the caller holds the lock."""
+        """Move the module; the caller holds the lock."""
         if device == self.device:
             return
         left, self.device = self.device, device

@@ -2,11 +2,11 @@
 
 A model is named in one of five ways:
 
-- a folder: `./models/pickscore`, `~/models/pickscore`;
-- a file of weights in a folder: `./models/head.pth`;
-- a folder or a file inside an installed package: `package://my_package/judges/small`;
-- a model on the Hugging Face hub: `yuvalkirstain/PickScore_v1`;
-- one file of it: `owner/name:head.pth`.
+- a folder: ``./models/pickscore``, ``~/models/pickscore``;
+- a file of weights in a folder: ``./models/head.pth``;
+- a folder or a file inside an installed package: ``package://my_package/judges/small``;
+- a model on the Hugging Face hub: ``yuvalkirstain/PickScore_v1``;
+- one file of it: ``owner/name:head.pth``.
 
 What a hub model needs is looked for in the local cache first and fetched only if it is not there,
 so that a machine without network can score, and a run does not change when a branch moves. Name
@@ -51,14 +51,14 @@ class Weights:
     files: tuple[str, ...]  # names in `folder` of the files that hold tensors, sorted
 
     def has(self, *names: str) -> bool:
-        """Whether all these files are in the folder."""
+        """Return whether all these files are in the folder."""
         return all((self.folder / name).is_file() for name in names)
 
     def digest(self) -> str:
         """SHA-256 of the files that hold tensors, in hexadecimal.
 
-        Of one file, what `sha256sum FILE` prints. Of several, with the names in the order of
-        their bytes, what `sha256sum FILE... | sha256sum` prints in their folder.
+        Of one file, what ``sha256sum FILE`` prints. Of several, with the names in the order of
+        their bytes, what ``sha256sum FILE... | sha256sum`` prints in their folder.
         """
         digests = {}
         for name in self.files:
@@ -70,7 +70,7 @@ class Weights:
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def expect(self, sha256: str | None, digest: str, *, option: str = "sha256") -> None:
-        """Compares the digest to the expected one; None expects nothing.
+        """Compare the digest to the expected one; None expects nothing.
 
         Raises:
             RewardError: If they differ.
@@ -95,7 +95,7 @@ class _Place:
 
 
 def check_name(model: str, *, revision: str | None = None, option: str = "model") -> None:
-    """Checks the name of a model without touching the network or loading anything.
+    """Check the name of a model without touching the network or loading anything.
 
     A folder or file must exist; the name of a hub model must be well-formed.
 
@@ -124,19 +124,19 @@ def find_weights(
     optional: Sequence[str] = (),
     tensors: bool = True,
 ) -> Weights:
-    """Finds the files of a model; fetches those of a hub model that are not in the local cache.
+    """Find the files of a model; fetches those of a hub model that are not in the local cache.
 
     Args:
         model: See the module.
-        revision: Branch, tag or commit of a hub model; `main` by default.
+        revision: Branch, tag or commit of a hub model; ``main`` by default.
         required: Names of files that must be there, beside the weights.
         optional: Names of files that are fetched if the hub has them.
-        tensors: Whether the weights are needed: `model.safetensors`, else `pytorch_model.bin`,
-            in one piece or with an index and shards. Where `model` names one file, it is that.
+        tensors: Whether the weights are needed: ``model.safetensors``, else ``pytorch_model.bin``,
+            in one piece or with an index and shards. Where ``model`` names one file, it is that.
 
     Raises:
         RewardError: If a file is missing or cannot be fetched; says what to do.
-        ValueError: As `check_name`.
+        ValueError: As ``check_name``.
     """
     check_name(model, revision=revision)
     place = _locate(model, "model")
@@ -302,7 +302,7 @@ def _fetched(place: _Place, revision: str | None, names: Sequence[str]) -> Path:
 def _names(
     place: _Place, required: Sequence[str], optional: Sequence[str], tensors: bool
 ) -> list[str]:
-    """What to ask the hub for at first, names and patterns."""
+    """Return what to ask the hub for at first, names and patterns."""
     if not tensors:
         return [*required, *optional]
     return [*required, *optional, *([place.file] if place.file else _SAFETENSORS)]

@@ -3,7 +3,7 @@
 Bicubic resampling by Pillow on 8-bit pixels, then a crop of the centre, then normalisation in
 float32. Published scores were computed so; resampling by torch or torchvision differs by 1 to 2
 steps of 255, which shifts a score by more than its rounding. The result equals that of
-transformers' `CLIPImageProcessorPil` and of open_clip's `image_transform(is_train=False)`.
+transformers' ``CLIPImageProcessorPil`` and of open_clip's ``image_transform(is_train=False)``.
 
 The two disagree on one thing: which row (or column) to start a crop at when an odd number of them
 is cut off. transformers rounds the half down, torchvision, which open_clip uses, to the even
@@ -55,23 +55,23 @@ class Preprocessing:
             raise ValueError(f"Parameter `std` should be positive. Found `std = {self.std}`.")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """What the model sees.
+        """Return what the model sees.
 
         Args:
-            images: `[N, 3, H, W]`, uint8, any device.
+            images: ``[N, 3, H, W]``, uint8, any device.
 
         Returns:
-            `[N, 3, crop, crop]`, float32, on the CPU.
+            ``[N, 3, crop, crop]``, float32, on the CPU.
         """
         resized = resize_shorter(images, self.side)
         return normalise(crop_centre(resized, self.crop, self.rounding), self.mean, self.std)
 
 
 def read_preprocessing(file: Path) -> Preprocessing:
-    """Reads a `preprocessor_config.json` of CLIP.
+    """Read a ``preprocessor_config.json`` of CLIP.
 
     Raises:
-        RewardError: If it asks for other steps than `Preprocessing` takes.
+        RewardError: If it asks for other steps than ``Preprocessing`` takes.
     """
     try:
         config = json.loads(file.read_text())
@@ -102,12 +102,12 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Resamples each picture with Pillow's bicubic filter, enlarging or reducing.
 
     Args:
-        images: `[N, 3, H, W]`, uint8, any device.
+        images: ``[N, 3, H, W]``, uint8, any device.
         height: New height in pixels.
         width: New width in pixels.
 
     Returns:
-        `[N, 3, height, width]`, uint8, on the CPU.
+        ``[N, 3, height, width]``, uint8, on the CPU.
     """
     images = images.cpu()
     if images.shape[-2:] == (height, width):
@@ -121,14 +121,14 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_shorter(images: Tensor, side: int) -> Tensor:
-    """Resamples so that the shorter side has `side` pixels; the longer one is rounded down.
+    """Resamples so that the shorter side has ``side`` pixels; the longer one is rounded down.
 
     Args:
-        images: `[N, 3, H, W]`, uint8, any device.
+        images: ``[N, 3, H, W]``, uint8, any device.
         side: Pixels.
 
     Returns:
-        `[N, 3, h, w]`, uint8, on the CPU, with min(h, w) = side.
+        ``[N, 3, h, w]``, uint8, on the CPU, with min(h, w) = side.
     """
     height, width = images.shape[-2:]
     if width <= height:
@@ -137,7 +137,7 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
 
 
 def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tensor:
-    """Cuts a square from the centre: `[N, 3, H, W]` to `[N, 3, side, side]`, same dtype."""
+    """Cuts a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype."""
     height, width = images.shape[-2:]
     top, left = ((extent - side) / 2 for extent in (height, width))
     if rounding == "down":
@@ -153,11 +153,11 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
     Where an odd number of rows (or columns) is added, the extra one is the last.
 
     Args:
-        images: `[N, 3, H, W]`, uint8, any device.
+        images: ``[N, 3, H, W]``, uint8, any device.
         colour: R, G, B of the margin, 0 to 255; usually int(255 mean).
 
     Returns:
-        `[N, 3, S, S]`, uint8, with S = max(H, W).
+        ``[N, 3, S, S]``, uint8, with S = max(H, W).
     """
     height, width = images.shape[-2:]
     side = max(height, width)
@@ -170,14 +170,17 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
 def normalise(
     images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Tensor:
-    """(x / 255 - mean) / std per channel: `[N, 3, H, W]` uint8 to float32, same device."""
+    """(x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device."""
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return images.to(torch.float32).div(255).sub(shift).div(scale)
 
 
 def _side(size: Any, *keys: str) -> int:
-    """The one length in `224`, `{"shortest_edge": 224}` or `{"height": 224, "width": 224}`."""
+    """Return the one length in ``224``, ``{"shortest_edge".
+
+    224}`` or ``{"height": 224, "width": 224}``.
+    """
     if isinstance(size, dict):
         lengths = set(size.values())
         if set(size) != set(keys) or len(lengths) != 1:

@@ -21,9 +21,9 @@ _SHOWN_KEYS = 6
 
 
 def read_tensors(weights: Weights) -> dict[str, Tensor]:
-    """Reads the weights by name, on the CPU, mapped into memory where the format allows it.
+    """Read the weights by name, on the CPU, mapped into memory where the format allows it.
 
-    Pickled files are read with `weights_only=True`: they cannot run code.
+    Pickled files are read with ``weights_only=True``: they cannot run code.
 
     Raises:
         RewardError: If a file is damaged, two shards hold the same name, or the file holds
@@ -43,7 +43,7 @@ def read_tensors(weights: Weights) -> dict[str, Tensor]:
 
 
 def read_tensor(weights: Weights, name: str) -> Tensor:
-    """Reads one tensor, on the CPU, and where the format allows it nothing else.
+    """Read one tensor, on the CPU, and where the format allows it nothing else.
 
     Raises:
         RewardError: If a file is damaged, or none holds the tensor.
@@ -72,9 +72,9 @@ def read_tensor(weights: Weights, name: str) -> Tensor:
 def load_strictly(
     module: nn.Module, weights: Weights, *, ignore: Sequence[str] = (), prefix: str = ""
 ) -> None:
-    """Puts the weights into a module by name; every name and shape must match.
+    """Put the weights into a module by name; every name and shape must match.
 
-    The module takes over the tensors as they were read (`assign=True`): it may stand on the meta
+    The module takes over the tensors as they were read (``assign=True``): it may stand on the meta
     device, and keeps the file's dtype.
 
     Args:
@@ -108,16 +108,16 @@ def load_strictly(
 def load_pretrained(
     kind: Any, weights: Weights, *, dtype: torch.dtype, ignore: Sequence[str] = ()
 ) -> nn.Module:
-    """Builds a transformers model from its `config.json` and weights, in evaluation mode.
+    """Build a transformers model from its ``config.json`` and weights, in evaluation mode.
 
     Args:
-        kind: The model class, e.g. `transformers.CLIPModel`.
-        weights: Its files, `config.json` among them.
+        kind: The model class, e.g. ``transformers.CLIPModel``.
+        weights: Its files, ``config.json`` among them.
         dtype: Floating type of the parameters.
         ignore: Endings of names in the files that the model need not have.
 
     Raises:
-        RewardError: As `load_strictly`: where transformers would warn and draw weights at random,
+        RewardError: As ``load_strictly``: where transformers would warn and draw weights at random,
             this is an error.
     """
     config = kind.config_class.from_pretrained(weights.folder, local_files_only=True)

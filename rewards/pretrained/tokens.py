@@ -41,10 +41,10 @@ _SHOWN = 60  # characters of a text in an error
 
 
 def load_tokenizer(files: Weights) -> Any:
-    """The tokenizer of a model, a `PreTrainedTokenizerBase`.
+    """Return the tokenizer of a model, a ``PreTrainedTokenizerBase``.
 
     Args:
-        files: Its files, located with `optional=TOKENIZER_FILES`.
+        files: Its files, located with ``optional=TOKENIZER_FILES``.
 
     Raises:
         RewardError: If there is none, or it is damaged.
@@ -81,7 +81,7 @@ class Reader:
     longest: float  # tokens that are read
 
     def read(self, *segments: str) -> tuple[Row, int]:
-        """What the model is given of a text, or of two segments.
+        """Return what the model is given of a text, or of two segments.
 
         Returns:
             The row without padding, and how many tokens there were before it was cut.
@@ -111,14 +111,14 @@ class Reader:
         return row, length
 
     def groups(self, rows: Sequence[Row]) -> Iterable[list[int]]:
-        """Indices of the rows that may stand in one tensor: of one length, or all."""
+        """Return the indices of the rows that may stand in one tensor: of one length, or all."""
         groups: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             groups[len(row["input_ids"]) if self.pad is None else 0].append(index)
         return groups.values()
 
     def stack(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The rows as tensors `[n, tokens]`, padded on the right; the mask is 0 there."""
+        """Return the rows as tensors ``[n, tokens]``, padded on the right; the mask is 0 there."""
         width = max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": 0 if self.pad is None else self.pad}
         return {
@@ -130,7 +130,7 @@ class Reader:
 
 
 def reader_of(model: Any, files: Weights, *, longest: int | None, truncation_side: Side) -> Reader:
-    """How a model of transformers reads texts.
+    """Return how a model of transformers reads texts.
 
     Args:
         model: The model; its weights are not looked at, so it may stand on the meta device.
@@ -164,7 +164,7 @@ def reader_of(model: Any, files: Weights, *, longest: int | None, truncation_sid
 
 
 def accepted(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the names that the module's `forward` has parameters of."""
+    """Those of the names that the module's ``forward`` has parameters of."""
     parameters = inspect.signature(module.forward).parameters
     return tuple(name for name in names if name in parameters)
 

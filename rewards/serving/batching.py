@@ -37,8 +37,8 @@ class Batcher:
         head: The head; called by the batcher alone from now on.
         max_batch: Samples scored in one call; a larger request is scored by itself.
         max_queue: Samples that may be under way at once.
-        max_batch_pixels: As `max_batch`, for the pixels of its pictures.
-        max_queue_pixels: As `max_queue`, for their pixels.
+        max_batch_pixels: As ``max_batch``, for the pixels of its pictures.
+        max_queue_pixels: As ``max_queue``, for their pixels.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Batcher:
         return self._thread.is_alive() and not self._closed
 
     def admit(self, count: int, pixels: int) -> None:
-        """Makes room for samples with so many pixels, before anything is spent on decoding them.
+        """Make room for samples with so many pixels, before anything is spent on decoding them.
 
         Raises:
             Overloaded: If there is none, or the batcher is closed.
@@ -85,7 +85,7 @@ class Batcher:
             self._pixels += pixels
 
     def release(self, count: int, pixels: int) -> None:
-        """Gives back room that was made and is not needed."""
+        """Give back room that was made and is not needed."""
         with self._changed:
             self._samples -= count
             self._pixels -= pixels
@@ -94,8 +94,8 @@ class Batcher:
         """Queues samples that were admitted; their room is given back when the future is done.
 
         Returns:
-            The scores; or a `RewardError`, whose samples are counted within these; or
-            `Overloaded`, if the batcher is closed. What is cancelled in time is not scored.
+            The scores; or a ``RewardError``, whose samples are counted within these; or
+            ``Overloaded``, if the batcher is closed. What is cancelled in time is not scored.
         """
         job = _Job(samples)
         with self._changed:
@@ -109,7 +109,7 @@ class Batcher:
         return job.future
 
     def close(self) -> None:
-        """Lets the batch under way finish, fails those that wait, and closes the head."""
+        """Let the batch under way finish, fails those that wait, and closes the head."""
         with self._changed:
             self._closed = True
             waiting, self._jobs = self._jobs, deque()

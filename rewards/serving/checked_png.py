@@ -23,7 +23,7 @@ _REFUSED = (b"IHDR", b"tRNS", b"acTL", b"eXIf", b"iCCP", b"cICP", b"gAMA", b"cHR
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """A picture `[H, W, 3]`, uint8, as a PNG file."""
+    """Return a picture ``[H, W, 3]``, uint8, as a PNG file."""
     file = io.BytesIO()
     # Level 1: about half the time of the default, for files an eighth larger.
     Image.fromarray(picture).save(file, format="PNG", compress_level=1)
@@ -31,7 +31,7 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def size(file: bytes) -> tuple[int, int]:
-    """Width and height by the first `HEAD` bytes of a file.
+    """Width and height by the first ``HEAD`` bytes of a file.
 
     Raises:
         ValueError: If it is no PNG file of RGB, 8 bits; the message goes on after "The picture".
@@ -51,10 +51,10 @@ def size(file: bytes) -> tuple[int, int]:
 
 
 def decode(file: bytes) -> np.ndarray:
-    """Pixels `[H, W, 3]`, uint8, of a file that has the `size` which it says.
+    """Pixels ``[H, W, 3]``, uint8, of a file that has the ``size`` which it says.
 
     Raises:
-        ValueError: As `size`, or if the file is damaged or could be read as something else.
+        ValueError: As ``size``, or if the file is damaged or could be read as something else.
     """
     expected = size(file)
     place = len(_SIGNATURE) + _CHUNK.size + 13 + 4  # after IHDR

@@ -46,10 +46,10 @@ class Answer:
 
 
 def check_url(url: object) -> str:
-    """The address of a server without a slash at its end.
+    """Return the address of a server without a slash at its end.
 
     Raises:
-        ValueError: If it is no `http://host[:port][/path]` or `https://...`.
+        ValueError: If it is no ``http://host[:port][/path]`` or ``https://...``.
     """
     problem = ""
     try:
@@ -78,7 +78,7 @@ class Calls:
         self._lock = threading.Lock()
 
     def end(self) -> None:
-        """Ends the calls under way, whose threads raise `CallError`; further ones are refused."""
+        """End the calls under way, whose threads raise ``CallError``; further ones are refused."""
         with self._lock:
             self._ended = True
             for sock in self._sockets:
@@ -110,11 +110,11 @@ def call(
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """Sends a request: POST with a body, GET without.
+    """Send a request: POST with a body, GET without.
 
     Args:
-        url: Address of the server; see `check_url`.
-        path: What to ask for, e.g. `/health`.
+        url: Address of the server; see ``check_url``.
+        path: What to ask for, e.g. ``/health``.
         seconds: Time for everything, from the connection to the last byte of the answer; only the
             look-up of the host's name is left to the system.
         calls: Where the call is entered while it runs.

@@ -1,4 +1,4 @@
-"""A head that runs elsewhere: behind one or several reward servers (`rewards.serving.server`)."""
+"""A head that runs elsewhere: behind one or several reward servers (``rewards.serving.server``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @register("remote")
 class RemoteHead(RewardHead):
-    """The scores of a head on a reward server; higher is better. `scripts/heads.py serve` is one.
+    """The scores of a head on a reward server; higher is better. ``scripts/heads.py serve`` is one.
 
     A batch is cut into requests, which are spread over the servers in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
@@ -41,7 +41,7 @@ class RemoteHead(RewardHead):
     not used, redirects are not followed.
 
     Args:
-        url: Address of the server, `http://host:port`, or a list of several.
+        url: Address of the server, ``http://host:port``, or a list of several.
         remote_name: Name of the head on the server.
         timeout: Number of seconds for a batch, retries included. With several servers, a request
             that takes more than half of the time left is sent to another, so allow twice what it
@@ -99,7 +99,7 @@ class RemoteHead(RewardHead):
         self._lock = threading.Lock()
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Returns the scores, `[N]`, NaN where the server says that the objective does not apply.
+        """Return the scores, ``[N]``, NaN where the server says that the objective does not apply.
 
         Raises:
             RewardError: If not all samples were scored in time; names server, cause and samples.
@@ -136,7 +136,7 @@ class RemoteHead(RewardHead):
             calls.end()
 
     def load(self) -> None:
-        """Asks every server who it is; warns of those that cannot score, if another can.
+        """Ask every server who it is; warns of those that cannot score, if another can.
 
         Raises:
             RewardError: If none answers and serves the head, or one scores with other weights than
@@ -157,7 +157,7 @@ class RemoteHead(RewardHead):
             _log.warning('Reward head "%s" goes on without a server: %s', self._label, problem)
 
     def provenance(self) -> Mapping[str, str]:
-        """What the servers' head says, with their addresses, version and digest."""
+        """Return what the servers' head says, with their addresses, version and digest."""
         with self._lock:
             if self._identity is None:
                 return {}

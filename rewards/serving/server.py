@@ -1,9 +1,9 @@
 """The reward server: heads behind HTTP, for judges that need another machine or other packages.
 
-`POST /score` takes a batch in the format of `rewards.serving.wire`, `GET /health` says which heads
-there are and who they are. Every refusal is typed JSON. What a client may cost is bounded: the body
-while it is read, the samples before they are decoded, the pixels before they are decompressed,
-the characters before they are tokenised.
+``POST /score`` takes a batch in the format of ``rewards.serving.wire``, ``GET /health`` says which
+heads there are and who they are. Every refusal is typed JSON. What a client may cost is bounded:
+the body while it is read, the samples before they are decoded, the pixels before they are
+decompressed, the characters before they are tokenised.
 """
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of the handlers, and
@@ -72,7 +72,7 @@ class Limits:
                 )
 
     def batcher(self, head: RewardHead) -> Batcher:
-        """A batcher for the head that keeps these limits."""
+        """Return a batcher for the head that keeps these limits."""
         return Batcher(
             head,
             max_batch=self.max_batch,
@@ -100,7 +100,7 @@ class Refusal(Exception):
 
 
 def check_packages() -> None:
-    """Says whether a server can be started, before minutes are spent on loading heads.
+    """Say whether a server can be started, before minutes are spent on loading heads.
 
     Raises:
         ImportError: If fastapi or uvicorn is not installed.
@@ -114,7 +114,7 @@ def check_packages() -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to the host."""
+    """Return whether only this machine can reach a server bound to the host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
@@ -122,7 +122,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Return a listening socket; port 0 takes a free one.
 
     Raises:
         OSError: If the address is not of this machine, or the port is taken.
@@ -132,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) -> "FastAPI":
-    """The application: `POST /score` and `GET /health`.
+    """Return the application: ``POST /score`` and ``GET /health``.
 
     Args:
         services: The heads by name.
@@ -140,7 +140,7 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
         limits: What requests may cost.
 
     Raises:
-        ImportError: See `check_packages`.
+        ImportError: See ``check_packages``.
     """
     check_packages()
     from fastapi import FastAPI, Request, Response
@@ -294,18 +294,18 @@ def run(
     limits: Limits,
     started: Callable[[Any], None] = lambda server: None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; requests under way are answered first.
+    """Serve until SIGINT or SIGTERM; requests under way are answered first.
 
     Args:
         services: The heads by name.
-        listener: See `listen`.
-        token: See `build_app`.
-        limits: See `build_app`.
-        started: Called with the uvicorn server before it serves; setting `should_exit` on it ends
+        listener: See ``listen``.
+        token: See ``build_app``.
+        limits: See ``build_app``.
+        started: Called with the uvicorn server before it serves; setting ``should_exit`` on it ends
             it.
 
     Raises:
-        ImportError: See `check_packages`.
+        ImportError: See ``check_packages``.
     """
     check_packages()
     import uvicorn

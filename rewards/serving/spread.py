@@ -77,9 +77,9 @@ class Spread(Generic[ResultT]):
 
     Args:
         urls: The servers.
-        send: Called as `send(url, part, seconds)` from the lanes; raises `SendError`. With other
-            servers at work, a request gets half of the time that is left, so that its part can
-            still be sent elsewhere.
+        send: Called as ``send(url, part, seconds)`` from the lanes; raises ``SendError``. With
+            other servers at work, a request gets half of the time that is left, so that its part
+            can still be sent elsewhere.
         parts: Number of parts.
         lanes: Requests that one server gets at once.
         retries: Failures in a row, of those that cost one, that a lane survives.
@@ -111,10 +111,10 @@ class Spread(Generic[ResultT]):
         self._changed = threading.Condition()
 
     def run(self) -> list[ResultT]:
-        """Sends all parts.
+        """Send all parts.
 
         Returns:
-            What `send` returned, in the order of the parts.
+            What ``send`` returned, in the order of the parts.
 
         Raises:
             SpreadError: If a part failed for good.

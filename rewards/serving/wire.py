@@ -1,19 +1,19 @@
-"""What travels between the `remote` head and the reward server: PNG files and JSON.
+"""What travels between the ``remote`` head and the reward server: PNG files and JSON.
 
-A request, the body of `POST /score`: a length (4 bytes, big-endian), so many bytes of JSON, then
+A request, the body of ``POST /score``: a length (4 bytes, big-endian), so many bytes of JSON, then
 the PNG files one after the other.
 
     {"format": 1, "head": "ocr", "prompts": ["..."], "metadata": [{}], "images": [81234]}
 
-`images` holds the size of each PNG file; a batch of texts has `texts` instead. `metadata` may be
-left out. The reply is JSON:
+``images`` holds the size of each PNG file; a batch of texts has ``texts`` instead. ``metadata`` may
+be left out. The reply is JSON:
 
     {"identity": {"head": "ocr", "digest": "...", ...}, "scores": [0.5, null],
      "applies": [true, false], "extra": {"column": ["...", "..."]}}
 
-A score is `null` where the objective does not apply, and `applies` says so once more: `null` alone
-is also what a careless encoder makes of a failed computation. A refusal has a status of 400 or more
-and the body `{"error": {"kind": ..., "cause": ..., "head": ..., "samples": [...]}}`.
+A score is ``null`` where the objective does not apply, and ``applies`` says so once more: ``null``
+alone is also what a careless encoder makes of a failed computation. A refusal has a status of 400
+or more and the body ``{"error": {"kind": ..., "cause": ..., "head": ..., "samples": [...]}}``.
 
 Nothing is unpickled, pictures lose nothing, and no JSON here holds NaN or an infinity.
 """
@@ -49,10 +49,11 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
-    """N samples as they came: their pictures take a quarter of what a `RewardBatch` makes of them.
+    """N samples as they came, whose pictures take a quarter of what a ``RewardBatch`` does.
 
     Raises:
-        ValueError: As `RewardBatch`, but for the pictures' values: all that 8 bits hold are valid.
+        ValueError: As ``RewardBatch``, but for the pictures' values: all that 8 bits hold are
+            valid.
     """
 
     prompts: Sequence[str]  # N
@@ -68,7 +69,7 @@ class Samples:
         return len(self.prompts)
 
     def batch(self) -> RewardBatch:
-        """What a head scores."""
+        """Return what a head scores."""
         return self._batch(None if self.pictures is None else self.pictures.float().div(255))
 
     def _batch(self, images: Tensor | None) -> RewardBatch:
@@ -90,12 +91,12 @@ class Header:
 
 
 def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: range) -> bytes:
-    """The request that asks for the scores of some samples.
+    """Return the request that asks for the scores of some samples.
 
     Args:
         head: Name of the head on the server.
         batch: The whole batch.
-        pictures: Its images, `[N, H, W, 3]` uint8; None for texts.
+        pictures: Its images, ``[N, H, W, 3]`` uint8; None for texts.
         indices: The samples to ask for.
     """
     header: dict[str, Any] = {
@@ -116,7 +117,7 @@ def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: ra
 
 
 def unpack_header(body: bytes) -> Header:
-    """Reads the JSON of a request, which says how much work it is.
+    """Read the JSON of a request, which says how much work it is.
 
     Raises:
         WireError: If it is malformed.
@@ -153,10 +154,10 @@ def unpack_header(body: bytes) -> Header:
 
 
 def check_texts(header: Header, max_text: int) -> None:
-    """Checks how long the prompts and texts of a request are.
+    """Check how long the prompts and texts of a request are.
 
     Raises:
-        WireError: If one is no text, or has more than `max_text` characters.
+        WireError: If one is no text, or has more than ``max_text`` characters.
     """
     for key, texts in (("prompts", header.prompts), ("texts", header.texts or ())):
         for index, text in enumerate(texts):
@@ -172,10 +173,10 @@ def check_texts(header: Header, max_text: int) -> None:
 
 
 def count_pixels(header: Header, body: bytes, max_pixels: int) -> int:
-    """The pixels of all pictures of a request, which are not decompressed for that.
+    """Return the pixels of all pictures of a request, which are not decompressed for that.
 
     Raises:
-        WireError: If one has more than `max_pixels`, or is no RGB PNG file of 8 bits.
+        WireError: If one has more than ``max_pixels``, or is no RGB PNG file of 8 bits.
     """
     total = 0
     for index, (begin, end) in enumerate(_places(header)):
@@ -193,7 +194,7 @@ def count_pixels(header: Header, body: bytes, max_pixels: int) -> int:
 
 
 def unpack_samples(header: Header, body: bytes) -> Samples:
-    """Reads the pictures of a request, whose pixels `count_pixels` has counted.
+    """Read the pictures of a request, whose pixels ``count_pixels`` has counted.
 
     Raises:
         WireError: If one is no RGB picture of 8 bits of the size that was counted, if sizes
@@ -225,7 +226,7 @@ def _places(header: Header) -> list[tuple[int, int]]:
 
 
 def pack_reply(identity: Identity, scores: Scores) -> bytes:
-    """The reply to a request, from scores that the head has checked."""
+    """Return the reply to a request, from scores that the head has checked."""
     values = scores.values.double().tolist()
     applies = [not math.isnan(value) for value in values]
     return dump(
@@ -239,11 +240,11 @@ def pack_reply(identity: Identity, scores: Scores) -> bytes:
 
 
 def unpack_reply(body: bytes, count: int) -> tuple[Identity, Scores]:
-    """Reads the reply to a request of `count` samples.
+    """Read the reply to a request of ``count`` samples.
 
     Raises:
         ValueError: If it is malformed, has another number of scores, or holds a score that is
-            neither a finite float32 nor `null` where the objective does not apply.
+            neither a finite float32 nor ``null`` where the objective does not apply.
     """
     reply = parse(body)
     if not isinstance(reply, dict):
@@ -281,7 +282,10 @@ def _score(index: int, value: Any, applied: Any) -> float:
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several batches as those of one; a column that a batch lacks is None there."""
+    """Return the scores of several batches as those of one.
+
+    A column that a batch lacks is None there.
+    """
     columns = dict.fromkeys(column for part in parts for column in part.extra)
     extra = {
         column: [
@@ -293,7 +297,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def sliced(scores: Scores, start: int, stop: int) -> Scores:
-    """The scores of samples `start` to `stop`."""
+    """Return the scores of samples ``start`` to ``stop``."""
     values: Tensor = scores.values[start:stop]
     return Scores(
         values=values, extra={name: list(cells)[start:stop] for name, cells in scores.extra.items()}
@@ -313,7 +317,7 @@ def dump(value: Any) -> bytes:
 
 
 def parse(text: bytes) -> Any:
-    """Reads JSON.
+    """Read JSON.
 
     Raises:
         WireError: If it is not JSON; NaN and infinities are not.

@@ -1,6 +1,6 @@
 """Writes the tree of every module into docs/architecture.md, each with what its docstring says.
 
-`python scripts/dev/architecture.py`, from anywhere.
+``python scripts/dev/architecture.py``, from anywhere.
 """
 
 import ast

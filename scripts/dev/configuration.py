@@ -1,7 +1,7 @@
 """Writes docs/configuration.md: every key of a configuration and every option, from the code.
 
-`python scripts/dev/configuration.py`, from anywhere. Meanings are those of the docstrings, ranges
-those of `moa_diffusion/config/check.py`.
+``python scripts/dev/configuration.py``, from anywhere. Meanings are those of the docstrings, ranges
+those of ``moa_diffusion/config/check.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints sizes that tell how well one finds one's way in the code.
 
-`python scripts/dev/house.py [ROOT]`: with the root of another checkout, the numbers of that one.
+``python scripts/dev/house.py [ROOT]``: with the root of another checkout, the numbers of that one.
 """
 
 import ast

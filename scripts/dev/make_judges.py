@@ -1,6 +1,6 @@
-"""Makes the embedded judges: `python scripts/dev/make_judges.py --output /tmp/judges`.
+"""Makes the embedded judges: ``python scripts/dev/make_judges.py --output /tmp/judges``.
 
-Two cores, 8 minutes. `--examine` prints how well judges do on scenes that they never learnt.
+Two cores, 8 minutes. ``--examine`` prints how well judges do on scenes that they never learnt.
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Reads the command line, builds, or prints the marks."""
+    """Read the command line, builds, or prints the marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

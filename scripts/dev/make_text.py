@@ -1,8 +1,8 @@
-"""Make the embedded language model and classifiers: `scripts/dev/make_text.py --output /tmp/t`.
+"""Make the embedded language model and classifiers: ``scripts/dev/make_text.py --output /tmp/t``.
 
-Ten minutes of one core, less with a second. `--examine` prints how well they do on prompts that
-they never learnt. `--write_prompts` writes the prompt lists of the package again as well,
-`--write_preferences` its preferences, on letters of the model in `--output`.
+Ten minutes of one core, less with a second. ``--examine`` prints how well they do on prompts that
+they never learnt. ``--write_prompts`` writes the prompt lists of the package again as well,
+``--write_preferences`` its preferences, on letters of the model in ``--output``.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Reads the command line, builds, or prints the marks."""
+    """Read the command line, builds, or prints the marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

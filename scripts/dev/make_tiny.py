@@ -1,6 +1,6 @@
-"""Makes the embedded Stable Diffusion 3.5: `python scripts/dev/make_tiny.py --output /tmp/tiny`.
+"""Makes the embedded Stable Diffusion 3.5: ``python scripts/dev/make_tiny.py --output /tmp/tiny``.
 
-Two cores, 20 minutes. `--write_prompts` writes the prompt lists of the package again as well.
+Two cores, 20 minutes. ``--write_prompts`` writes the prompt lists of the package again as well.
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Reads the command line and builds."""
+    """Read the command line and builds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

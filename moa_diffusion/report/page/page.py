@@ -42,15 +42,15 @@ def write_report(
     Args:
         table: The table of E models, with pictures or with texts.
         summary: The summary of the table.
-        runs: training run folders by series; empty: no curves.
-        target: the file.
-        budget: bytes of the file at most; the thumbnails shrink until it fits.
+        runs: Training run folders by series; empty: no curves.
+        target: The file.
+        budget: Bytes of the file at most; the thumbnails shrink until it fits.
 
     Returns:
-        the file.
+        The file.
 
     Raises:
-        ConfigError: if a run's file is damaged, a picture is missing, or nothing fits.
+        ConfigError: If a run's file is damaged, a picture is missing, or nothing fits.
     """
     trainings = {name: read_training(name, folder) for name, folder in runs.items()}
     pictures = distinct(table)
@@ -140,12 +140,12 @@ def _json(value: Any) -> Any:
 
 
 def _significant(value: Any) -> str:
-    """A number of an alarm or a setting; other values as they are."""
+    """Return a number of an alarm or a setting; other values as they are."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _models(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[dict[str, Any]]:
-    """Rows of the table of all models."""
+    """Return rows of the table of all models."""
     rows = []
     for column, one in zip(table.models, summary.models, strict=True):
         base = not column.series

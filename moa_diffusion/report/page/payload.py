@@ -32,10 +32,10 @@ def page_data(
     Args:
         table: The table of E models, P prompts, S seeds, K rewards.
         summary: The summary of the table.
-        runs: training runs by series.
-        pictures: the different files among the table's images.
-        folder: that links to them start from.
-        first: the model that is selected at first.
+        runs: Training runs by series.
+        pictures: The different files among the table's images.
+        folder: That links to them start from.
+        first: The model that is selected at first.
     """
     series = list(dict.fromkeys([*(one.series for one in table.models if one.series), *runs]))
     place = {path: i for i, path in enumerate(pictures)}
@@ -70,7 +70,7 @@ def page_data(
 
 
 def distinct(table: Table) -> list[Path]:
-    """The different picture files of a table, in its order."""
+    """Return the different picture files of a table, in its order."""
     if table.images is None:
         return []
     return list(dict.fromkeys(path for rows in table.images for row in rows for path in row))
@@ -94,7 +94,7 @@ def _run(run: Training) -> dict[str, Any]:
 
 
 def _short(label: str, series: str) -> str:
-    """A model's name beside others of its series."""
+    """Return a model's name beside others of its series."""
     return label.removeprefix(f"{series}/").rsplit(" ", 1)[-1] if series else label
 
 

@@ -49,7 +49,7 @@ def read_training(name: str, folder: Path) -> Training:
         folder: The folder of the run.
 
     Raises:
-        ConfigError: if a file is damaged; the message names it.
+        ConfigError: If a file is damaged; the message names it.
     """
     rows = _rows(folder / METRICS)
     # A run that was killed between two files may have left a rollout twice: the later one counts.

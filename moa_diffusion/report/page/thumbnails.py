@@ -43,13 +43,13 @@ def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
 
     Args:
         pictures: N different files.
-        room: bytes for all of them, as a JSON list of strings.
+        room: Bytes for all of them, as a JSON list of strings.
 
     Returns:
         N strings.
 
     Raises:
-        ConfigError: if they do not fit even at the smallest size, or one cannot be read.
+        ConfigError: If they do not fit even at the smallest size, or one cannot be read.
     """
     if not pictures:
         return []

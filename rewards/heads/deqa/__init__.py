@@ -1,1 +1,1 @@
-"""DeQA-Score in native torch modules: sizes, eye, language model and the head `deqa`."""
+"""DeQA-Score in native torch modules: sizes, eye, language model and the head ``deqa``."""

@@ -1,4 +1,4 @@
-"""Sizes and constants of DeQA-Score, as the `config.json` beside the weights gives them."""
+"""Sizes and constants of DeQA-Score, as the ``config.json`` beside the weights gives them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIXED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSizes:
-    """The vision transformer; names as in `visual_config.visual_model`."""
+    """The vision transformer; names as in ``visual_config.visual_model``."""
 
     hidden_size: int
     intermediate_size: int
@@ -41,7 +41,7 @@ class VisionSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbstractorSizes:
-    """The visual abstractor; names as in `visual_config.visual_abstractor`."""
+    """The visual abstractor; names as in ``visual_config.visual_abstractor``."""
 
     hidden_size: int
     intermediate_size: int
@@ -129,11 +129,11 @@ class DeqaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeqaConfig:
-        """Reads the content of a `config.json`.
+        """Read the content of a ``config.json``.
 
         Args:
-            values: As published; beside that, `prompt_ids` (two lists: before and after the
-                picture) and `level_ids` (best first) may replace the ids of LLaMA-2's vocabulary.
+            values: As published; beside that, ``prompt_ids`` (two lists: before and after the
+                picture) and ``level_ids`` (best first) may replace the ids of LLaMA-2's vocabulary.
 
         Raises:
             ValueError: If an entry is missing, has a wrong type or asks for something that this
@@ -166,7 +166,7 @@ class DeqaConfig:
 
 
 def read_config(path: Path) -> DeqaConfig:
-    """Reads a `config.json`.
+    """Read a ``config.json``.
 
     Raises:
         RewardError: If the file is missing, is no JSON or describes no DeQA model.

@@ -25,21 +25,21 @@ class DeqaHead(ModelHead):
     Higher is better; the prompt is not looked at. DeQA-Score (You et al. 2025,
     https://arxiv.org/abs/2501.11561) asks a model that sees and speaks, "How would you rate the
     quality of this image?", and reads the next word of "The quality of the image is" as a rating,
-    see `rewards.heads.levels`. Flow-GRPO divides it by 5. The scores table also gets the
+    see ``rewards.heads.levels``. Flow-GRPO divides it by 5. The scores table also gets the
     probability of each level.
 
     The default weights have 8.2 billion parameters: 16.4 GB in half precision, on the device until
-    `offload`. The published code is under the MIT licence; the weights derive from LLaMA 2 and are
-    under its community licence (https://ai.meta.com/llama/license).
+    ``offload``. The published code is under the MIT licence; the weights derive from LLaMA 2 and
+    are under its community licence (https://ai.meta.com/llama/license).
 
     Deviations: the softmax over the levels is taken in float32, the published code takes it in
-    half precision. The architecture is written anew, see `rewards.heads.deqa.model`.
+    half precision. The architecture is written anew, see ``rewards.heads.deqa.model``.
 
     Args:
-        model: Folder with `config.json` and weights, or hub model.
+        model: Folder with ``config.json`` and weights, or hub model.
         revision: Branch, tag or commit of a hub model.
         dtype: Precision; the published scores were computed in float16.
-        device: A torch device, or `auto`: this process's GPU, else `mps`, else the CPU.
+        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
         batch_size: Number of pictures in one forward pass.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 

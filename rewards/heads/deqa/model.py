@@ -34,30 +34,30 @@ class Deqa(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Reads the quality of pictures.
+        """Read the quality of pictures.
 
         Args:
-            pixels: `[N, 3, S, S]`, padded to a square, resized and normalised.
+            pixels: ``[N, 3, S, S]``, padded to a square, resized and normalised.
 
         Returns:
-            Logits `[N, 5]` of excellent, good, fair, poor and bad as the next word.
+            Logits ``[N, 5]`` of excellent, good, fair, poor and bad as the next word.
         """
         rows = self.lm_head.weight[list(self.config.level_ids)]  # [5, D]
         return F.linear(self.model(pixels), rows)
 
     def next_word(self, pixels: Tensor) -> Tensor:
-        """As calling the model, with the logits of the whole vocabulary, `[N, V]`."""
+        """As calling the model, with the logits of the whole vocabulary, ``[N, V]``."""
         logits: Tensor = self.lm_head(self.model(pixels))
         return logits
 
 
 def load(weights: Weights) -> Deqa:
-    """Builds the model that a folder holds, with the tensors of its files and in their dtype.
+    """Build the model that a folder holds, with the tensors of its files and in their dtype.
 
     The modules start on the meta device and take the tensors over, so 16 GB of weights need 16 GB.
 
     Raises:
-        RewardError: If `config.json` describes no DeQA model, or a tensor is missing, unknown or
+        RewardError: If ``config.json`` describes no DeQA model, or a tensor is missing, unknown or
             of another shape.
     """
     config = read_config(weights.folder / "config.json")
@@ -79,7 +79,7 @@ class _Body(nn.Module):
         self.visual_abstractor = VisualAbstractor(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The state `[N, D]` from which the word after the prompt is read."""
+        """Return the state ``[N, D]`` from which the word after the prompt is read."""
         tokens = torch.cat(
             [
                 self._words(self.config.before, pixels),

@@ -29,7 +29,7 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encodes normalised pixels `[N, 3, S, S]` as tokens `[N, 1 + grid^2, D]`."""
+        """Encode normalised pixels ``[N, 3, S, S]`` as tokens ``[N, 1 + grid^2, D]``."""
         tokens: Tensor = self.post_layernorm(self.encoder(self.embeddings(pixels)))
         return tokens
 
@@ -54,7 +54,7 @@ class VisualAbstractor(nn.Module):
         self.vit_eos = nn.Parameter(0.02 * torch.randn(1, 1, config.hidden_size))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Sums up image tokens `[N, T, D]` in Q queries and an end token, `[N, Q + 1, L]`."""
+        """Sum up image tokens ``[N, T, D]`` in Q queries and an end token, ``[N, Q + 1, L]``."""
         size = image.shape[0]
         queries = self.encoder(self.query_embeds.expand(size, -1, -1), image)  # [N, Q, D]
         return torch.cat([self.visual_fc(queries), self.vit_eos.expand(size, -1, -1)], dim=1)
@@ -202,12 +202,12 @@ class _AbstractorMlp(nn.Module):
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """`[N, T, H * D]` to `[N, H, T, D]`."""
+    """``[N, T, H * D]`` to ``[N, H, T, D]``."""
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(tokens: Tensor) -> Tensor:
-    """`[N, H, T, D]` to `[N, T, H * D]`."""
+    """``[N, H, T, D]`` to ``[N, T, H * D]``."""
     return tokens.transpose(1, 2).flatten(2)
 
 

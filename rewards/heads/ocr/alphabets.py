@@ -19,16 +19,19 @@ _NO_CHARACTERS = ("NULL", "Joined", "|Broken|0|1")  # the space, and states of t
 
 @cache
 def rapidocr() -> str:
-    """All characters that RapidOCR's recogniser can answer with; heads do not differ in it."""
+    """Return all characters that RapidOCR's recogniser can answer with.
+
+    Heads do not differ in it.
+    """
     return RapidOcr(detect=False).alphabet()
 
 
 def tesseract(file: Path) -> str | None:
-    """All characters that Tesseract can answer with by a `.traineddata` file.
+    """Return all characters that Tesseract can answer with by a ``.traineddata`` file.
 
     Such a file is a number of parts, their places, and the parts; that of the characters is a text
-    with a line for each, after their number. The layout is that of `TessdataManager` and
-    `UNICHARSET` in Tesseract 4 and 5.
+    with a line for each, after their number. The layout is that of ``TessdataManager`` and
+    ``UNICHARSET`` in Tesseract 4 and 5.
 
     Returns:
         None for a file without such a part, as that for finding the orientation, or of another
@@ -49,7 +52,7 @@ def tesseract(file: Path) -> str | None:
 
 
 def who_reads(characters: Iterable[str]) -> str:
-    """What to set so that characters are read, as far as installed engines tell."""
+    """Return what to set so that characters are read, as far as installed engines tell."""
     wanted = set(characters)
     codes: list[str] = []
     if importlib.util.find_spec("easyocr") is not None:

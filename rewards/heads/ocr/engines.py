@@ -1,10 +1,10 @@
 """OCR engines: a picture in, the lines of text in it out.
 
-An engine is a class with `packages` (what must be installed), a constructor that loads its models,
-and `read`; the keyword arguments of its constructor are its options. A new one is such a class and
-an entry in `ENGINES`; what it needs before it can be built stands in `plans.py`. This file
-is also loaded by worker processes, which have neither torch nor the package at hand: it imports the
-standard library and NumPy only, and an engine imports its own library in its methods.
+An engine is a class with ``packages`` (what must be installed), a constructor that loads its
+models, and ``read``; the keyword arguments of its constructor are its options. A new one is such a
+class and an entry in ``ENGINES``; what it needs before it can be built stands in ``plans.py``. This
+file is also loaded by worker processes, which have neither torch nor the package at hand: it
+imports the standard library and NumPy only, and an engine imports its own library in its methods.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _PROGRAM_SECONDS = 60.0  # a picture takes Tesseract 0.1 to 1 s
 
 
 class Engine(Protocol):
-    """What `OcrHead` needs of an OCR engine.
+    """What ``OcrHead`` needs of an OCR engine.
 
-    Its constructor takes `detect`, `detection_side` if that means something to it, and whatever
-    else it has options for; all of them but `detect` have defaults.
+    Its constructor takes ``detect``, ``detection_side`` if that means something to it, and whatever
+    else it has options for; all of them but ``detect`` have defaults.
     """
 
     packages: tuple[str, ...]  # names to import
@@ -35,7 +35,7 @@ class Engine(Protocol):
     def __init__(self, *, detect: bool) -> None: ...
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Reads `[H, W, 3]` uint8 RGB; returns the lines from top to bottom, or none."""
+        """Read ``[H, W, 3]`` uint8 RGB; returns the lines from top to bottom, or none."""
         ...
 
 
@@ -75,12 +75,12 @@ class RapidOcr:
         )
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Reads one picture; see `Engine`."""
+        """Read one picture; see ``Engine``."""
         bgr = np.ascontiguousarray(image[:, :, ::-1])  # the order of OpenCV
         return list(self._engine(bgr, use_det=self._detect).txts or ())
 
     def alphabet(self) -> str:
-        """All characters that the recogniser can answer with."""
+        """Return all characters that the recogniser can answer with."""
         if self._engine.text_rec is None:  # newer versions load it with the first line
             self._engine(np.full((48, 48, 3), 255, np.uint8), use_det=False)
         _blank, *characters = self._engine.text_rec.postprocess_op.character
@@ -97,9 +97,11 @@ class EasyOcr:
     Args:
         detect: Whether to look for lines of text first; else the picture is read as one line.
         detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
-        languages: EasyOCR's codes, e.g. `en`, or `ch_sim` and `en`; they choose the recogniser.
-        device: A torch device. In a configuration also `auto`: this process's GPU if there is one.
-        model_dir: Folder of the weights; by default EasyOCR's own, `~/.EasyOCR/model` unless the
+        languages: EasyOCR's codes, e.g. ``en``, or ``ch_sim`` and ``en``; they choose the
+            recogniser.
+        device: A torch device. In a configuration also ``auto``: this process's GPU if there is
+            one.
+        model_dir: Folder of the weights; by default EasyOCR's own, ``~/.EasyOCR/model`` unless the
             environment variable EASYOCR_MODULE_PATH names another parent.
         download_enabled: Whether weights that are not there are fetched.
 
@@ -140,7 +142,7 @@ class EasyOcr:
                 self._reader.detector = self._reader.detector.module
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Reads one picture; see `Engine`."""
+        """Read one picture; see ``Engine``."""
         import cv2
 
         self._move(self._device)
@@ -156,7 +158,7 @@ class EasyOcr:
             return list(self._reader.recognize(grey, level, tilted, detail=0, reformat=False))
 
     def offload(self) -> None:
-        """Frees the GPU's memory until the next picture."""
+        """Free the GPU's memory until the next picture."""
         import torch
 
         if self._device != "cpu":
@@ -172,14 +174,14 @@ class EasyOcr:
 
 
 def import_easyocr() -> Any:
-    """The module, imported without traces in this process."""
+    """Return the module, imported without traces in this process."""
     with contained():
         import easyocr
     return easyocr
 
 
 def easyocr_folder(model_dir: str | None) -> Path:
-    """Where EasyOCR keeps its weights; see the option `model_dir`."""
+    """Return where EasyOCR keeps its weights; see the option ``model_dir``."""
     if model_dir is not None:
         return Path(model_dir).expanduser()
     return Path(import_easyocr().config.MODULE_PATH) / "model"
@@ -187,7 +189,7 @@ def easyocr_folder(model_dir: str | None) -> Path:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undoes what EasyOCR does to its surroundings; drops its warnings about its own code."""
+    """Undo what EasyOCR does to its surroundings; drops its warnings about its own code."""
     path, cache = list(sys.path), os.environ.get("LRU_CACHE_CAPACITY")
     with warnings.catch_warnings():
         # It asks for pinned memory without a GPU, and tries to quantise even if told not to.
@@ -212,12 +214,12 @@ class Tesseract:
 
     Args:
         detect: Whether to look for text first; else the picture is read as one line (mode 7).
-        languages: Tesseract's codes, e.g. `eng`, or `deu` and `eng`.
-        psm: Page segmentation mode with `detect`, 3 to 13 without 7: 11 looks for text anywhere.
+        languages: Tesseract's codes, e.g. ``eng``, or ``deu`` and ``eng``.
+        psm: Page segmentation mode with ``detect``, 3 to 13 without 7: 11 looks for text anywhere.
         min_side: A smaller picture is enlarged to this longer side, because letters below about 20
             pixels are read badly.
         program: Name or path of the program.
-        model_dir: Folder with the `.traineddata` files; by default the program's own.
+        model_dir: Folder with the ``.traineddata`` files; by default the program's own.
 
     Raises:
         RuntimeError: If the program fails, at reading.
@@ -245,7 +247,7 @@ class Tesseract:
         ]
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Reads one picture; see `Engine`."""
+        """Read one picture; see ``Engine``."""
         height, width, _ = image.shape
         if max(height, width) < self._min_side:
             image = _enlarged(image, self._min_side / max(height, width))
@@ -256,12 +258,12 @@ class Tesseract:
 
 
 def tesseract_command(program: str, model_dir: str | None) -> list[str]:
-    """The first words of every call of Tesseract."""
+    """Return the first words of every call of Tesseract."""
     return [program, *(("--tessdata-dir", model_dir) if model_dir is not None else ())]
 
 
 def run_program(command: Sequence[str], data: bytes = b"") -> str:
-    """Runs a program, Tesseract on one thread, and returns what it prints.
+    """Run a program, Tesseract on one thread, and returns what it prints.
 
     Args:
         command: The program and its arguments.

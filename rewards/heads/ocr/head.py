@@ -49,26 +49,27 @@ class OcrHead(RewardHead):
     len(target). The OCR reward of Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470).
     A prompt without quoted text scores NaN and is not read, and so does one whose target holds a
     character that the engine cannot answer with: a perfect picture would score less than another
-    that happens to look like letters it knows. `remarks`, and a warning, tell of those. The scores
-    table shows the target and what was read.
+    that happens to look like letters it knows. ``remarks``, and a warning, tell of those. The
+    scores table shows the target and what was read.
 
     The engines:
 
-    - `rapidocr` reads on the CPU with models of its own, without network.
-    - `easyocr` is made for a GPU and fetches its weights once; on a CPU it takes seconds.
-    - `tesseract` is a program to install. It is made for scanned pages and reads nothing in noise.
+    - ``rapidocr`` reads on the CPU with models of its own, without network.
+    - ``easyocr`` is made for a GPU and fetches its weights once; on a CPU it takes seconds.
+    - ``tesseract`` is a program to install. It is made for scanned pages and reads nothing in
+    noise.
 
     Args:
-        engine: Name of the OCR engine: `rapidocr`, `easyocr` or `tesseract`.
-        quotes: Which quotes hold the target: `double` (ASCII), `curly`, `single` or `any`.
+        engine: Name of the OCR engine: ``rapidocr``, ``easyocr`` or ``tesseract``.
+        quotes: Which quotes hold the target: ``double`` (ASCII), ``curly``, ``single`` or ``any``.
         substring_ok: Whether further text in the picture goes unpunished.
         detect: Whether the engine looks for lines of text first. Without, the picture is read as
             one line: twice as fast on pictures of one word in large letters, useless on others.
         detection_side: Longer side, in pixels, to which a larger picture is shrunk for finding
             lines; they are read at full resolution. By default 320 for rapidocr, to be raised for
             text below 1/25 of the height, and 2560 for easyocr; tesseract has no such thing.
-        engine_options: Options of the engine, e.g. `{languages: [en, fr], device: cpu}` for easyocr
-            or `{psm: 6}` for tesseract.
+        engine_options: Options of the engine, e.g. ``{languages: [en, fr], device: cpu}`` for
+            easyocr or ``{psm: 6}`` for tesseract.
         workers: Number of processes; 0 reads in this process. By default the number of cores
             divided by the processes of this job on this machine, at most 8. An engine on a GPU
             reads in this process: others would each hold the models, and take turns all the same.
@@ -131,9 +132,9 @@ class OcrHead(RewardHead):
         self._pool = WorkerPool(file, kind.__name__, self._plan.options, max(1, workers))
 
     def score(self, batch: RewardBatch) -> Scores:
-        """Returns the legibility, `[N]`; NaN where the prompt quotes nothing that can be read.
+        """Return the legibility, ``[N]``; NaN where the prompt quotes nothing that can be read.
 
-        The column `read` is None for those samples, and `target` where nothing is quoted.
+        The column ``read`` is None for those samples, and ``target`` where nothing is quoted.
 
         Raises:
             RewardError: If the engine fails, dies or is late; names the samples.
@@ -155,7 +156,7 @@ class OcrHead(RewardHead):
         return Scores(values=values, extra={"target": wanted, "read": texts})
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Says which prompts quote what the engine cannot read, and what would read it.
+        """Say which prompts quote what the engine cannot read, and what would read it.
 
         Raises:
             RewardError: If the engine does not start.
@@ -176,10 +177,10 @@ class OcrHead(RewardHead):
         ]
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
-        """Reads the pictures at the given indices; returns the text of each, lines joined by LF.
+        """Read the pictures at the given indices; returns the text of each, lines joined by LF.
 
         Raises:
-            RewardError: See `score`.
+            RewardError: See ``score``.
         """
         if not indices:
             return []
@@ -191,7 +192,7 @@ class OcrHead(RewardHead):
         return ["\n".join(words) for words in lines]
 
     def load(self) -> None:
-        """Fetches the weights and starts the engine, in all worker processes.
+        """Fetch the weights and starts the engine, in all worker processes.
 
         Raises:
             RewardError: If the engine does not start, or fails on a blank picture.
@@ -203,21 +204,21 @@ class OcrHead(RewardHead):
             raise RewardError(error.cause, head=self.name) from error
 
     def offload(self) -> None:
-        """Moves an engine from the GPU to the CPU until the next batch."""
+        """Move an engine from the GPU to the CPU until the next batch."""
         if self._engine is not None:
             self._plan.offload(self._engine)
 
     def provenance(self) -> dict[str, str]:
-        """The engine, the versions of its packages or program, and the SHA-256 of its weights."""
+        """Return the engine, the versions of its packages, and the SHA-256 of its weights."""
         return {"engine": self._plan.engine} | self._plan.provenance()
 
     def close(self) -> None:
-        """Ends the worker processes and drops the engine; the next batch starts them again."""
+        """End the worker processes and drops the engine; the next batch starts them again."""
         self._pool.close()
         self._engine = None
 
     def _unreadable(self, target: str) -> list[str]:
-        """The characters of a target that the engine cannot answer with, as they are compared."""
+        """Return the characters of a target, as compared, that the engine cannot answer with."""
         characters = comparable(target)
         if not characters or self._readable is None:
             return []

@@ -1,7 +1,7 @@
 """What an OCR engine needs before it can be built: options, packages, programs, weights.
 
-The head asks an engine's plan; workers see only the engine (`engines.py`). An engine that is
-nothing but Python packages with models inside needs no entry in `_PLANS`.
+The head asks an engine's plan; workers see only the engine (``engines.py``). An engine that is
+nothing but Python packages with models inside needs no entry in ``_PLANS``.
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ class EnginePlan:
         return False
 
     def check(self) -> None:
-        """Raises what can be told without loading anything; see the class."""
+        """Raise what can be told without loading anything; see the class."""
 
     def fetch(self) -> None:
-        """Downloads what is not there yet, one process at a time.
+        """Download what is not there yet, one process at a time.
 
         Raises:
             RuntimeError: If that fails.
         """
 
     def alphabet(self) -> str | None:
-        """All characters that the engine can answer with; None: it does not tell."""
+        """Return all characters that the engine can answer with; None: it does not tell."""
         return None
 
     def offload(self, engine: Engine) -> None:
-        """Frees the GPU's memory until the engine's next picture."""
+        """Free the GPU's memory until the engine's next picture."""
 
     def provenance(self) -> dict[str, str]:
         """Versions by package or program, and SHA-256 by file of weights, where they are known."""
@@ -102,11 +102,11 @@ class RapidOcrPlan(EnginePlan):
     """RapidOCR brings its models along."""
 
     def alphabet(self) -> str:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         return alphabets.rapidocr()
 
     def provenance(self) -> dict[str, str]:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         spec = importlib.util.find_spec("rapidocr")
         assert spec is not None
         assert spec.origin is not None
@@ -123,11 +123,11 @@ class EasyOcrPlan(EnginePlan):
 
     @property
     def on_gpu(self) -> bool:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         return bool(self.options["device"] != "cpu")
 
     def check(self) -> None:
-        """Checks languages, device and, if there may be no download, the weights."""
+        """Check languages, device and, if there may be no download, the weights."""
         known = import_easyocr().config.all_lang_list
         _check_languages(self.options)
         for code in self.options["languages"]:
@@ -145,7 +145,7 @@ class EasyOcrPlan(EnginePlan):
             )
 
     def fetch(self) -> None:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         for path, entry in self._files().items():
             if path.is_file() and _hexdigest(path, "md5") != entry["md5sum"]:
                 raise RuntimeError(
@@ -171,23 +171,26 @@ class EasyOcrPlan(EnginePlan):
             ) from error
 
     def alphabet(self) -> str:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         reader = self._bare_reader()
         # What the model knows, without what its languages do not have: that is never answered.
         return "".join(set(reader.character) & set(reader.lang_char))
 
     def offload(self, engine: Engine) -> None:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         assert isinstance(engine, EasyOcr)
         engine.offload()
 
     def provenance(self) -> dict[str, str]:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         files = (path for path in self._files() if path.is_file())
         return _versions(self.kind.packages) | _digests(files)
 
     def _files(self) -> dict[Path, Mapping[str, str]]:
-        """The files of weights and what EasyOCR knows of each: `url`, `md5sum` and more."""
+        """Return the files of weights and what EasyOCR knows of each.
+
+        ``url``, ``md5sum`` and more.
+        """
         config = import_easyocr().config
         reader = self._bare_reader()
         sought = (reader.model_lang, reader.character)
@@ -199,7 +202,7 @@ class EasyOcrPlan(EnginePlan):
         return {folder / entry["filename"]: entry for entry in used}
 
     def _bare_reader(self) -> Any:
-        """An EasyOCR reader that knows the recogniser of the languages, and loads nothing."""
+        """Return an EasyOCR reader that knows the languages' recogniser, and loads nothing."""
         with contained(), tempfile.TemporaryDirectory() as scratch:
             return import_easyocr().Reader(  # which makes its folders
                 list(self.options["languages"]),
@@ -212,7 +215,7 @@ class EasyOcrPlan(EnginePlan):
             )
 
     def _missing(self) -> dict[Path, str]:
-        """The files that are not there, with their addresses."""
+        """Return the files that are not there, with their addresses."""
         return {path: entry["url"] for path, entry in self._files().items() if not path.is_file()}
 
 
@@ -220,7 +223,7 @@ class TesseractPlan(EnginePlan):
     """Tesseract is a program, with a file for each language."""
 
     def check(self) -> None:
-        """Checks the numbers, the program and its languages."""
+        """Check the numbers, the program and its languages."""
         program, psm, side = (self.options[name] for name in ("program", "psm", "min_side"))
         _check_languages(self.options)
         if psm not in _MODES:
@@ -248,7 +251,7 @@ class TesseractPlan(EnginePlan):
                 )
 
     def alphabet(self) -> str | None:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         folder = self._installed()[0]
         texts = [
             alphabets.tesseract(folder / f"{code}.traineddata")
@@ -257,14 +260,14 @@ class TesseractPlan(EnginePlan):
         return None if None in texts else "".join(text for text in texts if text)
 
     def provenance(self) -> dict[str, str]:
-        """See `EnginePlan`."""
+        """See ``EnginePlan``."""
         version = run_program([self.options["program"], "--version"]).split("\n")[0]
         folder = self._installed()[0]
         files = (folder / f"{code}.traineddata" for code in self.options["languages"])
         return {"tesseract": version.removeprefix("tesseract ")} | _digests(files)
 
     def _installed(self) -> tuple[Path, list[str]]:
-        """The folder of the languages, and their codes."""
+        """Return the folder of the languages, and their codes."""
         command = tesseract_command(self.options["program"], self.options["model_dir"])
         heading, *codes = run_program([*command, "--list-langs"]).splitlines()
         quoted = re.search(r'"(.+)"', heading)
@@ -286,12 +289,12 @@ _PLANS: dict[str, type[EnginePlan]] = {
 def plan_engine(
     engine: str, *, detect: bool, detection_side: int | None, options: Mapping[str, Any]
 ) -> EnginePlan:
-    """The plan of an engine; nothing is loaded.
+    """Return the plan of an engine; nothing is loaded.
 
     Args:
-        engine: A key of `rewards.heads.ocr.engines.ENGINES`.
-        detect: See `OcrHead`.
-        detection_side: See `OcrHead`; None for the engine's own default.
+        engine: A key of ``rewards.heads.ocr.engines.ENGINES``.
+        detect: See ``OcrHead``.
+        detection_side: See ``OcrHead``; None for the engine's own default.
         options: The engine's other options.
 
     Raises:

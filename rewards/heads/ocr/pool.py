@@ -1,9 +1,9 @@
 """Worker processes that read pictures. Both ends of the pipe stand in this file.
 
-Why not `multiprocessing`: its spawned children import the main script again, and with it torch and
-every model library, once per worker; its forked children inherit locks, threads and signal handlers
-of a process that trains. Here a worker is this very file run as a program: it starts in the time
-its engine takes to load, from any kind of parent (torchrun, accelerate, a notebook).
+Why not ``multiprocessing``: its spawned children import the main script again, and with it torch
+and every model library, once per worker; its forked children inherit locks, threads and signal
+handlers of a process that trains. Here a worker is this very file run as a program: it starts in
+the time its engine takes to load, from any kind of parent (torchrun, accelerate, a notebook).
 
 A worker ignores SIGINT and SIGTERM, because the parent decides when a batch is given up, and ends
 when its pipe closes or its parent is gone, however the parent went.
@@ -51,10 +51,10 @@ class PoolError(RuntimeError):
 
 
 class WorkerPool:
-    """Up to `size` processes with one engine each; they start with the first batch.
+    """Up to ``size`` processes with one engine each; they start with the first batch.
 
     Args:
-        file: Python file that defines the engine; see `rewards.heads.ocr.engines`.
+        file: Python file that defines the engine; see ``rewards.heads.ocr.engines``.
         name: Name of the engine class in it.
         options: Keyword arguments of the class; they travel as JSON.
         size: Number of processes, at least 1.
@@ -70,7 +70,7 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _end, self._workers, self._owner)
 
     def read(self, images: Sequence[np.ndarray], timeout: float) -> list[list[str]]:
-        """Reads pictures `[H, W, 3]`, uint8, RGB.
+        """Read pictures ``[H, W, 3]``, uint8, RGB.
 
         Args:
             images: The pictures.
@@ -93,7 +93,7 @@ class WorkerPool:
                 raise
 
     def close(self) -> None:
-        """Ends the workers. A later `read` starts new ones."""
+        """End the workers. A later ``read`` starts new ones."""
         _end(self._workers, self._owner)
 
     def _read(self, images: Sequence[np.ndarray], timeout: float) -> list[list[str]]:
@@ -237,7 +237,7 @@ def _end(workers: list[_Worker], owner: int, at_once: bool = False) -> None:
 def _in_threads(
     function: Callable[[_Worker], None], workers: Sequence[_Worker], seconds: float
 ) -> bool:
-    """Calls the function for every worker at once; says whether all calls ended in time."""
+    """Call the function for every worker at once; says whether all calls ended in time."""
     threads = [threading.Thread(target=function, args=(w,), daemon=True) for w in workers]
     deadline = time.monotonic() + seconds
     for thread in threads:

@@ -49,7 +49,7 @@ _LOOK_ALIKES = str.maketrans(
 
 
 def check_quotes(style: str) -> str:
-    """Returns the style if it is one of `QUOTE_STYLES`.
+    """Return the style if it is one of ``QUOTE_STYLES``.
 
     Raises:
         ValueError: Otherwise.
@@ -63,12 +63,12 @@ def check_quotes(style: str) -> str:
 
 
 def quoted_target(prompt: str, quotes: str = "double") -> str | None:
-    """The text inside the first pair of quotes.
+    """Return the text inside the first pair of quotes.
 
     Args:
-        prompt: A prompt, e.g. `a blue sign that says "GO"`.
-        quotes: `double` (ASCII), `curly` (typographic, double or single), `single` (ASCII, with
-            apostrophes left alone) or `any` (whichever pair opens first).
+        prompt: A prompt, e.g. ``a blue sign that says "GO"``.
+        quotes: ``double`` (ASCII), ``curly`` (typographic, double or single), ``single`` (ASCII,
+            with apostrophes left alone) or ``any`` (whichever pair opens first).
 
     Returns:
         The text as it stands, or None if the prompt has no such pair or only white space is in it.
@@ -81,7 +81,7 @@ def quoted_target(prompt: str, quotes: str = "double") -> str | None:
 
 
 def without_quotes(prompt: str) -> str:
-    """The prompt without its quoted parts, of whatever style."""
+    """Return the prompt without its quoted parts, of whatever style."""
     return _PATTERNS["any"].sub(" ", prompt)
 
 
@@ -103,12 +103,12 @@ def _is_seen(character: str) -> bool:
 
 
 def readable(alphabet: str) -> frozenset[str]:
-    """The characters of `comparable` texts that can be written in an alphabet."""
+    """Return the characters of ``comparable`` texts that can be written in an alphabet."""
     return frozenset(character for letter in alphabet for character in comparable(letter))
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Edit distance: the fewest insertions, deletions and substitutions from `a` to `b`."""
+    """Edit distance: the fewest insertions, deletions and substitutions from ``a`` to ``b``."""
     if len(a) < len(b):
         a, b = b, a
     previous = list(range(len(b) + 1))
@@ -121,10 +121,10 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def legibility(read: str, target: str, *, substring_ok: bool = True) -> float:
-    """How well a text that was read matches the target: 1 - d / len(target), in [0, 1].
+    """Return how well a text that was read matches the target: 1 - d / len(target), in [0, 1].
 
-    d is 0 if the target is a substring of what was read (with `substring_ok`), else the edit
-    distance capped at the length of the target. Both texts are made `comparable` first.
+    d is 0 if the target is a substring of what was read (with ``substring_ok``), else the edit
+    distance capped at the length of the target. Both texts are made ``comparable`` first.
 
     Returns:
         The score, or NaN if nothing of the target is left to compare.

@@ -35,19 +35,19 @@ def measure_gpu(
     Of the rewards those are kept that need no weights from a hub.
 
     Args:
-        settings: the number of groups is reduced to ``groups``, the rest is kept; fewer samples
+        settings: The number of groups is reduced to ``groups``, the rest is kept; fewer samples
             than two of their batches are sampled in smaller ones, which the geometry shows.
-        size: of the pipeline, a key of ``SIZES``.
+        size: Size of the pipeline, a key of ``SIZES``.
         device: 'cuda', or 'cpu' to try the code.
-        groups: prompts per rollout.
-        rollouts: measured, after one that warms up.
+        groups: Prompts per rollout.
+        rollouts: Measured, after one that warms up.
 
     Returns:
-        seconds and peak bytes by phase, images per second, and shares of the device's measured
+        Seconds and peak bytes by phase, images per second, and shares of the device's measured
         bf16 matrix rate.
 
     Raises:
-        ConfigError: if ``groups`` do not divide over the settings' updates, or no reward is left.
+        ConfigError: If ``groups`` do not divide over the settings' updates, or no reward is left.
     """
     judges = [
         name for name, head in assembly.heads(settings).items() if isinstance(head, ModelHead)

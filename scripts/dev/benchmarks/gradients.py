@@ -43,11 +43,12 @@ def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
     Every measurement has a forward pass of its own, which is timed apart.
 
     Args:
-        dtype: of a transformer with random weights: 'float32', or 'bfloat16' under autocast.
-        rounds: measured rounds, after one that warms up.
+        dtype: Data type of a transformer with random weights: 'float32', or 'bfloat16' under
+            autocast.
+        rounds: Measured rounds, after one that warms up.
 
     Returns:
-        a list ``ways`` with medians over the rounds (seconds of ``forward`` and ``backward``) and
+        A list ``ways`` with medians over the rounds (seconds of ``forward`` and ``backward``) and
         their ratio to the first, the bytes of its rows, and those of the largest temporary.
     """
     torch.set_num_threads(1)

@@ -45,15 +45,15 @@ def measure_methods(
 
     Args:
         name: 'tiny', or a key of ``SIZES`` for random weights.
-        rounds: measured rounds, after one that warms up.
-        methods: names, ``static`` among them; by default all of ``METHODS``, or those of
+        rounds: Measured rounds, after one that warms up.
+        methods: Names, ``static`` among them; by default all of ``METHODS``, or those of
             ``COMPARED`` for 'wide', whose steps take long.
 
     Raises:
-        ConfigError: if a method is not known, or ``static`` is missing.
+        ConfigError: If a method is not known, or ``static`` is missing.
 
     Returns:
-        a list ``methods`` of medians: ``step`` and ``update`` in seconds with their ratios to
+        A list ``methods`` of medians: ``step`` and ``update`` in seconds with their ratios to
         ``static``, and ``layer`` in seconds for K = 4, N = 1152.
     """
     if methods is None:

@@ -41,14 +41,14 @@ class Rendering:
 
 
 def measure_ocr(images: int, *, seed: int = 0) -> dict[str, Any]:
-    """Reads the same pictures with every engine that is installed, in this process.
+    """Read the same pictures with every engine that is installed, in this process.
 
     Args:
-        images: pictures per side and level of noise.
-        seed: of texts, fonts' sizes, colours, positions and noise.
+        images: Pictures per side and level of noise.
+        seed: Seed of texts, fonts' sizes, colours, positions and noise.
 
     Returns:
-        a list ``rows`` with the shares that were read ``exact``, the ``mean`` score of the
+        A list ``rows`` with the shares that were read ``exact``, the ``mean`` score of the
         reward and the CPU ``milliseconds`` per picture, subprocesses included; and by engine its
         ``provenance``, or in ``absent`` why it was left out.
     """
@@ -81,13 +81,13 @@ def measure_ocr(images: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def renderings(count: int, *, side: int, noise: float, seed: int) -> list[Rendering]:
-    """One or two words each, anywhere in a picture of one colour, in Pillow's own font.
+    """Return one or two words each, anywhere in a picture of one colour, in Pillow's own font.
 
     Args:
-        count: how many.
-        side: of the square pictures, a key of ``HEIGHTS``.
-        noise: standard deviation of Gaussian noise, in units of full scale.
-        seed: of everything random; the words do not depend on the noise.
+        count: How many.
+        side: Side of the square pictures, a key of ``HEIGHTS``.
+        noise: Standard deviation of Gaussian noise, in units of full scale.
+        seed: Seed of everything random; the words do not depend on the noise.
     """
     words, grain = (np.random.default_rng([seed, side, part]) for part in range(2))
     made = []

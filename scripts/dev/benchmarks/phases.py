@@ -18,8 +18,8 @@ class Phases:
     """Accounts in which each second belongs to the innermost phase, so that they add up.
 
     Args:
-        clock: seconds.
-        peak: reads the peak memory since the last reading, in bytes, and starts anew.
+        clock: Seconds.
+        peak: Reads the peak memory since the last reading, in bytes, and starts anew.
     """
 
     def __init__(self, clock: Callable[[], float], peak: Callable[[], int] | None = None) -> None:
@@ -36,7 +36,7 @@ class Phases:
         return seconds
 
     def inside(self, label: str) -> bool:
-        """Whether the phase is open, innermost or not."""
+        """Return whether the phase is open, innermost or not."""
         return label in self._open
 
     @contextmanager
@@ -80,7 +80,7 @@ class Phases:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on, and how busy it is."""
+    """Return what the numbers were taken on, and how busy it is."""
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -53,7 +53,7 @@ MEDIUM = Sizes(
 
 
 def _small(*, layers: int, heads: int, side: int, channels: tuple[int, ...]) -> Sizes:
-    """The same architecture with ``heads`` heads of 64 over latents of ``side`` x ``side``."""
+    """Return the architecture with ``heads`` heads of 64 over latents of ``side`` x ``side``."""
     width = 64 * heads
     clip = {"hidden_size": width // 2, "intermediate_size": 2 * width, "projection_dim": width // 2}
     clip |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -89,16 +89,16 @@ def random_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Any:
-    """A ``StableDiffusion3Pipeline`` with untrained weights, made where and as it is used.
+    """Return a ``StableDiffusion3Pipeline`` with untrained weights, made where and as it is used.
 
-    The tokenizers are those of `moa_diffusion.tiny`: nothing is downloaded.
+    The tokenizers are those of ``moa_diffusion.tiny``: nothing is downloaded.
 
     Args:
-        sizes: of its parts.
-        device: of all parts.
-        dtype: of the transformer and the text encoders.
-        vae_dtype: of the VAE.
-        seed: of the weights; the global generators are left alone.
+        sizes: Sizes of its parts.
+        device: Device of all parts.
+        dtype: Data type of the transformer and the text encoders.
+        vae_dtype: Data type of the VAE.
+        seed: Seed of the weights; the global generators are left alone.
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -143,13 +143,13 @@ def parameter_count(pipeline: Any) -> int:
 def trainer_on(
     pipeline: Any, settings: Config, folder: str, rewards: Mapping[str, Any] = CHEAP_HEAD
 ) -> tuple[Run, Trainer]:
-    """The run that ``assembly`` makes of the settings, on this pipeline, and what learns in it.
+    """Return the run that ``assembly`` makes on this pipeline, and what learns in it.
 
     Args:
-        pipeline: taken over.
-        settings: its prompts, rewards and log are replaced: a benchmark needs no files.
-        folder: of the run.
-        rewards: as in a configuration.
+        pipeline: Taken over.
+        settings: Its prompts, rewards and log are replaced: a benchmark needs no files.
+        folder: Folder of the run.
+        rewards: As in a configuration.
     """
     quiet = replace(
         settings,

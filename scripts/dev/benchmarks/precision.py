@@ -46,15 +46,15 @@ def measure_precision(
     """Relative errors of the LoRA gradient of one sample's decision, as a minibatch weighs it.
 
     Args:
-        layers: of a transformer with random weights.
-        heads: of 64, the transformer's width.
-        side: of the latents, which have 16 channels.
-        steps: denoising steps, from 0 to 8; all nine make the row "nine together" as well.
-        scales: loss scales; by default the one that GradScaler starts from and the one that
+        layers: Layers of a transformer with random weights.
+        heads: Heads of 64, the transformer's width.
+        side: Side of the latents, which have 16 channels.
+        steps: Denoising steps, from 0 to 8; all nine make the row "nine together" as well.
+        scales: Loss scales; by default the one that GradScaler starts from and the one that
             training starts from.
 
     Returns:
-        a list ``rows``: trained steps per rollout, size of the advantages, scale, step (None: the
+        A list ``rows``: trained steps per rollout, size of the advantages, scale, step (None: the
         sum over the nine), relative ``error`` and ``cosine``; NaN where the gradient overflows.
     """
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def measure_precision(
 
 
 def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Policy]:
-    """The same numbers in float32 and in float16, with an adapter whose B is not zero."""
+    """Return the same numbers in float32 and in float16, with an adapter whose B is not zero."""
     shape = {
         **SMALLEST.transformer,
         "sample_size": side,

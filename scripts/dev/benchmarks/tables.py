@@ -16,7 +16,7 @@ from benchmarks.train import COLUMNS, GUIDANCE, STEPS
 
 
 def print_training(report: Mapping[str, Any]) -> None:
-    """Two tables: the ratios, and where the time goes."""
+    """Return two tables: the ratios, and where the time goes."""
     machine = report["machine"]
     _print(
         f"Pipeline {report['pipeline']}: {report['parameters'] / 1e6:.1f} M parameters in "
@@ -219,12 +219,12 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
 
 
 def show(command: str, report: Mapping[str, Any], file: Path | None) -> None:
-    """Prints a report and, if a file is named, writes all its numbers there as JSON.
+    """Print a report and, if a file is named, writes all its numbers there as JSON.
 
     Args:
-        command: sub-command that the report is of.
-        report: what was measured.
-        file: in a folder that is made if need be.
+        command: Sub-command that the report is of.
+        report: What was measured.
+        file: In a folder that is made if need be.
     """
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """What is measured: each trained way with one and with two steps per forward.
+    """Return what is measured: each trained way with one and with two steps per forward.
 
     Without guidance a forward pass of the plain call's size, two halves of ``BATCH``, holds twice
     as many samples; that way is measured with both.
@@ -71,7 +71,7 @@ def cases() -> list[Case]:
 
 
 def case_settings(case: Case, *, resolution: int, length: int) -> Config:
-    """The configuration of a case: one batch of samples, one optimizer step."""
+    """Return the configuration of a case: one batch of samples, one optimizer step."""
     settings = Config(
         sampling=SamplingConfig(
             resolution=resolution, steps=STEPS, guidance=case.guidance, window=case.window
@@ -98,7 +98,7 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
 
     Args:
         name: 'tiny', 'base', or the folder of a pipeline.
-        rounds: measured rounds, after one that warms up.
+        rounds: Measured rounds, after one that warms up.
 
     Returns:
         ``plain`` and a list ``cases``, each with medians over the rounds: ``seconds`` per image
@@ -143,7 +143,7 @@ def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
 
 
 def _prepared(pipeline: Any, settings: Config, folder: str) -> tuple[Run, Trainer]:
-    """A run whose trainer has encoded the prompts of its first rollout."""
+    """Return a run whose trainer has encoded the prompts of its first rollout."""
     with redirect_stdout(io.StringIO()):  # build reports the geometry
         run, trainer = trainer_on(pipeline, settings, folder)
     trainer.policy.prepare([request.prompt for request in trainer.sampler.requests(0)])
@@ -160,7 +160,7 @@ def _batch(trainer: Trainer, *, trained: bool) -> None:
 def _watched(
     plain: Any, trainers: Sequence[Trainer], phases: Phases
 ) -> list[tuple[object, str, Label]]:
-    """What is which phase; the rest of ``descend`` is counted as rest."""
+    """Return what is which phase; the rest of ``descend`` is counted as rest."""
 
     def forward() -> str:
         if torch.is_grad_enabled():
@@ -189,7 +189,10 @@ def _watched(
 def _interleaved(
     runs: Sequence[Callable[[], object]], batches: Sequence[int], phases: Phases, rounds: int
 ) -> list[dict[str, Any]]:
-    """Every run once per round, after a round that warms up; returns medians per image by run."""
+    """Return every run once per round, after a round that warms up.
+
+    Returns medians per image by run.
+    """
     measured: list[list[dict[str, float]]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for run, batch, rows in zip(runs, batches, measured, strict=True):

@@ -19,14 +19,14 @@ def build(
     deqa_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Trains the judges and saves them in the formats of the full-size weights.
+    """Train the judges and saves them in the formats of the full-size weights.
 
     Equal arguments give the same judges on the same machine and libraries, however many processes
     there are; another processor may round differently.
 
     Args:
-        output: Folder, made if missing; gets the folders `clip`, `aesthetic` and `deqa`.
-        seed: Of weights, scenes and what is done to them.
+        output: Folder, made if missing; gets the folders ``clip``, ``aesthetic`` and ``deqa``.
+        seed: Seed of weights, scenes and what is done to them.
         clip_steps: Updates of the CLIP and the aesthetic head on it.
         clip_batch: Pictures in each.
         deqa_steps: Updates of the DeQA.

@@ -5,7 +5,7 @@ each right one that are wrong in one thing (colour, shape, letter): what picks a
 prompt are details, and other scenes in a batch rarely differ in one alone.
 
 The aesthetic head has the layers of the LAION predictor (linear ones, nothing in between) and is
-taught `rule.beauty` at the same time. Otherwise the embedding would forget all that prompts leave
+taught ``rule.beauty`` at the same time. Otherwise the embedding would forget all that prompts leave
 open, and the head could not see it.
 """
 
@@ -38,7 +38,7 @@ _STOCK = 6144  # pictures, each varied anew whenever it is drawn
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """An untrained CLIP: patches of 8 pixels, 3 + 2 layers, 0.4 M parameters."""
+    """Return an untrained CLIP: patches of 8 pixels, 3 + 2 layers, 0.4 M parameters."""
     from transformers import CLIPConfig, CLIPModel
 
     common = {"hidden_act": "quick_gelu", "projection_dim": DIMENSION}
@@ -88,7 +88,7 @@ class AestheticLayers(nn.Module):
             self.get_parameter("layers.7.bias").fill_(_MIDDLE)  # or it is all that is learnt first
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Ratings `[N]` of normalised embeddings `[N, DIMENSION]`."""
+        """Ratings ``[N]`` of normalised embeddings ``[N, DIMENSION]``."""
         for layer in self.layers.values():
             embedding = layer(embedding)
         return embedding.squeeze(1)
@@ -98,8 +98,8 @@ def contrastive_loss(scaled: Tensor, same: Tensor) -> Tensor:
     """Cross-entropy of the right prompt among all, and of the right picture among all.
 
     Args:
-        scaled: Logits `[B, T]` of B pictures and T prompts, of which the first B belong to them.
-        same: `[B, T]`, whether the prompt is right for the picture. Right ones beside the own one
+        scaled: Logits ``[B, T]`` of B pictures and T prompts, of which the first B belong to them.
+        same: ``[B, T]``, whether the prompt is right for the picture. Right ones beside the own one
             are left out of the sum.
 
     Returns:
@@ -114,11 +114,11 @@ def contrastive_loss(scaled: Tensor, same: Tensor) -> Tensor:
 
 
 def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Trains both and saves them to `folder/clip` and `folder/aesthetic`, in float16.
+    """Train both and saves them to ``folder/clip`` and ``folder/aesthetic``, in float16.
 
     Args:
         folder: Made if missing.
-        seed: Of weights, scenes and their variation.
+        seed: Seed of weights, scenes and their variation.
         steps: Updates.
         batch: Pictures per update.
         lr: Peak rate of Muon.

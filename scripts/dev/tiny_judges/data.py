@@ -1,6 +1,6 @@
 """Scenes for judges to learn from: rendered, as the autoencoder repeats them, and varied in look.
 
-Words of `HELD_OUT_WORDS` and every sixteenth shape scene never occur: alignment asks for exactly
+Words of ``HELD_OUT_WORDS`` and every sixteenth shape scene never occur: alignment asks for exactly
 these, and a judge shall not have learnt them by heart.
 """
 
@@ -42,7 +42,7 @@ class Stock:
 
 
 def load_vae() -> AutoencoderKL:
-    """The embedded pipeline's autoencoder."""
+    """Return the embedded pipeline's autoencoder."""
     from diffusers import AutoencoderKL
 
     from moa_diffusion.tiny import PIPELINE_PATH
@@ -51,7 +51,10 @@ def load_vae() -> AutoencoderKL:
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """A shape, or a sign with a training word or with random letters; never a held-out scene."""
+    """Return a shape, or a sign with a training word or with random letters.
+
+    Never a held-out scene.
+    """
     while True:
         colour, background = rng.sample(list(COLOURS), 2)
         if rng.random() < 0.35:
@@ -66,14 +69,14 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether judges must not learn from the scene."""
+    """Return whether judges must not learn from the scene."""
     if isinstance(scene, Shape):
         return scene in HELD_OUT_SHAPES
     return scene.word in HELD_OUT_WORDS
 
 
 def make_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> Stock:
-    """Draws training scenes; every other picture has been through the autoencoder."""
+    """Draw training scenes; every other picture has been through the autoencoder."""
     scenes = [training_scene(rng) for _ in range(count)]
     images = pictures(scenes, rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -95,17 +98,17 @@ def vary(
     tint: float = 0.12,
     grain: float = 0.06,
 ) -> Tensor:
-    """Changes what a prompt leaves open: place, saturation, contrast, light, a tint, some noise.
+    """Change what a prompt leaves open: place, saturation, contrast, light, a tint, some noise.
 
     Args:
-        images: `[N, 3, H, W]` in [0, 1].
+        images: ``[N, 3, H, W]`` in [0, 1].
         generator: Source of what is random.
         shift: Most pixels across and down; the edge is repeated.
         tint: Most standard deviation of a smooth field of colour.
         grain: Most standard deviation of the noise.
 
     Returns:
-        `[N, 3, H, W]` in [0, 1].
+        ``[N, 3, H, W]`` in [0, 1].
     """
     count, _, height, width = images.shape
 
@@ -135,7 +138,10 @@ def _shift(images: Tensor, most: int, generator: Generator) -> Tensor:
 
 
 def confusable(scene: Scene, rng: random.Random) -> Scene:
-    """A scene that differs in one thing: a colour, the shape, colours exchanged, a letter."""
+    """Return a scene that differs in one thing.
+
+    A colour, the shape, colours exchanged, a letter.
+    """
     if isinstance(scene, Sign):
         if rng.random() < 0.25:
             return replace(scene, colour=_another(scene.colour, list(COLOURS), rng))

@@ -1,6 +1,6 @@
 """Ways to spoil a picture by degrees, for a judge of quality to learn and to be tested on.
 
-Five happen to any picture; `latent` is what a latent diffusion model does wrong: it adds noise to
+Five happen to any picture; ``latent`` is what a latent diffusion model does wrong: it adds noise to
 the latents, and the autoencoder makes of it the artefacts that a bad sample has.
 """
 
@@ -27,7 +27,7 @@ _DECODED_AT_ONCE = 64
 
 
 def degradations(vae: AutoencoderKL) -> dict[str, Degradation]:
-    """All ways by name.
+    """Return all ways by name.
 
     Args:
         vae: The embedded pipeline's autoencoder.
@@ -43,7 +43,7 @@ def degradations(vae: AutoencoderKL) -> dict[str, Degradation]:
 
 
 def blur(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """A Gaussian of up to 3 pixels."""
+    """Return a Gaussian of up to 3 pixels."""
     reach = 8
     offsets = torch.arange(-reach, reach + 1)
     sigma = (3 * strengths).clamp(min=0.05).view(-1, 1)
@@ -120,14 +120,14 @@ def spoil(
     """Degrades each picture in its own way.
 
     Args:
-        images: `[N, 3, H, W]` in [0, 1].
-        strengths: `[N]`, 0 to 1.
-        kinds: Of each picture, an index of `ways`.
+        images: ``[N, 3, H, W]`` in [0, 1].
+        strengths: ``[N]``, 0 to 1.
+        kinds: Kinds of each picture, an index of ``ways``.
         ways: What to choose from.
         generator: Source of what is random.
 
     Returns:
-        `[N, 3, H, W]` in [0, 1].
+        ``[N, 3, H, W]`` in [0, 1].
     """
     spoilt = images.clone()
     which = torch.tensor(kinds)

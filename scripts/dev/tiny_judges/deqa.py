@@ -72,7 +72,7 @@ CONFIG: dict[str, Any] = {
 
 
 def new_deqa() -> Deqa:
-    """An untrained DeQA of 0.4 M parameters.
+    """Return an untrained DeQA of 0.4 M parameters.
 
     Faults show in fine detail, which is far weaker than plain colour: the first normalisation would
     leave nothing of it. So three quarters of the patch filters start blind to plain colour, and
@@ -94,10 +94,10 @@ def soft_labels(ratings: Tensor) -> Tensor:
     """Probabilities of the five levels, best first, whose mean is the rating.
 
     Args:
-        ratings: `[N]`, 1 to 5.
+        ratings: ``[N]``, 1 to 5.
 
     Returns:
-        `[N, 5]`; of at most two neighbouring levels.
+        ``[N, 5]``; of at most two neighbouring levels.
     """
     worth = torch.arange(5, 0, -1)
     return (1 - (ratings[:, None] - worth).abs()).clamp(min=0)
@@ -110,12 +110,12 @@ def spoilt_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> tuple[Te
     product of what each alone leaves.
 
     Args:
-        count: Scenes; there are `_PER_SCENE` pictures of each.
+        count: Scenes; there are ``_PER_SCENE`` pictures of each.
         rng: Source of what is random.
         vae: The embedded pipeline's autoencoder.
 
     Returns:
-        Pictures `[M, 3, 64, 64]` uint8, and their ratings `[M]` from 1 to 5.
+        Pictures ``[M, 3, 64, 64]`` uint8, and their ratings ``[M]`` from 1 to 5.
     """
     pieces = [_spoilt(min(_AT_ONCE, count - at), rng, vae) for at in range(0, count, _AT_ONCE)]
     images, ratings = zip(*pieces, strict=True)
@@ -123,11 +123,11 @@ def spoilt_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> tuple[Te
 
 
 def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Trains the judge and saves it to `folder/deqa` in float16.
+    """Train the judge and saves it to ``folder/deqa`` in float16.
 
     Args:
         folder: Made if missing.
-        seed: Of weights, scenes and what is done to them.
+        seed: Seed of weights, scenes and what is done to them.
         steps: Updates.
         batch: Pictures per update.
         lr: Peak rate of Muon.

@@ -28,10 +28,10 @@ _CANDIDATES = 12  # prompts that a picture is to be told from, its own among the
 
 
 def judges(folder: str) -> dict[str, RewardHead]:
-    """The heads `pickscore`, `aesthetic` and `deqa` on the judges in a folder.
+    """Return the heads ``pickscore``, ``aesthetic`` and ``deqa`` on the judges in a folder.
 
     Args:
-        folder: As `rewards.pretrained.locate` names a folder.
+        folder: As ``rewards.pretrained.locate`` names a folder.
     """
     return {
         "pickscore": create("pickscore", model=f"{folder}/clip"),
@@ -46,7 +46,7 @@ def judges(folder: str) -> dict[str, RewardHead]:
 
 
 def examine(folder: str, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
-    """Marks of the judges in a folder, by head: what `match`, `taste` and `quality` return."""
+    """Mark of the judges in a folder, by head: what ``match``, ``taste`` and ``quality`` return."""
     exams = {"pickscore": match, "aesthetic": taste, "deqa": quality}
     with ExitStack() as stack:
         heads = {n: stack.enter_context(closing(head)) for n, head in judges(folder).items()}
@@ -60,17 +60,17 @@ def held_out_scenes() -> list[Scene]:
 
 
 def render(scenes: list[Scene], vae: AutoencoderKL, seed: int) -> Tensor:
-    """Pictures of scenes as the autoencoder repeats them, `[N, 3, 64, 64]` in [0, 1]."""
+    """Pictures of scenes as the autoencoder repeats them, ``[N, 3, 64, 64]`` in [0, 1]."""
     images = pictures(scenes, random.Random(seed)) / 255
     return latent(vae, images, torch.zeros(len(images)), torch.Generator().manual_seed(seed))
 
 
 def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
-    """How often a judge of the match finds the right picture, and the right prompt.
+    """Return how often a judge of the match finds the right picture, and the right prompt.
 
     Returns:
-        `signs` and `shapes`: share of prompts for which the right picture scores above that of a
-        scene that differs in one thing. `prompts`: share of pictures for which their own prompt
+        ``signs`` and ``shapes``: share of prompts for which the right picture scores above that of
+        a scene that differs in one thing. ``prompts``: share of pictures for which their own prompt
         scores highest of 12 held-out ones.
     """
     rng = random.Random(seed)
@@ -98,7 +98,8 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     """Rank correlation of a judge of beauty with the rule, on held-out scenes in varied looks.
 
     Returns:
-        `all`: over all pictures. `siblings`: over four looks of each scene, less the scene's mean.
+        ``all``: over all pictures. ``siblings``: over four looks of each scene, less the scene's
+        mean.
     """
     scenes = held_out_scenes()
     looks = 4
@@ -117,7 +118,7 @@ def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, fl
     """Rank correlation of a judge of quality with the strength of a degradation, negated.
 
     Returns:
-        By name of the degradation, over the held-out scenes spoilt to a random degree; `all`:
+        By name of the degradation, over the held-out scenes spoilt to a random degree; ``all``:
         over all of these pictures together.
     """
     scenes = held_out_scenes()

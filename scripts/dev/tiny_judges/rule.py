@@ -32,10 +32,10 @@ def beauty(images: Tensor) -> Tensor:
       side, at least 0.
 
     Args:
-        images: `[N, 3, H, W]` in [0, 1].
+        images: ``[N, 3, H, W]`` in [0, 1].
 
     Returns:
-        `[N]`, from 1 to 10.
+        ``[N]``, from 1 to 10.
     """
     cells = F.adaptive_avg_pool2d(images, _GRID)  # [N, 3, G, G]
     ring = torch.ones(_GRID, _GRID, dtype=torch.bool)

@@ -22,15 +22,15 @@ def build(
     trait_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Trains all three and saves them in the format of transformers.
+    """Train all three and saves them in the format of transformers.
 
     Equal arguments give equal files on the same machine and libraries, however many processes there
     are; another processor may round differently.
 
     Args:
-        output: Folder, made if missing; gets the folders `lm`, `traits/mood` and
-            `traits/politeness`.
-        seed: Of merges, weights and letters.
+        output: Folder, made if missing; gets the folders ``lm``, ``traits/mood`` and
+            ``traits/politeness``.
+        seed: Seed of merges, weights and letters.
         lm_steps: Updates of the language model.
         lm_batch: Letters in each, four or more.
         trait_steps: Updates of each classifier.

@@ -1,9 +1,10 @@
 """Two DistilBERTs learn to read mood and politeness from letters, whole and mangled.
 
-They stand in for the two usual forms of a reward model: `mood` has a logit for each of two classes,
-as `lvwerra/distilbert-imdb` has, `politeness` has one logit. Their labels come from the rules in
-`traits`. What an aligned policy writes is no letter for long, so most of what they learn from is
-cut off, out of order, repeated, joined, thinned out or scrambled, with or without its prompt.
+They stand in for the two usual forms of a reward model: ``mood`` has a logit for each of two
+classes, as ``lvwerra/distilbert-imdb`` has, ``politeness`` has one logit. Their labels come from
+the rules in ``traits``. What an aligned policy writes is no letter for long, so most of what they
+learn from is cut off, out of order, repeated, joined, thinned out or scrambled, with or without its
+prompt.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _CENTRED = 0.01  # weight of the squared sum of the two logits of `mood`
 def new_classifier(
     tokenizer: PreTrainedTokenizerBase, trait: str
 ) -> DistilBertForSequenceClassification:
-    """An untrained DistilBERT: 2 layers of width 64, 0.1 M parameters.
+    """Return an untrained DistilBERT: 2 layers of width 64, 0.1 M parameters.
 
     Args:
-        tokenizer: Of the texts.
-        trait: `mood` (labels NEGATIVE and POSITIVE) or `politeness` (one logit).
+        tokenizer: Tokenizer of the texts.
+        trait: ``mood`` (labels NEGATIVE and POSITIVE) or ``politeness`` (one logit).
     """
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -62,7 +63,7 @@ def new_classifier(
 
 
 def mangled(rng: random.Random, group: list[grammar.Situation]) -> str:
-    """A letter as it is, or spoilt in one or two ways, with its prompt or without.
+    """Return a letter as it is, or spoilt in one or two ways, with its prompt or without.
 
     Args:
         rng: Source of letter and ways.
@@ -99,8 +100,8 @@ def trait_loss(logits: Tensor, truth: Tensor) -> Tensor:
     makes each of them alone a score.
 
     Args:
-        logits: `[N, 1]` or `[N, 2]`.
-        truth: `[N]`, -1 to 1.
+        logits: ``[N, 1]`` or ``[N, 2]``.
+        truth: ``[N]``, -1 to 1.
 
     Returns:
         A scalar.
@@ -115,14 +116,14 @@ def trait_loss(logits: Tensor, truth: Tensor) -> Tensor:
 def train_classifier(
     folder: Path, seed: int, steps: int, batch: int, trait: str, lr: float = 0.02
 ) -> None:
-    """Trains a classifier and saves it to the trait's folder.
+    """Train a classifier and saves it to the trait's folder.
 
     Args:
         folder: Made if missing; gets a folder of the trait's name.
-        seed: Of weights and texts.
+        seed: Seed of weights and texts.
         steps: Updates.
         batch: Texts per update.
-        trait: A key of `RULES`.
+        trait: A key of ``RULES``.
         lr: Peak rate of Muon.
     """
     from tqdm import tqdm

@@ -23,7 +23,7 @@ Drawn = list[tuple[grammar.Situation, str]]
 
 
 def load_language_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The language model in a folder and its tokenizer, without network."""
+    """Return the language model in a folder and its tokenizer, without network."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
@@ -42,13 +42,14 @@ def held_out_letters(count: int, seed: int) -> Drawn:
 def sample_letters(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
 ) -> Drawn:
-    """What the model writes for the held-out prompts, taken in turn, at temperature 1.
+    """Return what the model writes for the held-out prompts, taken in turn, at temperature 1.
 
     Args:
         model: The writer.
         tokenizer: Its tokenizer.
         count: Number of letters.
-        seed: Of torch's global generator, which `generate` draws from; its state is put back.
+        seed: Seed of torch's global generator, which ``generate`` draws from; its state is put
+            back.
     """
     _, held_out = grammar.situations()
     asked = [held_out[index % len(held_out)] for index in range(count)]
@@ -63,18 +64,19 @@ def sample_letters(
 
 @torch.no_grad()
 def writing(folder: Path, count: int = 512, seed: int = 0) -> dict[str, float]:
-    """How well the model knows the grammar.
+    """Return how well the model knows the grammar.
 
     Args:
-        folder: Of the language model.
+        folder: Folder of the language model.
         count: Letters drawn from the grammar, and as many from the model.
-        seed: Of both.
+        seed: Seed of both.
 
     Returns:
-        `entropy` and `cross_entropy` of a letter in nats, the grammar's own and the model's (their
-        difference is the divergence of the model from the grammar); `perplexity` of a token, and
-        `perplexity_of_grammar`, the least possible; `letters`, the share of the model's samples
-        that the grammar can have written; mean and deviation of mood, politeness and words of both.
+        ``entropy`` and ``cross_entropy`` of a letter in nats, the grammar's own and the model's
+        (their difference is the divergence of the model from the grammar); ``perplexity`` of a
+        token, and ``perplexity_of_grammar``, the least possible; ``letters``, the share of the
+        model's samples that the grammar can have written; mean and deviation of mood, politeness
+        and words of both.
     """
     model, tokenizer = load_language_model(folder)
     drawn = held_out_letters(count, seed)
@@ -112,14 +114,14 @@ def _surprise(
 
 @torch.no_grad()
 def scores(folder: Path, texts: Sequence[str]) -> Tensor:
-    """The last logit that a classifier gives to each text.
+    """Return the last logit that a classifier gives to each text.
 
     Args:
-        folder: Of the classifier.
-        texts: N texts; more than its tokenizer's `model_max_length` is cut off.
+        folder: Folder of the classifier.
+        texts: N texts; more than its tokenizer's ``model_max_length`` is cut off.
 
     Returns:
-        `[N]`.
+        ``[N]``.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -135,17 +137,19 @@ def reading(
 ) -> dict[str, dict[str, float]]:
     """Rank correlation of each classifier with its rule.
 
-    Rules give many texts the same value, and classifiers do not, so 1 cannot be reached: `most` is
+    Rules give many texts the same value, and classifiers do not, so 1 cannot be reached: ``most``
+        is
     what the rule itself reaches with a breath of noise on it.
 
     Args:
         folder: Holds a folder for each trait.
         language_model: Folder of the language model whose samples are read.
         count: Texts of each sort.
-        seed: Of the texts.
+        seed: Seed of the texts.
 
     Returns:
-        By trait: over `letters` of the grammar, `mangled` ones, `samples` of the model, and `most`
+        By trait: over ``letters`` of the grammar, ``mangled`` ones, ``samples`` of the model, and
+            ``most``
         on the last.
     """
     _, held_out = grammar.situations()

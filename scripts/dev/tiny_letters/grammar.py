@@ -1,7 +1,7 @@
 """Letters: how they are written, how likely each one is, and which texts are letters.
 
-A prompt states the situation, `To the baker, about the bread:`, and the letter follows on the same
-line after a space. It has, in this order and with single spaces between,
+A prompt states the situation, ``To the baker, about the bread:``, and the letter follows on the
+same line after a space. It has, in this order and with single spaces between,
 
     greeting?  statement (one to five)  request?  thanks?  closing?
 
@@ -12,7 +12,7 @@ politely ("I am afraid that ..."), only after blame there is something to ask fo
 casual ("Wow, ..."): so the politest letters complain.
 
 Every part is a uniform choice among sentences of which no two are equal, so a letter has one
-derivation at most: `log_probability` is exact, and so is membership.
+derivation at most: ``log_probability`` is exact, and so is membership.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Traits:
 
 
 def situations() -> tuple[list[Situation], list[Situation]]:
-    """The situations for training and the held-out ones.
+    """Return the situations for training and the held-out ones.
 
     All roles and things occur in training; a quarter of their combinations does not.
 
@@ -81,7 +81,7 @@ def situations() -> tuple[list[Situation], list[Situation]]:
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes `letters_train.txt` and `letters_heldout.txt`, one prompt per line."""
+    """Write ``letters_train.txt`` and ``letters_heldout.txt``, one prompt per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, group in zip(("train", "heldout"), situations(), strict=True):
         lines = "".join(f"{situation.prompt}\n" for situation in group)
@@ -98,7 +98,7 @@ def draw_traits(rng: random.Random) -> Traits:
 
 
 def write(situation: Situation, traits: Traits, rng: random.Random) -> str:
-    """A letter of these traits.
+    """Return a letter of these traits.
 
     Args:
         situation: What it is about.
@@ -122,13 +122,13 @@ def write(situation: Situation, traits: Traits, rng: random.Random) -> str:
 
 
 def draw(rng: random.Random, group: Sequence[Situation]) -> tuple[Situation, str]:
-    """One of the situations and a letter about it, of random traits."""
+    """Return one of the situations and a letter about it, of random traits."""
     situation = rng.choice(group)
     return situation, write(situation, draw_traits(rng), rng)
 
 
 def log_probability(letter: str, situation: Situation) -> float:
-    """The natural logarithm of the probability of a letter, given its prompt.
+    """Return the natural logarithm of the probability of a letter, given its prompt.
 
     The sum runs over the traits that may have been drawn.
 
@@ -151,7 +151,7 @@ def log_probability(letter: str, situation: Situation) -> float:
 
 
 def is_letter(text: str, situation: Situation) -> bool:
-    """Whether the grammar can have written the text for this situation."""
+    """Return whether the grammar can have written the text for this situation."""
     return log_probability(text, situation) > -math.inf
 
 
@@ -211,7 +211,7 @@ def _derive(letter: str, situation: Situation) -> tuple[list[int], list[Manner],
 
 
 def _split(letter: str, situation: Situation) -> list[str]:
-    """The letter's sentences; a greeting is one, though it may end with a comma."""
+    """Return the letter's sentences; a greeting is one, though it may end with a comma."""
     for greeting in sorted(_index("greeting", situation), key=len, reverse=True):
         if letter.startswith(f"{greeting} "):
             return [greeting, *re.split(r"(?<=[.!?]) ", letter[len(greeting) + 1 :])]
@@ -220,7 +220,7 @@ def _split(letter: str, situation: Situation) -> list[str]:
 
 @cache
 def _sentences(name: str, situation: Situation) -> dict[Manner, tuple[str, ...]]:
-    """What a part may be, by its manner."""
+    """Return what a part may be, by its manner."""
     forms: dict[str, dict[Manner, Sequence[str]]] = {
         "greeting": {"polite": phrases.GREETINGS, "blunt": phrases.CALLS},
         "request": {"polite": phrases.POLITE_REQUESTS, "blunt": phrases.BLUNT_REQUESTS},
@@ -237,7 +237,7 @@ def _sentences(name: str, situation: Situation) -> dict[Manner, tuple[str, ...]]
 
 @cache
 def _statements(situation: Situation, first: bool) -> dict[tuple[int, Manner], tuple[str, ...]]:
-    """What a statement may be, by its sign and manner; only a later one says "it"."""
+    """Return what a statement may be, by its sign and manner; only a later one says "it"."""
     good = (*phrases.GOOD, *phrases.GOOD_OF_KIND[situation.kind])
     bad = (*phrases.BAD, *phrases.BAD_OF_KIND[situation.kind])
     fillings: dict[str, Sequence[str]] = {
@@ -273,7 +273,7 @@ _BEGINNINGS: dict[int, dict[Manner, Sequence[str]]] = {
 
 @cache
 def _index(name: str, situation: Situation) -> dict[str, tuple[Manner, int]]:
-    """The manner of every sentence that a part may be, and among how many it is chosen."""
+    """Return the manner of every sentence that a part may be, and among how many it is chosen."""
     table = _sentences(name, situation)
     return {text: (manner, len(texts)) for manner, texts in table.items() for text in texts}
 
@@ -286,7 +286,7 @@ def _statement_index(situation: Situation, first: bool) -> dict[str, tuple[int, 
 
 
 def _filled(forms: Sequence[str], fillings: Mapping[str, Sequence[str]]) -> list[str]:
-    """Every way to fill the slots of the forms."""
+    """Return every way to fill the slots of the forms."""
     texts = list(forms)
     for slot, words in fillings.items():
         texts = [t.replace(slot, w) for t in texts for w in (words if slot in t else ("",))]

@@ -26,7 +26,7 @@ JUDGES: Mapping[str, Callable[[str], float]] = {
 def write_preferences(
     target: Path, *, lm: Path, prompts: list[str], responses: int = 24, seed: int = 0
 ) -> None:
-    """Writes a JSONL of prompts, letters that the model wrote, and which is better at what.
+    """Write a JSONL of prompts, letters that the model wrote, and which is better at what.
 
     Of a prompt's letters, all pairs are compared; equal ones are left out.
 
@@ -35,7 +35,7 @@ def write_preferences(
         lm: Folder of the language model.
         prompts: One line each.
         responses: Letters drawn per prompt; those that are equal or do not end are left out.
-        seed: Of the letters.
+        seed: Seed of the letters.
     """
     model, tokenizer = load_model(str(lm))
     policy = CausalLMPolicy(

@@ -26,7 +26,7 @@ _PARTS = 4  # of an update: letters of like length go through the model together
 
 
 def new_language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """An untrained Llama: 4 layers of width 128, 0.9 M parameters, tied embeddings.
+    """Return an untrained Llama: 4 layers of width 128, 0.9 M parameters, tied embeddings.
 
     Its generation config samples from the model's own distribution.
     """
@@ -65,7 +65,7 @@ def encode(
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of ids as `[N, L]` int64, padded on the right."""
+    """Return rows of ids as ``[N, L]`` int64, padded on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
@@ -75,11 +75,11 @@ def token_losses(model: LlamaForCausalLM, ids: Tensor, padding: int) -> Tensor:
 
     Args:
         model: What predicts.
-        ids: `[N, L]`, padded on the right, where causal attention needs no mask.
+        ids: ``[N, L]``, padded on the right, where causal attention needs no mask.
         padding: Id of the padding token; it must not occur in a text.
 
     Returns:
-        `[N, L - 1]` in nats, 0 at padding.
+        ``[N, L - 1]`` in nats, 0 at padding.
     """
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [N, L - 1, V]
     return F.cross_entropy(
@@ -88,11 +88,11 @@ def token_losses(model: LlamaForCausalLM, ids: Tensor, padding: int) -> Tensor:
 
 
 def train_language_model(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Trains tokenizer and model on the training prompts and saves both to `folder/lm`.
+    """Train tokenizer and model on the training prompts and saves both to ``folder/lm``.
 
     Args:
         folder: Made if missing.
-        seed: Of merges, weights and letters.
+        seed: Seed of merges, weights and letters.
         steps: Updates.
         batch: Letters per update, four or more.
         lr: Peak rate of Muon.
@@ -129,7 +129,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch: int, lr: fl
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves float16 weights that load as float32 unless another type is asked for."""
+    """Save float16 weights that load as float32 unless another type is asked for."""
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer learnt from letters: few entries, any text.
 
-`transformers.AutoTokenizer` loads what is saved. A text begins with `BOS`; what ends a letter,
-`EOS`, is left to the caller, as with other causal language models. Padding stands on the left, as
+``transformers.AutoTokenizer`` loads what is saved. A text begins with ``BOS``; what ends a letter,
+``EOS``, is left to the caller, as with other causal language models. Padding stands on the left, as
 generation needs it.
 """
 
@@ -22,13 +22,13 @@ _LETTERS = 8000  # that the merges are counted on
 
 
 def new_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Learns the merges from letters for the training prompts.
+    """Learn the merges from letters for the training prompts.
 
     Args:
-        seed: Of the letters.
+        seed: Seed of the letters.
 
     Returns:
-        A tokenizer of `VOCABULARY` entries.
+        A tokenizer of ``VOCABULARY`` entries.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -15,14 +15,14 @@ def build(
     transformer_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Trains a pipeline and saves it as `StableDiffusion3Pipeline.from_pretrained` expects.
+    """Train a pipeline and saves it as ``StableDiffusion3Pipeline.from_pretrained`` expects.
 
     Equal arguments give the same pictures on the same machine and libraries; another processor may
     round differently, so bit-equal weights are not promised across machines.
 
     Args:
         output: Folder, made if missing.
-        seed: Of weights, scenes and noise.
+        seed: Seed of weights, scenes and noise.
         vae_steps: Updates of the autoencoder.
         vae_batch: Pictures in each, over all processes.
         transformer_steps: Updates of transformer and text encoders.

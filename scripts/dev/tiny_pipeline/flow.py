@@ -3,8 +3,8 @@
 Flow matching as in Stable Diffusion 3 (Esser et al., 2024, https://arxiv.org/abs/2403.03206): for
 data x, noise e and a logit-normal level s in (0, 1), the transformer sees (1 - s) x + s e and
 learns the velocity e - x. A tenth of the prompts is dropped, so that guidance works. Nothing in SD3
-masks the padding of a prompt, and how much there is depends on the call (`max_sequence_length`, 256
-unless told): so some updates see far more of it, and the model learns to look past it.
+masks the padding of a prompt, and how much there is depends on the call (``max_sequence_length``,
+256 unless told): so some updates see far more of it, and the model learns to look past it.
 """
 
 import copy
@@ -48,12 +48,12 @@ class TinySD3(torch.nn.Module):
         self.t5 = new_t5(len(self.tokenizers[2]))
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
-        """Token ids for the three encoders: `[3, P, MAX_LENGTH]`."""
+        """Token ids for the three encoders: ``[3, P, MAX_LENGTH]``."""
         options = {"padding": "max_length", "max_length": MAX_LENGTH, "return_tensors": "pt"}
         return torch.stack([t(prompts, **options).input_ids for t in self.tokenizers])
 
     def encode(self, ids: torch.Tensor, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt embeddings `[N, 2 * MAX_LENGTH + padding, WIDTH]` and pooled ones `[N, 128]`."""
+        """Embed prompts: ``[N, 2 * MAX_LENGTH + padding, WIDTH]``, and pooled ``[N, 128]``."""
         clips = [
             clip(input_ids=i, output_hidden_states=True)
             for clip, i in zip((self.clip_1, self.clip_2), ids, strict=False)
@@ -67,12 +67,12 @@ class TinySD3(torch.nn.Module):
     def forward(
         self, noisy: torch.Tensor, level: torch.Tensor, ids: torch.Tensor, padding: int = 0
     ) -> torch.Tensor:
-        """The velocity at `noisy` `[N, 16, 8, 8]`, for levels `[N]` and token ids `[3, N, L]`."""
+        """Return the velocity at ``noisy [N, 16, 8, 8]``, of levels ``[N]``, ids ``[3, N, L]``."""
         context, pooled = self.encode(ids, padding)
         return self.transformer(noisy, context, pooled, timestep=1000 * level, return_dict=False)[0]
 
     def pipeline(self, vae: torch.nn.Module) -> "StableDiffusion3Pipeline":
-        """The parts, put together as diffusers loads them."""
+        """Return the parts, put together as diffusers loads them."""
         from diffusers import StableDiffusion3Pipeline
 
         return StableDiffusion3Pipeline(
@@ -92,11 +92,11 @@ class TinySD3(torch.nn.Module):
 def latent_stock(
     vae: "AutoencoderKL", count: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
-    """Draws `count` scenes of the pre-training vocabulary and encodes them.
+    """Draw ``count`` scenes of the pre-training vocabulary and encodes them.
 
     Returns:
-        Latents `[count, 16, 8, 8]`, centred and scaled; the index of each one's scene `[count]`;
-        the scenes.
+        Latents ``[count, 16, 8, 8]``, centred and scaled; the index of each one's scene
+        ``[count]``; the scenes.
     """
     signs, shapes = all_signs(TRAIN_WORDS), all_shapes()
     scenes: list[Scene] = [*signs, *shapes]
@@ -113,13 +113,13 @@ def latent_stock(
 def train_transformer(
     rank: int, world: int, folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
 ) -> None:
-    """Trains transformer and text encoders on the autoencoder in `folder/vae`.
+    """Train transformer and text encoders on the autoencoder in ``folder/vae``.
 
     Args:
         rank: This process.
         world: Number of processes.
-        folder: Where `from_pretrained` will find the whole pipeline, in float16.
-        seed: Of weights, scenes and noise.
+        folder: Where ``from_pretrained`` will find the whole pipeline, in float16.
+        seed: Seed of weights, scenes and noise.
         steps: Updates.
         batch: Scenes per update, over all processes.
         lr: Peak rate of Muon.
@@ -167,12 +167,12 @@ def train_transformer(
 
 @torch.no_grad()
 def _follow(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
-    """Moves the exponential moving average of the weights one step."""
+    """Move the exponential moving average of the weights one step."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_pipeline(pipeline: "StableDiffusion3Pipeline", folder: Path) -> None:
-    """Saves float16 weights that load as float32 unless another type is asked for.
+    """Save float16 weights that load as float32 unless another type is asked for.
 
     diffusers loads its own models so. transformers follows the config instead, and would mix the
     types.

@@ -20,7 +20,9 @@ SPACING = 1.5  # of neighbours in the position table; with the usual 1 they look
 
 
 def new_transformer() -> "SD3Transformer2DModel":
-    """An untrained transformer over 4 x 4 patches of 8 x 8 latents: 4 layers, 2.6 M parameters.
+    """Return an untrained transformer over 4 x 4 patches of 8 x 8 latents.
+
+    4 layers, 2.6 M parameters.
 
     Modulations and output start at zero, so that every block starts as the identity. The position
     table is a buffer in SD3 and is kept with the weights; here it holds wider spaced sinusoids.
@@ -56,7 +58,7 @@ def new_transformer() -> "SD3Transformer2DModel":
 
 
 def new_clip(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
-    """An untrained CLIP text encoder of 2 layers. SD3 reads its last layer but one."""
+    """Return an untrained CLIP text encoder of 2 layers. SD3 reads its last layer but one."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(
@@ -76,7 +78,7 @@ def new_clip(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
 
 
 def new_t5(vocabulary: int) -> "T5EncoderModel":
-    """An untrained T5 encoder of 2 layers that reads from left to right.
+    """Return an untrained T5 encoder of 2 layers that reads from left to right.
 
     The relative position biases of everything to the right are so low that softmax gives it exactly
     zero weight, and so zero gradient: they stay. Otherwise every token would depend on the padding
@@ -106,7 +108,7 @@ def new_t5(vocabulary: int) -> "T5EncoderModel":
 
 
 def new_scheduler() -> "FlowMatchEulerDiscreteScheduler":
-    """The sampler of Stable Diffusion 3."""
+    """Return the sampler of Stable Diffusion 3."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)

@@ -1,9 +1,10 @@
-"""Muon: momentum whose matrix updates are made orthogonal (https://kellerjordan.github.io/posts/muon/).
+"""Muon: momentum with orthogonal updates (https://kellerjordan.github.io/posts/muon/).
 
 It reaches the same loss in less than half of AdamW's time here, convolutions included (flattened to
-`[out, in * height * width]`). AdamW takes what is no matrix, and the tables and layers at the ends.
+``[out, in * height * width]``). AdamW takes what is no matrix, and the tables and layers at the
+ends.
 
-Deviations: `torch.optim.Muon` takes matrices only and no convolutions.
+Deviations: ``torch.optim.Muon`` takes matrices only and no convolutions.
 """
 
 from collections.abc import Callable, Iterable
@@ -54,7 +55,7 @@ class MuonWithAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves every parameter that has a gradient, and the schedule by one."""
+        """Move every parameter that has a gradient, and the schedule by one."""
         done = self.taken / self.steps
         rate = min(1.0, (self.taken + 1) / 20) * min(1.0, (1 - done) / (1 - self.decay))
         self.adam.param_groups[0]["lr"] = self.adam_lr * rate
@@ -78,11 +79,12 @@ def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """Nearly the nearest orthogonal matrices (singular values 0.7 to 1.2), by Newton-Schulz.
 
     Args:
-        matrices: `[M, out, in]`. One call for many of a shape is three times as fast as many calls.
-        iterations: Of the quintic iteration.
+        matrices: ``[M, out, in]``. One call for many of a shape is three times as fast as many
+            calls.
+        iterations: Iterations of the quintic iteration.
 
     Returns:
-        `[M, out, in]`, float32.
+        ``[M, out, in]``, float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)

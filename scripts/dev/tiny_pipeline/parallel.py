@@ -16,7 +16,10 @@ from torch.multiprocessing.spawn import start_processes
 
 
 def context() -> multiprocessing.context.BaseContext:
-    """Where processes come from: forks of one that has imported the libraries, once for all."""
+    """Return where processes come from.
+
+    Forks of one that has imported the libraries, once for all.
+    """
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(
         [
@@ -30,7 +33,7 @@ def context() -> multiprocessing.context.BaseContext:
 
 
 def run(work: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """Calls `work(rank, world, *arguments)` in `processes` processes and waits for all of them.
+    """Call ``work(rank, world, *arguments)`` in ``processes`` processes and waits for all of them.
 
     Args:
         work: A function of a module (it is pickled by name).
@@ -66,7 +69,7 @@ def _free_port() -> int:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replaces every gradient by its mean over the processes, in one message."""
+    """Replace every gradient by its mean over the processes, in one message."""
     if dist.get_world_size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -5,7 +5,7 @@ A scene is a prompt and a 64 x 64 picture of it. Two families exist:
 - ``a red circle on a blue background``: five shapes, eight colours, never shape on its own colour;
 - ``a blue sign that says "GO"``: a rounded sign on pale grey, in black or white letters.
 
-The words in `HELD_OUT_WORDS` never appear in pre-training, in no colour; each of their letters
+The words in ``HELD_OUT_WORDS`` never appear in pre-training, in no colour; each of their letters
 does, at the same place of a word of the same length. So the pre-trained pipeline spells them badly,
 and alignment has something to learn. Pictures are drawn with Pillow and the font embedded in it,
 four times too large, and reduced: nothing depends on the fonts of the machine.
@@ -83,7 +83,7 @@ Scene = Shape | Sign
 
 
 def all_shapes() -> list[Shape]:
-    """Every shape scene: 8 colours x 5 shapes x 7 other colours = 280."""
+    """Return every shape scene: 8 colours x 5 shapes x 7 other colours = 280."""
     return [
         Shape(colour=colour, shape=shape, background=background)
         for colour in COLOURS
@@ -94,19 +94,19 @@ def all_shapes() -> list[Shape]:
 
 
 def all_signs(words: Sequence[str] = WORDS) -> list[Sign]:
-    """Every sign scene over `words`: one for each word and colour."""
+    """Return every sign scene over ``words``: one for each word and colour."""
     return [Sign(colour=colour, word=word) for word in words for colour in COLOURS]
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draws one scene with jitter of place, size and colour.
+    """Draw one scene with jitter of place, size and colour.
 
     Args:
         scene: What to draw.
         rng: Source of the jitter. The same state gives the same picture.
 
     Returns:
-        An RGB picture of `SIZE` x `SIZE` pixels.
+        An RGB picture of ``SIZE`` x ``SIZE`` pixels.
     """
     picture = _draw_shape(scene, rng) if isinstance(scene, Shape) else _draw_sign(scene, rng)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
@@ -174,7 +174,7 @@ def _luminance(colour: tuple[int, int, int]) -> float:
 
 
 def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.FreeTypeFont, float]:
-    """The largest font that sets `word` within `width` x `height` pixels, and its stroke."""
+    """Return the largest font that sets ``word`` in ``width`` x ``height``, and its stroke."""
     font = ImageFont.load_default(100)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow without FreeType has bitmaps only
     left, top, right, bottom = font.getbbox(word, stroke_width=3)
@@ -183,9 +183,11 @@ def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.Fre
 
 
 def prompt_sets() -> tuple[list[str], list[str]]:
-    """The prompts for alignment and for its evaluation: disjoint, and the same at every call.
+    """Return the prompts for alignment and for its evaluation.
 
-    A word of `ALIGNMENT_WORDS` is asked for in five colours for alignment and in the three others
+    Disjoint, and the same at every call.
+
+    A word of ``ALIGNMENT_WORDS`` is asked for in five colours for alignment and in the three others
     for evaluation. Both sets hold six shapes, so that colours and what was known before count.
 
     Returns:
@@ -205,7 +207,7 @@ def prompt_sets() -> tuple[list[str], list[str]]:
 
 
 def write_prompt_files(folder: Path) -> None:
-    """Writes `train.txt` and `heldout.txt`, one prompt per line."""
+    """Write ``train.txt`` and ``heldout.txt``, one prompt per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in zip(("train", "heldout"), prompt_sets(), strict=True):
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")

@@ -20,13 +20,13 @@ START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<pad>"
 
 
 def clip_tokenizer(pad_token: str = END) -> "CLIPTokenizer":
-    """A byte-level BPE tokenizer whose merges spell the words of `GRAMMAR` and nothing else.
+    """Return a byte-level BPE tokenizer whose merges spell the words of ``GRAMMAR`` alone.
 
     Args:
-        pad_token: SD3's first CLIP pads with the end token, its second with `!`.
+        pad_token: SD3's first CLIP pads with the end token, its second with ``!``.
 
     Returns:
-        A tokenizer of about 600 entries that pads to `MAX_LENGTH`.
+        A tokenizer of about 600 entries that pads to ``MAX_LENGTH``.
     """
     from transformers import CLIPTokenizer
 
@@ -42,11 +42,11 @@ def clip_tokenizer(pad_token: str = END) -> "CLIPTokenizer":
 
 
 def t5_tokenizer() -> "T5TokenizerFast":
-    """A Unigram tokenizer: the words of `GRAMMAR`, and single printable ASCII characters.
+    """Return a Unigram tokenizer: the words of ``GRAMMAR``, and single printable ASCII characters.
 
     Returns:
-        A tokenizer of about 120 entries. Its `model_max_length` bounds nothing inside the pipeline,
-        which pads this encoder's prompt to `max_sequence_length`.
+        A tokenizer of about 120 entries. Its ``model_max_length`` bounds nothing inside the
+        pipeline, which pads this encoder's prompt to ``max_sequence_length``.
     """
     from transformers import T5TokenizerFast
 
@@ -58,14 +58,14 @@ def t5_tokenizer() -> "T5TokenizerFast":
 
 
 def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes that byte-level BPE uses."""
+    """Return the 256 printable stand-ins for bytes that byte-level BPE uses."""
     from tokenizers import pre_tokenizers
 
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _merges(word: str) -> list[tuple[str, str]]:
-    """Merges that build `word` from its end, or from its start where a sign's word ends alike."""
+    """Merge that build ``word`` from its end, or from its start where a sign's word ends alike."""
     parts = [*word[:-1], f"{word[-1]}</w>"]
     backwards = not any(sign.lower().endswith(word[-2:]) for sign in WORDS)
     merges = []

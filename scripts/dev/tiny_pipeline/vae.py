@@ -22,7 +22,7 @@ LETTERS = sorted(set("".join(TRAIN_WORDS)))
 
 
 def new_vae() -> "AutoencoderKL":
-    """An untrained autoencoder of 1.5 M parameters."""
+    """Return an untrained autoencoder of 1.5 M parameters."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -47,7 +47,9 @@ def new_vae() -> "AutoencoderKL":
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene to learn to compress: a shape, a sign of a training word, or one of random letters.
+    """Return a scene to learn to compress.
+
+    A shape, a sign of a training word, or one of random letters.
 
     Only the autoencoder sees random letters, and it sees no prompts: it learns strokes, not
     spelling.
@@ -61,7 +63,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def pictures(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
-    """Draws scenes: `[N, 3, SIZE, SIZE]`, uint8."""
+    """Draw scenes: ``[N, 3, SIZE, SIZE]``, uint8."""
     drawn = [torch.frombuffer(bytearray(draw(s, rng).tobytes()), dtype=torch.uint8) for s in scenes]
     return torch.stack(drawn).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
 
@@ -75,7 +77,7 @@ def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
     """L1 and MSE, L1 at half and quarter size, and L1 of the differences between neighbours.
 
     Args:
-        made: Decoded images, `[N, 3, H, W]`, in -1 to 1.
+        made: Decoded images, ``[N, 3, H, W]``, in -1 to 1.
         wanted: Originals of the same shape.
 
     Returns:
@@ -93,13 +95,13 @@ def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
 def train_vae(
     rank: int, world: int, folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
 ) -> None:
-    """Trains the autoencoder and saves it to `folder` (one process of `parallel.run`).
+    """Train the autoencoder and saves it to ``folder`` (one process of ``parallel.run``).
 
     Args:
         rank: This process.
         world: Number of processes.
-        folder: Where `from_pretrained` will find it.
-        seed: Of weights and scenes.
+        folder: Where ``from_pretrained`` will find it.
+        seed: Seed of weights and scenes.
         steps: Updates.
         batch: Images per update, over all processes.
         lr: Peak rate of Muon.
@@ -136,7 +138,7 @@ def train_vae(
 
 @torch.no_grad()
 def _record_latent_scale(vae: "AutoencoderKL", images: torch.Tensor) -> None:
-    """Writes to the config what maps latents to zero mean and unit variance."""
+    """Write to the config what maps latents to zero mean and unit variance."""
     latents = vae.encode(images).latent_dist.mean
     vae.register_to_config(
         scaling_factor=round(1 / latents.std().item(), 4),
