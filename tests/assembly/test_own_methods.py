@@ -180,7 +180,6 @@ def test_what_is_no_method_is_refused_by_its_key(
 
 
 def test_a_method_of_ones_own_does_not_weigh_decisions(tmp_path: Path, mine: str) -> None:
-
     config = settings(tmp_path, mine)
     config.loss.kind = "ppo"
     with pytest.raises(ConfigError, match=r"^loss\.kind: should be grpo .*static, "):
