@@ -10,9 +10,8 @@ import torch
 from sections import sd3_policy
 
 from moa_diffusion import assembly, tiny
-from moa_diffusion.assembly.methods import METHODS, check_ppo, objectives, own_code, sampler_of
+from moa_diffusion.assembly.methods import check_ppo, own_code, sampler_of
 from moa_diffusion.config import Config, check, from_dict, schema
-from moa_diffusion.objectives.gradient import Gradient
 from moa_diffusion.objectives.normalize import GDPO, DualStage
 from moa_diffusion.policies import samplers
 from moa_diffusion.policies.sd3 import load_pipeline
@@ -181,8 +180,6 @@ def test_what_is_no_method_is_refused_by_its_key(
 
 
 def test_a_method_of_ones_own_does_not_weigh_decisions(tmp_path: Path, mine: str) -> None:
-    from moa_diffusion.assembly.methods import check_ppo
-
     config = settings(tmp_path, mine)
     config.loss.kind = "ppo"
     with pytest.raises(ConfigError, match=r"^loss\.kind: should be grpo .*static, "):
@@ -232,46 +229,3 @@ def test_what_is_no_sampler_is_refused(tmp_path: Path, mine: str, name: str) -> 
     config.sampling.sampler = f"{mine}:{name}"
     with pytest.raises(ConfigError, match=r"^sampling\.sampler: should name a function"):
         sampler_of(config)
-
-
-# ---------------------------------------------------------------------- names
-
-REWARDS = {"sharpness": {"weight": 2}, "jpeg_compressibility": {}}
-
-
-def configured(method: str, rewards: dict[str, Any] = REWARDS, **sections: Any) -> Config:
-    values = {"rewards": rewards, "evaluation": {"every": 0}}
-    values["objectives"] = {"method": method, **sections.pop("objectives", {})}
-    return from_dict(values | sections)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_name_gives_its_classes_for_the_rewards_of_the_run(method: str):
-    options = {"weighting": {"aggregator": "upgrad"}} if method == "gradient" else {}
-    normalizer, weighting = objectives(configured(method, objectives=options))
-    assert type(normalizer) is METHODS[method].normalizer
-    assert type(weighting) is METHODS[method].weighting
-
-
-def test_an_aggregators_name_fixes_the_options_of_the_weighting():
-    _, weighting = objectives(configured("mgda"))
-    assert isinstance(weighting, Gradient)
-    with pytest.raises(ConfigError, match=r"^objectives\.weighting\.aggregator: unknown option"):
-        objectives(configured("mgda", objectives={"weighting": {"aggregator": "upgrad"}}))
-
-
-@pytest.mark.parametrize(("method", "told"), [("static", False), ("apex", True)])
-def test_a_weight_without_effect_is_told(method: str, told: bool, caplog):
-    objectives(configured(method))
-    assert ("rewards.sharpness.weight = 2 is not used" in caplog.text) == told
-
-
-def test_a_single_reward_has_nothing_to_be_weighed_against(caplog):
-    objectives(configured("apex", {"sharpness": {}}))
-    assert "apex has a single reward to weigh" in caplog.text
-
-
-def test_value_heads_need_a_method_that_weighs_decisions():
-    check_ppo(configured("pama", loss={"kind": "ppo"}))
-    with pytest.raises(ConfigError, match=r"^loss\.kind: should be grpo for the method apex"):
-        check_ppo(configured("apex", loss={"kind": "ppo"}))
