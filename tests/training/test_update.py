@@ -129,8 +129,9 @@ def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
     moved = (expected - start).abs().max()
     assert moved > 0
     # Gradients by objective, weighted and summed, or of the sum, whose terms go in another order:
-    # some 100 roundings of float32, 6e-8 each.
-    assert (values(policy) - expected).abs().max() < 1e-5 * moved
+    # some 100 roundings of float32, 6e-8 each, of the step; and the parameter itself is rounded.
+    rounding = 2 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (values(policy) - expected).abs().max() < 1e-5 * moved + rounding
     assert found["policy/grad_norm"] == pytest.approx(told["policy/grad_norm"], rel=1e-4)
     if kl_weight:
         assert found["policy/kl"] == pytest.approx(told["policy/kl"], rel=1e-4)
