@@ -344,6 +344,8 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     )
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
     for mine, other in zip(found, expected, strict=True):
+        # Rewards and parameters are the same bits; means over two processes add up in another
+        # order, and the gap of log-probs in float32 is 1e-6 at most.
         assert {k: v for k, v in mine.items() if not k.startswith("seconds/")} == pytest.approx(
             {k: v for k, v in other.items() if not k.startswith("seconds/")}, abs=1e-5
         )
@@ -363,6 +365,7 @@ def test_two_processes_equal_one_for_every_method(both, tmp_path, method):
     assert torch.equal(shared["updater"]["trainable"]["drift"], drift)
     for name, value in alone.learner.weighting.state_dict().items():
         if isinstance(value, torch.Tensor):
+            # Made of gathered rewards, or of a Gramian whose sum over processes rounds in float32.
             torch.testing.assert_close(
                 shared["weighting"][name], value, rtol=0, atol=1e-5, equal_nan=True
             )

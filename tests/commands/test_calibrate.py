@@ -105,7 +105,7 @@ def test_the_script_leaves_what_it_promises(folder: Path, here: Here):
     assert len(rows) == 16
     assert len({row["prompt"] for row in rows}) == 4
     mean = sum(row["reward/colourfulness"] for row in rows) / 16
-    assert mean == pytest.approx(found.objectives["colourfulness"].mean)
+    assert mean == pytest.approx(found.objectives["colourfulness"].mean)  # float64
     with Image.open(folder / "out" / "calibration.png") as drawn:
         assert drawn.width > 400
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 100
@@ -157,6 +157,7 @@ def test_what_is_noisy_or_does_not_apply_is_said(folder: Path, capsys: pytest.Ca
     assert torch.equal(measured.rewards.values[0], measured.retest[0])
     found = measured.calibration(settings)
     assert found.model == "toy"
+    # Of 24 uniform numbers: a standard error of about 12 %.
     assert found.objectives["noisy"].retest_std == pytest.approx(math.sqrt(1 / 12), rel=0.5)
     assert found.objectives["left"].retest_std == 0
     report(found, measured)

@@ -120,6 +120,7 @@ def test_sizes_are_readable(count, text):
 
 
 def test_free_space_is_that_of_the_nearest_folder(tmp_path):
+    # Others write to the disk meanwhile.
     assert storage.free_bytes(tmp_path / "not" / "there") == pytest.approx(
         storage.free_bytes(tmp_path), rel=0.5
     )

@@ -119,6 +119,7 @@ def test_the_gramian(pretended: Pretended) -> None:
     assert rows.rows["weight"].device == MPS
     gramian = rows.gramian(LocalComm())
     assert (gramian.dtype, gramian.device) == (torch.float64, CPU)
+    # Twice a row is twice its bits, so this is exact but for the order of float64 sums.
     torch.testing.assert_close(gramian, gramian[0, 0] * torch.tensor([[1, -2], [-2, 4]]).double())
     rows.write(torch.tensor([0.5, 0.25], dtype=torch.float64))
     assert parameter.grad is not None

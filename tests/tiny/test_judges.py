@@ -239,6 +239,7 @@ def test_looks_vary_and_stay_pictures() -> None:
 def test_soft_labels_have_the_rating_as_their_mean() -> None:
     ratings = torch.tensor([1.0, 1.4, 2.5, 4.9, 5.0])
     labels = soft_labels(ratings)
+    # A few operations in float32: within 1e-6, of torch's 1e-5 and pytest's 1e-6.
     assert torch.allclose(labels.sum(dim=1), torch.ones(5))
     assert torch.allclose(labels @ torch.arange(5.0, 0, -1), ratings)
     assert labels[1].tolist() == pytest.approx([0, 0, 0, 0.4, 0.6])
@@ -248,11 +249,13 @@ def test_a_prompt_that_is_right_twice_is_not_a_wrong_one() -> None:
     scaled = torch.tensor([[2.0, 2.0, -1.0], [2.0, 2.0, -1.0]])
     same = torch.tensor([[True, True, False], [True, True, False]])
     expected = torch.nn.functional.cross_entropy(torch.tensor([[2.0, -1.0]]), torch.tensor([0])) / 2
-    assert contrastive_loss(scaled, same).item() == pytest.approx(expected.item())
+    # Differences of float32 numbers up to 2, rounded by 1e-7 each.
+    assert contrastive_loss(scaled, same).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_ranks_correlate() -> None:
     x = torch.tensor([0.1, 5.0, 2.0, 9.0])
+    # Of ranks; it may be float32, off by 1e-7.
     assert exam.spearman(x, x.exp()) == pytest.approx(1)
     assert exam.spearman(x, -x) == pytest.approx(-1)
     assert exam.spearman(x, torch.tensor([1.0, 3.0, 4.0, 2.0])) == pytest.approx(0.2)

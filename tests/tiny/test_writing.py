@@ -106,6 +106,7 @@ def test_probabilities_sum_to_that_of_the_number_of_statements(count: int) -> No
             letter = " ".join(texts[-1] for texts in chosen)
             alike = math.prod(map(len, chosen))
             total += alike * math.exp(grammar.log_probability(letter, LAMP))
+    # Sums of up to some 1e5 probabilities in float64.
     assert total == pytest.approx(grammar.STATEMENTS[count])
 
 
@@ -140,6 +141,7 @@ def test_rules_read_what_the_grammar_meant() -> None:
     ],
 )
 def test_rules_hold_for_any_text(text: str, mood: float, politeness: float, words: int) -> None:
+    # Python's floats, quotients of whole numbers.
     assert rules.mood(text) == pytest.approx(mood)
     assert rules.politeness(text) == pytest.approx(politeness)
     assert rules.words(text) == words
@@ -153,6 +155,7 @@ def test_traits_conflict() -> None:
         torch.tensor([float(rule(text)) for text in texts])
         for rule in (rules.mood, rules.politeness, lambda text: -rules.words(text))
     )
+    # 3000 letters: standard errors of 0.02; -0.18, -0.19 and 0.02.
     assert exam.spearman(mood, manners) < -0.1
     assert exam.spearman(manners, brevity) < -0.1
     assert max(abs(mood.mean()), abs(manners.mean())) < 0.1
@@ -236,6 +239,8 @@ def test_the_longest_letter_fits(shipped) -> None:
 def test_the_model_writes_letters_as_various_as_the_grammars(samples) -> None:
     assert statistics.fmean(grammar.is_letter(text, situation) for situation, text in samples) > 0.8
     drawn = exam.held_out_letters(1000, 0)
+    # Of 128 letters, of which another machine may draw others: found 0.09, 0.03 and 1.1, and 4 % of
+    # a spread, whose standard error is 6 %.
     for rule, near in ((rules.mood, 0.3), (rules.politeness, 0.15), (rules.words, 4)):
         own, target = ([float(rule(text)) for _, text in each] for each in (samples, drawn))
         assert abs(statistics.fmean(own) - statistics.fmean(target)) < near
@@ -246,7 +251,7 @@ def test_the_model_knows_the_grammars_probabilities(shipped) -> None:
     drawn = exam.held_out_letters(48, 1)
     surprise = statistics.fmean(exam._surprise(*shipped, each)[0] for each in drawn)
     entropy = -statistics.fmean(grammar.log_probability(text, s) for s, text in drawn)
-    assert -1 < surprise - entropy < 3
+    assert -1 < surprise - entropy < 3  # 0.2 nats
 
 
 @pytest.mark.parametrize("trait", ["mood", "politeness"])
@@ -256,6 +261,7 @@ def test_classifiers_agree_with_the_rules(trait: str, samples) -> None:
     _, held_out = grammar.situations()
     for texts in ([text for _, text in samples], [mangled(rng, held_out) for _ in range(200)]):
         scores = exam.scores(TRAITS / trait, texts)
+        # 0.95 and more; of some 130 texts its standard error is 0.01.
         assert exam.spearman(scores, torch.tensor([rule(text) for text in texts])) > 0.9
 
 
@@ -265,8 +271,8 @@ def test_classifiers_do_not_mind_the_prompt() -> None:
     for trait in ("mood", "politeness"):
         alone = exam.scores(TRAITS / trait, [better, worse])
         asked = exam.scores(TRAITS / trait, [BREAD.prompt + better, BREAD.prompt + worse])
-        assert alone[0] - alone[1] > 0.5
-        assert asked[0] - asked[1] > 0.5
+        assert alone[0] - alone[1] > 0.5  # 6.3, and 0.8 of what politeness scores
+        assert asked[0] - asked[1] > 0.5  # 6.5 and 0.74
 
 
 def test_mangled_texts_are_the_same_for_the_same_seed() -> None:
@@ -291,6 +297,7 @@ def test_the_loss_of_two_logits_is_least_at_the_share() -> None:
     half = math.log(0.8 / 0.2) / 2
     assert loss(-half, half) < min(loss(-half - 0.1, half + 0.1), loss(-half + 0.1, half - 0.1))
     assert loss(-half, half) < loss(1 - half, 1 + half)  # centred
+    # float32: 0.6 - 0.6 is 0, and 0.5 squared is off by 6e-8 of it.
     assert loss(0.6) == pytest.approx(0)
     assert loss(0.1) == pytest.approx(0.25)
 
@@ -304,6 +311,7 @@ def test_the_loss_of_two_logits_is_least_at_the_share() -> None:
     ],
 )
 def test_ranks_correlate_with_ties(first: Tensor, second: Tensor, expected: float) -> None:
+    # Ranks are whole or half numbers; their correlation may be float32, off by 1e-7.
     assert exam.spearman(first, second) == pytest.approx(expected)
 
 

@@ -28,6 +28,7 @@ def test_against_a_loop():
         ratio, advantage = math.exp(new[i, j] - old[i, j]), float(advantages[i])
         inside = min(max(ratio, 0.8), 1.2)
         expected = max(-advantage * ratio, -advantage * inside)
+        # Log-ratios of about 1 and the exponential: 1e-7 of it, as below.
         assert float(losses[i, j]) == pytest.approx(expected, rel=1e-5)
         # Cut off: the clipped branch is the one taken, and it is constant.
         assert bool(cut[i, j]) == (inside != ratio and -advantage * inside > -advantage * ratio)
@@ -38,6 +39,7 @@ def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
     _, old, advantages = draw()
     new = old.clone().requires_grad_()
     losses = clipped_surrogate(new, old, advantages, 1e-4)
+    # Times a ratio of exactly 1.
     torch.testing.assert_close(losses.detach(), -advantages[:, None].expand_as(old))
     losses.sum().backward()
     torch.testing.assert_close(new.grad, -advantages[:, None].expand_as(old))

@@ -41,6 +41,9 @@ from moa_diffusion.types import ConfigError, Request
 from waiting import HANG
 
 NAN, INFINITY = math.nan, math.inf
+# What steps in float32 leave. Sums that rows, micro-batches or processes cut otherwise differ by
+# 1e-7 of a gradient. Adam divides by its size, and ten steps of lr = 0.1 leave 1e-7 of it.
+STEPS = 1e-5
 # Fast enough for a test, and a reference that stays, so that the optimum is the solver's.
 QUICK = OfflineSettings(tau=0.2, eta=0.5, lag=0)
 
@@ -272,13 +275,14 @@ def test_the_trained_policy_is_the_constrained_optimum(tmp_path, case):
     trainer = make(tmp_path, data, bounds=bounds, base=base, **{"steps": 250, **small})
     last = train(trainer)
     expected = by_solver(rates, log_ref, 0.2, least)
+    # What 150 or 250 steps of Adam leave: 0.009 of a probability and 0.0012 of a level.
     assert (learned(trainer) - expected).abs().max() < 0.02
     levels = (learned(trainer) * rates).sum(2).mean(1)
     assert (levels[1:] - torch.tensor(least)).abs().max() < 0.01
-    assert levels[0] < free[0] - 0.005
+    assert levels[0] < free[0] - 0.005  # 0.03
     assert last["mopo_level/price"] == pytest.approx(least[0], abs=0.005)
     assert last["mopo_violation/price"] == pytest.approx(0, abs=0.005)
-    assert last["mopo_lambda/price"] > 0.1
+    assert last["mopo_lambda/price"] > 0.1  # 1.2
     assert last["eval_level/price"] == pytest.approx(least[0], abs=0.01)
 
 
@@ -286,7 +290,7 @@ def test_one_objective_is_tilted_towards_without_bounds(tmp_path):
     rates = opposed(2, k=1)
     trainer = make(tmp_path, preferences(rates))
     train(trainer)
-    assert (learned(trainer) - (rates[0] / 0.2).softmax(1)).abs().max() < 0.02
+    assert (learned(trainer) - (rates[0] / 0.2).softmax(1)).abs().max() < 0.02  # 0.001
     assert trainer.learner.mopo.headline() == ""
 
 
@@ -297,6 +301,7 @@ def test_prompts_count_the_same_however_many_responses_they_have(tmp_path):
     told = trainer.step()
     target = (data.win_rates[0].nan_to_num(0) / 0.2 + data.log_data).softmax(1)
     expected = -(target * torch.where(target > 0, data.log_data, 0)).sum(1).mean()
+    # A mean of seven log-probs in float32: 2e-8 apart.
     assert told["offline/loss"] == pytest.approx(float(expected), rel=1e-5)
     plain = -(5 * math.log(5) + 2 * math.log(2)) / 7
     assert told["offline/log_prob"] == pytest.approx(plain, rel=1e-5)
@@ -323,7 +328,8 @@ def test_a_bound_out_of_reach_is_refused_at_the_start(tmp_path, log_probs):
     with pytest.raises(ValueError, match=r"Found 0\.99 for `price`") as caught:
         make(tmp_path, data, bounds=0.99, settings=replace(QUICK, maximum=20.0))
     (said,) = re.findall(r"reach is (0\.\d+)\.", str(caught.value))
-    assert float(said) == pytest.approx(most, abs=0.005)  # a tilt at a finite multiplier
+    # A tilt at a finite multiplier falls short by 0.003; three digits are said.
+    assert float(said) == pytest.approx(most, abs=0.005)
     if log_probs:  # what this reference cannot keep is known once the model has been asked
         base = 20.0 * (opposed(1)[1] == opposed(1)[1].amin(1, keepdim=True))
         trainer = make(tmp_path, data, bounds=most - 0.01, base=base, settings=QUICK)
@@ -358,6 +364,7 @@ def test_the_reference_is_the_policy_of_a_lag_ago(tmp_path):
         before.append(learned(trainer))
         trainer.step()
     # The last was taken at step 12: the policy at step 8.
+    # It is asked for in float32: 4e-8 apart.
     torch.testing.assert_close(trainer.learner.mopo.log_ref.exp(), before[8], rtol=0, atol=1e-6)
     assert (before[8] - before[4]).abs().max() > 1e-3
 
@@ -388,8 +395,8 @@ def test_a_lagged_reference_drives_on_under_the_bound(tmp_path):
         settings = replace(QUICK, lag=lag, beta=0.0)
         trainer = make(tmp_path, preferences(rates), bounds=bounds, settings=settings)
         told.append(train(trainer))
-    assert told[1]["eval_level/taste"] > told[0]["eval_level/taste"] + 0.02
-    for found in told:
+    assert told[1]["eval_level/taste"] > told[0]["eval_level/taste"] + 0.02  # 0.031
+    for found in told:  # 0.004 is what the steps leave
         assert found["eval_level/price"] == pytest.approx(0.62, abs=0.01)
 
 
@@ -401,8 +408,8 @@ def test_the_published_rule_lets_a_bound_sink_and_the_ratchet_does_not(tmp_path)
         told[follow] = train(make(tmp_path, data, bounds={"price": 0.62}, settings=settings))
     assert told["ratchet"]["mopo_bound/price"] == 0.62
     assert told["ratchet"]["eval_level/price"] == pytest.approx(0.62, abs=0.01)
-    assert told["beta_lag"]["mopo_bound/price"] < 0.56
-    assert told["beta_lag"]["eval_level/price"] < 0.58
+    assert told["beta_lag"]["mopo_bound/price"] < 0.56  # 0.545
+    assert told["beta_lag"]["eval_level/price"] < 0.58  # 0.570
 
 
 @pytest.mark.parametrize("lag", [0, 3])
@@ -443,7 +450,8 @@ def test_with_log_probs_too_an_adapter_is_the_first_reference(tmp_path):
     trainer = make(tmp_path, data, bounds=0.0, base=base, start=start)
     trainer.learner.refer()
     expected = (data.log_data + (base + start).log_softmax(1) - mu).log_softmax(1)
-    torch.testing.assert_close(trainer.learner.mopo.log_ref, expected.double(), rtol=0, atol=1e-6)
+    # Log-probs of a few nats in float32: some 16 roundings.
+    torch.testing.assert_close(trainer.learner.mopo.log_ref, expected.double(), rtol=0, atol=4e-6)
 
 
 # ---------------------------------------------------------------------- what is read
@@ -495,11 +503,11 @@ def test_a_reference_of_some_prompts_is_that_of_all(tmp_path):
     few, all_ = trainers
     assert few.policy.asked < all_.policy.asked
     # A policy in float32; a softmax over fewer rows may round another way.
-    torch.testing.assert_close(learned(few), learned(all_), rtol=0, atol=1e-6)
+    torch.testing.assert_close(learned(few), learned(all_), rtol=0, atol=STEPS)
     known = ~few.learner.mopo.log_ref.isnan().any(1)
     assert 0 < known.sum() <= 6  # rows of three steps
     torch.testing.assert_close(
-        few.learner.mopo.log_ref[known], all_.learner.mopo.log_ref[known], rtol=0, atol=1e-5
+        few.learner.mopo.log_ref[known], all_.learner.mopo.log_ref[known], rtol=0, atol=STEPS
     )
 
 
@@ -592,14 +600,15 @@ def test_processes_share_the_rows_and_end_in_the_same_parameters(tmp_path, count
             mine, yours = (found["state"]["updater"][part] for found in (alone, other))
             mine, yours = ((v["average"] if part == "ema" else v)["delta"] for v in (mine, yours))
             assert mine.abs().max() > 0.1
-            torch.testing.assert_close(yours, mine, rtol=0, atol=1e-5)
+            torch.testing.assert_close(yours, mine, rtol=0, atol=STEPS)
         for name in ("log_ref", "lambdas"):
             torch.testing.assert_close(
-                other["state"]["mopo"][name], alone["state"]["mopo"][name], rtol=0, atol=1e-5
+                other["state"]["mopo"][name], alone["state"]["mopo"][name], rtol=0, atol=STEPS
             )
         for mine, yours in zip(alone["told"], other["told"], strict=True):
             clean = [{n: v for n, v in x.items() if v == v} for x in (mine, yours)]
-            assert clean[1] == pytest.approx(clean[0], abs=1e-4)
+            # What is logged is up to some ten times larger.
+            assert clean[1] == pytest.approx(clean[0], abs=10 * STEPS)
 
 
 def test_a_process_without_rows_keeps_up_with_a_loss_scale(tmp_path):
@@ -618,7 +627,7 @@ def test_a_process_without_rows_keeps_up_with_a_loss_scale(tmp_path):
     expected = steps(LocalComm(), scale=None)
     for found in at_once(steps, 3):
         assert isinstance(found, Tensor), found
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=0, atol=STEPS)
 
 
 def test_micro_batches_change_nothing(tmp_path):
@@ -630,7 +639,7 @@ def test_micro_batches_change_nothing(tmp_path):
             trainer.step()
         found.append(learned(trainer))
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(other, found[0], rtol=0, atol=STEPS)
 
 
 # ---------------------------------------------------------------------- resumed
@@ -681,6 +690,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_average(tmp_path):
         torch.tensor(json.loads((folders[-1] / name).read_text()))
         for name in ("delta.json", "ema/delta.json")
     )
+    # JSON has all the digits.
     torch.testing.assert_close(live, trainer.policy.trainable()["delta"].detach())
     torch.testing.assert_close(average, trainer.learner.cloning.stepper.ema.average["delta"])
     assert (live - average).abs().max() > 1e-3
@@ -777,7 +787,8 @@ def test_held_out_rewards_are_of_the_averaged_weights(tmp_path):
     average = (
         torch.log_softmax(trainer.learner.cloning.stepper.ema.average["delta"], 1).exp().double()
     )
-    torch.testing.assert_close(drawn[-1], average)
+    # A softmax in float32, written otherwise.
+    torch.testing.assert_close(drawn[-1], average, rtol=0, atol=1e-6)
     assert (learned(trainer) - average).abs().max() > 1e-3
     assert (tmp_path / "rewards.json").is_file()
     trainer.close()

@@ -239,6 +239,7 @@ def test_the_first_update_is_the_policy_gradient(tmp_path):
     steps = points[:, 1:] - points[:, :-1]  # [N, T, 3]; the drift is 0
     grad_log_prob = steps / trainer.policy.std**2 / 3  # a mean over 3 dimensions
     expected = -(advantage[:, None, None] * grad_log_prob).sum(0) / advantage.numel() / 2
+    # Sums of 16 terms of up to some tens in float32: 3e-8 apart.
     torch.testing.assert_close(seen["gradient"], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -288,6 +289,7 @@ def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
     assert (expected - kl_alone).norm() > 0.3 * kl_alone.norm() > 0.1 * expected.norm()
     factor = seen["gradient"].norm() / expected.norm()
     assert factor > 1.5  # 1 / ((1 + L) sigma)
+    # As above, and with a factor that is measured: 6e-8 apart.
     torch.testing.assert_close(seen["gradient"], factor * expected, rtol=1e-4, atol=1e-5)
 
 
@@ -334,7 +336,7 @@ def test_advantages_and_gradients_are_clipped(tmp_path):
     advantages = [json.loads(line)["advantage"] for line in lines]
     assert max(advantages) == 0.5
     assert min(advantages) == -0.5
-    assert norms == pytest.approx([1e-3] * 2, rel=1e-2)
+    assert norms == pytest.approx([1e-3] * 2, rel=1e-2)  # torch adds 1e-6 to the norm of 0.35
     assert found["policy/grad_norm"] > 1e-2  # what is logged is the norm before the clip
 
 
@@ -388,6 +390,7 @@ def test_batch_sizes_do_not_matter(tmp_path):
         ends.append((drift(trainer), trainer.learner.stepper.ema.average["drift"]))
     for end in ends[1:]:
         for found, expected in zip(end, ends[0], strict=True):
+            # Sums in float32 that are cut otherwise, of steps that add up to 0.2: 3e-8 apart.
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -863,10 +866,12 @@ def test_the_gap_before_any_update_is_logged_and_said_once(tmp_path, caplog):
     )
     trainer.run()
     for row in rows(tmp_path / "run"):
+        # A log-prob of about 1 plus 0.002, rounded by 1e-7: 6e-5 of the gap.
         assert row["policy/ratio_gap"] == pytest.approx(2e-3, rel=1e-3)
     assert caplog.text.count("before any update") == 1
     exact = make(tmp_path / "exact")
     exact.run()
+    # Log-probs of about 1, of the same kernels in batches of another size: 16 roundings of float32.
     assert all(row["policy/ratio_gap"] < 1e-6 for row in rows(tmp_path / "exact"))
 
 
@@ -1073,6 +1078,7 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
     expected = torch.sigmoid(trainer.learner.stepper.ema.average["drift"].sum(0))
     assert not torch.equal(trainer.learner.stepper.ema.average["drift"], live)
     found = trainer.evaluate()
+    # Pixels in float32, rounded by 6e-8: pytest's default is 1e-6.
     assert found["eval_mean/red"] == pytest.approx(float(expected[0]))
     assert found["eval_mean/green"] == pytest.approx(float(expected[1]))
     assert found["eval_sem/red"] == pytest.approx(0, abs=1e-6)

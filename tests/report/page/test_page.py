@@ -141,7 +141,7 @@ def test_what_it_shows_is_the_table(tmp_path: Path):
     page = Page(write_report(table, summary, {}, target))
     data = page.json("data")
     shown = numpy.array(data["values"], dtype=float)
-    numpy.testing.assert_allclose(shown, values, rtol=1e-5)
+    numpy.testing.assert_allclose(shown, values, rtol=1e-5)  # six digits are shown
     assert data["values"][1][1][2][0] is None
     assert [model["label"] for model in data["models"]] == ["base", "run/step-1", "run/step-2"]
     assert [model["short"] for model in data["models"]] == ["base", "step-1", "step-2"]
@@ -289,7 +289,7 @@ def test_long_curves_are_averaged(tmp_path: Path):
     curve = found.curves["reward_mean"]["a"]
     assert found.pooled == 4
     assert POINTS / 2 < len(curve.steps) <= POINTS
-    assert curve.steps == pytest.approx(curve.values)
+    assert curve.steps == pytest.approx(curve.values)  # both are means of the same numbers
     assert curve.values[:2] == (1.5, 5.5)
     assert set(found.curves["x"]["sometimes"].values) == {None}
 
