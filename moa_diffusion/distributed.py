@@ -133,7 +133,7 @@ class ProcessError(RuntimeError):
 
 @contextmanager
 def agreed(comm: Comm, *, as_one: bool = False) -> Iterator[Callable[[], None]]:
-    """Return what fails in the block on one process fails on all; none waits for one that is gone.
+    """Let what fails in the block on one process fail on all; none waits for one that is gone.
 
     Args:
         comm: Collectives over the processes, which all have to enter the block. Inside there is

@@ -117,7 +117,7 @@ class Scorer:
 
     @contextmanager
     def begin(self) -> Iterator[Scoring]:
-        """Return a scoring that batches are added to.
+        """Open a scoring that batches are added to.
 
         What no head has begun at the end is dropped; a head that is at work is not waited for.
         """

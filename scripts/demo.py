@@ -41,7 +41,7 @@ def start(name: str, recipe: str) -> subprocess.Popen[bytes]:
 
 
 def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Return one progress bar per run, until all have ended or one has failed."""
+    """Show one progress bar per run, until all have ended or one has failed."""
     bars = {}
     for i, name in enumerate(processes):
         total = config.load(ROOT / "configs" / RECIPES[name], sys.argv[1:]).trainer.steps

@@ -18,7 +18,7 @@ def main() -> int:
     """Run one command; return 1 if a head cannot be used or fails, 2 if the arguments are wrong."""
     from rich.console import Console
 
-    from moa_diffusion.data.sampling import read_prompts
+    from moa_diffusion.data.prompt_files import read_prompts
     from moa_diffusion.files.paths import expanded as place
     from rewards import RewardError
     from rewards.commands import cli, score_folder

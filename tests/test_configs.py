@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from moa_diffusion import assembly, config
-from moa_diffusion.data.sampling import read_prompts
+from moa_diffusion.data.prompt_files import read_prompts
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 
 ROOT = Path(__file__).resolve().parent.parent

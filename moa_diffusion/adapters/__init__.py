@@ -1,4 +1,4 @@
-"""LoRA weights of any origin, as evaluation and export need them."""
+"""LoRA weights as evaluation and export carry, mix and write them; ``policies`` reads them."""
 
 from moa_diffusion.adapters.diffusers import carrier, install, write_adapter
 from moa_diffusion.adapters.soup import mix, mixtures

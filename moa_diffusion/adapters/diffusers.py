@@ -12,12 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.policies.adapters import Adapter as Adapter
-from moa_diffusion.policies.adapters import read_sd3_adapter as read_adapter
-from moa_diffusion.policies.adapters import sd3_skeleton as skeleton
-from moa_diffusion.policies.lora_files import DIFFUSERS as WEIGHTS
-
-__all__ = ["WEIGHTS", "Adapter", "read_adapter", "skeleton"]
+from moa_diffusion.policies.adapters import Adapter
 
 
 def carrier(adapters: Sequence[Adapter]) -> tuple[int, list[str]]:

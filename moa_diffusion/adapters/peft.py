@@ -1,4 +1,4 @@
-"""LoRA weights of language models: folders that peft reads and writes."""
+"""LoRA weights of language models, written as peft reads them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.adapters.diffusers import Adapter, padded
-from moa_diffusion.policies.adapters import peft_config
-from moa_diffusion.policies.adapters import read_text_adapter as read_adapter
-from moa_diffusion.policies.adapters import text_skeleton as skeleton
-from moa_diffusion.policies.lora_files import CONFIG
-from moa_diffusion.policies.lora_files import PEFT as WEIGHTS
-
-__all__ = ["CONFIG", "WEIGHTS", "read_adapter", "skeleton"]
+from moa_diffusion.adapters.diffusers import padded
+from moa_diffusion.policies.adapters import Adapter, peft_config
+from moa_diffusion.policies.lora_files import CONFIG, PEFT
 
 _PREFIX = "base_model.model."
 
@@ -26,7 +21,7 @@ def copy_adapter(source: Path, folder: Path, *, base: str | None) -> None:
         folder: Exists.
         base: Hub id of the base model; None if it has none.
     """
-    shutil.copy(source / WEIGHTS, folder / WEIGHTS)
+    shutil.copy(source / PEFT, folder / PEFT)
     config = peft_config(source / CONFIG)
     config.base_model_name_or_path = base
     config.save_pretrained(str(folder))
@@ -46,7 +41,7 @@ def write_adapter(adapter: Adapter, folder: Path, model: Any, *, base: str | Non
     from transformers.pytorch_utils import Conv1D
 
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in padded(adapter).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / PEFT, metadata={"format": "pt"})
     LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.rank,

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.files.digests import json_digest
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.types import ConfigError
 
 

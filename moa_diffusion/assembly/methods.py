@@ -227,7 +227,7 @@ def is_fused(settings: Config, weighting: Weighting) -> bool:
 
 
 def check_ppo(settings: Config) -> None:
-    """Return whether the method can weigh decisions, if there are value heads to judge them.
+    """Check that the method can weigh decisions, if there are value heads.
 
     Raises:
         ConfigError: If not.

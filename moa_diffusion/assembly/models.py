@@ -44,6 +44,7 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
         return ToyPolicy(steps=settings.sampling.steps, kl=kl)
     if settings.policy.name == "causal_lm":
         return causal_lm(settings, device)
+    assert settings.policy.name == "sd3"  # a new kind gets a branch of its own
     model, sampling = settings.policy, settings.sampling
     path = model_path(settings)
     if model.embeds_dir is not None:
@@ -129,7 +130,7 @@ def starting_adapter(
 
 
 def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
-    """Return whether the settings fit a language model and no prompt is too long; loads no weights.
+    """Check that the settings fit a language model and no prompt is too long; load no weights.
 
     Raises:
         ConfigError: If not.
@@ -214,9 +215,9 @@ def critic(
 
 
 def _fingerprint(path: str, revision: str | None) -> str:
-    """Return the names a pipeline's text encoders.
+    """Return a name of a pipeline's text encoders.
 
-    Another one after files of a local folder changed.
+    It is another one after files of a local folder have changed.
     """
     files = sorted(Path(path).glob("text_encoder*/*")) if Path(path).is_dir() else []
     stamps = [f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files]

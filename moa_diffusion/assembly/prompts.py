@@ -8,7 +8,8 @@ from pathlib import Path
 from moa_diffusion import tiny
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PromptFileConfig, WeightedPromptFileConfig
-from moa_diffusion.data.sampling import Mixture, Prompt, PromptSet, in_turn, read_prompts
+from moa_diffusion.data.prompt_files import Prompt, read_prompts
+from moa_diffusion.data.sampling import Mixture, PromptSet, in_turn
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.types import Request
 

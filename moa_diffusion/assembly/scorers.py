@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moa_diffusion.config import Config
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.distributed import Comm
 from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring import alarm

@@ -175,7 +175,7 @@ def _sample(model: Policy, group: Sequence[Request], batch: int) -> Rollout:
 def _write(
     file: Any, group: Sequence[Request], names: Sequence[str], first: Tensor, second: Tensor
 ) -> None:
-    """Return one line per sample; ``first`` and ``second`` are ``[K, G]``."""
+    """Write one line per sample; ``first`` and ``second`` are ``[K, G]``."""
     for request, one, two in zip(group, first.T.tolist(), second.T.tolist(), strict=True):
         row: dict[str, Any] = {
             "group": request.group,

@@ -93,7 +93,7 @@ def draw_and_score(
 
 
 def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
-    """Return one panel per objective: change over the base model on the same prompts and seeds."""
+    """Draw one panel per objective: its change over the base model on the same seeds."""
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for name, panel in zip(names, panels, strict=True):
         for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
@@ -142,7 +142,7 @@ def _pictures(
     requests: Sequence[Request],
     names: Sequence[str],
 ) -> None:
-    """Return rows models, columns prompts, rewards under each picture."""
+    """Draw a row per model and a column per prompt, with the rewards under each image."""
     panels = figure.subplots(len(rows), len(requests), squeeze=False)
     for number, (row, (label, (images, scores))) in enumerate(
         zip(panels, rows.items(), strict=True)

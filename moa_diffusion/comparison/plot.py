@@ -72,7 +72,7 @@ def plot_comparison(
 
 
 def _gains(figure: Any, comparison: Comparison, style: Mapping[str, tuple[str, str]]) -> None:
-    """Return a column per objective, then the worst gain and the hypervolume; a row per method."""
+    """Draw a column per objective, the worst gain and the hypervolume; a row per method."""
     names = comparison.names
     panels = figure.subplots(1, len(names) + 2, sharey=True, squeeze=False)[0]
     for name, panel in zip(names, panels, strict=False):
@@ -105,7 +105,7 @@ def _rows(
     *,
     bars: bool = False,
 ) -> None:
-    """Return one estimate per row: a marker or a bar, with its interval."""
+    """Draw one estimate per row: a marker or a bar, with its interval."""
     panel.axvline(0, color="black", linewidth=0.8)
     for row, (method, one) in enumerate(zip(comparison.methods, estimates, strict=True)):
         colour, marker = style[method.method]
@@ -140,7 +140,7 @@ def _front(
     style: Mapping[str, tuple[str, str]],
     pair: tuple[str, str],
 ) -> None:
-    """Return two objectives against each other: means with their path, and each seed's end."""
+    """Draw two objectives against each other: means with their path, and each seed's end."""
     panel = figure.subplots()
     panel.axhline(0, color="0.6", linewidth=0.8)
     panel.axvline(0, color="0.6", linewidth=0.8)
@@ -185,7 +185,7 @@ def mean_path(runs: Sequence[RunSummary], pair: tuple[str, str]) -> Any:
 
 
 def _weights(figure: Any, comparison: Comparison, runs: Sequence[RunData], columns: int) -> None:
-    """Return a panel per method: weights over rollouts, mean over seeds."""
+    """Draw a panel per method: the weights over rollouts, as the mean over seeds."""
     methods = comparison.methods
     rows = -(-len(methods) // columns)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)

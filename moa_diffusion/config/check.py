@@ -311,7 +311,7 @@ def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
 
 
 def _check_name(section: str, name: Any) -> None:
-    """Return the names of rewards are the ends of names of metrics, and heads of columns."""
+    """Check a name of a reward: it ends names of metrics, and heads columns."""
     if not isinstance(name, str):
         shown = json.dumps(name, default=str)
         raise ConfigError(

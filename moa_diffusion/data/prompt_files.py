@@ -202,7 +202,7 @@ def _read_table(path: Path, column: str) -> list[Prompt]:
 
 
 def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_Row]:
-    """Return rows of cells as the quoted dialect has them; empty lines are left out.
+    """Yield the rows of cells as the quoted dialect has them; empty lines are left out.
 
     Args:
         path: For messages.

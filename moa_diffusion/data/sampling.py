@@ -13,8 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from moa_diffusion.data.prompt_files import Prompt as Prompt
-from moa_diffusion.data.prompt_files import read_prompts as read_prompts
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.types import Request
 

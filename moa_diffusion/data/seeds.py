@@ -6,9 +6,6 @@ from hashlib import blake2b
 
 import torch
 
-from moa_diffusion.data.prompt_files import Prompt as Prompt
-from moa_diffusion.data.prompt_files import read_prompts as read_prompts
-
 
 def derive_seed(*parts: int | str) -> int:
     """Return a 63-bit seed from any tuple of integers and strings; equal on every machine."""

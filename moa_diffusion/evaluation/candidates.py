@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from moa_diffusion import assembly, config
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.medium import Medium
 from moa_diffusion.files.digests import json_digest
 from moa_diffusion.files.paths import split_list, split_name
 from moa_diffusion.files.text import check_encodable
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
 

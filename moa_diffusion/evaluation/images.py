@@ -12,18 +12,14 @@ from pathlib import Path
 import torch
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import (
-    WEIGHTS,
-    Adapter,
-    read_adapter,
-    skeleton,
-    write_adapter,
-)
+from moa_diffusion.adapters.diffusers import write_adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.evaluation.sample_cache import ImageCache
 from moa_diffusion.files.digests import files_digest, json_digest
+from moa_diffusion.policies.adapters import Adapter, read_sd3_adapter, sd3_skeleton
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.lora_files import DIFFUSERS
 from moa_diffusion.policies.sd3 import check_fit
 from moa_diffusion.types import ConfigError, Request
 
@@ -112,7 +108,7 @@ class Images:
         "evaluation.steps": "--steps",
         "evaluation.guidance": "--guidance",
     }
-    weights = WEIGHTS
+    weights = DIFFUSERS
 
     def check(self, settings: Config, prompts: Sequence[str]) -> None:
         """Any prompt can be drawn."""
@@ -124,14 +120,14 @@ class Images:
         )
 
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        transformer = skeleton(assembly.model_path(settings), revision=settings.policy.revision)
-        return partial(read_adapter, transformer=transformer)
+        transformer = sd3_skeleton(assembly.model_path(settings), revision=settings.policy.revision)
+        return partial(read_sd3_adapter, transformer=transformer)
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
         write_adapter(adapter, folder)
 
     def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
-        shutil.copy(source / WEIGHTS, folder / WEIGHTS)
+        shutil.copy(source / DIFFUSERS, folder / DIFFUSERS)
 
     def sampler(self, settings: Config, device: torch.device) -> ImageSettings:
         return ImageSettings.of(settings, assembly.model_path(settings))

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.evaluation.images import Images, ImageSettings
 from moa_diffusion.evaluation.sample_cache import OutputCache
 from moa_diffusion.evaluation.texts import Texts, TextSettings
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import ConfigError, Request
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moa_diffusion import assembly, config
 from moa_diffusion.config import Config
-from moa_diffusion.data.sampling import Prompt, read_prompts
+from moa_diffusion.data.prompt_files import Prompt, read_prompts
 from moa_diffusion.evaluation.candidates import (
     Candidate,
     candidates,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.images import ImageSettings
 from moa_diffusion.evaluation.sample_cache import OutputCache

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.files.digests import file_digest, json_digest
 from moa_diffusion.scoring import RewardHead
 from moa_diffusion.types import ConfigError

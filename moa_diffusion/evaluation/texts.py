@@ -11,21 +11,16 @@ from pathlib import Path
 import torch
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import Adapter
-from moa_diffusion.adapters.peft import (
-    WEIGHTS,
-    copy_adapter,
-    read_adapter,
-    skeleton,
-    write_adapter,
-)
+from moa_diffusion.adapters.peft import copy_adapter, write_adapter
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import LoraConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.evaluation.sample_cache import TextCache
 from moa_diffusion.files.digests import files_digest, json_digest
+from moa_diffusion.policies.adapters import Adapter, read_text_adapter, text_skeleton
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.language_model import check_fit, read_tokenizer
+from moa_diffusion.policies.lora_files import PEFT
 from moa_diffusion.types import ConfigError, Request
 
 # Of the files that a model and its tokenizer are loaded from; others are a reader's business.
@@ -102,7 +97,7 @@ class Texts:
         "generation.eval_temperature": "--temperature",
         "generation.chat": "--generation.chat",
     }
-    weights = WEIGHTS
+    weights = PEFT
 
     def check(self, settings: Config, prompts: Sequence[str]) -> None:
         """Also that no prompt is too long."""
@@ -119,11 +114,13 @@ class Texts:
     def reader(self, settings: Config) -> Callable[[Path], Adapter]:
         path = assembly.model_path(settings)
         return partial(
-            read_adapter, model=skeleton(path, revision=settings.policy.revision), base=path
+            read_text_adapter,
+            model=text_skeleton(path, revision=settings.policy.revision),
+            base=path,
         )
 
     def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
-        model = skeleton(assembly.model_path(settings), revision=settings.policy.revision)
+        model = text_skeleton(assembly.model_path(settings), revision=settings.policy.revision)
         write_adapter(adapter, folder, model, base=_hub_id(settings))
 
     def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.texts import TextSettings
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.report.summary import Summary, drawn, summarise
 from moa_diffusion.report.table import Table

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.adapters.soup import mix
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import (
@@ -19,6 +18,7 @@ from moa_diffusion.evaluation.candidates import (
 )
 from moa_diffusion.evaluation.medium import Medium, medium_of
 from moa_diffusion.export.card import model_card
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
 from moa_diffusion.report.shown import write_shown
 from moa_diffusion.report.table import NAME, Table, read_table

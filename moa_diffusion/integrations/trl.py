@@ -215,7 +215,7 @@ class MultiObjective:
 
 
 def _check_settings(args: Any) -> None:
-    """Return whether TRL leaves advantages as they are, but for the group's mean."""
+    """Check that TRL leaves advantages as they are, but for the group's mean."""
     for name, value, wanted in (
         ("scale_rewards", args.scale_rewards, ("none",)),
         (

@@ -307,7 +307,7 @@ def _spread(values: Tensor) -> float:
 
 
 def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, prompts: int) -> None:
-    """Return whether these rules can be kept.
+    """Check that these rules can be kept.
 
     Args:
         rules: To check.

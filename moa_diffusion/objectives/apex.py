@@ -194,7 +194,7 @@ class Apex(Weighting):
         self.history = torch.cat([self.history[1:], mean[None]])
 
     def _set_targets(self, mean: Tensor) -> None:
-        """Return base, unit and target of the start, or of when an objective first has a spread."""
+        """Set base, unit and target at the start, or when an objective first has a spread."""
         late = self.base.isnan() | ~(self.unit > 0)
         fresh = late if self.seen > self.warmup else torch.ones_like(late)
         self.base = torch.where(fresh, mean, self.base)

@@ -325,7 +325,7 @@ def fitted(
 
 
 def _check_layers(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Return what diffusers would say at greater length, or not at all."""
+    """Check what diffusers would refuse at greater length, or not at all."""
     modules = dict(model.named_modules())
     named = {name: re.fullmatch(r"(.+)\.lora_[AB]\.weight", name) for name in state}
     places = {name: located[1] for name, located in named.items() if located is not None}

@@ -39,7 +39,7 @@ class StopRequest:
         self._said, self._at_once, self._since = said, False, 0.0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
-        """Return what the signals do: remember the first; a second Ctrl-C ends at once.
+        """Remember the first signal; a second Ctrl-C ends at once.
 
         Raises:
             KeyboardInterrupt: On a second Ctrl-C, or on the first within ``at_once``.

@@ -143,7 +143,7 @@ def _label(panel: Any, table: Table, summary: Summary, points: Array) -> None:
 
 
 def _single(panel: Any, table: Table, summary: Summary) -> None:
-    """Return one reward: means with their intervals, a row per model."""
+    """Draw one reward: means with their intervals, a row per model."""
     name = table.rewards[0]
     style = _style(table)
     for row, (model, one) in enumerate(zip(table.models, summary.models, strict=True)):

@@ -92,7 +92,7 @@ class RunLog:
             self._append(self.folder / ALARMS, alarm)
 
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Return one line of JSON; a number that is not finite becomes null."""
+        """Append one line of JSON; a number that is not finite becomes null."""
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
@@ -200,7 +200,7 @@ def _write_samples(
     extra: Sequence[Mapping[str, Any]],
     texts: Sequence[str],
 ) -> None:
-    """Return one line per sample; what is NaN becomes null."""
+    """Write one line per sample; what is NaN becomes null."""
     lines = []
     for i, request in enumerate(requests):
         row: dict[str, Any] = {

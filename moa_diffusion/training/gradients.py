@@ -332,7 +332,7 @@ class ObjectiveGradients:
         scale: float,
         retain_graph: bool,
     ) -> bool:
-        """Return rows of these parameters, one backward pass for each.
+        """Compute the rows of these parameters, one backward pass for each.
 
         Returns whether there are any.
         """
@@ -398,13 +398,13 @@ def add_rows(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_by_row(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
-    """First the gradients of every row, then K sums of them: costs L + K products per number."""
+    """Add K sums of the gradients of every row: costs L + K products per number."""
     gradients = torch.bmm(left.transpose(1, 2), right).float()  # [R, p, q]
     rows += (shares @ gradients.flatten(1)).view_as(rows)
 
 
 def _add_by_scaling(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
-    """Return the narrower side scaled by every objective's share: K L products per number."""
+    """Add products whose narrower side is scaled by each share: K L products per number."""
     left, right, by = left.float(), right.float(), shares.T[:, None, :, None]  # [R, 1, K, 1]
     if left.shape[2] <= right.shape[2]:
         scaled = (by * left[:, :, None]).flatten(2).flatten(0, 1)  # [R L, K p]

@@ -251,7 +251,7 @@ class Run:
                 self.log.write_heads(self.completed, heads)
 
     def _round(self, bar: tqdm[Any]) -> None:
-        """Return one step with what belongs to it: metrics, evaluation, checkpoint."""
+        """Make one step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
         start, before = time.perf_counter(), self.learner.snapshot()
@@ -316,7 +316,7 @@ class Run:
         return self._saver.rescue(self.completed, failure, alone=alone)
 
     def _forget_lost_checkpoints(self) -> None:
-        """Return an alarm goes back only to what is there: a run may go on in another folder."""
+        """Let alarms go back only to what is there: a run may go on in another folder."""
         here = [
             step
             for step in sorted(self.watch.best_steps if self._rolls_back else ())

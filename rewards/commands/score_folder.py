@@ -258,7 +258,7 @@ def score_pairs(
 
 
 def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
-    """Return what can be scored together, texts or pictures of one size.
+    """Yield what can be scored together: texts, or images of one size.
 
     Their places and the batch.
     """

@@ -177,9 +177,9 @@ def normalise(
 
 
 def _side(size: Any, *keys: str) -> int:
-    """Return the one length in ``224``, ``{"shortest_edge".
+    """Return the one length that a size holds.
 
-    224}`` or ``{"height": 224, "width": 224}``.
+    A size is ``224``, ``{"shortest_edge": 224}`` or ``{"height": 224, "width": 224}``.
     """
     if isinstance(size, dict):
         lengths = set(size.values())

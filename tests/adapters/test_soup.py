@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.adapters.diffusers import Adapter
 from moa_diffusion.adapters.soup import mix, mixtures
+from moa_diffusion.policies.adapters import Adapter
 from moa_diffusion.types import ConfigError
 
 

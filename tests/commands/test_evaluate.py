@@ -22,10 +22,9 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import WEIGHTS, read_adapter, skeleton
 from moa_diffusion.adapters.soup import mix, mixtures
 from moa_diffusion.config import from_dict
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.evaluation import score_cache
 from moa_diffusion.evaluation.candidates import candidates
 from moa_diffusion.evaluation.errors import EvaluationError
@@ -35,6 +34,8 @@ from moa_diffusion.evaluation.plan import EvaluationPlan, plan_evaluation
 from moa_diffusion.evaluation.records import ScoredSamples
 from moa_diffusion.evaluation.sample_cache import ImageCache
 from moa_diffusion.evaluation.write import write_results
+from moa_diffusion.policies.adapters import read_sd3_adapter, sd3_skeleton
+from moa_diffusion.policies.lora_files import DIFFUSERS
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.report.summary import summarise, text
@@ -106,7 +107,7 @@ def make_run(folder: Path, seed: int, **sections: object) -> None:
             policy.save(partial / "ema")
             policy.save(partial)
             (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": step}))
-        live = checkpoint.step_folder(folder, step) / WEIGHTS
+        live = checkpoint.step_folder(folder, step) / DIFFUSERS
         doubled = {name: 2 * value for name, value in load_file(live).items()}
         save_file(doubled, live)  # so that averaged and last weights differ
 
@@ -450,9 +451,9 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
 
 
 def test_a_soup_is_the_weighted_sum_of_the_updates(runs: Path):
-    transformer = skeleton(str(PIPELINE_PATH))
+    transformer = sd3_skeleton(str(PIPELINE_PATH))
     a, b = (
-        read_adapter(checkpoint.step_folder(runs / name, 2) / "ema", transformer)
+        read_sd3_adapter(checkpoint.step_folder(runs / name, 2) / "ema", transformer)
         for name in ("a", "b")
     )
     assert (a.rank, b.rank) == (4, 2)
@@ -485,7 +486,7 @@ def test_mixtures_cover_the_simplex():
 
 def test_scales_are_read_as_diffusers_reads_them(runs: Path, tmp_path: Path):
     """With alpha in the metadata and without, and in the names of older files."""
-    transformer = skeleton(str(PIPELINE_PATH))
+    transformer = sd3_skeleton(str(PIPELINE_PATH))
     name = "transformer_blocks.0.attn.to_q"
     width = transformer.get_submodule(name).in_features
     a, b = torch.randn(2, width), torch.randn(width, 2)
@@ -497,8 +498,8 @@ def test_scales_are_read_as_diffusers_reads_them(runs: Path, tmp_path: Path):
         f"transformer.{name}.lora.up.weight": b,
     }
     for tensors, metadata, scale in ((state, packed, 3.0), (state, None, 1.0), (old, None, 1.0)):
-        save_file(tensors, tmp_path / WEIGHTS, metadata)
-        found = read_adapter(tmp_path, transformer)
+        save_file(tensors, tmp_path / DIFFUSERS, metadata)
+        found = read_sd3_adapter(tmp_path, transformer)
         assert list(found.layers) == [name]
         # At most one product in float32: 6e-8 of torch's 1.3e-6.
         torch.testing.assert_close(found.layers[name][1], scale * b)
@@ -520,12 +521,12 @@ def test_scales_are_read_as_diffusers_reads_them(runs: Path, tmp_path: Path):
 def test_weights_that_do_not_fit_are_refused(
     runs: Path, tmp_path: Path, change: dict[str, tuple[int, int] | None], message: str
 ):
-    state = load_file(checkpoint.step_folder(runs / "b", 1) / WEIGHTS)
+    state = load_file(checkpoint.step_folder(runs / "b", 1) / DIFFUSERS)
     for name, shape in change.items():
         state[name] = state[name] * math.nan if shape is None else torch.ones(shape)
-    save_file(state, tmp_path / WEIGHTS)
+    save_file(state, tmp_path / DIFFUSERS)
     with pytest.raises(ConfigError, match=message):
-        read_adapter(tmp_path, skeleton(str(PIPELINE_PATH)))
+        read_sd3_adapter(tmp_path, sd3_skeleton(str(PIPELINE_PATH)))
 
 
 def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
@@ -559,14 +560,14 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     config = (other / "config.yaml").read_text()
     (tmp_path / "x").mkdir()
     (other / "config.yaml").write_text(config.replace("path: tiny", f"path: {tmp_path}/x"))
-    weights = checkpoint.step_folder(damaged, 1) / "ema" / WEIGHTS
+    weights = checkpoint.step_folder(damaged, 1) / "ema" / DIFFUSERS
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "empty.txt").write_text("\n\n")
     cases = [
         ({"checkpoints": "base,step-7"}, "'step-7' is not in .*There are: step-1, step-2"),
         ({"every": 5}, "no checkpoint of .* is a multiple of 5. There are: step-1"),
         ({"every": 1, "checkpoints": "1"}, "--every: should stand without --checkpoints"),
-        ({"run": [str(damaged)]}, f"{WEIGHTS}` are damaged"),
+        ({"run": [str(damaged)]}, f"{DIFFUSERS}` are damaged"),
         ({"run": [str(tmp_path)]}, "--run: should be the folder of a run"),
         ({"run": ["nowhere"]}, "--run: should be a folder. Found none at `nowhere`"),
         ({"run": [a, a]}, "--run: should have another name than base, a"),

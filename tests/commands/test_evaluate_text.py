@@ -28,14 +28,7 @@ from transformers import (
 )
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import Adapter
-from moa_diffusion.adapters.peft import (
-    CONFIG,
-    WEIGHTS,
-    read_adapter,
-    skeleton,
-    write_adapter,
-)
+from moa_diffusion.adapters.peft import write_adapter
 from moa_diffusion.adapters.soup import mix
 from moa_diffusion.config import from_dict
 from moa_diffusion.evaluation.errors import EvaluationError
@@ -46,6 +39,8 @@ from moa_diffusion.evaluation.sample_cache import TextCache
 from moa_diffusion.evaluation.texts import Texts, TextSettings, base_digest
 from moa_diffusion.evaluation.write import write_results
 from moa_diffusion.export.export import export
+from moa_diffusion.policies.adapters import Adapter, read_text_adapter, text_skeleton
+from moa_diffusion.policies.lora_files import CONFIG, PEFT
 from moa_diffusion.report.completions import literal
 from moa_diffusion.report.table import read_table
 from moa_diffusion.storage import checkpoint
@@ -147,7 +142,7 @@ def make_run(folder: Path, name: str, seed: int) -> None:
             policy.save(partial / "ema")
             policy.save(partial)
             (partial / checkpoint.STATE).write_bytes(checkpoint.packed({"step": step}))
-        live = checkpoint.step_folder(folder / name, step) / WEIGHTS
+        live = checkpoint.step_folder(folder / name, step) / PEFT
         save_file({key: 2 * value for key, value in load_file(live).items()}, live)
 
 
@@ -399,8 +394,8 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
 def test_a_soup_is_exact_at_its_ends_and_the_mean_in_the_middle(
     runs: Path, evaluated: tuple[Path, ScoredSamples], tmp_path: Path
 ):
-    model = skeleton(str(runs / "base"))
-    members = [read_adapter(ema(runs, name), model) for name in "ab"]
+    model = text_skeleton(str(runs / "base"))
+    members = [read_text_adapter(ema(runs, name), model) for name in "ab"]
     assert [one.rank for one in members] == [3, 2]
     assert mix(members, [1.0, 0.0]) is members[0]
     assert mix(members, [0.0, 1.0]) is members[1]
@@ -459,12 +454,12 @@ def test_weights_of_conv1d_layers_survive_writing(tmp_path: Path):
     torch.manual_seed(0)
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 35}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
-    model = skeleton(str(tmp_path / "gpt2"))
+    model = text_skeleton(str(tmp_path / "gpt2"))
     name = "transformer.h.0.attn.c_attn"
     wide = Adapter(layers={name: (torch.randn(2, 16), torch.randn(48, 2))}, digest="")
     (tmp_path / "lora").mkdir()
     write_adapter(wide, tmp_path / "lora", model, base=None)
-    found = read_adapter(tmp_path / "lora", model)
+    found = read_text_adapter(tmp_path / "lora", model)
     assert torch.equal(found.layers[name][0], wide.layers[name][0])
     assert torch.equal(found.layers[name][1], wide.layers[name][1])
     assert json.loads((tmp_path / "lora" / CONFIG).read_text())["fan_in_fan_out"]
@@ -479,18 +474,18 @@ def damaged(folder: Path, **changes: Any) -> Path:
 
 
 def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
-    model = skeleton(str(runs / "base"))
+    model = text_skeleton(str(runs / "base"))
     names = "layers.0.self_attn.q_proj"
 
     def fresh() -> Path:
         folder = tmp_path / "lora"
         folder.mkdir(exist_ok=True)
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG, PEFT):
             (folder / name).write_bytes((ema(runs, "a") / name).read_bytes())
         return folder
 
-    whole = read_adapter(fresh(), model)
-    state = load_file(fresh() / WEIGHTS)
+    whole = read_text_adapter(fresh(), model)
+    state = load_file(fresh() / PEFT)
     prefix = f"base_model.model.model.{names}"
     assert f"{prefix}.lora_A.weight" in state
     tensors = [
@@ -501,9 +496,9 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
         ({f"{prefix}.lora_A.weight": torch.full((3, 16), torch.nan)}, "should be finite"),
     ]
     for more, message in tensors:
-        save_file(state | more, fresh() / WEIGHTS)
+        save_file(state | more, fresh() / PEFT)
         with pytest.raises(ConfigError, match=message):
-            read_adapter(tmp_path / "lora", model)
+            read_text_adapter(tmp_path / "lora", model)
     changes = [
         ({"use_dora": True}, "plain LoRA.*Found use_dora"),
         ({"bias": "all", "modules_to_save": ["lm_head"]}, "Found modules_to_save, bias"),
@@ -513,22 +508,22 @@ def test_weights_that_do_not_fit_are_refused(runs: Path, tmp_path: Path):
     ]
     for change, message in changes:
         with pytest.raises(ConfigError, match=message):
-            read_adapter(damaged(fresh(), **change), model)
+            read_text_adapter(damaged(fresh(), **change), model)
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(fresh())
     with pytest.raises(ConfigError, match=r"should be of a LoRA\. Found peft_type .*IA3"):
-        read_adapter(tmp_path / "lora", model)
+        read_text_adapter(tmp_path / "lora", model)
     other = damaged(fresh(), base_model_name_or_path="somebody/gpt2-xl")
-    assert read_adapter(other, model, base="elsewhere/gpt2-xl").layers
+    assert read_text_adapter(other, model, base="elsewhere/gpt2-xl").layers
     with pytest.raises(ConfigError, match="should be of the base model 'gpt2'"):
-        read_adapter(other, model, base="gpt2")
+        read_text_adapter(other, model, base="gpt2")
     (fresh() / CONFIG).write_text("{")
     with pytest.raises(ConfigError, match=f"{CONFIG}` is damaged"):
-        read_adapter(tmp_path / "lora", model)
+        read_text_adapter(tmp_path / "lora", model)
     (tmp_path / "lora" / CONFIG).unlink()
     with pytest.raises(ConfigError, match=f"Found no {CONFIG}"):
-        read_adapter(tmp_path / "lora", model)
-    assert read_adapter(fresh(), model).digest == whole.digest, "the skeleton is as it was"
-    scaled = read_adapter(damaged(fresh(), lora_alpha=9), model)
+        read_text_adapter(tmp_path / "lora", model)
+    assert read_text_adapter(fresh(), model).digest == whole.digest, "the skeleton is as it was"
+    scaled = read_text_adapter(damaged(fresh(), lora_alpha=9), model)
     assert scaled.digest != whole.digest, "the scale is no part of the weights' file"
 
 
@@ -551,7 +546,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     (other / "config.yaml").write_text(
         text.replace(str(runs / "base"), str(tmp_path / "wide" / "base"))
     )
-    weights = checkpoint.step_folder(broken, 1) / "ema" / WEIGHTS
+    weights = checkpoint.step_folder(broken, 1) / "ema" / PEFT
     weights.write_bytes(weights.read_bytes()[:500])
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "long.txt").write_text("a" * 60)
@@ -561,7 +556,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     cases: list[tuple[dict[str, Any], str]] = [
         ({"run": [str(other)]}, "do not fit the base model: layer model.layers.0"),
         ({"run": [a, str(other)]}, "policy.path: should be the same for all models"),
-        ({"run": [str(broken)]}, f"{WEIGHTS}` are damaged"),
+        ({"run": [str(broken)]}, f"{PEFT}` are damaged"),
         ({"checkpoints": "base,step-7"}, "'step-7' is not in .*There are: step-1, step-2"),
         ({"prompts": str(tmp_path / "empty.txt")}, "should hold at least one prompt. Found none"),
         ({"prompts": str(tmp_path / "long.txt")}, "at most 56 tokens .* Found 61"),
@@ -601,10 +596,10 @@ def test_an_exported_adapter_writes_as_its_card_says(
     """The card's own code is run."""
     output = tmp_path / "exported"
     said = export([str(runs / "a")], output=output, evaluation=evaluated[0])
-    assert f"{output / WEIGHTS} (rank 3)" in said
-    names = ["README.md", CONFIG, WEIGHTS, "completions.md"]
+    assert f"{output / PEFT} (rank 3)" in said
+    names = ["README.md", CONFIG, PEFT, "completions.md"]
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
-    assert (output / WEIGHTS).read_bytes() == (ema(runs, "a") / WEIGHTS).read_bytes()
+    assert (output / PEFT).read_bytes() == (ema(runs, "a") / PEFT).read_bytes()
     card = (output / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "peft"
@@ -633,7 +628,7 @@ def test_an_exported_soup_is_the_one_that_was_evaluated(
         output=tmp_path / "soup",
         evaluation=evaluated[0],
     )
-    found = read_adapter(tmp_path / "soup", skeleton(str(runs / "base")))
+    found = read_text_adapter(tmp_path / "soup", text_skeleton(str(runs / "base")))
     mixed = evaluated[1].candidates[-1].adapter
     assert mixed is not None
     assert found.layers.keys() == mixed.layers.keys()

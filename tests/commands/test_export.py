@@ -12,18 +12,14 @@ import yaml
 from PIL import Image
 
 from moa_diffusion import assembly
-from moa_diffusion.adapters.diffusers import (
-    WEIGHTS,
-    Adapter,
-    read_adapter,
-    skeleton,
-    write_adapter,
-)
+from moa_diffusion.adapters.diffusers import write_adapter
 from moa_diffusion.config import from_dict
 from moa_diffusion.evaluation.evaluate import evaluate
 from moa_diffusion.evaluation.plan import plan_evaluation
 from moa_diffusion.evaluation.write import write_results
 from moa_diffusion.export.export import export
+from moa_diffusion.policies.adapters import Adapter, read_sd3_adapter, sd3_skeleton
+from moa_diffusion.policies.lora_files import DIFFUSERS
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.tiny import PIPELINE_PATH
@@ -84,9 +80,9 @@ def test_a_checkpoint_is_copied_with_a_card(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
     assert ended.value.code == 0
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "grid.png", WEIGHTS]
-    source = checkpoint.step_folder(runs / "a", 3) / "ema" / WEIGHTS
-    assert (output / WEIGHTS).read_bytes() == source.read_bytes()
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "grid.png", DIFFUSERS]
+    source = checkpoint.step_folder(runs / "a", 3) / "ema" / DIFFUSERS
+    assert (output / DIFFUSERS).read_bytes() == source.read_bytes()
     card = (output / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "diffusers"
@@ -112,10 +108,11 @@ def test_a_soup_is_written_as_it_was_evaluated(runs: Path, evaluation: Path, tmp
     assert "(rank 4)" in said
     card = (tmp_path / "soup" / "README.md").read_text()
     assert card.count("|   0.5 |") + card.count("|    0.5 |") == 2
-    transformer = skeleton(str(PIPELINE_PATH))
-    mixed = read_adapter(tmp_path / "soup", transformer)
+    transformer = sd3_skeleton(str(PIPELINE_PATH))
+    mixed = read_sd3_adapter(tmp_path / "soup", transformer)
     members = [
-        read_adapter(checkpoint.step_folder(runs / name, 3) / "ema", transformer) for name in "ab"
+        read_sd3_adapter(checkpoint.step_folder(runs / name, 3) / "ema", transformer)
+        for name in "ab"
     ]
     for name, (a, b) in mixed.layers.items():
         expected = sum(0.5 * one.layers[name][1] @ one.layers[name][0] for one in members)
@@ -128,14 +125,14 @@ def test_a_soup_is_written_as_it_was_evaluated(runs: Path, evaluation: Path, tmp
 
 def test_ranks_that_differ_are_padded(runs: Path, tmp_path: Path):
     """Without the file's metadata a loader would take one rank and scale for all layers."""
-    transformer = skeleton(str(PIPELINE_PATH))
-    one = read_adapter(checkpoint.step_folder(runs / "a", 3), transformer)
+    transformer = sd3_skeleton(str(PIPELINE_PATH))
+    one = read_sd3_adapter(checkpoint.step_folder(runs / "a", 3), transformer)
     (first, (a, b)), *rest = one.layers.items()
     mixed = Adapter(
         layers={first: (torch.cat([a, a]), torch.cat([b, b], 1)), **dict(rest)}, digest=""
     )
     write_adapter(mixed, tmp_path)
-    found = read_adapter(tmp_path, transformer)
+    found = read_sd3_adapter(tmp_path, transformer)
     assert {len(low) for low, _ in found.layers.values()} == {4}
     for name, (low, high) in found.layers.items():
         before = mixed.layers[name]

@@ -11,14 +11,8 @@ import torch
 
 from moa_diffusion import assembly
 from moa_diffusion.config import check, from_dict
-from moa_diffusion.data.sampling import (
-    GroupSampler,
-    Mixture,
-    Prompt,
-    PromptSet,
-    in_turn,
-    read_prompts,
-)
+from moa_diffusion.data.prompt_files import Prompt, read_prompts
+from moa_diffusion.data.sampling import GroupSampler, Mixture, PromptSet, in_turn
 from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.training.geometry import Geometry

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_diffusion.data.sampling import Prompt
+from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.evaluation.score_cache import HeadVersion, Score, ScoreCache
 from moa_diffusion.scoring import create_head
 from moa_diffusion.types import ConfigError

@@ -16,7 +16,7 @@ from benchmarks.train import COLUMNS, GUIDANCE, STEPS
 
 
 def print_training(report: Mapping[str, Any]) -> None:
-    """Return two tables: the ratios, and where the time goes."""
+    """Print two tables: the ratios, and where the time goes."""
     machine = report["machine"]
     _print(
         f"Pipeline {report['pipeline']}: {report['parameters'] / 1e6:.1f} M parameters in "

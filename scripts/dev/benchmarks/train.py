@@ -189,7 +189,7 @@ def _watched(
 def _interleaved(
     runs: Sequence[Callable[[], object]], batches: Sequence[int], phases: Phases, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return every run once per round, after a round that warms up.
+    """Run every case once per round, after a round that warms up.
 
     Returns medians per image by run.
     """
