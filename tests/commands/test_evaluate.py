@@ -462,7 +462,7 @@ def test_a_soup_is_the_weighted_sum_of_the_updates(runs: Path):
     for name, (low, high) in half.layers.items():
         one, other = (adapter.layers[name] for adapter in (a, b))
         expected = 0.25 * one[1] @ one[0] + 0.75 * other[1] @ other[0]
-        # Ranks side by side or one after the other, float32, of products of about 0.01.
+        # Ranks in one sum or in two, in float32: some roundings, 6e-8 each.
         torch.testing.assert_close(high @ low, expected, rtol=1e-4, atol=1e-6)
     assert mix([a, b], [1.0, 0.0]) is a
     assert mix([a, b], [0.0, 1.0]) is b

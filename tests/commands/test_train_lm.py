@@ -163,9 +163,9 @@ def test_a_run_leaves_texts_scores_and_an_adapter_for_peft(tmp_path: Path) -> No
         theirs = model(**ids).logits.log_softmax(-1)
         with trainer.learner.stepper.ema.applied():
             mine = trainer.policy.model(**ids).logits.log_softmax(-1)
-    # One file in one model: peft adds B A x where the policy may have it in the weight: some
-    # 16 roundings of float32, of log-probs of up to 10.
-    torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
+    # peft adds B A x where the policy may have it in the weight. Some 30 products follow each
+    # other: 32 eps of log-probs of up to 20 are 8e-5; 6e-6 was found.
+    torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=0)
 
 
 def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_win_rates_of_pairs_count_what_was_compared():
 def test_a_complete_tournament_averages_one_half():
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [(order[i], order[j]) for i in range(6) for j in range(i + 1, 6)]
+    # Float64, here and below: pytest's default is 1e-6.
     assert float(win_rates_of_pairs(pairs, 6).mean()) == pytest.approx(0.5)
     assert float(win_rates_of_pairs(pairs, 6, smoothing=2.0).mean()) == pytest.approx(0.5)
 

@@ -123,6 +123,7 @@ def test_diversity_of_images():
 
 
 def test_texts():
+    # Quotients of small whole numbers in float32, rounded by 6e-8.
     texts = ("The cat and the dog", "", "ja ja ja ja")
     found = drift.statistics(texts)
     assert found["words"].tolist() == [5, 0, 4]

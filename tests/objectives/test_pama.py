@@ -101,6 +101,7 @@ def test_the_closed_form_solves_the_scalar_problem(name, objectives):
     s, c = min_norm_scalar(A, everything(A))
     assert (c >= 0).all()
     torch.testing.assert_close(c.sum(0), torch.ones(A.shape[1]).double())
+    # Sums of up to six terms.
     torch.testing.assert_close((c * A).sum(0), s, rtol=1e-12, atol=1e-12 * float(A.abs().max()))
     scale = A.square().mean(0)
     for i, numbers in enumerate(A.T.tolist()):
@@ -172,6 +173,7 @@ def test_a_duplicated_objective_changes_nothing(kind):
     once, twice = stats(matrix(values)), stats(matrix(values[[0, 1, 2, 1]]))
     before = advantage(kind(once.rewards.names), once)
     after = advantage(kind(twice.rewards.names), twice)
+    # The ridge alone, which counts twice: 3e-11 apart.
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-8)
     # A ridge of 1e-10 alone tells how duplicates share, so rounding grows by 1e10, to 1e-6.
     weights = kind(twice.rewards.names)(twice)
@@ -288,7 +290,7 @@ def test_min_norm_weights_are_optimal(objectives):
         c = min_norm_weights(G)
         scale = float(G.diagonal().mean())
         assert (c >= 0).all(), name
-        assert float(c.sum()) == pytest.approx(1.0, abs=1e-12), name
+        assert float(c.sum()) == pytest.approx(1.0, abs=1e-12), name  # it was divided by it
         norm = float(c @ G @ c)
         # The ridge is 1e-10 of it.
         assert norm <= smallest_norm(G) + 1e-9 * scale, name

@@ -308,6 +308,7 @@ def test_experts_that_get_some_of_the_tokens_are_exact(monkeypatch: pytest.Monke
         rollout = draw(policy, count)
         coefficients = coefficients_of(rollout, clipped=True)
         tokens = policy.row_tokens(rollout)
+        # As above.
         assert worst_error(policy, rollout, coefficients, tokens=tokens) < 3e-5
     errors, separate = relative_errors(policy, rollout, seed=0)
     assert max(errors.values()) < TOLERANCE[torch.float32]

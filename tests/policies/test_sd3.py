@@ -217,6 +217,7 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     drawn = plain(**call, generator=generators([request.seed for request in asked])).images
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
     mine = policy.generate(asked)
+    # By 0.8.
     assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
     # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise (1.7e-6
     # apart); a tenth of what a picture of 8 bits could show is 4e-4.

@@ -163,7 +163,9 @@ def test_each_picture_is_spoilt_in_its_own_way(vae) -> None:
     spoilt = spoil(images, strengths, kinds, ways, Generator().manual_seed(0))
     blurred = ways[0](images[1:2], strengths[1:2], Generator())
     assert torch.equal(spoilt[1], blurred[0])
-    assert torch.allclose(spoilt[3], images[3], atol=1e-4)
+    # A strength of 0 leaves a picture as it is, but for what a blend rounds in float32; half of it
+    # changes pixels by up to 0.5.
+    assert torch.allclose(spoilt[3], images[3], atol=1e-5)
     assert all(not torch.allclose(a, b) for a, b in zip(spoilt[:3], images[:3], strict=True))
 
 
@@ -181,6 +183,7 @@ def test_the_rule_rewards_contrast_vividness_and_balance() -> None:
     assert best > beauty(disc(31.5, 31.5, red, grey))  # a ground without colour
     assert best > beauty(disc(31.5, 31.5, dull, pale))  # a figure that hardly stands out
     assert best > beauty(disc(22.0, 31.5, red, pale))  # off centre
+    # Means of 4096 pixels in float32: 2e-7 apart.
     assert beauty(torch.full((1, 3, 64, 64), 0.5)).item() == pytest.approx(1 + 9 * 0.2, abs=1e-4)
     noise = torch.rand(4, 3, 64, 64, generator=Generator().manual_seed(0))
     assert (beauty(noise) < 4).all()

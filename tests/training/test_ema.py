@@ -35,7 +35,7 @@ def test_every_counts_optimizer_steps():
     walk(ema, range(1, 3))
     assert not ema.average["a"].any()
     walk(ema, range(3, 6))
-    torch.testing.assert_close(ema.average["a"], torch.full((2, 3), 1.5))
+    torch.testing.assert_close(ema.average["a"], torch.full((2, 3), 1.5))  # halves too
     assert ema.count == 5
 
 

@@ -184,7 +184,7 @@ def test_where_the_processor_comes_from(folder, bare, tmp_path, monkeypatch):
     default = create("pickscore", model=str(bare))
     scores = [head(batch()) for head in (own, named, default)]
     assert torch.equal(scores[1], scores[2])
-    assert (scores[0] - scores[1]).abs().max() > 0.01
+    assert (scores[0] - scores[1]).abs().max() > 0.01  # 4.4
     found = [head.provenance()["processor"] for head in (own, named, default)]
     assert found == [folder, str(other), str(other)]
 

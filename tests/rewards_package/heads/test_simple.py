@@ -207,11 +207,12 @@ def test_the_arrangement_of_pixels_is_not_seen():
 def test_the_score_grows_with_the_area_up_to_the_share_and_with_closeness():
     shares = [0.0, 0.05, 0.1, 0.15, 0.5]
     grown = [colour(flat(RED, WHITE, shares=[s, 1 - s]), "a red dot") for s in shares]
+    # White is 2e-8 of red.
     np.testing.assert_allclose(grown, [0, 1 / 3, 2 / 3, 1, 1], atol=0.01)
     wide = [
         colour(flat(RED, WHITE, shares=[s, 1 - s]), "a red dot", share=0.5) for s in (0.15, 0.5)
     ]
-    np.testing.assert_allclose(wide, [0.3, 1.0], atol=0.01)  # white is 2e-8 of red
+    np.testing.assert_allclose(wide, [0.3, 1.0], atol=0.01)
 
     steps = np.linspace(0, 1, 12)[:, None] * (np.array(RED) - np.array(BLUE)) + np.array(BLUE)
     path = [colour(flat(tuple(step)), "a red wall") for step in steps.round().astype(int)]
