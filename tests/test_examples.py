@@ -214,7 +214,7 @@ def test_commands_lead_from_one_to_the_next(
         ("export", "--run runs/mine --checkpoint latest --output exported"),
         ("calibrate", "--config configs/tiny_apex.yaml --prompts 2 --images 2"),
         ("train_lm", "--config configs/lm_tiny_pama.yaml --generation.max_new_tokens 8"),
-        ("rewards", "list"),
+        ("heads", "list"),
     ):
         small = SMALL.split() if script.startswith("train") else []
         faster = NO_OCR if script in ("train_sd", "calibrate") else []

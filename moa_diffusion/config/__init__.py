@@ -1,8 +1,8 @@
 """The configuration: dataclasses that mirror the YAML, strict about every key and value.
 
 ``parse`` reads ``--config FILE`` and dotted overrides (``--trainer.steps 5``) through
-jsonargparse. Nothing here builds anything: classes take flat keyword arguments and work without
-a configuration.
+jsonargparse. Nothing here builds anything: classes take sections as their settings, and work with
+sections that are made in code.
 """
 
 from moa_diffusion.config.check import check
