@@ -189,10 +189,7 @@ def share_telling(comm: Comm, error: BaseException) -> None:
 
 
 def tells(error: BaseException) -> bool:
-    """Return whether this process is to tell of an error.
-
-    Of what the others may not know always.
-    """
+    """Return whether this process should report an error that others may not know of."""
     return bool(vars(error).get(_KNOWN, True))
 
 

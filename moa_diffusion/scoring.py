@@ -364,7 +364,7 @@ class Scoring:
         self._lost.set()
 
     def _evaluate(self, head: RewardHead, batch: RewardBatch, first: int) -> tuple[Scores, float]:
-        """Score, and the seconds that they took; ``first`` is the batch's first sample."""
+        """Return the scores and the seconds they took; ``first`` is the batch's first sample."""
         if self._lost.is_set():
             raise _Skipped
         start = time.perf_counter()

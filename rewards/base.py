@@ -304,9 +304,7 @@ class RewardHead(ABC):
         """Free the accelerator's memory until the next batch; what was loaded stays in memory."""
 
     def provenance(self) -> Mapping[str, str]:
-        """Return what the scores depend on beside the options.
-
-        Weights, revision, digest, engine version.
+        """Return what scores depend on beside options: weights, revision, digest, engine version.
 
         Saved with every run and every scores table. Complete once the head has scored or loaded.
         """

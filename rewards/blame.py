@@ -33,7 +33,7 @@ def cause_of(error: BaseException) -> str:
 def passed(error: BaseException) -> str:
     """Return the parenthesis of ``cause_of``, after a space.
 
-    Empty if no line of a user's was passed.
+    It is empty if no line of the user's code was passed.
     """
     if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
         return ""

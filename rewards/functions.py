@@ -274,7 +274,7 @@ class FunctionHead(RewardHead):
 def is_async(function: Callable[..., Any]) -> bool:
     """Return whether calling the function gives a coroutine.
 
-    Knows objects with an async ``__call__``.
+    Objects with an async ``__call__`` are recognised.
     """
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__

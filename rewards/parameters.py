@@ -190,9 +190,9 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
 def _roles(
     named: Sequence[Parameter], takes_any: bool, described: str
 ) -> tuple[dict[str, Role], str]:
-    """Return the parameters that stand for samples and prompts, in order.
+    """Return the parameters that stand for samples and prompts, and ``Parameters.stand_in``.
 
-    And ``Parameters.stand_in``.
+    The parameters are in order.
     """
     required = [p.name for p in named if p.default is Parameter.empty]
 

@@ -43,9 +43,9 @@ def source_of(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def source_of_class(kind: type[RewardHead]) -> Mapping[str, str]:
-    """Return the same of a class of heads.
+    """Return the module, name and file digest of a class of heads.
 
-    With ``source_sha256`` over the files of its bases outside here.
+    ``source_sha256`` also covers the files of its bases outside this package.
 
     Empty for a head of this package, which its version describes.
     """

@@ -105,10 +105,7 @@ def import_object(path: str, kind: str) -> Any:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return a question to end an error message with.
-
-    The known name that looks most like this one.
-    """
+    """Return a question to end an error message with: the known name that looks most alike."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' Did you mean "{matches[0]}"?' if matches else ""
 

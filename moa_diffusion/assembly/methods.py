@@ -110,10 +110,7 @@ def sampler_of(settings: Config) -> StochasticSampler:
 
 
 def own_code(settings: Config) -> dict[str, Any]:
-    """Return which code of the user's own takes part.
-
-    Module, name and file digest by dotted key.
-    """
+    """Return module, name and file digest of the user's own code, by dotted key."""
     method, chosen = method_of(settings), settings.objectives
     own: dict[str, Any] = {}
     if chosen.method not in METHODS:

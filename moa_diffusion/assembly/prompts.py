@@ -47,7 +47,7 @@ def heldout_prompts(settings: Config) -> tuple[Prompt, ...]:
 def heldout_requests(settings: Config) -> tuple[Request, ...]:
     """Return what the evaluation draws: the same for every run with the same evaluation seed.
 
-    Empty for a run without evaluations.
+    It is empty for a run without evaluations.
 
     Raises:
         ConfigError: For a file that cannot be read.

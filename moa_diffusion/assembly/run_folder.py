@@ -79,7 +79,7 @@ def start_over(folder: Path) -> None:
 
 
 def _rounds(folder: Path) -> int:
-    """Round of the run in a folder; 0 for none."""
+    """Return the rounds of the run in a folder; 0 for none."""
     return max((row["step"] for row in read_metrics(folder / METRICS)), default=0)
 
 

@@ -376,9 +376,9 @@ def solve_geometry(settings: Config, world_size: int) -> Geometry:
 
 
 def _rows_per_sample(settings: Config) -> int:
-    """Return rows of a training pass that a sample has.
+    """Return the rows that a sample has in a training pass.
 
-    Guidance doubles those of sampling as well.
+    Guidance is not counted, since it doubles the rows of sampling as well.
     """
     if settings.policy.name == "causal_lm":
         return 1

@@ -172,9 +172,9 @@ def advantage_shares(rewards: RewardMatrix, weights: Sequence[float]) -> dict[st
 
 
 def _std(values: Tensor) -> float:
-    """Return the standard deviation of a sample ``[n]``, unbiased variance.
+    """Return the standard deviation of a sample ``[n]``.
 
-    Exactly 0 if only rounding.
+    It is the root of the unbiased variance, and exactly 0 where values differ by rounding alone.
     """
     if len(values) < 2:
         return math.nan

@@ -137,9 +137,9 @@ def plan_comparison(
 
 
 def _methods(given: str | Sequence[str]) -> list[str]:
-    """Return the names as they stand, files with their home folder.
+    """Return the names as they stand, with files' home folder expanded.
 
-    A file's name may have commas.
+    The name of a file may have commas.
     """
     try:
         if isinstance(given, str):

@@ -36,7 +36,7 @@ class RunData:
     def prompts(self) -> NDArray[numpy.int64]:
         """Return the number of each sample's prompt, ``[M]``.
 
-        One that is held out twice has one number.
+        A prompt that is held out twice has one number.
         """
         return same_prompt([sample[2] for sample in self.samples]).numpy()
 

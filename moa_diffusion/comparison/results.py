@@ -132,7 +132,7 @@ def check_base(folder: Path, names: Sequence[str]) -> None:
 
 
 def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> Array:
-    """Of rewards ``[K, M]`` within a prompt: ``[K]``."""
+    """Return each objective's spread of rewards ``[K, M]`` within a prompt: ``[K]``."""
     siblings = torch.tensor([sample[0] for sample in samples])
     if len(siblings.unique()) == len(siblings):
         raise ValueError(
@@ -150,9 +150,9 @@ def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> A
 
 
 def gains(run: RunData, units: Array) -> Array:
-    """Of every image over the start's of the same seed: ``[E, K, M]``.
+    """Return the gain of every image over the start's of the same seed: ``[E, K, M]``.
 
-    NaN where either has no reward.
+    It is NaN where either has no reward.
     """
     return (run.values[1:] - run.values[0]) / units[:, None]
 
@@ -269,7 +269,7 @@ def opposed(comparison: Comparison) -> tuple[str, str]:
 
 
 def read_pair(text: str | None, names: Sequence[str]) -> tuple[str, str] | None:
-    """Return two objectives from ``"a,b"``; None if the text is.
+    """Return the two objectives that ``"a,b"`` names; None if the text is None.
 
     Raises:
         ConfigError: If it does not name two different objectives.

@@ -26,9 +26,9 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def plain(text: str, hint_of: Callable[[str], Any]) -> str:
-    """Return a message of jsonargparse as this project words them.
+    """Return a message of jsonargparse in this project's words.
 
-    The message if it is an unknown one.
+    A message that is not known is returned as it is.
 
     Args:
         text: The message.

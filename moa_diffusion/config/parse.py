@@ -109,10 +109,7 @@ def _convert(hint: Any, value: Any) -> Any:
 
 
 def _record(hint: Any) -> Any:
-    """Return the dataclass in a hint such as ``str | list[str | Record]``.
-
-    None if there is none.
-    """
+    """Return the dataclass in a hint such as ``str | list[str | Record]``; None without one."""
     inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
     return next((record for record in inside if record is not None), None)
 
@@ -184,10 +181,7 @@ def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
 
 
 def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
-    """Return what is set of ``prompts.train`` and ``prompts.heldout``.
-
-    In lists with all defaults.
-    """
+    """Return what ``prompts.train`` and ``prompts.heldout`` set, as lists with all defaults."""
     check_prompts(prompts)
     chosen = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
     for key, files in chosen.items():

@@ -355,7 +355,7 @@ def _warn_of_single_labels(name: str, drafts: Sequence[Draft], smoothing: float)
 
 
 def _behaviour(drafts: Sequence[Draft], log_data: Tensor) -> Tensor | None:
-    """Return Log-probabilities of the responses ``[P, Y]``, if the file has them."""
+    """Return log-probabilities of the responses ``[P, Y]``, if the file has them."""
     if all(draft.log_probs is None for draft in drafts):
         return None
     log_probs = torch.full_like(log_data, math.nan)

@@ -62,9 +62,9 @@ class Preferences:
 def win_rates_of_pairs(
     pairs: Sequence[tuple[int, int]], responses: int, smoothing: float = 0.0
 ) -> Tensor:
-    """Return the share of its opponents that each response beats.
+    """Return the share of its opponents that each response beats: ``[Y]`` float64.
 
-    ``[Y]`` float64, NaN without opponents.
+    It is NaN for a response without opponents.
 
     Args:
         pairs: Distinct (winner, loser), positions below ``responses``.

@@ -110,7 +110,7 @@ class GroupSampler:
     def requests(self, step: int) -> tuple[Request, ...]:
         """Return all ``N = P * G`` requests of a step, siblings side by side.
 
-        Equal on every rank.
+        They are equal on every rank.
         """
         return tuple(
             Request(

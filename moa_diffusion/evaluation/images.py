@@ -111,7 +111,7 @@ class Images:
     weights = DIFFUSERS
 
     def check(self, settings: Config, prompts: Sequence[str]) -> None:
-        """Any prompt can be drawn."""
+        """Check that the settings fit the model; any prompt can be drawn."""
         check_fit(
             assembly.model_path(settings),
             revision=settings.policy.revision,

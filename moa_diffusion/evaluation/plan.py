@@ -130,7 +130,7 @@ def _policy_name(path: str) -> str:
 
 
 def _check_options(settings: Config, medium: Medium, options: Mapping[str, Any]) -> None:
-    """Options of the other medium would be without effect."""
+    """Check that no option belongs to the other medium: it would be without effect."""
     for other in MEDIA.values():
         for option in other.options:
             if options[option] is not None and option not in medium.options:

@@ -33,7 +33,7 @@ def score_samples(
     outputs: OutputCache[Any],
     comm: Comm,
 ) -> tuple[dict[str, tuple[Score, ...]], dict[str, HeadVersion], int]:
-    """Score of all samples by objective; what is not in the cache is computed.
+    """Score all samples; what the cache has is not computed again.
 
     Args:
         plan: The evaluation.

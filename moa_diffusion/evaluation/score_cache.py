@@ -83,7 +83,7 @@ class ScoreCache:
     def key(sample: str, prompt: Prompt) -> str:
         """Return what a score depends on beside the head.
 
-        The sample's key holds the prompt's text.
+        The prompt's text is part of the sample's key.
         """
         return json_digest([sample, dict(prompt.metadata)])
 

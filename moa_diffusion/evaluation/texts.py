@@ -100,7 +100,7 @@ class Texts:
     weights = PEFT
 
     def check(self, settings: Config, prompts: Sequence[str]) -> None:
-        """Also that no prompt is too long."""
+        """Check that the settings fit the model and that no prompt is too long."""
         generation = settings.generation
         check_fit(
             assembly.model_path(settings),
@@ -152,6 +152,9 @@ class Texts:
 
 
 def _hub_id(settings: Config) -> str | None:
-    """Of the base model; None of a folder, whose place is of no use on another machine."""
+    """Return the base model's name on the hub.
+
+    It is None for a folder, whose place is of no use on another machine.
+    """
     path = assembly.model_path(settings)
     return None if Path(path).is_dir() else path

@@ -190,8 +190,8 @@ def _scores(table: Table, summary: Summary, shown: str) -> list[str]:
 
 
 def _public_name(base: str) -> str:
-    """Return a base model as a reader can name it.
+    """Return the name of a base model that a reader knows it by.
 
-    Not by a path on the machine it was trained on.
+    It is not a path on the machine that trained the LoRA.
     """
     return "path/to/the/base/model" if base == "tiny" or Path(base).is_dir() else base

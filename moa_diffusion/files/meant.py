@@ -21,7 +21,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a question that ends a message, with a blank before it.
 
-    Empty if no known name is near.
+    It is empty if no known name is near.
     """
     near = nearest(name, known)
     return "" if near is None else f" Did you mean {near!r}?"

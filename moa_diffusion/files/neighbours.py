@@ -34,10 +34,7 @@ def check_neighbour(name: str) -> None:
 
 
 def _place(name: str) -> Path | None:
-    """Return the file that importing the name would run or has run, or the folder.
-
-    None: there is none.
-    """
+    """Return the file or folder that importing the name would run or has run; None without one."""
     spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None and _makes_way(Path(spec.origin), name):
         first = Path(spec.origin).resolve().parent

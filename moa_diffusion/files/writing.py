@@ -161,9 +161,9 @@ def size_text(count: int) -> str:
 
 
 def _number(error: Exception) -> int | None:
-    """Return the system's number of an error, 0 if it is lost.
+    """Return the system's number of an error; 0 if it is lost.
 
-    None if it is none of the system's.
+    The answer is None for an error that is none of the system's.
     """
     if isinstance(error, OSError):
         return error.errno or 0

@@ -60,9 +60,9 @@ class Aggregation:
         self.metrics: dict[str, float] = {}  # of the last rollout
 
     def __call__(self, prompts: Sequence[str], values: Tensor, group_size: int) -> Tensor:
-        """Return one rollout of all processes, on each of them.
+        """Return the advantages ``[N]`` of one rollout, on every process.
 
-        Advantages ``[N]``, of mean 0 in a group.
+        Their mean in a group is 0.
 
         Args:
             prompts: N.
@@ -96,7 +96,7 @@ class Aggregation:
     def state(self) -> str:
         """Return all that a resumed run needs, as JSON.
 
-        Numbers come back exactly, and in their order.
+        Numbers come back exactly and in their order.
         """
         return json.dumps(
             {
@@ -147,7 +147,7 @@ def _neighbours(prompts: Sequence[str], group_size: int) -> Tensor:
 
 
 def _as_tensors(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """List to tensors where ``like`` has one; what is no tensor stays as it is."""
+    """Turn lists into tensors where ``like`` has a tensor; leave all other values as they are."""
     return {
         name: torch.tensor(value, dtype=like[name].dtype)
         if isinstance(like.get(name), Tensor)

@@ -103,7 +103,7 @@ class MultiObjective:
         log_extra: Callable[[str, list[float]], None],
         **columns: Any,
     ) -> list[float]:
-        """Return what TRL calls: one advantage for each of this process's n completions.
+        """Return one advantage for each of this process's n completions, as TRL calls it.
 
         An evaluation trains nothing: means are logged, 0 is returned and nothing is remembered.
 
@@ -240,9 +240,9 @@ def _is_plain(function: Any) -> bool:
 
 
 def _as_text(prompt: Any) -> str:
-    """Return the prompt by which siblings are known, and a weighting remembers.
+    """Return the text by which siblings are known and a weighting remembers.
 
-    Messages as JSON.
+    Messages become JSON.
     """
     if isinstance(prompt, str):
         return prompt

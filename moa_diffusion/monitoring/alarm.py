@@ -49,7 +49,7 @@ class Alarm:
     rise: float | None = None  # by so many standard deviations of both evaluations' images
 
     def row(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the alarm as a mapping for JSON."""
         return asdict(self)
 
 

@@ -88,10 +88,7 @@ def of_texts(texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def fingerprints(outputs: Outputs) -> Tensor | list[list[str]]:
-    """Return what is kept of outputs for ``diversity``.
-
-    Thumbnails ``[n, d]``, or the texts' words.
-    """
+    """Return what ``diversity`` needs of outputs: thumbnails ``[n, d]``, or the texts' words."""
     if isinstance(outputs, Tensor):
         small = torch.nn.functional.adaptive_avg_pool2d(
             outputs, (min(THUMBNAIL, outputs.shape[2]), min(THUMBNAIL, outputs.shape[3]))

@@ -122,7 +122,7 @@ class Gradient(Weighting):
     def _solve(self, G: Tensor, kept: Sequence[int], *, seed: int) -> Tensor:
         """Return the method's weights of the objectives ``kept``.
 
-        The global generator stays as it is.
+        The global generator is left as it was.
         """
         from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator
 
@@ -145,7 +145,7 @@ class Gradient(Weighting):
     def _build(self, kept: Sequence[int]) -> Aggregator:
         """Return a fresh solver for the objectives ``kept``.
 
-        Nothing of an earlier call is left in it.
+        It holds nothing of an earlier call.
         """
         options = dict(self._options)
         if self._preference is not None:

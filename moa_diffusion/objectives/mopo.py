@@ -182,10 +182,7 @@ class Mopo(Weighting):
                 )
 
     def _measure(self, stats: ObjectiveStats) -> Tensor:
-        """Return the mean over the batch of what the bounds are on.
-
-        ``[K]``, NaN if nothing applies.
-        """
+        """Return the batch mean of what the bounds are on: ``[K]``, NaN if nothing applies."""
         if self.units == "reward":
             spread = rms_group_std(stats.rewards)
             self.unit = torch.where(self.unit.isnan() & (spread > 0), 4 * spread, self.unit)

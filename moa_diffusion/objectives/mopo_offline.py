@@ -85,9 +85,7 @@ def constraint_levels(rho: Tensor, qbar: Tensor, log_ref: Tensor) -> Tensor:
 
 
 def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tensor:
-    """Return the smallest ``G_k`` over all data distributions within KL ``eps`` of this one.
-
-    ``[K]``.
+    """Return the smallest ``G_k`` over all data distributions within KL ``eps`` of this: ``[K]``.
 
     That is ``max_chi -chi log E_ref exp(-rho qbar_k / chi) - chi eps`` over ``chi > 0``. With
     ``f = rho qbar`` the worst distribution is ``q ~ ref exp(-f / chi)``, and the value of the dual

@@ -70,7 +70,7 @@ class Noon(Normalizer):
 def _rms(values: Tensor) -> Tensor:
     """Return the root mean square of ``[N]``.
 
-    Scaled first, so that tiny values do not underflow.
+    Values are scaled first, so that tiny ones do not underflow.
     """
     largest = values.abs().amax() if len(values) else values.new_zeros(())
     scale = torch.where(largest > 0, largest, 1.0)

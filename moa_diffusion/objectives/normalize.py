@@ -230,9 +230,9 @@ def batch_spread(advantage: Tensor, rewards: RewardMatrix) -> Tensor:
 
 
 def _patterns(rewards: RewardMatrix) -> Tensor:
-    """Return the number of the set of objectives that apply to some sample of each sample's group.
+    """Return the number of each sample's set of objectives: ``[N]``.
 
-    ``[N]``.
+    The set holds the objectives that apply to some sample of its group.
 
     Of the group, since a head that cannot judge one of its samples makes that no prompt of another
     kind.

@@ -66,10 +66,7 @@ class PamaVector(Weighting):
 
 
 def tells_apart(stats: ObjectiveStats) -> Tensor:
-    """Return whether the objective applies to the sample and varies in its group.
-
-    ``[K, N]`` bool.
-    """
+    """Return where an objective applies to the sample and varies in its group: ``[K, N]`` bool."""
     _, std, _ = group_moments(stats.rewards.values, stats.rewards.groups)
     return (std > 0) & ~torch.isnan(stats.rewards.values)
 

@@ -83,7 +83,10 @@ def _out_of_reach(mopo: OfflineMopo, reference_known: bool) -> OutOfReach | None
 
 
 def _largest_level(mopo: OfflineMopo, k: int, enough: float) -> float:
-    """Of secondary objective k, over its multiplier and then the others'; or some level enough."""
+    """Return the largest level of secondary objective k, or some level that is ``enough``.
+
+    The search is over its multiplier, and then over the others'.
+    """
     best = torch.zeros(len(mopo.secondary), dtype=torch.float64)
 
     def level(lambdas: Tensor) -> float:

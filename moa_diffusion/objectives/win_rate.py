@@ -90,9 +90,7 @@ class WinRate(Normalizer):
         self.scale = torch.cat([self.scale, scale[len(self.scale) :]])
 
     def win_rates(self, rewards: RewardMatrix) -> Tensor:
-        """Return each sample's win rate against the pool of its prompt.
-
-        ``[K, N]`` float64 in [0, 1].
+        """Return each sample's win rate against its prompt's pool: ``[K, N]`` float64 in [0, 1].
 
         NaN where the objective does not apply to the sample, or to none of its pool.
 
@@ -145,7 +143,7 @@ class WinRate(Normalizer):
 def pool_std(pool: Tensor) -> Tensor:
     """Return the population standard deviation over the last axis, ignoring NaN.
 
-    Rounding is exactly 0.
+    It is exactly 0 where values differ by rounding alone.
 
     Args:
         pool: ``[..., M]``.

@@ -153,7 +153,7 @@ def _metadata(file: LoraFile) -> dict[str, Any] | None:
 
 @contextmanager
 def _told_once() -> Iterator[None]:
-    """Without the errors that diffusers logs before it raises them."""
+    """Hide the errors that diffusers logs before it raises them."""
     log = logging.getLogger("diffusers.loaders.peft")
 
     def milder(record: logging.LogRecord) -> bool:

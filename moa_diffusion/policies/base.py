@@ -47,9 +47,7 @@ class Policy(Protocol):
         ...
 
     def trained_steps(self, step: int) -> Sequence[int]:
-        """Return which of the decisions that may be trained are the T of rollout ``step``.
-
-        Their numbers.
+        """Return the numbers of the decisions that are the T of rollout ``step``.
 
         What is true of a decision (how its log-probability rounds, say) is true of its number, in
         whichever column of a rollout it stands. Equal on all ranks.
@@ -59,7 +57,7 @@ class Policy(Protocol):
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Return Log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
+        """Return log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
 
         Args:
             rollout: N samples that ``sample`` drew.

@@ -153,7 +153,7 @@ class CausalLMPolicy:
         return [self.dialogue.response(text) for text in texts]
 
     def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Return Log-probabilities ``[n]`` float32 of whole given responses, with gradient.
+        """Return log-probabilities ``[n]`` float32 of whole given responses, with gradient.
 
         Args:
             prompts: N.
@@ -260,7 +260,7 @@ class CausalLMPolicy:
     def _score(
         self, requests: Sequence[Request], response: Tensor, mask: Tensor, p: int, t: int
     ) -> Tensor:
-        """Return Log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
+        """Return log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
 
         Args:
             requests: N, of which the prompts count.

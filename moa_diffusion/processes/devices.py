@@ -13,6 +13,6 @@ def float64_device(device: torch.device) -> torch.device:
 def widest(device: torch.device) -> torch.dtype:
     """Return the type that sums are made in on a device.
 
-    Float64, or float32 where there is none.
+    It is float64, or float32 where the device has no float64.
     """
     return torch.float64 if float64_device(device) == device else torch.float32

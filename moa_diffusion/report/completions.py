@@ -37,7 +37,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Unpadded: a long completion would fill every other row with blanks."""
+    """Return a table without padding: a long completion would fill every other row with blanks."""
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -117,9 +117,9 @@ def _panel(panel: Any, table: Table, summary: Summary, x: int, y: int) -> None:
 
 
 def _order(table: Table, members: Sequence[int]) -> list[int]:
-    """Return the models that a line joins.
+    """Return the models that a line joins, in order.
 
-    A run from the base model on, a soup of two from end to end.
+    The line of a run starts at the base model; that of a soup of two goes from end to end.
     """
     first = table.models[members[0]]
     if first.step is not None:

@@ -46,7 +46,7 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tenso
 def rms_group_std(rewards: RewardMatrix) -> Tensor:
     """Return the root mean square over the samples of their group's std: ``[K]``.
 
-    NaN if nothing applies.
+    It is NaN for an objective that applies to no sample.
 
     The population's std, which is what a group z-score divides by. In groups of n it is
     ``sqrt((n - 1) / n)`` of the true spread; ``spread_within`` is the estimate to report.
@@ -89,9 +89,9 @@ def same_prompt(prompts: Sequence[str]) -> Tensor:
 
 
 def zero_variance_fraction(rewards: RewardMatrix) -> Tensor:
-    """Return the share of the samples to which an objective applies whose group has no spread.
+    """Return each objective's share of samples whose group has no spread: ``[K]``.
 
-    ``[K]``.
+    It counts only samples to which the objective applies.
     """
     _, std, _ = group_moments(rewards.values, rewards.groups)
     applies = ~torch.isnan(rewards.values)

@@ -100,9 +100,9 @@ def _fsync(path: Path) -> None:
 
 
 def packed(state: dict[str, Any]) -> memoryview:
-    """Return the bytes of ``state.pt``. torch forgets why a file could not be written.
+    """Return the bytes of ``state.pt``.
 
-    Python does not.
+    They are written by Python, because torch forgets why a file could not be written.
 
     Args:
         state: The state of a run: tensors, numbers, strings, lists and dicts of them.

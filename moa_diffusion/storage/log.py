@@ -222,9 +222,9 @@ def _write_samples(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return rows of a ``metrics.jsonl`` or ``alarms.jsonl``; none if there is no such file.
+    """Return the rows of a ``metrics.jsonl`` or ``alarms.jsonl``; none if there is no such file.
 
-    A last line cut off by a crash is left out.
+    A last line that a crash cut off is left out.
 
     Raises:
         ValueError: If another line is not JSON; the message gives its number.

@@ -34,7 +34,7 @@ _MANNERS = re.compile(
 def count_moods(text: str) -> tuple[int, int]:
     """Return how often the text praises and how often it blames.
 
-    "not" before a word turns it round.
+    A "not" before a word turns its meaning round.
     """
     praised = [(m["good"] is None) == (m["not"] is not None) for m in _MOOD.finditer(text)]
     return sum(praised), len(praised) - sum(praised)

@@ -142,7 +142,9 @@ class ObjectiveGradients:
         scale: float = 1.0,
         retain_graph: bool = False,
     ) -> None:
-        """Add the K gradients of ``sum_nt c_knt log_probs_nt`` to the rows; leave ``.grad`` alone.
+        """Make one backward pass; add the gradients of ``sum_nt c_knt log_probs_nt`` to the rows.
+
+        There are K of them, and the parameters' ``.grad`` stays as it is.
 
         A layer's first axis should hold the decisions sample by sample (``[m, t]`` flattened), or
         the m samples if they are ``whole``, ``copies`` times over; an axis of rows and tokens
@@ -332,10 +334,7 @@ class ObjectiveGradients:
         scale: float,
         retain_graph: bool,
     ) -> bool:
-        """Compute the rows of these parameters, one backward pass for each.
-
-        Returns whether there are any.
-        """
+        """Compute these parameters' rows, one backward pass each; return whether there are any."""
         used = dict(parameters)
         for k, row in enumerate(coefficients):
             if not used:

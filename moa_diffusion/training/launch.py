@@ -122,8 +122,8 @@ def _arguments() -> list[str]:
 
 
 def _is_told(cause: Exception) -> bool:
-    """Return whether a cause is one whose message says all.
+    """Return whether a cause's message says all.
 
-    Any other is shown with its traceback.
+    Any other cause is shown with its traceback.
     """
     return isinstance(cause, (StorageError, TrackerError, ConfigError, RewardError, ValueError))

@@ -46,7 +46,7 @@ class TeachablePolicy(Policy, Protocol):
         ...
 
     def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Return Log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
+        """Return log-probabilities ``[n]`` of whole responses ``tokens``, with gradient."""
         ...
 
 
@@ -98,7 +98,7 @@ class Cloning:
         self._tokens = [array("i", ids) for ids in tokens]
 
     def __call__(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
-        """Return one optimizer step on ``-mean(weight log pi(y|x))``; returns metrics.
+        """Take one optimizer step on ``-mean(weight log pi(y|x))``; return its metrics.
 
         Args:
             rows: B, of all processes together.
@@ -155,7 +155,7 @@ class Cloning:
         return [own[start : start + size] for start in range(0, len(own), size)]
 
     def _log_pi(self, rows: Sequence[int]) -> Tensor:
-        """Return Log-probabilities of the responses at these rows, ``[m]``."""
+        """Return log-probabilities of the responses at these rows, ``[m]``."""
         prompts = [self.data.prompts[self._places[row][0]] for row in rows]
         return self.policy.log_probs_of(prompts, [self._tokens[row] for row in rows])
 
@@ -242,7 +242,7 @@ class OfflineTrainer:
     def rows(self, steps: range | None = None) -> list[int]:
         """Return the rows of these steps, by default of this one; equal everywhere.
 
-        They are a part of a shuffled epoch, or of several.
+        They are part of one shuffled epoch, or of several.
         """
         now = self.progress.completed
         chosen = range(now, now + 1) if steps is None else steps

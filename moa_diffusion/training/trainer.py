@@ -211,7 +211,7 @@ class Trainer:
     def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
         """Return what advantages are computed from.
 
-        The rewards ``[K, N]``, or the critic's estimates.
+        It is the rewards ``[K, N]``, or a critic's estimates.
         """
         if self.critic is None:
             return Estimates(matrix=rewards)

@@ -260,7 +260,7 @@ def score_pairs(
 def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
     """Yield what can be scored together: texts, or images of one size.
 
-    Their places and the batch.
+    Each item is the places of the samples and their batch.
     """
     texts = [sample for sample, _, _ in part if isinstance(sample, str)]
     if texts:

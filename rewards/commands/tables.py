@@ -14,7 +14,7 @@ Writer = Callable[[Path, Columns, Mapping[str, Any]], None]  # file, columns, pr
 
 
 def writer_for(output: Path) -> Writer:
-    """Return what writes a table into a file of this name.
+    """Return the function that writes a table into a file of this name.
 
     A .parquet file also holds the provenance.
 

@@ -166,9 +166,9 @@ class Classifier(ModelHead):
         ]
 
     def _reads_text(self, prompt: str) -> bool:
-        """Return whether what is read depends on the text.
+        """Return whether the score depends on the text.
 
-        Not if the prompt before it fills the room.
+        It does not if the prompt before the text fills the room.
         """
         assert self._reader is not None  # `_prepare` ran
         short, long = (self._segments(prompt, text) for text in ("a", "a b c"))
@@ -274,9 +274,9 @@ def build_classifier(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 def _sketch(weights: Weights) -> Any:
-    """Return the model without weights.
+    """Return the model without weights, on the meta device.
 
-    Of a class that its ``config.json`` tells, on the meta device.
+    Its class is the one that its ``config.json`` names.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -331,9 +331,9 @@ def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 def embed_images(module: Any, pixels: Tensor) -> Tensor:
-    """Embeddings of preprocessed pictures.
+    """Return the embeddings of preprocessed pictures ``[n, 3, S, S]``.
 
-    ``[n, 3, S, S]`` to ``[n, D]``, length 1, float32, CPU.
+    They are ``[n, D]`` of length 1, float32, on the CPU.
     """
     output = module.get_image_features(pixel_values=pixels)
     return F.normalize(output.pooler_output.float(), dim=-1).cpu()

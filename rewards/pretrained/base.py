@@ -125,7 +125,7 @@ class ModelHead(RewardHead):
     def _judges(self, prompt: str) -> bool:
         """Return whether the objective applies to samples of a prompt.
 
-        Asked when the model is loaded.
+        It is asked when the model is loaded.
         """
         return True
 

@@ -284,7 +284,7 @@ def _score(index: int, value: Any, applied: Any) -> float:
 def joined(parts: Sequence[Scores]) -> Scores:
     """Return the scores of several batches as those of one.
 
-    A column that a batch lacks is None there.
+    A column that a batch lacks is None in its rows.
     """
     columns = dict.fromkeys(column for part in parts for column in part.extra)
     extra = {

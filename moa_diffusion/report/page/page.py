@@ -81,7 +81,7 @@ def write_report(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that results depend on, as installed where the report is written."""
+    """Return the installed versions of the packages that results depend on."""
     installed = {}
     for name in PACKAGES:
         try:
@@ -124,7 +124,7 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def _digest(script: str) -> str:
-    """As a Content-Security-Policy names a script that may run."""
+    """Return the name by which a Content-Security-Policy allows a script to run."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 

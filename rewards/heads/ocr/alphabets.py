@@ -19,10 +19,7 @@ _NO_CHARACTERS = ("NULL", "Joined", "|Broken|0|1")  # the space, and states of t
 
 @cache
 def rapidocr() -> str:
-    """Return all characters that RapidOCR's recogniser can answer with.
-
-    Heads do not differ in it.
-    """
+    """Return all characters that RapidOCR's recogniser can answer with; equal for all heads."""
     return RapidOcr(detect=False).alphabet()
 
 

@@ -160,7 +160,10 @@ def _batch(trainer: Trainer, *, trained: bool) -> None:
 def _watched(
     plain: Any, trainers: Sequence[Trainer], phases: Phases
 ) -> list[tuple[object, str, Label]]:
-    """Return what is which phase; the rest of ``descend`` is counted as rest."""
+    """Return the calls that are timed, each with its phase.
+
+    The remaining time of ``descend`` is counted as the rest.
+    """
 
     def forward() -> str:
         if torch.is_grad_enabled():
@@ -189,10 +192,7 @@ def _watched(
 def _interleaved(
     runs: Sequence[Callable[[], object]], batches: Sequence[int], phases: Phases, rounds: int
 ) -> list[dict[str, Any]]:
-    """Run every case once per round, after a round that warms up.
-
-    Returns medians per image by run.
-    """
+    """Run every case once per round, after a warm-up round; return medians per image by run."""
     measured: list[list[dict[str, float]]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for run, batch, rows in zip(runs, batches, measured, strict=True):

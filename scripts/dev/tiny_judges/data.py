@@ -51,10 +51,7 @@ def load_vae() -> AutoencoderKL:
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """Return a shape, or a sign with a training word or with random letters.
-
-    Never a held-out scene.
-    """
+    """Return a shape, or a sign with a training word or random letters; never a held-out scene."""
     while True:
         colour, background = rng.sample(list(COLOURS), 2)
         if rng.random() < 0.35:
@@ -140,7 +137,7 @@ def _shift(images: Tensor, most: int, generator: Generator) -> Tensor:
 def confusable(scene: Scene, rng: random.Random) -> Scene:
     """Return a scene that differs in one thing.
 
-    A colour, the shape, colours exchanged, a letter.
+    That is a colour, the shape, the order of two colours, or a letter.
     """
     if isinstance(scene, Sign):
         if rng.random() < 0.25:

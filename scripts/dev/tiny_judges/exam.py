@@ -46,7 +46,10 @@ def judges(folder: str) -> dict[str, RewardHead]:
 
 
 def examine(folder: str, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
-    """Mark of the judges in a folder, by head: what ``match``, ``taste`` and ``quality`` return."""
+    """Return the marks of the judges in a folder, by head.
+
+    A mark is what ``match``, ``taste`` or ``quality`` returns.
+    """
     exams = {"pickscore": match, "aesthetic": taste, "deqa": quality}
     with ExitStack() as stack:
         heads = {n: stack.enter_context(closing(head)) for n, head in judges(folder).items()}

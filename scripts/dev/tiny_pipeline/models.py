@@ -22,7 +22,7 @@ SPACING = 1.5  # of neighbours in the position table; with the usual 1 they look
 def new_transformer() -> "SD3Transformer2DModel":
     """Return an untrained transformer over 4 x 4 patches of 8 x 8 latents.
 
-    4 layers, 2.6 M parameters.
+    It has 4 layers and 2.6 M parameters.
 
     Modulations and output start at zero, so that every block starts as the identity. The position
     table is a buffer in SD3 and is kept with the weights; here it holds wider spaced sinusoids.

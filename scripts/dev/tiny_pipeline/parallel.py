@@ -16,9 +16,9 @@ from torch.multiprocessing.spawn import start_processes
 
 
 def context() -> multiprocessing.context.BaseContext:
-    """Return where processes come from.
+    """Return the context that processes are started from.
 
-    Forks of one that has imported the libraries, once for all.
+    They are forks of one process that has imported the libraries once for all.
     """
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(

@@ -185,7 +185,7 @@ def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.Fre
 def prompt_sets() -> tuple[list[str], list[str]]:
     """Return the prompts for alignment and for its evaluation.
 
-    Disjoint, and the same at every call.
+    The two sets are disjoint, and the same at every call.
 
     A word of ``ALIGNMENT_WORDS`` is asked for in five colours for alignment and in the three others
     for evaluation. Both sets hold six shapes, so that colours and what was known before count.

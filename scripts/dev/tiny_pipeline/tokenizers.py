@@ -65,7 +65,10 @@ def _byte_symbols() -> list[str]:
 
 
 def _merges(word: str) -> list[tuple[str, str]]:
-    """Merge that build ``word`` from its end, or from its start where a sign's word ends alike."""
+    """Return the merges that build ``word``.
+
+    They build it from its end, or from its start where a sign's word ends alike.
+    """
     parts = [*word[:-1], f"{word[-1]}</w>"]
     backwards = not any(sign.lower().endswith(word[-2:]) for sign in WORDS)
     merges = []

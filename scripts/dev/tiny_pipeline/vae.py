@@ -49,7 +49,7 @@ def new_vae() -> "AutoencoderKL":
 def random_scene(rng: random.Random) -> Scene:
     """Return a scene to learn to compress.
 
-    A shape, a sign of a training word, or one of random letters.
+    It is a shape, a sign of a training word, or one of random letters.
 
     Only the autoencoder sees random letters, and it sees no prompts: it learns strokes, not
     spelling.
