@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from moa_diffusion import tiny
 from moa_diffusion.assembly.methods import sampler_of
-from moa_diffusion.assembly.prompts import heldout_requests
 from moa_diffusion.assembly.run_folder import check_folder
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import Comm
@@ -136,7 +135,6 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
         ConfigError: If not.
     """
     generation = settings.generation
-    heldout = [request.prompt for request in heldout_requests(settings)]
     try:
         language_model.check_fit(
             model_path(settings),
@@ -145,7 +143,7 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
             max_prompt_tokens=generation.max_prompt_tokens,
             target_modules=settings.policy.lora.target_modules,
             chat=generation.chat,
-            prompts=[*prompts, *heldout],
+            prompts=prompts,
         )
     except ConfigError:
         raise

@@ -99,7 +99,8 @@ def _trainer(
     check_trackers(settings.log.trackers)
     check_ppo(settings)
     if settings.policy.name == "causal_lm":
-        check_prompts(settings, [p.text for part in prompts.sets for p in part.prompts])
+        texts = [prompt.text for prompt in prompts.prompts]
+        check_prompts(settings, [*texts, *(request.prompt for request in requests)])
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     watch = watcher(settings, requests)
     geometry = solve_geometry(settings, comm.world_size)
@@ -115,12 +116,12 @@ def _trainer(
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     trained = [prompt for part in prompts.sets for prompt in part.prompts]
-    judges = scorers(settings, comm, trained=trained, heldout=requests)
+    scoring = scorers(settings, comm, trained=trained, heldout=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
     learner = Trainer(
-        scorer=judges.training,
+        scorer=scoring.training,
         sampler=GroupSampler(
             prompts,
             groups=geometry.groups,
@@ -135,7 +136,7 @@ def _trainer(
         log=log,
         critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    run = _run(settings, learner, judges, watch, log, geometry.sample_batch)
+    run = _run(settings, learner, scoring, watch, log, geometry.sample_batch)
     _begin(settings, run, resumed, accelerator, agree)
     return run
 
@@ -169,9 +170,9 @@ def _offline_trainer(
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
         settings = dataclasses.replace(settings, resume=None)
     data = preferences(settings)
-    check_prompts(settings, data.prompts)
-    starting_adapter(settings, tell=False)
     requests = heldout_requests(settings)
+    check_prompts(settings, [*data.prompts, *(request.prompt for request in requests)])
+    starting_adapter(settings, tell=False)
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
     chosen = construct(OfflineSettings, "objectives.weighting", options, {})
@@ -190,7 +191,7 @@ def _offline_trainer(
             f"{processes(comm, accelerator.device)} {len(data.prompts)} "
             f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
         )
-    judges = scorers(settings, comm, trained=(), heldout=requests)
+    scoring = scorers(settings, comm, trained=(), heldout=requests)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)
@@ -209,17 +210,17 @@ def _offline_trainer(
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
     )
-    run = _run(settings, learner, judges, watch, log, settings.trainer.sample_batch)
+    run = _run(settings, learner, scoring, watch, log, settings.trainer.sample_batch)
     _begin(settings, run, resumed, accelerator, agree)
     return run
 
 
 def _run(
-    settings: Config, learner: Learner, judges: RunScorers, watch: Watch, log: RunLog, batch: int
+    settings: Config, learner: Learner, scoring: RunScorers, watch: Watch, log: RunLog, batch: int
 ) -> Run:
     """Return the run around a learner; evaluations draw ``batch`` samples at a time."""
     heldout = evaluation(
-        settings, judges, policy=learner.policy, log=log, batch=batch, progress=learner.progress
+        settings, scoring, policy=learner.policy, log=log, batch=batch, progress=learner.progress
     )
     return Run(
         learner,

@@ -15,7 +15,6 @@ from moa_diffusion.evaluation.plan import EvaluationPlan
 from moa_diffusion.evaluation.records import Sample, ScoredSamples
 from moa_diffusion.evaluation.score import score_samples
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator
-from moa_diffusion.types import ConfigError
 
 
 def evaluate(plan: EvaluationPlan) -> ScoredSamples:
@@ -34,8 +33,6 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
     with agreed(comm):
-        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
         check_launcher(accelerator)
         heads = assembly.heads(settings)
         assembly.check_requirements("rewards", heads, plan.prompts)

@@ -70,6 +70,8 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
     prompts = chosen_prompts(settings, options["prompts"])
     medium.check(settings, [prompt.text for prompt in prompts])
     seeds = _numbers("--seeds", options["seeds"])
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
     if options["shown"] < 1:
         raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
     models = candidates(
