@@ -59,7 +59,7 @@ class CausalLMPolicy:
         ValueError: If a parameter is out of range, or names no layer.
     """
 
-    whole_rows, row_copies = True, 1
+    row_per_sample, row_copies = True, 1
     dimensions = 1
 
     def __init__(

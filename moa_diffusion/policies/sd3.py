@@ -182,7 +182,7 @@ class SD3Policy:
         ValueError: If a trained step has no positive standard deviation.
     """
 
-    whole_rows = False
+    row_per_sample = False
 
     def __init__(
         self,
@@ -199,6 +199,11 @@ class SD3Policy:
         sampler: samplers.StochasticSampler | None = None,
     ) -> None:
         self.settings, self.sampling, self.evaluation = settings, sampling, evaluation
+        if sampler is None and sampling.sampler not in samplers.SAMPLERS:
+            raise ValueError(
+                "Parameter `sampler` should be given where `sampling.sampler` is none of "
+                f"{', '.join(samplers.SAMPLERS)}. Found {sampling.sampler!r}."
+            )
         self.sampler = samplers.SAMPLERS[sampling.sampler] if sampler is None else sampler
         self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed

@@ -29,7 +29,7 @@ class ToyPolicy:
     """
 
     dtype = torch.float32
-    whole_rows, row_copies = False, 1
+    row_per_sample, row_copies = False, 1
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:

@@ -40,11 +40,11 @@ MOMENTUM = 0.95  # of the running scale of rewards
 class Estimates:
     """What advantages are computed from: the rewards of samples, or estimates of their decisions.
 
-    Without a critic the matrix holds the rewards, and advantages of its columns are what an update
-    takes: ``Estimates(matrix=rewards)``.
+    Without a critic they are the rewards of samples, and the advantages of their columns are what
+    an update takes: ``Estimates(rewards=rewards)``.
     """
 
-    matrix: RewardMatrix  # [K, D]; D is N, or the number of decisions of all samples
+    rewards: RewardMatrix  # [K, D]; D is N, or the number of decisions of all samples
     # [N, T] int64: the column of each decision, -1 where there is no decision; None: D is N, and
     # the decisions of a sample share its advantage.
     columns: Tensor | None = None
@@ -163,7 +163,7 @@ class Critic:
             prompts=tuple(rewards.prompts[i] for i in owners.tolist()),
         )
         return Estimates(
-            matrix=matrix,
+            rewards=matrix,
             columns=torch.where(everywhere, columns, -1),
             metrics={"policy/value_loss": float(numbers[0]) / len(self.objectives)},
         )

@@ -39,17 +39,19 @@ class FusedUpdate:
         self.check = GradientCheck(steps.policy, steps.comm, seed=steps.seed)
 
     def improve(
-        self, rollout: Rollout, objectives: Scalarization, *, kl_scale: float = 1.0
+        self, rollout: Rollout, scalarization: Scalarization, *, kl_scale: float = 1.0
     ) -> Improvement:
         """Take the optimizer steps, each with weights of its own: see ``Update``."""
         with self.steps.progress.timed("update"):
             self.check(rollout, self.steps.geometry.micro_batch)
-            rows = _ObjectiveRows(self.steps, objectives, kl_scale)
+            rows = _ObjectiveRows(self.steps, scalarization, kl_scale)
             metrics = self.steps.take(rollout, rows)
         weights = torch.stack(rows.weights).mean(0)  # [K]
         if rows.gramian is not None:
-            metrics = cosine_metrics(objectives.names, rows.gramian) | metrics
-        return Improvement(weights=weights, advantage=objectives.combine(weights), metrics=metrics)
+            metrics = cosine_metrics(scalarization.names, rows.gramian) | metrics
+        return Improvement(
+            weights=weights, advantage=scalarization.combine(weights), metrics=metrics
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is remembered: no Gramian outlives its optimizer step."""
@@ -62,10 +64,11 @@ class FusedUpdate:
 class _ObjectiveRows:
     """The surrogates of all objectives in rows of their own, mixed once a minibatch is summed."""
 
-    def __init__(self, steps: RolloutSteps, objectives: Scalarization, kl_scale: float) -> None:
-        self._steps, self._objectives = steps, objectives
+    def __init__(self, steps: RolloutSteps, scalarization: Scalarization, kl_scale: float) -> None:
+        self._steps, self._scalarization = steps, scalarization
         self._beta = steps.settings.kl_weight * kl_scale
-        local = objectives.local_advantages().clamp(-objectives.clip, objectives.clip)  # [K, n]
+        clip = scalarization.clip
+        local = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
         self._advantages = local.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(local))
         self.weights: list[Tensor] = []  # [K] of each optimizer step
@@ -106,13 +109,13 @@ class _ObjectiveRows:
         gramian = self._rows.gramian(self._steps.comm)
         if gramian.isfinite().all():
             self.gramian = gramian
-            self.weights.append(self._objectives.rescaled(self._objectives.weigh(gramian)))
+            self.weights.append(self._scalarization.rescaled(self._scalarization.weigh(gramian)))
         else:  # the step will be skipped, and counted
             count = len(gramian)
             self.weights.append(torch.full((count,), 1 / count, dtype=torch.float64))
         if self._beta > 0:  # so far there is nothing but the KL's gradient
             for parameter in self._steps.stepper.parameters:
                 assert parameter.grad is not None
-                parameter.grad.mul_(self._objectives.kl_scale())
+                parameter.grad.mul_(self._scalarization.kl_scale())
         self._rows.write(self.weights[-1] * self._steps.stepper.loss_scale)
         self._rows.clear()

@@ -103,7 +103,7 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
     steps = policy.step_chunks(rollout.log_probs.shape[1])[0]
     mask = rollout.mask[:, steps]
     parameters = policy.trainable()
-    drawn = _coefficients(mask.shape, policy.whole_rows, source).to(mask.device)
+    drawn = _coefficients(mask.shape, policy.row_per_sample, source).to(mask.device)
     coefficients = torch.where(mask, drawn, 0.0)  # [2, m, t]
     rows = ObjectiveGradients.of(policy, len(coefficients))
     with _disturbed(parameters, source):

@@ -129,7 +129,7 @@ class ObjectiveGradients:
             policy.trainable(),
             policy.tapped(),
             count,
-            whole=policy.whole_rows,
+            whole=policy.row_per_sample,
             copies=policy.row_copies,
         )
 

@@ -16,21 +16,23 @@ from torch import Tensor
 
 
 def clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip_range: float
 ) -> Tensor:
-    """Loss per decision: ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(new - old)``.
+    """Return the loss of each decision.
+
+    It is ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(new - old)``.
 
     Args:
         log_probs: ``[n, t]`` under the policy being trained, with gradient.
         old_log_probs: ``[n, t]`` under the policy that sampled.
-        advantages: ``[n]``, or ``[n, t]`` if each decision has its own; constant.
+        advantage: ``[n]``, or ``[n, t]`` if each decision has its own; constant.
         clip_range: ``e`` > 0. Log-probs averaged over latent dimensions want about 1e-4.
 
     Returns:
         ``[n, t]``; its mean is minimised.
     """
     ratio = torch.exp(log_probs - old_log_probs)
-    advantage = _by_decision(advantages).to(ratio.dtype)
+    advantage = _by_decision(advantage).to(ratio.dtype)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
@@ -67,13 +69,13 @@ def surrogate_coefficients(
 
 
 def clip_fraction(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip_range: float
 ) -> Tensor:
     """Return which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
     ratio = torch.exp(log_probs - old_log_probs)
-    sign = _by_decision(advantages).sign()
+    sign = _by_decision(advantage).sign()
     return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))
 
 
-def _by_decision(advantages: Tensor) -> Tensor:
-    return advantages[:, None] if advantages.ndim == 1 else advantages
+def _by_decision(advantage: Tensor) -> Tensor:
+    return advantage[:, None] if advantage.ndim == 1 else advantage

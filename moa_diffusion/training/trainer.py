@@ -94,13 +94,13 @@ class Trainer:
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all
         estimates = self.estimate(rollout, rewards)  # [K, N], or decisions [K, D]
-        advantages = self.normalizer.per_objective(estimates.matrix)  # [K, N] or [K, D]
-        objectives = self.scalarization(estimates, advantages)
-        improvement = self.update.improve(rollout, objectives, kl_scale=kl_scale)
+        advantages = self.normalizer.per_objective(estimates.rewards)  # [K, N] or [K, D]
+        scalarization = self.scalarization(estimates, advantages)
+        improvement = self.update.improve(rollout, scalarization, kl_scale=kl_scale)
         self.record(requests, rollout, rewards, improvement.advantage)
         self._lessons.look(rewards, advantages, improvement.advantage, first=number == 0)
         return {
-            **reward_metrics(rewards, advantages, improvement.weights, estimates.matrix),
+            **reward_metrics(rewards, advantages, improvement.weights, estimates.rewards),
             **self.statistics(rollout),
             **self.weighting.report(),
             **improvement.metrics,
@@ -214,7 +214,7 @@ class Trainer:
         It is the rewards ``[K, N]``, or a critic's estimates.
         """
         if self.critic is None:
-            return Estimates(matrix=rewards)
+            return Estimates(rewards=rewards)
         with self.progress.timed("critic"):
             return self.critic.estimate(rollout, rewards)
 

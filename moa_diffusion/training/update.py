@@ -45,7 +45,7 @@ class Scalarization:
     @property
     def names(self) -> tuple[str, ...]:
         """The K objectives."""
-        return self.estimates.matrix.names
+        return self.estimates.rewards.names
 
     def weigh(self, gramian: Tensor | None) -> Tensor:
         """Ask the weighting; the answer of rank 0 counts on all processes.
@@ -59,13 +59,13 @@ class Scalarization:
         Raises:
             TrainingError: If the weighting refuses what was measured.
         """
-        matrix = self.estimates.matrix
+        rewards = self.estimates.rewards
         stats = ObjectiveStats(
             step=self.step,
-            rewards=matrix,
+            rewards=rewards,
             advantages=self.advantages,
             gramian=gramian,
-            win_rates=self.normalizer.win_rates(matrix),
+            win_rates=self.normalizer.win_rates(rewards),
         )
         try:
             weights: Tensor = self.weighting(stats).clone()
@@ -76,9 +76,9 @@ class Scalarization:
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return the one advantage of each sample ``[N]``, or of each decision ``[N, T]``."""
-        matrix = self.estimates.matrix
-        combined = combine(self.advantages, weights, ~torch.isnan(matrix.values))  # [D]
-        advantage = self.normalizer.combined(combined, matrix).clamp(-self.clip, self.clip)
+        rewards = self.estimates.rewards
+        combined = combine(self.advantages, weights, ~torch.isnan(rewards.values))  # [D]
+        advantage = self.normalizer.combined(combined, rewards).clamp(-self.clip, self.clip)
         return self.estimates.placed(advantage)
 
     def rescaled(self, weights: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class Scalarization:
         to which few objectives apply counts less than in ``combine``, since weights cannot be
         renormalized, or whitened, for it alone.
         """
-        matrix = self.estimates.matrix
+        rewards = self.estimates.rewards
         weights = weights / weights.abs().sum()
-        combined = combine(self.advantages, weights, ~torch.isnan(matrix.values))  # [D]
+        combined = combine(self.advantages, weights, ~torch.isnan(rewards.values))  # [D]
         total = combined.square().sum()
-        whitened = self.normalizer.combined(combined, matrix)
+        whitened = self.normalizer.combined(combined, rewards)
         return weights * (whitened @ combined / total) if total > 0 else weights
 
     def local_advantages(self) -> Tensor:
@@ -120,13 +120,13 @@ class Update(Protocol):
     fused: bool  # whether the weighting is asked at every optimizer step
 
     def improve(
-        self, rollout: Rollout, objectives: Scalarization, *, kl_scale: float = 1.0
+        self, rollout: Rollout, scalarization: Scalarization, *, kl_scale: float = 1.0
     ) -> Improvement:
         """Weigh the objectives and take the rollout's optimizer steps.
 
         Args:
             rollout: The n samples of this process.
-            objectives: The objectives' advantages, and how they become one.
+            scalarization: The objectives' advantages, and how they become one.
             kl_scale: A factor of the KL's weight.
 
         Raises:
@@ -161,7 +161,7 @@ class Probe:
         self.gramian: Tensor | None = None
 
     def __call__(
-        self, rollout: Rollout, objectives: Scalarization
+        self, rollout: Rollout, scalarization: Scalarization
     ) -> tuple[Tensor | None, dict[str, float]]:
         """Return the Gramian to weigh this rollout with, measured anew if that is due.
 
@@ -170,16 +170,16 @@ class Probe:
             none if they were not measured.
         """
         metrics: dict[str, float] = {}
-        if self.gramian is None or objectives.step % self.settings.every == 0:
+        if self.gramian is None or scalarization.step % self.settings.every == 0:
             with self.steps.progress.timed("probe"):
-                measured = self.measure(rollout, objectives.local_advantages())
+                measured = self.measure(rollout, scalarization.local_advantages())
             if measured.isfinite().all():
                 self.gramian = measured
-                metrics = cosine_metrics(objectives.names, measured)
+                metrics = cosine_metrics(scalarization.names, measured)
             else:  # the loss scale of float16 was too high, say: the update will lower it
                 logger.warning("The probe's gradients are not finite; it does not count.")
         if self.gramian is None:  # the next rollout probes again
-            return torch.eye(len(objectives.names), dtype=torch.float64), metrics
+            return torch.eye(len(scalarization.names), dtype=torch.float64), metrics
         return self.gramian, metrics
 
     def measure(self, rollout: Rollout, advantages: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class NoProbe:
     """Measures nothing, for weightings that do not look at gradients."""
 
     def __call__(
-        self, rollout: Rollout, objectives: Scalarization
+        self, rollout: Rollout, scalarization: Scalarization
     ) -> tuple[Tensor | None, dict[str, float]]:
         """Return no Gramian, and no metrics."""
         return None, {}
@@ -258,14 +258,14 @@ class PlainUpdate:
         self.steps, self.probe = steps, probe
 
     def improve(
-        self, rollout: Rollout, objectives: Scalarization, *, kl_scale: float = 1.0
+        self, rollout: Rollout, scalarization: Scalarization, *, kl_scale: float = 1.0
     ) -> Improvement:
         """Weigh, combine, descend: see ``Update``."""
-        gramian, cosines = self.probe(rollout, objectives)
-        weights = objectives.weigh(gramian)  # [K], or [K, D]
-        advantage = objectives.combine(weights)  # [N], or [N, T]
+        gramian, cosines = self.probe(rollout, scalarization)
+        weights = scalarization.weigh(gramian)  # [K], or [K, D]
+        advantage = scalarization.combine(weights)  # [N], or [N, T]
         local = local_slice(advantage, self.steps.comm)
-        metrics = self.descend(rollout, local, kl_scale=objectives.kl_scale() * kl_scale)
+        metrics = self.descend(rollout, local, kl_scale=scalarization.kl_scale() * kl_scale)
         return Improvement(weights=weights, advantage=advantage, metrics=cosines | metrics)
 
     def descend(

@@ -553,7 +553,7 @@ def test_gradients_of_objectives_are_those_of_separate_passes(family: str, kind:
     rollout = policy.sample(requests(3), step=0)
     coefficients, most = coefficients_of(kind, rollout)
     parameters = policy.trainable()
-    rows = ObjectiveGradients(parameters, policy.tapped(), 3, whole=policy.whole_rows)
+    rows = ObjectiveGradients(parameters, policy.tapped(), 3, whole=policy.row_per_sample)
     log_probs = policy.log_probs(rollout, slice(0, T))[0]
     passes: list[int] = []
     log_probs.register_hook(lambda gradient: passes.append(1))

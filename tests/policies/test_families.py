@@ -127,7 +127,7 @@ def coefficients_of(rollout: Rollout, *, clipped: bool) -> Tensor:
 def worst_error(policy: Any, rollout: Rollout, coefficients: Tensor, **options: Any) -> float:
     """Of the rows against K ordinary backward passes, by tensor and relative to its norm."""
     parameters = policy.trainable()
-    rows = ObjectiveGradients(parameters, policy.tapped(), K, whole=policy.whole_rows)
+    rows = ObjectiveGradients(parameters, policy.tapped(), K, whole=policy.row_per_sample)
     rows.backward(policy.log_probs(rollout, slice(0, T))[0], coefficients, **options)
     worst = 0.0
     for k in range(K):

@@ -159,7 +159,7 @@ def test_value_heads(pretended: Pretended) -> None:
         prompts=("p",) * 3,
     )
     estimates = critic.estimate(rollout, rewards)
-    assert estimates.matrix.values.isfinite().all()
+    assert estimates.rewards.values.isfinite().all()
 
 
 def test_learning_from_preferences(pretended: Pretended) -> None:

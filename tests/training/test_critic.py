@@ -85,7 +85,7 @@ def test_what_does_not_apply_stays_unknown():
 def test_decisions_stand_in_the_samples_place():
     drawn, rewards = rollout(), matrix([[float(i) for i in range(8)], [1.0] * 7 + [NAN]])
     estimates = critic(epochs=1).estimate(drawn, rewards)
-    judged, decisions = estimates.matrix, int(drawn.mask.sum())
+    judged, decisions = estimates.rewards, int(drawn.mask.sum())
     assert judged.values.shape == (2, decisions)
     assert torch.equal(estimates.columns >= 0, drawn.mask)
     assert set(judged.groups.tolist()) == {0}
@@ -102,7 +102,7 @@ def test_decisions_stand_in_the_samples_place():
 def test_advantages_go_back_to_their_places():
     heads, drawn = critic(), rollout()
     estimates = heads.estimate(drawn, matrix([[1.0] * 8, [2.0] * 8]))
-    numbered = torch.arange(1.0, estimates.matrix.values.shape[1] + 1)
+    numbered = torch.arange(1.0, estimates.rewards.values.shape[1] + 1)
     placed = estimates.placed(numbered)
     assert torch.equal(placed[drawn.mask], numbered)
     assert (placed[~drawn.mask] == 0).all()
@@ -111,8 +111,8 @@ def test_advantages_go_back_to_their_places():
 def test_a_sample_may_count_as_a_whole():
     heads, drawn = critic(granularity="sample"), rollout()
     estimates = heads.estimate(drawn, matrix([[float(i) for i in range(8)], [NAN] * 8]))
-    assert estimates.matrix.values.shape == (2, 8)
-    assert estimates.matrix.values[1].isnan().all()
+    assert estimates.rewards.values.shape == (2, 8)
+    assert estimates.rewards.values[1].isnan().all()
     placed = estimates.placed(torch.arange(8.0))
     assert torch.equal(placed, torch.where(drawn.mask, torch.arange(8.0)[:, None], 0.0))
     with pytest.raises(ValueError, match="`granularity` should be 'decision' or 'sample'"):
@@ -131,10 +131,10 @@ def test_heads_learn_what_features_say_whatever_the_unit_of_a_reward():
         drawn = rollout(32, features=features)
         found = small.estimate(drawn, matrix([truth.tolist(), (-truth).tolist()]))
         other = large.estimate(drawn, matrix([(1e4 * truth).tolist(), (-truth).tolist()]))
-        values, units = found.matrix.values, torch.tensor([[1e4], [1.0]]).double()
+        values, units = found.rewards.values, torch.tensor([[1e4], [1.0]]).double()
         # Heads in float32 that learned for 360 steps from numbers that are rounded otherwise.
         # Found: 7e-7 apart, and Adam does not grow it by much where it settles.
-        torch.testing.assert_close(values, other.matrix.values / units, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values, other.rewards.values / units, rtol=1e-4, atol=1e-4)
         losses.append(found.metrics["policy/value_loss"])
         spreads.append(float(values[0].std()))
     assert losses[-1] < 0.25 * losses[0]  # 0.08 of it

@@ -387,7 +387,7 @@ def scalarization(values: torch.Tensor, *, clip: float = 100.0, step: int = 0) -
         weighting=Fixed(names),
         comm=LocalComm(),
         step=step,
-        estimates=Estimates(matrix=matrix),
+        estimates=Estimates(rewards=matrix),
         advantages=normalizer.per_objective(matrix),
         clip=clip,
     )
