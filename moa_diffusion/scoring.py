@@ -82,7 +82,7 @@ class Scorer:
         """Have every head load what it needs, and say what it cannot judge.
 
         Args:
-            prompts: That samples will be drawn from.
+            prompts: The prompts that samples will be drawn from.
 
         Returns:
             By objective what its scores depend on: the head's class, its unit, and the provenance
@@ -226,7 +226,7 @@ class Scorer:
 
         Args:
             requests: N, of this process.
-            outputs: That were drawn for them.
+            outputs: The outputs that were drawn for them.
             names: The names of the heads; all by default.
 
         Raises:
@@ -294,7 +294,7 @@ class Scoring:
         images: Tensor | None = None,
         texts: Sequence[str] | None = None,
     ) -> None:
-        """Hand n outputs to every head; waits while ``WAITING`` earlier batches are not begun.
+        """Hand n outputs to every head; wait while ``WAITING`` earlier batches are not begun.
 
         A failure waits for ``finish``, where all processes meet.
         """
@@ -387,7 +387,7 @@ class _Skipped(Exception):
 
 
 def _on_this_threads_device() -> tuple[Callable[[int], None], tuple[int]] | tuple[()]:
-    """Has a thread begin on the accelerator of this one; threads begin on the first."""
+    """Have a thread begin on the accelerator of this one; threads begin on the first."""
     if not torch.cuda.is_available():
         return ()
     return torch.cuda.set_device, (torch.cuda.current_device(),)

@@ -148,7 +148,7 @@ class RewardBatch:
         return self.texts
 
     def uint8(self) -> Tensor:
-        """Quantises the images as a PNG file would: round(255 x).
+        """Quantise the images as a PNG file would: round(255 x).
 
         Returns:
             Tensor ``[N, 3, H, W]``, uint8, on the device of the images.
@@ -225,7 +225,7 @@ class RewardHead(ABC):
         """
 
     def __call__(self, batch: RewardBatch) -> Tensor:
-        """Score a batch and checks the result.
+        """Score a batch and check the result.
 
         Returns:
             Float32 tensor ``[N]`` on the CPU; ``NaN`` where the objective does not apply.

@@ -53,7 +53,7 @@ class LoopRunner:
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
-    """Awaits all calls, at most ``concurrency`` of them at a time; a failure cancels the others.
+    """Await all calls, at most ``concurrency`` of them at a time; a failure cancels the others.
 
     Returns:
         The results, in the order of the calls.

@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> int:
-    """Train; returns the exit status: see ``launch``."""
+    """Train; return the exit status: see ``launch``."""
     from moa_diffusion import assembly
     from moa_diffusion.training.launch import launch
 

@@ -95,3 +95,18 @@ def test_a_script_is_short_and_has_a_main(script: Path) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_opens_with_a_comment(config: Path) -> None:
     assert config.read_text().startswith("#")
+
+
+def test_no_function_that_returns_nothing_says_that_it_returns_something() -> None:
+    """A docstring that begins with "Return" stands in a function that hands something back."""
+    liars = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("moa_diffusion", "rewards", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and isinstance(node.returns, ast.Constant)
+        and node.returns.value is None
+        and (ast.get_docstring(node) or "").startswith("Return")
+    ]
+    assert liars == []

@@ -28,7 +28,7 @@ def install(trainable: Mapping[str, nn.Parameter], adapter: Adapter) -> None:
     Args:
         trainable: Parameters of the LoRA "default", of at least the adapter's rank, with scale 1,
             on at least its layers.
-        adapter: What it is to be.
+        adapter: The adapter that it is to become.
     """
     for parameter in trainable.values():
         parameter.zero_()

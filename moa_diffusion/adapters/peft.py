@@ -17,8 +17,8 @@ def copy_adapter(source: Path, folder: Path, *, base: str | None) -> None:
     """Write an adapter that peft wrote once more, naming its base model as given.
 
     Args:
-        source: Holds it.
-        folder: Exists.
+        source: The model that holds the adapter.
+        folder: An existing folder that it is written to.
         base: Hub id of the base model; None if it has none.
     """
     shutil.copy(source / PEFT, folder / PEFT)
@@ -31,8 +31,8 @@ def write_adapter(adapter: Adapter, folder: Path, model: Any, *, base: str | Non
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, of one rank.
 
     Args:
-        adapter: What is written.
-        folder: Exists.
+        adapter: The adapter that is written.
+        folder: An existing folder that it is written to.
         model: A ``skeleton`` of the base model.
         base: Hub id of the base model; None if it has none.
     """

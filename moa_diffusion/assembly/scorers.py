@@ -115,7 +115,7 @@ def check_requirements(
     Args:
         section: Section of the configuration that the heads are from.
         chosen: Heads by the reward's name.
-        prompts: Whose samples they will judge.
+        prompts: The prompts whose samples they will judge.
 
     Raises:
         ConfigError: Naming the reward and what is missing, such as a key of the metadata.

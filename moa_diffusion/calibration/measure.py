@@ -93,7 +93,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         prompts: P, how many of its training prompts, in the order of its seed; all if there are
             fewer.
         images: G, samples per prompt.
-        folder: For the scores.
+        folder: The folder for the scores.
 
     Raises:
         ConfigError: Before any model is loaded, for what cannot be measured.

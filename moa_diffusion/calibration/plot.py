@@ -30,7 +30,7 @@ def plot_calibration(
     Args:
         calibration: K objectives.
         rewards: The raw rewards ``[K, N]`` it was made from.
-        units: By objective.
+        units: The unit of each reward, by objective.
         target: The PNG.
     """
     import matplotlib

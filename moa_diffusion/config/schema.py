@@ -471,7 +471,7 @@ class Config:
         policy: The model.
         sampling: How rollouts are drawn.
         generation: How a language model draws.
-        prompts: What to draw.
+        prompts: The prompts to draw for.
         rewards: By objective's name, its options: weight, head (a registered name, by default the
             objective's), path (an import path such as my_module:my_reward), and the head's own.
         scoring: How reward heads run.

@@ -77,9 +77,9 @@ def read_pairs(
     columns are not read.
 
     Args:
-        paths: By objective.
+        paths: The files of pairs, by objective.
         cycles: As in ``read_preferences``.
-        smoothing: As there.
+        smoothing: As in ``read_preferences``.
 
     Raises:
         ConfigError: For anything wrong in a file; the message starts with file and line.

@@ -205,9 +205,9 @@ def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_R
     """Yield the rows of cells as the quoted dialect has them; empty lines are left out.
 
     Args:
-        path: For messages.
+        path: The file's name, for messages.
         text: The text of the table.
-        delimiter: Between cells.
+        delimiter: The character between cells.
         strict: Whether a quotation mark that begins a cell has to end it as well.
     """
     cell = re.compile(

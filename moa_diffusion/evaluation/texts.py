@@ -44,7 +44,8 @@ class TextSettings:
         Args:
             settings: The configuration.
             path: Folder or hub id of the model.
-            device: That draws. The same seed gives other texts on another kind of device.
+            device: The device that draws. The same seed gives other texts on another kind of
+                device.
         """
         generation = settings.generation
         chat = generation.chat

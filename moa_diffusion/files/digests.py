@@ -27,7 +27,7 @@ def files_digest(folder: Path, files: Iterable[Path], memory: Path) -> str:
     """Digest of the content of files by their place in a folder.
 
     Args:
-        folder: That they lie in.
+        folder: The folder that they lie in.
         files: Files of the folder.
         memory: File where digests are kept by path, size and time of change: reading all weights
             again takes longer than most evaluations that have nothing to draw.

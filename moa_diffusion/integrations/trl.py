@@ -59,7 +59,7 @@ class MultiObjective:
     Args:
         rewards: K functions by name, as TRL calls them. ``None`` or NaN: does not apply.
         normalizer: The normalizer of these objectives, in this order.
-        weighting: Likewise.
+        weighting: A weighting, given in the same way.
 
     Raises:
         ValueError: If the three do not fit together, or TRL cannot carry them.

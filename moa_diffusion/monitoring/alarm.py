@@ -310,10 +310,10 @@ def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, promp
     """Check that these rules can be kept.
 
     Args:
-        rules: To check.
+        rules: The rules to check.
         heldout: Rewards that are not trained on.
         kl_weight: The KL weight of the loss.
-        prompts: Held-out prompts.
+        prompts: The number of held-out prompts.
 
     Raises:
         ValueError: Naming the rule.

@@ -50,7 +50,7 @@ def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:
     """Check that some multipliers keep the bounds.
 
     Args:
-        mopo: Whose bounds.
+        mopo: The weights whose bounds are checked.
         reference_known: Whether its reference is the one that it will have; if not, what no
             reference can keep is found.
 

@@ -189,7 +189,7 @@ def check_fit(
         max_prompt_tokens: As for ``CausalLMPolicy``.
         target_modules: As for ``CausalLMPolicy``.
         chat: As for ``CausalLMPolicy``.
-        prompts: That must not be too long.
+        prompts: The prompts that must not be too long.
 
     Raises:
         ConfigError: If there is no causal language model with a tokenizer, or a setting or a

@@ -135,7 +135,7 @@ def start_from(model: Any, updates: Mapping[str, tuple[Tensor, Tensor]]) -> None
     model is the base model with these updates, and all of the adapter can be trained.
 
     Args:
-        model: With the adapter.
+        model: A model with the adapter.
         updates: A ``[rank, in]`` and B ``[out, rank]`` by the name of an adapted layer, of at most
             the adapter's rank.
     """

@@ -242,9 +242,9 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
     """Return the error about a file that cannot be read; it says what the file is, if known.
 
     Args:
-        path: Exists.
+        path: An existing file.
         error: The error that the reader raised.
-        so: That the file is damaged.
+        so: A clause that says that the file is damaged.
     """
     with path.open("rb") as file:
         start = file.read(32)

@@ -18,7 +18,7 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved.
 
     Args:
-        message: For the user.
+        message: The message that the user sees.
         number: The number of the signal.
     """
 

@@ -148,7 +148,7 @@ class RunLog:
 
         Args:
             step: Rollouts finished so far.
-            heads: By objective.
+            heads: The reward heads, by objective.
         """
         if not self._main:
             return

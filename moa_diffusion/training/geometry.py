@@ -60,10 +60,10 @@ class Geometry:
         the same samples, and all of them train the same parameters to the last bit.
 
         Args:
-            groups: P.
-            group_size: G.
+            groups: The number P of prompts.
+            group_size: The number G of samples per prompt.
             updates: Optimizer steps per rollout.
-            world_size: Processes.
+            world_size: The number of processes.
             max_sample_batch: Limit of the first batch.
             max_micro_batch: Limit of the second.
             equal_rows: If a forward pass shall have as many rows in training, where a sample has
@@ -138,8 +138,8 @@ class Geometry:
         Args:
             share: Share of all micro-batches of the rollout, in (0, 1]; at least one is taken.
             seed: As for ``minibatches``.
-            step: Likewise.
-            rank: Likewise.
+            step: As for ``minibatches``.
+            rank: As for ``minibatches``.
 
         Returns:
             Int64 tensors ``[micro_batch]``.

@@ -67,7 +67,7 @@ class ObjectiveGradients:
         parameters: What is trained, by name; all on one device.
         layers: That hand over, as ``Policy.tapped()`` gives them before the log-probabilities
             are computed.
-        count: K.
+        count: The number K of objectives.
         whole: Whether a row of a layer holds all t decisions of a sample (a text's tokens), instead
             of one. Then one backward pass serves the decisions of which the K coefficients have
             equal proportions within their sample: one pass while nothing is clipped, at most

@@ -310,7 +310,7 @@ class Run:
         return folder
 
     def _rescue(self, failure: BaseException, *, alone: bool) -> str:
-        """Save what can be saved after a failure; says where it is."""
+        """Save what can be saved after a failure; say where it is."""
         if self.torn:
             return f"The state in memory is between two {self.learner.title}: it is not saved."
         return self._saver.rescue(self.completed, failure, alone=alone)

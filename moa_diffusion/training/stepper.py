@@ -43,8 +43,8 @@ class Stepper:
     """Steps on gradients that are already summed over the processes.
 
     Args:
-        policy: Whose parameters are trained.
-        optimizer: Over ``policy.trainable()``.
+        policy: The policy whose parameters are trained.
+        optimizer: An optimizer of ``policy.trainable()``.
         lr: Learning rate after so many optimizer steps.
         scaler: Loss scaler; disabled except in float16.
         ema: Average of the trained parameters.
@@ -83,7 +83,7 @@ class Stepper:
         return self._scale
 
     def optimizer_step(self) -> float:
-        """Clip the gradient, which all processes share, and step; returns its norm.
+        """Clip the gradient, which all processes share, and step; return its norm.
 
         A non-finite gradient skips the update. It counts against ``max_skipped``, unless the loss
         scale is larger than one that has worked (or that all start from): then the skip is how

@@ -40,7 +40,7 @@ def prepare(
     *,
     kind: Kind | None = None,
 ) -> RewardHead:
-    """Build a head and loads what it needs.
+    """Build a head and load what it needs.
 
     Args:
         name: See ``rewards.create``.

@@ -64,7 +64,7 @@ def list_heads(console: Console) -> None:
 
 
 def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) -> None:
-    """Load a head, scores a fitting and a degraded sample, and prints what came out.
+    """Load a head, score a fitting and a degraded sample, and print what came out.
 
     Args:
         name: See ``rewards.create``.
@@ -101,7 +101,7 @@ def score_samples(
     *,
     batch_size: int,
 ) -> None:
-    """Score the pictures of a folder, or texts, into a table and prints a summary.
+    """Score the pictures of a folder, or texts, into a table and print a summary.
 
     Args:
         name: See ``rewards.create``.
@@ -158,7 +158,7 @@ def serve(
     token: str,
     limits: server.Limits,
 ) -> None:
-    """Load heads and serves them until SIGINT or SIGTERM.
+    """Load heads and serve them until SIGINT or SIGTERM.
 
     Args:
         wanted: Options by head; see ``chosen_heads``.

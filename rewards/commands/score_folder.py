@@ -42,7 +42,7 @@ def refuse_blank_lines(prompts: Path) -> None:
 
 
 def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
-    """Pairs pictures with prompts.
+    """Pair pictures with prompts.
 
     Args:
         folder: Its pictures are taken in natural order: ``2.png`` before ``10.png``.
@@ -94,7 +94,7 @@ def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> lis
 
 
 def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
-    """Pairs texts with prompts.
+    """Pair texts with prompts.
 
     Args:
         prompts: Prompt and metadata, which holds the text under the key ``text``.

@@ -155,7 +155,7 @@ class Aesthetic(ModelHead):
 
 
 def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
-    """Multiplies out a head of linear layers.
+    """Multiply out a head of linear layers.
 
     ``layers.{i}.weight``, ``layers.{i}.bias``, any widths.
 

@@ -156,7 +156,7 @@ class ModelHead(RewardHead):
         return Scores(values=values, extra=extra)
 
     def load(self) -> None:
-        """Load the model and puts it on the device.
+        """Load the model and put it on the device.
 
         Raises:
             RewardError: If files are missing, damaged or not the expected ones, or the device has

@@ -99,7 +99,7 @@ def read_preprocessing(file: Path) -> Preprocessing:
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resamples each picture with Pillow's bicubic filter, enlarging or reducing.
+    """Resample each picture with Pillow's bicubic filter, enlarging or reducing.
 
     Args:
         images: ``[N, 3, H, W]``, uint8, any device.
@@ -121,7 +121,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_shorter(images: Tensor, side: int) -> Tensor:
-    """Resamples so that the shorter side has ``side`` pixels; the longer one is rounded down.
+    """Resample so that the shorter side has ``side`` pixels; the longer one is rounded down.
 
     Args:
         images: ``[N, 3, H, W]``, uint8, any device.
@@ -137,7 +137,7 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
 
 
 def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tensor:
-    """Cuts a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype."""
+    """Cut a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype."""
     height, width = images.shape[-2:]
     top, left = ((extent - side) / 2 for extent in (height, width))
     if rounding == "down":
@@ -148,7 +148,7 @@ def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tenso
 
 
 def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
-    """Centres each picture on a square of its longer side, as the LLaVA family does.
+    """Centre each picture on a square of its longer side, as the LLaVA family does.
 
     Where an odd number of rows (or columns) is added, the extra one is the last.
 

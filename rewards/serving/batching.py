@@ -91,7 +91,7 @@ class Batcher:
             self._pixels -= pixels
 
     def submit(self, samples: Samples) -> Future[Scores]:
-        """Queues samples that were admitted; their room is given back when the future is done.
+        """Queue samples that were admitted; their room is given back when the future is done.
 
         Returns:
             The scores; or a ``RewardError``, whose samples are counted within these; or
@@ -109,7 +109,7 @@ class Batcher:
         return job.future
 
     def close(self) -> None:
-        """Let the batch under way finish, fails those that wait, and closes the head."""
+        """Let the batch under way finish, fail those that wait, and close the head."""
         with self._changed:
             self._closed = True
             waiting, self._jobs = self._jobs, deque()

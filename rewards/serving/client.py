@@ -85,14 +85,14 @@ class Calls:
                 _shut(sock)
 
     def add(self, sock: socket.socket) -> None:
-        """Remembers an open socket."""
+        """Remember an open socket."""
         with self._lock:
             self._sockets.add(sock)
             if self._ended:
                 _shut(sock)
 
     def discard(self, sock: socket.socket) -> None:
-        """Forgets a socket that is about to be closed."""
+        """Forget a socket that is about to be closed."""
         with self._lock:
             self._sockets.discard(sock)
 

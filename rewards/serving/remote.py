@@ -136,7 +136,7 @@ class RemoteHead(RewardHead):
             calls.end()
 
     def load(self) -> None:
-        """Ask every server who it is; warns of those that cannot score, if another can.
+        """Ask every server who it is; warn of those that cannot score, if another can.
 
         Raises:
             RewardError: If none answers and serves the head, or one scores with other weights than
@@ -171,7 +171,7 @@ class RemoteHead(RewardHead):
         }
 
     def close(self) -> None:
-        """Forgets who the servers are; no connection outlives its batch."""
+        """Forget who the servers are; no connection outlives its batch."""
         with self._lock:
             self._identity = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Read the command line, builds, or prints the marks."""
+    """Read the command line; build, or print the marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

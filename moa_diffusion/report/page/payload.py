@@ -34,7 +34,7 @@ def page_data(
         summary: The summary of the table.
         runs: Training runs by series.
         pictures: The different files among the table's images.
-        folder: That links to them start from.
+        folder: The folder that links to them start from.
         first: The model that is selected at first.
     """
     series = list(dict.fromkeys([*(one.series for one in table.models if one.series), *runs]))

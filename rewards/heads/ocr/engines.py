@@ -35,7 +35,7 @@ class Engine(Protocol):
     def __init__(self, *, detect: bool) -> None: ...
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read ``[H, W, 3]`` uint8 RGB; returns the lines from top to bottom, or none."""
+        """Read ``[H, W, 3]`` uint8 RGB; return the lines from top to bottom, or none."""
         ...
 
 
@@ -189,7 +189,7 @@ def easyocr_folder(model_dir: str | None) -> Path:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undo what EasyOCR does to its surroundings; drops its warnings about its own code."""
+    """Undo what EasyOCR does to its surroundings; drop its warnings about its own code."""
     path, cache = list(sys.path), os.environ.get("LRU_CACHE_CAPACITY")
     with warnings.catch_warnings():
         # It asks for pinned memory without a GPU, and tries to quantise even if told not to.
@@ -263,7 +263,7 @@ def tesseract_command(program: str, model_dir: str | None) -> list[str]:
 
 
 def run_program(command: Sequence[str], data: bytes = b"") -> str:
-    """Run a program, Tesseract on one thread, and returns what it prints.
+    """Run a program, Tesseract on one thread, and return what it prints.
 
     Args:
         command: The program and its arguments.

@@ -177,7 +177,7 @@ class OcrHead(RewardHead):
         ]
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
-        """Read the pictures at the given indices; returns the text of each, lines joined by LF.
+        """Read the pictures at the given indices; return the text of each, lines joined by LF.
 
         Raises:
             RewardError: See ``score``.
@@ -192,7 +192,7 @@ class OcrHead(RewardHead):
         return ["\n".join(words) for words in lines]
 
     def load(self) -> None:
-        """Fetch the weights and starts the engine, in all worker processes.
+        """Fetch the weights and start the engine, in all worker processes.
 
         Raises:
             RewardError: If the engine does not start, or fails on a blank picture.
@@ -213,7 +213,7 @@ class OcrHead(RewardHead):
         return {"engine": self._plan.engine} | self._plan.provenance()
 
     def close(self) -> None:
-        """End the worker processes and drops the engine; the next batch starts them again."""
+        """End the worker processes and drop the engine; the next batch starts them again."""
         self._pool.close()
         self._engine = None
 

@@ -237,7 +237,7 @@ def _end(workers: list[_Worker], owner: int, at_once: bool = False) -> None:
 def _in_threads(
     function: Callable[[_Worker], None], workers: Sequence[_Worker], seconds: float
 ) -> bool:
-    """Call the function for every worker at once; says whether all calls ended in time."""
+    """Call the function for every worker at once; say whether all calls ended in time."""
     threads = [threading.Thread(target=function, args=(w,), daemon=True) for w in workers]
     deadline = time.monotonic() + seconds
     for thread in threads:

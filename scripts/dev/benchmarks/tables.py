@@ -219,7 +219,7 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
 
 
 def show(command: str, report: Mapping[str, Any], file: Path | None) -> None:
-    """Print a report and, if a file is named, writes all its numbers there as JSON.
+    """Print a report and, if a file is named, write all its numbers there as JSON.
 
     Args:
         command: Sub-command that the report is of.

@@ -205,7 +205,7 @@ def _interleaved(
 
 
 def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Of the sums, and of every phase."""
+    """Return the medians of the sums and of every phase."""
     merged = [
         {column: row.get(column, 0.0) for column in COLUMNS}
         | {REST: row.get(REST, 0.0) + row.get(IMPROVE, 0.0)}

@@ -19,7 +19,7 @@ def build(
     deqa_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Train the judges and saves them in the formats of the full-size weights.
+    """Train the judges and save them in the formats of the full-size weights.
 
     Equal arguments give the same judges on the same machine and libraries, however many processes
     there are; another processor may round differently.

@@ -114,7 +114,7 @@ def contrastive_loss(scaled: Tensor, same: Tensor) -> Tensor:
 
 
 def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Train both and saves them to ``folder/clip`` and ``folder/aesthetic``, in float16.
+    """Train both and save them to ``folder/clip`` and ``folder/aesthetic``, in float16.
 
     Args:
         folder: Made if missing.

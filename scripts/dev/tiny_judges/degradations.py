@@ -117,7 +117,7 @@ def spoil(
     ways: Sequence[Degradation],
     generator: Generator,
 ) -> Tensor:
-    """Degrades each picture in its own way.
+    """Degrade each picture in its own way.
 
     Args:
         images: ``[N, 3, H, W]`` in [0, 1].

@@ -123,7 +123,7 @@ def spoilt_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> tuple[Te
 
 
 def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Train the judge and saves it to ``folder/deqa`` in float16.
+    """Train the judge and save it to ``folder/deqa`` in float16.
 
     Args:
         folder: Made if missing.
@@ -177,7 +177,7 @@ def _some(rows: Tensor, generator: Generator) -> Tensor:
 
 
 def _flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirrors half of the pictures: a fault is one in the mirror too."""
+    """Mirror half of the pictures: a fault is one in the mirror too."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 

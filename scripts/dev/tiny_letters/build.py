@@ -22,7 +22,7 @@ def build(
     trait_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Train all three and saves them in the format of transformers.
+    """Train all three and save them in the format of transformers.
 
     Equal arguments give equal files on the same machine and libraries, however many processes there
     are; another processor may round differently.

@@ -116,7 +116,7 @@ def trait_loss(logits: Tensor, truth: Tensor) -> Tensor:
 def train_classifier(
     folder: Path, seed: int, steps: int, batch: int, trait: str, lr: float = 0.02
 ) -> None:
-    """Train a classifier and saves it to the trait's folder.
+    """Train a classifier and save it to the trait's folder.
 
     Args:
         folder: Made if missing; gets a folder of the trait's name.

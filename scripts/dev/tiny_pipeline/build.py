@@ -15,7 +15,7 @@ def build(
     transformer_batch: int = 64,
     processes: int = 2,
 ) -> None:
-    """Train a pipeline and saves it as ``StableDiffusion3Pipeline.from_pretrained`` expects.
+    """Train a pipeline and save it as ``StableDiffusion3Pipeline.from_pretrained`` expects.
 
     Equal arguments give the same pictures on the same machine and libraries; another processor may
     round differently, so bit-equal weights are not promised across machines.

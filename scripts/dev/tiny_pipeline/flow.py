@@ -92,7 +92,7 @@ class TinySD3(torch.nn.Module):
 def latent_stock(
     vae: "AutoencoderKL", count: int, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
-    """Draw ``count`` scenes of the pre-training vocabulary and encodes them.
+    """Draw ``count`` scenes of the pre-training vocabulary and encode them.
 
     Returns:
         Latents ``[count, 16, 8, 8]``, centred and scaled; the index of each one's scene

@@ -49,7 +49,7 @@ class MuonWithAdamW:
         self.lr, self.adam_lr, self.steps, self.decay, self.taken = lr, adam_lr, steps, decay, 0
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Forget the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 

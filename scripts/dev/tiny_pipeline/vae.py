@@ -95,7 +95,7 @@ def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tenso
 def train_vae(
     rank: int, world: int, folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
 ) -> None:
-    """Train the autoencoder and saves it to ``folder`` (one process of ``parallel.run``).
+    """Train the autoencoder and save it to ``folder`` (one process of ``parallel.run``).
 
     Args:
         rank: This process.
