@@ -112,7 +112,8 @@ class GenerationConfig:
             completions of a prompt are alike.
         max_prompt_tokens: Largest number of tokens of a prompt; a longer prompt is an error. Null
             allows what the model's context leaves.
-        chat: Whether prompts go through the tokenizer's chat template. Null: if it has one.
+        chat: Whether prompts go through the tokenizer's chat template. Null does so if
+            the tokenizer has one.
     """
 
     max_new_tokens: int = 64
@@ -151,7 +152,7 @@ class WeightedPromptFileConfig(PromptFileConfig):
 
 @dataclass
 class PromptsConfig:
-    """What to draw.
+    """The prompts that are drawn, for training and for evaluations.
 
     Args:
         train: Prompt file (.txt, .jsonl, .csv, .tsv); "tiny" is the set shipped with the package.
@@ -170,7 +171,7 @@ class PromptsConfig:
 
 @dataclass
 class ObjectivesConfig:
-    """From K rewards to one advantage.
+    """How K rewards become one advantage: the method and the options of its parts.
 
     Args:
         method: Name of the method: a pair of normalizer and weighting, see docs/methods.md. Or the
@@ -200,8 +201,8 @@ class PreferencesConfig:
     Args:
         data: JSONL file of prompts and responses with pairs or scores by objective; "tiny" is the
             one shipped with the package.
-        pairs: By objective, a JSONL file of prompt, chosen and rejected (TRL's form); instead of
-            data.
+        pairs: For each objective, a JSONL file of prompt, chosen and rejected (TRL's form); instead
+            of data.
         objectives: Names of the objectives in data; left out with pairs, which names them.
         cycles: What is done with preferences that run in a circle: error or keep.
         smoothing: Weight of a Beta prior around 1/2 in the win rates that pairs give.
@@ -229,9 +230,9 @@ class GradientsConfig:
     """When the objectives' own gradients are measured, for weightings that need their Gramian.
 
     Args:
-        mode: ``fused`` (inside every optimizer step's backward pass, weights solved at each), probe
-            (one more pass over a part of the rollout), or auto: fused where the weighting depends
-            on the gradients alone, else probe.
+        mode: ``fused`` (inside every optimizer step's backward pass, weights solved at each),
+            ``probe`` (one more pass over a part of the rollout), or ``auto``: fused where the
+            weighting depends on the gradients alone, else probe.
         every: Number of rollouts from one probe to the next.
         share: Share of the rollout's samples that a probe takes.
     """
@@ -246,8 +247,8 @@ class LossConfig:
     """The policy-gradient surrogate.
 
     Args:
-        kind: ``grpo`` (one advantage per sample, from its siblings) or ppo (one per decision, from
-            value heads: see critic; language models only).
+        kind: ``grpo`` (one advantage per sample, from its siblings) or ``ppo`` (one per decision,
+            from value heads: see critic; language models only).
         clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
             are means over latent dimensions, so useful values are about 1e-4.
         advantage_clip: Largest absolute advantage; what is beyond is cut to it.
@@ -449,7 +450,7 @@ class ScoringConfig:
 
 @dataclass
 class LogConfig:
-    """Where numbers go besides metrics.jsonl.
+    """The trackers that get the numbers of metrics.jsonl, too.
 
     Args:
         trackers: Names of accelerate's trackers (tensorboard, wandb, ...); an empty list for none.
@@ -472,8 +473,9 @@ class Config:
         sampling: How rollouts are drawn.
         generation: How a language model draws.
         prompts: The prompts to draw for.
-        rewards: By objective's name, its options: weight, head (a registered name, by default the
-            objective's), path (an import path such as my_module:my_reward), and the head's own.
+        rewards: For each objective by name, its options: weight, head (a registered name, by
+            default the objective's), path (an import path such as my_module:my_reward), and the
+            head's own.
         scoring: How reward heads run.
         objectives: From K rewards to one advantage.
         preferences: Responses that are already there, to learn from instead of rollouts.

@@ -27,7 +27,7 @@ class Raw(Normalizer):
 
     Args:
         objectives: Names of the K objectives.
-        std: What is divided by: the spread of the ``group`` (GRPO) or of the whole ``batch``, that
+        std: The divisor: the spread of the ``group`` (GRPO) or of the whole ``batch``, that
             is the RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in
             it).
         eps: Number that is added to the spread, in units of the weighted sum.
