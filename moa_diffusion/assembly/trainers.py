@@ -115,8 +115,7 @@ def _trainer(
             print(prompts.describe())
         if (problem := unequal_batches(settings, geometry)) is not None:
             logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
-    trained = [prompt for part in prompts.sets for prompt in part.prompts]
-    scoring = scorers(settings, comm, trained=trained, heldout=requests)
+    scoring = scorers(settings, comm, trained=prompts.prompts, heldout=requests)
     model = policy(settings, accelerator.device, pipeline)
     log = run_log(settings, accelerator)
     progress = Progress(comm, bars=accelerator.is_main_process)

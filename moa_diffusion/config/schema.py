@@ -24,6 +24,11 @@ class LoraConfig:
     alpha: int | None = None
     target_modules: list[str] | None = None
 
+    @property
+    def numerator(self) -> int:
+        """The numerator of the scale: ``alpha``, or the rank where it is null."""
+        return self.rank if self.alpha is None else self.alpha
+
 
 @dataclass
 class PolicyConfig:

@@ -115,7 +115,7 @@ class CausalLMPolicy:
         lora.attach(
             self.model,
             rank=settings.lora.rank,
-            alpha=settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha,
+            alpha=settings.lora.numerator,
             target_modules=settings.lora.target_modules or lora.projections(model),
             seed=derive_seed(seed, "lora"),
             task="CAUSAL_LM",

@@ -213,7 +213,7 @@ class SD3Policy:
         lora.attach(
             self.transformer,
             rank=settings.lora.rank,
-            alpha=settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha,
+            alpha=settings.lora.numerator,
             target_modules=settings.lora.target_modules or lora.ATTENTION,
             seed=derive_seed(seed, "lora"),
         )
