@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import house
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PROJECT = tomllib.loads(PYPROJECT)["project"]
@@ -110,3 +112,10 @@ def test_no_function_that_returns_nothing_says_that_it_returns_something() -> No
         and (ast.get_docstring(node) or "").startswith("Return")
     ]
     assert liars == []
+
+
+def test_the_sizes_of_the_house_are_counted() -> None:
+    report = house.report(ROOT)
+    assert report["modules in the root of moa_diffusion"] == 3
+    rooms, arrows = report["rooms, arrows: inside rewards"]
+    assert 0 < rooms <= arrows < rooms**2
