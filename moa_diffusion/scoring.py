@@ -162,7 +162,7 @@ class Scorer:
         batch: int,
         title: str,
         before_batch: Callable[[], None],
-        progress: bool,
+        bars: bool,
     ) -> Scored:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
@@ -172,7 +172,7 @@ class Scorer:
             batch: Requests per call of ``draw``.
             title: The title of the progress bar.
             before_batch: Called on all processes before each batch.
-            progress: Whether this process shows the bar.
+            bars: Whether this process shows a progress bar.
 
         Raises:
             RewardError, ProcessError: As ``collect``.
@@ -184,7 +184,7 @@ class Scorer:
         texts: list[str] = []
         starts = range(0, len(shards[0]), batch)  # as many on every process
         with self.begin() as scoring:
-            for start in tqdm(starts, desc=title, leave=False, disable=not progress):
+            for start in tqdm(starts, desc=title, leave=False, disable=not bars):
                 before_batch()
                 if part := mine[start : start + batch]:
                     drawn = draw(part)

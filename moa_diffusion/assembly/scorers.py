@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from moa_diffusion.config import Config
 from moa_diffusion.data.prompt_files import Prompt
@@ -171,25 +171,24 @@ def evaluation(
     """
     if not scorers.heldout or not scorers.everyone.names:
         return None
+    chosen = settings.evaluation
+    if settings.preferences.given:  # nothing is drawn as rollouts are
+        chosen = dataclasses.replace(chosen, rollout_images=0)
     return HeldOut(
         scorers.heldout,
-        policy=policy,
-        scorer=scorers.everyone,
-        training=scorers.training,
-        comm=progress.comm,
-        batch=batch,
-        log=log,
-        folder=Path(settings.output_dir),
+        settings=chosen,
         drawing=json.dumps(
             [
-                settings.evaluation.steps,
-                settings.evaluation.guidance,
+                chosen.steps,
+                chosen.guidance,
                 settings.sampling.resolution,
                 vars(settings.generation),
             ]
         ),
-        shown=settings.evaluation.pictures,
-        # Offline nothing is drawn as rollouts are, so there is nothing to compare with.
-        as_rollouts=0 if settings.preferences.given else settings.evaluation.rollout_images,
-        progress=progress.bars,
+        policy=policy,
+        scorer=scorers.everyone,
+        training=scorers.training,
+        batch=batch,
+        log=log,
+        progress=progress,
     )

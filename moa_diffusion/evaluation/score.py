@@ -115,7 +115,7 @@ def _score_missing(
             batch=size,
             title="score",
             before_batch=lambda: None,
-            progress=comm.rank == 0,
+            bars=comm.rank == 0,
         )
         for name, column in zip(scorer.names, scored.values.T.tolist(), strict=True):
             prefix = f"{name}/"

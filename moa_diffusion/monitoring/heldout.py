@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moa_diffusion.distributed import Comm, agreed, gather_shard_objects, gather_shards, shard
+from moa_diffusion.config.schema import EvaluationConfig
+from moa_diffusion.distributed import agreed, gather_shard_objects, gather_shards, shard
 from moa_diffusion.files import png as pictures
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.statistics.groups import mean_and_error, same_prompt, spread_within
@@ -42,40 +43,35 @@ class HeldOut:
 
     Args:
         requests: M samples to draw; their seeds fix the outputs.
+        settings: The section ``evaluation``; of what is drawn, the first outputs are shown, and
+            the first are also drawn as rollouts draw them.
+        drawing: Names the settings that outputs depend on beside the requests and the weights.
         policy: Draws them.
         scorer: The K reward heads, those that are not trained on included.
         training: The heads of the objectives, for the comparison with rollouts.
-        comm: Collectives over the processes.
         batch: Samples per forward pass.
-        log: Where every sample's rewards go.
-        folder: Where sheets of pictures go.
-        drawing: Names the settings that outputs depend on beside the requests and the weights.
-        shown: Outputs per sheet, the first of the requests; 0 for none.
-        as_rollouts: Outputs that are also drawn as rollouts draw them, the first likewise.
-        progress: Whether this process shows a progress bar.
+        log: Where every sample's rewards go, and beside them sheets of pictures.
+        progress: How far the run is, and whether this process shows a bar.
     """
 
     def __init__(
         self,
         requests: Sequence[Request],
         *,
+        settings: EvaluationConfig,
+        drawing: str,
         policy: Policy,
         scorer: Scorer,
         training: Scorer,
-        comm: Comm,
         batch: int,
         log: RunLog,
-        folder: Path,
-        drawing: str,
-        shown: int,
-        as_rollouts: int,
-        progress: bool,
+        progress: Progress,
     ) -> None:
         self.requests = tuple(requests)
-        self.policy, self.comm = policy, comm
+        self.settings, self.policy = settings, policy
         self.scorer, self.training = scorer, training
-        self.batch, self.log, self.folder = batch, log, folder
-        self.shown, self.as_rollouts, self.progress = shown, as_rollouts, progress
+        self.batch, self.log = batch, log
+        self.comm, self.bars = progress.comm, progress.bars
         self._device = next(iter(policy.trainable().values())).device
         drawn = [[request.prompt, request.seed] for request in self.requests]
         # Evaluations with another one cannot be compared with these, nor those in another unit.
@@ -123,7 +119,7 @@ class HeldOut:
             batch=self.batch,
             title="evaluate",
             before_batch=before_batch,
-            progress=self.progress,
+            bars=self.bars,
         )
         shards = shard(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
@@ -174,7 +170,7 @@ class HeldOut:
         self, step: int, values: Tensor, before_batch: Callable[[], None]
     ) -> dict[str, float]:
         """Return the mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
-        requests = self.requests[: self.as_rollouts]
+        requests = self.requests[: self.settings.rollout_images]
         if not requests:
             return {}
         self._expect(requests)
@@ -184,7 +180,7 @@ class HeldOut:
             batch=self.batch,
             title="as rollouts",
             before_batch=before_batch,
-            progress=self.progress,
+            bars=self.bars,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(requests)] - scored.values.T).nanmean(1)  # [objectives]
@@ -197,23 +193,23 @@ class HeldOut:
 
     def _show_images(self, step: int, images: Tensor, shards: Sequence[Sequence[int]]) -> None:
         """Write a sheet of the first images."""
-        if shown := min(self.shown, len(self.requests)):
+        if shown := min(self.settings.pictures, len(self.requests)):
             wanted = [[i for i in items if i < shown] for items in shards]
             first = gather_shards(images, wanted, self.comm)
             with agreed(self.comm, as_one=True):
                 if self.comm.rank == 0:
                     sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
-                    pictures.save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+                    pictures.save_png(sheet, self.log.folder / "samples" / f"step-{step:06d}.png")
 
     def _show_texts(self, step: int, texts: Sequence[str]) -> None:
         """Write the first texts under their prompts."""
-        if self.comm.rank > 0 or not self.shown:
+        if self.comm.rank > 0 or not self.settings.pictures:
             return
         parts = [
             f"{request.prompt}\n-> {text}\n"
-            for request, text in zip(self.requests[: self.shown], texts, strict=False)
+            for request, text in zip(self.requests[: self.settings.pictures], texts, strict=False)
         ]
-        target = self.folder / "samples" / f"step-{step:06d}.txt"
+        target = self.log.folder / "samples" / f"step-{step:06d}.txt"
         write_text(target, "\n".join(parts))
 
     def _diversity(

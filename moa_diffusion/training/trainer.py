@@ -149,7 +149,7 @@ class Trainer:
                 batch=self.geometry.sample_batch,
                 title="reference",
                 before_batch=self.progress.leave_if_stopped,
-                progress=self.progress.bars,
+                bars=self.progress.bars,
             )
         pools = scored.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
         self.normalizer.remember(prompts, pools.permute(1, 2, 0))

@@ -17,8 +17,10 @@ from moa_diffusion.calibration.describe import describe
 from moa_diffusion.comparison.curves import changes
 from moa_diffusion.comparison.read import RunData
 from moa_diffusion.comparison.results import base_units, compare
+from moa_diffusion.config.schema import EvaluationConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
+from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.report.summary import base_spread, summarise
 from moa_diffusion.report.table import Column, Table
 from moa_diffusion.scoring import Scorer
@@ -72,17 +74,14 @@ def evaluate(tmp_path: Path) -> Callable[..., list[Evaluation]]:
                 Request(prompt=prompt, group=group, sibling=groups[:i].count(group), seed=i)
                 for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
             ],
+            settings=EvaluationConfig(pictures=0, rollout_images=0),
+            drawing="",
             policy=policy,  # type: ignore[arg-type]  # what drawing needs
             scorer=scorer,
             training=scorer,
-            comm=comm,
             batch=4,
             log=RunLog(tmp_path, main=True),
-            folder=tmp_path,
-            drawing="",
-            shown=0,
-            as_rollouts=0,
-            progress=False,
+            progress=Progress(comm, bars=False),
         )
         found = []
         for step, values in enumerate(evaluations):
