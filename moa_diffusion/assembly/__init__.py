@@ -1,5 +1,6 @@
 """Configuration to objects: the only modules that know names and classes."""
 
+from moa_diffusion.assembly.batches import solve_geometry, unequal_batches
 from moa_diffusion.assembly.methods import METHODS, is_fused, method_of, objectives
 from moa_diffusion.assembly.models import causal_lm, model_path, policy
 from moa_diffusion.assembly.prompts import heldout_prompts, heldout_requests, train_prompts
@@ -8,10 +9,8 @@ from moa_diffusion.assembly.scorers import check_requirements, heads
 from moa_diffusion.assembly.trainers import (
     check_trackers,
     preferences,
-    solve_geometry,
     text_trainer,
     trainer,
-    unequal_batches,
 )
 
 __all__ = [

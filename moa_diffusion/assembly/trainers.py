@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import LoggerType
 
 from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
+from moa_diffusion.assembly.batches import solve_geometry, unequal_batches
 from moa_diffusion.assembly.construct import construct
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
@@ -51,7 +53,7 @@ from moa_diffusion.training.stepper import GROWTH_INTERVAL, Stepper, first_scale
 from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe, Update
-from moa_diffusion.types import ConfigError
+from moa_diffusion.types import ConfigError, Request
 
 logger = logging.getLogger(__name__)
 
@@ -73,71 +75,13 @@ def trainer(settings: Config, pipeline: Any = None) -> Run:
     accelerator = make_accelerator()
     comm = AccelerateComm(accelerator)
     with agreed(comm) as agree:
-        return _trainer(settings, pipeline, accelerator, comm, agree)
-
-
-def _trainer(
-    settings: Config,
-    pipeline: Any,
-    accelerator: Accelerator,
-    comm: Comm,
-    agree: Callable[[], None],
-) -> Run:
-    check_launcher(accelerator)
-    if settings.preferences.given:
-        raise ConfigError(
-            "preferences: should be left out here: images are learned from rollouts, and "
-            "scripts/train_lm.py is what learns from preferences. Found "
-            f"{settings.preferences.data or settings.preferences.pairs}."
-        )
-    resumed = run_folder(settings)
-    if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
-        settings = dataclasses.replace(settings, resume=None)
-    prompts = train_prompts(settings)
-    requests = heldout_requests(settings)
-    normalizer, weighting = objectives(settings)
-    check_trackers(settings.log.trackers)
-    check_ppo(settings)
-    if settings.policy.name == "causal_lm":
-        texts = [prompt.text for prompt in prompts.prompts]
-        check_prompts(settings, [*texts, *(request.prompt for request in requests)])
-    starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
-    watch = watcher(settings, requests)
-    geometry = solve_geometry(settings, comm.world_size)
-    contents = {"prompts.train": prompts.sets, "prompts.heldout": requests, **own_code(settings)}
-    shared = facts(settings, resumed, contents)
-    agree()
-    check_same(comm, shared)
-    if comm.rank == 0:
-        report_unused(settings)
-        print(f"{processes(comm, accelerator.device)} {geometry.describe()}")
-        if len(prompts.sets) > 1:
-            print(prompts.describe())
-        if (problem := unequal_batches(settings, geometry)) is not None:
-            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
-    scoring = scorers(settings, comm, trained=prompts.prompts, heldout=requests)
-    model = policy(settings, accelerator.device, pipeline)
-    log = run_log(settings, accelerator)
-    progress = Progress(comm, bars=accelerator.is_main_process)
-    learner = Trainer(
-        scorer=scoring.training,
-        sampler=GroupSampler(
-            prompts,
-            groups=geometry.groups,
-            group_size=geometry.group_size,
-            seed=settings.seed,
-            shared_start=settings.sampling.shared_start,
-        ),
-        normalizer=normalizer,
-        weighting=weighting,
-        update=update(settings, model, weighting, geometry, progress, accelerator),
-        rollouts=settings.trainer.steps,
-        log=log,
-        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
-    )
-    run = _run(settings, learner, scoring, watch, log, geometry.sample_batch)
-    _begin(settings, run, resumed, accelerator, agree)
-    return run
+        if settings.preferences.given:
+            raise ConfigError(
+                "preferences: should be left out here: images are learned from rollouts, and "
+                "scripts/train_lm.py is what learns from preferences. Found "
+                f"{settings.preferences.data or settings.preferences.pairs}."
+            )
+        return _trainer(_begin(settings, accelerator, comm, agree, pipeline))
 
 
 def text_trainer(settings: Config) -> Run:
@@ -156,44 +100,129 @@ def text_trainer(settings: Config) -> Run:
                 "policy.name: should be causal_lm; scripts/train_sd.py trains the others. Found "
                 f"{settings.policy.name!r}."
             )
-        if settings.preferences.given:
-            return _offline_trainer(settings, accelerator, comm, agree)
-        return _trainer(settings, None, accelerator, comm, agree)
+        beginning = _begin(settings, accelerator, comm, agree)
+        return _offline_trainer(beginning) if settings.preferences.given else _trainer(beginning)
 
 
-def _offline_trainer(
-    settings: Config, accelerator: Accelerator, comm: Comm, agree: Callable[[], None]
-) -> Run:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beginning:
+    """What every run has before it is known what learns in it."""
+
+    settings: Config  # without ``resume`` where there was nothing to resume
+    pipeline: Any  # in memory, or None
+    accelerator: Accelerator
+    comm: Comm
+    agree: Callable[[], None]  # where processes learn of each other's errors
+    resumed: Path | None  # checkpoint to go on from
+    heldout: tuple[Request, ...]  # what evaluations draw
+    watch: Watch
+
+    def check_same(self, contents: Mapping[str, Any], line: str) -> None:
+        """Check that all processes have read the same, and say once what begins.
+
+        Args:
+            contents: What was read, by the name that errors give it.
+            line: What the run is, after the processes it is on.
+
+        Raises:
+            ConfigError: If the processes differ.
+        """
+        contents = {**contents, "prompts.heldout": self.heldout}
+        shared = facts(self.settings, self.resumed, contents)
+        self.agree()
+        check_same(self.comm, shared)
+        if self.comm.rank == 0:
+            if options := unused(self.settings.policy.dtype):
+                logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
+            print(f"{processes(self.comm, self.accelerator.device)} {line}")
+
+
+def _begin(
+    settings: Config,
+    accelerator: Accelerator,
+    comm: Comm,
+    agree: Callable[[], None],
+    pipeline: Any = None,
+) -> _Beginning:
+    """Check what all runs have: the launcher, folders, held-out prompts, trackers, the adapter."""
     check_launcher(accelerator)
     resumed = run_folder(settings)
     if resumed is None:  # there was nothing to resume: it begins anew, from its adapter if any
         settings = dataclasses.replace(settings, resume=None)
+    heldout = heldout_requests(settings)
+    check_trackers(settings.log.trackers)
+    starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
+    return _Beginning(
+        settings=settings,
+        pipeline=pipeline,
+        accelerator=accelerator,
+        comm=comm,
+        agree=agree,
+        resumed=resumed,
+        heldout=heldout,
+        watch=watcher(settings, heldout),
+    )
+
+
+def _trainer(begun: _Beginning) -> Run:
+    """Return the run that learns from rollouts."""
+    settings, accelerator, comm = begun.settings, begun.accelerator, begun.comm
+    prompts = train_prompts(settings)
+    normalizer, weighting = objectives(settings)
+    check_ppo(settings)
+    if settings.policy.name == "causal_lm":
+        texts = [prompt.text for prompt in prompts.prompts]
+        check_prompts(settings, [*texts, *(request.prompt for request in begun.heldout)])
+    geometry = solve_geometry(settings, comm.world_size)
+    begun.check_same({"prompts.train": prompts.sets, **own_code(settings)}, geometry.describe())
+    if comm.rank == 0:
+        if len(prompts.sets) > 1:
+            print(prompts.describe())
+        if (problem := unequal_batches(settings, geometry)) is not None:
+            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
+    scoring = scorers(settings, comm, trained=prompts.prompts, heldout=begun.heldout)
+    model = policy(settings, accelerator.device, begun.pipeline)
+    log = run_log(settings, accelerator)
+    progress = Progress(comm, bars=accelerator.is_main_process)
+    learner = Trainer(
+        scorer=scoring.training,
+        sampler=GroupSampler(
+            prompts,
+            groups=geometry.groups,
+            group_size=geometry.group_size,
+            seed=settings.seed,
+            shared_start=settings.sampling.shared_start,
+        ),
+        normalizer=normalizer,
+        weighting=weighting,
+        update=update(settings, model, weighting, geometry, progress, accelerator),
+        rollouts=settings.trainer.steps,
+        log=log,
+        critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
+    )
+    return _run(begun, learner, scoring, log, geometry.sample_batch)
+
+
+def _offline_trainer(begun: _Beginning) -> Run:
+    """Return the run that learns from preferences."""
+    settings, accelerator, comm = begun.settings, begun.accelerator, begun.comm
     data = preferences(settings)
-    requests = heldout_requests(settings)
-    check_prompts(settings, [*data.prompts, *(request.prompt for request in requests)])
-    starting_adapter(settings, tell=False)
+    check_prompts(settings, [*data.prompts, *(request.prompt for request in begun.heldout)])
     options = dict(settings.objectives.weighting)
     primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
     chosen = construct(OfflineSettings, "objectives.weighting", options, {})
-    check_trackers(settings.log.trackers)
-    watch = watcher(settings, requests)
     try:
         mopo = constrained(data, primary, bounds, chosen)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    shared = facts(settings, resumed, {"preferences": data.digest(), "prompts.heldout": requests})
-    agree()
-    check_same(comm, shared)
-    if comm.rank == 0:
-        report_unused(settings)
-        print(
-            f"{processes(comm, accelerator.device)} {len(data.prompts)} "
-            f"prompts with {len(data.rows())} responses; {settings.preferences.batch} per step."
-        )
-    scoring = scorers(settings, comm, trained=(), heldout=requests)
+    begun.check_same(
+        {"preferences": data.digest()},
+        f"{len(data.prompts)} prompts with {len(data.rows())} responses; "
+        f"{settings.preferences.batch} per step.",
+    )
+    scoring = scorers(settings, comm, trained=(), heldout=begun.heldout)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
-    progress = Progress(comm, bars=accelerator.is_main_process)
     learner = OfflineTrainer(
         cloning=Cloning(
             policy=model,
@@ -203,64 +232,53 @@ def _offline_trainer(
             micro_batch=settings.trainer.micro_batch,
         ),
         mopo=mopo,
-        progress=progress,
+        progress=Progress(comm, bars=accelerator.is_main_process),
         seed=settings.seed,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
     )
-    run = _run(settings, learner, scoring, watch, log, settings.trainer.sample_batch)
-    _begin(settings, run, resumed, accelerator, agree)
-    return run
+    return _run(begun, learner, scoring, log, settings.trainer.sample_batch)
 
 
-def _run(
-    settings: Config, learner: Learner, scoring: RunScorers, watch: Watch, log: RunLog, batch: int
-) -> Run:
-    """Return the run around a learner; evaluations draw ``batch`` samples at a time."""
-    heldout = evaluation(
-        settings, scoring, policy=learner.policy, log=log, batch=batch, progress=learner.progress
-    )
-    return Run(
+def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, batch: int) -> Run:
+    """Return the run around a learner, its state loaded and its folder written.
+
+    Evaluations draw ``batch`` samples at a time.
+    """
+    settings = begun.settings
+    run = Run(
         learner,
         length=settings.trainer,
         checkpoints=settings.checkpoint,
         evaluate_every=settings.evaluation.every,
-        heldout=heldout,
-        watch=watch,
+        heldout=evaluation(
+            settings,
+            scoring,
+            policy=learner.policy,
+            log=log,
+            batch=batch,
+            progress=learner.progress,
+        ),
+        watch=begun.watch,
         log=log,
         folder=Path(settings.output_dir),
         seed=settings.seed,
     )
-
-
-def _begin(
-    settings: Config,
-    run: Run,
-    resumed: Path | None,
-    accelerator: Accelerator,
-    agree: Callable[[], None],
-) -> None:
-    """Load the state to go on from, and write down what the run is."""
-    if resumed is not None:
-        run.load_state_dict(checkpoint.load_state(resumed))
-        logger.info("Resumed from %s after %d %s.", resumed, run.completed, run.learner.title)
-    agree()  # every process has its model and its state
-    if not accelerator.is_main_process:
-        return
-    if resumed is None:
+    if begun.resumed is not None:
+        run.load_state_dict(checkpoint.load_state(begun.resumed))
+        logger.info("Resumed from %s after %d %s.", begun.resumed, run.completed, learner.title)
+    begun.agree()  # every process has its model and its state
+    if not begun.accelerator.is_main_process:
+        return run
+    if begun.resumed is None:
         start_over(run.folder)
     write_config(settings)
     try:
-        run.log.start_trackers(flat(settings))
+        log.start_trackers(flat(settings))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
-
-
-def report_unused(settings: Config) -> None:
-    """Say once what ``accelerate launch`` asks for in vain."""
-    if options := unused(settings.policy.dtype):
-        logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
+    return run
 
 
 def preferences(settings: Config) -> Preferences:
@@ -340,71 +358,6 @@ def processes(comm: Comm, device: torch.device) -> str:
     threads = torch.get_num_threads()
     each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
     return f"Processes: {comm.world_size} ({device.type}{each})."
-
-
-def solve_geometry(settings: Config, world_size: int) -> Geometry:
-    """Cut a rollout over this many processes, with a warning of smaller batches than stated.
-
-    Raises:
-        ConfigError: If the samples cannot be shared evenly.
-    """
-    options, half = settings.trainer, settings.policy.dtype != "float32"
-    geometry = Geometry.solve(
-        groups=options.groups,
-        group_size=options.group_size,
-        updates=options.updates,
-        world_size=world_size,
-        max_sample_batch=options.sample_batch,
-        max_micro_batch=options.micro_batch,
-        equal_rows=_rows_per_sample(settings) if half else None,
-    )
-    for key, stated, used, share in (
-        ("sample_batch", options.sample_batch, geometry.sample_batch, geometry.per_rank),
-        ("micro_batch", options.micro_batch, geometry.micro_batch, geometry.per_update),
-    ):
-        if used != stated:
-            logger.warning(
-                "trainer.%s: %d does not fit the %d samples that a process has%s%s; %d are taken. "
-                "Forward passes of another size round differently: a run with another number of "
-                "processes ends in the same parameters only if its passes have %d samples too.",
-                *(key, stated, share),
-                " in an optimizer step" if key == "micro_batch" else "",
-                ", in passes of sampling and training that are to be equal" if half else "",
-                *(used, used),
-            )
-    return geometry
-
-
-def _rows_per_sample(settings: Config) -> int:
-    """Return the rows that a sample has in a training pass.
-
-    Guidance is not counted, since it doubles the rows of sampling as well.
-    """
-    if settings.policy.name == "causal_lm":
-        return 1
-    trained = settings.sampling.window or settings.sampling.steps - 1
-    return min(settings.policy.step_batch, trained)
-
-
-def unequal_batches(settings: Config, geometry: Geometry) -> str | None:
-    """Return what to change if passes in half precision differ in size, and so in rounding."""
-    if settings.policy.dtype == "float32":
-        return None
-    rows = _rows_per_sample(settings)
-    trained = settings.sampling.window or settings.sampling.steps - 1
-    if settings.policy.name != "causal_lm" and trained % rows:
-        return (
-            f"policy.step_batch: should divide the {trained} trained steps of a rollout in half "
-            f"precision: forward passes of other sizes round differently. Found {rows}."
-        )
-    if geometry.sample_batch != geometry.micro_batch * rows:
-        return (
-            "trainer.sample_batch: should be at least policy.step_batch, and a number of samples "
-            "that divides a process's share, in half precision: passes of sampling and training "
-            f"then have equally many rows and round alike. Found {geometry.sample_batch} rows in "
-            f"sampling and {geometry.micro_batch * rows} in training."
-        )
-    return None
 
 
 def check_trackers(names: Sequence[str]) -> None:

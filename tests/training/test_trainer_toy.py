@@ -958,29 +958,6 @@ def test_equal_steps_are_for_images(tmp_path):
         settings(tmp_path / "run", loss__steps="equal")
 
 
-@pytest.mark.parametrize(
-    ("sampling", "batches", "problem"),
-    [
-        ({"window": 2}, (8, 8, 1), None),
-        ({"window": 2}, (16, 8, 2), None),
-        ({"window": 0}, (16, 8, 2), "divide the 9 trained steps"),
-        ({"window": 2}, (1, 8, 2), "1 rows in sampling and 16 in training"),
-    ],
-)
-def test_batches_that_round_differently_are_named(sampling, batches, problem):
-    sample_batch, micro_batch, step_batch = batches
-    config = from_dict(
-        {
-            "policy": {"dtype": "float16", "step_batch": step_batch},
-            "sampling": {"steps": 10} | sampling,
-            "rewards": {"ocr": {}},
-            "trainer": {"sample_batch": sample_batch, "micro_batch": micro_batch},
-        }
-    )
-    found = assembly.unequal_batches(config, assembly.solve_geometry(config, 1))
-    assert (found is None) if problem is None else (problem in found)
-
-
 def test_non_finite_gradients_skip_the_update_and_are_counted(tmp_path):
     trainer = make(tmp_path / "run")
     before = {}
