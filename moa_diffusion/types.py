@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# PyTorch is imported where it is used: a typo in a configuration is told before it is loaded.
 
 # What a policy draws: images [n, 3, H, W] float32 in [0, 1] on the CPU, or n texts.
-Outputs: TypeAlias = Tensor | tuple[str, ...]
+Outputs: TypeAlias = "Tensor | tuple[str, ...]"
 
 
 class ConfigError(ValueError):
@@ -116,11 +118,15 @@ class Rollout:
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
     """``values[rows]`` of numbers that the host knows, without an index sent to the device."""
+    import torch
+
     return torch.stack([values[i] for i in rows]) if rows else values[:0]
 
 
 def concatenate(parts: Sequence[Rollout]) -> Rollout:
     """Join rollouts of the same policy along the sample axis."""
+    import torch
+
     images = [part.images for part in parts if part.images is not None]
     texts = [part.texts for part in parts if part.texts is not None]
     return Rollout(
@@ -167,7 +173,7 @@ class RewardMatrix:
                 f"Parameter `extra` should be empty or have length N = {samples}. "
                 f"Found {len(self.extra)}."
             )
-        if torch.isinf(self.values).any():
+        if self.values.isinf().any():
             raise ValueError("Parameter `values` should be finite or NaN. Found an infinity.")
 
 

@@ -10,10 +10,13 @@ import sys
 
 def main() -> int:
     """Train; return the exit status: see ``launch``."""
+    from moa_diffusion.config.command_line import read_command_line
+
+    settings = read_command_line()
     from moa_diffusion import assembly
     from moa_diffusion.training.launch import launch
 
-    return launch(assembly.trainer)
+    return launch(assembly.trainer, settings)
 
 
 if __name__ == "__main__":

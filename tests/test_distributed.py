@@ -202,17 +202,18 @@ def check_disagreement(folder: Path) -> None:
 def check_launch(folder: Path) -> None:
     """The scripts' exit status is 2 on both if the command line is wrong on one."""
     from moa_diffusion import assembly
+    from moa_diffusion.config.command_line import read_command_line
     from moa_diffusion.training.launch import launch
 
     rank, recipe = int(os.environ["RANK"]), folder / "run" / "config.yaml"
     sys.argv = ["train_sd.py", "--config", str(folder / "lost.yaml" if rank else recipe)]
-    assert launch(assembly.trainer) == 2
+    assert launch(assembly.trainer, read_command_line()) == 2
     # A folder each, as two nodes without a shared disk have.
     sys.argv = ["train_sd.py", "--config", str(recipe)]
     sys.argv += ["--output_dir", str(folder / ("nothing" if rank else "run")), "--resume", "latest"]
-    assert launch(assembly.trainer) == 2
+    assert launch(assembly.trainer, read_command_line()) == 2
     sys.argv = ["train_sd.py", "--config", str(folder / "absent.yaml")]
-    assert launch(assembly.trainer) == 2
+    assert launch(assembly.trainer, read_command_line()) == 2
     place = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
     assert place is not None
     assert place.loader is not None

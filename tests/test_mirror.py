@@ -89,6 +89,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
             "moa_diffusion.config.messages",
             "moa_diffusion.config.parse",
             "moa_diffusion.config.schema",
+            "moa_diffusion.config.yaml_files",
         ),
     ),
     "data/test_prompt_files.py": (
@@ -131,8 +132,8 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         "files of LoRA weights are read into adapters",
         ("moa_diffusion.policies.adapters", "moa_diffusion.policies.hub"),
     ),
-    "processes/test_launcher.py": (
-        "commands of several processes end as their launcher says",
+    "test_distributed.py": (
+        "all processes leave together, and one of them says why",
         ("moa_diffusion.training.launch",),
     ),
     "report/page/test_page.py": (
@@ -217,6 +218,7 @@ USED_BY = {
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
     "moa_diffusion.config.messages": "whole number",
+    "moa_diffusion.config.yaml_files": "should be YAML",
     "moa_diffusion.evaluation.draw": "evaluate(",
     "moa_diffusion.evaluation.medium": "plan_evaluation(",
     "moa_diffusion.evaluation.score": "evaluate(",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from moa_diffusion import tiny
@@ -20,14 +19,11 @@ def train_prompts(settings: Config) -> Mixture:
     Raises:
         ConfigError: For a file that cannot be read.
     """
+    files = settings.prompts.train
+    if isinstance(files, str):
+        files = [WeightedPromptFileConfig(path=files)]
     return Mixture(
-        [
-            PromptSet(
-                prompts=_read(file, "train", settings),
-                weight=file.weight if isinstance(file, WeightedPromptFileConfig) else 1.0,
-            )
-            for file in _files(settings.prompts.train)
-        ]
+        [PromptSet(prompts=_read(file, "train", settings), weight=file.weight) for file in files]
     )
 
 
@@ -39,7 +35,9 @@ def heldout_prompts(settings: Config) -> tuple[Prompt, ...]:
     """
     if settings.prompts.heldout is None:
         return ()
-    files = _files(settings.prompts.heldout)
+    files = settings.prompts.heldout
+    if isinstance(files, str):
+        files = [PromptFileConfig(path=files)]
     prompts = in_turn([_read(file, "heldout", settings) for file in files])
     return prompts[: settings.evaluation.prompts or None]
 
@@ -68,13 +66,7 @@ def heldout_requests(settings: Config) -> tuple[Request, ...]:
     )
 
 
-def _files(value: str | Sequence[str | PromptFileConfig]) -> Sequence[str | PromptFileConfig]:
-    return [value] if isinstance(value, str) else value
-
-
-def _read(file: str | PromptFileConfig, kind: str, settings: Config) -> tuple[Prompt, ...]:
-    if isinstance(file, str):
-        file = PromptFileConfig(path=file)
+def _read(file: PromptFileConfig, kind: str, settings: Config) -> tuple[Prompt, ...]:
     shipped = f"letters_{kind}.txt" if settings.policy.name == "causal_lm" else f"{kind}.txt"
     path = tiny.PROMPTS_PATH / shipped if file.path == "tiny" else Path(file.path)
     return read_prompts(path, column=file.column or settings.prompts.column)

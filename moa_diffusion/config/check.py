@@ -1,132 +1,25 @@
-"""Ranges of every value, checked before anything is built."""
+"""What several values have to be together, checked before anything is built."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.config.schema import (
-    SAMPLERS,
-    Config,
-    PromptFileConfig,
-    WeightedPromptFileConfig,
-)
-from moa_diffusion.files.meant import did_you_mean, nearest
+from moa_diffusion.config.schema import SAMPLERS, Config, PromptFileConfig
+from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ConfigError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Range:
-    """Which values a key may have."""
-
-    words: str  # completes "should be ..."
-    holds: Callable[[Any], bool]
-
-
-_AT_LEAST: dict[str, float] = {
-    "policy.max_sequence_length": 1,
-    "policy.step_batch": 1,
-    "policy.vae_batch": 1,
-    "policy.lora.rank": 1,
-    "sampling.resolution": 1,
-    "sampling.steps": 2,
-    "sampling.guidance": 0,
-    "sampling.window": 0,
-    "sampling.window_stay": 1,
-    "generation.max_new_tokens": 1,
-    "generation.eval_temperature": 0,
-    "critic.hidden": 1,
-    "critic.epochs": 1,
-    "gradients.every": 1,
-    "loss.kl_weight": 0,
-    "loss.max_skipped": 1,
-    "optimizer.weight_decay": 0,
-    "optimizer.warmup": 0,
-    "ema.every": 1,
-    "preferences.smoothing": 0,
-    "preferences.batch": 1,
-    "preferences.level_prompts": 0,
-    "trainer.steps": 1,
-    "trainer.minutes": 0,
-    "trainer.groups": 1,
-    "trainer.group_size": 2,
-    "trainer.updates": 1,
-    "trainer.sample_batch": 1,
-    "trainer.micro_batch": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 0,
-    "checkpoint.front": 0,
-    "evaluation.every": 0,
-    "evaluation.images_per_prompt": 1,
-    "evaluation.prompts": 0,
-    "evaluation.steps": 1,
-    "evaluation.guidance": 0,
-    "evaluation.pictures": 0,
-    "evaluation.rollout_images": 0,
-    "alarm.patience": 1,
-    "alarm.z": 0,
-    "alarm.kl_factor": 1,
-    "alarm.limit": 0,
-    "alarm.drift": 0,
-    "alarm.gap": 0,
-}
-_POSITIVE = (
-    "policy.embeds_memory_gb",
-    "sampling.noise_level",
-    "generation.temperature",
-    "critic.lr",
-    "loss.clip_range",
-    "loss.advantage_clip",
-    "optimizer.lr",
-    "optimizer.eps",
-    "optimizer.max_grad_norm",
-)
-_POSITIVE_OR_NULL = (
-    "loss.ratio_tolerance",
-    "policy.lora.alpha",
-    "generation.max_prompt_tokens",
-)
-# By dotted key, whatever the other values are; docs/configuration.md shows them.
-RANGES: dict[str, Range] = {
-    **{
-        key: Range(words=f"at least {bound}", holds=partial(operator.le, bound))
-        for key, bound in _AT_LEAST.items()
-    },
-    **dict.fromkeys(_POSITIVE, Range(words="positive", holds=lambda value: value > 0)),
-    **dict.fromkeys(
-        _POSITIVE_OR_NULL,
-        Range(words="positive or null", holds=lambda value: value is None or value > 0),
-    ),
-    "gradients.share": Range(words="in (0, 1]", holds=lambda value: 0 < value <= 1),
-    "critic.gamma": Range(words="in (0, 1]", holds=lambda value: 0 < value <= 1),
-    "critic.lam": Range(words="in [0, 1]", holds=lambda value: 0 <= value <= 1),
-    "ema.decay": Range(words="in [0, 1)", holds=lambda value: 0 <= value < 1),
-    "optimizer.betas": Range(
-        words="two numbers in [0, 1)",
-        holds=lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-    ),
-    "policy.lora.target_modules": Range(words="a non-empty list", holds=lambda value: value != []),
-}
-_PROMPT_FILES = {"train": WeightedPromptFileConfig, "heldout": PromptFileConfig}
-
-
-def check(config: Config) -> None:
-    """Check every value's range.
+def check_together(config: Config) -> None:
+    """Check what depends on more than one value; ``schema`` checks each value by itself.
 
     Raises:
-        ConfigError: For the first value out of range.
+        ConfigError: For the first value that does not go with another.
     """
-    for key, allowed in RANGES.items():
-        _require(config, key, allowed.holds, allowed.words)
-    check_prompts(dataclasses.asdict(config.prompts))
-    _check_together(config)
+    _check_numbers(config)
     if config.preferences.given:
         _check_preferences(config)
     if not config.rewards and not config.preferences.given:
@@ -134,8 +27,6 @@ def check(config: Config) -> None:
             "rewards: should name at least one objective, such as `rewards: {ocr: {weight: 1}}`. "
             "Found none."
         )
-    check_rewards(config.rewards)
-    check_rewards(config.evaluation.rewards, "evaluation.rewards")
     for name in config.evaluation.rewards:
         if name in config.rewards:
             raise ConfigError(
@@ -160,10 +51,8 @@ def _check_preferences(config: Config) -> None:
         )
     for name in preferences.objectives:
         _check_name("preferences.objectives", name)
-    for name, file in preferences.pairs.items():
+    for name in preferences.pairs:
         _check_name("preferences.pairs", name)
-        if not isinstance(file, str):
-            raise ConfigError(f"preferences.pairs.{name}: should be a file. Found {file!r}.")
     if config.objectives.method != "mopo":
         raise ConfigError(
             "objectives.method: should be mopo, which learns from preferences. "
@@ -185,7 +74,7 @@ def _check_preferences(config: Config) -> None:
         )
 
 
-def _check_together(config: Config) -> None:
+def _check_numbers(config: Config) -> None:
     """Values whose range depends on another value."""
     steps = config.sampling.steps
     _require(
@@ -239,54 +128,15 @@ def _check_together(config: Config) -> None:
         )
 
 
-def _check_distinct(key: str, files: list[Any], column: str) -> None:
+def _check_distinct(key: str, files: Sequence[PromptFileConfig], column: str) -> None:
     seen: dict[tuple[Path, str], int] = {}
     for number, file in enumerate(files):
-        record = PromptFileConfig(path=file) if isinstance(file, str) else file
-        first = seen.setdefault((Path(record.path).resolve(), record.column or column), number)
+        first = seen.setdefault((Path(file.path).resolve(), file.column or column), number)
         if first != number:
             raise ConfigError(
                 f"{key}[{number}]: should be another file than {key}[{first}]. "
-                f"Found `{record.path}` again."
+                f"Found `{file.path}` again."
             )
-
-
-def check_prompts(prompts: dict[str, Any]) -> None:
-    """Check the lists of prompt files, as a YAML file has them.
-
-    Raises:
-        ConfigError: Naming the first entry that is wrong.
-    """
-    for name, record in _PROMPT_FILES.items():
-        key, value = f"prompts.{name}", prompts.get(name)
-        if value is None or isinstance(value, str):
-            continue
-        if not isinstance(value, list) or not value:
-            raise ConfigError(f"{key}: should be a prompt file or a list of some. Found {value!r}.")
-        for number, entry in enumerate(value):
-            if not isinstance(entry, str):
-                _check_prompt_file(f"{key}[{number}]", entry, record)
-
-
-def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> None:
-    if not isinstance(entry, dict) or "path" not in entry:
-        raise ConfigError(f"{key}: should be a file or a mapping with `path`. Found {entry!r}.")
-    valid = [field.name for field in dataclasses.fields(record)]
-    for name in entry:
-        if name not in valid:
-            near = nearest(str(name), valid)
-            hint = "" if near is None else f" Did you mean `{near}`?"
-            if name == "weight":
-                hint = " Every held-out prompt is drawn; weights are for prompts.train."
-            raise ConfigError(f"{key}.{name}: unknown key.{hint} Valid keys: {', '.join(valid)}.")
-    for name in ("path", "column"):
-        value = entry.get(name)
-        if not isinstance(value, str) and (name == "path" or value is not None):
-            raise ConfigError(f"{key}.{name}: should be text. Found {value!r}.")
-    weight = entry.get("weight", 1.0)
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not 0 < weight < math.inf:
-        raise ConfigError(f"{key}.weight: should be a positive number. Found {weight!r}.")
 
 
 def check_rewards(rewards: dict[str, Any], section: str = "rewards") -> None:
@@ -339,7 +189,5 @@ def _require(config: Config, key: str, holds: Callable[[Any], bool], expectation
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: should be finite. Found {value}.")
     if not holds(value):
         raise ConfigError(f"{key}: should be {expectation}. Found {value!r}.")

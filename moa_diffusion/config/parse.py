@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from moa_diffusion.config.check import check, check_prompts, check_rewards
-from moa_diffusion.config.messages import plain
+from moa_diffusion.config.check import check_rewards, check_together
+from moa_diffusion.config.help import help_text
+from moa_diffusion.config.messages import all_keys, alternatives, plain, record_in, without_ranges
 from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
-from moa_diffusion.files.meant import nearest
+from moa_diffusion.config.yaml_files import parse_yaml, read_yaml
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -35,41 +33,19 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     check_encodable("command line", arguments)
-    arguments, open_mappings, prompt_files = _merge_open_values(arguments)
-    for section in ("rewards", "evaluation.rewards"):
-        check_rewards(open_mappings.get(section, {}), section)
-    try:
-        namespace = _parser().parse_args(arguments)
-    except Exception as error:  # argparse and jsonargparse raise several kinds
-        raise ConfigError(plain(str(error), _known_hint)) from error
-    values = namespace.as_dict()
-    for key, value in (open_mappings | prompt_files).items():
-        *sections, last = key.split(".")  # jsonargparse reads text in them as YAML again
-        functools.reduce(dict.__getitem__, sections, values)[last] = value
+    asked = {option for option in arguments if option in ("-h", "--help", "--print_config")}
+    values, source = _gather([option for option in arguments if option not in asked])
+    if asked & {"-h", "--help"}:
+        print(help_text(values), end="")
+        raise SystemExit(0)
     config = from_dict(values)
-    _check_nulls(config)
     expand_homes(config)
-    check(config)
-    source, explicit = _source_of_output_dir(arguments)
-    follow_run(config, source, explicit=explicit)
-    if namespace.print_config:
+    check_together(config)
+    follow_run(config, source if isinstance(source, Path) else None, explicit=source == "option")
+    if asked:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
-
-
-@functools.cache  # making it takes as long as its work
-def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    # jsonargparse's own option would print open mappings with words read as YAML again.
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, print_config=None)
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_argument(
-        "--print_config", action="store_true", help="Print the whole configuration and exit."
-    )
-    parser.add_class_arguments(Config, None)
-    return parser
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -81,11 +57,27 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Nested dictionaries to dataclasses; keys without a value keep their default.
 
     Raises:
-        ConfigError: For a list of prompt files with a wrong entry.
+        ConfigError: Naming every key that is unknown or has a value that it may not have.
     """
-    check_prompts(values.get("prompts", {}))
-    built: Config = _build(Config, values)
-    return built
+    for section, rewards in (
+        ("rewards", values.get("rewards")),
+        ("evaluation.rewards", _mapping(values.get("evaluation")).get("rewards")),
+    ):
+        check_rewards(_mapping(rewards), section)
+    try:
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(plain(error, values)) from None
+
+
+def check(config: Config) -> None:
+    """Check a configuration that was changed since it was made.
+
+    Raises:
+        ConfigError: As ``from_dict``, or for values that do not go together.
+    """
+    from_dict(dataclasses.asdict(config))
+    check_together(config)
 
 
 def to_yaml(config: Config) -> str:
@@ -94,112 +86,78 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    return kind(**{n: _convert(hints[n], value) for n, value in values.items() if n in hints})
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value)
-    record = _record(hint) if isinstance(value, list) else None
-    if record is None:
-        return value
-    return [_build(record, item) if isinstance(item, dict) else item for item in value]
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _record(hint: Any) -> Any:
-    """Return the dataclass in a hint such as ``str | list[str | Record]``; None without one."""
-    inside = (part if dataclasses.is_dataclass(part) else _record(part) for part in get_args(hint))
-    return next((record for record in inside if record is not None), None)
-
-
-def _merge_open_values(
+def _gather(
     arguments: Sequence[str],
-) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, Any]]:
-    """Check every key, and gather what is set below open mappings (``rewards``) into one option.
-
-    jsonargparse lets ``--rewards.ocr.weight 2`` replace all other options of ``ocr``; here it
-    changes the one. On the command line null takes a key away. And it lets a list of prompt files
-    inherit the weights of the list that it replaces; here only the last list counts.
+) -> tuple[dict[str, Any], Path | Literal["option", "default"]]:
+    """Lay options and files over each other, in their order.
 
     Returns:
-        The arguments with one option per open mapping and list of prompt files, and these mappings
-        and lists by dotted key.
+        What is set, nested; and what says where the run goes: a file, an option or the default.
+
+    Raises:
+        ConfigError: For an option without its value, or a file that cannot be read.
     """
-    rest: list[str] = []
-    open_mappings: dict[str, dict[str, Any]] = {}
-    prompt_files: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    source: Path | Literal["option", "default"] = "default"
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
-        name, separator, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name.split("=")[0] in ("help", "print_config"):
-            rest.append(argument)
-            continue
-        if not separator and queue and not queue[0].startswith("--"):
-            value, separator = queue.pop(0), " "
+        if not argument.startswith("--"):
+            raise ConfigError(f"Options should begin with `--`. Found {argument!r}.")
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(
+                    f"{name}: should have a value, as in `--{name} VALUE`. Found none."
+                )
+            text = queue.pop(0)
         if name == "config":
-            value = _file(value)
-            rest.append(f"--config={value}")
-            _check_mapping(values := _read_yaml(value))
-            prompt_files |= _prompt_files(values.get("prompts", {}))
-            for key, mapping in _open_values(values):
-                open_mappings[key] = _merge(open_mappings.get(key, {}), mapping)
+            try:
+                file = expanded(text)
+            except ValueError as error:
+                raise ConfigError(f"config: {error}") from None
+            given = read_yaml(file)
+            source = file if "output_dir" in given else source
+            values = _merge(values, given)
             continue
-        rest += [argument] if separator != " " else [argument, value]
-        _check_key(name)
-        if name in ("prompts.train", "prompts.heldout") and separator:
-            prompt_files |= _prompt_files({name.removeprefix("prompts."): _listed(value)})
-        opened = next((key for key in _OPEN if f"{name}.".startswith(f"{key}.")), None)
-        if opened is not None:
-            del rest[-1 if separator != " " else -2 :]
-            nested = yaml.load(value, Loader=_Yaml) if separator else None
-            for part in reversed(name.removeprefix(opened).split(".")[1:]):
-                nested = {part: nested}
-            if not isinstance(nested, dict):
-                raise ConfigError(f"{name}: should be a mapping. Found {nested!r}.")
-            open_mappings[opened] = _without_nulls(
-                _merge(open_mappings.get(opened, {}), nested), nested
-            )
-    prompt_files = {key: files for key, files in prompt_files.items() if isinstance(files, list)}
-    gathered = open_mappings | prompt_files
-    rest += [f"--{key}={json.dumps(value)}" for key, value in gathered.items()]
-    return rest, open_mappings, prompt_files
+        source = "option" if name == "output_dir" else source
+        nested = _value(name, text)
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        values = _merge(values, nested)
+        _take_away_nulls(values, nested, below=_depth(name))
+    return values, source
 
 
-def _source_of_output_dir(arguments: Sequence[str]) -> tuple[Path | None, bool]:
-    """Return the last file that sets ``output_dir``, and whether an option sets it after that."""
-    source, explicit = None, False
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, rest = option.partition("=")
-        if name == "--output_dir":
-            explicit = True
-        elif name == "--config" and "output_dir" in _read_yaml(rest if equals else value):
-            source, explicit = Path(rest if equals else value), False
-    return source, explicit
+def _depth(name: str) -> int:
+    """Return how many parts of an option's name are keys; the others are below an open mapping."""
+    parts = name.split(".")
+    return max(n for n in range(len(parts) + 1) if not n or ".".join(parts[:n]) in all_keys())
 
 
-def _prompt_files(prompts: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``prompts.train`` and ``prompts.heldout`` set, as lists with all defaults."""
-    check_prompts(prompts)
-    chosen = {f"prompts.{name}": prompts[name] for name in ("train", "heldout") if name in prompts}
-    for key, files in chosen.items():
-        if isinstance(files, list):
-            entries = [{"path": file} if isinstance(file, str) else file for file in files]
-            chosen[key] = [dataclasses.asdict(_record(_hint(key))(**entry)) for entry in entries]
-    return chosen
-
-
-def _listed(text: str) -> Any:
-    """Return a list or mapping in an option's text; the text where it is a file's name."""
-    if Path(text).is_file():
+def _value(name: str, text: str) -> Any:
+    """Return what the text of an option stands for: text where its key takes text, else YAML."""
+    hint = all_keys().get(name)
+    kinds = {without_ranges(kind) for kind in alternatives(hint)}
+    files = record_in(hint) is not None
+    text_is_meant = any(kind is str or get_origin(kind) is Literal for kind in kinds)
+    as_it_is = Path(text).is_file() if files else text_is_meant
+    if as_it_is and not (text == "null" and NoneType in kinds):
         return text
     try:
-        value = yaml.load(text, Loader=_Yaml)
+        value = parse_yaml(text)
     except yaml.YAMLError:
-        return text
-    return value if isinstance(value, (list, dict)) else text
+        return text  # if it should have been YAML, its type is wrong
+    return text if files and isinstance(value, (int, float)) else value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -210,154 +168,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _without_nulls(merged: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Take away what an option set to null: ``--rewards.ocr null``."""
-    kept = dict(merged)
-    for key, value in over.items():
-        if value is None:
-            del kept[key]
+def _take_away_nulls(values: dict[str, Any], over: dict[str, Any], *, below: int) -> None:
+    """Take away what an option set to null in an open mapping: ``--rewards.ocr null``."""
+    for key, value in list(over.items()):
+        if value is None and below <= 0:
+            del values[key]
         elif isinstance(value, dict):
-            kept[key] = _without_nulls(kept[key], value)
-    return kept
-
-
-def _open_values(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Open mappings that a YAML file sets, by dotted key."""
-    mappings = []
-    for key in _OPEN:
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key}: should be a mapping. Found {value!r}.")
-            mappings.append((key, value))
-    return mappings
-
-
-def _file(name: str) -> str:
-    try:
-        return str(expanded(name))
-    except ValueError as error:
-        raise ConfigError(f"config: {error}") from None
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"config: should be a YAML file. Found no file `{name}`.")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: `{name}` should be YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: `{name}` should hold a mapping. Found {values!r}.")
-    check_encodable(f"config: `{name}`", values)
-    return values
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's numbers and truth values: 1e-5 is a number, a bare off is a word.
-
-    A key given twice is refused; YAML libraries silently keep the last.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key `{key.value}` stands here twice",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver(
-    _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Yaml.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
-        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def _check_mapping(values: dict[str, Any], kind: Any = None, prefix: str = "") -> None:
-    """Check the keys of a YAML file, and that sections are mappings."""
-    hints = get_type_hints(Config if kind is None else kind)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        _check_key(key)
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key}: should be a mapping of keys. Found {value!r}.")
-            _check_mapping(value, hints[name], f"{key}.")
-
-
-def _check_nulls(config: Any, prefix: str = "") -> None:
-    hints = get_type_hints(type(config))
-    for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
-            _check_nulls(value, f"{prefix}{name}.")
-        elif value is None and type(None) not in get_args(hints[name]):
-            raise ConfigError(f"{prefix}{name}: should have a value. Found null.")
-
-
-def _check_key(key: str) -> None:
-    """Walk the dataclasses along a dotted key; open mappings accept anything below them."""
-    kind: Any = Config
-    seen = ""
-    for part in key.split("."):
-        if not dataclasses.is_dataclass(kind):
-            if get_origin(kind) is dict:
-                return
-            raise ConfigError(f"{key}: `{seen.rstrip('.')}` holds a value, not a mapping.")
-        hints = get_type_hints(kind)
-        if part not in hints:
-            last = key.rsplit(".", 1)[-1]
-            same = [known for known in _all_keys() if known.split(".")[-1] == last]
-            known = [*(seen + name for name in hints), *_all_keys()]
-            near = same[0] if same else nearest(seen + part, known)
-            hint = "" if near is None else f" Did you mean `{near}`?"
-            raise ConfigError(
-                f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(hints))}."
-            )
-        kind, seen = hints[part], f"{seen}{part}."
-
-
-def _all_keys(kind: Any = None, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in get_type_hints(Config if kind is None else kind).items():
-        keys.append(f"{prefix}{name}")
-        if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{prefix}{name}.")
-    return keys
-
-
-def _open_keys() -> list[str]:
-    return [key for key in _all_keys() if get_origin(_hint(key)) is dict]
-
-
-def _hint(key: str) -> Any:
-    kind: Any = Config
-    for part in key.split("."):
-        kind = get_type_hints(kind)[part]
-    return kind
-
-
-def _known_hint(key: str) -> Any:
-    """Return the type of a key; None if there is no such key."""
-    return _hint(key) if key in _all_keys() else None
-
-
-_OPEN = _open_keys()  # mappings that take any key
+            _take_away_nulls(values[key], value, below=below - 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moa_diffusion.config.schema import Config, PromptFileConfig
+from moa_diffusion.config.schema import Config
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.types import ConfigError
 
@@ -56,18 +56,14 @@ def expand_homes(config: Config) -> None:
         if isinstance(files, str):
             prompts[name] = _expanded(key, files)
         for number, file in enumerate(files if isinstance(files, list) else ()):
-            if isinstance(file, PromptFileConfig):
-                file.path = _expanded(f"{key}[{number}]", file.path)
-            else:
-                files[number] = _expanded(f"{key}[{number}]", file)
+            file.path = _expanded(f"{key}[{number}]", file.path)
     _expand_values("preferences.pairs", config.preferences.pairs)
     for section, rewards in (
         ("rewards", config.rewards),
         ("evaluation.rewards", config.evaluation.rewards),
     ):
         for name, options in rewards.items():
-            if isinstance(options, dict):
-                _expand_values(f"{section}.{name}", options)
+            _expand_values(f"{section}.{name}", options)
 
 
 def _expand_values(key: str, values: dict[str, Any]) -> None:

@@ -1,14 +1,32 @@
-"""The dataclasses that mirror the YAML, with every default."""
+"""The dataclasses that mirror the YAML, with every default and every range.
+
+A value is checked wherever a section is made: from YAML, on the command line and in Python. Types
+are strict (``"3"`` and ``3.0`` are no whole numbers), since a converted value is often a typo.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Interval, Len, MinLen
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Strict, Tag
+from pydantic.dataclasses import dataclass
 
 SAMPLERS = ("flow_sde", "cps")  # names that `sampling.sampler` may have
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-@dataclass
+Switch = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict()]
+Natural = Annotated[int, Strict(), Ge(0)]
+Count = Annotated[int, Strict(), Ge(1)]
+NotNegative = Annotated[float, Strict(), Ge(0)]
+Positive = Annotated[float, Strict(), Gt(0)]
+Decay = Annotated[float, Strict(), Interval(ge=0, lt=1)]
+
+
+@dataclass(config=_STRICT)
 class LoraConfig:
     """The trained adapter.
 
@@ -20,9 +38,9 @@ class LoraConfig:
             the eight attention projections for sd3 and all projections for causal_lm.
     """
 
-    rank: int = 32
-    alpha: int | None = None
-    target_modules: list[str] | None = None
+    rank: Count = 32
+    alpha: Count | None = None
+    target_modules: Annotated[list[str], MinLen(1)] | None = None
 
     @property
     def numerator(self) -> int:
@@ -30,7 +48,7 @@ class LoraConfig:
         return self.rank if self.alpha is None else self.alpha
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class PolicyConfig:
     """The model.
 
@@ -65,17 +83,17 @@ class PolicyConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    gradient_checkpointing: bool = False
-    max_sequence_length: int = 128
-    step_batch: int = 1
-    vae_batch: int = 8
+    gradient_checkpointing: Switch = False
+    max_sequence_length: Count = 128
+    step_batch: Count = 1
+    vae_batch: Count = 8
     embeds_dir: str | None = None
-    embeds_memory_gb: float = 8.0
+    embeds_memory_gb: Positive = 8.0
     adapter: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class SamplingConfig:
     """How rollouts are drawn.
 
@@ -95,18 +113,18 @@ class SamplingConfig:
         window_stay: Number of rollouts for which a sliding window stays at one place.
     """
 
-    resolution: int = 512
-    steps: int = 10
-    guidance: float = 4.5
+    resolution: Count = 512
+    steps: Annotated[int, Strict(), Ge(2)] = 10
+    guidance: NotNegative = 4.5
     sampler: str = "flow_sde"
-    noise_level: float = 0.7
-    shared_start: bool = False
-    window: int = 0
+    noise_level: Positive = 0.7
+    shared_start: Switch = False
+    window: Natural = 0
     window_mode: Literal["random", "slide", "first"] = "random"
-    window_stay: int = 25
+    window_stay: Count = 25
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class GenerationConfig:
     """How a language model draws; in the place of ``sampling``.
 
@@ -121,14 +139,14 @@ class GenerationConfig:
             the tokenizer has one.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    eval_temperature: float = 1.0
-    max_prompt_tokens: int | None = None
-    chat: bool | None = None
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0
+    eval_temperature: NotNegative = 1.0
+    max_prompt_tokens: Count | None = None
+    chat: Switch | None = None
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class PromptFileConfig:
     """One of several prompt files.
 
@@ -141,7 +159,7 @@ class PromptFileConfig:
     column: str | None = None
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class WeightedPromptFileConfig(PromptFileConfig):
     """One of several prompt files to train on.
 
@@ -152,10 +170,22 @@ class WeightedPromptFileConfig(PromptFileConfig):
             sizes.
     """
 
-    weight: float = 1.0
+    weight: Positive = 1.0
 
 
-@dataclass
+def _entry(value: Any) -> Any:
+    """Return an entry of a list of prompt files as a mapping; a text is the file's name."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+_Record = TypeVar("_Record")
+_Files = Annotated[list[Annotated[_Record, BeforeValidator(_entry)]], MinLen(1), Tag("files")]
+# What stands there is one of these two; pydantic then explains that one alone.
+_one_or_many = Discriminator(lambda value: "files" if isinstance(value, list) else "file")
+_File = Annotated[str, Tag("file")]
+
+
+@dataclass(config=_STRICT)
 class PromptsConfig:
     """The prompts that are drawn, for training and for evaluations.
 
@@ -169,12 +199,12 @@ class PromptsConfig:
         column: Key or column of the prompt in .jsonl, .csv and .tsv.
     """
 
-    train: str | list[str | WeightedPromptFileConfig] = "tiny"
-    heldout: str | list[str | PromptFileConfig] | None = None
+    train: Annotated[_File | _Files[WeightedPromptFileConfig], _one_or_many] = "tiny"
+    heldout: Annotated[_File | _Files[PromptFileConfig], _one_or_many] | None = None
     column: str = "prompt"
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class ObjectivesConfig:
     """How K rewards become one advantage: the method and the options of its parts.
 
@@ -195,7 +225,7 @@ class ObjectivesConfig:
     weighting: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class PreferencesConfig:
     """Responses that are already there, to learn from instead of rollouts: offline MOPO.
 
@@ -220,9 +250,9 @@ class PreferencesConfig:
     pairs: dict[str, str] = field(default_factory=dict)
     objectives: list[str] = field(default_factory=list)
     cycles: Literal["error", "keep"] = "error"
-    smoothing: float = 0.0
-    batch: int = 32
-    level_prompts: int = 512
+    smoothing: NotNegative = 0.0
+    batch: Count = 32
+    level_prompts: Natural = 512
 
     @property
     def given(self) -> bool:
@@ -230,7 +260,7 @@ class PreferencesConfig:
         return self.data is not None or bool(self.pairs)
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class GradientsConfig:
     """When the objectives' own gradients are measured, for weightings that need their Gramian.
 
@@ -243,11 +273,11 @@ class GradientsConfig:
     """
 
     mode: Literal["auto", "fused", "probe"] = "auto"
-    every: int = 1
-    share: float = 0.25
+    every: Count = 1
+    share: Annotated[float, Strict(), Interval(gt=0, le=1)] = 0.25
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class LossConfig:
     """The policy-gradient surrogate.
 
@@ -271,13 +301,13 @@ class LossConfig:
     """
 
     kind: Literal["grpo", "ppo"] = "grpo"
-    clip_range: float = 1e-4
-    advantage_clip: float = 5.0
+    clip_range: Positive = 1e-4
+    advantage_clip: Positive = 5.0
     steps: Literal["plain", "equal"] = "plain"
-    kl_weight: float = 0.0
+    kl_weight: NotNegative = 0.0
     kl: Literal["gaussian", "dt_free", "velocity", "k3"] | None = None
-    ratio_tolerance: float | None = None
-    max_skipped: int = 5
+    ratio_tolerance: Positive | None = None
+    max_skipped: Count = 5
 
     @property
     def tolerance(self) -> float:
@@ -285,7 +315,7 @@ class LossConfig:
         return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class CriticConfig:
     """Value heads, one per objective, for ``loss.kind: ppo``.
 
@@ -299,14 +329,14 @@ class CriticConfig:
     """
 
     granularity: Literal["decision", "sample"] = "decision"
-    gamma: float = 1.0
-    lam: float = 0.95
-    hidden: int = 64
-    lr: float = 1e-3
-    epochs: int = 8
+    gamma: Annotated[float, Strict(), Interval(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Strict(), Interval(ge=0, le=1)] = 0.95
+    hidden: Count = 64
+    lr: Positive = 1e-3
+    epochs: Count = 8
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class OptimizerConfig:
     """AdamW and its schedule.
 
@@ -320,15 +350,15 @@ class OptimizerConfig:
         warmup: Number of optimizer steps over which the learning rate rises from 0.
     """
 
-    lr: float = 3e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    warmup: int = 0
+    lr: Positive = 3e-4
+    betas: Annotated[list[Decay], Len(2, 2)] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 1e-4
+    max_grad_norm: Positive = 1.0
+    warmup: Natural = 0
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class EmaConfig:
     """Average of the adapter, which evaluation and deployment use.
 
@@ -337,11 +367,11 @@ class EmaConfig:
         every: Number of optimizer steps between two updates of the average.
     """
 
-    decay: float = 0.9
-    every: int = 8
+    decay: Decay = 0.9
+    every: Count = 8
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class TrainerConfig:
     """Length and geometry; micro-batches are solved for the processes there are.
 
@@ -357,16 +387,16 @@ class TrainerConfig:
             passes of sampling and training get equally many rows, so that they round alike.
     """
 
-    steps: int = 100
-    minutes: float = 0.0
-    groups: int = 48
-    group_size: int = 24
-    updates: int = 2
-    sample_batch: int = 16
-    micro_batch: int = 16
+    steps: Count = 100
+    minutes: NotNegative = 0.0
+    groups: Count = 48
+    group_size: Annotated[int, Strict(), Ge(2)] = 24
+    updates: Count = 2
+    sample_batch: Count = 16
+    micro_batch: Count = 16
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class CheckpointConfig:
     """Checkpoints; one is always written at the end.
 
@@ -378,12 +408,12 @@ class CheckpointConfig:
             the held-out rewards, among those that were evaluated.
     """
 
-    every: int = 20
-    keep: int = 5
-    front: int = 10
+    every: Natural = 20
+    keep: Natural = 5
+    front: Natural = 10
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class EvaluationConfig:
     """Held-out rewards and pictures during training: averaged weights, deterministic sampling.
 
@@ -400,18 +430,18 @@ class EvaluationConfig:
             trained on, so that alarm can tell when the trained rewards are being gamed.
     """
 
-    every: int = 20
-    images_per_prompt: int = 1
-    prompts: int = 0
-    steps: int = 40
-    guidance: float = 4.5
-    seed: int = 0
-    pictures: int = 16
-    rollout_images: int = 8
+    every: Natural = 20
+    images_per_prompt: Count = 1
+    prompts: Natural = 0
+    steps: Count = 40
+    guidance: NotNegative = 4.5
+    seed: Whole = 0
+    pictures: Natural = 16
+    rollout_images: Natural = 8
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class AlarmConfig:
     """What evaluations set off: a training reward up, a held-out one down, drifting outputs.
 
@@ -431,15 +461,15 @@ class AlarmConfig:
     """
 
     action: Literal["warn", "stop", "raise_kl", "rollback"] = "warn"
-    patience: int = 2
-    z: float = 2.0
-    kl_factor: float = 3.0
-    limit: int = 3
-    drift: float = 3.0
-    gap: float = 1.0
+    patience: Count = 2
+    z: NotNegative = 2.0
+    kl_factor: Annotated[float, Strict(), Ge(1)] = 3.0
+    limit: Natural = 3
+    drift: NotNegative = 3.0
+    gap: NotNegative = 1.0
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class ScoringConfig:
     """How reward heads run.
 
@@ -449,11 +479,11 @@ class ScoringConfig:
         offload: Whether heads leave the accelerator while the policy is improved.
     """
 
-    overlap: bool = True
-    offload: bool = False
+    overlap: Switch = True
+    offload: Switch = False
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class LogConfig:
     """The trackers that get the numbers of metrics.jsonl, too.
 
@@ -463,10 +493,10 @@ class LogConfig:
     """
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    scores: bool = True
+    scores: Switch = True
 
 
-@dataclass
+@dataclass(config=_STRICT)
 class Config:
     """One training run.
 
@@ -498,7 +528,7 @@ class Config:
 
     output_dir: str = "runs/run"
     resume: str | None = None
-    seed: int = 0
+    seed: Whole = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

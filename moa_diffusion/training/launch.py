@@ -1,17 +1,14 @@
-"""From a command line to a run and an exit status: what the training scripts share."""
+"""From a configuration to a run and an exit status: what the training scripts share."""
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
-from moa_diffusion import config
 from moa_diffusion.config import Config
+from moa_diffusion.config.command_line import launcher_note
 from moa_diffusion.distributed import AccelerateComm, ProcessError, agreed, tells
 from moa_diffusion.files.writing import StorageError
 from moa_diffusion.processes.launcher import make_accelerator
@@ -26,24 +23,21 @@ BAD_INPUT = (ConfigError, ImportError)
 STOPPED_BY_HAND = 128 + signal.SIGINT
 
 
-def launch(make: Callable[[Config], Run]) -> int:
-    """Read the command line, make the run, and run it.
+def launch(make: Callable[[Config], Run], settings: Config | ConfigError) -> int:
+    """Make the run, and run it.
 
     Args:
         make: A run from its configuration.
+        settings: The configuration, or why this process has none: see ``read_command_line``.
 
     Returns:
         Exit status: 0 (also after SIGTERM), 1 a failed run, 2 bad input, 128 and the signal's
         number after another signal: 130 for Ctrl-C.
     """
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if main_process else logging.ERROR,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
     try:
-        with agreed(AccelerateComm(make_accelerator())):  # a file may lack on one node
-            settings = config.parse(_arguments())
+        with agreed(AccelerateComm(make_accelerator())):
+            if isinstance(settings, ConfigError):
+                raise settings
         run = make(settings)
     except (*BAD_INPUT, ProcessError, StorageError) as error:
         say(error)
@@ -96,29 +90,8 @@ def say(error: BaseException) -> None:
     """Print an error with what was added to it, unless another process does (``tells``)."""
     if not tells(error):
         return
-    print("\n".join([f"error: {error}", *error_notes(error)]), file=sys.stderr)
-    # Launchers add a long traceback of their own, below which the reason gets lost.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        print("(This is the reason; the launcher reports only that it ended.)", file=sys.stderr)
-
-
-def _arguments() -> list[str]:
-    """Return the command line.
-
-    Raises:
-        ConfigError: If it is empty, since there is no run without a recipe.
-    """
-    if len(sys.argv) > 1:
-        return sys.argv[1:]
-    script = Path(sys.argv[0])
-    prefix = "lm_" if script.stem == "train_lm" else ""
-    recipes = sorted((script.resolve().parent.parent / "configs").glob(f"{prefix}*.yaml"))
-    shown = [os.path.relpath(file) for file in recipes if prefix or not file.stem.startswith("lm_")]
-    raise ConfigError(
-        f"config: should name a recipe. Try: {script} --config {shown[0] if shown else 'FILE.yaml'}"
-        + (f"\nRecipes: {', '.join(shown)}." if shown else "")
-        + f"\n{script} --help explains every option."
-    )
+    lines = "\n".join([f"error: {error}", *error_notes(error)])
+    print(f"{lines}{launcher_note()}", file=sys.stderr)
 
 
 def _is_told(cause: Exception) -> bool:

@@ -1,7 +1,7 @@
-"""Writes docs/configuration.md: every key of a configuration and every option, from the code.
+"""Writes docs/configuration.md and what ``--help`` prints: every key and every option.
 
 ``python scripts/dev/configuration.py``, from anywhere. Meanings are those of the docstrings, ranges
-those of ``moa_diffusion/config/check.py``.
+those of the fields of ``moa_diffusion/config/schema.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from docstring_parser import DocstringStyle, parse
 
 from moa_diffusion.assembly.methods import METHODS
-from moa_diffusion.config.check import RANGES
+from moa_diffusion.config.messages import fields, range_of
 from moa_diffusion.config.schema import (
     Config,
     PromptFileConfig,
@@ -30,7 +30,9 @@ from moa_diffusion.policies import samplers
 from rewards.heads.ocr.engines import ENGINES
 from rewards.registry import built_in
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "configuration.md"
+HELP = ROOT / "moa_diffusion" / "config" / "options.json"
 WORDS = {
     NoneType: "null",
     str: "text",
@@ -53,22 +55,44 @@ A key is set in the YAML file, or on the command line by its dotted path: `--tra
 nearest one. [methods.md](methods.md) says when to use which method, [rewards.md](rewards.md) what
 each reward measures.
 """
+REWARD = [  # name, type, default, meaning
+    (
+        "weight",
+        "number",
+        "`1`",
+        "Weight of the objective in methods with fixed weights; a negative one minimises the "
+        "reward.",
+    ),
+    (
+        "head",
+        "text",
+        "the reward's name",
+        "Name of the head; with it, two rewards may use one head with different options.",
+    ),
+    (
+        "path",
+        "text",
+        "-",
+        "Import path or file of a function or class of your own, such as `my_module:my_reward` or "
+        "`my_rewards.py:my_reward`; instead of `head`.",
+    ),
+    (
+        "per_image",
+        "true or false",
+        "`false`",
+        "For a function that is not registered: whether it scores one sample and not a batch.",
+    ),
+    (
+        "concurrency",
+        "integer",
+        "`8`",
+        "For an `async` function of one sample: how many samples are awaited at a time.",
+    ),
+]
 REWARDS = """\
 Besides the options of its head, listed [below](#reward-heads), every reward has these:
-
-| option | type | default | meaning |
-|---|---|---|---|
-| `weight` | number | `1` | Weight of the objective in methods with fixed weights; a negative one \
-minimises the reward. |
-| `head` | text | the reward's name | Name of the head; with it, two rewards may use one head with \
-different options. |
-| `path` | text | - | Import path or file of a function or class of your own, such as \
-`my_module:my_reward` or `my_rewards.py:my_reward`; instead of `head`. |
-| `per_image` | true or false | `false` | For a function that is not registered: whether it scores \
-one sample and not a batch. |
-| `concurrency` | integer | `8` | For an `async` function of one sample: how many samples are \
-awaited at a time. |
 """
+Row = dict[str, str]  # name, type, default, meaning; of a key also its range
 
 
 def type_of(hint: Any) -> str:
@@ -132,38 +156,62 @@ def summary(kind: object) -> str:
     return sentence(parse(inspect.getdoc(kind) or "").short_description)
 
 
-def keys(kind: Any, prefix: str = "") -> list[str]:
-    """Return the rows of a section's keys, those of its own sections included."""
-    rows, hints, said = [], get_type_hints(kind), meanings(kind)
+def keys(kind: Any, prefix: str = "") -> list[Row]:
+    """Return the keys of a section, those of its own sections included."""
+    rows: list[Row] = []
+    hints, said = get_type_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint):
             rows += keys(hint, f"{key}.")
             continue
         made = field.default_factory
-        default = field.default if made is dataclasses.MISSING else made()
-        allowed = RANGES[key].words if key in RANGES else ""
-        rows.append(row(f"`{key}`", type_of(hint), shown(default), allowed, said[field.name]))
+        rows.append(
+            {
+                "name": key,
+                "type": type_of(hint),
+                "default": shown(field.default if made is dataclasses.MISSING else made()),
+                "range": range_of(fields(kind)[field.name]),
+                "meaning": said[field.name],
+            }
+        )
     return rows
 
 
-def options(kind: Callable[..., Any], without: Collection[str] = OF_ALL) -> list[str]:
-    """Return a table of a class's options; a line that says so if it has none.
+def options(kind: Callable[..., Any], without: Collection[str] = OF_ALL) -> list[Row]:
+    """Return a class's options.
 
     Args:
         kind: The class; its parameters are its options.
         without: Parameters that are no options.
     """
-    said, hints = meanings(kind, without), get_type_hints(kind.__init__)
-    rows = []
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if name in without:
-            continue
-        default = parameter.default
-        rows.append(row(f"`{name}`", type_of(hints[name]), shown(default), said[name]))
+    said, hints = (
+        meanings(kind, without),
+        get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__),
+    )
+    return [
+        {
+            "name": name,
+            "type": type_of(hints[name]),
+            "default": shown(parameter.default),
+            "meaning": said[name],
+        }
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if name not in without
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return options as a table; a line that says so if there are none."""
     if not rows:
         return ["It has no options."]
-    return ["| option | type | default | meaning |", "|---|---|---|---|", *rows]
+    lines = [row(f"`{one['name']}`", one["type"], one["default"], one["meaning"]) for one in rows]
+    return ["| option | type | default | meaning |", "|---|---|---|---|", *lines]
+
+
+def reward_options() -> list[Row]:
+    """Return the options that every reward has beside those of its head."""
+    return [dict(zip(("name", "type", "default", "meaning"), one, strict=True)) for one in REWARD]
 
 
 def chapter(level: int, title: str, *parts: str | list[str]) -> str:
@@ -172,20 +220,31 @@ def chapter(level: int, title: str, *parts: str | list[str]) -> str:
     return "\n\n".join([f"{'#' * level} {title}", *texts])
 
 
-def sections() -> list[str]:
-    """Return a chapter for the keys at the top, and one for each section."""
-    hints, said = get_type_hints(Config), meanings(Config)
-    header = ["| key | type | default | range | meaning |", "|---|---|---|---|---|"]
+def sections() -> list[tuple[str, str, list[Row]]]:
+    """Return title, description and keys: of the keys at the top, and of each section."""
     rows = keys(Config)
-    found = []
-    for name, hint in hints.items():
-        own = [line for line in rows if line.startswith(f"| `{name}.")]
+    top = [one for one in rows if "." not in one["name"] and one["name"] != "rewards"]
+    chapters = [("The run", "", top)]
+    for name, hint in get_type_hints(Config).items():
+        own = [one for one in rows if one["name"].startswith(f"{name}.")]
         if name == "rewards":
-            found.append(chapter(3, "`rewards`", said[name], REWARDS.strip()))
+            chapters.append((name, meanings(Config)[name], []))
         elif dataclasses.is_dataclass(hint):
-            found.append(chapter(3, f"`{name}`", description(hint), header + own))
-    top = [line for line in rows if "." not in line.split("`")[1] and "`rewards`" not in line]
-    return [chapter(3, "The run", header + top), *found]
+            chapters.append((name, description(hint), own))
+    return chapters
+
+
+def section(name: str, meaning: str, rows: Sequence[Row]) -> str:
+    """Return the chapter of a section."""
+    lines = [
+        row(f"`{one['name']}`", one["type"], one["default"], one["range"], one["meaning"])
+        for one in rows
+    ]
+    lines = ["| key | type | default | range | meaning |", "|---|---|---|---|---|", *lines]
+    if name == "rewards":
+        lines = [REWARDS, *table(reward_options())]
+    title = f"`{name}`" if name in fields(Config) else name
+    return chapter(3, title, *([meaning] if meaning else []), lines)
 
 
 def description(kind: Any) -> str:
@@ -198,24 +257,23 @@ def description(kind: Any) -> str:
 def page() -> str:
     """Return the whole page."""
     files = [
-        chapter(3, title, description(kind), options(kind))
+        chapter(3, title, description(kind), table(options(kind)))
         for title, kind in (
             ("An entry of `prompts.train`", WeightedPromptFileConfig),
             ("An entry of `prompts.heldout`", PromptFileConfig),
         )
     ]
-    table = ["| method | normalizer | weighting | fixed by the name |", "|---|---|---|---|"]
+    methods = ["| method | normalizer | weighting | fixed by the name |", "|---|---|---|---|"]
     for name, method in METHODS.items():
         fixed = [f"`{key}: {json.dumps(value)}`" for key, value in method.options.items()]
         ends = (link(method.normalizer), link(method.weighting))
-        table.append(row(f"`{name}`", *ends, ", ".join(fixed)))
+        methods.append(row(f"`{name}`", *ends, ", ".join(fixed)))
     kinds = ["| sampler | what it is |", "|---|---|"]
     kinds += [row(f"`{name}`", summary(step)) for name, step in samplers.SAMPLERS.items()]
     normalizers = dict.fromkeys(method.normalizer for method in METHODS.values())
     weightings = dict.fromkeys(method.weighting for method in METHODS.values())
-    classes = [chapter(3, kind.__name__, summary(kind), options(kind)) for kind in normalizers]
     heads = [
-        chapter(3, f"`{name}`", summary(target), options(target))
+        chapter(3, f"`{name}`", summary(target), table(options(target)))
         for name, target in built_in().items()
     ]
     return (
@@ -223,19 +281,22 @@ def page() -> str:
             [
                 HEAD.strip(),
                 chapter(2, "Keys"),
-                *sections(),
+                *(section(*one) for one in sections()),
                 *files,
-                chapter(2, "Methods", "`objectives.method` names a row of this table.", table),
+                chapter(2, "Methods", "`objectives.method` names a row of this table.", methods),
                 chapter(2, "Options of normalizers", "They stand under `objectives.normalizer`."),
-                *classes,
+                *map(part_of_method, normalizers),
                 chapter(2, "Options of weightings", "They stand under `objectives.weighting`."),
-                *(chapter(3, kind.__name__, summary(kind), options(kind)) for kind in weightings),
+                *(
+                    chapter(3, kind.__name__, summary(kind), table(options(kind)))
+                    for kind in weightings
+                ),
                 chapter(
                     3,
                     "Offline MOPO",
                     "With `preferences`, `mopo` has the options `primary` and `bounds` of "
                     "[Mopo](#mopo) and these:",
-                    options(OfflineSettings),
+                    table(options(OfflineSettings)),
                 ),
                 chapter(2, "Samplers", "`sampling.sampler` names a row of this table.", kinds),
                 chapter(
@@ -244,7 +305,7 @@ def page() -> str:
                 *heads,
                 chapter(2, "OCR engines", "They stand under `engine_options` of the head `ocr`."),
                 *(
-                    chapter(3, f"Engine `{name}`", summary(kind), options(kind, OF_OCR))
+                    chapter(3, f"Engine `{name}`", summary(kind), table(options(kind, OF_OCR)))
                     for name, kind in ENGINES.items()
                 ),
             ]
@@ -253,14 +314,46 @@ def page() -> str:
     )
 
 
+def part_of_method(kind: type[Any]) -> str:
+    """Return the chapter of a normalizer or weighting."""
+    return chapter(3, kind.__name__, summary(kind), table(options(kind)))
+
+
 def link(kind: type[Any]) -> str:
     """Return a link to the chapter of a normalizer or weighting."""
     return f"[{kind.__name__}](#{kind.__name__.lower()})"
 
 
+def help_of_options() -> str:
+    """Return what ``--help`` reads: the same rows as JSON, chosen by method and head."""
+    kinds = {kind for method in METHODS.values() for kind in (method.normalizer, method.weighting)}
+    known = {
+        "sections": sections(),
+        "default_method": Config().objectives.method,
+        "methods": {
+            name: {
+                "normalizer": method.normalizer.__name__,
+                "weighting": method.weighting.__name__,
+            }
+            for name, method in METHODS.items()
+        },
+        "classes": {
+            kind.__name__: {"meaning": summary(kind), "options": options(kind)}
+            for kind in sorted(kinds, key=lambda kind: kind.__name__)
+        },
+        "reward": reward_options(),
+        "heads": {
+            name: {"meaning": summary(target), "options": options(target)}
+            for name, target in built_in().items()
+        },
+    }
+    return json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
-    """Write the page if it is not up to date."""
+    """Write the page, and what ``--help`` reads."""
     PAGE.write_text(page(), encoding="utf-8")
+    HELP.write_text(help_of_options(), encoding="utf-8")
     return 0
 
 

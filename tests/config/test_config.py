@@ -60,10 +60,17 @@ def test_unknown_keys_name_the_nearest(tmp_path, key, nearest, place):
     assert "Valid keys here: " in message
 
 
-@pytest.mark.parametrize("key", ["seed.x", "policy.lora.rank.x", "log.trackers.x"])
+@pytest.mark.parametrize("key", ["seed", "policy.lora.rank", "log.trackers"])
 def test_a_key_below_a_value_is_refused(tmp_path, key):
-    with pytest.raises(ConfigError, match=f"{key}: `{key[:-2]}` holds a value, not a mapping"):
-        loaded(tmp_path, BASE, f"--{key}", "3")
+    with pytest.raises(ConfigError, match=rf'^{key}: should be a .*\. Found \{{"x": 3\}}\.$'):
+        loaded(tmp_path, BASE, f"--{key}.x", "3")
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, BASE, "--sed", "3", "--trainer.steps", "0", "--policy.lora.rank", "x")
+    keys = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["policy.lora.rank", "trainer.steps", "sed"]
 
 
 def test_equals_sign_and_abbreviations(tmp_path):
@@ -293,6 +300,23 @@ def test_evaluation_off_needs_no_prompts(tmp_path):
 # ---------------------------------------------------------------------- overrides and mappings
 
 
+def test_an_option_may_hold_a_list_or_a_mapping(tmp_path):
+    config = loaded(
+        tmp_path,
+        {"prompts": {"heldout": "tiny"}},
+        *("--rewards", '{"ocr": {"weight": 2}, "red": {}}', "--rewards.red.x", "[1, off]"),
+        *("--log.trackers", "[tensorboard, wandb]", "--trainer", "{steps: 3, groups: 5}"),
+        *("--policy.lora.target_modules", "[to_q]", "--policy.revision", "1e5"),
+        *("--loss.kl", "null", "--preferences.objectives=[]", "--optimizer.betas=[0, 0.5]"),
+    )
+    assert config.rewards == {"ocr": {"weight": 2}, "red": {"x": [1, "off"]}}
+    assert config.log.trackers == ["tensorboard", "wandb"]
+    assert (config.trainer.steps, config.trainer.groups, config.trainer.updates) == (3, 5, 2)
+    assert config.policy.lora.target_modules == ["to_q"]
+    assert (config.policy.revision, config.loss.kl) == ("1e5", None)
+    assert (config.preferences.objectives, config.optimizer.betas) == ([], [0.0, 0.5])
+
+
 def test_overrides_win_in_their_order(tmp_path):
     values = BASE | {"trainer": {"steps": 5, "groups": 3}, "seed": 4}
     config = loaded(tmp_path, values, "--trainer.steps", "6", "--trainer.steps", "7")
@@ -379,7 +403,7 @@ def test_prompt_files_may_be_lists(tmp_path):
 def test_prompt_files_given_in_python(tmp_path):
     config = from_dict(mixed())
     check(config)
-    assert config.prompts.train[0] == "a.txt"
+    assert config.prompts.train[0] == WeightedPromptFileConfig(path="a.txt")
     assert config.prompts.train[1] == WeightedPromptFileConfig(
         path="b.csv", weight=2, column="null"
     )
@@ -428,19 +452,23 @@ def test_an_override_takes_a_list_away(tmp_path):
         ("train", ["a.txt", 3], r"prompts\.train\[1\]: should be a file or a mapping .* Found 3"),
         ("train", [{"weight": 2}], r"prompts\.train\[0\]: .* mapping with `path`"),
         ("train", [{"path": 3}], r"prompts\.train\[0\]\.path: should be text\. Found 3"),
-        ("train", [{"path": None}], r"prompts\.train\[0\]\.path: should be text\. Found None"),
-        ("train", [{"path": "a.txt", "column": 3}], r"\[0\]\.column: should be text\. Found 3"),
+        ("train", [{"path": None}], r"prompts\.train\[0\]\.path: should be text\. Found null"),
+        (
+            "train",
+            [{"path": "a.txt", "column": 3}],
+            r"\[0\]\.column: should be text or null\. Found 3",
+        ),
         (
             "train",
             [{"path": "a.txt", "wieght": 3}],
             r"\.wieght: unknown key\. Did you mean `weight`",
         ),
-        ("train", [{"path": "a.txt", "weight": 0}], r"\.weight: should be a positive number"),
-        ("train", [{"path": "a.txt", "weight": -1.0}], r"positive number\. Found -1\.0"),
-        ("train", [{"path": "a.txt", "weight": math.inf}], r"positive number\. Found inf"),
-        ("train", [{"path": "a.txt", "weight": math.nan}], r"positive number\. Found nan"),
-        ("train", [{"path": "a.txt", "weight": True}], r"positive number\. Found True"),
-        ("train", [{"path": "a.txt", "weight": "2"}], r"positive number\. Found '2'"),
+        ("train", [{"path": "a.txt", "weight": 0}], r"\.weight: should be positive\. Found 0\."),
+        ("train", [{"path": "a.txt", "weight": -1.0}], r"positive\. Found -1\.0"),
+        ("train", [{"path": "a.txt", "weight": math.inf}], r"finite\. Found inf"),
+        ("train", [{"path": "a.txt", "weight": math.nan}], r"finite\. Found nan"),
+        ("train", [{"path": "a.txt", "weight": True}], r"number\. Found true"),
+        ("train", [{"path": "a.txt", "weight": "2"}], r"a number\. Found '2'"),
         (
             "train",
             ["a.txt", "b.txt", "./a.txt"],
@@ -518,7 +546,7 @@ def test_printing_options_exit_with_zero(tmp_path, capsys, option):
         (["--sampling.sampler", "cpss"], "my_module:my_step. Found 'cpss'. Did you mean 'cps'?"),
         (
             ["--policy.dtype", "fp16"],
-            "float32, bfloat16, float16. Found fp16. Did you mean float16",
+            "float32, bfloat16, float16. Found 'fp16'. Did you mean float16",
         ),
         (["--loss.kl", "gausian"], "k3 or null. Found 'gausian'. Did you mean gaussian?"),
         (["--trainer.steps", "many"], "trainer.steps: should be a whole number. Found 'many'."),

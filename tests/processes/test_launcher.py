@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator, unused
-from moa_diffusion.training.launch import launch
 from moa_diffusion.types import ConfigError
 
 PLAIN = {  # what `accelerate launch` sets without any choice of the user's
@@ -80,21 +77,3 @@ def test_settings_of_engines_do_not_reach_accelerate(monkeypatch):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert make_accelerator().num_processes == 1
     assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
-
-
-@pytest.mark.parametrize(("script", "other"), [("train_sd", "lm_tiny"), ("train_lm", "tiny_apex")])
-def test_without_options_a_script_says_what_to_do(monkeypatch, capsys, script, other):
-    path = Path(__file__).parents[2] / "scripts" / f"{script}.py"
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-    def never(settings: object) -> None:
-        raise AssertionError("there is nothing to make")
-
-    assert launch(never) == 2  # type: ignore[arg-type]
-    said = capsys.readouterr().err
-    assert f"error: config: should name a recipe. Try: {path} --config " in said
-    assert "--help" in said
-    assert other not in said
-    assert ("lm_tiny_pama.yaml" in said) == (script == "train_lm")
-    assert "the launcher reports only that it ended" in said

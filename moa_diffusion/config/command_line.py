@@ -1,0 +1,65 @@
+"""The command line of the training scripts, read before PyTorch is imported.
+
+That import takes longer than everything that can be wrong with a command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from moa_diffusion.config.parse import parse
+from moa_diffusion.config.schema import Config
+from moa_diffusion.types import ConfigError
+
+
+def read_command_line() -> Config | ConfigError:
+    """Read the configuration of a training run, and say what is wrong with it.
+
+    Returns:
+        The configuration; or what is wrong, if there are several processes, which have to learn of
+        it from each other: a file may lack on one node.
+
+    Raises:
+        SystemExit: With status 2 for a configuration that cannot be run; 0 for ``--help``.
+    """
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if main_process else logging.ERROR,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        return parse(_arguments())
+    except ConfigError as error:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            return error
+        print(f"error: {error}{launcher_note()}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def launcher_note() -> str:
+    """Return a line that ends an error under a launcher, which adds a long traceback of its own."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return "\n(This is the reason; the launcher reports only that it ended.)"
+    return ""
+
+
+def _arguments() -> list[str]:
+    """Return the command line.
+
+    Raises:
+        ConfigError: If it is empty, since there is no run without a recipe.
+    """
+    if len(sys.argv) > 1:
+        return sys.argv[1:]
+    script = Path(sys.argv[0])
+    prefix = "lm_" if script.stem == "train_lm" else ""
+    recipes = sorted((script.resolve().parent.parent / "configs").glob(f"{prefix}*.yaml"))
+    shown = [os.path.relpath(file) for file in recipes if prefix or not file.stem.startswith("lm_")]
+    raise ConfigError(
+        f"config: should name a recipe. Try: {script} --config {shown[0] if shown else 'FILE.yaml'}"
+        + (f"\nRecipes: {', '.join(shown)}." if shown else "")
+        + f"\n{script} --help explains every option."
+    )

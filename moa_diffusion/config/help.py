@@ -1,0 +1,94 @@
+"""What ``--help`` prints: every key, and the options of the method and the heads that are chosen.
+
+The texts are those of docs/configuration.md; scripts/dev/configuration.py writes both. Reading them
+from a file spares the import of everything that they describe.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, str]]
+
+ABOUT = """\
+A key is set in a YAML file or by its dotted path; later files and options override earlier ones.
+Options of the method and of the rewards are those that the given files and options choose.
+"""
+
+
+def help_text(values: Mapping[str, Any]) -> str:
+    """Return the help, as wide as the terminal.
+
+    Args:
+        values: What files and options set, nested, before it is checked.
+    """
+    known = json.loads(files("moa_diffusion.config").joinpath("options.json").read_text("utf-8"))
+    script = Path(sys.argv[0]).name
+    parser = ArgumentParser(
+        usage=f"{script} [--config FILE] [--KEY VALUE ...] [--print_config] [--help]",
+        description=ABOUT,
+        formatter_class=RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    general = parser.add_argument_group("general")
+    for option, meaning in (
+        ("--config", "YAML file; later options override it."),
+        ("--print_config", "Print the whole configuration and exit."),
+        ("--help", "Print this and exit."),
+    ):
+        general.add_argument(option, help=meaning, metavar="FILE" if option == "--config" else "")
+    for title, meaning, rows in known["sections"]:
+        _add(parser, title, meaning, rows, prefix="")
+    for title, meaning, rows, prefix in _chosen(known, values):
+        _add(parser, title, meaning, rows, prefix=prefix)
+    return parser.format_help()
+
+
+def _chosen(
+    known: Mapping[str, Any], values: Mapping[str, Any]
+) -> list[tuple[str, str, Rows, str]]:
+    """Return title, meaning, options and prefix of the chosen method's parts and the rewards."""
+    found = []
+    method = _inside(values, "objectives").get("method", known["default_method"])
+    for part, kind in known["methods"].get(str(method), {}).items():
+        own = known["classes"][kind]
+        title = f"{part} of {method}: {kind}"
+        found.append((title, own["meaning"], own["options"], f"objectives.{part}."))
+    for section, named in (
+        ("rewards", _inside(values, "rewards")),
+        ("evaluation.rewards", _inside(_inside(values, "evaluation"), "rewards")),
+    ):
+        for name in named:
+            head = str(_inside(named, name).get("head", name))
+            if head in known["heads"]:
+                own = known["heads"][head]
+                title = f"{section}.{name}: head {head}"
+                common = [row for row in known["reward"] if row["name"] in ("weight", "head")]
+                rows = [*common, *own["options"]]
+                found.append((title, own["meaning"], rows, f"{section}.{name}."))
+    return found
+
+
+def _inside(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a section as it was written; an empty one if it is none."""
+    value = values.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _add(parser: ArgumentParser, title: str, meaning: str, rows: Rows, *, prefix: str) -> None:
+    group = parser.add_argument_group(title, meaning)
+    for row in rows:
+        facts = [row[name] for name in ("type", "range") if row.get(name)]
+        default = f"default {row['default']}" if row["default"] != "-" else "no default"
+        text = f"{row['meaning']} ({'; '.join([*facts, default])})"
+        group.add_argument(
+            f"--{prefix}{row['name']}",
+            metavar="VALUE",
+            help=text.replace("`", "").replace("%", "%%"),
+        )
