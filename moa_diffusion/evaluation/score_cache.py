@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import inspect
-import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +14,9 @@ from moa_diffusion.scoring import RewardHead
 from moa_diffusion.types import ConfigError
 from rewards.functions import FunctionHead
 from rewards.identity import Identity
+from rewards.score_store import Score, ScoreStore
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """What a head says of one sample."""
-
-    value: float  # NaN: does not apply
-    extra: Mapping[str, Any]  # further columns
+__all__ = ["HeadVersion", "Score", "ScoreCache"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +56,8 @@ class HeadVersion:
         )
 
 
-class ScoreCache:
-    """The scores of one version of a head: a file of lines, to which whole batches are added.
-
-    A line that a crash left incomplete does not count, and is cut off by the next writer.
+class ScoreCache(ScoreStore):
+    """The scores of one version of a head, in a file of its own.
 
     Args:
         folder: The folder of all files of scores.
@@ -76,8 +65,8 @@ class ScoreCache:
     """
 
     def __init__(self, folder: Path, version: HeadVersion) -> None:
-        self.path = folder / f"{version.identity.head}-{version.digest[:16]}.jsonl"
-        self.version = version
+        name = f"{version.identity.head}-{version.digest[:16]}.sqlite"
+        super().__init__(folder / name, asdict(version))
 
     @staticmethod
     def key(sample: str, prompt: Prompt) -> str:
@@ -91,43 +80,9 @@ class ScoreCache:
         """Return all scores by key.
 
         Raises:
-            ConfigError: If a whole line is damaged.
+            ConfigError: If the file is damaged.
         """
-        if not self.path.is_file():
-            return {}
-        scores = {}
-        *lines, _ = self.path.read_bytes().split(b"\n")  # what follows the last line feed is torn
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                row = json.loads(line)
-                value = math.nan if row["value"] is None else float(row["value"])
-                scores[row["key"]] = Score(value=value, extra=row["extra"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{self.path}:{number}: is damaged ({error!r}). Delete the file, and what "
-                    "it is of is scored again."
-                ) from error
-        return scores
-
-    def add(self, scores: Mapping[str, Score]) -> None:
-        """Append scores; all reach the disk, or the file is as it was."""
-        lines = []
-        for key, score in scores.items():
-            value = None if math.isnan(score.value) else score.value
-            row = {"key": key, "value": value, "extra": dict(score.extra)}
-            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation may share the cache
-            file.seek(0)
-            end = file.read().rfind(b"\n") + 1
-            file.truncate(end)
-            if end == 0:
-                lines.insert(0, json.dumps(asdict(self.version), ensure_ascii=False))
-            try:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(end)
-                raise
+        try:
+            return super().read()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error

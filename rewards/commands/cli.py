@@ -124,29 +124,29 @@ def score_samples(
             f"Parameter `batch_size` should be at least 1. Found `batch_size = {batch_size}`."
         )
     pairs = texts_of(prompts) if folder is None else match(folder, prompts)
-    table = ScoreTable(output)
+    table = ScoreTable(output, pairs)
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         head = prepare(name, options, kind="texts" if folder is None else "images")
         try:
-            table.begin(Identity.of(name, head, options).digest, pairs)
-            if table.rows:
-                print(f"{len(table.rows)} of {len(pairs)} scores are in {table.partial} already.")
+            table.begin(Identity.of(name, head, options).digest)
+            if table.scores:
+                print(f"{len(table.rows())} of {len(pairs)} scores are in {table.partial} already.")
             for remark in head.remarks(list(dict.fromkeys(prompt for _, prompt, _ in pairs))):
                 print(f"note: {remark}")
-            score_pairs(head, pairs, table, batch_size=batch_size)
+            score_pairs(head, table, batch_size=batch_size)
             identity = Identity.of(name, head, options)
         finally:
             head.close()
         table.finish({**identity.to_json(), "options": dict(options)})
     except BaseException:  # Ctrl-C included
-        if table.rows:
+        if table.scores:
             print(
-                f"{len(table.rows)} of {len(pairs)} scores are kept in {table.partial}. "
+                f"{len(table.rows())} of {len(pairs)} scores are kept in {table.partial}. "
                 f"The same command goes on after them."
             )
-        table.discard()
         raise
-    print(summary(table.rows))
+    print(summary(table.rows()))
     print(f"Written to {output}.")
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from rewards.base import RewardBatch, RewardHead
 from rewards.commands.tables import writer_for
 from rewards.pictures import read_rgb
+from rewards.score_store import Score, ScoreStore
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SUMMARY_CHARACTERS = 60  # of a file's name or a text
@@ -119,95 +120,70 @@ def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
 
 
 class ScoreTable:
-    """A table that grows batch by batch: a row per sample with file or text, prompt, score, extras.
+    """A table of scores: a row per sample with file or text, prompt, score, extras.
 
-    Rows are appended to ``OUTPUT.partial.jsonl`` as they come, so that a failure loses none, and
-    the same run started again goes on after them; ``finish`` turns them into the file that was
-    asked for. The first line of the partial file says who scores, each further one holds a row and
-    the digest of what was scored.
+    Scores are kept in ``OUTPUT.partial.sqlite`` batch by batch, so that a failure loses none, and
+    the same command goes on after them; ``finish`` turns them into the file that was asked for. A
+    sample that has changed meanwhile is scored anew.
 
     Args:
         output: ``.parquet``, ``.csv`` or ``.jsonl``. A file of this name is replaced by ``finish``.
+        pairs: See ``match`` and ``texts_of``.
+
+    Attributes:
+        scores: Scores by the digest of the sample, its prompt and its metadata.
 
     Raises:
         ValueError: If the name ends otherwise.
         ImportError: If it is ``.parquet`` and pyarrow is not installed.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, pairs: Sequence[Pair]) -> None:
         self._write = writer_for(output)
         self.output = output
-        self.partial = output.with_name(f"{output.name}.partial.jsonl")
-        self.rows: list[dict[str, Any]] = []
-        self._begun = False
-        output.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = output.with_name(f"{output.name}.partial.sqlite")
+        self.pairs = [(_digest(pair), pair) for pair in pairs]
+        self.scores: dict[str, Score] = {}
 
-    def begin(self, scorer: str, pairs: Sequence[Pair]) -> None:
-        """Start the partial file, or takes over the rows of one that is there.
+    def begin(self, scorer: str) -> None:
+        """Take over the scores of an earlier call.
 
         Args:
-            scorer: Digest of the head; rows of another are not mixed with its own.
-            pairs: See ``match`` and ``texts_of``; the rows that are there should be those of the
-                first.
+            scorer: Digest of the head; scores of another are not mixed with its own.
 
         Raises:
-            ValueError: If a partial file is there and is not the beginning of this run. It stays
-                as it is.
+            ValueError: If what is there are not scores of this head. They stay as they are.
         """
-        text = self.partial.read_bytes() if self.partial.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]  # a row may be cut where a run was killed
-        if not whole:
-            self.partial.write_text(f"{json.dumps({'scorer': scorer})}\n", encoding="utf-8")
-        else:
-            self.rows = self._rows_of(whole, scorer, pairs)
-            with self.partial.open("r+b") as file:
-                file.truncate(len(whole))
-        self._begun = True
+        self._store = ScoreStore(self.partial, scorer)
+        kept = self._store.read()
+        self.scores = {key: kept[key] for key, _ in self.pairs if key in kept}
 
-    def _rows_of(self, text: bytes, scorer: str, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-        advice = "Delete it, or name another output."
-        try:
-            head, *lines = [json.loads(line) for line in text.splitlines()]
-            earlier = head["scorer"]
-            rows = [(line["of"], line["row"]) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"`{self.partial}` is no beginning of a table. {advice}") from error
-        if earlier != scorer:
-            raise ValueError(
-                f"`{self.partial}` holds scores of another head, of other options or weights "
-                f"(digest {str(earlier)[:12]} instead of {scorer[:12]}). {advice}"
-            )
-        if len(rows) > len(pairs):
-            raise ValueError(
-                f"`{self.partial}` holds {len(rows)} rows, and here are {len(pairs)} samples. "
-                f"{advice}"
-            )
-        for number, ((digest, _), pair) in enumerate(zip(rows, pairs, strict=False), start=1):
-            if digest != _digest(pair):
-                what = f"`{pair[0]}` with its picture" if isinstance(pair[0], Path) else "its text"
-                raise ValueError(
-                    f"`{self.partial}`: row {number} is not about {what}, prompt and metadata as "
-                    f"they are now. {advice}"
-                )
-        return [row for _, row in rows]
+    def missing(self) -> dict[str, Pair]:
+        """Return the samples that have no score yet by digest, in order; equal ones once."""
+        return {key: pair for key, pair in self.pairs if key not in self.scores}
 
-    def discard(self) -> None:
-        """Remove a partial file that this table began and that holds no row."""
-        if self._begun and not self.rows:
-            self.partial.unlink()
+    def add(self, scores: Mapping[str, Score]) -> None:
+        """Add scores by digest; they are on disk when this returns."""
+        self._store.add(scores)
+        self.scores.update(scores)
 
-    def append(self, rows: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
-        """Add the rows of some samples; they are on disk when this returns."""
-        with self.partial.open("a", encoding="utf-8") as file:
-            for row, pair in zip(rows, pairs, strict=True):
-                line = {"of": _digest(pair), "row": row}
-                file.write(f"{json.dumps(line, allow_nan=False)}\n")
-        self.rows.extend(rows)
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the samples that have a score, in the order of the samples."""
+        return [
+            {
+                **_named(pair),
+                "score": None if math.isnan(self.scores[key].value) else self.scores[key].value,
+                **self.scores[key].extra,
+            }
+            for key, pair in self.pairs
+            if key in self.scores
+        ]
 
     def finish(self, provenance: Mapping[str, Any]) -> None:
         """Write the file, with the provenance in it (.parquet) or beside it (OUTPUT.json)."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        table = {column: [row.get(column) for row in self.rows] for column in columns}
+        rows = self.rows()
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        table = {column: [row.get(column) for row in rows] for column in columns}
         draft = self.output.with_name(f"{self.output.name}.draft")
         self._write(draft, table, provenance)
         if self.output.suffix != ".parquet":
@@ -217,43 +193,32 @@ class ScoreTable:
         self.partial.unlink()
 
 
-def score_pairs(
-    head: RewardHead,
-    pairs: Sequence[Pair],
-    table: ScoreTable,
-    *,
-    batch_size: int,
-) -> None:
-    """Score the samples that have no row yet, in order; a progress bar shows how far it is.
+def score_pairs(head: RewardHead, table: ScoreTable, *, batch_size: int) -> None:
+    """Score the samples that have no score yet, in order; a progress bar shows how far it is.
 
     Args:
         head: The head.
-        pairs: See ``match`` and ``texts_of``.
-        table: Gets the rows; the score is None where the objective does not apply.
+        table: Has the samples and gets their scores.
         batch_size: Samples read at once; of pictures, those of one size are scored together.
 
     Raises:
         RewardError: If the head fails.
         ValueError: If a picture cannot be read, or the head's further columns do not fit in.
     """
-    done = len(table.rows)
-    with tqdm(total=len(pairs), initial=done, desc=head.name, unit="sample") as bar:
-        for start in range(done, len(pairs), batch_size):
-            part = pairs[start : start + batch_size]
-            rows: list[dict[str, Any]] = [{} for _ in part]
+    todo = list(table.missing().items())
+    with tqdm(total=len(todo), desc=head.name, unit="sample") as bar:
+        for start in range(0, len(todo), batch_size):
+            keys, part = zip(*todo[start : start + batch_size], strict=True)
+            found: dict[str, Score] = {}
             for chosen, batch in _batches(part):
                 scores = head.evaluate(batch)
+                taken = sorted({*_named(part[0]), "score"} & scores.extra.keys())
+                if taken:
+                    raise ValueError(f"The head's columns {taken} are names of the table's own.")
                 for position, i in enumerate(chosen):
-                    value = float(scores.values[position])
-                    own = {**_named(part[i]), "score": None if math.isnan(value) else value}
-                    taken = sorted(own.keys() & scores.extra.keys())
-                    if taken:
-                        raise ValueError(
-                            f"The head's columns {taken} are names of the table's own."
-                        )
                     extra = {name: cells[position] for name, cells in scores.extra.items()}
-                    rows[i] = {**own, **extra}
-            table.append(rows, part)
+                    found[keys[i]] = Score(value=float(scores.values[position]), extra=extra)
+            table.add(found)
             bar.update(len(part))
 
 

@@ -340,13 +340,11 @@ def test_a_failed_run_is_continued(run: Run, folder: Path, grey: str) -> None:
     picture = folder / "pictures" / "12.png"
     whole = picture.read_bytes()
     picture.write_bytes(b"broken")
-    partial = folder / "scores.jsonl.partial.jsonl"
+    partial = folder / "scores.jsonl.partial.sqlite"
     assert score(run, folder, grey, "scores.jsonl")[0] == 2
     before = partial.read_bytes()
-    assert len(before.splitlines()) == 1 + 10
     assert score(run, folder, grey, "scores.jsonl")[0] == 2
     assert partial.read_bytes() == before  # the same failure loses nothing
-    partial.write_bytes(before + b'{"of": "cut wh')
     picture.write_bytes(whole)
     status, printed, _ = score(run, folder, grey, "scores.jsonl")
     assert status == 0
@@ -356,21 +354,21 @@ def test_a_failed_run_is_continued(run: Run, folder: Path, grey: str) -> None:
     assert not partial.exists()
 
 
-def test_the_rows_of_another_run_are_refused_and_kept(run: Run, folder: Path, grey: str) -> None:
-    partial = folder / "scores.csv.partial.jsonl"
+def test_the_scores_of_another_head_are_refused_and_kept(run: Run, folder: Path, grey: str) -> None:
+    partial = folder / "scores.csv.partial.sqlite"
     assert score(run, folder, grey, "scores.csv", "--option", "limit=210")[0] == 1
     before = partial.read_bytes()
     status, _, error = score(run, folder, grey, "scores.csv", "--option", "limit=220")
     assert (status, partial.read_bytes()) == (2, before)
     assert "of another head, of other options or weights" in error
     Image.new("RGB", (10, 8), (99,) * 3).save(folder / "pictures" / "4.png")
-    status, _, error = score(run, folder, grey, "scores.csv", "--option", "limit=210")
-    assert (status, partial.read_bytes()) == (2, before)
-    assert "row 4 is not about" in error
+    status, printed, _ = score(run, folder, grey, "scores.csv", "--option", "limit=210")
+    assert status == 1
+    assert "9 of 12 scores are in" in printed, "a picture that has changed is scored anew"
     partial.write_text("file,score\n")
     status, _, error = score(run, folder, grey, "scores.csv")
     assert (status, partial.read_text()) == (2, "file,score\n")
-    assert "is no beginning of a table. Delete it, or name another output." in error
+    assert "holds no scores that can be read" in error
 
 
 def test_what_was_scored_survives_a_failure(run: Run, folder: Path, grey: str) -> None:
@@ -378,8 +376,7 @@ def test_what_was_scored_survives_a_failure(run: Run, folder: Path, grey: str) -
     assert status == 1
     assert "too bright" in error
     assert "10 of 12 scores are kept in" in printed
-    lines = (folder / "scores.csv.partial.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["row"] for line in lines[1:]] == expected_rows()[:10]
+    assert (folder / "scores.csv.partial.sqlite").is_file()
     assert not (folder / "scores.csv").exists()
     (folder / "pictures" / "12.png").write_bytes(b"\x89PNG broken")
     status, printed, error = score(run, folder, grey, "other.csv")
@@ -397,7 +394,7 @@ def test_score_refuses_other_formats(run: Run, folder: Path, tmp_path: Path, mon
     assert "should end in one of" in score(run, folder, "sharpness", "scores.xlsx")[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "moa-diffusion\[report\]"'):
-        ScoreTable(tmp_path / "scores.parquet")
+        ScoreTable(tmp_path / "scores.parquet", [])
 
 
 def test_serve_in_a_process_of_its_own() -> None:

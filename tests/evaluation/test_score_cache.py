@@ -1,4 +1,4 @@
-"""The cache of scores: whole lines count, torn ones do not, damaged ones are named."""
+"""The cache of scores: a version of a head has a file of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from moa_diffusion.data.prompt_files import Prompt
-from moa_diffusion.evaluation.score_cache import HeadVersion, Score, ScoreCache
+from moa_diffusion.evaluation.score_cache import HeadVersion, ScoreCache
 from moa_diffusion.scoring import create_head
 from moa_diffusion.types import ConfigError
+from rewards.score_store import Score
 
 HEAD = create_head("sharpness")
 VERSION = HeadVersion.of("sharp", HEAD, {})
@@ -26,22 +27,10 @@ def test_scores_are_read_as_they_were_added(tmp_path: Path):
     assert math.isnan(scores["b"].value)
 
 
-def test_the_next_writer_cuts_off_a_torn_line(tmp_path: Path):
+def test_a_damaged_file_is_named(tmp_path: Path):
     cache = ScoreCache(tmp_path, VERSION)
-    cache.add({"a": Score(value=1.0, extra={})})
-    whole = cache.path.read_bytes()
-    cache.path.write_bytes(whole + b'{"key": "b", "val')
-    assert list(cache.read()) == ["a"]
-    cache.add({"c": Score(value=2.0, extra={})})
-    assert list(cache.read()) == ["a", "c"]
-    assert cache.path.read_bytes().startswith(whole)
-
-
-@pytest.mark.parametrize("line", ["{", '{"key": "a"}', '{"key": "a", "value": [], "extra": {}}'])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str):
-    cache = ScoreCache(tmp_path, VERSION)
-    cache.path.write_text(f"{{}}\n{line}\n")
-    with pytest.raises(ConfigError, match=r"jsonl:2: is damaged .*Delete the file"):
+    cache.path.write_text("not scores")
+    with pytest.raises(ConfigError, match=r"sqlite` holds no scores that can be read .* Delete it"):
         cache.read()
 
 
