@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 _WORDS = {
     type(None): "null",

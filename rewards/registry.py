@@ -20,10 +20,10 @@ from rewards.base import RewardHead, Scored
 from rewards.functions import CONCURRENCY, FunctionHead, is_async
 from rewards.option_types import check_complete, check_names, check_types
 from rewards.parameters import function_name, parameters_of
+from rewards.suggestions import did_you_mean
 from rewards.targets import (
     Target,
     declared,
-    did_you_mean,
     distribution,
     import_target,
     load_entry_point,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from rewards.base import RewardHead
 from rewards.blame import cause_of
 from rewards.parameters import parameters_of
 from rewards.source import FILE_MODULE
+from rewards.suggestions import did_you_mean
 
 Target = type[RewardHead] | Callable[..., Any]
 
@@ -102,12 +102,6 @@ def import_object(path: str, kind: str) -> Any:
                 f"{did_you_mean(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
     return target
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return a question to end an error message with: the known name that looks most alike."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
 
 
 def _checked(value: Any, attribute: str, label: str) -> Target:

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 T = TypeVar("T")
 

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from moa_diffusion.assembly.construct import construct
 from moa_diffusion.config import Config
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
@@ -28,6 +27,7 @@ from moa_diffusion.policies.samplers import SAMPLERS, StochasticSampler
 from moa_diffusion.storage import calibration_file
 from moa_diffusion.types import ConfigError
 from rewards.source import source_of
+from rewards.suggestions import did_you_mean
 from rewards.targets import import_object
 
 logger = logging.getLogger(__name__)

@@ -32,7 +32,6 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
@@ -52,6 +51,7 @@ from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe, Update
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import yaml
 from moa_diffusion import assembly, config
 from moa_diffusion.comparison.read import RunData, read_run, training_seconds
 from moa_diffusion.config import Config
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.paths import expanded, split_list
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 SECTIONS = ("objectives", "gradients", "loss")  # what a method's YAML file decides
 

@@ -18,8 +18,8 @@ from moa_diffusion.config.schema import (
     PromptFileConfig,
     WeightedPromptFileConfig,
 )
-from moa_diffusion.files.meant import did_you_mean, nearest
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,8 +274,7 @@ def _check_prompt_file(key: str, entry: Any, record: type[PromptFileConfig]) -> 
     valid = [field.name for field in dataclasses.fields(record)]
     for name in entry:
         if name not in valid:
-            near = nearest(str(name), valid)
-            hint = "" if near is None else f" Did you mean `{near}`?"
+            hint = did_you_mean(str(name), valid)
             if name == "weight":
                 hint = " Every held-out prompt is drawn; weights are for prompts.train."
             raise ConfigError(f"{key}.{name}: unknown key.{hint} Valid keys: {', '.join(valid)}.")

@@ -1,13 +1,14 @@
-"""What jsonargparse says of a value, in plain words: key, expectation, finding, nearest value."""
+"""What jsonargparse says of a value, in plain words: key, expectation, finding, suggestion."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from rewards.suggestions import did_you_mean
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _VALUE = re.compile(r"Got value: (.*)$", re.DOTALL)
@@ -44,9 +45,10 @@ def plain(text: str, hint_of: Callable[[str], Any]) -> str:
     if key is None or value is None or hint is None:
         return " ".join(text.split())
     value_text = " ".join(value[1].split())
-    near = difflib.get_close_matches(value_text, choices(hint), n=1, cutoff=0.4)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{key[1]}: should be {described(hint)}. Found {_quoted(value_text)}.{meant}"
+    return (
+        f"{key[1]}: should be {described(hint)}. Found {_quoted(value_text)}."
+        f"{did_you_mean(value_text, choices(hint))}"
+    )
 
 
 def described(hint: Any) -> str:

@@ -17,10 +17,10 @@ from moa_diffusion.config.check import check, check_prompts, check_rewards
 from moa_diffusion.config.messages import plain
 from moa_diffusion.config.places import expand_homes, follow_run
 from moa_diffusion.config.schema import Config
-from moa_diffusion.files.meant import nearest
 from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -327,8 +327,7 @@ def _check_key(key: str) -> None:
             last = key.rsplit(".", 1)[-1]
             same = [known for known in _all_keys() if known.split(".")[-1] == last]
             known = [*(seen + name for name in hints), *_all_keys()]
-            near = same[0] if same else nearest(seen + part, known)
-            hint = "" if near is None else f" Did you mean `{near}`?"
+            hint = did_you_mean(same[0] if same else seen + part, known)
             raise ConfigError(
                 f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(hints))}."
             )

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.data.preferences import Preferences, win_rates_of_pairs, win_rates_of_scores
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.text import bad_line, json_lines, shortened
+from rewards.suggestions import did_you_mean
 
 CYCLES = ("error", "keep")
 

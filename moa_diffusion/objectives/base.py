@@ -14,8 +14,8 @@ from math import isfinite, nan
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
+from rewards.suggestions import did_you_mean
 
 
 class Normalizer(nn.Module, ABC):

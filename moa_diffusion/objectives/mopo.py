@@ -27,12 +27,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
+from rewards.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 

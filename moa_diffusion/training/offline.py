@@ -26,7 +26,6 @@ from torch import Tensor
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, gather_shards, shard
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo import checked_bounds
@@ -36,6 +35,7 @@ from moa_diffusion.policies.base import Policy
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 
 class TeachablePolicy(Policy, Protocol):

@@ -16,7 +16,7 @@ from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.pretrained.tokens import TOKENIZER_FILES, Reader, Side, accepted, reader_of
 from rewards.registry import register
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 Output = Literal["logit", "probability"]
 

@@ -17,7 +17,7 @@ from rewards.registry import register
 from rewards.serving import wire
 from rewards.serving.client import Answer, CallError, Calls, call, check_url
 from rewards.serving.spread import SendError, Spread, SpreadError
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 _SHOWN = 300  # characters of an answer that is quoted in an error
 _HEALTH_SECONDS = 10.0

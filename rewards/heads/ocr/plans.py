@@ -31,7 +31,7 @@ from rewards.heads.ocr.engines import (
     tesseract_command,
 )
 from rewards.pretrained.base import pick_device
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 _MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # of Tesseract; 7 is reading without detection
 

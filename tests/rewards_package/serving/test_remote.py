@@ -494,7 +494,7 @@ def test_load_says_what_is_wrong(dead_url: Callable[[], str]) -> None:
         head.load()
         assert (head.unit, head.provenance()["weights"]) == ("points", "w1")
         assert head.provenance()["remote_digest"] == "d1"
-        with pytest.raises(RewardError, match=r'no head "juge"\. Did you mean "judge"'):
+        with pytest.raises(RewardError, match=r'no head "juge"\. Did you mean \'judge\''):
             RemoteHead(server.url, "juge").load()
         head.close()
         assert head.provenance() == {}

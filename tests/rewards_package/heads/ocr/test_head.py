@@ -191,7 +191,7 @@ def test_texts_are_refused(head):
         ({"workers": -1}, "workers = -1"),
         ({"timeout": 0}, "timeout = 0"),
         ({"detection_side": 8}, "detection_side = 8"),
-        ({"worker": 1}, 'Did you mean "workers"'),
+        ({"worker": 1}, "Did you mean 'workers'"),
         ({"engine_options": {"psm": 6}}, 'The OCR engine "rapidocr" has no option "psm"'),
     ],
 )
