@@ -169,8 +169,8 @@ def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
     if failure is not None and as_one:
         error = ProcessError(str(failure), type(failure).__name__)
         error.__cause__ = failure
-    told = [(host, elsewhere if one is None else one[1] or one[0]) for host, one in everyone]
-    vars(error)[_KNOWN] = _tells(told, comm.rank)
+    messages = [(host, elsewhere if one is None else one[1] or one[0]) for host, one in everyone]
+    vars(error)[_KNOWN] = _tells(messages, comm.rank)
     raise error
 
 

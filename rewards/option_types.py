@@ -86,7 +86,7 @@ def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any
         if not _fits(value, expected):
             raise ValueError(
                 f'Option `{option}` of the reward head "{head}" should be {_words(expected)}. '
-                f"Found `{option} = {value!r}`, {_found(value)}.{_hint(value, expected)}"
+                f"Found `{option} = {value!r}`, {_kind_of(value)}.{_hint(value, expected)}"
             )
 
 
@@ -165,7 +165,7 @@ def _words(expected: Any) -> str:
     return _WORDS.get(kind, "anything" if kind is Any else inspect.formatannotation(kind))
 
 
-def _found(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     if isinstance(value, Mapping):

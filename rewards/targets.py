@@ -66,8 +66,8 @@ def import_target(path: str) -> Target:
     Raises:
         ValueError: If importing fails, or it names no head; the message says which part failed.
     """
-    found = import_object(path, "reward")
-    return _checked(found, path.rpartition(":")[2], f'Reward path "{path}"')
+    imported = import_object(path, "reward")
+    return _checked(imported, path.rpartition(":")[2], f'Reward path "{path}"')
 
 
 def import_object(path: str, kind: str) -> Any:

@@ -132,12 +132,12 @@ def _import(key: str, path: Any, kind: str) -> Any:
 
 
 def _imported(key: str, path: Any, kind: str, base: type[T]) -> type[T]:
-    found = _import(key, path, kind)
-    if not isinstance(found, type) or not issubclass(found, base):
+    target = _import(key, path, kind)
+    if not isinstance(target, type) or not issubclass(target, base):
         raise ConfigError(
-            f"{key}: should name a subclass of {base.__module__}.{base.__name__}. Found {found!r}."
+            f"{key}: should name a subclass of {base.__module__}.{base.__name__}. Found {target!r}."
         )
-    return found
+    return target
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:

@@ -114,8 +114,8 @@ def plan_comparison(
     runs, notes = [], []
     names: tuple[str, ...] = ()
     for label, method in zip(labels, methods, strict=True):
-        settings, said = method_settings(base, overrides, method)
-        notes += [f"{label}: {sentence}" for sentence in said]
+        settings, remarks = method_settings(base, overrides, method)
+        notes += [f"{label}: {sentence}" for sentence in remarks]
         if minutes is not None:
             limited = dataclasses.replace(settings.trainer, minutes=minutes)
             settings = dataclasses.replace(settings, trainer=limited)

@@ -56,9 +56,10 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
         if number is None:
             raise
         cause = _CAUSES.get(number, os.strerror(number).lower()) if number else str(error)
-        told = StorageError(f"Could not write `{target}`: {cause}{_space(target, number, needed)}.")
-        told.cause = cause
-        raise told from error
+        space = _space(target, number, needed)
+        failure = StorageError(f"Could not write `{target}`: {cause}{space}.")
+        failure.cause = cause
+        raise failure from error
 
 
 @contextmanager

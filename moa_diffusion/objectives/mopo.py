@@ -198,8 +198,8 @@ class Mopo(Weighting):
         """Warn once of a bound that the largest multiplier does not reach."""
         stuck = violated & (self.multipliers >= self.maximum)
         self.capped = torch.where(known, (self.capped + 1) * stuck, self.capped)
-        news = (self.capped >= self.patience) & ~self.warned
-        for k in news.nonzero().flatten().tolist():
+        fresh = (self.capped >= self.patience) & ~self.warned
+        for k in fresh.nonzero().flatten().tolist():
             logger.warning(
                 "Bound %g on `%s` may be out of reach: the level is %.4g after %d rollouts with "
                 "the largest multiplier.",
@@ -208,7 +208,7 @@ class Mopo(Weighting):
                 float(self.level[k]),
                 self.patience,
             )
-        self.warned = self.warned | news
+        self.warned = self.warned | fresh
 
 
 def checked_bounds(

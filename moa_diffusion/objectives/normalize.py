@@ -240,10 +240,10 @@ def _patterns(rewards: RewardMatrix) -> Tensor:
     _, index = torch.unique(rewards.groups, return_inverse=True)  # [N] in 0..P-1
     applies = (~torch.isnan(rewards.values)).double()
     count = applies.new_zeros(len(applies), int(index.max()) + 1 if len(index) else 0)
-    heard = count.index_add_(1, index, applies) > 0  # [K, P]
-    if not heard.numel():
+    present = count.index_add_(1, index, applies) > 0  # [K, P]
+    if not present.numel():
         return index
-    _, pattern = torch.unique(heard, dim=1, return_inverse=True)  # [P]
+    _, pattern = torch.unique(present, dim=1, return_inverse=True)  # [P]
     return pattern[index]
 
 

@@ -56,12 +56,12 @@ class PamaVector(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
-        heard = tells_apart(stats).any(1)  # [K]
-        a = stats.advantages[heard]  # [heard, N]
-        weights = a.new_zeros(len(heard))
-        if not heard.any():
-            return torch.full_like(weights, 1 / len(heard))
-        weights[heard] = min_norm_weights(a @ a.T)
+        varies = tells_apart(stats).any(1)  # [K]
+        a = stats.advantages[varies]  # [objectives that vary, N]
+        weights = a.new_zeros(len(varies))
+        if not varies.any():
+            return torch.full_like(weights, 1 / len(varies))
+        weights[varies] = min_norm_weights(a @ a.T)
         return weights
 
 

@@ -108,8 +108,8 @@ class Saver:
             self.write(target)
         except Exception as error:  # the folder takes nothing, or what has failed is in the way
             place = f"The state after {done} {self._elsewhere(target)}"
-            told = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
-            return place if told else f"{error}\n{place}"
+            known = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
+            return place if known else f"{error}\n{place}"
         logger.warning("Stopped after %s; saved %s", done, target)
         return f"The state after {done} is in {target}."
 

@@ -65,7 +65,7 @@ def launch(make: Callable[[Config], Run]) -> int:
         return status_of(error)
     except (RewardError, TrainingError, ProcessError) as error:
         cause = error.__cause__
-        if tells(error) and isinstance(cause, Exception) and not _is_told(cause):
+        if tells(error) and isinstance(cause, Exception) and not _says_all(cause):
             traceback.print_exception(cause)
         say(error)
         status = status_of(error)
@@ -121,9 +121,6 @@ def _arguments() -> list[str]:
     )
 
 
-def _is_told(cause: Exception) -> bool:
-    """Return whether a cause's message says all.
-
-    Any other cause is shown with its traceback.
-    """
+def _says_all(cause: Exception) -> bool:
+    """Return whether the message of a cause says all; any other is shown with its traceback."""
     return isinstance(cause, (StorageError, TrackerError, ConfigError, RewardError, ValueError))

@@ -98,13 +98,13 @@ class Aesthetic(ModelHead):
             _check_architecture(architecture)
         else:
             self.required = ("config.json", "preprocessor_config.json")
-        self._head_found: dict[str, str] = {}
+        self._predictor_used: dict[str, str] = {}
         self._affine: tuple[Tensor, Tensor] | None = None
         self._preprocess: Preprocessing | None = None
 
     def provenance(self) -> Mapping[str, str]:
         """CLIP model, precision, backbone and head; once loaded, also revisions and digests."""
-        return {**super().provenance(), "backbone": self.backbone, **self._head_found}
+        return {**super().provenance(), "backbone": self.backbone, **self._predictor_used}
 
     def _recipe(self) -> Hashable:
         if self.backbone == "open_clip":
@@ -132,7 +132,7 @@ class Aesthetic(ModelHead):
         digest = files.digest()
         files.expect(self.predictor_sha256, digest, option="predictor_sha256")
         self._affine = read_affine(files)
-        self._head_found = {
+        self._predictor_used = {
             "predictor": files.model,
             "predictor_revision": files.revision,
             "predictor_sha256": digest,

@@ -75,7 +75,7 @@ class ClipHead(ModelHead):
         if processor is not None:
             check_name(processor, option="processor")
         self.processor = processor
-        self._processor_found: dict[str, str] = {}
+        self._processor_used: dict[str, str] = {}
         self._tokenizer: Any = None
         self._preprocess: Preprocessing | None = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
@@ -83,7 +83,7 @@ class ClipHead(ModelHead):
 
     def provenance(self) -> Mapping[str, str]:
         """Model, precision and processor; once loaded, also revisions and the digest."""
-        return {**super().provenance(), **self._processor_found}
+        return {**super().provenance(), **self._processor_used}
 
     def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines between the embeddings of pictures and prompts.
@@ -111,10 +111,10 @@ class ClipHead(ModelHead):
             RewardError: If the model cannot be loaded.
         """
         longest = self._longest(self._loaded().module)
-        found_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-        lengths = [len(ids) for ids in found_ids]
+        token_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        lengths = [len(ids) for ids in token_ids]
         cut = [i for i, length in enumerate(lengths) if length > longest]
-        blank = [prompt for prompt in prompts if not self._judges(prompt)]
+        blank = [prompt for prompt in prompts if not self._applies(prompt)]
         remarks = []
         if cut:
             remarks.append(
@@ -126,7 +126,7 @@ class ClipHead(ModelHead):
             remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
         return remarks
 
-    def _judges(self, prompt: str) -> bool:
+    def _applies(self, prompt: str) -> bool:
         return bool(prompt.strip())
 
     def _recipe(self) -> Hashable:
@@ -142,7 +142,7 @@ class ClipHead(ModelHead):
         self._preprocess = read_preprocessing(files.folder / _PREPROCESSING)
         self._tokenizer = CLIPTokenizer.from_pretrained(files.folder, local_files_only=True)
         self._texts.clear()
-        self._processor_found = {
+        self._processor_used = {
             "processor": files.model,
             "processor_revision": files.revision,
         }

@@ -122,7 +122,7 @@ class ModelHead(RewardHead):
             Finite scores ``[n]``, or ``Scores`` with further columns.
         """
 
-    def _judges(self, prompt: str) -> bool:
+    def _applies(self, prompt: str) -> bool:
         """Return whether the objective applies to samples of a prompt.
 
         It is asked when the model is loaded.
@@ -138,8 +138,8 @@ class ModelHead(RewardHead):
         # [N, 3, H, W], or N texts
         samples = batch.require_texts() if self.scores == "texts" else batch.uint8()
         shared = self._loaded()
-        judges = {prompt: self._judges(prompt) for prompt in dict.fromkeys(batch.prompts)}
-        chosen = [row for row, prompt in enumerate(batch.prompts) if judges[prompt]]
+        applies = {prompt: self._applies(prompt) for prompt in dict.fromkeys(batch.prompts)}
+        chosen = [row for row, prompt in enumerate(batch.prompts) if applies[prompt]]
         values = torch.full((len(batch),), torch.nan)
         extra: dict[str, list[Any]] = {}
         # One head at a time: another thread must not move the module meanwhile.
@@ -182,10 +182,10 @@ class ModelHead(RewardHead):
 
     def provenance(self) -> Mapping[str, str]:
         """Model and precision; once loaded, also the revision and the digest."""
-        asked = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
+        requested = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.revision is not None:
-            asked["revision"] = self.revision
-        return {**asked, **self._provenance}
+            requested["revision"] = self.revision
+        return {**requested, **self._provenance}
 
     def close(self) -> None:
         """Let go of the model; the next batch loads it again."""

@@ -120,11 +120,11 @@ def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[st
         ValueError: If one that the class has is not described.
     """
     documented = parse(inspect.getdoc(kind) or "", style=DocstringStyle.GOOGLE)
-    found = {one.arg_name: sentence(one.description) for one in documented.params}
+    described = {one.arg_name: sentence(one.description) for one in documented.params}
     for name in inspect.signature(kind).parameters:
-        if name not in found and name not in without:
+        if name not in described and name not in without:
             raise ValueError(f"The docstring of {kind.__qualname__} should describe `{name}`.")
-    return found
+    return described
 
 
 def summary(kind: object) -> str:
@@ -134,7 +134,7 @@ def summary(kind: object) -> str:
 
 def keys(kind: Any, prefix: str = "") -> list[str]:
     """Return the rows of a section's keys, those of its own sections included."""
-    rows, hints, said = [], get_type_hints(kind), meanings(kind)
+    rows, hints, texts = [], get_type_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -143,7 +143,7 @@ def keys(kind: Any, prefix: str = "") -> list[str]:
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
         allowed = RANGES[key].words if key in RANGES else ""
-        rows.append(row(f"`{key}`", type_of(hint), shown(default), allowed, said[field.name]))
+        rows.append(row(f"`{key}`", type_of(hint), shown(default), allowed, texts[field.name]))
     return rows
 
 
@@ -154,13 +154,13 @@ def options(kind: Callable[..., Any], without: Collection[str] = OF_ALL) -> list
         kind: The class; its parameters are its options.
         without: Parameters that are no options.
     """
-    said, hints = meanings(kind, without), get_type_hints(kind.__init__)
+    texts, hints = meanings(kind, without), get_type_hints(kind.__init__)
     rows = []
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in without:
             continue
         default = parameter.default
-        rows.append(row(f"`{name}`", type_of(hints[name]), shown(default), said[name]))
+        rows.append(row(f"`{name}`", type_of(hints[name]), shown(default), texts[name]))
     if not rows:
         return ["It has no options."]
     return ["| option | type | default | meaning |", "|---|---|---|---|", *rows]
@@ -174,18 +174,18 @@ def chapter(level: int, title: str, *parts: str | list[str]) -> str:
 
 def sections() -> list[str]:
     """Return a chapter for the keys at the top, and one for each section."""
-    hints, said = get_type_hints(Config), meanings(Config)
+    hints, texts = get_type_hints(Config), meanings(Config)
     header = ["| key | type | default | range | meaning |", "|---|---|---|---|---|"]
     rows = keys(Config)
-    found = []
+    described = []
     for name, hint in hints.items():
         own = [line for line in rows if line.startswith(f"| `{name}.")]
         if name == "rewards":
-            found.append(chapter(3, "`rewards`", said[name], REWARDS.strip()))
+            described.append(chapter(3, "`rewards`", texts[name], REWARDS.strip()))
         elif dataclasses.is_dataclass(hint):
-            found.append(chapter(3, f"`{name}`", description(hint), header + own))
+            described.append(chapter(3, f"`{name}`", description(hint), header + own))
     top = [line for line in rows if "." not in line.split("`")[1] and "`rewards`" not in line]
-    return [chapter(3, "The run", header + top), *found]
+    return [chapter(3, "The run", header + top), *described]
 
 
 def description(kind: Any) -> str:

@@ -278,8 +278,8 @@ def run_program(command: Sequence[str], data: bytes = b"") -> str:
         command, input=data, capture_output=True, env=environment, timeout=_PROGRAM_SECONDS
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"`{' '.join(command)}` ended with status {done.returncode}: {said}")
+        output = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"`{' '.join(command)}` ended with status {done.returncode}: {output}")
     return done.stdout.decode()
 
 

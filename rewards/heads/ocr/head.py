@@ -125,7 +125,7 @@ class OcrHead(RewardHead):
             workers = 0 if self._plan.on_gpu else _default_workers()
         self.workers = workers
         self._fetched = False
-        self._told = False
+        self._warned = False
         self._engine: Engine | None = None
         kind = self._plan.kind
         file = Path(inspect.getfile(kind))
@@ -142,9 +142,9 @@ class OcrHead(RewardHead):
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
         positions = [index for index, target in enumerate(targets) if comparable(target)]
-        if positions and not self._told:
+        if positions and not self._warned:
             for remark in self.remarks(list(dict.fromkeys(batch.prompts))):
-                self._told = True
+                self._warned = True
                 _log.warning('Reward head "%s": %s', self._label, remark)
         positions = [index for index in positions if not self._unreadable(targets[index])]
         values = torch.full((len(batch),), torch.nan)
@@ -167,7 +167,7 @@ class OcrHead(RewardHead):
         ]
         if not bad:
             return []
-        self._told = True
+        self._warned = True
         missing = dict.fromkeys(character for _, characters in bad for character in characters)
         shown = " ".join(list(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
         return [

@@ -159,8 +159,8 @@ def print_ocr(report: Mapping[str, Any]) -> None:
         target = ""
         if row["target"]:
             exact, limit = row["target"]
-            met = row["exact"] >= exact and row["milliseconds"] <= limit
-            target = f">= {exact}, <= {limit:g} ms: {'met' if met else 'missed'}"
+            reached = row["exact"] >= exact and row["milliseconds"] <= limit
+            target = f">= {exact}, <= {limit:g} ms: {'met' if reached else 'missed'}"
         table.add_row(
             row["engine"],
             str(row["side"]),
