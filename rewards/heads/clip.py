@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError
 from rewards.heads.ocr.target_text import comparable, quoted_target
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
@@ -59,7 +59,7 @@ class ClipHead(ModelHead):
         model: str,
         revision: str | None,
         processor: str | None,
-        dtype: str,
+        dtype: Dtype,
         device: str,
         batch_size: int,
         sha256: str | None,
@@ -82,16 +82,16 @@ class ClipHead(ModelHead):
         self._warned: set[str] = set()
 
     def provenance(self) -> Mapping[str, str]:
-        """Model, precision and processor; once loaded, also revisions and the digest."""
+        """Return model, precision and processor; once loaded, also revisions and the digest."""
         return {**super().provenance(), **self._processor_used}
 
     def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines between the embeddings of pictures and prompts.
+        """Return the cosines between the embeddings of pictures and prompts.
 
         Args:
             module: The CLIP model.
-            images: ``[n, 3, H, W]``, uint8.
-            prompts: N prompts.
+            images: Pictures ``[n, 3, H, W]``, uint8.
+            prompts: The n prompts.
 
         Returns:
             ``[n]`` in [-1, 1], float32, on the CPU.
@@ -180,7 +180,7 @@ class ClipHead(ModelHead):
         self._texts.update(zip(prompts, embedded, strict=True))
 
     def _longest(self, module: Any) -> int:
-        """Tokens of a prompt that are read, the one for its end included."""
+        """Return how many tokens of a prompt are read, the one for its end included."""
         return min(
             self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
         )
@@ -229,7 +229,7 @@ class PickScore(ClipHead):
             of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as published.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -244,7 +244,7 @@ class PickScore(ClipHead):
         model: str = "yuvalkirstain/PickScore_v1",
         revision: str | None = None,
         processor: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,
@@ -281,7 +281,7 @@ class ClipScore(ClipHead):
             of ``openai/clip-vit-large-patch14``.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -296,7 +296,7 @@ class ClipScore(ClipHead):
         model: str = "openai/clip-vit-large-patch14",
         revision: str | None = None,
         processor: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,

@@ -43,15 +43,15 @@ class RemoteHead(RewardHead):
     Args:
         url: Address of the server, ``http://host:port``, or a list of several.
         remote_name: Name of the head on the server.
-        timeout: Number of seconds for a batch, retries included. With several servers, a request
-            that takes more than half of the time left is sent to another, so allow twice what it
-            takes.
+        timeout: Number of seconds for a batch, retries included; positive. With several servers, a
+            request that takes more than half of the time left is sent to another, so allow twice
+            what it takes.
         retries: Number of answers of status 500 in a row, without a reason that is known, after
-            which a connection to a server is given up. A server that is overloaded, late or not to
-            be reached is asked again until the time is up.
+            which a connection to a server is given up; at least 0. A server that is overloaded,
+            late or not to be reached is asked again until the time is up.
         token_env: Environment variable that holds the server's token; empty: none is sent.
-        batch_size: Number of samples per request; the server may allow fewer.
-        max_parallel: Number of requests under way at once, per server.
+        batch_size: Number of samples per request, at least 1; the server may allow fewer.
+        max_parallel: Number of requests under way at once, per server; at least 1.
 
     Raises:
         ValueError: If a parameter is out of range, or the environment variable is not set.

@@ -58,8 +58,8 @@ Besides the options of its head, listed [below](#reward-heads), every reward has
 
 | option | type | default | meaning |
 |---|---|---|---|
-| `weight` | number | `1` | Weight of the objective in methods with fixed weights; a negative one \
-minimises the reward. |
+| `weight` | number | `1` | Weight of the objective in methods with fixed weights, any number; a \
+negative one minimises the reward. |
 | `head` | text | the reward's name | Name of the head; with it, two rewards may use one head with \
 different options. |
 | `path` | text | - | Import path or file of a function or class of your own, such as \
@@ -67,7 +67,7 @@ different options. |
 | `per_image` | true or false | `false` | For a function that is not registered: whether it scores \
 one sample and not a batch. |
 | `concurrency` | integer | `8` | For an `async` function of one sample: how many samples are \
-awaited at a time. |
+awaited at a time; at least 1. |
 """
 
 

@@ -41,7 +41,7 @@ class EnginePlan:
 
     Args:
         engine: Name of the engine.
-        kind: Its class.
+        kind: Class of the engine.
         options: All arguments of the class, the defaults included.
 
     Attributes:
@@ -94,7 +94,7 @@ class EnginePlan:
         """Free the GPU's memory until the engine's next picture."""
 
     def provenance(self) -> dict[str, str]:
-        """Versions by package or program, and SHA-256 by file of weights, where they are known."""
+        """Return versions by package or program, and SHA-256 by file of weights, where known."""
         return {}
 
 
