@@ -27,7 +27,7 @@ class Identity:
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
-        """Identity of a loaded head that was built with the given options."""
+        """Return the identity of a loaded head that was built with the given options."""
         known = {**source_of_class(type(head)), **head.provenance()}
         provenance = {str(key): str(value) for key, value in known.items()}
         relevant = {key: options[key] for key in options if key not in head.neutral_options}

@@ -53,7 +53,7 @@ def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """As ``check_names``, that none is missing that has no default (``inspect.Parameter.empty``).
+    """Check that none is missing of those without a default (``inspect.Parameter.empty``).
 
     Raises:
         ValueError: If one is.

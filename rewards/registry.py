@@ -207,7 +207,7 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
 
 
 def built_in() -> dict[str, Target]:
-    """Return the functions and classes that come with the package, by name; imports them all."""
+    """Import the functions and classes that come with the package; return them by name."""
     for module in sorted(set(_BUILT_IN.values())):
         importlib.import_module(module)
     return {name: _entries[name].target for name in _BUILT_IN}

@@ -25,7 +25,7 @@ GROUP = "moa_diffusion.rewards"  # of the entry points that declare heads
 
 
 def declared() -> dict[str, list[EntryPoint]]:
-    """Heads that installed packages declare in the entry point group ``GROUP``; loads none of them.
+    """Return the heads that packages declare in the entry point group ``GROUP``; load none.
 
     Returns:
         By name; more than one where several packages declare the same.

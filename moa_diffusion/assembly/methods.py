@@ -183,7 +183,7 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
 def _calibrated(
     path: Path, names: Sequence[str], accepted: Container[str], options: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Options that a calibration file supplies: base levels, levels to reach, bounds.
+    """Return options that a calibration file supplies: base levels, levels to reach, bounds.
 
     Raises:
         ConfigError: If the file cannot be used, or lacks an objective.

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 def trainer(settings: Config, pipeline: Any = None) -> Run:
-    """Everything a run needs, checked in the order of what checking costs.
+    """Build everything a run needs, checked in the order of what checking costs.
 
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
 
@@ -290,7 +290,7 @@ def update(
     progress: Progress,
     accelerator: Accelerator,
 ) -> Update:
-    """AdamW, EMA and the loss over the policy's adapter, and how often objectives are weighed.
+    """Make the update: AdamW, EMA and loss of the adapter, and when objectives are weighed.
 
     Raises:
         ConfigError: If the weighting cannot be asked as often as the configuration wants.

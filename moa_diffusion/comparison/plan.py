@@ -46,7 +46,7 @@ class PlannedRun:
         return read_run(self.folder, method=self.method, seed=self.seed, names=names)
 
     def completed(self) -> int:
-        """Rollouts finished."""
+        """Return the number of finished rollouts."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         return max(lines - 1, 0)  # the first is the evaluation of the start

@@ -186,7 +186,7 @@ def _check_preferences(config: Config) -> None:
 
 
 def _check_together(config: Config) -> None:
-    """Values whose range depends on another value."""
+    """Check values whose range depends on another value."""
     steps = config.sampling.steps
     _require(
         config,

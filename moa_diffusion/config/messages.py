@@ -74,7 +74,7 @@ def choices(hint: Any) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """Words in quotes, so that it is seen where they end; numbers and brackets without."""
+    """Put words in quotes, so that it is seen where they end; leave numbers and brackets."""
     words = {"None": "null", "True": "true", "False": "false"}
     if value in words:
         return words[value]

@@ -78,7 +78,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Nested dictionaries to dataclasses; keys without a value keep their default.
+    """Turn nested dictionaries into dataclasses; keys without a value keep their default.
 
     Raises:
         ConfigError: For a list of prompt files with a wrong entry.

@@ -132,7 +132,7 @@ class Watch:
         self._best = {n: best for n, best in self._best.items() if best["step"] not in steps}
 
     def report(self) -> dict[str, float]:
-        """``alarm/<held-out reward>``: evaluations in a row that looked like hacking."""
+        """Return ``alarm/<held-out reward>``: evaluations in a row that looked like hacking."""
         return {f"alarm/{name}": float(count) for name, count in self._count.items()}
 
     def state_dict(self) -> dict[str, Any]:

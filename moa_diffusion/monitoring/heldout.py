@@ -42,7 +42,7 @@ class HeldOut:
 
     Args:
         requests: M samples to draw; their seeds fix the outputs.
-        policy: Draws them.
+        policy: The policy that draws the outputs.
         scorer: The K reward heads, those that are not trained on included.
         training: The heads of the objectives, for the comparison with rollouts.
         comm: Collectives over the processes.

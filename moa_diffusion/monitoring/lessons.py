@@ -36,7 +36,7 @@ class Lessons:
 
         Args:
             rewards: The rewards of its N samples.
-            advantages: ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
+            advantages: Advantages ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
             advantage: What the policy is updated with, of any shape.
             first: Whether it is the run's first.
         """

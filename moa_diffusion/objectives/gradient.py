@@ -173,7 +173,7 @@ class Gradient(Weighting):
 
 
 def find_aggregator(name: str) -> type[Aggregator]:
-    """TorchJD's aggregator of that name, case and separators aside.
+    """Return TorchJD's aggregator of that name, case and separators aside.
 
     Raises:
         ImportError: If torchjd is not installed.

@@ -57,7 +57,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the signals ask; one that was ignored, as under nohup, still is."""
+        """Take signals as requests within the block; what was ignored, as under nohup, still is."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
@@ -70,7 +70,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the block there is nothing to save, and Ctrl-C does not wait."""
+        """Have Ctrl-C end the run at once within the block, where there is nothing to save."""
         self._at_once = True
         try:
             yield

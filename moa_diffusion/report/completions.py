@@ -19,7 +19,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
 
     Args:
         table: The table of E models and P prompts, with texts; the first seed is shown.
-        target: The file.
+        target: The Markdown file that is written.
         shown: At most this many prompts, as in the grid of pictures.
     """
     assert table.texts is not None

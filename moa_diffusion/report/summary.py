@@ -63,7 +63,7 @@ class Summary:
 
 
 def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
-    """Statistics of a table; intervals are percentiles of a bootstrap over prompts.
+    """Return the statistics of a table; intervals are percentiles of a bootstrap over prompts.
 
     The same prompts are drawn for all models, and the unit of gains stays that of all prompts. A
     prompt that the table holds twice is one prompt.

@@ -34,7 +34,7 @@ class Average(Protocol):
     """The averaged weights."""
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the block the policy's parameters hold the average."""
+        """Have the policy's parameters hold the average within the block."""
         ...
 
 
@@ -89,7 +89,7 @@ class Saver:
         """Save the state after a failure, outside of the run's folder if that takes nothing.
 
         Args:
-            step: Rounds finished.
+            step: Number of rounds that are finished.
             failure: What ended the run; what it says is not said again.
             alone: Whether other processes may not know of the failure and wait for this one. It
                 then writes by itself; the state is the same on all.

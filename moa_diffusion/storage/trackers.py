@@ -38,7 +38,7 @@ class Names:
         self._taken: set[str] = set()  # without case, as some file systems see it
 
     def __call__(self, name: str) -> str:
-        """``group/name`` of letters, digits, ``_`` and ``-`` in ASCII, with at most one slash."""
+        """Return ``group/name`` of ASCII letters, digits, ``_`` and ``-``, with at most a slash."""
         return self._unique(name, _metric(name))
 
     def key(self, name: str) -> str:
@@ -137,7 +137,7 @@ def _metric(name: str) -> str:
 
 
 def _safe(text: str, unsafe: re.Pattern[str]) -> str:
-    """Accents go, and what is not safe becomes one ``_``, or ``-`` between two names."""
+    """Drop accents; turn what is not safe into one ``_``, or into ``-`` between two names."""
     letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return unsafe.sub("_", letters.replace("~", "-"))
 

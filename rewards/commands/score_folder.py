@@ -143,7 +143,7 @@ class ScoreTable:
         output.parent.mkdir(parents=True, exist_ok=True)
 
     def begin(self, scorer: str, pairs: Sequence[Pair]) -> None:
-        """Start the partial file, or takes over the rows of one that is there.
+        """Start the partial file, or take over the rows of one that is there.
 
         Args:
             scorer: Digest of the head; rows of another are not mixed with its own.

@@ -79,7 +79,7 @@ def load_strictly(
 
     Args:
         module: The module.
-        weights: Its files.
+        weights: The module's files of weights.
         ignore: Endings of names in the files that the module need not have.
         prefix: Only the tensors whose names start so are meant, and their names without it.
 
