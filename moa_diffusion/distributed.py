@@ -30,7 +30,7 @@ class Comm(Protocol):
     world_size: int
 
     def gather(self, local: Tensor) -> Tensor:
-        """``[n, ...]`` on every rank (same shape) to ``[N, ...]`` in rank order, on all ranks."""
+        """Gather ``[n, ...]``, of one shape on all ranks, to ``[N, ...]`` in rank order, on all."""
         ...
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
@@ -94,7 +94,7 @@ def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> 
     """Return rows of all ranks in the order of the items: ``[total, ...]`` on every rank.
 
     Args:
-        mine: ``[m, ...]``, the rows of this rank's shard in its order; what follows is left out.
+        mine: The rows ``[m, ...]`` of this rank's shard in its order; what follows is left out.
         shards: The items of every rank, together 0 .. total - 1.
         comm: The collectives over the processes.
     """
@@ -112,7 +112,7 @@ def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> 
 def gather_shard_objects(
     mine: Sequence[Any], shards: Sequence[Sequence[int]], comm: Comm
 ) -> list[Any]:
-    """As ``gather_shards``, for Python objects."""
+    """Do as ``gather_shards``, for Python objects."""
     gathered = comm.gather_objects(mine[: len(shards[comm.rank])])
     by_item = dict(zip([item for items in shards for item in items], gathered, strict=True))
     return [by_item[item] for item in range(len(by_item))]
@@ -169,8 +169,8 @@ def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
     if failure is not None and as_one:
         error = ProcessError(str(failure), type(failure).__name__)
         error.__cause__ = failure
-    told = [(host, elsewhere if one is None else one[1] or one[0]) for host, one in everyone]
-    vars(error)[_KNOWN] = _tells(told, comm.rank)
+    messages = [(host, elsewhere if one is None else one[1] or one[0]) for host, one in everyone]
+    vars(error)[_KNOWN] = _tells(messages, comm.rank)
     raise error
 
 

@@ -167,7 +167,7 @@ class Scorer:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
-            requests: M >= 1, equal on every process; these take whole batches in turn.
+            requests: The M >= 1 requests, equal on every process; these take whole batches in turn.
             draw: Outputs of n requests.
             batch: Requests per call of ``draw``.
             title: The title of the progress bar.
@@ -208,7 +208,7 @@ class Scorer:
         images: Tensor | None = None,
         texts: Sequence[str] | None = None,
     ) -> Tensor:
-        """Raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
+        """Return raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
 
         Raises:
             RewardError: If a head failed.
@@ -225,7 +225,7 @@ class Scorer:
         Random numbers that later outputs or scores depend on stay as they are.
 
         Args:
-            requests: N, of this process.
+            requests: The N requests of this process.
             outputs: The outputs that were drawn for them.
             names: The names of the heads; all by default.
 

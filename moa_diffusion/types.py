@@ -117,7 +117,7 @@ class Rollout:
 
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """``values[rows]`` of numbers that the host knows, without an index sent to the device."""
+    """Take ``values[rows]`` of numbers that the host knows, without an index sent to the device."""
     import torch
 
     return torch.stack([values[i] for i in rows]) if rows else values[:0]

@@ -7,9 +7,13 @@
 tensor([0.])
 """
 
-from rewards.base import RewardBatch, RewardError, RewardHead, Scores
-from rewards.functions import FunctionHead
-from rewards.registry import HeadInfo, available, create, register
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+    from rewards.functions import FunctionHead
+    from rewards.registry import HeadInfo, available, create, register
 
 __all__ = [
     "FunctionHead",
@@ -22,3 +26,17 @@ __all__ = [
     "create",
     "register",
 ]
+
+_MODULES = {
+    "base": ("RewardBatch", "RewardError", "RewardHead", "Scores"),
+    "functions": ("FunctionHead",),
+    "registry": ("HeadInfo", "available", "create", "register"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of this package when it is first asked for, and PyTorch with it."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"rewards.{module}"), name)
+    raise AttributeError(f"module `rewards` has no attribute `{name}`")

@@ -159,15 +159,15 @@ class RewardBatch:
         return self.require_images().detach().mul(255.0).round().to(torch.uint8)
 
     def arrays(self) -> np.ndarray:
-        """Quantised images as one array ``[N, H, W, 3]``, uint8, RGB, contiguous, on the CPU."""
+        """Return the quantised images as an array ``[N, H, W, 3]``, uint8, RGB, contiguous."""
         return np.ascontiguousarray(self.uint8().permute(0, 2, 3, 1).cpu().numpy())
 
     def to_pil(self) -> list[Image.Image]:
-        """Quantised images as N PIL images in mode RGB."""
+        """Return the quantised images as N PIL images in mode RGB."""
         return [Image.fromarray(array) for array in self.arrays()]
 
     def samples(self, indices: Sequence[int]) -> list[tuple[int, str]]:
-        """Index and prompt of the given samples, as ``RewardError`` wants them."""
+        """Return index and prompt of the given samples, as ``RewardError`` takes them."""
         return [(int(index), self.prompts[int(index)]) for index in indices]
 
 
@@ -237,7 +237,7 @@ class RewardHead(ABC):
         return self.evaluate(batch).values
 
     def evaluate(self, batch: RewardBatch) -> Scores:
-        """As calling the head, with the columns that it adds to the scores table.
+        """Do as calling the head does, and add the columns of the scores table.
 
         Raises:
             RewardError: As calling the head.
@@ -279,7 +279,7 @@ class RewardHead(ABC):
 
         Args:
             prompts: N prompts that samples will be drawn from.
-            metadata: N, of the same.
+            metadata: Metadata of the N prompts.
 
         Raises:
             RewardError: If it cannot, whatever the samples.

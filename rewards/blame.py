@@ -17,7 +17,7 @@ _INSTALLED = tuple(
 
 
 def cause_of(error: BaseException) -> str:
-    """Type and message of an exception, and the innermost line of a user's code that it passed.
+    """Return type and message of an exception, and the innermost line of a user's code in it.
 
     A user's code is what stands in a file outside Python, what is installed, and this project.
 

@@ -211,11 +211,11 @@ class FunctionHead(RewardHead):
             raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
 
     def _keys(self, batch: RewardBatch) -> set[str]:
-        """Options, and keys of the samples' metadata."""
+        """Return options, and keys of the samples' metadata."""
         return {*self.options, *(key for entry in batch.metadata for key in entry)}
 
     def _needed(self, metadata: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Parameters that metadata must fill."""
+        """Return the parameters that metadata must fill."""
         own = self._parameters
         return [
             key
@@ -294,7 +294,7 @@ def _attempt(
 async def _await(
     call: Callable[[], Awaitable[Any]], index: int, batch: RewardBatch
 ) -> tuple[float, Mapping[str, Any]]:
-    """As ``_attempt``, for an async function."""
+    """Do as ``_attempt``, for an async function."""
     try:
         return _pair(await call())
     except asyncio.CancelledError as error:

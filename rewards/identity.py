@@ -27,16 +27,16 @@ class Identity:
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
-        """Identity of a loaded head that was built with the given options."""
+        """Return the identity of a loaded head that was built with the given options."""
         known = {**source_of_class(type(head)), **head.provenance()}
         provenance = {str(key): str(value) for key, value in known.items()}
-        told = {key: options[key] for key in options if key not in head.neutral_options}
+        relevant = {key: options[key] for key in options if key not in head.neutral_options}
         try:
             version = importlib.metadata.version("moa-diffusion")
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"  # run from a checkout
         kind = type(head).__qualname__
-        essence = json.dumps([kind, provenance, version, told], sort_keys=True, default=str)
+        essence = json.dumps([kind, provenance, version, relevant], sort_keys=True, default=str)
         return cls(
             head=name,
             unit=head.unit,

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 _WORDS = {
     type(None): "null",
@@ -53,7 +53,7 @@ def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """As ``check_names``, that none is missing that has no default (``inspect.Parameter.empty``).
+    """Check that none is missing of those without a default (``inspect.Parameter.empty``).
 
     Raises:
         ValueError: If one is.
@@ -86,7 +86,7 @@ def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any
         if not _fits(value, expected):
             raise ValueError(
                 f'Option `{option}` of the reward head "{head}" should be {_words(expected)}. '
-                f"Found `{option} = {value!r}`, {_found(value)}.{_hint(value, expected)}"
+                f"Found `{option} = {value!r}`, {_kind_of(value)}.{_hint(value, expected)}"
             )
 
 
@@ -165,7 +165,7 @@ def _words(expected: Any) -> str:
     return _WORDS.get(kind, "anything" if kind is Any else inspect.formatannotation(kind))
 
 
-def _found(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     if isinstance(value, Mapping):

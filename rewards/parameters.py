@@ -237,7 +237,7 @@ def _scored(roles: Sequence[Role]) -> Scored:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """Name of a function, or of the class of another callable."""
+    """Return the name of a function, or of the class of another callable."""
     while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", None)
@@ -245,7 +245,7 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def place_of(function: Callable[..., Any]) -> str:
-    """File and line of a function, or of the class of another callable; empty if in no file."""
+    """Return file and line of a function, or of a callable's class; empty if in no file."""
     while isinstance(function, partial):
         function = function.func
     function = inspect.unwrap(function)

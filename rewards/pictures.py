@@ -91,7 +91,7 @@ def _lets_through(image: Image.Image, *, deep: bool) -> bool:
 
 
 def _shallow(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8."""
+    """Turn grey of 16 bits into grey of 8."""
     numbers = np.asarray(image).astype(np.int64)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     white = 2 ** int(tags.get(_BITS, (16,))[0]) - 1

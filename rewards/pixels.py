@@ -11,7 +11,7 @@ def check_images(images: Tensor, size: int) -> None:
 
     Args:
         images: The images.
-        size: N.
+        size: Number N of images that are expected.
 
     Raises:
         ValueError: If they have another shape, type or range.

@@ -20,10 +20,10 @@ from rewards.base import RewardHead, Scored
 from rewards.functions import CONCURRENCY, FunctionHead, is_async
 from rewards.option_types import check_complete, check_names, check_types
 from rewards.parameters import function_name, parameters_of
+from rewards.suggestions import did_you_mean
 from rewards.targets import (
     Target,
     declared,
-    did_you_mean,
     distribution,
     import_target,
     load_entry_point,
@@ -207,7 +207,7 @@ def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> Funct
 
 
 def built_in() -> dict[str, Target]:
-    """Return the functions and classes that come with the package, by name; imports them all."""
+    """Import the functions and classes that come with the package; return them by name."""
     for module in sorted(set(_BUILT_IN.values())):
         importlib.import_module(module)
     return {name: _entries[name].target for name in _BUILT_IN}

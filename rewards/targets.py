@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from rewards.base import RewardHead
 from rewards.blame import cause_of
 from rewards.parameters import parameters_of
 from rewards.source import FILE_MODULE
+from rewards.suggestions import did_you_mean
 
 Target = type[RewardHead] | Callable[..., Any]
 
@@ -25,7 +25,7 @@ GROUP = "moa_diffusion.rewards"  # of the entry points that declare heads
 
 
 def declared() -> dict[str, list[EntryPoint]]:
-    """Heads that installed packages declare in the entry point group ``GROUP``; loads none of them.
+    """Return the heads that packages declare in the entry point group ``GROUP``; load none.
 
     Returns:
         By name; more than one where several packages declare the same.
@@ -66,8 +66,8 @@ def import_target(path: str) -> Target:
     Raises:
         ValueError: If importing fails, or it names no head; the message says which part failed.
     """
-    found = import_object(path, "reward")
-    return _checked(found, path.rpartition(":")[2], f'Reward path "{path}"')
+    imported = import_object(path, "reward")
+    return _checked(imported, path.rpartition(":")[2], f'Reward path "{path}"')
 
 
 def import_object(path: str, kind: str) -> Any:
@@ -102,12 +102,6 @@ def import_object(path: str, kind: str) -> Any:
                 f"{did_you_mean(attribute, public)}{_namesake(place, vars(module).get('__file__'))}"
             ) from error
     return target
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return a question to end an error message with: the known name that looks most alike."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f' Did you mean "{matches[0]}"?' if matches else ""
 
 
 def _checked(value: Any, attribute: str, label: str) -> Target:

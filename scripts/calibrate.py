@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Draw, score, write, print; the exit status: 0, 1 if a reward failed, 2 for bad input."""
+    """Draw, score, write, print; return 0, 1 if a reward failed, 2 for bad input."""
     from moa_diffusion.files.paths import expanded as place
 
     parser = argparse.ArgumentParser(

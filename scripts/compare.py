@@ -63,19 +63,19 @@ def main() -> int:
     try:
         failures = execute(planned.runs, script=SCRIPT, parallel=options.parallel)
         runs = [run.read() for run in planned.runs if run.name not in failures]
-        found = compare.compare(runs)
-        said = compare.table(found, failures)
-        result = compare.as_json(found) | {"failures": failures}
+        compared = compare.compare(runs)
+        table = compare.table(compared, failures)
+        result = compare.as_json(compared) | {"failures": failures}
         write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
-        write_text(folder / "table.md", said)
-        plot_comparison(found, runs, folder / "compare.png", pair=pair)
+        write_text(folder / "table.md", table)
+        plot_comparison(compared, runs, folder / "compare.png", pair=pair)
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(said + f"\nWritten: {', '.join(str(folder / name) for name in compare.FILES)}")
+    print(table + f"\nWritten: {', '.join(str(folder / name) for name in compare.FILES)}")
     return 1 if failures else 0
 
 

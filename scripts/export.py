@@ -32,7 +32,7 @@ def main() -> int:
     from moa_diffusion.types import ConfigError
 
     try:
-        said = export(
+        message = export(
             options.run,
             checkpoint=options.checkpoint,
             weights=options.weights,
@@ -46,7 +46,7 @@ def main() -> int:
     except OSError as error:  # a full disk, say: nothing of the output is left
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(said)
+    print(message)
     return 0
 
 

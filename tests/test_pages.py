@@ -116,3 +116,15 @@ def test_every_metric_has_a_row() -> None:
     columns |= {"zero_variance", "conflict_advantages", "conflict_gradients"}
     for name in written | {f"{column}/" for column in columns}:
         assert f"`{name}" in table, name
+
+
+RANGE = re.compile(r"(at least|in [\[(]|positive|any (?:number|integer))", re.IGNORECASE)
+ROW = re.compile(r"^\| `([\w.]+)` \| ([^|]*\b(?:integer|number)\b[^|]*) \| (.*) \|$", re.MULTILINE)
+
+
+def test_every_number_of_the_configuration_has_a_range() -> None:
+    rows = ROW.findall(PAGES["docs/configuration.md"])
+    assert {"seed", "trainer.steps", "floor", "batch_size", "concurrency"} <= {
+        row[0] for row in rows
+    }
+    assert [name for name, _, rest in rows if not RANGE.search(rest)] == []

@@ -16,7 +16,7 @@ from moa_diffusion.policies.adapters import Adapter
 
 
 def carrier(adapters: Sequence[Adapter]) -> tuple[int, list[str]]:
-    """Rank and layers of a LoRA that can carry each of these in turn."""
+    """Return rank and layers of a LoRA that can carry each of these in turn."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
     return max((adapter.rank for adapter in adapters), default=1), list(names)
 
@@ -38,7 +38,7 @@ def install(trainable: Mapping[str, nn.Parameter], adapter: Adapter) -> None:
 
 
 def padded(adapter: Adapter) -> dict[str, Tensor]:
-    """Its tensors by the names that peft gives them, all of the largest rank of its layers."""
+    """Return its tensors by peft's names, all of the largest rank of its layers."""
     rank, state = adapter.rank, {}
     for name, (a, b) in adapter.layers.items():
         more = rank - len(a)

@@ -20,11 +20,11 @@ from moa_diffusion.types import ConfigError
 
 
 def mixtures(members: int, points: int) -> list[tuple[float, ...]]:
-    """Weights at even distances, each summing to 1, from the last member alone to the first alone.
+    """Return weights at even distances, summing to 1, from the last member alone to the first.
 
     Args:
-        members: N >= 2 models.
-        points: Along each edge between two of them, ends included.
+        members: Number N of models, at least 2.
+        points: Number of points along each edge between two of them, ends included, at least 2.
 
     Raises:
         ConfigError: For fewer than two of either.
@@ -49,8 +49,8 @@ def mix(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     A member of weight 0 is left out, and one of weight 1 is returned itself, so the ends are exact.
 
     Args:
-        adapters: N, of the same base model.
-        weights: N.
+        adapters: The N members, of the same base model.
+        weights: Weights of the N members.
     """
     parts = [(w, one) for w, one in zip(weights, adapters, strict=True) if w != 0]
     if len(parts) == 1 and parts[0][0] == 1:

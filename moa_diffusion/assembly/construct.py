@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 T = TypeVar("T")
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 def construct(
     kind: Callable[..., T], key: str, options: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> T:
-    """``kind(**options, **fixed)``.
+    """Return ``kind(**options, **fixed)``.
 
     Args:
-        kind: A class.
+        kind: The class that is constructed.
         key: The dotted key that the options stand under.
         options: Options from the configuration.
         fixed: Further arguments, which are no options.

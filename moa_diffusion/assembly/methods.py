@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from moa_diffusion.assembly.construct import construct
 from moa_diffusion.config import Config
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
@@ -28,6 +27,7 @@ from moa_diffusion.policies.samplers import SAMPLERS, StochasticSampler
 from moa_diffusion.storage import calibration_file
 from moa_diffusion.types import ConfigError
 from rewards.source import source_of
+from rewards.suggestions import did_you_mean
 from rewards.targets import import_object
 
 logger = logging.getLogger(__name__)
@@ -132,12 +132,12 @@ def _import(key: str, path: Any, kind: str) -> Any:
 
 
 def _imported(key: str, path: Any, kind: str, base: type[T]) -> type[T]:
-    found = _import(key, path, kind)
-    if not isinstance(found, type) or not issubclass(found, base):
+    target = _import(key, path, kind)
+    if not isinstance(target, type) or not issubclass(target, base):
         raise ConfigError(
-            f"{key}: should name a subclass of {base.__module__}.{base.__name__}. Found {found!r}."
+            f"{key}: should name a subclass of {base.__module__}.{base.__name__}. Found {target!r}."
         )
-    return found
+    return target
 
 
 def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
@@ -183,7 +183,7 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
 def _calibrated(
     path: Path, names: Sequence[str], accepted: Container[str], options: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Options that a calibration file supplies: base levels, levels to reach, bounds.
+    """Return options that a calibration file supplies: base levels, levels to reach, bounds.
 
     Raises:
         ConfigError: If the file cannot be used, or lacks an objective.

@@ -182,7 +182,7 @@ def causal_lm(settings: Config, device: torch.device) -> CausalLMPolicy:
 
 
 def model_path(settings: Config) -> str:
-    """Folder or hub id of the model; "tiny" is the one shipped with the package.
+    """Return the folder or hub id of the model; "tiny" is the one shipped with the package.
 
     Raises:
         ConfigError: If what can only be a folder does not exist.
@@ -197,7 +197,7 @@ def model_path(settings: Config) -> str:
 def critic(
     settings: Config, model: Policy, comm: Comm, device: torch.device, batch: int
 ) -> Critic | None:
-    """Value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time."""
+    """Build the value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time."""
     if settings.loss.kind != "ppo":
         return None
     assert isinstance(model, CausalLMPolicy)

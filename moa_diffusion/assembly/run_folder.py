@@ -107,7 +107,7 @@ def _report_changes(saved: Path, settings: Config) -> None:
 
 
 def flat(settings: Config) -> dict[str, str | int | float | bool]:
-    """Dotted keys to plain values, for trackers."""
+    """Return plain values by dotted key, for trackers."""
     rows: dict[str, str | int | float | bool] = {}
 
     def walk(values: Mapping[str, Any], prefix: str) -> None:

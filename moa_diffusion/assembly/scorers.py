@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from moa_diffusion.config import Config
 from moa_diffusion.data.prompt_files import Prompt
 from moa_diffusion.distributed import Comm
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring import alarm
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.heldout import HeldOut
@@ -26,6 +25,7 @@ from moa_diffusion.scoring import (
 )
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import ConfigError, Request
+from rewards.suggestions import did_you_mean
 
 _COMMON = ("weight", "head", "path")  # what every reward may say beside its head's options
 

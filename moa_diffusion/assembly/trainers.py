@@ -34,7 +34,6 @@ from moa_diffusion.data.preference_files import read_pairs, read_preferences
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.alarm import Watch
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
@@ -54,12 +53,13 @@ from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe, Update
 from moa_diffusion.types import ConfigError, Request
+from rewards.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
 
 def trainer(settings: Config, pipeline: Any = None) -> Run:
-    """Everything a run needs, checked in the order of what checking costs.
+    """Build everything a run needs, checked in the order of what checking costs.
 
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
 
@@ -308,7 +308,7 @@ def update(
     progress: Progress,
     accelerator: Accelerator,
 ) -> Update:
-    """AdamW, EMA and the loss over the policy's adapter, and how often objectives are weighed.
+    """Make the update: AdamW, EMA and loss of the adapter, and when objectives are weighed.
 
     Raises:
         ConfigError: If the weighting cannot be asked as often as the configuration wants.

@@ -31,7 +31,7 @@ def calibrate(
     model: str,
     seed: int,
 ) -> Calibration:
-    """Statistics of each objective, of each pair, and what three recipes would make of them.
+    """Describe each objective, each pair, and what three recipes would make of them.
 
     The proposals need no knowledge of a reward's scale, and are our choice: APEX's base is the
     mean, its target the mean plus one standard deviation within groups; MOPO's bound is a win
@@ -39,7 +39,7 @@ def calibrate(
 
     Args:
         rewards: Raw rewards ``[K, N]`` of samples drawn before training.
-        retest: ``[K, N]``, the same samples scored a second time.
+        retest: Rewards ``[K, N]``, the same samples scored a second time.
         weights: K weights of the weighted sum of raw rewards.
         milliseconds: K durations of scoring one sample.
         model: Folder or hub id, with the adapter that training starts from, if there is one.
@@ -87,7 +87,7 @@ def calibrate(
 
 
 def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
-    """Location, spread and saturation of one objective.
+    """Return location, spread and saturation of one objective.
 
     With ``n_g`` samples in each of P groups, ``m_g`` their mean, ``std_within`` from
     ``spread_within``::
@@ -95,8 +95,8 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
         std_between^2 = max(0, var_g(m_g) - std_within^2 mean_g(1 / n_g))
 
     Args:
-        values: ``[N]`` float64, NaN where the objective does not apply.
-        groups: ``[N]`` int64, any ids.
+        values: Rewards ``[N]`` float64, NaN where the objective does not apply.
+        groups: Group ids ``[N]`` int64, any ids.
 
     Returns:
         The fields ``mean`` to ``zero_variance`` of ``ObjectiveCalibration``.
@@ -133,7 +133,7 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
 
 
 def correlations(rewards: RewardMatrix) -> Tensor:
-    """Pearson correlation of the values centred within their group: ``[K, K]``.
+    """Return the Pearson correlation of the values centred within their group: ``[K, K]``.
 
     Each pair is centred and compared on the samples to which both apply; NaN if one of the two
     does not vary there.
@@ -183,7 +183,7 @@ def _std(values: Tensor) -> float:
 
 
 def _matrix(values: Tensor, like: RewardMatrix) -> RewardMatrix:
-    """Other values ``[K', N]`` of the same samples."""
+    """Return other values ``[K', N]`` of the same samples."""
     return RewardMatrix(
         names=tuple(str(k) for k in range(len(values))),
         values=values,

@@ -90,9 +90,8 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
 
     Args:
         settings: The configuration of a training run.
-        prompts: P, how many of its training prompts, in the order of its seed; all if there are
-            fewer.
-        images: G, samples per prompt.
+        prompts: Number P of its training prompts, in the order of its seed; all if there are fewer.
+        images: Number G of samples per prompt.
         folder: The folder for the scores.
 
     Raises:
@@ -143,7 +142,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
 
 
 def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request, ...]]:
-    """P groups of G requests, each for another training prompt.
+    """Draw P groups of G requests, each for another training prompt.
 
     Raises:
         ConfigError: For a bad number or prompt file.
@@ -223,7 +222,7 @@ def findings(calibration: Calibration, requires: Mapping[str, Sequence[str]]) ->
     """Return what a reader should know first, in sentences.
 
     Args:
-        calibration: K objectives.
+        calibration: What was measured of the K objectives.
         requires: What each objective needs of a prompt.
     """
     sentences = []

@@ -28,10 +28,10 @@ def plot_calibration(
     """Write a PNG: a histogram per objective, shares of three recipes, correlations.
 
     Args:
-        calibration: K objectives.
+        calibration: What was measured of the K objectives.
         rewards: The raw rewards ``[K, N]`` it was made from.
         units: The unit of each reward, by objective.
-        target: The PNG.
+        target: The PNG file that is written.
     """
     import matplotlib
 
@@ -60,7 +60,7 @@ def plot_calibration(
 def _histograms(
     panels: Any, calibration: Calibration, rewards: RewardMatrix, units: Mapping[str, str]
 ) -> None:
-    """Values less their group's mean; the shaded band is one standard deviation within groups."""
+    """Draw values less their group's mean; the shaded band is one deviation within groups."""
     panels = list(panels)
     for panel in panels[len(calibration.objectives) :]:
         panel.set_axis_off()
@@ -92,7 +92,7 @@ def _histograms(
 
 
 def _shares(panel: Any, calibration: Calibration) -> None:
-    """Bars of each recipe, one per objective; above the dashed line one objective decides alone."""
+    """Draw bars of each recipe, one per objective; above the dashed line one decides alone."""
     count = len(calibration.objectives)
     width = 0.84 / count
     for k, (name, objective) in enumerate(calibration.objectives.items()):
@@ -131,7 +131,7 @@ def _shares(panel: Any, calibration: Calibration) -> None:
 
 
 def _heat_map(panel: Any, names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
-    """Red where two objectives oppose each other, blue where they agree."""
+    """Draw red where two objectives oppose each other, blue where they agree."""
     panel.imshow(numpy.array(values), cmap="RdBu", vmin=-1, vmax=1)
     for j, row in enumerate(values):
         for k, value in enumerate(row):

@@ -33,7 +33,7 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
 
     Args:
         runs: Run folders by label; all must have the same rewards and held-out prompts.
-        target: The PNG.
+        target: The PNG file that is written.
         shown: Held-out prompts shown.
 
     Raises:
@@ -64,7 +64,7 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
 def draw_and_score(
     runs: Mapping[str, Path], settings: Config, requests: Sequence[Request]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images ``[m, 3, H, W]`` and rewards ``[K, m]`` of the base model and of each run."""
+    """Draw images ``[m, 3, H, W]`` of the base model and each run, and score them: ``[K, m]``."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # it warns that the text encoders have no adapter
@@ -110,7 +110,7 @@ def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None
 
 
 def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.ndarray]:
-    """Change of one reward at every evaluation of a run, paired with the base model's images.
+    """Return one reward's change at every evaluation of a run, paired with the base model's images.
 
     Args:
         folder: The folder of the run.

@@ -32,7 +32,7 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
 
     Args:
         runs: All runs of the comparison.
-        script: ``train_sd.py``.
+        script: Path of ``train_sd.py``.
         parallel: Processes at a time.
 
     Returns:
@@ -129,7 +129,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP do what Ctrl-C does; under nohup SIGHUP is ignored."""
+    """Have SIGTERM and SIGHUP do in the block what Ctrl-C does; under nohup SIGHUP is ignored."""
     numbers = [signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():

@@ -15,10 +15,10 @@ import yaml
 from moa_diffusion import assembly, config
 from moa_diffusion.comparison.read import RunData, read_run, training_seconds
 from moa_diffusion.config import Config
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.paths import expanded, split_list
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 SECTIONS = ("objectives", "gradients", "loss")  # what a method's YAML file decides
 
@@ -46,7 +46,7 @@ class PlannedRun:
         return read_run(self.folder, method=self.method, seed=self.seed, names=names)
 
     def completed(self) -> int:
-        """Rollouts finished."""
+        """Return the number of finished rollouts."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         return max(lines - 1, 0)  # the first is the evaluation of the start
@@ -114,8 +114,8 @@ def plan_comparison(
     runs, notes = [], []
     names: tuple[str, ...] = ()
     for label, method in zip(labels, methods, strict=True):
-        settings, said = method_settings(base, overrides, method)
-        notes += [f"{label}: {sentence}" for sentence in said]
+        settings, remarks = method_settings(base, overrides, method)
+        notes += [f"{label}: {sentence}" for sentence in remarks]
         if minutes is not None:
             limited = dataclasses.replace(settings.trainer, minutes=minutes)
             settings = dataclasses.replace(settings, trainer=limited)

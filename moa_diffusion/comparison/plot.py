@@ -37,7 +37,7 @@ def plot_comparison(
     Args:
         comparison: The comparison of M methods and K objectives.
         runs: What it was made from.
-        target: The PNG.
+        target: The PNG file that is written.
         pair: Objectives of the front plot; the two that oppose each other most if None.
     """
     import matplotlib
@@ -172,7 +172,7 @@ def _front(
 
 
 def mean_path(runs: Sequence[RunSummary], pair: tuple[str, str]) -> Any:
-    """From the start through the evaluations that all runs have, to the mean of the ends.
+    """Return the path from the start through the evaluations of all runs to the mean of the ends.
 
     Returns:
         ``[E + 1, 2]``, mean gains over runs; runs that end at different steps share only those
@@ -227,7 +227,7 @@ def _weights_title(method: MethodSummary) -> str:
 
 
 def mean_weights(runs: Sequence[RunData], name: str) -> tuple[list[int], list[float]]:
-    """Rollouts, and the weight of an objective there: mean over the runs that got so far."""
+    """Return rollouts, and an objective's weight there: the mean of the runs that got so far."""
     weights: dict[int, list[float]] = {}
     for run in runs:
         for row in run.metrics:

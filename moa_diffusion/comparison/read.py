@@ -46,7 +46,7 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
 
     Args:
         folder: The folder of the run.
-        method: Its label.
+        method: Label of the run's method.
         seed: The seed of the run.
         names: Its K objectives.
 
@@ -94,7 +94,7 @@ def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ..
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time of a run's rollouts without its evaluations."""
+    """Return the wall time of a run's rollouts without its evaluations, in seconds."""
     return sum(
         row["seconds/total"] - row.get("seconds/evaluate", 0.0) for row in metrics if row["step"]
     )

@@ -72,13 +72,13 @@ class MethodSummary:
     seconds: Mapping[str, float]
 
     def biggest(self) -> tuple[str, float]:
-        """Return the objective with the largest share of the advantage's variance, and it."""
+        """Return the objective of the largest share of the advantage's variance, and the share."""
         known = {name: share for name, share in self.shares.items() if not math.isnan(share)}
         name = max(known, key=lambda key: known[key], default="")
         return name, known.get(name, math.nan)
 
     def below(self) -> list[str]:
-        """Objectives whose whole interval lies below the start."""
+        """Return the objectives whose whole interval lies below the start."""
         return [name for name, gain in self.gains.items() if gain.high < 0]
 
 
@@ -158,7 +158,7 @@ def gains(run: RunData, units: Array) -> Array:
 
 
 def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Gains of every method, with intervals.
+    """Return the gains of every method, with intervals.
 
     Runs (seeds) and prompts are resampled with replacement, independently; the same prompts for
     all runs of a resample, since all draw the same. With a few runs such an interval is too narrow.
@@ -225,7 +225,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
 
 
 def _summarise_run(run: RunData, path: Array, hypervolume: float) -> RunSummary:
-    """``path [E, K]`` are the gains at each evaluation."""
+    """Summarise one run; ``path [E, K]`` are its gains at each evaluation."""
     gains = path[-1].tolist()
     rows = run.metrics
     phases = sorted({key for row in rows for key in row if key.startswith("seconds/")})
@@ -330,7 +330,7 @@ def table(comparison: Comparison, failures: Mapping[str, str]) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything, per method and per run, with null for what is not known."""
+    """Return everything, per method and per run, with null for what is not known."""
     values: dict[str, Any] = without_nan(dataclasses.asdict(comparison))
     return values
 

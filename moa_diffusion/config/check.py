@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moa_diffusion.config.schema import SAMPLERS, Config, PromptFileConfig
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 
 def check_together(config: Config) -> None:
@@ -75,7 +75,7 @@ def _check_preferences(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    """Values whose range depends on another value."""
+    """Check values whose range depends on another value."""
     steps = config.sampling.steps
     _require(
         config,

@@ -7,7 +7,6 @@ the same of a key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from annotated_types import Ge, Gt, Interval, Len, MinLen
 from pydantic import ValidationError
 
 from moa_diffusion.config.schema import Config, PromptFileConfig
-from moa_diffusion.files.meant import nearest
+from rewards.suggestions import did_you_mean
 
 _WORDS = {
     int: "a whole number",
@@ -56,8 +55,7 @@ def _line(error: Any, values: Mapping[str, Any]) -> str:
     if kind == "finite_number":
         return f"{key}: should be finite. Found {value}."
     expected = (range_of(hint) if kind in _OUT_OF_RANGE else "") or described(bare)
-    near = difflib.get_close_matches(str(value), choices(bare), n=1, cutoff=0.4)
-    meant = f" Did you mean {near[0]}?" if near else ""
+    meant = did_you_mean(str(value), choices(bare))
     return f"{key}: should be {expected}. Found {shown(value)}.{meant}"
 
 
@@ -87,20 +85,15 @@ def _unknown(prefix: str, section: Any, name: Any) -> str:
     section = without_ranges(section)
     key = f"{prefix}.{name}".lstrip(".")
     valid = list(fields(section))
-    if issubclass(section, PromptFileConfig):
-        near, here = nearest(str(name), valid), valid
-        if name == "weight":
-            return (
-                f"{key}: unknown key. Every held-out prompt is drawn; weights are for "
-                f"prompts.train. Valid keys here: {', '.join(valid)}."
-            )
-    else:
-        last = str(name).rsplit(".", 1)[-1]
-        same = [known for known in all_keys() if known.split(".")[-1] == last]
+    if not issubclass(section, PromptFileConfig):
+        same = [known for known in all_keys() if known.split(".")[-1] == name]
         here = [f"{prefix}.{one}".lstrip(".") for one in valid]
-        near = same[0] if same else nearest(key, [*here, *all_keys()])
-    hint = "" if near is None else f" Did you mean `{near}`?"
-    return f"{key}: unknown key.{hint} Valid keys here: {', '.join(sorted(valid))}."
+        meant = did_you_mean(same[0] if same else key, [*here, *all_keys()])
+    elif name == "weight":
+        meant = " Every held-out prompt is drawn; weights are for prompts.train."
+    else:
+        meant = did_you_mean(str(name), valid)
+    return f"{key}: unknown key.{meant} Valid keys here: {', '.join(sorted(valid))}."
 
 
 def is_section(hint: Any) -> bool:

@@ -54,7 +54,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Nested dictionaries to dataclasses; keys without a value keep their default.
+    """Turn nested dictionaries into dataclasses; keys without a value keep their default.
 
     Raises:
         ConfigError: Naming every key that is unknown or has a value that it may not have.

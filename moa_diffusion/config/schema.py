@@ -167,7 +167,7 @@ class WeightedPromptFileConfig(PromptFileConfig):
         path: The file, written as it would be if it were the only one.
         column: Name of the prompt's key or column in this file; null takes prompts.column.
         weight: How often a prompt is drawn from this file, relative to the others, whatever their
-            sizes.
+            sizes; positive.
     """
 
     weight: Positive = 1.0
@@ -423,7 +423,8 @@ class EvaluationConfig:
         prompts: Largest number of held-out prompts; 0 takes all.
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
-        seed: Seed of the initial noise; equal for all runs, so that pictures can be compared.
+        seed: Seed of the initial noise, any integer; equal for all runs, so that pictures can be
+            compared.
         pictures: Number of images of the picture sheet in samples/; 0 draws none.
         rollout_images: Number of images that are also drawn as rollouts draw them, for alarm.gap.
         rewards: Held-out reward heads, written as in rewards: they are asked here alone and never
@@ -503,7 +504,7 @@ class Config:
     Args:
         output_dir: Folder of the run.
         resume: "latest", or a checkpoint's folder; null starts a new run.
-        seed: Seed of everything random.
+        seed: Seed of everything random, any integer.
         policy: The model.
         sampling: How rollouts are drawn.
         generation: How a language model draws.

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from moa_diffusion.data.preferences import Preferences, win_rates_of_pairs, win_rates_of_scores
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.text import bad_line, json_lines, shortened
+from rewards.suggestions import did_you_mean
 
 CYCLES = ("error", "keep")
 
@@ -209,7 +209,7 @@ def _checked(
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the object on it; at least one."""
+    """Read file and line, and the object on it; at least one."""
     if not path.is_file():
         raise bad_line(str(path), "Preferences should be a file.", "none")
     rows = 0
@@ -276,7 +276,7 @@ class Draft:
 
 
 def _way(pairs: Mapping[tuple[int, int], None], start: int, end: int) -> list[int]:
-    """Positions from ``start`` to ``end`` along winners and losers; empty if there is no way."""
+    """Return positions from ``start`` to ``end`` along winners and losers; empty without a way."""
     before = {start: start}
     queue = [start]
     for here in queue:
@@ -298,7 +298,7 @@ def assemble(
     smoothing: float,
     scales: Mapping[str, float] | None,
 ) -> Preferences:
-    """Win rates of all prompts, padded to the longest."""
+    """Return the win rates of all prompts, padded to the longest."""
     longest = max(len(draft.responses) for draft in drafts)
     win_rates = torch.full((len(files), len(drafts), longest), math.nan, dtype=torch.float64)
     log_data = torch.full((len(drafts), longest), -math.inf, dtype=torch.float64)
@@ -332,7 +332,7 @@ def assemble(
 
 
 def _spread(drafts: Sequence[Draft], name: str) -> float:
-    """RMS over the prompts of the scores' standard deviation within a prompt; 0 without scores."""
+    """Return the RMS over prompts of the scores' deviation within a prompt; 0 without scores."""
     scores = [draft.scores[name] for draft in drafts if name in draft.scores]
     centred = [values[~values.isnan()] - values.nanmean() for values in scores]
     squares = [float(values.square().mean()) for values in centred if len(values) > 1]

@@ -46,11 +46,11 @@ class Preferences:
     # wrote them; NaN: padding. None: that was the model that training starts from
 
     def rows(self) -> Tensor:
-        """``[R, 2]`` int64, prompt and position of every response."""
+        """Return ``[R, 2]`` int64, prompt and position of every response."""
         return (self.log_data > -math.inf).nonzero()
 
     def digest(self) -> str:
-        """16 hexadecimal digits that change with any text, win rate or log-probability."""
+        """Return 16 hexadecimal digits that change with any text, win rate or log-probability."""
         state = blake2b(digest_size=8)
         state.update(json.dumps([self.objectives, self.prompts, self.responses]).encode())
         for tensor in (self.win_rates, self.log_probs):
@@ -68,7 +68,7 @@ def win_rates_of_pairs(
 
     Args:
         pairs: Distinct (winner, loser), positions below ``responses``.
-        responses: Y.
+        responses: Number Y of responses.
         smoothing: The parameter of the Beta prior; 0 for none.
     """
     places = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
@@ -82,7 +82,8 @@ def win_rates_of_scores(scores: Tensor, scale: float) -> Tensor:
     """Return the mean probability of beating each of the others: ``[Y]`` float64.
 
     Args:
-        scores: ``[Y]``, NaN where there is none; the win rate is NaN there, and no opponent.
+        scores: The responses' scores ``[Y]``, NaN where there is none; the win rate is NaN there,
+            and no opponent.
         scale: Difference of scores that is worth odds of e; at 0 more is 1, less 0, equal 1/2.
     """
     r = scores.double()

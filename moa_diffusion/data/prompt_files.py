@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.files.text import (
     SHOWN,
     bad_line,
@@ -26,6 +25,7 @@ from moa_diffusion.files.text import (
     stripped,
 )
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 KIND = "A prompt file"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

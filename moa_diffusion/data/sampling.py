@@ -82,8 +82,8 @@ class GroupSampler:
 
     Args:
         prompts: The prompt set, or a mixture of several.
-        groups: P, prompt draws per step.
-        group_size: G, siblings per draw.
+        groups: Number P of prompt draws per step.
+        group_size: Number G of siblings per draw.
         seed: The run's seed.
         shared_start: Whether siblings start from the same noise, so that their rewards differ by
             what the policy did alone (DanceGRPO, arXiv 2505.07818).

@@ -43,7 +43,7 @@ class Candidate:
 
 
 def named_folders(option: str, entries: Sequence[str], *, files: bool = False) -> dict[str, Path]:
-    """``[NAME=]FOLDER`` by name, by default the folder's own; see ``paths.split_name``.
+    """Return each ``[NAME=]FOLDER`` by name, by default the folder's; see ``paths.split_name``.
 
     Args:
         option: The command-line option of the entries, for messages.
@@ -127,7 +127,7 @@ def shared_settings(settings: Mapping[str, Config], medium: Medium) -> Config:
 
 
 def choose_rewards(settings: Config, names: Sequence[str] | None) -> Config:
-    """Only these rewards: with the run's options where it has them, else with their defaults."""
+    """Keep only these rewards: with the run's options where it has them, else with defaults."""
     if names is None:
         chosen = settings.rewards
     else:
@@ -138,7 +138,7 @@ def choose_rewards(settings: Config, names: Sequence[str] | None) -> Config:
 
 
 def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
-    """Rollouts of the checkpoints to evaluate, in order.
+    """Return the rollouts of the checkpoints to evaluate, in order.
 
     Args:
         run: The run's folder.
@@ -272,7 +272,7 @@ def _there(saved: Sequence[int]) -> str:
 
 
 def _all_rewards(settings: Config) -> dict[str, dict[str, Any]]:
-    """Options of all heads but their weights, which scores do not depend on."""
+    """Return the options of all heads but their weights, which scores do not depend on."""
     return {
         name: {key: value for key, value in options.items() if key != "weight"}
         for name, options in (settings.rewards | settings.evaluation.rewards).items()

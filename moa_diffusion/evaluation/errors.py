@@ -14,7 +14,7 @@ class EvaluationError(RuntimeError):
 
 @contextmanager
 def working(comm: Comm) -> Iterator[None]:
-    """As ``agreed``; of a disk's failure it says that what is done is kept."""
+    """Do as ``agreed``; of a disk's failure say that what is done is kept."""
     with agreed(comm):
         try:
             yield

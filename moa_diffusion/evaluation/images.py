@@ -40,7 +40,7 @@ class ImageSettings:
 
     @classmethod
     def of(cls, settings: Config, path: str) -> ImageSettings:
-        """Deployment settings: those of the section ``evaluation``.
+        """Return the deployment settings: those of the section ``evaluation``.
 
         Args:
             settings: The configuration.
@@ -61,7 +61,7 @@ class ImageSettings:
 
 
 def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
-    """Digest of everything that a pipeline loads.
+    """Return the digest of everything that a pipeline loads.
 
     Args:
         path: Folder or hub id. Of a hub id the commit stands for the content.

@@ -52,7 +52,7 @@ class Medium(Protocol):
         ...
 
     def base_digest(self, settings: Config, memory: Path) -> str:
-        """Digest of the base model; see ``files_digest`` for the memory."""
+        """Return the digest of the base model; see ``files_digest`` for the memory."""
         ...
 
     def cache(self, folder: Path) -> OutputCache[Any]:

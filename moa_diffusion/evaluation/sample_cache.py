@@ -43,7 +43,7 @@ class OutputCache(ABC, Generic[T]):
 
     @staticmethod
     def key(*, model: str, prompt: str, seed: int, sampler: DataclassInstance) -> str:
-        """Digest of everything that an output depends on."""
+        """Return the digest of everything that an output depends on."""
         return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
 
     def path(self, key: str) -> Path:
@@ -51,7 +51,7 @@ class OutputCache(ABC, Generic[T]):
         return self.folder / f"{key}{self.suffix}"
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those that are not there, each once, in order."""
+        """Return those that are not there, each once, in order."""
         return [key for key in dict.fromkeys(keys) if not self.path(key).is_file()]
 
     def write(self, key: str, output: T) -> None:
@@ -92,7 +92,7 @@ class OutputCache(ABC, Generic[T]):
     @staticmethod
     @abstractmethod
     def _batch(outputs: Sequence[T]) -> Outputs:
-        """Single outputs as what a policy returns for several requests."""
+        """Join single outputs to what a policy returns for several requests."""
 
 
 class ImageCache(OutputCache[Tensor]):
@@ -102,7 +102,7 @@ class ImageCache(OutputCache[Tensor]):
     suffix = ".png"
 
     def columns(self, key: str, folder: Path) -> dict[str, str]:
-        """``image``, the file's path from the folder, and ``image_digest``, the key."""
+        """Return ``image``, the file's path from the folder, and ``image_digest``, the key."""
         path = Path(os.path.relpath(self.path(key), folder)).as_posix()
         return {"image": path, "image_digest": key}
 
@@ -126,7 +126,7 @@ class TextCache(OutputCache[str]):
     suffix = ".json"
 
     def columns(self, key: str, folder: Path) -> dict[str, str]:
-        """``text`` itself, and ``text_digest``, the key."""
+        """Return ``text`` itself, and ``text_digest``, the key."""
         return {"text": self._read(key), "text_digest": key}
 
     @staticmethod

@@ -39,7 +39,7 @@ class TextSettings:
 
     @classmethod
     def of(cls, settings: Config, path: str, device: torch.device) -> TextSettings:
-        """Deployment settings: those of the section ``generation``.
+        """Return the deployment settings: those of the section ``generation``.
 
         Args:
             settings: The configuration.
@@ -62,7 +62,7 @@ class TextSettings:
 
 
 def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
-    """Digest of everything that a language model and its tokenizer load.
+    """Return the digest of everything that a language model and its tokenizer load.
 
     Args:
         path: Folder or hub id. Of a hub id the commit stands for the content.
@@ -143,7 +143,7 @@ class Texts:
         return assembly.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
 
     def request(self, prompt: str, seed: int) -> Request:
-        """Drawn with noise that is the same for all models, and another for every prompt.
+        """Return a request whose noise is the same for all models, and another for every prompt.
 
         With one noise for all prompts their completions begin alike, and prompts are not the
         independent units that the intervals take them for: the variance of the mean length over

@@ -45,7 +45,7 @@ def model_card(
         each: The configuration of every run by name.
         members: The checkpoints, one per run.
         shares: The weight of each member.
-        adapter: The LoRA.
+        adapter: The LoRA weights that are exported.
         table: The base model and this one, if they were evaluated.
         noun: What the model draws, in the plural.
         name: The model's name.
@@ -79,7 +79,7 @@ def model_card(
 
 
 def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
-    """Metadata, and the code that draws as the evaluation does."""
+    """Return metadata, and the code that draws as the evaluation does."""
     sampler, section = settings.sampling, settings.evaluation
     head: dict[str, object] = {
         "library_name": "diffusers",
@@ -99,7 +99,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
 
 
 def _of_texts(settings: Config, name: str) -> tuple[dict[str, object], str]:
-    """Metadata, and the code that writes as the evaluation does."""
+    """Return metadata, and the code that writes as the evaluation does."""
     base = _public_name(settings.policy.path)
     generation = TextSettings.of(settings, assembly.model_path(settings), torch.device("cpu"))
     head: dict[str, object] = {

@@ -12,19 +12,19 @@ from moa_diffusion.files.writing import write_text
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, in hex; of mappings whatever the order of their keys."""
+    """Return the SHA-256 of a JSON value, in hex, whatever the order of keys in mappings."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def files_digest(folder: Path, files: Iterable[Path], memory: Path) -> str:
-    """Digest of the content of files by their place in a folder.
+    """Return the digest of the content of files by their place in a folder.
 
     Args:
         folder: The folder that they lie in.

@@ -34,7 +34,7 @@ def names_a_place(text: str) -> bool:
 
 
 def split_name(entry: str) -> tuple[str | None, Path]:
-    """``[NAME=]FOLDER`` to name and folder; the name is None where there is none.
+    """Split ``[NAME=]FOLDER`` into name and folder; the name is None where there is none.
 
     A folder may have ``=`` in its name (``runs/lr=1e-4,seed=0``): what exists as it stands is the
     folder, and what stands before the first ``=`` is a name only without a path separator.
@@ -61,7 +61,7 @@ def split_list(text: str, known: Callable[[str], bool]) -> list[str]:
     """Return the names or files, comma-separated, of which some may have commas themselves.
 
     Args:
-        text: As given.
+        text: The text as the user gave it.
         known: Whether a part is one that exists; parts of which none is known are single words.
 
     Returns:

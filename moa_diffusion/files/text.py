@@ -30,7 +30,7 @@ def bad_line(where: str, expectation: str, finding: str, hint: str = "") -> Conf
 
     Args:
         where: File and line, ``prompts.txt:3``.
-        expectation: A sentence.
+        expectation: What the line should be, a whole sentence.
         finding: As it is to be shown.
         hint: A further sentence.
     """
@@ -95,7 +95,7 @@ def read_text(path: Path, kind: str) -> str:
 
 
 def json_lines(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File and line, and the object on it, of a JSONL; blank lines are left out.
+    """Yield each line of a JSONL: file and line number, and the object; blank lines are left out.
 
     Args:
         path: The file, which exists.

@@ -56,9 +56,10 @@ def writing(target: Path, needed: int | None = None) -> Iterator[None]:
         if number is None:
             raise
         cause = _CAUSES.get(number, os.strerror(number).lower()) if number else str(error)
-        told = StorageError(f"Could not write `{target}`: {cause}{_space(target, number, needed)}.")
-        told.cause = cause
-        raise told from error
+        space = _space(target, number, needed)
+        failure = StorageError(f"Could not write `{target}`: {cause}{space}.")
+        failure.cause = cause
+        raise failure from error
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def remove(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that can be written at a path, which need not exist; None if nobody knows."""
+    """Return how many bytes can be written at a path, which need not exist; None: nobody knows."""
     for folder in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(folder).free
@@ -151,7 +152,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def size_text(count: int) -> str:
-    """``1.5 MB``, in units of 1000."""
+    """Return a size as text such as ``1.5 MB``, in units of 1000."""
     size = float(count)
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:

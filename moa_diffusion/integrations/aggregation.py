@@ -65,9 +65,10 @@ class Aggregation:
         Their mean in a group is 0.
 
         Args:
-            prompts: N.
+            prompts: Prompts of the N samples.
             values: Raw rewards ``[K, N]`` float64, NaN where an objective does not apply.
-            group_size: G; each G neighbours are a group, and have one prompt.
+            group_size: Number G of samples per prompt; each G neighbours are a group, and have one
+                prompt.
 
         Raises:
             ValueError: If a group is not whole, or the mean of one is not 0.

@@ -86,7 +86,7 @@ class Watch:
         self._count = dict.fromkeys(self.heldout, 0)  # the same, as of the last look
         self._best: dict[str, dict[str, Any]] = {}  # by held-out reward: step, values [K, M]
         self._base: dict[str, Any] = {}  # of the first evaluation: std [K], statistics
-        self._said: list[str] = []  # warnings that still hold: said once
+        self._holding: list[str] = []  # warnings that still hold: each is given once
 
     @property
     def over(self) -> bool:
@@ -132,7 +132,7 @@ class Watch:
         self._best = {n: best for n, best in self._best.items() if best["step"] not in steps}
 
     def report(self) -> dict[str, float]:
-        """``alarm/<held-out reward>``: evaluations in a row that looked like hacking."""
+        """Return ``alarm/<held-out reward>``: evaluations in a row that looked like hacking."""
         return {f"alarm/{name}": float(count) for name, count in self._count.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,14 +143,14 @@ class Watch:
             "streak": dict(self._streak),
             "best": self._best,
             "base": self._base,
-            "said": list(self._said),
+            "said": list(self._holding),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.kl_scale, self._acted = state["kl_scale"], state["acted"]
         self._best, self._base = state["best"], state["base"]
         self._streak = {name: state["streak"].get(name, 0) for name in self.heldout}
-        self._said = list(state["said"])
+        self._holding = list(state["said"])
 
     # ------------------------------------------------------------------ the rules
 
@@ -253,7 +253,7 @@ class Watch:
         for name, row in evaluation.statistics.items():
             mean, std = self._base["statistics"][name]
             moved = (float(row.mean()) - mean) / std if std > 0 else 0.0
-            if self._news(f"drift {name}", 0 < self.rules.drift < abs(moved)):
+            if self._is_new(f"drift {name}", 0 < self.rules.drift < abs(moved)):
                 alarms.append(
                     Alarm(
                         step=evaluation.step,
@@ -271,7 +271,7 @@ class Watch:
         for name, gap in evaluation.gaps.items():
             std = self._base["std"][name]
             apart = gap / std if std > 0 else 0.0
-            if self._news(f"gap {name}", 0 < self.rules.gap < apart):
+            if self._is_new(f"gap {name}", 0 < self.rules.gap < apart):
                 alarms.append(
                     Alarm(
                         step=evaluation.step,
@@ -286,14 +286,14 @@ class Watch:
                 )
         return alarms
 
-    def _news(self, what: str, holds: bool) -> bool:
+    def _is_new(self, what: str, holds: bool) -> bool:
         """Return whether this holds now and did not hold at the last look."""
-        said = what in self._said
-        if holds and not said:
-            self._said.append(what)
-        elif said and not holds:
-            self._said.remove(what)
-        return holds and not said
+        holding = what in self._holding
+        if holds and not holding:
+            self._holding.append(what)
+        elif holding and not holds:
+            self._holding.remove(what)
+        return holds and not holding
 
 
 def _paired(now: Tensor, then: Tensor, evaluation: Evaluation) -> tuple[float, float]:

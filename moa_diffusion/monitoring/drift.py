@@ -23,7 +23,7 @@ THUMBNAIL = 16  # side at which siblings are compared, in pixels
 def statistics(
     outputs: Outputs, *, device: torch.device | None = None, batch: int = 8
 ) -> dict[str, Tensor]:
-    """Numbers about each output: ``[n]`` float64 by name, on the CPU.
+    """Return numbers about each output: ``[n]`` float64 by name, on the CPU.
 
     Args:
         outputs: N images or texts.
@@ -40,7 +40,7 @@ def of_images(images: Tensor) -> dict[str, Tensor]:
     """Return what changes when pictures bleach, blacken, blur or fill with noise.
 
     Args:
-        images: ``[n, 3, H, W]`` float32 in [0, 1].
+        images: Images ``[n, 3, H, W]`` float32 in [0, 1].
 
     Returns:
         ``[n]`` float32 each: ``brightness`` and ``contrast`` (mean and standard deviation of the
@@ -74,7 +74,7 @@ def of_images(images: Tensor) -> dict[str, Tensor]:
 
 
 def of_texts(texts: Sequence[str]) -> dict[str, Tensor]:
-    """``words``, and ``distinct``: the share of a text's words that differ (1 for an empty one)."""
+    """Return ``words``, and ``distinct``: the share of a text's words that differ (1 if empty)."""
     words = [text.casefold().split() for text in texts]
     return {
         "words": torch.tensor(
@@ -102,7 +102,7 @@ def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
 
     Args:
         kept: ``fingerprints`` of N outputs.
-        groups: ``[N]``, equal for siblings.
+        groups: Group ids ``[N]``, equal for siblings.
 
     Returns:
         Pictures: the root mean square over thumbnails' pixels of the standard deviation within a

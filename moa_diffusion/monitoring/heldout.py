@@ -46,7 +46,7 @@ class HeldOut:
         settings: The section ``evaluation``; of what is drawn, the first outputs are shown, and
             the first are also drawn as rollouts draw them.
         drawing: Names the settings that outputs depend on beside the requests and the weights.
-        policy: Draws them.
+        policy: The policy that draws the outputs.
         scorer: The K reward heads, those that are not trained on included.
         training: The heads of the objectives, for the comparison with rollouts.
         batch: Samples per forward pass.

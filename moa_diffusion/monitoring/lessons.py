@@ -25,7 +25,7 @@ class Lessons:
         self._names = names
         self._rollouts = 0
         self._empty: Counter[str] = Counter()  # rollouts by objective
-        self._unjudged: Counter[str] = Counter()  # rollouts without one sample that it applies to
+        self._absent: Counter[str] = Counter()  # rollouts without any sample that it applies to
         self._in_vain = 0  # rollouts without any advantage
         self._resumed = False
 
@@ -36,7 +36,7 @@ class Lessons:
 
         Args:
             rewards: The rewards of its N samples.
-            advantages: ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
+            advantages: Advantages ``[K, N]`` of each objective, or ``[K, D]`` of decisions.
             advantage: What the policy is updated with, of any shape.
             first: Whether it is the run's first.
         """
@@ -47,7 +47,7 @@ class Lessons:
             # A critic's estimates vary even where the reward does not.
             constant = len(applying) > 0 and bool((applying == applying[0]).all())
             if not len(applying):
-                self._unjudged[name] += 1
+                self._absent[name] += 1
                 continue
             if not constant and own.any():
                 continue
@@ -73,14 +73,14 @@ class Lessons:
         """Say at the end of a run from what nothing was learned since it began or was resumed."""
         since = " since it was resumed" if self._resumed else ""
         for name in self._names:
-            count, judged = self._empty[name], self._rollouts - self._unjudged[name]
-            if self._rollouts and not judged:
+            count, applying = self._empty[name], self._rollouts - self._absent[name]
+            if self._rollouts and not applying:
                 logger.warning(
                     "Nothing could be learned from the reward %s in %d of %d rollouts%s: it was "
                     "NaN for every sample, as if it applied to none of the prompts.",
                     *(name, self._rollouts, self._rollouts, since),
                 )
-            elif count and 2 * count >= judged:
+            elif count and 2 * count >= applying:
                 logger.warning(
                     "Nothing could be learned from the reward %s in %d of %d rollouts%s: it did "
                     "not differ between samples of a prompt.",

@@ -30,7 +30,7 @@ class Progress:
     def __init__(self, comm: Comm, *, bars: bool = True) -> None:
         self.comm, self.bars = comm, bars
         self.completed = 0
-        self.stop = StopRequest(said=comm.rank == 0)
+        self.stop = StopRequest(announce=comm.rank == 0)
         self._seconds: dict[str, float] = {}  # since they were taken last, by phase
 
     def leave_if_stopped(self) -> None:

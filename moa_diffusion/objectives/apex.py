@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ from moa_diffusion.objectives.normalize import update_ema
 from moa_diffusion.statistics.groups import group_moments, rms_group_std
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
-CONFLICTS = ("gradients", "advantages", "off")
+Conflict = Literal["gradients", "advantages", "off"]
+CONFLICTS = get_args(Conflict)
 
 
 class Apex(Weighting):
@@ -47,21 +48,24 @@ class Apex(Weighting):
 
     Args:
         objectives: Names of the K objectives.
-        potential: Weight ``a_L`` >= 0 of the learning potential; 0 switches the term off.
+        potential: Weight ``a_L`` of the learning potential, at least 0; 0 switches the term off.
         conflict: What conflicts are measured on: ``gradients`` (needs the Gramian),
             ``advantages``, or ``off``.
-        penalty: Weight ``a_C`` >= 0 of the conflict.
-        need: Weight ``a_N`` >= 0 of the need; 0 switches the term off.
-        temperature: Temperature ``tau`` > 0 of the softmax; the higher, the more alike the weights.
+        penalty: Weight ``a_C`` of the conflict, at least 0.
+        need: Weight ``a_N`` of the need, at least 0; 0 switches the term off.
+        temperature: Temperature ``tau`` of the softmax, positive; the higher, the more alike the
+            weights.
         floor: Least weight ``f`` of an objective, in [0, 1/K].
-        horizon: Number ``H`` >= 1 of rollouts over which learning is measured.
-        warmup: Number of rollouts with equal weights, >= 1; ``base`` is their mean.
-        memory: Number of prompts, the last ones seen, over which ``Rbar`` is taken.
+        horizon: Number ``H`` of rollouts over which learning is measured, at least 1.
+        warmup: Number of rollouts with equal weights, at least 1; ``base`` is their mean.
+        memory: Number of prompts, the last ones seen, over which ``Rbar`` is taken, at least 1.
         spread_decay: Decay of the moving average of spreads, in [0, 1).
         decay: Decay of the moving average of weights, in [0, 1).
-        step: Distance of automatic targets from the base, in within-group standard deviations.
-        base: Mean reward before training, by name; measured on the first rollouts if absent.
-        targets: Reward to reach, by name, above the base; automatic if absent.
+        step: Distance of automatic targets from the base, in within-group standard deviations;
+            positive.
+        base: Mean reward before training, by name, any number; measured on the first rollouts if
+            absent.
+        targets: Reward to reach, by name, any number above the base; automatic if absent.
     """
 
     spread: Tensor
@@ -76,7 +80,7 @@ class Apex(Weighting):
         objectives: Sequence[str],
         *,
         potential: float = 0.5,
-        conflict: str = "advantages",
+        conflict: Conflict = "advantages",
         penalty: float = 1.0,
         need: float = 2.0,
         temperature: float = 1.0,
@@ -213,7 +217,7 @@ class Apex(Weighting):
             )
 
     def _learning(self, mean: Tensor) -> Tensor:
-        """``L``: speed of the last H rollouts (or as many as there were), relative to the best."""
+        """Return ``L``, the speed of the last H rollouts (or all so far), relative to the best."""
         past = self.history[:-1]
         known = ~past.isnan()
         # The oldest known row of each objective: H rollouts ago, or fewer at the start.
@@ -224,18 +228,18 @@ class Apex(Weighting):
         return speed / (speed.max() + 1e-8)
 
     def _need(self, mean: Tensor) -> Tensor:
-        """``N``; 0 for an objective that is unknown or never varies."""
+        """Return ``N``; 0 for an objective that is unknown or never varies."""
         gap = self.target - self.base
         need = 1 - (mean - self.base) / torch.where(gap > 0, gap, torch.nan)
         return need.nan_to_num(nan=0.0)
 
 
 def correlation(advantages: Tensor, applies: Tensor) -> Tensor:
-    """Pearson correlation of the objectives' advantages where both apply: ``[K, K]``.
+    """Return the Pearson correlation of the objectives' advantages where both apply: ``[K, K]``.
 
     Args:
-        advantages: ``[K, N]``, centred in their groups, 0 where they do not apply.
-        applies: ``[K, N]`` bool.
+        advantages: Advantages ``[K, N]``, centred in their groups, 0 where they do not apply.
+        applies: Whether the objective applies to the sample: ``[K, N]`` bool.
     """
     weight = applies.to(advantages.dtype)
     product = advantages @ advantages.T
@@ -245,17 +249,17 @@ def correlation(advantages: Tensor, applies: Tensor) -> Tensor:
 
 
 def cosine(gramian: Tensor) -> Tensor:
-    """Cosines of the K gradients, from their Gramian ``[K, K]``; 0 beside a zero gradient."""
+    """Return cosines of K gradients, from their Gramian ``[K, K]``; 0 beside a zero gradient."""
     norm = gramian.diagonal().clamp(min=0).sqrt()
     scale = norm[:, None] * norm
     return gramian / torch.where(scale > 0, scale, 1.0)
 
 
 def opposition(cosines: Tensor) -> Tensor:
-    """``C``: each objective's mean opposition to the others, in [0, 1]: ``[K]``.
+    """Return ``C``, each objective's mean opposition to the others, in [0, 1]: ``[K]``.
 
     Args:
-        cosines: ``[K, K]`` in [-1, 1].
+        cosines: Cosines of the objectives' gradients or advantages, ``[K, K]`` in [-1, 1].
     """
     against = (-cosines).clamp(0, 1)
     against = against - torch.diag(against.diagonal())

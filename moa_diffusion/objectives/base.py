@@ -14,8 +14,8 @@ from math import isfinite, nan
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
+from rewards.suggestions import did_you_mean
 
 
 class Normalizer(nn.Module, ABC):
@@ -43,12 +43,13 @@ class Normalizer(nn.Module, ABC):
 
         Args:
             prompts: P distinct prompts.
-            rewards: ``[P, K, reference_samples]`` float64, NaN where an objective does not apply.
+            rewards: Raw rewards ``[P, K, reference_samples]`` float64, NaN where an objective does
+                not apply.
         """
         raise RuntimeError(f"{type(self).__name__} compares with no reference.")
 
     def win_rates(self, rewards: RewardMatrix) -> Tensor | None:
-        """Shares of the reference's rewards that each reward beats, ``[K, N]``; None without one.
+        """Return shares of the reference's rewards that each beats, ``[K, N]``; None without one.
 
         NaN where an objective does not apply.
         """
@@ -56,11 +57,11 @@ class Normalizer(nn.Module, ABC):
 
     @abstractmethod
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
-        """Stage 1: advantages ``[K, N]`` float64, exactly 0 where the reward is NaN."""
+        """Do stage 1: return advantages ``[K, N]`` float64, exactly 0 where the reward is NaN."""
 
     @abstractmethod
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
-        """Stage 2: the weighted mean ``advantage [N]`` of each sample, normalized: ``[N]``.
+        """Do stage 2: return the weighted mean ``advantage [N]`` of each sample, normalized.
 
         Exactly 0 for a sample to which nothing applies, or whose group has no spread.
         """
@@ -92,7 +93,7 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, stats: ObjectiveStats) -> Tensor:
-        """Weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
+        """Return weights ``[K]``, or ``[K, N]`` if each sample has its own; float64, finite."""
 
     def report(self) -> dict[str, float]:
         """Return what the last call found, for the metrics: ``group/objective`` to a number."""
@@ -103,14 +104,14 @@ class Weighting(nn.Module, ABC):
         return ""
 
     def kl_scale(self) -> float:
-        """Factor of the KL's weight since the last call: 1 unless the method moves it."""
+        """Return the factor of the KL's weight since the last call; 1 unless a method moves it."""
         return 1.0
 
 
 def by_name(
     parameter: str, values: Mapping[str, float] | None, objectives: Sequence[str]
 ) -> Tensor:
-    """Numbers given for some objectives, in the objectives' order: ``[K]``, NaN where none is.
+    """Return numbers given by objective's name in the objectives' order: ``[K]``, NaN for none.
 
     Raises:
         ValueError: Naming the parameter, for an unknown objective or a value that is not finite.
@@ -130,13 +131,13 @@ def by_name(
 
 
 def effective_weights(weights: Tensor, applies: Tensor) -> Tensor:
-    """Weights of each sample over the objectives that apply to it, with absolute sum 1.
+    """Return each sample's weights over the objectives that apply to it, with absolute sum 1.
 
     Dividing by the absolute sum lets methods be compared at the same step size.
 
     Args:
-        weights: ``[K]`` or ``[K, N]``.
-        applies: ``[K, N]`` bool.
+        weights: The objectives' weights, ``[K]`` or ``[K, N]``.
+        applies: Whether the objective applies to the sample: ``[K, N]`` bool.
 
     Returns:
         ``[K, N]``; zeros for a sample to which no objective with a weight applies.
@@ -150,9 +151,9 @@ def combine(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tensor:
     """Return the weighted mean of the objectives that apply to each sample: ``[N]``.
 
     Args:
-        advantages: ``[K, N]``, 0 where the objective does not apply.
-        weights: ``[K]`` or ``[K, N]``.
-        applies: ``[K, N]`` bool.
+        advantages: Advantages ``[K, N]``, 0 where the objective does not apply.
+        weights: The objectives' weights, ``[K]`` or ``[K, N]``.
+        applies: Whether the objective applies to the sample: ``[K, N]`` bool.
     """
     return (effective_weights(weights, applies) * advantages).sum(0)
 
@@ -164,9 +165,9 @@ def variance_share(advantages: Tensor, weights: Tensor, applies: Tensor) -> Tens
     may be negative (an objective that the others oppose). One near 1 is "variance hijacking".
 
     Args:
-        advantages: ``[K, N]``, after stage 1.
-        weights: ``[K]`` or ``[K, N]``.
-        applies: ``[K, N]`` bool.
+        advantages: Advantages ``[K, N]``, after stage 1.
+        weights: The objectives' weights, ``[K]`` or ``[K, N]``.
+        applies: Whether the objective applies to the sample: ``[K, N]`` bool.
 
     Returns:
         ``[K]``; zeros if the sum does not vary.

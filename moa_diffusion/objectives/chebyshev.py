@@ -39,13 +39,13 @@ class Chebyshev(Weighting):
     Args:
         objectives: Names of the K objectives.
         weights: K positive finite numbers, the importance of each shortfall; equal by default.
-        base: Raw reward, by name, at which the shortfall is ``w_k``; by default the first rollout's
-            mean.
-        ideal: Raw reward, by name, at which the shortfall is 0; by default ``base`` plus the first
-            within-group standard deviation (RMS) that is not 0.
+        base: Raw reward, by name, at which the shortfall is ``w_k``, any number; by default the
+            first rollout's mean.
+        ideal: Raw reward, by name, at which the shortfall is 0, any number above ``base``; by
+            default ``base`` plus the first within-group standard deviation (RMS) that is not 0.
         decay: Decay of the running mean, in [0, 1).
         temperature: Temperature of the softmax, in units of ``d``; positive.
-        rho: Weight that every objective gets besides; not negative.
+        rho: Weight that every objective gets besides, at least 0.
     """
 
     average: Tensor
@@ -123,7 +123,7 @@ class Chebyshev(Weighting):
 
 
 def smooth_max(d: Tensor, temperature: float) -> Tensor:
-    """Softmax over the entries that are not NaN, 0 for the others; uniform if all are: ``[K]``."""
+    """Take the softmax over what is not NaN, 0 for others; uniform if all are: ``[K]``."""
     known = ~torch.isnan(d)
     if not known.any():
         return torch.full_like(d, 1 / len(d))

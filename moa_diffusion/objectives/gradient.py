@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.pama import min_norm_weights
 from moa_diffusion.types import ObjectiveStats
+from rewards.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from torchjd.aggregation import Aggregator
@@ -173,7 +173,7 @@ class Gradient(Weighting):
 
 
 def find_aggregator(name: str) -> type[Aggregator]:
-    """TorchJD's aggregator of that name, case and separators aside.
+    """Return TorchJD's aggregator of that name, case and separators aside.
 
     Raises:
         ImportError: If torchjd is not installed.

@@ -23,9 +23,9 @@ def reward_metrics(
     """Return what one rollout says about each objective; NaN where nothing applies.
 
     Args:
-        rewards: Raw, ``[K, N]``.
-        advantages: ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
-        weights: ``[K]``, ``[K, N]`` or ``[K, D]``.
+        rewards: Raw rewards ``[K, N]``.
+        advantages: Advantages ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
+        weights: The objectives' weights, ``[K]``, ``[K, N]`` or ``[K, D]``.
         estimates: What the advantages are computed from, if not from the rewards: ``[K, D]``.
     """
     applies = ~torch.isnan(rewards.values)
@@ -51,11 +51,11 @@ def reward_metrics(
 
 
 def cosine_metrics(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
-    """``cosine/<a>~<b>`` of every pair of objectives' gradients; NaN where one is zero.
+    """Return ``cosine/<a>~<b>`` of every pair of objectives' gradients; NaN where one is zero.
 
     Args:
-        names: K objectives.
-        gramian: ``[K, K]`` of their gradients.
+        names: Names of the K objectives.
+        gramian: Gramian ``[K, K]`` of the objectives' gradients.
     """
     lengths = gramian.diagonal().sqrt()
     return {
@@ -65,7 +65,7 @@ def cosine_metrics(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's, of two ``[n]``; NaN where one does not vary."""
+    """Return Pearson's correlation of two ``[n]``; NaN where one does not vary."""
     if len(x) < 2:
         return math.nan
     x, y = x - x.mean(), y - y.mean()

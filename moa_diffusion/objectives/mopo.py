@@ -23,21 +23,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.objectives.base import Weighting
-from moa_diffusion.objectives.mopo_offline import barrier, dual_step
+from moa_diffusion.objectives.mopo_offline import Variant, barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
+from rewards.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-UNITS = ("win_rate", "reward")
-VARIANTS = ("lagrangian", "barrier")
+Units = Literal["win_rate", "reward"]
 
 
 class Mopo(Weighting):
@@ -56,19 +56,21 @@ class Mopo(Weighting):
         objectives: Names of the K objectives.
         primary: Name of the objective that is improved; by default the first.
         bounds: Least level of each secondary objective; one number for all, or a number for each.
-            A win rate of 0.5 means "no worse than the reference model".
+            Win rates are in [0, 1], and 0.5 means "no worse than the reference model"; a reward may
+            be any number.
         units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward.
             There four times the within-group spread (RMS std) of the first rollout that has any
             stands for a win rate of 1, about as steep as a win rate is; before that the multiplier
             is 0.
         variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
-        integral: Gain of the integral of the violation, per rollout.
-        proportional: Gain of the momentary violation.
-        maximum: Largest multiplier.
+        integral: Gain of the integral of the violation, per rollout; at least 0.
+        proportional: Gain of the momentary violation, at least 0.
+        maximum: Largest multiplier; positive.
         decay: Decay of the level's moving average, in [0, 1).
-        sigma: Strength of the barrier; the primary objective may lose about this much per bound.
+        sigma: Strength of the barrier, positive; the primary objective may lose about this much per
+            bound.
         patience: Number of rollouts in a row at the largest multiplier and below the bound after
-            which a warning says, once, that the bound may be out of reach.
+            which a warning says, once, that the bound may be out of reach; at least 1.
     """
 
     level: Tensor  # [K] Gbar; NaN: not measured yet
@@ -85,8 +87,8 @@ class Mopo(Weighting):
         *,
         primary: str | None = None,
         bounds: Mapping[str, float] | float = 0.5,
-        units: str = "win_rate",
-        variant: str = "lagrangian",
+        units: Units = "win_rate",
+        variant: Variant = "lagrangian",
         integral: float = 0.2,
         proportional: float = 20.0,
         maximum: float = 10.0,
@@ -95,7 +97,10 @@ class Mopo(Weighting):
         patience: int = 10,
     ) -> None:
         super().__init__(objectives)
-        for name, choice, known in (("units", units, UNITS), ("variant", variant, VARIANTS)):
+        for name, choice, known in (
+            ("units", units, get_args(Units)),
+            ("variant", variant, get_args(Variant)),
+        ):
             if choice not in known:
                 raise ValueError(f"Parameter `{name}` should be one of {known}. Found {choice!r}.")
         for name, value, good, wanted in (
@@ -198,8 +203,8 @@ class Mopo(Weighting):
         """Warn once of a bound that the largest multiplier does not reach."""
         stuck = violated & (self.multipliers >= self.maximum)
         self.capped = torch.where(known, (self.capped + 1) * stuck, self.capped)
-        news = (self.capped >= self.patience) & ~self.warned
-        for k in news.nonzero().flatten().tolist():
+        fresh = (self.capped >= self.patience) & ~self.warned
+        for k in fresh.nonzero().flatten().tolist():
             logger.warning(
                 "Bound %g on `%s` may be out of reach: the level is %.4g after %d rollouts with "
                 "the largest multiplier.",
@@ -208,7 +213,7 @@ class Mopo(Weighting):
                 float(self.level[k]),
                 self.patience,
             )
-        self.warned = self.warned | news
+        self.warned = self.warned | fresh
 
 
 def checked_bounds(

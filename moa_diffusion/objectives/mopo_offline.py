@@ -36,14 +36,15 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = ("lagrangian", "barrier")
-FOLLOW = ("ratchet", "beta_lag")
+Variant = Literal["lagrangian", "barrier"]
+Follow = Literal["ratchet", "beta_lag"]
 
 
 def tilt(
@@ -55,16 +56,16 @@ def tilt(
     *,
     log_cap: float = math.inf,
 ) -> Tensor:
-    """Density of the optimal policy over the reference: ``rho [P, Y]``.
+    """Return the density of the optimal policy over the reference: ``rho [P, Y]``.
 
     Args:
-        pbar: ``[P, Y]`` win rates of the primary objective.
-        qbar: ``[K, P, Y]`` of the secondary ones.
-        lambdas: ``[K]`` non-negative.
+        pbar: Win rates ``[P, Y]`` of the primary objective.
+        qbar: Win rates ``[K, P, Y]`` of the secondary objectives.
+        lambdas: Multipliers ``[K]``, at least 0.
         tau: Weight of the KL, positive.
-        log_ref: ``[P, Y]``, each row the logarithm of a distribution: ``-log Y`` for responses
-            that were sampled from the reference, ``-inf`` for padding.
-        log_cap: Largest ``log rho``. Below infinity the rows need not average 1.
+        log_ref: Logarithm of the reference, ``[P, Y]``, each row the logarithm of a distribution:
+            ``-log Y`` for responses that were sampled from the reference, ``-inf`` for padding.
+        log_cap: Largest ``log rho``; positive. Below infinity the rows need not average 1.
     """
     if not tau > 0:
         raise ValueError(f"Parameter `tau` should be positive. Found {tau}.")
@@ -74,12 +75,12 @@ def tilt(
 
 
 def constraint_levels(rho: Tensor, qbar: Tensor, log_ref: Tensor) -> Tensor:
-    """``G_k``, the mean win rate of the tilted policy: ``[K]``.
+    """Return ``G_k``, the mean win rate of the tilted policy: ``[K]``.
 
     Args:
-        rho: ``[P, Y]``.
-        qbar: ``[K, P, Y]``.
-        log_ref: ``[P, Y]``.
+        rho: Density ``[P, Y]`` of the policy over the reference.
+        qbar: Win rates ``[K, P, Y]`` of the secondary objectives.
+        log_ref: Logarithm of the reference, ``[P, Y]``.
     """
     return (log_ref.exp() * rho * qbar).sum(2).mean(1)
 
@@ -94,9 +95,9 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
     1e-12 in it.
 
     Args:
-        rho: ``[P, Y]``.
-        qbar: ``[K, P, Y]``.
-        log_ref: ``[P, Y]``.
+        rho: Density ``[P, Y]`` of the policy over the reference.
+        qbar: Win rates ``[K, P, Y]`` of the secondary objectives.
+        log_ref: Logarithm of the reference, ``[P, Y]``.
         eps: Radius of the ball in nats; 0 gives ``constraint_levels``.
     """
     if not 0 <= eps < math.inf:
@@ -131,12 +132,12 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
 def dual_step(
     lambdas: Tensor, levels: Tensor, bounds: Tensor, eta: float, maximum: float = math.inf
 ) -> Tensor:
-    """``[lambda + eta (b - G)]_+``, at most ``maximum``: ``[K]`` from three ``[K]``."""
+    """Return ``[lambda + eta (b - G)]_+``, at most ``maximum``: ``[K]`` from three ``[K]``."""
     return (lambdas + eta * (bounds - levels)).clamp(0.0, maximum)
 
 
 def barrier(levels: Tensor, bounds: Tensor, sigma: float, maximum: float) -> Tensor:
-    """Multipliers of MOPO-LB, the logarithmic barrier ``sigma log(G - b)``: ``[K]``.
+    """Return the multipliers of MOPO-LB, the logarithmic barrier ``sigma log(G - b)``: ``[K]``.
 
     ``sigma / (G - b)``, at most ``maximum``, which is also the answer at the bound and below it.
     """
@@ -159,10 +160,10 @@ def barrier_step(
 
 
 def effective_samples(weights: Tensor) -> float:
-    """Responses per prompt that carry the weight, 1 to Y: mean of ``(sum w)^2 / sum w^2``.
+    """Return how many responses carry a prompt's weight, 1 to Y: mean ``(sum w)^2 / sum w^2``.
 
     Args:
-        weights: ``[P, Y]``, not negative, 0 for padding.
+        weights: Weights of the responses, ``[P, Y]``, not negative, 0 for padding.
     """
     return float((weights.sum(1).square() / weights.square().sum(1)).mean())
 
@@ -176,10 +177,12 @@ class OfflineSettings:
         eta: Length of a dual step; positive.
         maximum: Largest multiplier; positive.
         log_cap: Largest ``log rho``; positive.
-        eps: Radius of the pessimistic ball in nats, 0.15 in the paper; 0 takes the mean.
+        eps: Radius of the pessimistic ball in nats, at least 0, 0.15 in the paper; 0 takes the
+            mean.
         variant: How multipliers follow the levels: ``lagrangian``, or ``barrier`` (MOPO-LB).
-        sigma: Strength of the barrier; the primary objective may lose about this much per bound.
-        lag: Number of steps between two references; with 0 it stays the data's.
+        sigma: Strength of the barrier, positive; the primary objective may lose about this much per
+            bound.
+        lag: Number of steps between two references, at least 0; with 0 it stays the data's.
         follow: How bounds follow the level at a new reference: ``ratchet`` or ``beta_lag``.
         beta: Share of the level that becomes a bound, in [0, 1]; 0 with ``ratchet`` keeps the
             bounds as they are.
@@ -190,16 +193,16 @@ class OfflineSettings:
     maximum: float = 10.0
     log_cap: float = 10.0
     eps: float = 0.0
-    variant: str = "lagrangian"
+    variant: Variant = "lagrangian"
     sigma: float = 0.01
     lag: int = 500
-    follow: str = "ratchet"
+    follow: Follow = "ratchet"
     beta: float = 0.9995
 
     def __post_init__(self) -> None:
         for name, choice, known in (
-            ("variant", self.variant, VARIANTS),
-            ("follow", self.follow, FOLLOW),
+            ("variant", self.variant, get_args(Variant)),
+            ("follow", self.follow, get_args(Follow)),
         ):
             if choice not in known:
                 raise ValueError(f"Parameter `{name}` should be one of {known}. Found {choice!r}.")
@@ -228,10 +231,11 @@ class OfflineMopo(nn.Module):
     Args:
         primary: Name of the objective that is improved.
         secondary: Names of the K others.
-        pbar: ``[P, Y]`` win rates of the primary objective; NaN: not compared, or padding.
-        qbar: ``[K, P, Y]`` of the secondary ones.
-        log_data: ``[P, Y]``, ``-log Y`` of the prompt's responses and ``-inf`` for padding.
-        bounds: K least levels.
+        pbar: Win rates ``[P, Y]`` of the primary objective; NaN: not compared, or padding.
+        qbar: Win rates ``[K, P, Y]`` of the secondary objectives.
+        log_data: Logarithm of the data's distribution, ``[P, Y]``, ``-log Y`` of the prompt's
+            responses and ``-inf`` for padding.
+        bounds: Least levels of the K secondary objectives.
         settings: The settings of the algorithm.
     """
 
@@ -301,12 +305,12 @@ class OfflineMopo(nn.Module):
         return rho * self.log_ref.exp()
 
     def tilted(self, lambdas: Tensor, kl_scale: float = 1.0) -> Tensor:
-        """``rho [P, Y]`` at these multipliers ``[K]``."""
+        """Return ``rho [P, Y]`` at these multipliers ``[K]``."""
         tau, cap = self.settings.tau * kl_scale, self.settings.log_cap
         return tilt(self.rates[0], self.rates[1:], lambdas, tau, self.log_ref, log_cap=cap)
 
     def level_at(self, rho: Tensor, k: int, *, eps: float) -> float:
-        """Level of objective k (0: the primary) under ``rho``; NaN if nothing is known of it."""
+        """Return the level of objective k (0: the primary) under ``rho``; NaN if not known."""
         a = self.applies[k] & ~self.log_ref.isnan().any(1)  # [P]
         if not a.any():
             return math.nan
@@ -322,7 +326,7 @@ class OfflineMopo(nn.Module):
         """Start from a reference other than the policy that wrote the responses.
 
         Args:
-            log_ratio: ``[P, Y]``, log ref - log mu of each response; NaN: not known.
+            log_ratio: Log ratios ``[P, Y]``, log ref - log mu of each response; NaN: not known.
         """
         self.log_ref = (self.log_data + log_ratio).log_softmax(1)
         self.lagged = log_ratio
@@ -331,8 +335,8 @@ class OfflineMopo(nn.Module):
         """Take the policy of the last call (at first: the start) as the reference.
 
         Args:
-            log_ratio: ``[P, Y]``, log pi - log mu of each response under the policy as it is;
-                NaN for prompts that will not be asked about while it is the reference.
+            log_ratio: Log ratios ``[P, Y]``, log pi - log mu of each response under the policy as
+                it is; NaN for prompts that will not be asked about while it is the reference.
         """
         self.log_ref = (self.log_data + self.lagged).log_softmax(1)
         self.lagged = log_ratio
@@ -340,10 +344,11 @@ class OfflineMopo(nn.Module):
         self.level = torch.full_like(self.level, math.nan)
 
     def levels_of(self, log_ratio: Tensor) -> dict[str, float]:
-        """Win rates of a policy over the responses, by objective.
+        """Return the win rates of a policy over the responses, by objective.
 
         Args:
-            log_ratio: ``[P, Y]``, log pi - log mu of each response; NaN for prompts to leave out.
+            log_ratio: Log ratios ``[P, Y]``, log pi - log mu of each response; NaN for prompts to
+                leave out.
         """
         pi = (self.log_data + log_ratio).softmax(1)
         known = ~log_ratio.isnan().any(1)  # [P]
@@ -363,7 +368,7 @@ class OfflineMopo(nn.Module):
         return metrics
 
     def headline(self) -> str:
-        """Level and multiplier of every bound, for the progress bar."""
+        """Return level and multiplier of every bound, for the progress bar."""
         pairs = zip(self.secondary, self.level, self.lambdas, strict=True)
         return ", ".join(f"{name} G {g:.3f} lambda {value:.3g}" for name, g, value in pairs)
 

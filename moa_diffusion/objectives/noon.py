@@ -38,8 +38,8 @@ class Noon(Normalizer):
 
     Args:
         objectives: Names of the K objectives.
-        eps: Number that is added to each spread, in the objective's own unit; anything but 0
-            favours rewards of small numbers in the minimum.
+        eps: Number that is added to each spread, in the objective's own unit, at least 0; anything
+            but 0 favours rewards of small numbers in the minimum.
         match_rms: Whether the weighted mean is scaled so that its RMS over the batch is that of the
             plain mean over the objectives that apply, of the same clamped advantages.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from moa_diffusion.objectives.base import Normalizer
 from moa_diffusion.statistics.groups import group_centred, rms_group_std
 from moa_diffusion.types import RewardMatrix
+
+Std = Literal["group", "batch"]
 
 
 class Raw(Normalizer):
@@ -30,10 +32,10 @@ class Raw(Normalizer):
         std: The divisor: the spread of the ``group`` (GRPO) or of the whole ``batch``, that
             is the RMS of the groups' (Flow-GRPO's ``global_std`` has the spread between prompts in
             it).
-        eps: Number that is added to the spread, in units of the weighted sum.
+        eps: Number that is added to the spread, in units of the weighted sum; positive.
     """
 
-    def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
+    def __init__(self, objectives: Sequence[str], *, std: Std = "group", eps: float = 1e-4) -> None:
         super().__init__(objectives)
         _check_std(std)
         _check_positive("eps", eps)
@@ -64,10 +66,10 @@ class GDPO(Normalizer):
         objectives: Names of the K objectives.
         std: What stage 1 divides by: the spread of the ``group``, or one for the whole ``batch``,
             the RMS of the groups'.
-        eps: Number that is added to each spread, in the objective's own unit.
+        eps: Number that is added to each spread, in the objective's own unit; positive.
     """
 
-    def __init__(self, objectives: Sequence[str], *, std: str = "group", eps: float = 1e-4) -> None:
+    def __init__(self, objectives: Sequence[str], *, std: Std = "group", eps: float = 1e-4) -> None:
         super().__init__(objectives)
         _check_std(std)
         _check_positive("eps", eps)
@@ -140,9 +142,10 @@ class PromptHistory(Normalizer):
 
     Args:
         objectives: Names of the K objectives.
-        size: Number of rewards that are remembered per prompt and objective.
-        min_count: Number of remembered rewards below which the batch's mean and spread are used.
-        eps: Number that is added to each spread, in the objective's own unit.
+        size: Number of rewards that are remembered per prompt and objective, at least 1.
+        min_count: Number of remembered rewards below which the batch's mean and spread are used,
+            in [1, size].
+        eps: Number that is added to each spread, in the objective's own unit; positive.
     """
 
     def __init__(
@@ -191,7 +194,7 @@ class PromptHistory(Normalizer):
 
 
 def whiten(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
-    """``(S - mean S) / (std S + eps)`` over the samples to which anything applies: ``[N]``.
+    """Return ``(S - mean S) / (std S + eps)`` of the samples to which anything applies: ``[N]``.
 
     The mean taken off is the group's. Over groups centred in stage 1 it is the batch's as well;
     only where an objective applies to a part of a group does it differ, and there the batch's
@@ -202,7 +205,7 @@ def whiten(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
 
 
 def whiten_alike(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
-    """As ``whiten``, over groups to which the same objectives apply: ``[N]``.
+    """Do as ``whiten``, over groups to which the same objectives apply: ``[N]``.
 
     A mean of K objectives that have little to do with each other varies as ``1 / sqrt(K)``. Divided
     by one spread for all, prompts to which one objective applies would weigh twice as much as
@@ -223,7 +226,7 @@ def whiten_alike(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor
 
 
 def batch_spread(advantage: Tensor, rewards: RewardMatrix) -> Tensor:
-    """RMS, over the samples to which anything applies, of the distance to their group's mean."""
+    """Return the RMS distance to the group's mean of the samples to which anything applies."""
     centred, _ = group_centred(_combined(advantage, rewards))
     counted = (~torch.isnan(rewards.values)).any(0)
     return (centred[0].square().sum() / counted.sum().clamp(min=1)).sqrt()
@@ -240,10 +243,10 @@ def _patterns(rewards: RewardMatrix) -> Tensor:
     _, index = torch.unique(rewards.groups, return_inverse=True)  # [N] in 0..P-1
     applies = (~torch.isnan(rewards.values)).double()
     count = applies.new_zeros(len(applies), int(index.max()) + 1 if len(index) else 0)
-    heard = count.index_add_(1, index, applies) > 0  # [K, P]
-    if not heard.numel():
+    present = count.index_add_(1, index, applies) > 0  # [K, P]
+    if not present.numel():
         return index
-    _, pattern = torch.unique(heard, dim=1, return_inverse=True)  # [P]
+    _, pattern = torch.unique(present, dim=1, return_inverse=True)  # [P]
     return pattern[index]
 
 
@@ -259,13 +262,13 @@ def _combined(advantage: Tensor, rewards: RewardMatrix) -> RewardMatrix:
 
 
 def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:
-    """Next average; where either is NaN (nothing known yet, or nothing new), the other one."""
+    """Return the next average; where either is NaN (nothing known, nothing new), the other one."""
     blended = decay * average + (1 - decay) * value
     return torch.where(average.isnan(), value, torch.where(value.isnan(), average, blended))
 
 
 def _check_std(std: str) -> None:
-    if std not in ("group", "batch"):
+    if std not in get_args(Std):
         raise ValueError(f"Parameter `std` should be 'group' or 'batch'. Found {std!r}.")
 
 

@@ -56,12 +56,12 @@ class PamaVector(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
-        heard = tells_apart(stats).any(1)  # [K]
-        a = stats.advantages[heard]  # [heard, N]
-        weights = a.new_zeros(len(heard))
-        if not heard.any():
-            return torch.full_like(weights, 1 / len(heard))
-        weights[heard] = min_norm_weights(a @ a.T)
+        varies = tells_apart(stats).any(1)  # [K]
+        a = stats.advantages[varies]  # [objectives that vary, N]
+        weights = a.new_zeros(len(varies))
+        if not varies.any():
+            return torch.full_like(weights, 1 / len(varies))
+        weights[varies] = min_norm_weights(a @ a.T)
         return weights
 
 
@@ -79,8 +79,8 @@ def min_norm_scalar(advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     and the largest, ``hi / (hi - lo)`` and ``-lo / (hi - lo)``, in equal parts among equal ones.
 
     Args:
-        advantages: ``[K, N]``.
-        valid: ``[K, N]`` bool, which of them take part.
+        advantages: Advantages ``[K, N]``.
+        valid: Which of them take part, ``[K, N]`` bool.
 
     Returns:
         ``s* [N]``, 0 where nothing is valid, and ``c [K, N]``, there uniform over K. Each column
@@ -99,12 +99,12 @@ def min_norm_scalar(advantages: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _equal(A: Tensor, value: Tensor) -> Tensor:
-    """Equal up to rounding: in a group of two, all z-scores are 1 or -1, give or take a bit."""
+    """Compare up to rounding: in a group of two, all z-scores are 1 or -1, give or take a bit."""
     return (A - value).abs() <= TIE * value.abs()
 
 
 def _uniform(members: Tensor) -> Tensor:
-    """``[K, N]`` bool to equal weights in each column; zeros for a column without members."""
+    """Turn ``[K, N]`` bool into equal weights in each column; zeros in one without members."""
     return members.double() / members.sum(0).clamp(min=1)
 
 
@@ -116,7 +116,7 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     finitely many steps. A ridge of ``1e-10 G_kk`` makes the solution unique: duplicates share.
 
     Args:
-        gramian: ``[K, K]``, symmetric and positive semi-definite; it may be singular.
+        gramian: Gramian ``[K, K]``, symmetric and positive semi-definite; it may be singular.
 
     Returns:
         Float64; uniform over the zero rows if there are any.

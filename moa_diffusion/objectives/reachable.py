@@ -38,12 +38,12 @@ class OutOfReach:
         """Return the bounds in words."""
         pairs = zip(mopo.secondary, mopo.bounds().tolist(), self.weights.tolist(), strict=True)
         involved = [(name, bound, weight) for name, bound, weight in pairs if weight > 0.01]
-        said = " and ".join(f"{bound:g} for `{name}`" for name, bound, _ in involved)
+        listed = " and ".join(f"{bound:g} for `{name}`" for name, bound, _ in involved)
         if len(involved) == 1:
-            return said
+            return listed
         shares = " + ".join(f"{weight:.2g} {name}" for name, _, weight in involved)
         mean = sum(bound * weight for _, bound, weight in involved)
-        return f"{said}, which exclude each other: they ask {mean:.4g} of the mean {shares}"
+        return f"{listed}, which exclude each other: they ask {mean:.4g} of the mean {shares}"
 
 
 def check_bounds(mopo: OfflineMopo, *, reference_known: bool = True) -> None:

@@ -47,7 +47,7 @@ class WinRate(Normalizer):
     Args:
         objectives: Names of the K objectives.
         pool_size: Number M of reference outputs per prompt, at least 2.
-        eps: Number that is added to the batch's spread, in win rates.
+        eps: Number that is added to the batch's spread, in win rates; positive.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ def pool_std(pool: Tensor) -> Tensor:
     It is exactly 0 where values differ by rounding alone.
 
     Args:
-        pool: ``[..., M]``.
+        pool: Rewards ``[..., M]`` of the reference's outputs.
 
     Returns:
         ``[...]``; NaN where nothing is known.

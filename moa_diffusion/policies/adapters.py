@@ -126,7 +126,7 @@ def read_sd3_adapter(place: Path, transformer: Any, *, tell: bool = True) -> Ada
     _check_layers(path, state, transformer)
     model = copy.deepcopy(transformer)  # without its weights; what fails may leave half an adapter
     try:
-        with _told_once():
+        with _without_log():
             model.load_lora_adapter(
                 {f"{_PREFIX}.{name}": tensor.to("meta") for name, tensor in state.items()},
                 prefix=_PREFIX,
@@ -152,7 +152,7 @@ def _metadata(file: LoraFile) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
+def _without_log() -> Iterator[None]:
     """Hide the errors that diffusers logs before it raises them."""
     log = logging.getLogger("diffusers.loaders.peft")
 
@@ -227,8 +227,8 @@ def _fit_peft(file: LoraFile, config: Any, model: Any, tell: bool) -> Adapter:
 
 
 def _refused(path: Path, error: Exception) -> ConfigError:
-    told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return ConfigError(f"LoRA weights `{path}` do not fit the base model: {told}")
+    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ConfigError(f"LoRA weights `{path}` do not fit the base model: {message}")
 
 
 def peft_config(path: Path) -> Any:

@@ -75,7 +75,7 @@ class Policy(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within the block the policy is its own reference: the base model."""
+        """Have the policy be its own reference within the block: the base model."""
         ...
 
     def tapped(self) -> Sequence[Any]:
@@ -87,14 +87,14 @@ class Policy(Protocol):
         ...
 
     def row_tokens(self, rollout: Rollout) -> int | None:
-        """Tokens of a row in ``log_probs`` of these samples, if all layers' rows have equally many.
+        """Return how many tokens a row of ``log_probs`` has; None if layers see other numbers.
 
-        So layers are understood that are given rows and tokens as one axis, row by row.
+        With it, layers are understood that are given rows and tokens as one axis, row by row.
         """
         ...
 
     def step_chunks(self, decisions: int) -> list[slice]:
-        """Cuts of the T decisions; each is one forward and backward pass."""
+        """Return the cuts of the T decisions; each is one forward and backward pass."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -145,7 +145,7 @@ class CausalLMPolicy:
         return self._rollout(requests, self._texts(requests, response, mask), response, mask)
 
     def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Given responses as token ids, each tokenised by itself, with its end; no forward pass.
+        """Return given responses as token ids, each tokenised alone, with its end; no forward pass.
 
         Raises:
             ValueError: Naming the first that is too long, or that spells its end.
@@ -156,8 +156,8 @@ class CausalLMPolicy:
         """Return log-probabilities ``[n]`` float32 of whole given responses, with gradient.
 
         Args:
-            prompts: N.
-            tokens: N responses, as ``tokens_of`` gives them.
+            prompts: The N prompts.
+            tokens: The N responses as token ids, as ``tokens_of`` gives them.
         """
         requests = [Request(prompt=prompt) for prompt in prompts]
         response, mask = self.dialogue.pad(tokens, self.max_new_tokens, left=False)
@@ -171,7 +171,7 @@ class CausalLMPolicy:
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """As the protocol says; the KL is Schulman's k3, ``exp(d) - 1 - d``, ``d = ref - new``."""
+        """Do as the protocol says; the KL is Schulman's k3: ``exp(d) - 1 - d``, d = ref - new."""
         response, mask = rollout.trace["response"], rollout.mask
         p, t = self._columns(rollout)
         new = self._score(rollout.requests, response, mask, p, t)[:, steps]
@@ -236,7 +236,7 @@ class CausalLMPolicy:
         return self.dialogue.texts([request.prompt for request in requests], ids, mask)
 
     def _draw(self, requests: Sequence[Request], temperature: float) -> tuple[Tensor, Tensor]:
-        """Responses ``[n, T]`` and their mask; the likeliest tokens at temperature 0."""
+        """Draw responses ``[n, T]`` and their mask; the likeliest tokens at temperature 0."""
         from transformers import LogitsProcessorList
 
         prompts, known = self._prompts(requests, self._longest(requests))
@@ -263,11 +263,11 @@ class CausalLMPolicy:
         """Return log-probs ``[n, T]`` float32 of the responses; 0 where there is no decision.
 
         Args:
-            requests: N, of which the prompts count.
-            response: ``[n, T]``.
-            mask: ``[n, T]``.
-            p: Columns of the prompts, no less than the longest has.
-            t: Columns of the responses, likewise.
+            requests: The n requests, of which only the prompts count.
+            response: Token ids ``[n, T]`` of the responses.
+            mask: Which tokens are decisions, ``[n, T]`` bool.
+            p: Number of columns of the prompts, no less than the longest prompt has.
+            t: Number of columns of the responses, likewise.
         """
         prompts, known = self._prompts(requests, p)
         mask, response = mask[:, :t], response[:, :t]
@@ -290,7 +290,7 @@ class CausalLMPolicy:
         return self._longest(requests), int(mask.sum(1).max())
 
     def _columns(self, rollout: Rollout) -> tuple[int, int]:
-        """Columns of prompts and of responses in the pass that training makes."""
+        """Return the columns of prompts and of responses in the pass that training makes."""
         if self.dtype != torch.float32:  # its rounding depends on the widths: 0.02 in bfloat16
             p, t = rollout.trace["widths"].amax(0).tolist()
             return p, t
@@ -298,7 +298,7 @@ class CausalLMPolicy:
         return self._longest(rollout.requests), int(rollout.statistics["length"].max())
 
     def _prompts(self, requests: Sequence[Request], width: int) -> tuple[Tensor, Tensor]:
-        """Ids ``[n, width]`` and mask of the prompts, all of which end in the last column."""
+        """Return ids ``[n, width]`` and mask of the prompts, which all end in the last column."""
         rows = [self.dialogue.prompt(request.prompt) for request in requests]
         ids, known = self.dialogue.pad(rows, width, left=True)
         return ids.to(self.device), known.to(self.device)

@@ -65,7 +65,7 @@ class Dialogue:
         self._prompts: dict[str, list[int]] = {}
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, at least one.
+        """Return the token ids of a prompt, at least one.
 
         Raises:
             ConfigError: If it is too long, or nothing at all.
@@ -98,7 +98,7 @@ class Dialogue:
         return ids
 
     def response(self, text: str) -> list[int]:
-        """Token ids of a response, tokenised by itself, and its end.
+        """Return the token ids of a response, tokenised by itself, and its end.
 
         Raises:
             ValueError: If it is too long, or a token inside it would have ended it.
@@ -118,13 +118,13 @@ class Dialogue:
         return ids
 
     def texts(self, prompts: Sequence[str], ids: Tensor, mask: Tensor) -> tuple[str, ...]:
-        """Responses without special tokens.
+        """Return the responses without special tokens.
 
         Args:
-            prompts: N, after which they stand: some tokenizers write a space in front of a word
-                only where something is before it.
-            ids: ``[n, T]``.
-            mask: ``[n, T]``.
+            prompts: The n prompts after which they stand: some tokenizers write a space in front of
+                a word only where something is before it.
+            ids: Token ids ``[n, T]`` of the responses.
+            mask: Which tokens belong to the response, ``[n, T]`` bool.
         """
         rows = [row[known].tolist() for row, known in zip(ids.cpu(), mask.cpu(), strict=True)]
         decoded = []
@@ -143,7 +143,7 @@ class Dialogue:
     def pad(
         self, rows: Sequence[Sequence[int]], width: int, *, left: bool
     ) -> tuple[Tensor, Tensor]:
-        """Ids ``[n, width]`` int64 and their mask (bool), with the filler on one side."""
+        """Return ids ``[n, width]`` int64 and their mask (bool), with the filler on one side."""
         ids = torch.full((len(rows), width), self.filler)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):

@@ -35,7 +35,7 @@ class GumbelNoise:
         self.sources = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Perturbed logits ``[n, V]`` float32, for ``scores [n, V]`` and any ``input_ids``."""
+        """Return perturbed logits ``[n, V]`` float32, from ``scores [n, V]``, whatever the ids."""
         draws = torch.empty(scores.shape, dtype=torch.float64, device=self._device)
         for row, source in zip(draws, self.sources, strict=True):
             row.exponential_(generator=source)

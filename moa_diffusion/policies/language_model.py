@@ -78,7 +78,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def stop_tokens(generation_config: Any) -> list[int]:
-    """Ids that the model's own settings end a text with, beside its tokenizer's one."""
+    """Return the ids with which the model's own settings end a text, beside its tokenizer's one."""
     ids: int | list[int] | None = generation_config.eos_token_id
     if ids is None:
         return []
@@ -142,7 +142,7 @@ def load_model(
 
 
 def prompt_limit(config: Any, *, max_new_tokens: int, max_prompt_tokens: int | None) -> int:
-    """Tokens that a prompt may have, so that it and a response fit into the context.
+    """Return how many tokens a prompt may have, so that it and a response fit into the context.
 
     Args:
         config: The configuration of the model.

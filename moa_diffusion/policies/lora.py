@@ -91,7 +91,7 @@ def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
 
 
 def projections(model: Any) -> list[str]:
-    """Last names of all linear layers of a language model but its output embedding."""
+    """Return the last names of all linear layers of a language model but its output embedding."""
     head = model.get_output_embeddings()
     layers = _linear_layers(model)
     return sorted({name.rpartition(".")[2] for name in layers if layers[name] is not head})
@@ -103,7 +103,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _conv1d() -> type[nn.Module]:
-    """GPT-2's linear layer, whose weight is ``[in, out]``."""
+    """Return GPT-2's linear layer, whose weight is ``[in, out]``."""
     from transformers.pytorch_utils import Conv1D
 
     kind: type[nn.Module] = Conv1D
@@ -216,7 +216,7 @@ def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
 
 @contextmanager
 def disabled(adapted: Sequence[Any]) -> Iterator[None]:
-    """Within the block the model is the reference: its adapter is off.
+    """Have the model be the reference within the block: its adapter is off.
 
     Args:
         adapted: The model's ``layers``, found once: walking the model costs a small model's

@@ -259,7 +259,7 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the names of what a model is wrapped in for training, such as DDP's ``module.``."""
+    """Drop the names of what a model is wrapped in for training, such as DDP's ``module.``."""
     plain = {_WRAPPERS.sub("", name).removeprefix("."): tensor for name, tensor in state.items()}
     if all(name.startswith(_DDP) for name in plain):
         plain = {name.removeprefix(_DDP): tensor for name, tensor in plain.items()}

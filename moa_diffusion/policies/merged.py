@@ -94,7 +94,7 @@ class MergedForward:
 
     @torch.no_grad()
     def _weight(self) -> Tensor:
-        """``W'``, made anew after every in-place change of A or B (optimizer, EMA, loading)."""
+        """Return ``W'``, made anew after in-place changes of A or B (optimizer, EMA, loading)."""
         versions = (self.a._version, self.b._version)
         if self._merged is None or versions != self._versions:
             base = self.layer.base_layer.weight

@@ -112,7 +112,7 @@ class PromptEncoder:
                 self._encode(missing)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings ``[n, L, D]`` and pooled embeddings ``[n, E]`` of n prompts, on the device."""
+        """Return embeddings ``[n, L, D]`` and pooled ones ``[n, E]`` of prompts, on the device."""
         entries = {prompt: self._load(prompt) for prompt in dict.fromkeys(prompts)}
         missing = [prompt for prompt, entry in entries.items() if entry is None]
         if missing:
@@ -125,7 +125,7 @@ class PromptEncoder:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Within the block the encoders are on the device."""
+        """Keep the encoders on the device within the block."""
         self._move(self._device)
         try:
             yield
@@ -167,7 +167,7 @@ class PromptEncoder:
         return entries
 
     def _missing(self, prompts: Sequence[str]) -> list[str]:
-        """Those that are neither in memory nor, by name, on the disk."""
+        """Return those that are neither in memory nor, by name, on the disk."""
         return [
             prompt
             for prompt in prompts

@@ -85,7 +85,7 @@ class Steps:
         return self.x * x + self.v * v
 
     def log_prob(self, x_next: Tensor, mean: Tensor) -> Tensor:
-        """Log density of ``x_next [N, C, H, W]``, averaged over C, H, W: ``[N]``, nats/dimension.
+        """Return the log density of ``x_next [N, C, H, W]``, averaged: ``[N]``, nats/dimension.
 
         The average, not the sum, is the field's convention (Flow-GRPO), and why clip ranges are
         as small as 1e-4: a ratio of 1.0001 per dimension is a large step for the whole image.
@@ -118,17 +118,17 @@ class Steps:
             log r std / |step.v| = sign(step.v) (v' - v) . noise / D
 
         Args:
-            v: ``[N, C, H, W]``, velocity of the policy after guidance.
-            noise: ``[N, C, H, W]``, that the step was drawn with.
+            v: Velocity ``[N, C, H, W]`` of the policy after guidance.
+            noise: Noise ``[N, C, H, W]`` that the step was drawn with.
         """
         return (self.v.sign() * v * noise).flatten(1).mean(1)
 
     def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
-        """KL of the policy's step to the reference's, averaged over C, H, W: ``[N]``, >= 0.
+        """Return the KL of the policy's step to the reference's, averaged over CHW: ``[N]``, >= 0.
 
         Args:
-            v: ``[N, C, H, W]`` velocity of the policy.
-            v_ref: ``[N, C, H, W]`` velocity of the reference.
+            v: Velocity ``[N, C, H, W]`` of the policy.
+            v_ref: Velocity ``[N, C, H, W]`` of the reference.
             kind: ``gaussian``, the true KL ``|difference of means|^2 / 2 std^2``; ``dt_free``, what
                 Flow-GRPO's and Flow-CPS's code have: ``std`` there is the spread per unit time in
                 Flow-SDE, so that the true KL is multiplied by the step's length, and the spread
@@ -155,12 +155,12 @@ class Steps:
 
 
 def ode(s: float, s_next: float) -> Step:
-    """Euler step of the probability-flow ODE (what deployment uses)."""
+    """Take an Euler step of the probability-flow ODE (what deployment uses)."""
     return Step(1.0, s_next - s, 0.0, s - s_next)
 
 
 def flow_sde(s: float, s_next: float, *, noise_level: float, s_second: float) -> Step:
-    """Euler-Maruyama step of the SDE with the flow's marginals (Flow-GRPO, arXiv 2505.05470).
+    """Take an Euler-Maruyama step of the flow's SDE (Flow-GRPO, arXiv 2505.05470).
 
     With ``D = s_next - s`` and ``g = noise_level sqrt(s / (1 - s))``: the mean is
     ``x (1 + g^2 D / 2s) + v (1 + g^2 (1 - s) / 2s) D``, the spread ``g sqrt(-D)``.
@@ -178,7 +178,7 @@ def flow_sde(s: float, s_next: float, *, noise_level: float, s_second: float) ->
 
 
 def cps(s: float, s_next: float, *, noise_level: float, s_second: float = 1.0) -> Step:
-    """Coefficients-preserving step (Flow-CPS, arXiv 2509.05952): the noise left is s_next exactly.
+    """Take a coefficients-preserving step (Flow-CPS, arXiv 2509.05952): s_next of noise is left.
 
     With ``std = s_next sin(noise_level pi/2)``, ``x_next = (1 - s_next) data + sqrt(s_next^2 -
     std^2) old noise + std fresh noise``, where data is ``x - s v`` and old noise ``x + (1 - s) v``.

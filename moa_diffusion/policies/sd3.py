@@ -93,7 +93,7 @@ def check_fit(
 
 
 def latent_shape(config: Any, factor: int, resolution: int) -> tuple[int, int, int]:
-    """Shape ``(C, h, w)`` of the latents of a square image.
+    """Return the shape ``(C, h, w)`` of the latents of a square image.
 
     Args:
         config: Config of the transformer.
@@ -369,7 +369,7 @@ class SD3Policy:
     def _velocity(
         self, x: Tensor, s: Tensor, embeds: tuple[Tensor, Tensor], guidance: float
     ) -> Tensor:
-        """Predicted velocity ``[n, C, h, w]`` in float32, after guidance, at sigmas ``s [n]``."""
+        """Predict the velocity ``[n, C, h, w]`` in float32, after guidance, at sigmas ``s [n]``."""
         guided = guidance > 1
         if guided:
             x, s = torch.cat([x, x]), torch.cat([s, s])
@@ -412,7 +412,7 @@ class SD3Policy:
         return samplers.Steps.of([samplers.ode(*pair) for pair in pairwise(sigmas)], self.device)
 
     def _embeds(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor]:
-        """Embeddings of the batch; with guidance the empty prompt's come first.
+        """Return the embeddings of the batch; with guidance the empty prompt's come first.
 
         Each distinct prompt is sent to the device once, and those of the last batch stay there:
         the steps of a micro-batch share them.
@@ -426,7 +426,7 @@ class SD3Policy:
         return self._embedded[1]
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Images ``[n, 3, H, W]`` float32 in [0, 1] on the CPU."""
+        """Return images ``[n, 3, H, W]`` float32 in [0, 1] on the CPU."""
         config = self.vae.config
         scaled = latents / config.scaling_factor + config.shift_factor
         pictures = [
@@ -436,7 +436,7 @@ class SD3Policy:
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).cpu()
 
     def _schedule(self, steps: int) -> list[float]:
-        """Sigmas of a schedule, ``steps + 1`` numbers from 1 down to 0."""
+        """Return the sigmas of a schedule, ``steps + 1`` numbers from 1 down to 0."""
         scheduler, arguments = copy.deepcopy(self.scheduler), {}
         if scheduler.config.get("use_dynamic_shifting"):
             from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (

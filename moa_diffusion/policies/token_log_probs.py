@@ -51,12 +51,12 @@ def _chunks(logits: Tensor, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """``log softmax(logits / temperature)`` at ``ids``, differentiable once by the logits.
+    """Return ``log softmax(logits / temperature)`` at ``ids``, differentiable once by the logits.
 
     Args:
-        logits: ``[n, t, V]`` of any floating dtype; its gradient has the same.
-        ids: ``[n, t]`` int64.
-        temperature: Positive.
+        logits: Logits ``[n, t, V]`` of any floating dtype; its gradient has the same.
+        ids: Token ids ``[n, t]`` int64.
+        temperature: Temperature that divides the logits; positive.
 
     Returns:
         ``[n, t]`` float32.

@@ -23,7 +23,7 @@ class ToyPolicy:
     """``x_{i+1} = x_i + drift_i + std * noise`` for T steps of a 3-dimensional point.
 
     Args:
-        steps: T, decisions per sample.
+        steps: Number T of decisions per sample.
         std: The standard deviation of each step.
         kl: Kind of KL to the reference (drift 0), 'gaussian' or 'dt_free'.
     """

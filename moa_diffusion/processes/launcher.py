@@ -39,7 +39,7 @@ _NEUTRAL = {
 
 
 def make_accelerator(tracker: str | None = None, folder: Path | None = None) -> Accelerator:
-    """Process group and device, the one way: every Accelerator of the project is made here.
+    """Set up the process group and device: every Accelerator of the project is made here.
 
     Of the launcher's other settings see ``check_launcher`` and ``unused``.
 

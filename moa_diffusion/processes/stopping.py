@@ -31,12 +31,12 @@ class StopRequest:
     """Whether this process was asked to stop, and by which signal.
 
     Args:
-        said: Whether this process answers on stderr.
+        announce: Whether this process writes on stderr that it is going to stop.
     """
 
-    def __init__(self, *, said: bool) -> None:
+    def __init__(self, *, announce: bool) -> None:
         self.number = 0  # of the first signal; 0 for none
-        self._said, self._at_once, self._since = said, False, 0.0
+        self._announce, self._at_once, self._since = announce, False, 0.0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:
         """Remember the first signal; a second Ctrl-C ends at once.
@@ -50,14 +50,14 @@ class StopRequest:
         if self.number:
             return
         self.number, self._since = number, time.monotonic()
-        if self._said:  # not by the logger, which this signal may have interrupted
-            told = "Stopping at the next safe point, and saving."
+        if self._announce:  # not by the logger, which this signal may have interrupted
+            message = "Stopping at the next safe point, and saving."
             more = " Ctrl-C again ends at once, without." if number == signal.SIGINT else ""
-            os.write(2, f"\n{told}{more}\n".encode())
+            os.write(2, f"\n{message}{more}\n".encode())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block the signals ask; one that was ignored, as under nohup, still is."""
+        """Take signals as requests within the block; what was ignored, as under nohup, still is."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
@@ -70,7 +70,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the block there is nothing to save, and Ctrl-C does not wait."""
+        """Have Ctrl-C end the run at once within the block, where there is nothing to save."""
         self._at_once = True
         try:
             yield

@@ -19,7 +19,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
 
     Args:
         table: The table of E models and P prompts, with texts; the first seed is shown.
-        target: The file.
+        target: The Markdown file that is written.
         shown: At most this many prompts, as in the grid of pictures.
     """
     assert table.texts is not None
@@ -29,8 +29,8 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
         cells = [literal(table.prompts[p])]
         for e in range(len(table.models)):
             scores = zip(table.rewards, table.values[e, :, p, 0].tolist(), strict=True)
-            said = "<br>".join(f"{literal(name)} {score_text(score)}" for name, score in scores)
-            cells.append(f"{literal(table.texts[e][p][0]) or '*nothing*'}<br><br>{said}")
+            numbers = "<br>".join(f"{literal(name)} {score_text(score)}" for name, score in scores)
+            cells.append(f"{literal(table.texts[e][p][0]) or '*nothing*'}<br><br>{numbers}")
         rows.append(cells)
     title = f"# Completions, seed {table.seeds[0]}"
     write_text(target, f"{title}\n\n{_table(rows)}\n")

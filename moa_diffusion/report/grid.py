@@ -26,7 +26,7 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
 
     Args:
         table: The table of E models and P prompts, with pictures.
-        target: The PNG.
+        target: The PNG file that is written.
         shown: At most this many prompts, see ``shown_prompts``.
         seed: One of the table's seeds; by default the first.
     """
@@ -62,7 +62,7 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
 
 
 def shown_prompts(prompts: int, shown: int) -> list[int]:
-    """Prompts to show, at even distances in the list: none is picked by hand."""
+    """Choose prompts to show, at even distances in the list: none is picked by hand."""
     count = min(shown, prompts)
     return [i * prompts // count for i in range(count)]
 

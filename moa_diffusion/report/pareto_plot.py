@@ -31,7 +31,7 @@ def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     Args:
         table: The table of E models and K rewards.
         summary: The summary of the table.
-        target: The PNG.
+        target: The PNG file that is written.
     """
     import matplotlib
 

@@ -63,7 +63,7 @@ class Summary:
 
 
 def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
-    """Statistics of a table; intervals are percentiles of a bootstrap over prompts.
+    """Return the statistics of a table; intervals are percentiles of a bootstrap over prompts.
 
     The same prompts are drawn for all models, and the unit of gains stays that of all prompts. A
     prompt that the table holds twice is one prompt.
@@ -182,16 +182,16 @@ def text(table: Table, summary: Summary) -> str:
             continue
         rows = [["checkpoint", "mean", "gain", "gain in stds", "improved", several]]
         for model in summary.models:
-            said = model.rewards[name]
+            result = model.rewards[name]
             base = model is summary.models[0]
             rows.append(
                 [
                     model.label,
-                    said.mean.text(".4g"),
-                    "-" if base else said.gain.text("+.4g"),
-                    "-" if base else said.gain_in_stds.text("+.2f"),
-                    "-" if base or math.isnan(said.improved) else f"{said.improved:.0%}",
-                    str(said.samples),
+                    result.mean.text(".4g"),
+                    "-" if base else result.gain.text("+.4g"),
+                    "-" if base else result.gain_in_stds.text("+.2f"),
+                    "-" if base or math.isnan(result.improved) else f"{result.improved:.0%}",
+                    str(result.samples),
                 ]
             )
         parts.append(markdown(rows))
@@ -232,11 +232,11 @@ def _front(table: Table, summary: Summary) -> list[str]:
     volumes = [["models", "hypervolume"]]
     volumes += [[name, volume.text(".4g")] for name, volume in summary.series.items()]
     volumes.append(["all", summary.together.text(".4g")])
-    said = [markdown(rows), markdown(volumes)]
+    parts = [markdown(rows), markdown(volumes)]
     left_out = [name for name in table.rewards if name not in summary.volume_of]
-    said.append(
+    parts.append(
         "Hypervolumes are in stds, between the base model and what is dominated; a model below the "
         "base model in one reward has none"
         + (f". Not in them: {', '.join(left_out)}." if left_out else ".")
     )
-    return said
+    return parts

@@ -25,7 +25,7 @@ class Estimate:
     high: float
 
     def text(self, form: str) -> str:
-        """``value [low, high]``, or a dash.
+        """Return ``value [low, high]``, or a dash.
 
         Args:
             form: Format of each number, such as ``+.2f``.
@@ -36,11 +36,11 @@ class Estimate:
 
 
 def prompt_sums(values: Array, prompts: NDArray[numpy.int64]) -> tuple[Array, Array]:
-    """Sum of the values of each prompt's images, and their number: two ``[E, K, P]``.
+    """Return the sum and the number of the values of each prompt's images: two ``[E, K, P]``.
 
     Args:
-        values: ``[E, K, M]``; NaN does not count.
-        prompts: ``[M]``, the prompt of each image.
+        values: Rewards ``[E, K, M]``; NaN does not count.
+        prompts: Prompt of each image, ``[M]``.
     """
     known = ~numpy.isnan(values)
     _, index = numpy.unique(prompts, return_inverse=True)
@@ -49,12 +49,13 @@ def prompt_sums(values: Array, prompts: NDArray[numpy.int64]) -> tuple[Array, Ar
 
 
 def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
-    """Means over the images of resampled prompts: ``[B, E, K]``.
+    """Return means over the images of resampled prompts: ``[B, E, K]``.
 
     Args:
-        sums: ``[E, K, P]``.
-        counts: ``[E, K, P]``.
-        draws: ``[B, P]``, how often each prompt is in each resample; ones for the sample itself.
+        sums: Sums of each prompt's rewards, ``[E, K, P]``.
+        counts: Number of images of each prompt that count, ``[E, K, P]``.
+        draws: Number of times that each prompt is in each resample, ``[B, P]``; ones for the sample
+            itself.
 
     Returns:
         NaN where an objective applies to none of the prompts drawn.
@@ -75,9 +76,9 @@ def estimate(own: Array, resampled: Array, runs: Array) -> Estimate:
     """Return the mean over R runs, with the interval of a bootstrap over runs and prompts.
 
     Args:
-        own: ``[R]``, of the sample itself.
-        resampled: ``[R, B]``, of each run on the prompts of each resample.
-        runs: ``[B, R]``, how often each run is in each resample.
+        own: Values ``[R]`` of the sample itself, one per run.
+        resampled: Values ``[R, B]`` of each run on the prompts of each resample.
+        runs: Number of times that each run is in each resample, ``[B, R]``.
     """
     drawn = numpy.where(runs.T > 0, runs.T * resampled, 0.0).sum(0) / len(own)  # [B]
     return Estimate(value=float(own.mean()), **_interval(drawn))

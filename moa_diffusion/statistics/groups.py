@@ -17,8 +17,8 @@ def group_moments(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Return the mean, standard deviation and count of each sample's own group, ignoring NaN.
 
     Args:
-        values: ``[K, N]`` float64, NaN where an objective does not apply.
-        groups: ``[N]`` int64, any ids.
+        values: Rewards ``[K, N]`` float64, NaN where an objective does not apply.
+        groups: Group ids ``[N]`` int64, any ids.
 
     Returns:
         Three ``[K, N]`` tensors; a group without a value has mean 0, std 0 and count 0. A spread
@@ -57,15 +57,15 @@ def rms_group_std(rewards: RewardMatrix) -> Tensor:
 
 
 def spread_within(values: Tensor, groups: Tensor) -> Tensor:
-    """Spread within a group, whatever the size of the groups: ``[K]``.
+    """Return the spread within a group, whatever the size of the groups: ``[K]``.
 
     The pooled estimate with an unbiased square, ``sqrt(sum_g n_g s_g^2 / sum_g (n_g - 1))``. It is
     the unit of every gain that is reported: with the population's std a gain measured on two
     samples per prompt would be 41 % larger than on many.
 
     Args:
-        values: ``[K, N]`` float64, NaN where an objective does not apply.
-        groups: ``[N]`` int64, any ids.
+        values: Rewards ``[K, N]`` float64, NaN where an objective does not apply.
+        groups: Group ids ``[N]`` int64, any ids.
 
     Returns:
         NaN for an objective that applies to no two samples of any group.
@@ -99,7 +99,7 @@ def zero_variance_fraction(rewards: RewardMatrix) -> Tensor:
 
 
 def group_centred(rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
-    """``r_ki - m_kg`` and ``s_kg``, both ``[K, N]``.
+    """Return ``r_ki - m_kg`` and ``s_kg``, both ``[K, N]``.
 
     The difference is exactly 0 for NaN and in a group without spread, where it could only be
     rounding, which a small divisor would blow up.
@@ -113,8 +113,8 @@ def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
     """Return the mean of the samples, and its standard error with prompts as the independent units.
 
     Args:
-        values: ``[M]``, NaN where a reward does not apply.
-        prompts: ``[M]`` int64, the prompt of each.
+        values: Values ``[M]``, NaN where a reward does not apply.
+        prompts: Prompt of each value, ``[M]`` int64.
 
     Returns:
         Both NaN where nothing applies; the error also with fewer than two prompts.

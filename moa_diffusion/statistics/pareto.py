@@ -14,8 +14,8 @@ def nondominated(points: Tensor) -> list[bool]:
     """Return which of E points no other dominates; equal points are both in.
 
     Args:
-        points: ``[E, K]``, higher is better. A column with a NaN is left out for all; without any
-            other column no point is in.
+        points: Points ``[E, K]``, higher is better. A column with a NaN is left out for all;
+            without any other column no point is in.
     """
     known = points[:, ~points.isnan().any(0)]
     if known.shape[1] == 0:
@@ -26,14 +26,14 @@ def nondominated(points: Tensor) -> list[bool]:
 
 
 def spread_out(points: Tensor, limit: int) -> list[int]:
-    """At most ``limit`` of E points, far from each other: indices in order.
+    """Choose at most ``limit`` of E points, far from each other: indices in order.
 
     One by one the point with the smallest crowding distance leaves (Deb et al. 2002, NSGA-II,
     section III-B), so the best in each objective stay longest; of equal ones the first leaves.
 
     Args:
-        points: ``[E, K]``.
-        limit: At least 0.
+        points: Points ``[E, K]``, higher is better.
+        limit: Largest number of points, at least 0.
     """
     kept = list(range(len(points)))
     while len(kept) > limit:
@@ -43,7 +43,7 @@ def spread_out(points: Tensor, limit: int) -> list[int]:
 
 
 def crowding(points: Tensor) -> list[float]:
-    """NSGA-II's crowding distance of E points ``[E, K]``; infinite at the ends of a column."""
+    """Return NSGA-II's crowding distance of E points ``[E, K]``; infinite at a column's ends."""
     distances = [0.0] * len(points)
     for column in points.T.tolist():
         order = sorted(range(len(column)), key=lambda i: column[i])
@@ -57,13 +57,13 @@ def crowding(points: Tensor) -> list[float]:
 
 
 def hypervolumes(points: Array) -> Array:
-    """Volume between 0 and what is dominated by any of E points: ``[B]``.
+    """Return the volume between 0 and what is dominated by any of E points: ``[B]``.
 
     At 0 is the model that gains are over. Exact (``moocore``). A point below it in
     one objective adds nothing.
 
     Args:
-        points: ``[B, E, K]``, higher is better; NaN gives NaN.
+        points: Points ``[B, E, K]``, higher is better; NaN gives NaN.
     """
     import moocore
 

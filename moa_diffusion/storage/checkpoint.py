@@ -35,12 +35,12 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(path for path in run.glob("checkpoints/step-*") if (path / STATE).is_file())
 
 
 def step_of(folder: Path) -> int:
-    """Rollouts of a checkpoint, from the name of its folder."""
+    """Return the number of rollouts of a checkpoint, from the name of its folder."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -68,7 +68,7 @@ def retain(
 
 
 def _means(run: Path, objectives: Sequence[str]) -> dict[int, list[float]]:
-    """Held-out means by rollouts; after a rollback those of the weights that it went back to."""
+    """Return held-out means by rollouts; after a rollback, of the weights that it went back to."""
     means: dict[int, list[float]] = {}
     for row in read_metrics(run / METRICS):
         if all(f"eval_mean/{name}" in row for name in objectives):

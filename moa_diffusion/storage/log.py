@@ -110,11 +110,11 @@ class RunLog:
         """Write the N samples of a rollout: prompt, seed, raw rewards and final advantage.
 
         Args:
-            step: Rollouts finished.
-            requests: N.
-            rewards: Raw, ``[K, N]``.
-            advantage: ``[N]``.
-            texts: N, of a language model.
+            step: Number of rollouts that are finished.
+            requests: The N samples' requests.
+            rewards: Raw rewards ``[K, N]``.
+            advantage: Combined advantages ``[N]``.
+            texts: The N texts of a language model.
         """
         if self._main and self._scores:
             columns = {"advantage": advantage} | _reward_columns(rewards.names, rewards.values)
@@ -132,12 +132,12 @@ class RunLog:
         """Write the M samples of an evaluation: prompt, seed, raw rewards and further columns.
 
         Args:
-            step: Rollouts finished.
-            requests: M.
-            names: K objectives.
-            values: ``[K, M]``.
-            extra: M, further columns of each sample.
-            texts: M, of a language model.
+            step: Number of rollouts that are finished.
+            requests: The M samples' requests.
+            names: Names of the K objectives.
+            values: Raw rewards ``[K, M]``.
+            extra: Further columns of each of the M samples.
+            texts: The M texts of a language model.
         """
         if self._main:
             columns = _reward_columns(names, values)

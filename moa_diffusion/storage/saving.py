@@ -34,7 +34,7 @@ class Average(Protocol):
     """The averaged weights."""
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the block the policy's parameters hold the average."""
+        """Have the policy's parameters hold the average within the block."""
         ...
 
 
@@ -89,7 +89,7 @@ class Saver:
         """Save the state after a failure, outside of the run's folder if that takes nothing.
 
         Args:
-            step: Rounds finished.
+            step: Number of rounds that are finished.
             failure: What ended the run; what it says is not said again.
             alone: Whether other processes may not know of the failure and wait for this one. It
                 then writes by itself; the state is the same on all.
@@ -108,8 +108,8 @@ class Saver:
             self.write(target)
         except Exception as error:  # the folder takes nothing, or what has failed is in the way
             place = f"The state after {done} {self._elsewhere(target)}"
-            told = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
-            return place if told else f"{error}\n{place}"
+            known = isinstance(error, StorageError) and f": {error.cause or error}" in str(failure)
+            return place if known else f"{error}\n{place}"
         logger.warning("Stopped after %s; saved %s", done, target)
         return f"The state after {done} is in {target}."
 

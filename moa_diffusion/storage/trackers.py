@@ -38,7 +38,7 @@ class Names:
         self._taken: set[str] = set()  # without case, as some file systems see it
 
     def __call__(self, name: str) -> str:
-        """``group/name`` of letters, digits, ``_`` and ``-`` in ASCII, with at most one slash."""
+        """Return ``group/name`` of ASCII letters, digits, ``_`` and ``-``, with at most a slash."""
         return self._unique(name, _metric(name))
 
     def key(self, name: str) -> str:
@@ -87,7 +87,7 @@ class Trackers:
             try:
                 accelerator.init_trackers(PROJECT, config=short, init_kwargs=options)
             except (Exception, SystemExit) as error:
-                raise TrackerError(f"{name} could not be started: {_told(error)}") from error
+                raise TrackerError(f"{name} could not be started: {_cause(error)}") from error
             self._started[name] = accelerator.trackers
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -107,7 +107,7 @@ class Trackers:
                     tracker.log(finite, step=step)
             except (Exception, SystemExit) as error:
                 raise TrackerError(
-                    f"Tracker {name} failed after {step} rounds: {_told(error)}. The numbers are "
+                    f"Tracker {name} failed after {step} rounds: {_cause(error)}. The numbers are "
                     f"in metrics.jsonl; without {name} in log.trackers the run goes on."
                 ) from error
 
@@ -123,7 +123,7 @@ class Trackers:
                 for tracker in trackers:
                     tracker.finish()
             except (Exception, SystemExit) as error:
-                failure = failure or TrackerError(f"Tracker {name} did not finish: {_told(error)}")
+                failure = failure or TrackerError(f"Tracker {name} did not finish: {_cause(error)}")
                 failure.__cause__ = failure.__cause__ or error
         self._started = {}
         if failure is not None:
@@ -137,7 +137,7 @@ def _metric(name: str) -> str:
 
 
 def _safe(text: str, unsafe: re.Pattern[str]) -> str:
-    """Accents go, and what is not safe becomes one ``_``, or ``-`` between two names."""
+    """Drop accents; turn what is not safe into one ``_``, or into ``-`` between two names."""
     letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return unsafe.sub("_", letters.replace("~", "-"))
 
@@ -156,5 +156,5 @@ def _shortened(value: str | int | float | bool) -> str | int | float | bool:
     return value
 
 
-def _told(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -47,7 +47,7 @@ def count_manners(text: str) -> tuple[int, int]:
 
 
 def mood(text: str) -> float:
-    """Praise against blame: (g - b) / (g + b), 0 if there is neither.
+    """Weigh praise against blame: (g - b) / (g + b), 0 if there is neither.
 
     Args:
         text: Any text.
@@ -60,7 +60,7 @@ def mood(text: str) -> float:
 
 
 def politeness(text: str) -> float:
-    """Polite against blunt expressions: (p - b) / (p + b + 2).
+    """Weigh polite against blunt expressions: (p - b) / (p + b + 2).
 
     The 2 makes every further polite expression count, ever less: one gives 1/3, two give 1/2.
 

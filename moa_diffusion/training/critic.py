@@ -169,7 +169,7 @@ class Critic:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Heads, optimizer and the scale of the rewards, equal on every process."""
+        """Return heads, optimizer and the scale of the rewards, equal on every process."""
         return {
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -186,7 +186,7 @@ class Critic:
         self.mean, self.variance = state["mean"], state["variance"]
 
     def _scaled(self, rewards: RewardMatrix) -> tuple[Tensor, Tensor]:
-        """Rewards in units of their running deviation ``[K, N]``, NaN stays; and that ``[K]``."""
+        """Return rewards over their running deviation ``[K, N]``, NaN stays; and that ``[K]``."""
         values = rewards.values
         mean = values.nanmean(1)
         variance = (values - mean[:, None]).square().nanmean(1)
@@ -228,12 +228,13 @@ class Critic:
 
 
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates of K objectives: ``[K, n, T]``.
+    """Return the generalised advantage estimates of K objectives: ``[K, n, T]``.
 
     Args:
-        values: ``[K, n, T]``, before each decision.
-        rewards: ``[K, n]``, which come with the last decision; NaN where one does not apply.
-        mask: ``[n, T]`` bool, true up to the last decision.
+        values: Values ``[K, n, T]``, before each decision.
+        rewards: Rewards ``[K, n]``, which come with the last decision; NaN where one does not
+            apply.
+        mask: Which decisions there are, ``[n, T]`` bool, true up to the last one.
         gamma: Discount per decision.
         lam: 1 is the return minus the value, 0 one step of it.
 
@@ -254,6 +255,6 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def _blend(old: Tensor, new: Tensor, share: Tensor) -> Tensor:
-    """``share`` of the old and the rest of the new, where NaN counts as nothing."""
+    """Blend ``share`` of the old and the rest of the new, where NaN counts as nothing."""
     mixed = share * old.nan_to_num() + (1 - share) * new.nan_to_num()
     return torch.where(old.isnan() & new.isnan(), torch.nan, mixed)

@@ -18,7 +18,7 @@ class EMA:
 
     Args:
         parameters: What is averaged; starts at their present values.
-        decay: In [0, 1).
+        decay: Share of the old average that stays at an update, in [0, 1).
         every: Optimizer steps between two updates of the average.
     """
 
@@ -39,7 +39,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the average."""
+        """Have the parameters hold the average within the block."""
         live = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._write(self.average)
         try:

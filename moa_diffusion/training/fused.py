@@ -54,7 +54,7 @@ class FusedUpdate:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is remembered: no Gramian outlives its optimizer step."""
+        """Return nothing: no Gramian outlives its optimizer step."""
         return {"gramian": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ class Geometry:
         )
 
     def minibatches(self, *, seed: int, step: int, rank: int) -> list[Tensor]:
-        """Local sample indices of each optimizer step, cut into micro-batches.
+        """Return the local sample indices of each optimizer step, cut into micro-batches.
 
         Every block of ``updates`` neighbouring samples sends one to each optimizer step, in a
         random order drawn for the block: so each process has equally many samples in each step,
@@ -129,7 +129,7 @@ class Geometry:
         return [part.reshape(self.accumulation, self.micro_batch) for part in local.T]
 
     def probe(self, share: float, *, seed: int, step: int, rank: int) -> list[Tensor]:
-        """Local sample indices of the micro-batches on which gradients are measured.
+        """Return the local sample indices of the micro-batches on which gradients are measured.
 
         Those of the first optimizer steps, of the last of these evenly spaced ones: all processes
         together make the passes that one process would make, and each its share of them to within

@@ -147,7 +147,7 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
 
 
 def _coefficients(shape: torch.Size, whole: bool, source: torch.Generator) -> Tensor:
-    """``[2, m, t]``, others for every row as long as there are any."""
+    """Return ``[2, m, t]``, others for every row as long as there are any."""
     samples, decisions = shape
     rows = samples if whole else samples * decisions
     order = torch.randperm(len(PAIRS), generator=source)
@@ -157,7 +157,7 @@ def _coefficients(shape: torch.Size, whole: bool, source: torch.Generator) -> Te
 
 
 def _scales(dtype: torch.dtype) -> list[float]:
-    """Powers of two to try: in float16 small gradients vanish and large ones overflow."""
+    """Return powers of two to try: in float16 small gradients vanish and large ones overflow."""
     return [2.0**power for power in range(24, -1, -4)] if dtype == torch.float16 else [1.0]
 
 

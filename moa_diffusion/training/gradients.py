@@ -41,7 +41,7 @@ class Layer(Protocol):
     """A layer that hands over what the gradients of its weights are made of.
 
     Attributes:
-        weights: Trained, each ``[p, q]``.
+        weights: Trained weights, each ``[p, q]``.
         leaves: Tensors that a backward pass must be asked for, in order to come by here.
         record: While it is set, called in the backward pass with a weight, ``left [R, ..., p]``
             and ``right [R, ..., q]``: the weight's gradient is the sum of ``left^T right`` over
@@ -153,9 +153,9 @@ class ObjectiveGradients:
         with the caller's ``log_probs``.
 
         Args:
-            log_probs: ``[m, t]``, with gradient.
-            coefficients: ``[K, m, t]``, the derivatives of the K losses by ``log_probs``.
-            tokens: L of a row in this pass, if it is known.
+            log_probs: Log-probs ``[m, t]``, with gradient.
+            coefficients: Derivatives ``[K, m, t]`` of the K losses by ``log_probs``.
+            tokens: Number L of tokens of a row in this pass, if it is known.
             scale: For float16, where small gradients vanish. The backward pass starts from
                 ``scale max_k |c_knt|``, so what suits the ordinary loss (``GradScaler``) suits
                 here. The rows are divided by it again, in float32.
@@ -232,12 +232,12 @@ class ObjectiveGradients:
 
     @staticmethod
     def _by_decision(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Seed ``[m, t]`` and shares ``[K, m t]`` of one pass, where a row is a decision."""
+        """Return seed ``[m, t]`` and shares ``[K, m t]`` of one pass, where a row is a decision."""
         seed = coefficients.abs().amax(0)
         return seed, torch.where(seed == 0, 0, coefficients / seed).flatten(1)
 
     def _by_sample(self, coefficients: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Seeds ``[m, t]`` and shares ``[K, m]`` whose products add up to the coefficients."""
+        """Return seeds ``[m, t]`` and shares ``[K, m]`` whose products sum to the coefficients."""
         seed, flat = self._by_decision(coefficients)
         shares, left = flat.view_as(coefficients), seed != 0
         passes: list[tuple[Tensor, Tensor]] = []
@@ -257,7 +257,7 @@ class ObjectiveGradients:
 
     @torch.no_grad()
     def gramian(self, comm: Comm) -> Tensor:
-        """Inner products of the K gradients of all processes together.
+        """Return the inner products of the K gradients of all processes together.
 
         The first call since ``clear`` sums the rows over the processes, in place and in one
         message: the Gramian is quadratic, so the sum has to come first.
@@ -284,7 +284,7 @@ class ObjectiveGradients:
         a ``GradScaler`` will divide ``.grad``, multiply the weights by its scale.
 
         Args:
-            weights: ``[K]``.
+            weights: The objectives' weights, ``[K]``.
 
         Raises:
             ValueError: If the shape is another.
@@ -359,9 +359,10 @@ def arranged(values: Tensor, rows: int, tokens: int | None, *, whole: bool) -> T
     """Return a layer's input with R rows as its first axis, or None if they cannot be told apart.
 
     Args:
-        values: ``[R, ..., q]``, or ``[R L, q]``; of any shape if there is one row.
-        rows: R.
-        tokens: L, if it is known.
+        values: The layer's input, ``[R, ..., q]`` or ``[R L, q]``; of any shape if there is one
+            row.
+        rows: Number R of rows.
+        tokens: Number L of tokens of a row, if it is known.
         whole: Whether a row holds all decisions of a sample, and so has an axis of tokens.
     """
     if rows == 1:
@@ -377,10 +378,10 @@ def add_rows(rows: Tensor, shares: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``sum_R shares_kR left_R^T right_R`` to ``rows_k``, for every k.
 
     Args:
-        rows: ``[K, p, q]``.
-        shares: ``[K, R]`` float32.
-        left: ``[R, ..., p]``.
-        right: ``[R, ..., q]``, of the same dtype.
+        rows: Sums ``[K, p, q]``, which are added to in place.
+        shares: Factors ``[K, R]`` of each row for each objective, float32.
+        left: Left factors ``[R, ..., p]`` of the rows' gradients.
+        right: Right factors ``[R, ..., q]``, of the same dtype.
     """
     count = len(left)
     left, right = (t.reshape(count, -1, t.shape[-1]) for t in (left, right))  # [R, L, p or q]

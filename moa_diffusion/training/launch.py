@@ -59,7 +59,7 @@ def launch(make: Callable[[Config], Run], settings: Config | ConfigError) -> int
         return status_of(error)
     except (RewardError, TrainingError, ProcessError) as error:
         cause = error.__cause__
-        if tells(error) and isinstance(cause, Exception) and not _is_told(cause):
+        if tells(error) and isinstance(cause, Exception) and not _says_all(cause):
             traceback.print_exception(cause)
         say(error)
         status = status_of(error)
@@ -94,9 +94,6 @@ def say(error: BaseException) -> None:
     print(f"{lines}{launcher_note()}", file=sys.stderr)
 
 
-def _is_told(cause: Exception) -> bool:
-    """Return whether a cause's message says all.
-
-    Any other cause is shown with its traceback.
-    """
+def _says_all(cause: Exception) -> bool:
+    """Return whether the message of a cause says all; any other is shown with its traceback."""
     return isinstance(cause, (StorageError, TrackerError, ConfigError, RewardError, ValueError))

@@ -74,7 +74,7 @@ class Learner(Protocol):
         ...
 
     def undo(self, snapshot: Any) -> bool:
-        """Go back to the state before a round that was cut short; whether that was possible."""
+        """Go back to the state before a round that was cut short; return whether that worked."""
         ...
 
     def headline(self, metrics: Mapping[str, float]) -> str:
@@ -165,7 +165,7 @@ class Run:
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out rewards of the averaged weights, what they set off, and a sheet of outputs."""
+        """Measure held-out rewards of the averaged weights, with alarms and a sheet of outputs."""
         metrics = self.learner.evaluate()
         if self.heldout is None:
             return metrics
@@ -360,7 +360,7 @@ class Run:
             self.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next round depends on, equal on every process."""
+        """Return everything that the next round depends on, equal on every process."""
         return {
             "step": self.completed,
             "seconds": self.seconds,

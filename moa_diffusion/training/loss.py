@@ -23,9 +23,9 @@ def clipped_surrogate(
     It is ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(new - old)``.
 
     Args:
-        log_probs: ``[n, t]`` under the policy being trained, with gradient.
-        old_log_probs: ``[n, t]`` under the policy that sampled.
-        advantage: ``[n]``, or ``[n, t]`` if each decision has its own; constant.
+        log_probs: Log-probs ``[n, t]`` under the policy being trained, with gradient.
+        old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
+        advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own; constant.
         clip_range: ``e`` > 0. Log-probs averaged over latent dimensions want about 1e-4.
 
     Returns:
@@ -52,9 +52,9 @@ def surrogate_coefficients(
     clip_range`` the other way round). The objectives that oppose a step thus hold it to the clip.
 
     Args:
-        log_probs: ``[n, t]`` under the policy being trained; no gradient is kept.
-        old_log_probs: ``[n, t]`` under the policy that sampled.
-        advantages: ``[K, n]``.
+        log_probs: Log-probs ``[n, t]`` under the policy being trained; no gradient is kept.
+        old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
+        advantages: Advantages ``[K, n]`` of the K objectives.
         clip_range: As for ``clipped_surrogate``.
 
     Returns:

@@ -26,7 +26,6 @@ from torch import Tensor
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.distributed import Comm, agreed, gather_shards, shard
-from moa_diffusion.files.meant import did_you_mean
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo import checked_bounds
@@ -36,13 +35,14 @@ from moa_diffusion.policies.base import Policy
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 
 class TeachablePolicy(Policy, Protocol):
     """A policy that can say how likely a given response is."""
 
     def tokens_of(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Responses as token ids, without a forward pass; ValueError if one does not fit."""
+        """Return responses as token ids, without a forward pass; ValueError if one does not fit."""
         ...
 
     def log_probs_of(self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -101,8 +101,8 @@ class Cloning:
         """Take one optimizer step on ``-mean(weight log pi(y|x))``; return its metrics.
 
         Args:
-            rows: B, of all processes together.
-            weights: ``[B]``, constant.
+            rows: Indices of the B rows, of all processes together.
+            weights: Weights ``[B]`` of the rows, constant.
         """
         self.read()
         device, scaler = self.stepper.device, self.stepper.scaler
@@ -127,7 +127,7 @@ class Cloning:
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[int], before_batch: Callable[[], None]) -> Tensor:
-        """``log pi(y|x)`` of some rows as the policy is: ``[rows]`` float64, on every process.
+        """Return ``log pi(y|x)`` of some rows as the policy is: ``[rows]`` float64, on all ranks.
 
         ``before_batch`` is called on all processes before each batch.
         """
@@ -142,7 +142,7 @@ class Cloning:
         return gather_shards(torch.cat(parts).double(), shards, self.comm)
 
     def table(self, values: Tensor) -> Tensor:
-        """Numbers of the rows ``[R]`` in their places ``[P, Y]``, with 0 for padding."""
+        """Put the numbers of the rows ``[R]`` into their places ``[P, Y]``, with 0 for padding."""
         table = torch.zeros(self.data.log_data.shape, dtype=torch.float64)
         prompt, position = torch.tensor(self._places).T
         table[prompt, position] = values
@@ -279,7 +279,7 @@ class OfflineTrainer:
             self.mopo.refer(self._log_ratio(self._prompts_of(range(now + lag, now + 2 * lag))))
 
     def evaluate(self) -> dict[str, float]:
-        """Win rates of the averaged weights over the responses: ``eval_level/<objective>``."""
+        """Return win rates of the averaged weights over the responses: ``eval_level/<name>``."""
         with self.stepper.ema.applied():
             levels = self.mopo.levels_of(self._log_ratio(self._level_prompts))
         return {f"eval_level/{name}": level for name, level in levels.items()}
@@ -344,7 +344,7 @@ class OfflineTrainer:
         return torch.isin(self._where[0], prompts).nonzero()[:, 0]
 
     def _log_ratio(self, prompts: Tensor) -> Tensor:
-        """``log pi - log mu`` of the responses of these prompts ``[P, Y]``, NaN of the others."""
+        """Return ``log pi - log mu`` of these prompts' responses, ``[P, Y]``, NaN of the others."""
         assert self._log_mu is not None
         rows = self._rows_of(prompts)
         if len(new := rows[self._log_mu[rows].isnan()]):
@@ -366,7 +366,7 @@ class OfflineTrainer:
 def constrained(
     data: Preferences, primary: str, bounds: Mapping[str, float] | float, settings: OfflineSettings
 ) -> OfflineMopo:
-    """MOPO's state for these preferences.
+    """Return MOPO's state for these preferences.
 
     Raises:
         ValueError: For a primary objective or a bound that the preferences do not have, or for

@@ -22,7 +22,7 @@ PACE = ("growth_factor", "backoff_factor", "growth_interval")  # settings, not s
 
 
 def first_scale(dimensions: int) -> float:
-    """Loss scale that a run in float16 starts from: one that lets nothing vanish.
+    """Return the loss scale that a run in float16 starts from: one that lets nothing vanish.
 
     A log-probability that is a mean over D numbers hands each of them 1/D of its gradient, on top
     of the division by the decisions of a minibatch. At D = 65,536 (512 pixels) most of the
@@ -30,7 +30,7 @@ def first_scale(dimensions: int) -> float:
     precision`). Where the scale is too large, it falls by itself within a few optimizer steps.
 
     Args:
-        dimensions: D; 1 for a text's tokens.
+        dimensions: Number D of dimensions over which a log-prob is averaged; 1 for a text's tokens.
     """
     return max(USUAL_SCALE, 2.0**12 * dimensions)
 
@@ -140,7 +140,7 @@ class Stepper:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Adapter, optimizer, EMA and counters, equal on every process."""
+        """Return adapter, optimizer, EMA and counters, equal on every process."""
         return {
             "trainable": {n: p.detach() for n, p in self.policy.trainable().items()},
             "optimizer": self.optimizer.state_dict(),

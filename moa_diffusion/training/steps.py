@@ -112,7 +112,7 @@ class RolloutSteps:
         return self._metrics(torch.cat(sums), norms)
 
     def _metrics(self, sums: Tensor, norms: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums of all passes ``[passes, 4]`` and the norms of all steps."""
+        """Return metrics from the sums of all passes ``[passes, 4]`` and the norms of all steps."""
         table = sums.cpu()  # waits for the device
         before = len(table) // self.geometry.updates  # passes before the first optimizer step
         gap = float(self.comm.gather(table[:before, 3].max()[None]).max())
@@ -191,10 +191,10 @@ def pass_sums(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | Non
     """Sum over the decisions of one forward pass, for the metrics.
 
     Args:
-        mask: ``[m, t]`` bool, which decisions exist.
-        log_ratio: ``[m, t]``, new minus old log-probability.
-        clipped: ``[m, t]``, whether the clip acts, or for which share of the objectives.
-        kl: ``[m, t]``; None if it is not computed.
+        mask: Which decisions there are, ``[m, t]`` bool.
+        log_ratio: Log ratios ``[m, t]``, new minus old log-probability.
+        clipped: Clipping ``[m, t]``, whether the clip acts, or for which share of the objectives.
+        kl: KL of each decision, ``[m, t]``; None if it is not computed.
 
     Returns:
         ``[4]``: the number of decisions, the sums of ``clipped`` and ``kl``, and the largest

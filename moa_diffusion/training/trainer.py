@@ -198,7 +198,7 @@ class Trainer:
         return concatenate(parts)
 
     def score(self, scoring: Scoring, requests: Sequence[Request]) -> RewardMatrix:
-        """Raw rewards of all N samples, on every process; waits for what is not scored yet."""
+        """Return raw rewards of all N samples, on every process; wait for those not scored yet."""
         with self.progress.timed("score"):
             rewards = self.scorer.collect(
                 scoring, requests, while_waiting=self.progress.leave_if_stopped
@@ -246,7 +246,7 @@ class Trainer:
             self.log.write_scores(self.progress.completed + 1, requests, rewards, advantage, texts)
 
     def statistics(self, rollout: Rollout) -> dict[str, float]:
-        """Means over all N outputs of what shows a reward being gamed, and siblings' diversity."""
+        """Return means over N outputs of signs of a reward being gamed, and siblings' diversity."""
         outputs = rollout.outputs
         with self.progress.timed("statistics"):
             by_sample = drift.statistics(
@@ -344,7 +344,7 @@ class Trainer:
     # ------------------------------------------------------------------ small parts
 
     def _reference_steps(self) -> list[int]:
-        """Rollouts at even distances over the run, one for each reference sample of a prompt.
+        """Return rollouts at even distances over the run, one per reference sample of a prompt.
 
         They begin elsewhere in each rollout that meets new prompts.
         """

@@ -51,7 +51,7 @@ class Scalarization:
         """Ask the weighting; the answer of rank 0 counts on all processes.
 
         Args:
-            gramian: ``[K, K]`` of the objectives' gradients; None if it is not measured.
+            gramian: Gramian ``[K, K]`` of the objectives' gradients; None if it is not measured.
 
         Returns:
             Weights ``[K]``, or ``[K, D]`` if each column has its own.
@@ -82,7 +82,7 @@ class Scalarization:
         return self.estimates.placed(advantage)
 
     def rescaled(self, weights: Tensor) -> Tensor:
-        """Weights ``[K]`` of gradients: normalized, times what stage 2 does to the advantage.
+        """Return weights ``[K]`` of gradients: normalized, times stage 2's factor of the advantage.
 
         What stage 2 divides by becomes a factor of the weights, one for the whole batch. A sample
         to which few objectives apply counts less than in ``combine``, since weights cannot be
@@ -96,7 +96,7 @@ class Scalarization:
         return weights * (whitened @ combined / total) if total > 0 else weights
 
     def local_advantages(self) -> Tensor:
-        """Advantages ``[K, n]`` of this process's samples, after stage 1 and not clipped."""
+        """Return advantages ``[K, n]`` of this process's samples, after stage 1, not clipped."""
         return local_slice(self.advantages.T, self.comm).T
 
     def kl_scale(self) -> float:
@@ -183,11 +183,11 @@ class Probe:
         return self.gramian, metrics
 
     def measure(self, rollout: Rollout, advantages: Tensor) -> Tensor:
-        """Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
+        """Measure the Gramian ``[K, K]`` of the objectives' gradients on a part of a fresh rollout.
 
         Args:
             rollout: The n samples of this process, drawn by the policy as it is.
-            advantages: ``[K, n]``.
+            advantages: Advantages ``[K, n]`` of this process's samples.
         """
         steps, policy = self.steps, self.steps.policy
         advantages = advantages.to(steps.stepper.device, torch.float32)
@@ -237,7 +237,7 @@ class NoProbe:
         return None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """No Gramian."""
+        """Return nothing: no Gramian is kept."""
         return {"gramian": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,7 +275,7 @@ class PlainUpdate:
 
         Args:
             rollout: The n samples of this process.
-            advantage: ``[n]``, or ``[n, T]`` if each decision has its own.
+            advantage: Advantages ``[n]``, or ``[n, T]`` if each decision has its own.
             kl_scale: A factor of the KL's weight.
 
         Returns:

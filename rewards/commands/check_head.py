@@ -56,8 +56,8 @@ def prepare(
         head = create(name, path, **options)
     except Exception as error:  # a head of somebody else's may raise anything
         plain = isinstance(error, ValueError | ImportError | RewardError)  # they say what to do
-        told = str(error) if plain else f"{error!r}{passed(error)}"
-        raise Unusable(f'Head "{name}": {told}{_advice(error)}') from error
+        message = str(error) if plain else f"{error!r}{passed(error)}"
+        raise Unusable(f'Head "{name}": {message}{_advice(error)}') from error
     try:
         if kind is not None:
             head.expect(kind)

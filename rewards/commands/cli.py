@@ -252,7 +252,7 @@ def chosen_heads(
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options given as ``key=value``; a value that is JSON is read as such, else it is a text.
+    """Read options given as ``key=value``; a value that is JSON is read as such, else as text.
 
     Raises:
         ValueError: If one has no "=".

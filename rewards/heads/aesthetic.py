@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError
 from rewards.heads.clip import build_clip, embed_images
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensors
 from rewards.registry import register
 
-_BACKBONES = {
+Backbone = Literal["transformers", "open_clip"]
+
+_BACKBONES: dict[str, str] = {
     "transformers": "openai/clip-vit-large-patch14",
     "open_clip": "timm/vit_large_patch14_clip_224.openai:open_clip_model.safetensors",
 }
@@ -52,7 +54,7 @@ class Aesthetic(ModelHead):
         predictor_sha256: Expected SHA-256 digest of the layers; null for a head of one's own.
         dtype: Precision of the CLIP model: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the CLIP weights; null expects none.
 
     Raises:
@@ -66,11 +68,11 @@ class Aesthetic(ModelHead):
         self,
         model: str | None = None,
         revision: str | None = None,
-        backbone: str = "transformers",
+        backbone: Backbone = "transformers",
         architecture: str = "ViT-L-14-quickgelu",
         predictor: str = f"camenduru/improved-aesthetic-predictor:{_HEAD}",
         predictor_sha256: str | None = _HEAD_SHA256,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,
@@ -98,13 +100,13 @@ class Aesthetic(ModelHead):
             _check_architecture(architecture)
         else:
             self.required = ("config.json", "preprocessor_config.json")
-        self._head_found: dict[str, str] = {}
+        self._predictor_used: dict[str, str] = {}
         self._affine: tuple[Tensor, Tensor] | None = None
         self._preprocess: Preprocessing | None = None
 
     def provenance(self) -> Mapping[str, str]:
-        """CLIP model, precision, backbone and head; once loaded, also revisions and digests."""
-        return {**super().provenance(), "backbone": self.backbone, **self._head_found}
+        """Return model, precision, backbone and head; once loaded, also revisions and digests."""
+        return {**super().provenance(), "backbone": self.backbone, **self._predictor_used}
 
     def _recipe(self) -> Hashable:
         if self.backbone == "open_clip":
@@ -132,7 +134,7 @@ class Aesthetic(ModelHead):
         digest = files.digest()
         files.expect(self.predictor_sha256, digest, option="predictor_sha256")
         self._affine = read_affine(files)
-        self._head_found = {
+        self._predictor_used = {
             "predictor": files.model,
             "predictor_revision": files.revision,
             "predictor_sha256": digest,

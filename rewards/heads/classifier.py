@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import RewardError
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.pretrained.tokens import TOKENIZER_FILES, Reader, Side, accepted, reader_of
 from rewards.registry import register
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 Output = Literal["logit", "probability"]
 
@@ -61,8 +61,8 @@ class Classifier(ModelHead):
         model: Folder with ``config.json``, weights and tokenizer, ``package://NAME/PATH``, or hub
             model.
         revision: Branch, tag or commit of a hub model.
-        logit: Which output is the score: its index, or its label in ``config.json``. May be left
-            out where there is one only.
+        logit: Which output is the score: its index, at least 0, or its label in ``config.json``.
+            May be left out where there is one only.
         output: What is read: the ``logit``, or the ``probability``: the softmax over all labels;
             the sigmoid where there is one, or where the config says that several may apply
             (``multi_label_classification``).
@@ -72,12 +72,12 @@ class Classifier(ModelHead):
             those that a policy writes into its text are then understood as such too.
         pair: Whether prompt and text are given as two segments instead, with what the tokenizer
             puts between them.
-        max_length: Tokens that are read, special ones included; by default as many as model and
-            tokenizer allow. What is longer is cut, and a warning says so once.
+        max_length: Number of tokens that are read, special ones included, at least 1; by default
+            as many as model and tokenizer allow. What is longer is cut, and a warning says so once.
         truncation_side: Which end is cut off: ``right`` or ``left``; of a pair, from the longer.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of texts in one forward pass.
+        batch_size: Number of texts in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -98,7 +98,7 @@ class Classifier(ModelHead):
         pair: bool = False,
         max_length: int | None = None,
         truncation_side: Side = "right",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,
@@ -143,7 +143,7 @@ class Classifier(ModelHead):
         self._warned = False
 
     def provenance(self) -> Mapping[str, str]:
-        """Model and precision; once loaded, also label, revision and digest."""
+        """Return model and precision; once loaded, also label, revision and digest."""
         read = {} if self._reader is None else {"label": self._label_read}
         return {**super().provenance(), **read}
 
@@ -213,7 +213,7 @@ class Classifier(ModelHead):
         return scores
 
     def _read(self, logits: Tensor) -> Tensor:
-        """Logits ``[m, labels]`` to scores ``[m]``."""
+        """Turn logits ``[m, labels]`` into scores ``[m]``."""
         if self.output == "probability":
             several = self._exclusive and logits.shape[-1] > 1
             logits = logits.softmax(-1) if several else logits.sigmoid()

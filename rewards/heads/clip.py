@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError
 from rewards.heads.ocr.target_text import comparable, quoted_target
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
@@ -59,7 +59,7 @@ class ClipHead(ModelHead):
         model: str,
         revision: str | None,
         processor: str | None,
-        dtype: str,
+        dtype: Dtype,
         device: str,
         batch_size: int,
         sha256: str | None,
@@ -75,23 +75,23 @@ class ClipHead(ModelHead):
         if processor is not None:
             check_name(processor, option="processor")
         self.processor = processor
-        self._processor_found: dict[str, str] = {}
+        self._processor_used: dict[str, str] = {}
         self._tokenizer: Any = None
         self._preprocess: Preprocessing | None = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._warned: set[str] = set()
 
     def provenance(self) -> Mapping[str, str]:
-        """Model, precision and processor; once loaded, also revisions and the digest."""
-        return {**super().provenance(), **self._processor_found}
+        """Return model, precision and processor; once loaded, also revisions and the digest."""
+        return {**super().provenance(), **self._processor_used}
 
     def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines between the embeddings of pictures and prompts.
+        """Return the cosines between the embeddings of pictures and prompts.
 
         Args:
             module: The CLIP model.
-            images: ``[n, 3, H, W]``, uint8.
-            prompts: N prompts.
+            images: Pictures ``[n, 3, H, W]``, uint8.
+            prompts: The n prompts.
 
         Returns:
             ``[n]`` in [-1, 1], float32, on the CPU.
@@ -111,10 +111,10 @@ class ClipHead(ModelHead):
             RewardError: If the model cannot be loaded.
         """
         longest = self._longest(self._loaded().module)
-        found_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-        lengths = [len(ids) for ids in found_ids]
+        token_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
+        lengths = [len(ids) for ids in token_ids]
         cut = [i for i, length in enumerate(lengths) if length > longest]
-        blank = [prompt for prompt in prompts if not self._judges(prompt)]
+        blank = [prompt for prompt in prompts if not self._applies(prompt)]
         remarks = []
         if cut:
             remarks.append(
@@ -126,7 +126,7 @@ class ClipHead(ModelHead):
             remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
         return remarks
 
-    def _judges(self, prompt: str) -> bool:
+    def _applies(self, prompt: str) -> bool:
         return bool(prompt.strip())
 
     def _recipe(self) -> Hashable:
@@ -142,7 +142,7 @@ class ClipHead(ModelHead):
         self._preprocess = read_preprocessing(files.folder / _PREPROCESSING)
         self._tokenizer = CLIPTokenizer.from_pretrained(files.folder, local_files_only=True)
         self._texts.clear()
-        self._processor_found = {
+        self._processor_used = {
             "processor": files.model,
             "processor_revision": files.revision,
         }
@@ -180,7 +180,7 @@ class ClipHead(ModelHead):
         self._texts.update(zip(prompts, embedded, strict=True))
 
     def _longest(self, module: Any) -> int:
-        """Tokens of a prompt that are read, the one for its end included."""
+        """Return how many tokens of a prompt are read, the one for its end included."""
         return min(
             self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
         )
@@ -229,7 +229,7 @@ class PickScore(ClipHead):
             of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as published.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -244,7 +244,7 @@ class PickScore(ClipHead):
         model: str = "yuvalkirstain/PickScore_v1",
         revision: str | None = None,
         processor: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,
@@ -281,7 +281,7 @@ class ClipScore(ClipHead):
             of ``openai/clip-vit-large-patch14``.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -296,7 +296,7 @@ class ClipScore(ClipHead):
         model: str = "openai/clip-vit-large-patch14",
         revision: str | None = None,
         processor: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,

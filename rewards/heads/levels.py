@@ -20,7 +20,7 @@ def rate(logits: Tensor, worth: Sequence[float]) -> Scores:
     """Read ratings from the logits of the five levels.
 
     Args:
-        logits: ``[N, 5]``, in the order of ``LEVELS``, any precision and device.
+        logits: Logits ``[N, 5]``, in the order of ``LEVELS``, any precision and device.
         worth: What each level is worth.
 
     Returns:

@@ -31,9 +31,10 @@ class Length(RewardHead):
     Deviations: what the authors count is not known to us; the default are words.
 
     Args:
-        scale: Length that scores 1.
-        low: Least score before the sign: shorter texts score the same.
-        high: Largest score before the sign: longer texts score the same. Null sets no bound.
+        scale: Length that scores 1; positive.
+        low: Least score before the sign, at least 0: shorter texts score the same.
+        high: Largest score before the sign, any number above ``low``: longer texts score the same.
+            Null sets no bound.
         unit: What is counted: ``words`` (between white space; a text without any, as in Chinese or
             Thai, is one word), ``characters`` (code points in normal form C, runs of white space as
             one), or ``tokens`` of a ``tokenizer``, without special ones.
@@ -122,7 +123,7 @@ class Length(RewardHead):
         self._provenance = {"tokenizer": files.model, "tokenizer_revision": files.revision}
 
     def provenance(self) -> Mapping[str, str]:
-        """Name and revision of the tokenizer, once it is loaded."""
+        """Return name and revision of the tokenizer, once it is loaded."""
         return self._provenance
 
     def close(self) -> None:
@@ -148,7 +149,8 @@ class Keyword(RewardHead):
 
     Args:
         words: List of words or phrases, each once.
-        cap: Number of occurrences that score 1; null scores the share of words that occur.
+        cap: Number of occurrences that score 1, at least 1; null scores the share of words that
+            occur.
         ignore_case: Whether case is folded, by the full rules of Unicode: STRASSE is Straße.
         whole_words: Whether a word counts only where no letter, digit, mark or underscore stands
             directly before or after it. Turn it off for languages without spaces.
@@ -228,8 +230,9 @@ class Repetition(RewardHead):
     Deviations: words, not tokens, without case and punctuation, so that "the end, the end" counts.
 
     Args:
-        n: Length of the n-grams; 4 in the paper.
-        unit: What they are made of: ``words``, or ``characters``, for languages without spaces.
+        n: Length of the n-grams, at least 1; 4 in the paper.
+        unit: What the n-grams are made of: ``words``, or ``characters``, for languages without
+            spaces.
 
     Raises:
         ValueError: If ``n`` is not positive, or ``unit`` is unknown.
@@ -276,7 +279,7 @@ class Format(RewardHead):
         pattern: The regular expression.
         match: What the pattern describes: the whole text (``full``) or some part of it
             (``search``).
-        timeout: Number of seconds that one text may take.
+        timeout: Number of seconds that one text may take; positive.
 
     Raises:
         ValueError: If the pattern is malformed, or another parameter is wrong.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rewards.base import RewardError, Scores
 from rewards.heads.levels import LEVELS, rate
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.registry import register
@@ -46,7 +46,7 @@ class QRealignHead(ModelHead):
         revision: Branch, tag or commit of a hub model.
         dtype: Precision; the weights are published in bfloat16.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -69,7 +69,7 @@ class QRealignHead(ModelHead):
         self,
         model: str = "q-future/Q-ReAlign-Mini-0.8B",
         revision: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,

@@ -22,7 +22,7 @@ _CHUNK = 2_000_000
 
 
 def _in_chunks(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """``score`` of ``images [N, 3, H, W]``, a few at a time: ``[N]``."""
+    """Score ``images [N, 3, H, W]``, a few at a time: ``[N]``."""
     size = max(1, _CHUNK // (images.shape[-1] * images.shape[-2]))
     return torch.cat([score(part) for part in images.split(size)])
 
@@ -35,7 +35,7 @@ class JpegCompressibility(RewardHead):
     DDPO (Black et al. 2023, https://arxiv.org/abs/2305.13301, section 5.1).
 
     Args:
-        quality: JPEG quality, 1 to 95.
+        quality: JPEG quality, in [1, 95].
 
     Raises:
         ValueError: If the quality is out of range.
@@ -167,7 +167,7 @@ _NEGATED = re.compile(
 
 
 def named_colours(prompt: str) -> tuple[str, ...]:
-    """Colour names in a prompt, each once, in order; quoted words are not colour names."""
+    """Return colour names in a prompt, each once, in order; quoted words are not colour names."""
     words = (word.lower() for word in _COLOUR_WORD.findall(without_quotes(prompt)))
     return tuple(dict.fromkeys("grey" if word == "gray" else word for word in words))
 
@@ -181,7 +181,7 @@ def oklab(rgb: Tensor) -> Tensor:
     """Convert sRGB to OKLab (Ottosson 2020, https://bottosson.github.io/posts/oklab/).
 
     Args:
-        rgb: ``[..., 3, P]``, gamma-encoded sRGB in [0, 1].
+        rgb: Pixels ``[..., 3, P]``, gamma-encoded sRGB in [0, 1].
 
     Returns:
         ``[..., 3, P]``: lightness in [0, 1], and two opponent axes of about +-0.3.
@@ -218,8 +218,8 @@ class PromptColour(RewardHead):
 
     Args:
         share: Part of the pixels that a named colour should fill, in (0, 1]; more does not help.
-        tolerance: OKLab distance at which the closeness has dropped to 1/e. The two nearest names,
-            blue and purple, are 0.14 apart; red and orange 0.18.
+        tolerance: OKLab distance at which the closeness has dropped to 1/e; positive. The two
+            nearest names, blue and purple, are 0.14 apart; red and orange 0.18.
 
     Raises:
         ValueError: If a parameter is out of range.

@@ -23,7 +23,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from rewards.base import RewardBatch, RewardError, RewardHead, Scored, Scores
 from rewards.blame import cause_of
 from rewards.pretrained.locate import Weights, check_name, find_weights
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,7 +57,7 @@ class ModelHead(RewardHead):
         dtype: Precision of the model: one of ``DTYPES``.
         device: A torch device; ``auto`` is this process's GPU (by ``LOCAL_RANK``), else ``mps``,
             else the CPU.
-        batch_size: Samples at once.
+        batch_size: Number of samples in one forward pass, at least 1.
         sha256: Expected digest of the weights, see ``Weights.digest``; None expects nothing.
 
     Raises:
@@ -73,7 +74,7 @@ class ModelHead(RewardHead):
         *,
         model: str,
         revision: str | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,
@@ -116,13 +117,13 @@ class ModelHead(RewardHead):
         Args:
             module: What ``_build`` returned, on ``self.device``.
             samples: Images ``[n, 3, H, W]``, uint8, on the device of the batch; or n texts.
-            prompts: N prompts.
+            prompts: The n prompts.
 
         Returns:
             Finite scores ``[n]``, or ``Scores`` with further columns.
         """
 
-    def _judges(self, prompt: str) -> bool:
+    def _applies(self, prompt: str) -> bool:
         """Return whether the objective applies to samples of a prompt.
 
         It is asked when the model is loaded.
@@ -138,8 +139,8 @@ class ModelHead(RewardHead):
         # [N, 3, H, W], or N texts
         samples = batch.require_texts() if self.scores == "texts" else batch.uint8()
         shared = self._loaded()
-        judges = {prompt: self._judges(prompt) for prompt in dict.fromkeys(batch.prompts)}
-        chosen = [row for row, prompt in enumerate(batch.prompts) if judges[prompt]]
+        applies = {prompt: self._applies(prompt) for prompt in dict.fromkeys(batch.prompts)}
+        chosen = [row for row, prompt in enumerate(batch.prompts) if applies[prompt]]
         values = torch.full((len(batch),), torch.nan)
         extra: dict[str, list[Any]] = {}
         # One head at a time: another thread must not move the module meanwhile.
@@ -181,11 +182,11 @@ class ModelHead(RewardHead):
                 shared.move(torch.device("cpu"))
 
     def provenance(self) -> Mapping[str, str]:
-        """Model and precision; once loaded, also the revision and the digest."""
-        asked = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
+        """Return model and precision; once loaded, also the revision and the digest."""
+        requested = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.revision is not None:
-            asked["revision"] = self.revision
-        return {**asked, **self._provenance}
+            requested["revision"] = self.revision
+        return {**requested, **self._provenance}
 
     def close(self) -> None:
         """Let go of the model; the next batch loads it again."""

@@ -55,7 +55,7 @@ class Weights:
         return all((self.folder / name).is_file() for name in names)
 
     def digest(self) -> str:
-        """SHA-256 of the files that hold tensors, in hexadecimal.
+        """Return the SHA-256 of the files that hold tensors, in hexadecimal.
 
         Of one file, what ``sha256sum FILE`` prints. Of several, with the names in the order of
         their bytes, what ``sha256sum FILE... | sha256sum`` prints in their folder.

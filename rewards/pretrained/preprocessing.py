@@ -58,7 +58,7 @@ class Preprocessing:
         """Return what the model sees.
 
         Args:
-            images: ``[N, 3, H, W]``, uint8, any device.
+            images: Pictures ``[N, 3, H, W]``, uint8, any device.
 
         Returns:
             ``[N, 3, crop, crop]``, float32, on the CPU.
@@ -102,7 +102,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Resample each picture with Pillow's bicubic filter, enlarging or reducing.
 
     Args:
-        images: ``[N, 3, H, W]``, uint8, any device.
+        images: Pictures ``[N, 3, H, W]``, uint8, any device.
         height: New height in pixels.
         width: New width in pixels.
 
@@ -124,8 +124,8 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
     """Resample so that the shorter side has ``side`` pixels; the longer one is rounded down.
 
     Args:
-        images: ``[N, 3, H, W]``, uint8, any device.
-        side: Pixels.
+        images: Pictures ``[N, 3, H, W]``, uint8, any device.
+        side: Length of the shorter side, in pixels.
 
     Returns:
         ``[N, 3, h, w]``, uint8, on the CPU, with min(h, w) = side.
@@ -153,8 +153,8 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
     Where an odd number of rows (or columns) is added, the extra one is the last.
 
     Args:
-        images: ``[N, 3, H, W]``, uint8, any device.
-        colour: R, G, B of the margin, 0 to 255; usually int(255 mean).
+        images: Pictures ``[N, 3, H, W]``, uint8, any device.
+        colour: Colour of the margin: R, G, B from 0 to 255, usually int(255 mean).
 
     Returns:
         ``[N, 3, S, S]``, uint8, with S = max(H, W).
@@ -170,7 +170,7 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
 def normalise(
     images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Tensor:
-    """(x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device."""
+    """Return (x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device."""
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return images.to(torch.float32).div(255).sub(shift).div(scale)

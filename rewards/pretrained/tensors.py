@@ -79,7 +79,7 @@ def load_strictly(
 
     Args:
         module: The module.
-        weights: Its files.
+        weights: The module's files of weights.
         ignore: Endings of names in the files that the module need not have.
         prefix: Only the tensors whose names start so are meant, and their names without it.
 
@@ -148,10 +148,10 @@ def _check_names(
     misshapen: Collection[str],
 ) -> None:
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    told = [f"{fault}: {_some(sorted(names))}" for fault, names in faults.items() if names]
-    if told:
+    problems = [f"{fault}: {_some(sorted(names))}" for fault, names in faults.items() if names]
+    if problems:
         raise RewardError(
-            f"The weights in {weights.folder} do not fit this model. Tensors {'; '.join(told)}."
+            f"The weights in {weights.folder} do not fit this model. Tensors {'; '.join(problems)}."
         )
 
 

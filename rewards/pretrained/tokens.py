@@ -164,7 +164,7 @@ def reader_of(model: Any, files: Weights, *, longest: int | None, truncation_sid
 
 
 def accepted(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of the names that the module's ``forward`` has parameters of."""
+    """Return those of the names that the module's ``forward`` has parameters of."""
     parameters = inspect.signature(module.forward).parameters
     return tuple(name for name in names if name in parameters)
 
@@ -183,7 +183,7 @@ def _padding(config: Any, known: int) -> int | None:
 
 
 def _positions(model: Any) -> float:
-    """Tokens that the model has positions for; infinite if nothing says so."""
+    """Return how many tokens the model has positions for; infinite if nothing says so."""
     facts = model.config.get_text_config().to_dict()
     named = [facts.get(key) for key in ("max_position_embeddings", "n_positions")]
     tables = [

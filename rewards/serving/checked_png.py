@@ -31,7 +31,7 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def size(file: bytes) -> tuple[int, int]:
-    """Width and height by the first ``HEAD`` bytes of a file.
+    """Return width and height by the first ``HEAD`` bytes of a file.
 
     Raises:
         ValueError: If it is no PNG file of RGB, 8 bits; the message goes on after "The picture".
@@ -51,7 +51,7 @@ def size(file: bytes) -> tuple[int, int]:
 
 
 def decode(file: bytes) -> np.ndarray:
-    """Pixels ``[H, W, 3]``, uint8, of a file that has the ``size`` which it says.
+    """Return the pixels ``[H, W, 3]``, uint8, of a file that has the ``size`` which it says.
 
     Raises:
         ValueError: As ``size``, or if the file is damaged or could be read as something else.

@@ -16,8 +16,8 @@ from rewards.identity import Identity
 from rewards.registry import register
 from rewards.serving import wire
 from rewards.serving.client import Answer, CallError, Calls, call, check_url
-from rewards.serving.spread import SendError, Spread, SpreadError
-from rewards.targets import did_you_mean
+from rewards.serving.dispatch import Dispatch, DispatchError, SendError
+from rewards.suggestions import did_you_mean
 
 _SHOWN = 300  # characters of an answer that is quoted in an error
 _HEALTH_SECONDS = 10.0
@@ -43,15 +43,15 @@ class RemoteHead(RewardHead):
     Args:
         url: Address of the server, ``http://host:port``, or a list of several.
         remote_name: Name of the head on the server.
-        timeout: Number of seconds for a batch, retries included. With several servers, a request
-            that takes more than half of the time left is sent to another, so allow twice what it
-            takes.
+        timeout: Number of seconds for a batch, retries included; positive. With several servers, a
+            request that takes more than half of the time left is sent to another, so allow twice
+            what it takes.
         retries: Number of answers of status 500 in a row, without a reason that is known, after
-            which a connection to a server is given up. A server that is overloaded, late or not to
-            be reached is asked again until the time is up.
+            which a connection to a server is given up; at least 0. A server that is overloaded,
+            late or not to be reached is asked again until the time is up.
         token_env: Environment variable that holds the server's token; empty: none is sent.
-        batch_size: Number of samples per request; the server may allow fewer.
-        max_parallel: Number of requests under way at once, per server.
+        batch_size: Number of samples per request, at least 1; the server may allow fewer.
+        max_parallel: Number of requests under way at once, per server; at least 1.
 
     Raises:
         ValueError: If a parameter is out of range, or the environment variable is not set.
@@ -115,17 +115,17 @@ class RemoteHead(RewardHead):
         parts = [range(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
         pictures = None if batch.images is None else batch.arrays()
         calls = Calls()
-        spread = Spread(
+        dispatch = Dispatch(
             self.urls,
             lambda url, part, seconds: self._ask(url, batch, pictures, parts[part], seconds, calls),
             parts=len(parts),
-            lanes=self.max_parallel,
+            workers=self.max_parallel,
             retries=self.retries,
             seconds=self.timeout,
         )
         try:
-            return wire.joined(spread.run())
-        except SpreadError as error:
+            return wire.joined(dispatch.run())
+        except DispatchError as error:
             concerned = [index for part in error.parts for index in parts[part]]
             if error.samples and max(error.samples) < len(concerned):
                 concerned = [concerned[position] for position in error.samples]
@@ -145,7 +145,7 @@ class RemoteHead(RewardHead):
         problems = []
         for url in self.urls:
             try:
-                self._meet(url, self._health(url))
+                self._check_identity(url, self._health(url))
             except SendError as error:
                 hint = " Does a reward server run there?" if error.again else ""
                 problems.append(f"{error.cause.rstrip('.')}.{hint}")
@@ -191,7 +191,7 @@ class RemoteHead(RewardHead):
             identity, scores = wire.unpack_reply(answer.body, len(indices))
         except ValueError as error:
             raise SendError(f"{url} answered nonsense: {error}", elsewhere=True) from error
-        self._meet(url, identity)
+        self._check_identity(url, identity)
         return scores
 
     def _health(self, url: str) -> Identity:
@@ -233,7 +233,7 @@ class RemoteHead(RewardHead):
             raise _refused(url, answer)
         return answer
 
-    def _meet(self, url: str, identity: Identity) -> None:
+    def _check_identity(self, url: str, identity: Identity) -> None:
         with self._lock:
             if self._identity is None:
                 self._identity = (url, identity)
@@ -272,11 +272,11 @@ def _refused(url: str, answer: Answer) -> SendError:
     error = content.get("error") if isinstance(content, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("cause"), str):
         where = answer.headers.get("location", "")
-        said = f" to {where}" if where else f": {answer.body[:_SHOWN].decode(errors='replace')!r}"
+        shown = f" to {where}" if where else f": {answer.body[:_SHOWN].decode(errors='replace')!r}"
         if answer.status == 413:  # the server hung up on the body, and its words were lost
-            said = f". {_TOO_LARGE}"
+            shown = f". {_TOO_LARGE}"
         return SendError(
-            f"{url} answered with status {answer.status}{said}",
+            f"{url} answered with status {answer.status}{shown}",
             again=answer.status in (*_PASSING, _UNCLEAR),
             elsewhere=True,
             costs=answer.status == _UNCLEAR,
@@ -304,5 +304,5 @@ def _retry_after(answer: Answer) -> float:
 
 
 def _describe(identity: Identity) -> str:
-    told = ", ".join(f"{key} {value}" for key, value in identity.provenance.items())
-    return f"digest {identity.digest[:12]} (version {identity.version}{', ' if told else ''}{told})"
+    more = ", ".join(f"{key} {value}" for key, value in identity.provenance.items())
+    return f"digest {identity.digest[:12]} (version {identity.version}{', ' if more else ''}{more})"

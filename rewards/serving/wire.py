@@ -305,7 +305,7 @@ def sliced(scores: Scores, start: int, stop: int) -> Scores:
 
 
 def dump(value: Any) -> bytes:
-    """JSON in UTF-8.
+    """Return a value as JSON in UTF-8.
 
     Raises:
         ValueError: If JSON cannot hold the value: NaN, an infinity, or an object of a class.

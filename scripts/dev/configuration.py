@@ -60,8 +60,8 @@ REWARD = [  # name, type, default, meaning
         "weight",
         "number",
         "`1`",
-        "Weight of the objective in methods with fixed weights; a negative one minimises the "
-        "reward.",
+        "Weight of the objective in methods with fixed weights, any number; a negative one "
+        "minimises the reward.",
     ),
     (
         "head",
@@ -86,7 +86,8 @@ REWARD = [  # name, type, default, meaning
         "concurrency",
         "integer",
         "`8`",
-        "For an `async` function of one sample: how many samples are awaited at a time.",
+        "For an `async` function of one sample: how many samples are awaited at a time; at least "
+        "1.",
     ),
 ]
 REWARDS = """\
@@ -144,11 +145,11 @@ def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[st
         ValueError: If one that the class has is not described.
     """
     documented = parse(inspect.getdoc(kind) or "", style=DocstringStyle.GOOGLE)
-    found = {one.arg_name: sentence(one.description) for one in documented.params}
+    described = {one.arg_name: sentence(one.description) for one in documented.params}
     for name in inspect.signature(kind).parameters:
-        if name not in found and name not in without:
+        if name not in described and name not in without:
             raise ValueError(f"The docstring of {kind.__qualname__} should describe `{name}`.")
-    return found
+    return described
 
 
 def summary(kind: object) -> str:

@@ -45,8 +45,8 @@ def main() -> None:
     elif examine:
         lm, traits = (arguments["output"] / name for name in ("lm", "traits"))
         marks = {"lm": exam.writing(lm)} | exam.reading(traits, lm)
-        for name, found in marks.items():
-            print(name, ", ".join(f"{what} {mark:.3f}" for what, mark in found.items()))
+        for name, row in marks.items():
+            print(name, ", ".join(f"{what} {mark:.3f}" for what, mark in row.items()))
     else:
         build(**arguments)
 

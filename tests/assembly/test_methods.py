@@ -152,7 +152,7 @@ def test_a_normalizer_of_ones_own_takes_its_options(tmp_path: Path, mine: str) -
         ({"method": "dualstage"}, r"or an import path such as my_module:MyWeighting"),
         ({"method": "no.py:First"}, r"^objectives\.method: Weighting path .*there is no file"),
         ({"method": "no_such:First"}, r"there is no module `no_such`.*path/to/file\.py"),
-        ({"method": "MINE:Frist"}, r"has no attribute `Frist`\. Did you mean \"First\"\?"),
+        ({"method": "MINE:Frist"}, r"has no attribute `Frist`\. Did you mean 'First'\?"),
         ({"method": "MINE:number"}, r"subclass of moa_diffusion\.objectives\.base\.Weighting"),
         ({"method": "MINE:Halved"}, r"^objectives\.method: should name a subclass of .*Weighting"),
         ({"normalizer": {"path": "MINE:First"}}, r"^objectives\.normalizer\.path: .*Normalizer"),

@@ -118,7 +118,7 @@ def test_bad_input_says_what_was_expected_and_found(
     cases = [
         ((*toy, "--images", "1"), "--images: should be at least 2"),
         ((*toy, "--prompts", "0"), "--prompts: should be at least 1. Found 0"),
-        ((*toy, "--trainer.step", "3"), "unknown key. Did you mean `trainer.steps`?"),
+        ((*toy, "--trainer.step", "3"), "unknown key. Did you mean 'trainer.steps'?"),
         ((*toy, "--prompts.train", "none.txt"), "Prompt file `none.txt` does not exist"),
         ((*toy, "--rewards.ocrr.weight", "1"), 'rewards.ocrr: Unknown reward head "ocrr"'),
         (("--config", "none.yaml"), "config: should be a YAML file. Found no file `none.yaml`"),

@@ -387,7 +387,7 @@ def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder:
         (["--objectives.method=gdpo"], {}, "objectives.method: is set for each run"),
         (["--output_dir", "x"], {}, "output_dir: is set for each run by the comparison: use --out"),
         (["--trainer.minutes", "1"], {"minutes": 2.0}, "use --minutes-per-run"),
-        (["--trainer.step", "1"], {}, "Did you mean `trainer.steps`?"),
+        (["--trainer.step", "1"], {}, "Did you mean 'trainer.steps'?"),
         (["--trainer.groups", "3", "--trainer.updates", "5"], {}, "should be a multiple of"),
     ],
 )

@@ -169,7 +169,7 @@ def test_check_says_what_is_wrong(run: Run, tmp_path: Path, monkeypatch) -> None
     )
     absent = f"{tmp_path / 'mine.py'}:Absent"
     for arguments, reason in (
-        (["sharpnes"], 'Did you mean "sharpness"'),
+        (["sharpnes"], "Did you mean 'sharpness'"),
         (["sharpness", "--option", "x=1"], 'has no option "x"'),
         (["remote", "--option", "url=http://localhost:1", "--option", "remote_name=x"], "refused"),
         ([absent], "Downloads are forbidden by HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"),

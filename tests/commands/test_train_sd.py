@@ -342,7 +342,7 @@ def test_bad_input_says_what_was_expected_and_found(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "metrics.jsonl").write_text('{"step": 7}\n')
     cases = [
-        (["--trainer.step", "3"], "trainer.step: unknown key. Did you mean `trainer.steps`?"),
+        (["--trainer.step", "3"], "trainer.step: unknown key. Did you mean 'trainer.steps'?"),
         (["--rewards.ocrr.weight", "1"], 'rewards.ocrr: Unknown reward head "ocrr". Did you mean'),
         (["--prompts.train", "none.txt"], "Prompt file `none.txt` does not exist"),
         (["--prompts.train", "empty.txt"], "should hold at least one prompt"),

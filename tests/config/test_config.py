@@ -56,7 +56,7 @@ def test_unknown_keys_name_the_nearest(tmp_path, key, nearest, place):
             loaded(tmp_path, BASE, f"--{key}", "3")
     message = str(caught.value)
     assert message.startswith(f"{key}: unknown key.")
-    assert nearest is None or f"Did you mean `{nearest}`?" in message
+    assert nearest is None or f"Did you mean '{nearest}'?" in message
     assert "Valid keys here: " in message
 
 
@@ -75,7 +75,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
 
 def test_equals_sign_and_abbreviations(tmp_path):
     assert loaded(tmp_path, BASE, "--trainer.steps=7").trainer.steps == 7
-    with pytest.raises(ConfigError, match=r"unknown key\. Did you mean `trainer\.steps`"):
+    with pytest.raises(ConfigError, match=r"unknown key\. Did you mean 'trainer\.steps'"):
         loaded(tmp_path, BASE, "--trainer.stepz=7")
     with pytest.raises(ConfigError, match="outpu: unknown key"):
         loaded(tmp_path, BASE, "--outpu", "x")
@@ -461,7 +461,7 @@ def test_an_override_takes_a_list_away(tmp_path):
         (
             "train",
             [{"path": "a.txt", "wieght": 3}],
-            r"\.wieght: unknown key\. Did you mean `weight`",
+            r"\.wieght: unknown key\. Did you mean 'weight'",
         ),
         ("train", [{"path": "a.txt", "weight": 0}], r"\.weight: should be positive\. Found 0\."),
         ("train", [{"path": "a.txt", "weight": -1.0}], r"positive\. Found -1\.0"),
@@ -546,9 +546,9 @@ def test_printing_options_exit_with_zero(tmp_path, capsys, option):
         (["--sampling.sampler", "cpss"], "my_module:my_step. Found 'cpss'. Did you mean 'cps'?"),
         (
             ["--policy.dtype", "fp16"],
-            "float32, bfloat16, float16. Found 'fp16'. Did you mean float16",
+            "float32, bfloat16, float16. Found 'fp16'. Did you mean 'float16'",
         ),
-        (["--loss.kl", "gausian"], "k3 or null. Found 'gausian'. Did you mean gaussian?"),
+        (["--loss.kl", "gausian"], "k3 or null. Found 'gausian'. Did you mean 'gaussian'?"),
         (["--trainer.steps", "many"], "trainer.steps: should be a whole number. Found 'many'."),
         (["--trainer.steps", "1.5"], "trainer.steps: should be a whole number. Found 1.5."),
         (["--trainer.steps", "null"], "trainer.steps: should be a whole number. Found null."),

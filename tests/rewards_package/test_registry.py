@@ -122,7 +122,7 @@ def test_whether_a_function_takes_one_image_is_said_once(user):
     [
         ("each", {"per_image": True}, 'no option "per_image".* Valid options: bonus'),
         ("each", {"concurrency": 2}, 'no option "concurrency".* Valid options: bonus'),
-        ("each_async", {"concurency": 2}, 'Did you mean "concurrency"'),
+        ("each_async", {"concurency": 2}, "Did you mean 'concurrency'"),
         ("plain", {"per_image": True, "concurrency": 2}, 'no option "concurrency"'),
         ("plain_async", {"concurrency": 2}, "Valid options: per_image"),
         ("plain", {"per_image": "yes"}, "should be true or false. Found 'yes'"),
@@ -191,7 +191,7 @@ def test_register_wants_a_name():
 
 
 def test_an_unknown_name_lists_all_names_and_the_nearest():
-    with pytest.raises(ValueError, match='Did you mean "colourfulness"') as caught:
+    with pytest.raises(ValueError, match="Did you mean 'colourfulness'") as caught:
         create("colorfulness")
     for name in registry._BUILT_IN:
         assert name in str(caught.value)
@@ -203,7 +203,7 @@ def test_an_unknown_name_lists_all_names_and_the_nearest():
         ("no_such_module:f", "no module `no_such_module`"),
         ("user_rewards.deeper:f", "no module `user_rewards.deeper`|importing"),
         ("no_such_file.py:f", "no file `.*no_such_file.py`"),
-        ("user_rewards:plane", 'no attribute `plane`. Did you mean "plain"'),
+        ("user_rewards:plane", "no attribute `plane`. Did you mean 'plain'"),
         ("user_rewards:VERSION", "`VERSION` is not callable. Found int"),
         ("user_rewards:Other", "no RewardHead"),
         ("user_rewards:finished", "Name its class, `Constant`"),
@@ -221,7 +221,7 @@ def test_a_bad_import_path_says_which_part_failed(user, path, message):
 
 
 def test_unknown_and_missing_options_are_named(user):
-    with pytest.raises(ValueError, match=r'no option "shar"\. Did you mean "share"') as caught:
+    with pytest.raises(ValueError, match=r'no option "shar"\. Did you mean \'share\'') as caught:
         create("prompt_colour", shar=0.1)
     assert "share, tolerance" in str(caught.value)
     with pytest.raises(ValueError, match="Valid options: none"):
@@ -240,7 +240,7 @@ def test_keywords_of_a_constructor_swallow_nothing():
             return torch.zeros(len(batch))
 
     register("greedy")(Greedy)
-    with pytest.raises(ValueError, match=r'no option "sise"\. Did you mean "size"'):
+    with pytest.raises(ValueError, match=r'no option "sise"\. Did you mean \'size\''):
         create("greedy", sise=2)
 
 

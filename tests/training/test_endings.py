@@ -189,7 +189,7 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     """Unless it is the same press, which a launcher passes on as well."""
     now = [100.0]
     monkeypatch.setattr("moa_diffusion.processes.stopping.time.monotonic", lambda: now[0])
-    stop = StopRequest(said=False)
+    stop = StopRequest(announce=False)
     stop.ask(signal.SIGTERM)
     stop.ask(signal.SIGINT)
     now[0] += 30

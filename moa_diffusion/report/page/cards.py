@@ -68,7 +68,7 @@ def cards(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[
 
 
 def worst_gain(model: ModelSummary, summary: Summary) -> tuple[str, float] | None:
-    """Name and size, in stds, of a model's smallest gain; None where nothing varies."""
+    """Return name and size, in stds, of a model's smallest gain; None where nothing varies."""
     gains = {name: model.rewards[name].gain_in_stds.value for name in summary.volume_of}
     return min(gains.items(), key=lambda pair: pair[1]) if gains else None
 

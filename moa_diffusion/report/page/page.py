@@ -43,7 +43,7 @@ def write_report(
         table: The table of E models, with pictures or with texts.
         summary: The summary of the table.
         runs: Training run folders by series; empty: no curves.
-        target: The file.
+        target: The HTML file that is written.
         budget: Bytes of the file at most; the thumbnails shrink until it fits.
 
     Returns:
@@ -130,7 +130,7 @@ def _digest(script: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """JSON that cannot end the element it stands in."""
+    """Return JSON that cannot end the element it stands in."""
     from markupsafe import Markup
 
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))

@@ -27,7 +27,7 @@ def page_data(
     folder: Path,
     first: int,
 ) -> dict[str, Any]:
-    """Everything but the thumbnails; what is not a number is None.
+    """Return everything but the thumbnails; what is not a number is None.
 
     Args:
         table: The table of E models, P prompts, S seeds, K rewards.

@@ -39,7 +39,7 @@ QUOTES = 3  # bytes of JSON around each picture
 
 
 def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
-    """Base64 of WebP files, at the best size at which they fit together.
+    """Return WebP files in Base64, at the best size at which they fit together.
 
     Args:
         pictures: N different files.

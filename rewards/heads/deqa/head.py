@@ -9,7 +9,7 @@ from torch import Tensor
 from rewards.base import Scores
 from rewards.heads.deqa.model import Deqa, load
 from rewards.heads.levels import rate
-from rewards.pretrained.base import ModelHead
+from rewards.pretrained.base import Dtype, ModelHead
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.preprocessing import CLIP_MEAN, normalise, pad_to_square, resize
 from rewards.registry import register
@@ -40,7 +40,7 @@ class DeqaHead(ModelHead):
         revision: Branch, tag or commit of a hub model.
         dtype: Precision; the published scores were computed in float16.
         device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass.
+        batch_size: Number of pictures in one forward pass, at least 1.
         sha256: Expected SHA-256 digest of the weights; null expects none.
 
     Raises:
@@ -53,7 +53,7 @@ class DeqaHead(ModelHead):
         self,
         model: str = "zhiyuanyou/DeQA-Score-Mix3",
         revision: str | None = None,
-        dtype: str = "float16",
+        dtype: Dtype = "float16",
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,

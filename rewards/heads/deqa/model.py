@@ -37,7 +37,7 @@ class Deqa(nn.Module):
         """Read the quality of pictures.
 
         Args:
-            pixels: ``[N, 3, S, S]``, padded to a square, resized and normalised.
+            pixels: Pictures ``[N, 3, S, S]``, padded to a square, resized and normalised.
 
         Returns:
             Logits ``[N, 5]`` of excellent, good, fair, poor and bad as the next word.
@@ -46,7 +46,7 @@ class Deqa(nn.Module):
         return F.linear(self.model(pixels), rows)
 
     def next_word(self, pixels: Tensor) -> Tensor:
-        """As calling the model, with the logits of the whole vocabulary, ``[N, V]``."""
+        """Do as calling the model does, with the logits of the whole vocabulary, ``[N, V]``."""
         logits: Tensor = self.lm_head(self.model(pixels))
         return logits
 

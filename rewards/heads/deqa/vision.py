@@ -19,7 +19,7 @@ class VisionModel(nn.Module):
     """Pre-norm ViT with a class token; every token is kept.
 
     Args:
-        sizes: Its sizes.
+        sizes: Sizes of the model.
     """
 
     def __init__(self, sizes: VisionSizes) -> None:
@@ -202,12 +202,12 @@ class _AbstractorMlp(nn.Module):
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """``[N, T, H * D]`` to ``[N, H, T, D]``."""
+    """Turn ``[N, T, H * D]`` into ``[N, H, T, D]``."""
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(tokens: Tensor) -> Tensor:
-    """``[N, H, T, D]`` to ``[N, T, H * D]``."""
+    """Turn ``[N, H, T, D]`` into ``[N, T, H * D]``."""
     return tokens.transpose(1, 2).flatten(2)
 
 

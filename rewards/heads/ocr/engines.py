@@ -215,9 +215,10 @@ class Tesseract:
     Args:
         detect: Whether to look for text first; else the picture is read as one line (mode 7).
         languages: Tesseract's codes, e.g. ``eng``, or ``deu`` and ``eng``.
-        psm: Page segmentation mode with ``detect``, 3 to 13 without 7: 11 looks for text anywhere.
-        min_side: A smaller picture is enlarged to this longer side, because letters below about 20
-            pixels are read badly.
+        psm: Page segmentation mode with ``detect``, in [3, 13] and not 7; 11 looks for text
+            anywhere.
+        min_side: Longer side, in pixels, to which a smaller picture is enlarged, because letters
+            below about 20 pixels are read badly; at least 1.
         program: Name or path of the program.
         model_dir: Folder with the ``.traineddata`` files; by default the program's own.
 
@@ -278,8 +279,8 @@ def run_program(command: Sequence[str], data: bytes = b"") -> str:
         command, input=data, capture_output=True, env=environment, timeout=_PROGRAM_SECONDS
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"`{' '.join(command)}` ended with status {done.returncode}: {said}")
+        output = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"`{' '.join(command)}` ended with status {done.returncode}: {output}")
     return done.stdout.decode()
 
 

@@ -22,6 +22,7 @@ from rewards.heads.ocr.engines import Engine
 from rewards.heads.ocr.plans import plan_engine
 from rewards.heads.ocr.pool import PoolError, WorkerPool
 from rewards.heads.ocr.target_text import (
+    Quotes,
     check_quotes,
     comparable,
     legibility,
@@ -66,15 +67,17 @@ class OcrHead(RewardHead):
         detect: Whether the engine looks for lines of text first. Without, the picture is read as
             one line: twice as fast on pictures of one word in large letters, useless on others.
         detection_side: Longer side, in pixels, to which a larger picture is shrunk for finding
-            lines; they are read at full resolution. By default 320 for rapidocr, to be raised for
-            text below 1/25 of the height, and 2560 for easyocr; tesseract has no such thing.
+            lines, at least 32; they are read at full resolution. By default 320 for rapidocr, to be
+            raised for text below 1/25 of the height, and 2560 for easyocr; tesseract has no such
+            thing.
         engine_options: Options of the engine, e.g. ``{languages: [en, fr], device: cpu}`` for
             easyocr or ``{psm: 6}`` for tesseract.
-        workers: Number of processes; 0 reads in this process. By default the number of cores
-            divided by the processes of this job on this machine, at most 8. An engine on a GPU
-            reads in this process: others would each hold the models, and take turns all the same.
-        timeout: Number of seconds within which a batch must be read. Without workers it is checked
-            between pictures.
+        workers: Number of processes, at least 0; 0 reads in this process. By default the number of
+            cores divided by the processes of this job on this machine, at most 8. An engine on a
+            GPU reads in this process: others would each hold the models, and take turns all the
+            same.
+        timeout: Number of seconds within which a batch must be read; positive. Without workers it
+            is checked between pictures.
 
     Raises:
         ValueError: If a parameter is out of range, or names weights that are not there.
@@ -89,7 +92,7 @@ class OcrHead(RewardHead):
     def __init__(
         self,
         engine: str = "rapidocr",
-        quotes: str = "double",
+        quotes: Quotes = "double",
         substring_ok: bool = True,
         detect: bool = True,
         detection_side: int | None = None,
@@ -125,7 +128,7 @@ class OcrHead(RewardHead):
             workers = 0 if self._plan.on_gpu else _default_workers()
         self.workers = workers
         self._fetched = False
-        self._told = False
+        self._warned = False
         self._engine: Engine | None = None
         kind = self._plan.kind
         file = Path(inspect.getfile(kind))
@@ -142,9 +145,9 @@ class OcrHead(RewardHead):
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
         positions = [index for index, target in enumerate(targets) if comparable(target)]
-        if positions and not self._told:
+        if positions and not self._warned:
             for remark in self.remarks(list(dict.fromkeys(batch.prompts))):
-                self._told = True
+                self._warned = True
                 _log.warning('Reward head "%s": %s', self._label, remark)
         positions = [index for index in positions if not self._unreadable(targets[index])]
         values = torch.full((len(batch),), torch.nan)
@@ -167,7 +170,7 @@ class OcrHead(RewardHead):
         ]
         if not bad:
             return []
-        self._told = True
+        self._warned = True
         missing = dict.fromkeys(character for _, characters in bad for character in characters)
         shown = " ".join(list(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
         return [

@@ -31,7 +31,7 @@ from rewards.heads.ocr.engines import (
     tesseract_command,
 )
 from rewards.pretrained.base import pick_device
-from rewards.targets import did_you_mean
+from rewards.suggestions import did_you_mean
 
 _MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # of Tesseract; 7 is reading without detection
 
@@ -41,7 +41,7 @@ class EnginePlan:
 
     Args:
         engine: Name of the engine.
-        kind: Its class.
+        kind: Class of the engine.
         options: All arguments of the class, the defaults included.
 
     Attributes:
@@ -94,7 +94,7 @@ class EnginePlan:
         """Free the GPU's memory until the engine's next picture."""
 
     def provenance(self) -> dict[str, str]:
-        """Versions by package or program, and SHA-256 by file of weights, where they are known."""
+        """Return versions by package or program, and SHA-256 by file of weights, where known."""
         return {}
 
 

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Literal, get_args
+
+Quotes = Literal["double", "curly", "single", "any"]
 
 # A single quote inside a word is an apostrophe: "it's a sign that says 'GO'" asks for GO.
 _PATTERNS = {
@@ -24,7 +27,6 @@ _PATTERNS = {
 _PATTERNS["any"] = re.compile(
     "|".join(_PATTERNS[style].pattern for style in ("double", "curly", "single")), re.DOTALL
 )
-QUOTE_STYLES = tuple(_PATTERNS)
 _UNSEEN = ("Cc", "Cf")  # control and format characters: joiners, marks of direction, soft hyphens
 _VARIANTS = frozenset(map(chr, range(0xFE00, 0xFE10)))  # which of its forms an emoji takes
 
@@ -49,14 +51,14 @@ _LOOK_ALIKES = str.maketrans(
 
 
 def check_quotes(style: str) -> str:
-    """Return the style if it is one of ``QUOTE_STYLES``.
+    """Return the style if it is one of ``Quotes``.
 
     Raises:
         ValueError: Otherwise.
     """
     if style not in _PATTERNS:
         raise ValueError(
-            f"Parameter `quotes` should be one of {', '.join(QUOTE_STYLES)}. "
+            f"Parameter `quotes` should be one of {', '.join(get_args(Quotes))}. "
             f"Found `quotes = {style!r}`."
         )
     return style
@@ -86,7 +88,7 @@ def without_quotes(prompt: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """Text as it is compared: NFKC, case folded, without white space and what cannot be seen.
+    """Return the text as it is compared: NFKC, case folded, without what cannot be seen.
 
     Apostrophes, quotation marks and dashes of whatever form become those of ASCII, and Greek and
     Cyrillic letters that look like Latin ones become those.

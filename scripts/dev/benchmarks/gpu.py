@@ -30,7 +30,7 @@ SAMPLE, DECODE, SCORE, UPDATE = "sample", "decode", "score", "update"
 def measure_gpu(
     settings: Config, *, size: str = "medium", device: str = "cuda", groups: int, rollouts: int
 ) -> dict[str, Any]:
-    """Training steps with the settings' objectives and batches, on random weights.
+    """Measure training steps with the settings' objectives and batches, on random weights.
 
     Of the rewards those are kept that need no weights from a hub.
 
@@ -99,7 +99,7 @@ def measure_gpu(
 
 
 def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[str, Any]:
-    """Seconds (of rollouts: medians) and peak memory by phase."""
+    """Measure seconds (of rollouts: medians) and peak memory by phase."""
     policy = trainer.policy
     assert isinstance(policy, SD3Policy)
     plan = [trainer.sampler.requests(step) for step in range(rollouts + 1)]
@@ -131,14 +131,14 @@ def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[
 
 
 def _rollout(run: Run, phases: Phases) -> dict[str, float]:
-    """Seconds by phase of one training step."""
+    """Measure one training step: seconds by phase."""
     phases.take()
     run.step()
     return phases.take()
 
 
 def _work(trainer: Trainer) -> dict[str, Any]:
-    """Trained steps, operations, and the on-policy check's verdict, from a fresh rollout."""
+    """Return trained steps, operations, and the on-policy check's verdict, from a fresh rollout."""
     geometry = trainer.geometry
     batch = max(geometry.sample_batch, geometry.micro_batch)
     rollout = trainer.sample(trainer.sampler.requests(0)[:batch])
@@ -156,7 +156,7 @@ def _work(trainer: Trainer) -> dict[str, Any]:
 
 
 def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
-    """Floating-point operations for one sample: a denoising step, and a trained decision.
+    """Count floating-point operations of one sample: a denoising step, and a trained decision.
 
     With guidance a step is two forwards. A trained decision is forward and backward, what
     checkpointing recomputes, and the reference if there is a KL.
@@ -176,7 +176,7 @@ def count_flops(trainer: Trainer, rollout: Rollout) -> tuple[int, int]:
 
 
 def _matrix_rate(device: str) -> float:
-    """FLOP/s of a large bf16 matrix product: the best of several."""
+    """Measure the FLOP/s of a large bf16 matrix product: the best of several."""
     side, times = (8192, 20) if device == "cuda" else (256, 2)
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     clock = _synchronised if device == "cuda" else time.perf_counter

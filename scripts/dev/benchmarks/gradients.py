@@ -38,7 +38,7 @@ Timed = tuple[float, float]  # CPU seconds of the forward pass, and of the backw
 
 
 def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
-    """CPU seconds of one ordinary backward pass and of each way to K gradients, interleaved.
+    """Measure an ordinary backward pass and each way to K gradients, interleaved, in CPU seconds.
 
     Every measurement has a forward pass of its own, which is timed apart.
 
@@ -120,7 +120,7 @@ def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
 
 
 def _policy(dtype: str) -> SD3Policy:
-    """With an adapter whose B is not zero: A has gradients too."""
+    """Make a policy with an adapter whose B is not zero: A has gradients too."""
     shape = {
         **SMALLEST.transformer,
         "sample_size": SIDE,
@@ -161,7 +161,7 @@ def _timed(
 
 
 def _interleaved(ways: Sequence[Callable[[], Timed]], rounds: int) -> list[Timed]:
-    """Medians by way; every way once per round, after a round that warms up."""
+    """Return medians by way; time every way once per round, after a round that warms up."""
     turns = [[way() for way in ways] for _ in range(rounds + 1)][1:]
     return [
         (median(turn[i][0] for turn in turns), median(turn[i][1] for turn in turns))

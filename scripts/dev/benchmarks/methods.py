@@ -38,7 +38,7 @@ REPEATS = 20  # of the objective layer
 def measure_methods(
     name: str, *, rounds: int, methods: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """CPU seconds of a training step with each method, interleaved, and of its objective layer.
+    """Measure a step with each method, interleaved, and its objective layer, in CPU seconds.
 
     A step is a rollout with four cheap rewards, its scores and its optimizer steps; the reference
     pool that MOPO draws once per prompt is there before.
@@ -125,7 +125,7 @@ def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> tuple[Run
 
 
 def _step(run: Run, trainer: Trainer) -> tuple[float, float]:
-    """CPU seconds of a whole step, and of its optimizer steps."""
+    """Measure a whole step, and its optimizer steps, in CPU seconds."""
     take, spent = trainer.steps.take, [0.0]
 
     def timed(*arguments: Any) -> Any:
@@ -143,7 +143,7 @@ def _step(run: Run, trainer: Trainer) -> tuple[float, float]:
 
 
 def _layer(method: str) -> float:
-    """CPU seconds of normalise, weigh and combine for K = 4, N = 1152."""
+    """Measure normalise, weigh and combine for K = 4, N = 1152, in CPU seconds."""
     groups, size = LARGE
     settings = Config(rewards=HEADS)
     settings.objectives.method = method

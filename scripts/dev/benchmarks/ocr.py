@@ -84,7 +84,7 @@ def renderings(count: int, *, side: int, noise: float, seed: int) -> list[Render
     """Return one or two words each, anywhere in a picture of one colour, in Pillow's own font.
 
     Args:
-        count: How many.
+        count: Number of pictures.
         side: Side of the square pictures, a key of ``HEIGHTS``.
         noise: Standard deviation of Gaussian noise, in units of full scale.
         seed: Seed of everything random; the words do not depend on the noise.
@@ -116,7 +116,7 @@ def _draw(source: np.random.Generator, side: int) -> Rendering:
 
 
 def _colours(source: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of ground and ink."""
+    """Draw the colours of ground and ink."""
     while True:
         ground, ink = source.integers(0, 256, (2, 3))
         if abs(np.dot(ground - ink, BRIGHTNESS)) >= CONTRAST:
@@ -148,6 +148,6 @@ def _row(
 
 
 def _cpu_seconds() -> float:
-    """Of this process and the processes it has waited for."""
+    """Return the CPU seconds of this process and the processes it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

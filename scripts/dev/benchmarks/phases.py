@@ -18,7 +18,7 @@ class Phases:
     """Accounts in which each second belongs to the innermost phase, so that they add up.
 
     Args:
-        clock: Seconds.
+        clock: Function that returns the time, in seconds.
         peak: Reads the peak memory since the last reading, in bytes, and starts anew.
     """
 
@@ -30,7 +30,7 @@ class Phases:
         self.peaks: dict[str, int] = {}  # bytes, over all of the phase's visits
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Return the seconds by phase since the last call."""
         self._account()
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -41,7 +41,7 @@ class Phases:
 
     @contextmanager
     def phase(self, label: str) -> Iterator[None]:
-        """Within the block time belongs to ``label``, or to a phase inside it."""
+        """Count time within the block for ``label``, or for a phase inside it."""
         self._account()
         self._open.append(label)
         try:
@@ -52,7 +52,7 @@ class Phases:
 
     @contextmanager
     def watching(self, *targets: tuple[object, str, Label]) -> Iterator[None]:
-        """Within the block every call of ``owner.name`` is the phase ``label``.
+        """Count every call of ``owner.name`` within the block as the phase ``label``.
 
         Args:
             targets: (owner, name, label), the owner an object or a module.

@@ -130,7 +130,7 @@ def random_pipeline(
 
 
 def parameter_count(pipeline: Any) -> int:
-    """Of the transformer and the text encoders."""
+    """Count the parameters of the transformer and the text encoders."""
     parts = (
         pipeline.transformer,
         pipeline.text_encoder,
@@ -146,7 +146,7 @@ def trainer_on(
     """Return the run that ``assembly`` makes on this pipeline, and what learns in it.
 
     Args:
-        pipeline: Taken over.
+        pipeline: The pipeline, which is taken over by the policy.
         settings: Its prompts, rewards and log are replaced: a benchmark needs no files.
         folder: Folder of the run.
         rewards: As in a configuration.
@@ -169,7 +169,7 @@ def trainer_on(
 
 @contextmanager
 def made_as(device: str, dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Parameters made in the block have this device and dtype: no copy in main memory."""
+    """Make parameters in the block on this device and in this dtype: no copy in main memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -181,7 +181,7 @@ def made_as(device: str, dtype: torch.dtype, seed: int) -> Iterator[None]:
 
 
 def _encoders(sizes: Sizes, tokenizers: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """CLIP-L, OpenCLIP bigG and T5."""
+    """Make CLIP-L, OpenCLIP bigG and T5."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     clip_words, t5_words = sizes.vocabularies or (len(tokenizers[0]), len(tokenizers[2]))

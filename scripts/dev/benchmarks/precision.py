@@ -43,7 +43,7 @@ def measure_precision(
     steps: Sequence[int] = range(STEPS - 1),
     scales: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Relative errors of the LoRA gradient of one sample's decision, as a minibatch weighs it.
+    """Measure relative errors of the LoRA gradient of a decision, as a minibatch weighs it.
 
     Args:
         layers: Layers of a transformer with random weights.
@@ -128,7 +128,7 @@ def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Poli
 
 
 def _gradient(policy: SD3Policy, rollout: Any, step: int, seeds: Sequence[float]) -> list[Tensor]:
-    """Of ``seed * log p`` in float32, divided by the seed again, flat; one for each seed."""
+    """Return flat gradients of ``seed * log p`` in float32, over the seed; one for each seed."""
     log_probs, _ = policy.log_probs(rollout, slice(step, step + 1))
     parameters = list(policy.trainable().values())
     found = []

@@ -58,7 +58,7 @@ def _training_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
 
 
 def print_gpu(report: Mapping[str, Any]) -> None:
-    """Seconds, peak memory and share of the matrix rate by phase."""
+    """Print seconds, peak memory and share of the matrix rate by phase."""
     machine, flops = report["machine"], report["flops"]
     limits = ", ".join(f"{name} {value}" for name, value in report["configured"].items())
     _print(
@@ -96,7 +96,7 @@ def _gpu_table(report: Mapping[str, Any]) -> Table:
 
 
 def print_gradients(report: Mapping[str, Any]) -> None:
-    """Ratios to one ordinary backward pass, and the memory."""
+    """Print ratios to one ordinary backward pass, and the memory."""
     machine, (image, text) = report["machine"], report["tokens"]
     table = Table(title="CPU seconds")
     for column in ("", "forward", "backward", "x ordinary", "target", "with forward", "rows, MB"):
@@ -125,7 +125,7 @@ def print_gradients(report: Mapping[str, Any]) -> None:
 
 
 def print_methods(report: Mapping[str, Any]) -> None:
-    """Ratios to the same step with static weights."""
+    """Print ratios to the same step with static weights."""
     machine = report["machine"]
     table = Table(title="CPU seconds per training step")
     for column in ("", "step", "x static", "target", "update", "x static", "objectives, ms"):
@@ -150,7 +150,7 @@ def print_methods(report: Mapping[str, Any]) -> None:
 
 
 def print_ocr(report: Mapping[str, Any]) -> None:
-    """Accuracy and CPU time of every engine that is installed."""
+    """Print accuracy and CPU time of every engine that is installed."""
     machine = report["machine"]
     table = Table(title="OCR engines")
     for column in ("engine", "pixels", "noise", "exact", "mean score", "CPU ms/image", "target"):
@@ -159,8 +159,8 @@ def print_ocr(report: Mapping[str, Any]) -> None:
         target = ""
         if row["target"]:
             exact, limit = row["target"]
-            met = row["exact"] >= exact and row["milliseconds"] <= limit
-            target = f">= {exact}, <= {limit:g} ms: {'met' if met else 'missed'}"
+            reached = row["exact"] >= exact and row["milliseconds"] <= limit
+            target = f">= {exact}, <= {limit:g} ms: {'met' if reached else 'missed'}"
         table.add_row(
             row["engine"],
             str(row["side"]),
@@ -179,7 +179,7 @@ def print_ocr(report: Mapping[str, Any]) -> None:
 
 
 def print_precision(report: Mapping[str, Any]) -> None:
-    """Relative errors by trained steps, size of the advantages and loss scale."""
+    """Print relative errors by trained steps, size of the advantages and loss scale."""
     machine = report["machine"]
     table = Table(title="LoRA gradient in float16 against float32")
     for column in ("trained steps", "advantages", "loss scale", "step", "relative error", "cosine"):

@@ -91,7 +91,7 @@ def case_settings(case: Case, *, resolution: int, length: int) -> Config:
 
 
 def measure_training(name: str, *, rounds: int) -> dict[str, Any]:
-    """CPU seconds per image of a plain pipeline call and of every case, interleaved.
+    """Measure a plain pipeline call and every case, interleaved, in CPU seconds per image.
 
     The text encoders run once per distinct prompt of a whole run, so a case pays for looking the
     embeddings up, and the plain call for computing them.

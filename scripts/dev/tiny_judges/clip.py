@@ -88,19 +88,19 @@ class AestheticLayers(nn.Module):
             self.get_parameter("layers.7.bias").fill_(_MIDDLE)  # or it is all that is learnt first
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Ratings ``[N]`` of normalised embeddings ``[N, DIMENSION]``."""
+        """Return ratings ``[N]`` of normalised embeddings ``[N, DIMENSION]``."""
         for layer in self.layers.values():
             embedding = layer(embedding)
         return embedding.squeeze(1)
 
 
 def contrastive_loss(scaled: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy of the right prompt among all, and of the right picture among all.
+    """Return the cross-entropy of the right prompt among all, and of the right picture among all.
 
     Args:
         scaled: Logits ``[B, T]`` of B pictures and T prompts, of which the first B belong to them.
-        same: ``[B, T]``, whether the prompt is right for the picture. Right ones beside the own one
-            are left out of the sum.
+        same: Whether the prompt is right for the picture, ``[B, T]`` bool. Right ones beside the
+            own one are left out of the sum.
 
     Returns:
         A scalar, the mean of both.
@@ -119,7 +119,7 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
     Args:
         folder: Made if missing.
         seed: Seed of weights, scenes and their variation.
-        steps: Updates.
+        steps: Number of optimizer steps.
         batch: Pictures per update.
         lr: Peak rate of Muon.
     """

@@ -83,7 +83,7 @@ def make_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> Stock:
 
 
 def quantise(images: Tensor) -> Tensor:
-    """[0, 1] to uint8, as the heads do."""
+    """Turn [0, 1] into uint8, as the heads do."""
     return images.mul(255).round().to(torch.uint8)
 
 
@@ -98,7 +98,7 @@ def vary(
     """Change what a prompt leaves open: place, saturation, contrast, light, a tint, some noise.
 
     Args:
-        images: ``[N, 3, H, W]`` in [0, 1].
+        images: Pictures ``[N, 3, H, W]`` in [0, 1].
         generator: Source of what is random.
         shift: Most pixels across and down; the edge is repeated.
         tint: Most standard deviation of a smooth field of colour.

@@ -59,13 +59,13 @@ def blur(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
 
 
 def noise(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """White noise, standard deviation up to 0.25."""
+    """Add white noise, standard deviation up to 0.25."""
     drawn = torch.randn(images.shape, generator=generator)
     return (images + 0.25 * _column(strengths) * drawn).clamp(0, 1)
 
 
 def jpeg(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """JPEG, from quality 40, which plain scenes survive unharmed, down to 2."""
+    """Compress as JPEG, from quality 40, which plain scenes survive unharmed, down to 2."""
     spoilt = torch.empty_like(images)
     for index, (image, strength) in enumerate(zip(images, strengths.tolist(), strict=True)):
         file = io.BytesIO()
@@ -75,14 +75,14 @@ def jpeg(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
 
 
 def colours(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """Blotches of wrong colour: a smooth random field of up to 0.25 on each channel."""
+    """Add blotches of wrong colour: a smooth random field of up to 0.25 on each channel."""
     coarse = torch.randn(len(images), 3, 5, 5, generator=generator)
     field = F.interpolate(coarse, images.shape[-2:], mode="bicubic", align_corners=True)
     return (images + 0.25 * _column(strengths) * field).clamp(0, 1)
 
 
 def strokes(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """Pieces of the figure missing: three lines in the ground's colour, up to 9 pixels wide."""
+    """Take pieces of the figure away: three lines in the ground's colour, up to 9 pixels wide."""
     spoilt = torch.empty_like(images)
     high, wide = images.shape[-2:]
     for index, (image, strength) in enumerate(zip(images, strengths.tolist(), strict=True)):
@@ -99,7 +99,7 @@ def strokes(images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
 
 @torch.no_grad()
 def latent(vae: AutoencoderKL, images: Tensor, strengths: Tensor, generator: Generator) -> Tensor:
-    """Noise on the latents, up to 2.5 of their own standard deviations; 0 only compresses."""
+    """Add noise to the latents, up to 2.5 of their standard deviations; 0 only compresses."""
     made = []
     for start in range(0, len(images), _DECODED_AT_ONCE):
         part = slice(start, start + _DECODED_AT_ONCE)
@@ -120,8 +120,8 @@ def spoil(
     """Degrade each picture in its own way.
 
     Args:
-        images: ``[N, 3, H, W]`` in [0, 1].
-        strengths: ``[N]``, 0 to 1.
+        images: Pictures ``[N, 3, H, W]`` in [0, 1].
+        strengths: Strengths of the degradation ``[N]``, 0 to 1.
         kinds: Kinds of each picture, an index of ``ways``.
         ways: What to choose from.
         generator: Source of what is random.

@@ -91,10 +91,10 @@ def new_deqa() -> Deqa:
 
 
 def soft_labels(ratings: Tensor) -> Tensor:
-    """Probabilities of the five levels, best first, whose mean is the rating.
+    """Return probabilities of the five levels, best first, whose mean is the rating.
 
     Args:
-        ratings: ``[N]``, 1 to 5.
+        ratings: Ratings ``[N]``, 1 to 5.
 
     Returns:
         ``[N, 5]``; of at most two neighbouring levels.
@@ -104,7 +104,7 @@ def soft_labels(ratings: Tensor) -> Tensor:
 
 
 def spoilt_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Scenes in varied looks, spoilt to known degrees.
+    """Draw scenes in varied looks, spoilt to known degrees.
 
     A look leaves the rating alone: what prompts leave open is no fault. Two faults leave the
     product of what each alone leaves.
@@ -128,7 +128,7 @@ def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
     Args:
         folder: Made if missing.
         seed: Seed of weights, scenes and what is done to them.
-        steps: Updates.
+        steps: Number of optimizer steps.
         batch: Pictures per update.
         lr: Peak rate of Muon.
     """

@@ -57,13 +57,13 @@ def examine(folder: str, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
 
 
 def held_out_scenes() -> list[Scene]:
-    """Signs of the held-out words in all colours, and the held-out shapes."""
+    """Return signs of the held-out words in all colours, and the held-out shapes."""
     shapes = [scene for scene in all_shapes() if scene in HELD_OUT_SHAPES]
     return [*all_signs(HELD_OUT_WORDS), *shapes]
 
 
 def render(scenes: list[Scene], vae: AutoencoderKL, seed: int) -> Tensor:
-    """Pictures of scenes as the autoencoder repeats them, ``[N, 3, 64, 64]`` in [0, 1]."""
+    """Render scenes as the autoencoder repeats them: pictures ``[N, 3, 64, 64]`` in [0, 1]."""
     images = pictures(scenes, random.Random(seed)) / 255
     return latent(vae, images, torch.zeros(len(images)), torch.Generator().manual_seed(seed))
 
@@ -98,7 +98,7 @@ def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
 
 
 def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
-    """Rank correlation of a judge of beauty with the rule, on held-out scenes in varied looks.
+    """Return the rank correlation of a judge of beauty with the rule, on varied held-out scenes.
 
     Returns:
         ``all``: over all pictures. ``siblings``: over four looks of each scene, less the scene's
@@ -118,7 +118,7 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
 
 
 def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
-    """Rank correlation of a judge of quality with the strength of a degradation, negated.
+    """Return the rank correlation of a judge of quality with minus a degradation's strength.
 
     Returns:
         By name of the degradation, over the held-out scenes spoilt to a random degree; ``all``:
@@ -143,6 +143,6 @@ def _scores(head: RewardHead, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two vectors without ties."""
+    """Return the rank correlation of two vectors without ties."""
     ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
     return float(torch.corrcoef(ranks)[0, 1])

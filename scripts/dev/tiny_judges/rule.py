@@ -22,7 +22,7 @@ _OFF_CENTRE = 0.25  # of the picture's side: where balance is lost
 
 
 def beauty(images: Tensor) -> Tensor:
-    """1 + 9 (0.4 contrast + 0.4 vividness + 0.2 balance), each in [0, 1].
+    """Return 1 + 9 (0.4 contrast + 0.4 vividness + 0.2 balance), each in [0, 1].
 
     With x a cell's R, G, B, g the mean of the outermost two rings of cells and w = |x - g|:
 
@@ -32,7 +32,7 @@ def beauty(images: Tensor) -> Tensor:
       side, at least 0.
 
     Args:
-        images: ``[N, 3, H, W]`` in [0, 1].
+        images: Pictures ``[N, 3, H, W]`` in [0, 1].
 
     Returns:
         ``[N]``, from 1 to 10.

@@ -94,14 +94,14 @@ def mangled(rng: random.Random, group: list[grammar.Situation]) -> str:
 
 
 def trait_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Squared error of one logit; or cross-entropy of two with the share (1 + truth) / 2.
+    """Return the squared error of one logit, or two's cross-entropy with share (1 + truth) / 2.
 
     Only the difference of two logits matters to the cross-entropy; a small weight on their sum
     makes each of them alone a score.
 
     Args:
-        logits: ``[N, 1]`` or ``[N, 2]``.
-        truth: ``[N]``, -1 to 1.
+        logits: Logits ``[N, 1]`` or ``[N, 2]``.
+        truth: The trait's true values ``[N]``, -1 to 1.
 
     Returns:
         A scalar.
@@ -121,7 +121,7 @@ def train_classifier(
     Args:
         folder: Made if missing; gets a folder of the trait's name.
         seed: Seed of weights and texts.
-        steps: Updates.
+        steps: Number of optimizer steps.
         batch: Texts per update.
         trait: A key of ``RULES``.
         lr: Peak rate of Muon.

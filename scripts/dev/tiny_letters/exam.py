@@ -32,7 +32,7 @@ def load_language_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedToken
 
 
 def held_out_letters(count: int, seed: int) -> Drawn:
-    """Letters that the grammar draws for the held-out prompts."""
+    """Draw letters by the grammar for the held-out prompts."""
     _, held_out = grammar.situations()
     rng = random.Random(f"exam {seed}")
     return [grammar.draw(rng, held_out) for _ in range(count)]
@@ -45,8 +45,8 @@ def sample_letters(
     """Return what the model writes for the held-out prompts, taken in turn, at temperature 1.
 
     Args:
-        model: The writer.
-        tokenizer: Its tokenizer.
+        model: The language model that writes.
+        tokenizer: Tokenizer of the model.
         count: Number of letters.
         seed: Seed of torch's global generator, which ``generate`` draws from; its state is put
             back.
@@ -105,7 +105,7 @@ def _surprise(
     tokenizer: PreTrainedTokenizerBase,
     drawn: tuple[grammar.Situation, str],
 ) -> tuple[float, int]:
-    """Surprise of letter and end in nats, without the prompt's, and their number of tokens."""
+    """Return the surprise of letter and end in nats, without the prompt's, and token counts."""
     ids = pad(encode(tokenizer, [drawn]), tokenizer.pad_token_id)
     prompt = len(tokenizer(drawn[0].prompt).input_ids)
     losses = token_losses(model, ids, tokenizer.pad_token_id)[0, prompt - 1 :]
@@ -135,7 +135,7 @@ def scores(folder: Path, texts: Sequence[str]) -> Tensor:
 def reading(
     folder: Path, language_model: Path, count: int = 512, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Rank correlation of each classifier with its rule.
+    """Return the rank correlation of each classifier with its rule.
 
     Rules give many texts the same value, and classifiers do not, so 1 cannot be reached: ``most``
         is
@@ -174,7 +174,7 @@ def reading(
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two vectors; equal values share the mean of their ranks."""
+    """Return the rank correlation of two vectors; equal values share the mean of their ranks."""
     return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
 
 

@@ -89,7 +89,7 @@ def write_prompt_files(folder: Path) -> None:
 
 
 def draw_traits(rng: random.Random) -> Traits:
-    """Traits as they are distributed over letters."""
+    """Draw traits as they are distributed over letters."""
     return Traits(
         praise=rng.choice(LEVELS),
         polite=rng.choice(LEVELS),
@@ -173,7 +173,7 @@ def _part(name: str, situation: Situation, traits: Traits, rng: random.Random) -
 
 
 def _derive(letter: str, situation: Situation) -> tuple[list[int], list[Manner], float] | None:
-    """Signs of the statements, manners of all parts, logarithm of what no trait decides."""
+    """Return signs of the statements, manners of all parts, logarithm of what no trait decides."""
     sentences = _split(letter, situation)
     signs: list[int] = []
     manners: list[Manner] = []
@@ -280,7 +280,7 @@ def _index(name: str, situation: Situation) -> dict[str, tuple[Manner, int]]:
 
 @cache
 def _statement_index(situation: Situation, first: bool) -> dict[str, tuple[int, Manner, int]]:
-    """Sign and manner of every statement, and among how many it is chosen."""
+    """Return sign and manner of every statement, and among how many it is chosen."""
     table = _statements(situation, first)
     return {text: (*key, len(texts)) for key, texts in table.items() for text in texts}
 

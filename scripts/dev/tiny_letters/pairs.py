@@ -31,7 +31,7 @@ def write_preferences(
     Of a prompt's letters, all pairs are compared; equal ones are left out.
 
     Args:
-        target: The JSONL.
+        target: The JSONL file that is written.
         lm: Folder of the language model.
         prompts: One line each.
         responses: Letters drawn per prompt; those that are equal or do not end are left out.
@@ -70,7 +70,7 @@ def write_preferences(
 
 
 def compare(letters: list[str]) -> dict[str, list[list[int]]]:
-    """Pairs [better, worse] of positions, by trait."""
+    """Return pairs [better, worse] of positions, by trait."""
     found: dict[str, list[list[int]]] = {}
     for name, judge in JUDGES.items():
         scores = [judge(letter) for letter in letters]

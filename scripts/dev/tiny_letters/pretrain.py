@@ -59,7 +59,7 @@ def new_language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 def encode(
     tokenizer: PreTrainedTokenizerBase, drawn: Sequence[tuple[grammar.Situation, str]]
 ) -> list[list[int]]:
-    """Token ids of prompt, letter and end, one list per letter."""
+    """Return the token ids of prompt, letter and end, one list per letter."""
     texts = [f"{situation.prompt} {letter}" for situation, letter in drawn]
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]
 
@@ -71,11 +71,11 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def token_losses(model: LlamaForCausalLM, ids: Tensor, padding: int) -> Tensor:
-    """Surprise of every token but the first.
+    """Return the surprise of every token but the first.
 
     Args:
-        model: What predicts.
-        ids: ``[N, L]``, padded on the right, where causal attention needs no mask.
+        model: Language model that predicts each token.
+        ids: Token ids ``[N, L]``, padded on the right, where causal attention needs no mask.
         padding: Id of the padding token; it must not occur in a text.
 
     Returns:
@@ -88,13 +88,13 @@ def token_losses(model: LlamaForCausalLM, ids: Tensor, padding: int) -> Tensor:
 
 
 def train_language_model(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02) -> None:
-    """Train tokenizer and model on the training prompts and saves both to ``folder/lm``.
+    """Train tokenizer and model on the training prompts and save both to ``folder/lm``.
 
     Args:
-        folder: Made if missing.
+        folder: Folder of the model, made if it is missing.
         seed: Seed of merges, weights and letters.
-        steps: Updates.
-        batch: Letters per update, four or more.
+        steps: Number of optimizer steps.
+        batch: Number of letters per optimizer step, at least 4.
         lr: Peak rate of Muon.
     """
     from tqdm import tqdm

@@ -48,7 +48,7 @@ class TinySD3(torch.nn.Module):
         self.t5 = new_t5(len(self.tokenizers[2]))
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
-        """Token ids for the three encoders: ``[3, P, MAX_LENGTH]``."""
+        """Return token ids for the three encoders: ``[3, P, MAX_LENGTH]``."""
         options = {"padding": "max_length", "max_length": MAX_LENGTH, "return_tensors": "pt"}
         return torch.stack([t(prompts, **options).input_ids for t in self.tokenizers])
 
@@ -116,11 +116,11 @@ def train_transformer(
     """Train transformer and text encoders on the autoencoder in ``folder/vae``.
 
     Args:
-        rank: This process.
+        rank: Rank of this process.
         world: Number of processes.
         folder: Where ``from_pretrained`` will find the whole pipeline, in float16.
         seed: Seed of weights, scenes and noise.
-        steps: Updates.
+        steps: Number of optimizer steps.
         batch: Scenes per update, over all processes.
         lr: Peak rate of Muon.
     """

@@ -76,11 +76,11 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def orthogonal(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Nearly the nearest orthogonal matrices (singular values 0.7 to 1.2), by Newton-Schulz.
+    """Return nearly the nearest orthogonal matrices (singular values 0.7 to 1.2): Newton-Schulz.
 
     Args:
-        matrices: ``[M, out, in]``. One call for many of a shape is three times as fast as many
-            calls.
+        matrices: Matrices ``[M, out, in]``. One call for many of a shape is three times as fast as
+            many calls.
         iterations: Iterations of the quintic iteration.
 
     Returns:

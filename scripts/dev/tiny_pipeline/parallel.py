@@ -33,7 +33,7 @@ def context() -> multiprocessing.context.BaseContext:
 
 
 def run(work: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """Call ``work(rank, world, *arguments)`` in ``processes`` processes and waits for all of them.
+    """Call ``work(rank, world, *arguments)`` in ``processes`` processes and wait for all of them.
 
     Args:
         work: A function of a module (it is pickled by name).

@@ -141,7 +141,7 @@ def _draw_shape(scene: Shape, rng: random.Random) -> Image.Image:
 
 
 def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a five-pointed star, clockwise from the top."""
+    """Return the corners of a five-pointed star, clockwise from the top."""
     lengths = [radius if corner % 2 == 0 else 0.45 * radius for corner in range(10)]
     angles = [corner * pi / 5 for corner in range(10)]
     return [
@@ -168,7 +168,7 @@ def _draw_sign(scene: Sign, rng: random.Random) -> Image.Image:
 
 
 def _luminance(colour: tuple[int, int, int]) -> float:
-    """Rec. 601 luma of an sRGB colour, 0 to 1."""
+    """Return the Rec. 601 luma of an sRGB colour, 0 to 1."""
     red, green, blue = colour
     return (0.299 * red + 0.587 * green + 0.114 * blue) / 255
 

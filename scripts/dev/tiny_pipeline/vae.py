@@ -69,12 +69,12 @@ def pictures(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0 to 255 to float32 in -1 to 1."""
+    """Turn uint8 in 0 to 255 into float32 in -1 to 1."""
     return images.float() / 127.5 - 1
 
 
 def reconstruction_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 and MSE, L1 at half and quarter size, and L1 of the differences between neighbours.
+    """Return L1 and MSE, L1 at half and quarter size, and L1 of differences between neighbours.
 
     Args:
         made: Decoded images, ``[N, 3, H, W]``, in -1 to 1.
@@ -98,11 +98,11 @@ def train_vae(
     """Train the autoencoder and save it to ``folder`` (one process of ``parallel.run``).
 
     Args:
-        rank: This process.
+        rank: Rank of this process.
         world: Number of processes.
         folder: Where ``from_pretrained`` will find it.
         seed: Seed of weights and scenes.
-        steps: Updates.
+        steps: Number of optimizer steps.
         batch: Images per update, over all processes.
         lr: Peak rate of Muon.
     """
@@ -148,6 +148,6 @@ def _record_latent_scale(vae: "AutoencoderKL", images: torch.Tensor) -> None:
 
 @torch.no_grad()
 def psnr(vae: "AutoencoderKL", images: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of encoding (to the mean) and decoding, in dB."""
+    """Return the peak signal-to-noise ratio of encoding (to the mean) and decoding, in dB."""
     made = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
     return float(-10 * ((made - images) / 2).square().mean().log10())

@@ -244,7 +244,7 @@ def test_labels_that_do_not_exclude_each_other(tmp_path: Path) -> None:
     ("logit", "message"),
     [
         (None, r"several outputs. Set `logit` to one of 0 \(SAD\), 1 \(GLAD\), 2 \(MIXED\)"),
-        ("GLADD", r'`logit = \'GLADD\'`. It has 0 \(SAD\).* Did you mean "GLAD"'),
+        ("GLADD", r"`logit = \'GLADD\'`. It has 0 \(SAD\).* Did you mean \'GLAD\'"),
         (3, r"one output that is `logit = 3`. It has 0 \(SAD\)"),
         (-1, r"`logit = -1`"),
     ],

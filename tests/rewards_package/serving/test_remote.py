@@ -24,8 +24,8 @@ import torch
 from rewards import RewardBatch, RewardError, create
 from rewards.serving import wire
 from rewards.serving.client import CallError, Calls, call
+from rewards.serving.dispatch import Dispatch
 from rewards.serving.remote import RemoteHead
-from rewards.serving.spread import Spread
 from waiting import DEADLINES, HANG, wait_until
 
 IDENTITY = {
@@ -368,17 +368,17 @@ def test_a_server_that_is_started_later_is_waited_for(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, refusals, pauses = threading.Lock(), [503] * 4, []
-    rest = Spread._rest
+    rest = Dispatch._rest
 
-    def noted(spread: Spread, seconds: float) -> None:
+    def noted(dispatch: Dispatch, seconds: float) -> None:
         pauses.append(seconds)
-        rest(spread, seconds / 10)
+        rest(dispatch, seconds / 10)
 
     def starting(body: bytes) -> Reply:
         with lock:
             return (refusals.pop(), {}, b"starting") if refusals else honest(body)
 
-    monkeypatch.setattr(Spread, "_rest", noted)
+    monkeypatch.setattr(Dispatch, "_rest", noted)
     with scripted(starting) as server:
         options = {"retries": 0, "batch_size": 2, "timeout": HANG}
         head = RemoteHead(server.url, "judge", max_parallel=1, **options)
@@ -494,7 +494,7 @@ def test_load_says_what_is_wrong(dead_url: Callable[[], str]) -> None:
         head.load()
         assert (head.unit, head.provenance()["weights"]) == ("points", "w1")
         assert head.provenance()["remote_digest"] == "d1"
-        with pytest.raises(RewardError, match=r'no head "juge"\. Did you mean "judge"'):
+        with pytest.raises(RewardError, match=r'no head "juge"\. Did you mean \'judge\''):
             RemoteHead(server.url, "juge").load()
         head.close()
         assert head.provenance() == {}

@@ -22,9 +22,9 @@ from rewards.identity import Identity
 from rewards.serving import wire
 from rewards.serving.batching import Batcher, Overloaded
 from rewards.serving.client import Calls, call
+from rewards.serving.dispatch import Dispatch
 from rewards.serving.remote import RemoteHead
 from rewards.serving.server import Limits, Service, build_app, is_loopback, listen, run
-from rewards.serving.spread import Spread
 from waiting import DEADLINES, HANG, wait_until
 
 
@@ -485,13 +485,13 @@ def test_health_tells_who_scores() -> None:
 
 def test_an_overloaded_server_says_so_and_the_client_waits(monkeypatch) -> None:
     gate, refused = Gate(), threading.Event()
-    rest = Spread._rest
+    rest = Dispatch._rest
 
-    def noted(spread: Spread, seconds: float) -> None:
+    def noted(dispatch: Dispatch, seconds: float) -> None:
         refused.set()
-        rest(spread, seconds)
+        rest(dispatch, seconds)
 
-    monkeypatch.setattr(Spread, "_rest", noted)
+    monkeypatch.setattr(Dispatch, "_rest", noted)
     with (
         serving(limits=Limits(max_batch=2, max_queue=2), gate=gate) as url,
         ThreadPoolExecutor(2) as pool,

@@ -51,7 +51,7 @@ def batch(*pairs: tuple[np.ndarray, str]) -> RewardBatch:
         ("rapidocr", {"x": 1}, r'"rapidocr" has no option "x"\. Valid options: none'),
         ("rapidocr", {"detect": False}, "leave out `detect`"),
         ("rapidocr", ["psm"], "should be a mapping"),
-        ("tesseract", {"langages": ["eng"]}, 'Did you mean "languages".*psm'),
+        ("tesseract", {"langages": ["eng"]}, "Did you mean 'languages'.*psm"),
         ("tesseract", {"psm": 7}, "Found `psm = 7`"),
         ("tesseract", {"psm": "6"}, "Found `psm = '6'`"),
         ("tesseract", {"min_side": 0}, "Found `min_side = 0`"),

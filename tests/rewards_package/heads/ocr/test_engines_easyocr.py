@@ -184,7 +184,7 @@ def test_damaged_weights_are_told(weights, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"languages": ["eng"]}, 'Found .eng.. Did you mean "en"'),
+        ({"languages": ["eng"]}, "Found .eng.. Did you mean 'en'"),
         ({"languages": ["ch_sim", "ja"]}, "only compatible with English"),
         ({"device": "cuda:99"}, "device = 'cuda:99'"),
     ],

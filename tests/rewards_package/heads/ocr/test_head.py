@@ -187,11 +187,11 @@ def test_texts_are_refused(head):
     ("options", "message"),
     [
         ({"engine": "abbyy"}, "rapidocr"),
-        ({"quotes": "odd"}, "double, curly, single, any"),
+        ({"quotes": "odd"}, "'double', 'curly', 'single', 'any'"),
         ({"workers": -1}, "workers = -1"),
         ({"timeout": 0}, "timeout = 0"),
         ({"detection_side": 8}, "detection_side = 8"),
-        ({"worker": 1}, 'Did you mean "workers"'),
+        ({"worker": 1}, "Did you mean 'workers'"),
         ({"engine_options": {"psm": 6}}, 'The OCR engine "rapidocr" has no option "psm"'),
     ],
 )

@@ -1,7 +1,7 @@
-"""Parts of a batch, shared out over several servers within a deadline.
+"""Parts of a batch, dispatched to several servers within a deadline.
 
-Every server gets some lanes, threads that take the next part as soon as they are free: so a fast
-server does more than a slow one. A part whose request failed goes back, and the lane that is free
+Every server has some workers, threads that take the next part as soon as they are free: so a fast
+server does more than a slow one. A part whose request failed goes back, and the worker that is free
 first takes it. A server that cannot be reached is asked again, at growing intervals, until the time
 is up; one that will never score, or fails too often in a row, is left out. When none is left, when
 a failure is that of the samples, or when the time is up, the whole batch fails.
@@ -56,7 +56,7 @@ class SendError(Exception):
         self.pause = pause
 
 
-class SpreadError(Exception):
+class DispatchError(Exception):
     """The batch failed.
 
     Args:
@@ -72,18 +72,19 @@ class SpreadError(Exception):
         self.samples = tuple(samples)
 
 
-class Spread(Generic[ResultT]):
-    """One batch under way.
+class Dispatch(Generic[ResultT]):
+    """One batch that is being sent.
 
     Args:
         urls: The servers.
-        send: Called as ``send(url, part, seconds)`` from the lanes; raises ``SendError``. With
+        send: Called as ``send(url, part, seconds)`` by the workers; raises ``SendError``. With
             other servers at work, a request gets half of the time that is left, so that its part
             can still be sent elsewhere.
         parts: Number of parts.
-        lanes: Requests that one server gets at once.
-        retries: Failures in a row, of those that cost one, that a lane survives.
-        seconds: Time for the batch.
+        workers: Number of requests that one server gets at once.
+        retries: Number of failures in a row, of those that cost one, after which a worker still
+            goes on.
+        seconds: Time limit of the batch.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Spread(Generic[ResultT]):
         send: Callable[[str, int, float], ResultT],
         *,
         parts: int,
-        lanes: int,
+        workers: int,
         retries: int,
         seconds: float,
     ) -> None:
@@ -103,7 +104,7 @@ class Spread(Generic[ResultT]):
         self._deadline = time.monotonic() + seconds
         self._todo = deque(range(parts))
         self._results: dict[int, ResultT] = {}
-        self._lanes = dict.fromkeys(urls, min(lanes, parts))  # that go on, by server
+        self._workers = dict.fromkeys(urls, min(workers, parts))  # that go on, by server
         self._causes: dict[str, str] = {}  # of the last failure, by server; none after a success
         self._warned: set[str] = set()  # servers, once in a batch; to be overloaded is no fault
         self._fatal: tuple[int, Exception] | None = None  # part, error
@@ -119,9 +120,9 @@ class Spread(Generic[ResultT]):
         Raises:
             SpreadError: If a part failed for good.
         """
-        for url, count in list(self._lanes.items()):
+        for url, count in list(self._workers.items()):
             for _ in range(count):
-                threading.Thread(target=self._lane, args=(url,), daemon=True).start()
+                threading.Thread(target=self._work, args=(url,), daemon=True).start()
         with self._changed:
             try:
                 self._changed.wait_for(self._settled, timeout=self._left())
@@ -132,22 +133,22 @@ class Spread(Generic[ResultT]):
 
     def _settled(self) -> bool:
         done = len(self._results) == self._parts
-        return done or self._fatal is not None or not any(self._lanes.values())
+        return done or self._fatal is not None or not any(self._workers.values())
 
     def _outcome(self) -> list[ResultT]:
         if self._fatal is not None:
             part, error = self._fatal
             if isinstance(error, SendError):
-                raise SpreadError(error.cause, [part], error.samples) from error
+                raise DispatchError(error.cause, [part], error.samples) from error
             raise error
         missing = [part for part in range(self._parts) if part not in self._results]
         if not missing:
             return [self._results[part] for part in range(self._parts)]
         problem = "no server is left" if self._left() else f"not scored within {self._seconds:g} s"
         causes = "; ".join(self._causes.values()) or "the servers are still computing"
-        raise SpreadError(f"{problem}: {causes}", missing)
+        raise DispatchError(f"{problem}: {causes}", missing)
 
-    def _lane(self, url: str) -> None:
+    def _work(self, url: str) -> None:
         failures = costs = 0
         while (part := self._take(url)) is not None:
             try:
@@ -171,11 +172,11 @@ class Spread(Generic[ResultT]):
 
     def _take(self, url: str) -> int | None:
         with self._changed:
-            # An idle lane stays: a part may come back from another.
+            # An idle worker stays: a part may come back from another.
             self._changed.wait_for(
-                lambda: self._todo or self._over or not self._lanes[url], timeout=self._left()
+                lambda: self._todo or self._over or not self._workers[url], timeout=self._left()
             )
-            if self._over or not self._todo or not self._lanes[url] or not self._left():
+            if self._over or not self._todo or not self._workers[url] or not self._left():
                 return None
             return self._todo.popleft()
 
@@ -183,12 +184,12 @@ class Spread(Generic[ResultT]):
         with self._changed:
             others = any(
                 count and other != url and other not in self._causes
-                for other, count in self._lanes.items()
+                for other, count in self._workers.items()
             )
         return self._left() / 2 if others else self._left()
 
     def _give_back(self, url: str, part: int, error: SendError, *, last: bool) -> bool:
-        # Says whether the lane goes on.
+        # Whether the worker goes on.
         if not error.again and not error.elsewhere:
             self._stop(part, error)
             return False
@@ -200,10 +201,10 @@ class Spread(Generic[ResultT]):
             self._todo.appendleft(part)
             self._causes[url] = error.cause
             if not error.again:
-                self._lanes[url] = 0
-            elif last and self._lanes[url]:
-                self._lanes[url] -= 1
-            going = error.again and not last and self._lanes[url] > 0
+                self._workers[url] = 0
+            elif last and self._workers[url]:
+                self._workers[url] -= 1
+            going = error.again and not last and self._workers[url] > 0
             self._changed.notify_all()
         return going
 

@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 
-from rewards.serving.spread import SendError, Spread, SpreadError
+from rewards.serving.dispatch import Dispatch, DispatchError, SendError
 
 LONG = 600.0  # seconds that no test comes near
 
 
-def spread(send, urls=("a", "b"), *, parts=6, lanes=2, retries=2, seconds=LONG):
-    return Spread(urls, send, parts=parts, lanes=lanes, retries=retries, seconds=seconds)
+def dispatch(send, urls=("a", "b"), *, parts=6, workers=2, retries=2, seconds=LONG):
+    return Dispatch(urls, send, parts=parts, workers=workers, retries=retries, seconds=seconds)
 
 
 def test_results_are_in_the_order_of_the_parts():
@@ -23,7 +23,7 @@ def test_results_are_in_the_order_of_the_parts():
         sent[part] += 1
         return f"result {part}"
 
-    assert spread(send).run() == [f"result {part}" for part in range(6)]
+    assert dispatch(send).run() == [f"result {part}" for part in range(6)]
     assert sent == Counter(range(6)), "each part is sent once"
 
 
@@ -35,11 +35,11 @@ def test_a_server_that_hangs_leaves_its_parts_of_the_queue_to_the_other():
             assert hang.wait(LONG)
         else:
             done.append(part)
-            if len(done) == 3:  # of four, one hangs in the single lane of the other
+            if len(done) == 3:  # of four, one hangs in the single worker of the other
                 hang.set()
         return part
 
-    assert spread(send, ("slow", "fast"), parts=4, lanes=1).run() == [0, 1, 2, 3]
+    assert dispatch(send, ("slow", "fast"), parts=4, workers=1).run() == [0, 1, 2, 3]
 
 
 def test_a_part_of_a_server_that_never_will_goes_to_another():
@@ -48,15 +48,15 @@ def test_a_part_of_a_server_that_never_will_goes_to_another():
             raise SendError("a: no such head", elsewhere=True)
         return url
 
-    assert spread(send).run() == ["b"] * 6
+    assert dispatch(send).run() == ["b"] * 6
 
 
 def test_without_any_server_left_the_batch_fails_with_the_causes():
     def send(url: str, part: int, seconds: float) -> str:
         raise SendError(f"{url} is of another version", elsewhere=True)
 
-    with pytest.raises(SpreadError) as failure:
-        spread(send).run()
+    with pytest.raises(DispatchError) as failure:
+        dispatch(send).run()
     assert failure.value.cause.startswith("no server is left: ")
     assert "a is of another version" in failure.value.cause
     assert failure.value.parts == tuple(range(6))
@@ -68,8 +68,8 @@ def test_a_failure_that_is_the_samples_fault_ends_the_batch_and_names_them():
             raise SendError("NaN in the pixels", samples=[3])
         return url
 
-    with pytest.raises(SpreadError, match="NaN in the pixels") as failure:
-        spread(send, ("a",), lanes=1).run()
+    with pytest.raises(DispatchError, match="NaN in the pixels") as failure:
+        dispatch(send, ("a",), workers=1).run()
     assert (failure.value.parts, failure.value.samples) == ((0,), (3,))
 
 
@@ -80,8 +80,8 @@ def test_failures_that_cost_are_bounded():
         calls[url] += 1
         raise SendError("500", again=True, costs=True, pause=0)
 
-    with pytest.raises(SpreadError, match="no server is left: 500"):
-        spread(send, ("a",), parts=1, lanes=1, retries=2).run()
+    with pytest.raises(DispatchError, match="no server is left: 500"):
+        dispatch(send, ("a",), parts=1, workers=1, retries=2).run()
     assert calls["a"] == 3
 
 
@@ -90,7 +90,7 @@ def test_an_error_of_the_sender_is_raised_itself():
         raise ZeroDivisionError("a fault of the client")
 
     with pytest.raises(ZeroDivisionError, match="a fault of the client"):
-        spread(send).run()
+        dispatch(send).run()
 
 
 def test_a_request_gets_half_of_the_time_where_another_server_could_take_over():
@@ -100,7 +100,7 @@ def test_a_request_gets_half_of_the_time_where_another_server_could_take_over():
         given[part] = seconds
         return url
 
-    spread(send, ("a", "b"), parts=1).run()
+    dispatch(send, ("a", "b"), parts=1).run()
     assert given[0] <= LONG / 2
-    spread(send, ("a",), parts=1).run()
+    dispatch(send, ("a",), parts=1).run()
     assert LONG / 2 < given[0] <= LONG
