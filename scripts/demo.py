@@ -4,6 +4,7 @@ Writes runs/demo/demo.png, continues where it stopped. Options go to both runs.
 """
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from moa_diffusion import config
 from moa_diffusion.comparison.curves import plot_curves
-from moa_diffusion.comparison.execute import interruptible
+from moa_diffusion.processes.stopping import handled
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 
@@ -62,7 +63,7 @@ def main() -> int:
     """Run both recipes side by side, then draw the picture; 0 if all went well."""
     began = time.monotonic()
     processes = {name: start(name, recipe) for name, recipe in RECIPES.items()}
-    with interruptible():
+    with handled(signal.default_int_handler):
         try:
             follow(processes)
         finally:

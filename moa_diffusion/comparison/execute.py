@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from moa_diffusion import config
 from moa_diffusion.comparison.plan import PlannedRun
 from moa_diffusion.comparison.results import check_base
+from moa_diffusion.processes.stopping import handled
 from moa_diffusion.storage import checkpoint
 
 POLL = 0.3  # seconds between two looks at the processes
@@ -27,8 +27,8 @@ POLL = 0.3  # seconds between two looks at the processes
 def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[str, str]:
     """Run what is not finished, at most ``parallel`` at a time.
 
-    On SIGTERM, SIGHUP or Ctrl-C the processes save their state and end; a second Ctrl-C kills
-    them.
+    On Ctrl-C, or another signal that asks to end, the processes save their state and end; a second
+    Ctrl-C kills them.
 
     Args:
         runs: All runs of the comparison.
@@ -50,7 +50,7 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
     ended = {run.name: run.completed() for run in runs if run not in waiting}
     total = sum(ended.values()) + sum(run.settings.trainer.steps for run in waiting)
     bar: tqdm[Any] = tqdm(total=total, initial=sum(ended.values()), desc="compare", unit="rollout")
-    with interruptible(), bar:
+    with handled(signal.default_int_handler), bar:
         try:
             while waiting or active:
                 while waiting and len(active) < parallel:
@@ -125,21 +125,6 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         raise
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP do in the block what Ctrl-C does; under nohup SIGHUP is ignored."""
-    numbers = [signal.SIGTERM, signal.SIGHUP]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def cause_of_death(log: Path, status: int) -> str:

@@ -127,21 +127,17 @@ def _gather(
                 raise ConfigError(f"config: {error}") from None
             given = read_yaml(file)
             source = file if "output_dir" in given else source
-            values = _merge(values, given)
+            merged = _merge(values, given)
+            _take_away_nulls(merged, given, earlier=values)
+            values = merged
             continue
         source = "option" if name == "output_dir" else source
         nested = _value(name, text)
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = _merge(values, nested)
-        _take_away_nulls(values, nested, below=_depth(name))
+        _take_away_nulls(values, nested)
     return values, source
-
-
-def _depth(name: str) -> int:
-    """Return how many parts of an option's name are keys; the others are below an open mapping."""
-    parts = name.split(".")
-    return max(n for n in range(len(parts) + 1) if not n or ".".join(parts[:n]) in all_keys())
 
 
 def _value(name: str, text: str) -> Any:
@@ -168,10 +164,23 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _take_away_nulls(values: dict[str, Any], over: dict[str, Any], *, below: int) -> None:
-    """Take away what an option set to null in an open mapping: ``--rewards.ocr null``."""
-    for key, value in list(over.items()):
-        if value is None and below <= 0:
-            del values[key]
+def _take_away_nulls(
+    values: dict[str, Any], over: Any, *, earlier: Any = None, key: str = ""
+) -> None:
+    """Take away what is set to null in an open mapping: ``--rewards.ocr null``.
+
+    Args:
+        values: What is set, changed in place.
+        over: What was laid over it last.
+        earlier: What was set before that by a file; a null in it that takes nothing away was
+            forgotten, perhaps, and stays. None for options, whose null always takes away.
+        key: Dotted key of the mapping.
+    """
+    for name, value in list(over.items()):
+        inside = f"{key}.{name}".lstrip(".")
+        before = earlier.get(name) if isinstance(earlier, dict) else earlier
+        if value is None and inside not in all_keys() and (earlier is None or before is not None):
+            del values[name]
         elif isinstance(value, dict):
-            _take_away_nulls(values[key], value, below=below - 1)
+            below = None if earlier is None else before if isinstance(before, dict) else {}
+            _take_away_nulls(values[name], value, earlier=below, key=inside)

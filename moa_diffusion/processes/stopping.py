@@ -1,15 +1,18 @@
-"""SIGTERM, SIGHUP and Ctrl-C end a run at its next safe point, with its state saved."""
+"""Ctrl-C, SIGTERM and what schedulers send end a run at its next safe point, its state saved."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# SIGUSR1 and SIGUSR2 are what SLURM is asked to send before it ends a job (``--signal``), SIGXCPU
+# comes at the limit of ``ulimit -t``. SIGQUIT is left to end a process that does not answer.
+_ALWAYS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_UNLESS_HANDLED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # torchrun passes on what the terminal has sent to its processes already: not a second Ctrl-C.
 _SAME_PRESS_SECONDS = 2.0
 
@@ -58,15 +61,8 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals as requests within the block; what was ignored, as under nohup, still is."""
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, self.ask)
-        try:
+        with handled(self.ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -76,3 +72,27 @@ class StopRequest:
             yield
         finally:
             self._at_once = False
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have a handler take the signals that ask a process to end, within the block.
+
+    Signals that are ignored, as SIGHUP is under nohup, stay so; and SIGUSR1, SIGUSR2 and SIGXCPU
+    stay with a handler that somebody has given them.
+
+    Args:
+        handler: As for ``signal.signal``.
+    """
+    before = {number: signal.getsignal(number) for number in (*_ALWAYS, *_UNLESS_HANDLED)}
+    for number, present in list(before.items()):
+        kept = present in (signal.SIG_IGN, None)  # None: a handler that is not Python's
+        if kept or (number in _UNLESS_HANDLED and present != signal.SIG_DFL):
+            del before[number]
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, present in before.items():
+            signal.signal(number, present)

@@ -198,7 +198,7 @@ class Run:
         """Train until ``length.steps`` rounds are done.
 
         Raises:
-            Interrupted: After SIGTERM, SIGHUP or Ctrl-C, once the state is saved.
+            Interrupted: After Ctrl-C or another signal that asks to end, once the state is saved.
             RewardError, TrainingError, ProcessError: On all processes, after the state is saved,
                 unless nothing has begun.
             KeyboardInterrupt: On a second Ctrl-C, and the first until something has begun: nothing

@@ -120,6 +120,19 @@ def test_a_key_given_twice_is_refused(tmp_path):
         loaded(tmp_path, "trainer:\n  steps: 1\n  steps: 2\n")
 
 
+def test_null_in_a_later_file_takes_away_what_an_earlier_one_set(tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("rewards: {b: null, a: {x: null}}\nobjectives: {normalizer: {floor: null}}\n")
+    text = "rewards: {a: {weight: 2, x: 1}, b: {}}\nevaluation: {every: 0}\n"
+    floor = "objectives: {normalizer: {floor: 1}}\n"
+    config = loaded(tmp_path, text + floor, "--config", str(more))
+    assert config.rewards == {"a": {"weight": 2}}
+    assert config.objectives.normalizer == {}
+    more.write_text("rewards: {c: null}\n")
+    with pytest.raises(ConfigError, match=r"rewards.c: should be a mapping of options. Found None"):
+        loaded(tmp_path, text, "--config", str(more))
+
+
 # ---------------------------------------------------------------------- values
 
 

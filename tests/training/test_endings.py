@@ -140,7 +140,13 @@ def terminal() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(signal.SIGINT, signal.SIGHUP, signal.SIGTERM),
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+    ],
+)
 @pytest.mark.parametrize("moment", ["sample", "first evaluation"])
 def test_signals_end_a_run_with_its_state_saved(
     tmp_path, straight, moment, number, capfd, terminal
@@ -154,6 +160,19 @@ def test_signals_end_a_run_with_its_state_saved(
     assert signal.getsignal(number) == before
     assert ("Ctrl-C again" in capfd.readouterr().err) == (number == signal.SIGINT)
     goes_on(tmp_path / "run", straight)
+
+
+def test_a_handler_of_somebody_else_keeps_its_signal(tmp_path):
+    """As that of ``faulthandler.register(SIGUSR1)``, or of a cluster's own hook."""
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("hook"))
+    try:
+        trainer = make(tmp_path / "run")
+        at(trainer, "sample", lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        trainer.run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == ["hook"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
