@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from rewards.suggestions import did_you_mean
 
@@ -67,6 +67,31 @@ def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, An
         )
 
 
+def options_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the options of a head, with their types and defaults.
+
+    ``**options`` of a constructor stands for the keys of its ``Unpack[...]``, whose defaults are
+    those of the base class; without, it stands for nothing: a misspelt option must not vanish in
+    it.
+
+    Args:
+        target: The class or function whose parameters they are.
+
+    Returns:
+        Parameters by name; a type that cannot be resolved at run time is ``Any``.
+    """
+    options = {}
+    for parameter in inspect.signature(target).parameters.values():
+        annotation = _resolved(target, parameter.annotation)
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            options[parameter.name] = parameter.replace(annotation=annotation)
+        elif get_origin(annotation) is Unpack and isinstance(target, type):
+            base = options_of(target.__mro__[1])
+            for name, hint in get_type_hints(get_args(annotation)[0]).items():
+                options[name] = base[name].replace(annotation=hint)
+    return options
+
+
 def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Check the types of options.
 
@@ -80,9 +105,9 @@ def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any
     Raises:
         ValueError: If one has another type than its parameter's annotation says.
     """
-    parameters = inspect.signature(target).parameters
+    known = options_of(target)
     for option, value in options.items():
-        expected = _resolved(target, parameters[option].annotation)
+        expected = known[option].annotation
         if not _fits(value, expected):
             raise ValueError(
                 f'Option `{option}` of the reward head "{head}" should be {_words(expected)}. '

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard, TypeVar, get_args
 
 from rewards.base import RewardHead, Scored
 from rewards.functions import CONCURRENCY, FunctionHead, is_async
-from rewards.option_types import check_complete, check_names, check_types
+from rewards.option_types import check_complete, check_names, check_types, options_of
 from rewards.parameters import function_name, parameters_of
 from rewards.suggestions import did_you_mean
 from rewards.targets import (
@@ -172,9 +172,7 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         name, path = name.rsplit(":", 1)[1], name
     entry = _lookup(name) if path is None else _describe(import_target(path))
     if _is_head_class(entry.target):
-        parameters = inspect.signature(entry.target).parameters.values()
-        # `**options` of a constructor takes nothing: a misspelt option must not vanish in it.
-        named = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+        named = {key: option.default for key, option in options_of(entry.target).items()}
         check_names(name, named, options)
         check_complete(name, named, options)
         check_types(name, entry.target, options)

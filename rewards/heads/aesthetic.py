@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError
 from rewards.heads.clip import build_clip, embed_images
-from rewards.pretrained.base import Dtype, ModelHead
+from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensors
@@ -45,7 +45,6 @@ class Aesthetic(ModelHead):
         model: The CLIP model, as folder, file, ``package://NAME/PATH`` or hub model: for
             transformers the folder, for open_clip the file of weights. By default OpenAI's
             ViT-L/14.
-        revision: Branch, tag or commit of a hub model.
         backbone: What runs the CLIP model: ``transformers`` or ``open_clip``.
         architecture: Name of the model in open_clip, which its files do not tell. OpenAI's
             weights need a name that ends in ``-quickgelu``: without, they load and score wrongly.
@@ -53,9 +52,7 @@ class Aesthetic(ModelHead):
             the hub that the digest verifies.
         predictor_sha256: Expected SHA-256 digest of the layers; null for a head of one's own.
         dtype: Precision of the CLIP model: ``float32``, ``bfloat16`` or ``float16``.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the CLIP weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -67,15 +64,12 @@ class Aesthetic(ModelHead):
     def __init__(
         self,
         model: str | None = None,
-        revision: str | None = None,
         backbone: Backbone = "transformers",
         architecture: str = "ViT-L-14-quickgelu",
         predictor: str = f"camenduru/improved-aesthetic-predictor:{_HEAD}",
         predictor_sha256: str | None = _HEAD_SHA256,
         dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         if backbone not in _BACKBONES:
             raise ValueError(
@@ -84,11 +78,8 @@ class Aesthetic(ModelHead):
             )
         super().__init__(
             model=_BACKBONES[backbone] if model is None else model,
-            revision=revision,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
         check_name(predictor, option="predictor")
         self.backbone = backbone

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import string
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
 from rewards.base import RewardError
-from rewards.pretrained.base import Dtype, ModelHead
+from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.pretrained.tokens import TOKENIZER_FILES, Reader, Side, accepted, reader_of
@@ -60,7 +60,6 @@ class Classifier(ModelHead):
     Args:
         model: Folder with ``config.json``, weights and tokenizer, ``package://NAME/PATH``, or hub
             model.
-        revision: Branch, tag or commit of a hub model.
         logit: Which output is the score: its index, at least 0, or its label in ``config.json``.
             May be left out where there is one only.
         output: What is read: the ``logit``, or the ``probability``: the softmax over all labels;
@@ -76,9 +75,7 @@ class Classifier(ModelHead):
             as many as model and tokenizer allow. What is longer is cut, and a warning says so once.
         truncation_side: Which end is cut off: ``right`` or ``left``; of a pair, from the longer.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of texts in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -91,7 +88,6 @@ class Classifier(ModelHead):
     def __init__(
         self,
         model: str,
-        revision: str | None = None,
         logit: int | str | None = None,
         output: Output = "logit",
         template: str | None = None,
@@ -99,9 +95,7 @@ class Classifier(ModelHead):
         max_length: int | None = None,
         truncation_side: Side = "right",
         dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         for name, value, known in (
             ("output", output, get_args(Output)),
@@ -123,11 +117,8 @@ class Classifier(ModelHead):
             )
         super().__init__(
             model=model,
-            revision=revision,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
         self.logit = logit
         self.output = output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError
 from rewards.heads.ocr.target_text import comparable, quoted_target
-from rewards.pretrained.base import Dtype, ModelHead
+from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
@@ -41,13 +41,10 @@ class ClipHead(ModelHead):
 
     Args:
         model: See ``ModelHead``.
-        revision: See ``ModelHead``.
         processor: Where the tokenizer and ``preprocessor_config.json`` come from, named as a model
             is; by default the model, if it has these files, else ``default_processor``.
         dtype: See ``ModelHead``.
-        device: See ``ModelHead``.
-        batch_size: See ``ModelHead``.
-        sha256: See ``ModelHead``.
+        options: See ``ModelOptions``.
     """
 
     default_processor: ClassVar[str]
@@ -57,20 +54,14 @@ class ClipHead(ModelHead):
         self,
         *,
         model: str,
-        revision: str | None,
         processor: str | None,
         dtype: Dtype,
-        device: str,
-        batch_size: int,
-        sha256: str | None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(
             model=model,
-            revision=revision,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
         if processor is not None:
             check_name(processor, option="processor")
@@ -224,13 +215,10 @@ class PickScore(ClipHead):
 
     Args:
         model: Weights in the format of transformers: folder, ``package://NAME/PATH`` or hub model.
-        revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, as published.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -242,21 +230,15 @@ class PickScore(ClipHead):
     def __init__(
         self,
         model: str = "yuvalkirstain/PickScore_v1",
-        revision: str | None = None,
         processor: str | None = None,
         dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(
             model=model,
-            revision=revision,
             processor=processor,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -276,13 +258,10 @@ class ClipScore(ClipHead):
 
     Args:
         model: Weights in the format of transformers: folder, ``package://NAME/PATH`` or hub model.
-        revision: Branch, tag or commit of a hub model.
         processor: Tokenizer and preprocessing; by default the model's, if it has them, else those
             of ``openai/clip-vit-large-patch14``.
         dtype: Precision: ``float32``, ``bfloat16`` or ``float16``.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong.
@@ -294,21 +273,15 @@ class ClipScore(ClipHead):
     def __init__(
         self,
         model: str = "openai/clip-vit-large-patch14",
-        revision: str | None = None,
         processor: str | None = None,
         dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(
             model=model,
-            revision=revision,
             processor=processor,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from rewards.base import RewardError, Scores
 from rewards.heads.levels import LEVELS, rate
-from rewards.pretrained.base import Dtype, ModelHead
+from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
 from rewards.registry import register
@@ -43,11 +43,8 @@ class QRealignHead(ModelHead):
 
     Args:
         model: Folder with ``config.json``, weights, tokenizer and processor, or hub model.
-        revision: Branch, tag or commit of a hub model.
         dtype: Precision; the weights are published in bfloat16.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.
@@ -68,11 +65,8 @@ class QRealignHead(ModelHead):
     def __init__(
         self,
         model: str = "q-future/Q-ReAlign-Mini-0.8B",
-        revision: str | None = None,
         dtype: Dtype = "bfloat16",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         if importlib.util.find_spec("transformers.models.qwen3_5") is None:
             raise ImportError(
@@ -81,11 +75,8 @@ class QRealignHead(ModelHead):
             )
         super().__init__(
             model=model,
-            revision=revision,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
         self._processor: Any = None
         self._text = ""

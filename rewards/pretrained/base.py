@@ -4,8 +4,8 @@ A head of this kind names its files, builds the module, and scores a micro-batch
 the rest:
 
     class Brightness(ModelHead):
-        def __init__(self, model: str = "owner/name", batch_size: int = 8) -> None:
-            super().__init__(model=model, batch_size=batch_size)
+        def __init__(self, model: str = "owner/name", **options: Unpack[ModelOptions]) -> None:
+            super().__init__(model=model, **options)
 
         def _build(self, weights: Weights) -> nn.Module:
             return load_pretrained(SomeModel, weights, dtype=self.dtype)
@@ -23,7 +23,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,23 @@ from rewards.pretrained.locate import Weights, check_name, find_weights
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelOptions(TypedDict, total=False):
+    """Options that all heads with a pretrained model have.
+
+    Args:
+        revision: Branch, tag or commit of a hub model; null takes its main branch.
+        device: A torch device, or ``auto``: this process's GPU (by ``LOCAL_RANK``), else ``mps``,
+            else the CPU.
+        batch_size: Number of samples in one forward pass, at least 1.
+        sha256: Expected SHA-256 digest of the weights; null expects none.
+    """
+
+    revision: str | None
+    device: str
+    batch_size: int
+    sha256: str | None
 
 
 class ModelHead(RewardHead):
@@ -53,12 +70,11 @@ class ModelHead(RewardHead):
     Args:
         model: Folder, file, ``package://NAME/PATH``, or hub model; see
             ``rewards.pretrained.locate``.
-        revision: Branch, tag or commit of a hub model.
         dtype: Precision of the model: one of ``DTYPES``.
-        device: A torch device; ``auto`` is this process's GPU (by ``LOCAL_RANK``), else ``mps``,
-            else the CPU.
-        batch_size: Number of samples in one forward pass, at least 1.
-        sha256: Expected digest of the weights, see ``Weights.digest``; None expects nothing.
+        revision: See ``ModelOptions``.
+        device: See ``ModelOptions``.
+        batch_size: See ``ModelOptions``.
+        sha256: See ``ModelOptions``; the digest is that of ``Weights.digest``.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.
@@ -73,8 +89,8 @@ class ModelHead(RewardHead):
         self,
         *,
         model: str,
-        revision: str | None = None,
         dtype: Dtype = "float32",
+        revision: str | None = None,
         device: str = "auto",
         batch_size: int = 16,
         sha256: str | None = None,

@@ -28,6 +28,8 @@ from moa_diffusion.config.schema import (
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
 from moa_diffusion.policies import samplers
 from rewards.heads.ocr.engines import ENGINES
+from rewards.option_types import options_of
+from rewards.pretrained.base import ModelHead, ModelOptions
 from rewards.registry import built_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,12 +146,19 @@ def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[st
     Raises:
         ValueError: If one that the class has is not described.
     """
-    documented = parse(inspect.getdoc(kind) or "", style=DocstringStyle.GOOGLE)
-    described = {one.arg_name: sentence(one.description) for one in documented.params}
-    for name in inspect.signature(kind).parameters:
+    described: dict[str, str] = {}
+    for source in (ModelOptions, kind) if takes_model_options(kind) else (kind,):
+        documented = parse(inspect.getdoc(source) or "", style=DocstringStyle.GOOGLE)
+        described |= {one.arg_name: sentence(one.description) for one in documented.params}
+    for name in options_of(kind):
         if name not in described and name not in without:
             raise ValueError(f"The docstring of {kind.__qualname__} should describe `{name}`.")
     return described
+
+
+def takes_model_options(kind: Callable[..., Any]) -> bool:
+    """Return whether a head lists only what it has beside ``ModelOptions``."""
+    return isinstance(kind, type) and issubclass(kind, ModelHead)
 
 
 def summary(kind: object) -> str:
@@ -186,18 +195,16 @@ def options(kind: Callable[..., Any], without: Collection[str] = OF_ALL) -> list
         kind: The class; its parameters are its options.
         without: Parameters that are no options.
     """
-    said, hints = (
-        meanings(kind, without),
-        get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__),
-    )
+    said, known = meanings(kind, without), options_of(kind)
+    hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     return [
         {
             "name": name,
-            "type": type_of(hints[name]),
-            "default": shown(parameter.default),
+            "type": type_of(hints.get(name, option.annotation)),
+            "default": shown(option.default),
             "meaning": said[name],
         }
-        for name, parameter in inspect.signature(kind).parameters.items()
+        for name, option in known.items()
         if name not in without
     ]
 

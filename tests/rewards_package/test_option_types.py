@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypedDict, Unpack
 
 import numpy as np
 import pytest
 
 from rewards import RewardHead, available, create, register, registry
-from rewards.option_types import check_types
+from rewards.option_types import check_types, options_of
 
 if TYPE_CHECKING:
     from elsewhere import Unknown
@@ -110,6 +110,55 @@ def test_what_does_not_fit_is_told(
     with pytest.raises(ValueError, match=message) as caught:
         check_types("many", kind, options)
     assert 'of the reward head "many" should be' in str(caught.value)
+
+
+class Common(TypedDict, total=False):
+    """What all heads of a kind have."""
+
+    device: str
+    sizes: list[int]
+
+
+class Base(RewardHead):
+    """Gives them their defaults."""
+
+    def __init__(self, *, model: str, device: str = "auto", sizes: Sequence[int] = ()) -> None:
+        self.given = (model, device, sizes)
+
+    def score(self, batch: Any) -> Any: ...
+
+
+class Listing(Base):
+    """Lists its own options only."""
+
+    def __init__(self, model: str = "m", **options: Unpack[Common]) -> None:
+        super().__init__(model=model, **options)
+
+
+def test_options_in_common_are_options_of_each_head() -> None:
+    options = options_of(Listing)
+    assert {name: option.default for name, option in options.items()} == {
+        "model": "m",
+        "device": "auto",
+        "sizes": (),
+    }
+    assert options["sizes"].annotation == list[int]
+    assert list(options_of(Many)) == [
+        *("size", "share", "name", "flag", "maybe", "older", "words", "either", "table"),
+        *("numbers", "pair", "kind", "noted", "anything", "unknown", "bare", "free"),
+    ]
+    check_types("listing", Listing, {"sizes": [1]})
+    with pytest.raises(ValueError, match=r"`sizes` .* a list \(of an integer\)"):
+        check_types("listing", Listing, {"sizes": ["1"]})
+
+
+def test_a_head_is_made_with_options_in_common() -> None:
+    file = f"{__file__}:Listing"
+    assert create("mine", file, device="cpu").given == ("m", "cpu", ())
+    with pytest.raises(ValueError, match=r"""has no option "devise"\. Did you mean 'device'"""):
+        create("mine", file, devise="cpu")
+    with pytest.raises(ValueError, match="should be a text"):
+        create("mine", file, device=0)
 
 
 class Callable:

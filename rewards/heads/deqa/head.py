@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from rewards.base import Scores
 from rewards.heads.deqa.model import Deqa, load
 from rewards.heads.levels import rate
-from rewards.pretrained.base import Dtype, ModelHead
+from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.preprocessing import CLIP_MEAN, normalise, pad_to_square, resize
 from rewards.registry import register
@@ -37,11 +38,8 @@ class DeqaHead(ModelHead):
 
     Args:
         model: Folder with ``config.json`` and weights, or hub model.
-        revision: Branch, tag or commit of a hub model.
         dtype: Precision; the published scores were computed in float16.
-        device: A torch device, or ``auto``: this process's GPU, else ``mps``, else the CPU.
-        batch_size: Number of pictures in one forward pass, at least 1.
-        sha256: Expected SHA-256 digest of the weights; null expects none.
+        options: See ``ModelOptions``.
 
     Raises:
         ValueError: If a parameter is wrong or names a folder or device that is not there.
@@ -52,19 +50,13 @@ class DeqaHead(ModelHead):
     def __init__(
         self,
         model: str = "zhiyuanyou/DeQA-Score-Mix3",
-        revision: str | None = None,
         dtype: Dtype = "float16",
-        device: str = "auto",
-        batch_size: int = 16,
-        sha256: str | None = None,
+        **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(
             model=model,
-            revision=revision,
             dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            sha256=sha256,
+            **options,
         )
 
     def _build(self, weights: Weights) -> Deqa:

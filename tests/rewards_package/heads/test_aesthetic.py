@@ -317,7 +317,9 @@ def test_without_network_the_error_tells_where_the_head_is_published(folder, tmp
 
 
 def test_wrong_options(folder):
-    with pytest.raises(ValueError, match=r"one of transformers, open_clip. Found `backbone = 'x'`"):
+    with pytest.raises(
+        ValueError, match=r"one of 'transformers', 'open_clip'. Found `backbone = 'x'`"
+    ):
         create("aesthetic", backbone="x")
     with pytest.raises(ValueError, match="Parameter `predictor` names a file or folder"):
         create("aesthetic", model=folder, predictor="./nowhere.pth")
