@@ -58,6 +58,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
+_hints = functools.cache(get_type_hints)  # which compiles every annotation again
+
+
 @functools.cache  # making it takes as long as its work
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
@@ -95,7 +98,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{n: _convert(hints[n], value) for n, value in values.items() if n in hints})
 
 
@@ -294,7 +297,7 @@ _Yaml.add_implicit_resolver(
 
 def _check_mapping(values: dict[str, Any], kind: Any = None, prefix: str = "") -> None:
     """Check the keys of a YAML file, and that sections are mappings."""
-    hints = get_type_hints(Config if kind is None else kind)
+    hints = _hints(Config if kind is None else kind)
     for name, value in values.items():
         key = f"{prefix}{name}"
         _check_key(key)
@@ -305,7 +308,7 @@ def _check_mapping(values: dict[str, Any], kind: Any = None, prefix: str = "") -
 
 
 def _check_nulls(config: Any, prefix: str = "") -> None:
-    hints = get_type_hints(type(config))
+    hints = _hints(type(config))
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             _check_nulls(value, f"{prefix}{name}.")
@@ -322,7 +325,7 @@ def _check_key(key: str) -> None:
             if get_origin(kind) is dict:
                 return
             raise ConfigError(f"{key}: `{seen.rstrip('.')}` holds a value, not a mapping.")
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if part not in hints:
             last = key.rsplit(".", 1)[-1]
             same = [known for known in _all_keys() if known.split(".")[-1] == last]
@@ -337,7 +340,7 @@ def _check_key(key: str) -> None:
 
 def _all_keys(kind: Any = None, prefix: str = "") -> list[str]:
     keys = []
-    for name, hint in get_type_hints(Config if kind is None else kind).items():
+    for name, hint in _hints(Config if kind is None else kind).items():
         keys.append(f"{prefix}{name}")
         if dataclasses.is_dataclass(hint):
             keys += _all_keys(hint, f"{prefix}{name}.")
@@ -351,7 +354,7 @@ def _open_keys() -> list[str]:
 def _hint(key: str) -> Any:
     kind: Any = Config
     for part in key.split("."):
-        kind = get_type_hints(kind)[part]
+        kind = _hints(kind)[part]
     return kind
 
 
