@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -58,7 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return config
 
 
-_hints = functools.cache(get_type_hints)  # which compiles every annotation again
+# Every call of `get_type_hints` compiles all annotations.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 @functools.cache  # making it takes as long as its work
