@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,21 @@ def spoken(tree: ast.AST) -> Iterator[str]:
             yield FORMAT.sub(GAP, node.value)
 
 
-STRINGS = [
-    text
-    for folder in ("moa_diffusion", "rewards", "scripts")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    for text in spoken(ast.parse(path.read_text(encoding="utf-8")))
-]
+@cache
+def strings() -> list[str]:
+    """Those of the whole project."""
+    return [
+        text
+        for folder in ("moa_diffusion", "rewards", "scripts")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for text in spoken(ast.parse(path.read_text(encoding="utf-8")))
+    ]
 
 
 def is_said(message: str) -> bool:
     """Whether one string has all parts of a message, between its `...`, in this order."""
     parts = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
-    return any(re.search(".*".join(parts), text, re.DOTALL) for text in STRINGS)
+    return any(re.search(".*".join(parts), text, re.DOTALL) for text in strings())
 
 
 @pytest.mark.parametrize("message", messages())

@@ -31,6 +31,7 @@ IMPORTED = (
     *("transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5"),
     *("transformers.models.llama.modeling_llama", "transformers.generation.utils"),
     *("rapidocr", "rapidocr.main", "cv2", "onnxruntime"),
+    *("diffusers.guiders", "pydantic"),
 )
 # Variables that are read when something is imported. With others a command is not run here.
 READ_AT_IMPORT = ("ATEN_", "CUDA_", "DNNL_", "HF_", "HOME", "KMP_", "MKL_", "MPL", "OMP_")
@@ -173,7 +174,11 @@ def end(command: dict[str, Any], path: list[str]) -> None:
 
 if __name__ == "__main__":
     here = sys.path[1:]
+    gc.disable()  # a tenth of the time of importing, and it finds nothing
     for name in IMPORTED:
         importlib.import_module(name)
+    # It compiles a thousand patterns when it is first asked.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
     gc.freeze()  # no collection in a fork looks at what it shares, which would copy it
+    gc.enable()
     end(serve(sys.argv[1]), here)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,6 +23,7 @@ from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.processes.launcher import make_accelerator
+from moa_diffusion.processes.randomness import seed_globally
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.storage.calibration_file import HIJACK, Calibration
 from moa_diffusion.storage.log import REWARDS, RunLog
@@ -109,7 +109,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         model = assembly.policy(settings, make_accelerator().device)
         model.prepare([group[0].prompt for group in requests])
         # For heads that use the global generators; nothing here does.
-        set_seed(derive_seed(settings.seed, "calibration") % 2**32)
+        seed_globally(derive_seed(settings.seed, "calibration") % 2**32)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REWARDS).unlink(missing_ok=True)  # of an earlier calibration
         RunLog(folder).write_heads(0, scorer.load([r[0].prompt for r in requests]))

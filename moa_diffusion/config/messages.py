@@ -107,6 +107,7 @@ def fields(section: Any) -> dict[str, Any]:
     return get_type_hints(section, include_extras=True)
 
 
+@functools.cache
 def all_keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Return the types of all keys by dotted name, sections included."""
     keys = {}

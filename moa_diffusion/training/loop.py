@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
@@ -23,6 +22,7 @@ from moa_diffusion.monitoring.alarm import Alarm, Watch
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
+from moa_diffusion.processes.randomness import seed_globally
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint, front
@@ -253,7 +253,7 @@ class Run:
     def _round(self, bar: tqdm[Any]) -> None:
         """Make one step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
-        set_seed(derive_seed(self.seed, "global", self.completed) % 2**32)
+        seed_globally(derive_seed(self.seed, "global", self.completed) % 2**32)
         start, before = time.perf_counter(), self.learner.snapshot()
         try:
             metrics = self.step()

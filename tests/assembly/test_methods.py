@@ -207,7 +207,7 @@ def test_a_sampler_of_ones_own_draws_as_the_one_that_it_is(tmp_path: Path, mine:
     config = settings(tmp_path, mine)
     config.sampling.sampler = f"{mine}:step"
     check(config)
-    options = {"resolution": 64, "steps": 3, "max_sequence_length": 16, "lora_rank": 4}
+    options = {"resolution": 32, "steps": 3, "max_sequence_length": 16, "lora_rank": 4}
     request = Request(prompt="a red sign", seed=1)
     log_probs = []
     for sampler in (None, sampler_of(config)):

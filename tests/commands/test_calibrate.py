@@ -26,7 +26,7 @@ from moa_diffusion.types import RewardMatrix
 ROOT = Path(__file__).resolve().parents[2]
 FAST = {
     "policy": {"path": "tiny", "max_sequence_length": 16, "lora": {"rank": 4}},
-    "sampling": {"resolution": 64, "steps": 3, "guidance": 1.0, "shared_start": True},
+    "sampling": {"resolution": 32, "steps": 3, "guidance": 1.0, "shared_start": True},
     "prompts": {"train": "tiny"},
     "rewards": {"prompt_colour": {}, "colourfulness": {}},
     "trainer": {"groups": 4, "group_size": 4, "updates": 1, "sample_batch": 3},

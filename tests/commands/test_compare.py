@@ -294,7 +294,7 @@ def test_the_picture_is_drawn(tmp_path: Path, methods: int, objectives: int) -> 
 
 FAST: dict[str, Any] = {
     "policy": {"path": "tiny", "max_sequence_length": 16, "step_batch": 2, "lora": {"rank": 4}},
-    "sampling": {"resolution": 64, "steps": 3, "guidance": 1.0},
+    "sampling": {"resolution": 32, "steps": 3, "guidance": 1.0},
     "prompts": {"train": "tiny", "heldout": "tiny"},
     "rewards": {"mine": {"path": "mine.py:mine"}, "colourfulness": {"weight": 0.5}},
     "objectives": {"method": "dual_stage", "normalizer": {"floor": 0.5}},
@@ -303,7 +303,7 @@ FAST: dict[str, Any] = {
     "ema": {"decay": 0.0, "every": 1},
     "trainer": {"steps": 2, "groups": 2, "group_size": 4, "updates": 1},
     "evaluation": {
-        "every": 1,
+        "every": 2,
         "images_per_prompt": 2,
         "prompts": 3,
         "steps": 2,

@@ -13,6 +13,7 @@ from waiting import HANG, python
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"trainer.groups": 2, "trainer.group_size": 2, "trainer.updates": 1}
 SMALL |= {"evaluation.images_per_prompt": 1, "evaluation.prompts": 3, "evaluation.every": 2}
+SMALL |= {"sampling.steps": 3, "sampling.window": 2, "evaluation.steps": 2}
 SMALL |= {"rewards.ocr.workers": 0}  # processes that would import their libraries anew
 
 

@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ['a red sign that says "SHOP"', "a blue star on a white background", "a green square"]
 SETTINGS = {
     "policy": {"max_sequence_length": 16, "lora": {"rank": 4}},
-    "sampling": {"resolution": 64, "steps": 3},
+    "sampling": {"resolution": 32, "steps": 3},
     "prompts": {"train": "tiny", "heldout": "tiny"},
     "rewards": {"colourfulness": {"weight": 2.0}, "sharpness": {}},
     "trainer": {"groups": 2, "group_size": 2, "updates": 1, "sample_batch": 4},
@@ -154,8 +154,8 @@ def plain(folder: Path | None, prompt: str, seed: int) -> numpy.ndarray:
             prompt,
             num_inference_steps=2,
             guidance_scale=1.5,
-            height=64,
-            width=64,
+            height=32,
+            width=32,
             max_sequence_length=16,
             generator=generators([seed]),
             output_type="np",
@@ -536,7 +536,7 @@ def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
             "rewards": "colourfulness",
             "output": tmp_path,
         },
-        ["--sampling.resolution", "64"],
+        ["--sampling.resolution", "32"],
     )
     assert [one.label for one in plan.candidates] == ["base", "mine"]
     assert (
@@ -571,19 +571,19 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         ({"prompts": str(tmp_path / "empty.txt")}, "should hold at least one prompt. Found none"),
         ({"seeds": "one"}, "--seeds: should be whole numbers"),
         ({"rewards": "sharpness,"}, "--rewards: should be different names"),
-        ({"soup": "a,c"}, "unknown model 'c'. Known: a, a/step-1, a/step-2, b"),
+        ({"run": [a, b], "soup": "a,c"}, "unknown model 'c'. Known: a, a/step-1, a/step-2, b"),
         ({"soup": "a"}, "--soup: should name at least two"),
         ({"run": [], "config": None}, "should come from --run, or .* Found none of them"),
         ({"pipeline": "tiny"}, "Found --run, --pipeline"),
         ({"lora": [f"a={b}"]}, "--lora: should have another name than a run"),
-        ({"lora": [b]}, "--lora: should have another name than a run"),
+        ({"run": [a, b], "lora": [b]}, "--lora: should have another name than a run"),
         ({"lora": [f"c={b}"]}, "Found the folder of a run; --run evaluates"),
         ({"resolution": "65"}, "sampling.resolution: should be a multiple of 16"),
         ({"shown": 0}, "--shown: should be at least 1"),
     ]
     for options, message in cases:
         with pytest.raises(ConfigError, match=message):
-            ask(runs, tmp_path / "out", **options)
+            ask(runs, tmp_path / "out", **({"run": [a]} | options))
 
     changed = tmp_path / "b"
     shutil.copytree(runs / "b", changed)

@@ -28,7 +28,7 @@ from moa_diffusion.types import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "policy": {"max_sequence_length": 16, "lora": {"rank": 2}},
-    "sampling": {"resolution": 64, "steps": 2},
+    "sampling": {"resolution": 32, "steps": 2},
     "prompts": {"train": "tiny", "heldout": "tiny"},
     "rewards": {"colourfulness": {"weight": 2.0}, "sharpness": {}},
     "trainer": {"groups": 2, "group_size": 2, "updates": 1, "sample_batch": 8},

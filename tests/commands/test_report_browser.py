@@ -155,6 +155,13 @@ def opened(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
     assert wrong == []
 
 
+@pytest.fixture(scope="module")
+def shown(browser: Any, report: Path) -> Iterator[Any]:
+    """The report, opened once for tests that leave it as they found it: loading takes longest."""
+    with opened(browser, report) as page:
+        yield page
+
+
 def until(page: Any, expression: str) -> None:
     """Wait until an expression holds; Playwright's own way is what the page's policy forbids."""
     for _ in range(int(HANG / 0.05)):
@@ -181,82 +188,83 @@ def see_everything(page: Any) -> None:
     )
 
 
-def test_everything_is_drawn_without_a_word(browser: Any, report: Path):
-    with opened(browser, report) as page:
-        for name in SECTIONS:
-            assert page.locator(f"#{name}").is_visible()
-        see_everything(page)
-        for name in CHARTS:
-            assert page.locator(f"#{name} .plot .main-svg").count() > 0, name
-        titles = page.locator("#rewards h4").all_text_contents()
-        assert titles == ["text", "colour (points)", "watched, held-out"]
-        assert "correlations" in page.locator("#conflict h4").first.text_content()
-        assert page.locator("#conflict .plot").first.get_attribute("aria-label").endswith("-0.250")
-        assert page.locator("#front-plot .points path").count() == len(MODELS)
-        assert page.locator("#summary .card").count() == 2
-        assert page.locator("#samples .sample").count() == 16
-        # Every cell has been seen, so it holds its picture and its scores.
-        assert page.locator("#cells .cell img[alt]").count() > 0
-        missing = page.locator("#cells tbody tr").nth(3).locator(".score").nth(1)
-        assert missing.text_content() == "colour-"
-        page.emulate_media(color_scheme="dark")
-        label = "document.querySelector('#front-plot .xtick text').style.fill"
-        until(page, f"{label} === 'rgb(232, 234, 236)'")
+def test_everything_is_drawn_without_a_word(shown: Any):
+    page = shown
+    for name in SECTIONS:
+        assert page.locator(f"#{name}").is_visible()
+    see_everything(page)
+    for name in CHARTS:
+        assert page.locator(f"#{name} .plot .main-svg").count() > 0, name
+    titles = page.locator("#rewards h4").all_text_contents()
+    assert titles == ["text", "colour (points)", "watched, held-out"]
+    assert "correlations" in page.locator("#conflict h4").first.text_content()
+    assert page.locator("#conflict .plot").first.get_attribute("aria-label").endswith("-0.250")
+    assert page.locator("#front-plot .points path").count() == len(MODELS)
+    assert page.locator("#summary .card").count() == 2
+    assert page.locator("#samples .sample").count() == 16
+    # Every cell has been seen, so it holds its picture and its scores.
+    assert page.locator("#cells .cell img[alt]").count() > 0
+    missing = page.locator("#cells tbody tr").nth(3).locator(".score").nth(1)
+    assert missing.text_content() == "colour-"
+    page.emulate_media(color_scheme="dark")
+    label = "document.querySelector('#front-plot .xtick text').style.fill"
+    until(page, f"{label} === 'rgb(232, 234, 236)'")
+    page.emulate_media(color_scheme="light")
 
 
-def test_alarms_are_listed_and_marked(browser: Any, report: Path):
-    with opened(browser, report) as page:
-        assert MESSAGE in page.locator("#alarms tbody").text_content()
-        assert page.get_by_role("link", name="1 alarm").is_visible()
-        see_everything(page)
-        marked = page.evaluate(
-            """[...document.querySelectorAll('#rewards .plot')].map((plot) => [
-                plot.data
-                    .filter((one) => one.meta === 'alarm')
-                    .map((one) => [one.x[0], one.hovertext]),
-                plot.layout.shapes.map((one) => [one.x0, one.x1]),
-            ])"""
-        )
-        line = [[8, f"b, rollout 8: {MESSAGE}"]]
-        assert marked == [[line, [[4, 8]]]] * 3
-        dashes = "document.querySelectorAll('#rewards .plot')[{}].data.map((one) => one.line?.dash)"
-        assert "dash" in page.evaluate(dashes.format(2))
-        assert "dash" not in page.evaluate(dashes.format(0))
-        plot = page.locator("#rewards .plot").first
-        plot.scroll_into_view_if_needed()
-        place = page.evaluate(
-            """() => {
-                const plot = document.querySelector('#rewards .plot');
-                const { left, top } = plot.getBoundingClientRect();
-                const { xaxis, yaxis2 } = plot._fullLayout;
-                const [x, y] = [xaxis._offset + xaxis.d2p(8), yaxis2._offset + yaxis2.d2p(0.3)];
-                return [left + x, top + y];
-            }"""
-        )
-        page.mouse.move(place[0] - 3, place[1])
-        page.mouse.move(*place)
-        page.wait_for_selector(f"#rewards .hoverlayer :text('{MESSAGE}')")
-
-
-def test_the_seed_switch_changes_the_pictures(browser: Any, report: Path):
-    with opened(browser, report) as page:
-        page.locator("#cells .cell").first.scroll_into_view_if_needed()
-        colour = """(image) => {
-            const canvas = new OffscreenCanvas(48, 48).getContext('2d');
-            canvas.drawImage(image, 0, 0, 48, 48);
-            return canvas.getImageData(24, 24, 1, 1).data[2] > 100;
+def test_alarms_are_listed_and_marked(shown: Any):
+    page = shown
+    assert MESSAGE in page.locator("#alarms tbody").text_content()
+    assert page.get_by_role("link", name="1 alarm").is_visible()
+    see_everything(page)
+    marked = page.evaluate(
+        """[...document.querySelectorAll('#rewards .plot')].map((plot) => [
+            plot.data
+                .filter((one) => one.meta === 'alarm')
+                .map((one) => [one.x[0], one.hovertext]),
+            plot.layout.shapes.map((one) => [one.x0, one.x1]),
+        ])"""
+    )
+    line = [[8, f"b, rollout 8: {MESSAGE}"]]
+    assert marked == [[line, [[4, 8]]]] * 3
+    dashes = "document.querySelectorAll('#rewards .plot')[{}].data.map((one) => one.line?.dash)"
+    assert "dash" in page.evaluate(dashes.format(2))
+    assert "dash" not in page.evaluate(dashes.format(0))
+    plot = page.locator("#rewards .plot").first
+    plot.scroll_into_view_if_needed()
+    place = page.evaluate(
+        """() => {
+            const plot = document.querySelector('#rewards .plot');
+            const { left, top } = plot.getBoundingClientRect();
+            const { xaxis, yaxis2 } = plot._fullLayout;
+            const [x, y] = [xaxis._offset + xaxis.d2p(8), yaxis2._offset + yaxis2.d2p(0.3)];
+            return [left + x, top + y];
         }"""
-        image = page.locator("#cells .cell img").first
-        loaded = "document.querySelector('#cells .cell img')?.naturalWidth === 48"
-        until(page, loaded)
-        assert image.evaluate(colour) is False
-        page.get_by_role("radio", name="8").check()
-        until(page, loaded)
-        assert image.evaluate(colour) is True
-        page.keyboard.press("ArrowLeft")
-        until(page, loaded)
-        assert page.get_by_role("radio", name="7").is_checked()
-        assert image.evaluate(colour) is False
+    )
+    page.mouse.move(place[0] - 3, place[1])
+    page.mouse.move(*place)
+    page.wait_for_selector(f"#rewards .hoverlayer :text('{MESSAGE}')")
+
+
+def test_the_seed_switch_changes_the_pictures(shown: Any):
+    page = shown
+    page.locator("#cells .cell").first.scroll_into_view_if_needed()
+    colour = """(image) => {
+        const canvas = new OffscreenCanvas(48, 48).getContext('2d');
+        canvas.drawImage(image, 0, 0, 48, 48);
+        return canvas.getImageData(24, 24, 1, 1).data[2] > 100;
+    }"""
+    image = page.locator("#cells .cell img").first
+    loaded = "document.querySelector('#cells .cell img')?.naturalWidth === 48"
+    until(page, loaded)
+    assert image.evaluate(colour) is False
+    page.get_by_role("radio", name="8").check()
+    until(page, loaded)
+    assert image.evaluate(colour) is True
+    page.keyboard.press("ArrowLeft")
+    until(page, loaded)
+    assert page.get_by_role("radio", name="7").is_checked()
+    assert image.evaluate(colour) is False
 
 
 def test_a_click_on_the_front_leads_to_the_column(browser: Any, report: Path):
@@ -328,39 +336,43 @@ def test_the_keyboard_alone_is_enough(browser: Any, report: Path):
         assert page.evaluate(here) == ["1", "2"]
 
 
-def test_originals_are_loaded_and_linked_on_demand(browser: Any, report: Path):
-    with opened(browser, report) as page:
-        page.locator("#cells .cell").nth(6).click()
-        assert page.locator("#compare-title").text_content() == "a red sign (seed 7)"
-        link = page.locator("#original-after")
-        assert link.get_attribute("href") == "images/2-1-0.png"
-        page.locator("#compare-full").check()
-        until(
-            page,
-            """(() => {
-                const image = document.querySelector('#picture-after');
-                return image.src.endsWith('images/2-1-0.png') && image.naturalWidth === 48;
-            })()""",
-        )
-        page.locator("#compare-before").select_option("a/step-2")
-        rows = page.locator("#compare-scores tbody tr")
-        assert rows.count() == 2
-        page.get_by_role("button", name="Next prompt").click()
-        assert page.locator("#compare-title").text_content() == "a green sign (seed 7)"
-        with page.context.expect_page() as shown:
-            link.click()
-        shown.value.wait_for_load_state()
-        assert shown.value.url.endswith("images/2-2-0.png")
-        assert shown.value.evaluate("document.images[0].naturalWidth") == 48
+def test_originals_are_loaded_and_linked_on_demand(shown: Any):
+    page = shown
+    page.locator("#cells .cell").nth(6).click()
+    assert page.locator("#compare-title").text_content() == "a red sign (seed 7)"
+    link = page.locator("#original-after")
+    assert link.get_attribute("href") == "images/2-1-0.png"
+    page.locator("#compare-full").check()
+    until(
+        page,
+        """(() => {
+            const image = document.querySelector('#picture-after');
+            return image.src.endsWith('images/2-1-0.png') && image.naturalWidth === 48;
+        })()""",
+    )
+    page.locator("#compare-before").select_option("a/step-2")
+    rows = page.locator("#compare-scores tbody tr")
+    assert rows.count() == 2
+    page.get_by_role("button", name="Next prompt").click()
+    assert page.locator("#compare-title").text_content() == "a green sign (seed 7)"
+    with page.context.expect_page() as original:
+        link.click()
+    original.value.wait_for_load_state()
+    assert original.value.url.endswith("images/2-2-0.png")
+    assert original.value.evaluate("document.images[0].naturalWidth") == 48
+    original.value.close()
+    page.keyboard.press("Escape")
+    assert not page.locator("#compare").is_visible()
 
 
-def test_prompts_can_be_found(browser: Any, report: Path):
-    with opened(browser, report) as page:
-        page.get_by_role("searchbox").fill("BL")
-        assert page.locator("#cells tbody tr:visible").count() == 2
-        assert page.locator("#found").text_content() == "2 of 12 prompts"
-        page.get_by_role("searchbox").fill("nothing")
-        assert page.locator("#cells tbody tr:visible").count() == 0
+def test_prompts_can_be_found(shown: Any):
+    page = shown
+    page.get_by_role("searchbox").fill("BL")
+    assert page.locator("#cells tbody tr:visible").count() == 2
+    assert page.locator("#found").text_content() == "2 of 12 prompts"
+    page.get_by_role("searchbox").fill("nothing")
+    assert page.locator("#cells tbody tr:visible").count() == 0
+    page.get_by_role("searchbox").fill("")
 
 
 def test_a_phone_shows_all_of_it(browser: Any, report: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,12 +124,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", [*KINDS, "offline"])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, kind: str) -> None:
+    """From what a run left that was killed before its last checkpoint."""
     changes = preferences(tmp_path / "pairs.jsonl") if kind == "offline" else KINDS[kind]
     changes = merged({"trainer": {"steps": 2}}, changes)
     steps = changes["trainer"]["steps"]
     make(tmp_path / "straight", **changes).run()
-    shorter = merged(changes, {"trainer": {"steps": 1}})
-    make(tmp_path / "run", **shorter).run()
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    for step in range(2, steps + 1):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
     make(tmp_path / "run", **changes, resume="latest").run()
     assert difference(adapter(tmp_path / "run", steps), adapter(tmp_path / "straight", steps)) == 0
     assert rows(tmp_path / "run")[-1] == rows(tmp_path / "straight")[-1]
@@ -190,7 +193,7 @@ def test_a_second_stage_learns_from_preferences_over_its_start(tmp_path: Path) -
 
 
 def test_value_heads_give_decisions_of_one_text_different_advantages(tmp_path: Path) -> None:
-    trainer = make(tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 6})
+    trainer = make(tmp_path / "run", loss={"kind": "ppo"}, trainer={"steps": 2})
     seen: list[torch.Tensor] = []
     descend = trainer.learner.update.descend
 
@@ -221,12 +224,12 @@ def one_of_two_processes(folder: Path, names: list[str]) -> None:
 def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
     """Value heads, groups cut over processes, and texts gathered; then preferences."""
     offline = preferences(tmp_path / "pairs.jsonl")
-    offline["evaluation"] = {"every": 0}
-    changes = {"ppo": {"loss": {"kind": "ppo"}, "evaluation": {"every": 0}}, "offline": offline}
+    two = {"evaluation": {"every": 0}, "trainer": {"steps": 2}}
+    changes = {"ppo": {"loss": {"kind": "ppo"}} | two, "offline": merged(offline, two)}
     for name, change in changes.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(merged(FAST, change)))
         make(tmp_path / name / "one", **change).run()
-    two = subprocess.run(
+    done = subprocess.run(
         [
             *[python(), "-m", "torch.distributed.run", "--standalone"],
             *["--nproc_per_node", "2", __file__, str(tmp_path), *changes],
@@ -237,8 +240,8 @@ def test_two_processes_and_one_learn_the_same(tmp_path: Path) -> None:
         text=True,
         timeout=HANG,
     )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("Processes: 2") == len(changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Processes: 2") == len(changes)
     for name, change in changes.items():
         last = merged(FAST, change)["trainer"]["steps"]
         one, other = (adapter(tmp_path / name / kind, last) for kind in ("one", "two"))

@@ -104,7 +104,7 @@ def test_null_on_the_command_line_takes_a_key_away(tmp_path):
 
 @pytest.mark.parametrize("text", ["off", "'off'", "no", '"3"'])
 def test_text_in_open_mappings_stays_text(tmp_path, text):
-    """YAML 1.1 would make a truth value of a bare off, and jsonargparse of a quoted one as well."""
+    """YAML 1.1 would make a truth value of a bare off, and some parsers of a quoted one as well."""
     base = "rewards: {a: {}}\nevaluation: {every: 0}\n"
     expected = text.strip("'\"")
     from_file = loaded(tmp_path, base + f"objectives: {{weighting: {{conflict: {text}}}}}")

@@ -17,7 +17,7 @@ from moa_diffusion.types import ConfigError, Request
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
 CPU = torch.device("cpu")
-SMALL = {"resolution": 64, "steps": 4, "max_sequence_length": 16, "lora_rank": 4}
+SMALL = {"resolution": 32, "steps": 4, "max_sequence_length": 16, "lora_rank": 4}
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
         [request.prompt for request in asked],
         num_inference_steps=6,
         guidance_scale=4.5,
-        height=64,
-        width=64,
+        height=32,
+        width=32,
         max_sequence_length=16,
         generator=generators([request.seed for request in asked]),
         output_type="pt",
@@ -209,8 +209,8 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
         "prompt": [request.prompt for request in asked],
         "num_inference_steps": 6,
         "guidance_scale": 1.0,
-        "height": 64,
-        "width": 64,
+        "height": 32,
+        "width": 32,
         "max_sequence_length": 16,
         "output_type": "pt",
     }

@@ -7,8 +7,9 @@ import random
 import numpy
 import pytest
 import torch
+from accelerate.utils import set_seed
 
-from moa_diffusion.processes.randomness import undisturbed
+from moa_diffusion.processes.randomness import seed_globally, undisturbed
 
 
 def draw() -> tuple[float, float, float]:
@@ -30,3 +31,11 @@ def test_what_is_drawn_inside_does_not_count(fails):
     except ZeroDivisionError:
         pass
     assert draw() == expected
+
+
+def test_a_seed_means_what_it_does_to_accelerate():
+    found = []
+    for seed in (set_seed, seed_globally):
+        seed(2**32 - 1)
+        found.append(draw())
+    assert found[0] == found[1]

@@ -43,3 +43,7 @@ def test_volumes_are_those_of_boxes():
     volumes = hypervolumes(points)
     assert volumes[:2].tolist() == [3.0, 2.0]
     assert math.isnan(volumes[2])
+    for model, boxes in ((0, [2.0, 2.0]), (1, [2.0, 0.0])):  # each model by itself
+        volumes = hypervolumes(points[:, [model]])
+        assert volumes[:2].tolist() == boxes
+        assert math.isnan(volumes[2])

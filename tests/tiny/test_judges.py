@@ -266,7 +266,7 @@ def test_ranks_correlate() -> None:
 
 @pytest.mark.slow
 def test_can_be_rebuilt(tmp_path, monkeypatch) -> None:
-    command = "--clip_steps 2 --clip_batch 6 --deqa_steps 2 --deqa_batch 6"
+    command = "--clip_steps 2 --clip_batch 6 --deqa_steps 2 --deqa_batch 6 --processes 1"
     script = str(ROOT / "scripts" / "dev" / "make_judges.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path), *command.split()])
     runpy.run_path(script, run_name="__main__")

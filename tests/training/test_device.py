@@ -6,6 +6,7 @@ import copy
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sections import sd3_policy
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.config.schema import CriticConfig, GradientsConfig, LossConfig
@@ -103,6 +104,14 @@ class Pretended(TorchDispatchMode):
         return found
 
 
+def pretending_not(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Arguments of a call with the CPU in place of any device."""
+    args = [CPU if isinstance(one, torch.device) else one for one in args]
+    return args, {
+        name: CPU if isinstance(one, torch.device) else one for name, one in kwargs.items()
+    }
+
+
 class _Calls(TorchFunctionMode):
     """The calls by which tensors change their place, which in main memory would be nothing."""
 
@@ -123,10 +132,9 @@ class _Calls(TorchFunctionMode):
             return func(self.device.taken(mine), *args[1:], **kwargs)
         if func is torch.Tensor.to:
             return self._to(mine, args, kwargs)
-        asked = [place for place in tree_leaves(kwargs) if isinstance(place, torch.device)]
-        args, kwargs = tree_map_only(torch.device, lambda _: CPU, (args, kwargs))
-        found = func(*args, **kwargs)
-        if (DEVICE in asked) or (on and func is torch.Tensor.new_tensor):
+        args, mapped = pretending_not(args, kwargs)
+        found = func(*args, **mapped)
+        if (DEVICE in kwargs.values()) or (on and func is torch.Tensor.new_tensor):
             if func in FROM_HOST:
                 self.device.note("send")
             self.device.put(found)
@@ -144,7 +152,7 @@ class _Calls(TorchFunctionMode):
                 target = self.device.has(place)
             elif isinstance(place, str):
                 target = torch.device(place).type == DEVICE.type
-        args, kwargs = tree_map_only(torch.device, lambda _: CPU, (args, kwargs))
+        args, kwargs = pretending_not(args, kwargs)
         found = torch.Tensor.to(*args, **kwargs)
         if target and not on:
             self.device.note("send")
@@ -171,13 +179,18 @@ class Embeddings:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def shared_pipeline() -> Any:
     return random_pipeline(SMALLEST)
+
+
+@pytest.fixture
+def pipeline(shared_pipeline: Any) -> Any:
+    return copy.deepcopy(shared_pipeline)  # here, where nothing looks at every call of it
 
 
 def on_device(device: Pretended, pipeline: Any, **options: Any) -> SD3Policy:
     policy: Any = sd3_policy(
-        copy.deepcopy(pipeline),
+        pipeline,
         device=DEVICE,
         seed=0,
         resolution=8,

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,12 @@ import torch
 from fixed_objectives import FixedObjectives
 from sections import sd3_policy
 
-from moa_diffusion import tiny
+from benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion.config.schema import GradientsConfig, LossConfig
 from moa_diffusion.distributed import Comm, LocalComm
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.normalize import DualStage
-from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.critic import Estimates
 from moa_diffusion.training.ema import EMA
@@ -39,7 +39,12 @@ PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    return load_pipeline(str(tiny.PIPELINE_PATH))
+    return random_pipeline(
+        replace(
+            SMALLEST,
+            transformer={**SMALLEST.transformer, "sample_size": 8, "pos_embed_max_size": 4},
+        )
+    )
 
 
 @pytest.fixture(params=["toy", "sd3"])
@@ -49,7 +54,7 @@ def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
         return ToyPolicy(steps=2)
     made = sd3_policy(
         copy.deepcopy(pipeline),
-        resolution=64,
+        resolution=16,  # 16 tokens
         steps=4,
         guidance=1.0,
         max_sequence_length=16,
