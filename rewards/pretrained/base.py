@@ -220,16 +220,19 @@ class ModelHead(RewardHead):
                 )
                 key = (self._recipe(), weights.folder, weights.files, self.dtype, self.device)
                 shared = _share(key, lambda: self._built(weights))
-                weights.expect(self.sha256, shared.digest)  # another head may have loaded it
+                if self.sha256 is not None and not shared.reread:  # another head has loaded it
+                    shared.digest, shared.reread = weights.digest(), True
+                weights.expect(self.sha256, shared.digest)
                 self._prepare(weights)
                 self._provenance = {"revision": weights.revision, "sha256": shared.digest}
                 self._shared = shared
             return self._shared
 
     def _built(self, weights: Weights) -> _Shared:
-        digest = weights.digest()
+        reread = self.sha256 is not None
+        digest = weights.digest(reread=reread)
         weights.expect(self.sha256, digest)  # before anything is made of the files
-        return _Shared(self._build(weights).eval().requires_grad_(False), digest)
+        return _Shared(self._build(weights).eval().requires_grad_(False), digest, reread=reread)
 
     def _score_rows(
         self,
@@ -312,9 +315,9 @@ def pick_device(device: str) -> torch.device:
 class _Shared:
     """A loaded module and where it stands; held by the heads that use it."""
 
-    def __init__(self, module: nn.Module, digest: str) -> None:
+    def __init__(self, module: nn.Module, digest: str, *, reread: bool) -> None:
         self.module = module
-        self.digest = digest
+        self.digest, self.reread = digest, reread  # see `Weights.digest`
         self.device = torch.device("cpu")
         self.lock = threading.Lock()
 

@@ -30,6 +30,7 @@ from rewards.base import RewardError
 
 _PACKAGE = "package://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")  # of a git blob, a small file, it is 40 digits of SHA-1
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 # The order in which transformers looks.
@@ -54,15 +55,24 @@ class Weights:
         """Return whether all these files are in the folder."""
         return all((self.folder / name).is_file() for name in names)
 
-    def digest(self) -> str:
+    def digest(self, *, reread: bool = True) -> str:
         """Return the SHA-256 of the files that hold tensors, in hexadecimal.
 
         Of one file, what ``sha256sum FILE`` prints. Of several, with the names in the order of
         their bytes, what ``sha256sum FILE... | sha256sum`` prints in their folder.
+
+        Args:
+            reread: Whether every file is read. Else of a file in the hub's cache that is called by
+                its SHA-256, as large files there are, the name counts: what was fetched, whatever
+                has happened to it on the disk since.
         """
         digests = {}
         for name in self.files:
-            with open(self.folder / name, "rb") as file:
+            path = (self.folder / name).resolve()
+            if not reread and path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
+                digests[name] = path.name
+                continue
+            with path.open("rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         if len(digests) == 1:
             return next(iter(digests.values()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +223,45 @@ def test_loading_leaves_gradients_off_and_texts_are_refused(folder):
     assert not any(p.requires_grad for p in head._shared.module.parameters())
     with pytest.raises(RewardError, match="scores images"):
         head(RewardBatch(prompts=["a"], texts=["b"]))
+
+
+def cached(folder: str, root: Path) -> Path:
+    """Return a snapshot as the hub's cache has it: links to blobs called by their SHA-256."""
+    blobs, snapshot = root / "blobs", root / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    content = (Path(folder) / "model.safetensors").read_bytes()
+    blob = blobs / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    return snapshot
+
+
+def test_of_the_hubs_files_the_name_is_the_digest_unless_one_is_expected(
+    folder, tmp_path, monkeypatch
+):
+    """Of 16 GB it is known at once; whoever names a digest has the files read."""
+    snapshot = cached(folder, tmp_path / "models--a--b")
+    digest = (snapshot / "model.safetensors").resolve().name
+    read, count = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: count.append(args) or read(*args))
+    by_name = ToyHead(str(snapshot))
+    by_name.load()
+    assert by_name.provenance()["sha256"] == digest
+    assert count == []
+    by_content = ToyHead(str(snapshot), sha256=digest)
+    by_content.load()
+    assert len(count) == 1, "although another head had loaded it"
+    ToyHead(folder).load()
+    assert len(count) == 2, "another folder's file has another name"
+    by_name.close()
+    by_content.close()
+    blob = (snapshot / "model.safetensors").resolve()
+    changed = bytearray(blob.read_bytes())
+    changed[-1] ^= 1
+    blob.write_bytes(changed)
+    with pytest.raises(RewardError, match=f"expected is {digest}"):
+        ToyHead(str(snapshot), sha256=digest).load()
 
 
 def test_the_expected_digest_is_checked_before_anything_is_built(folder):
