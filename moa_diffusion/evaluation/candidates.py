@@ -88,12 +88,12 @@ def run_settings(runs: Mapping[str, Path], overrides: Sequence[str]) -> dict[str
     return {name: config.load(folder / "config.yaml", overrides) for name, folder in runs.items()}
 
 
-def shared_settings(settings: Mapping[str, Config], medium: Medium) -> Config:
+def shared_settings(settings: Mapping[str, Config], medium: type[Medium]) -> Config:
     """Return one configuration for all: the first, with the rewards of all, held-out ones included.
 
     Args:
         settings: Configurations by name.
-        medium: What the first of them draws.
+        medium: The kind of what the first of them draws.
 
     Raises:
         ConfigError: If the models would not be drawn alike or are not of one base model, or if
@@ -178,7 +178,6 @@ def saved_steps(run: Path, chosen: str | None, every: int | None) -> list[int]:
 
 
 def candidates(
-    settings: Config,
     medium: Medium,
     runs: Mapping[str, Path],
     loras: Mapping[str, Path],
@@ -192,8 +191,7 @@ def candidates(
     """Return all models to evaluate, the base model first.
 
     Args:
-        settings: The settings that all share, which ``Medium.check`` has passed.
-        medium: What the models draw.
+        medium: What the models draw, with settings that its ``check`` has passed.
         runs: Folders of runs by name.
         loras: Folders of LoRA weights by name.
         chosen: See ``saved_steps``.
@@ -210,7 +208,7 @@ def candidates(
     for name in loras:
         if name in runs:
             raise ConfigError(f"--lora: should have another name than a run. Found {name!r}.")
-    read = medium.reader(settings)
+    read = medium.reader()
     models = [Candidate(label=BASE, series="")]
     for name, run in runs.items():
         for step in saved_steps(run, chosen, every):

@@ -85,7 +85,7 @@ def carrying_policy(plan: EvaluationPlan, device: torch.device) -> Policy:
     adapters = [one.adapter for one in plan.candidates if one.adapter is not None]
     rank, names = carrier(adapters)
     lora = LoraConfig(rank=rank, alpha=rank, target_modules=names or None)
-    return plan.medium.policy(plan.settings, lora, device)
+    return plan.medium.policy(lora, device)
 
 
 def generate(policy: Policy, candidate: Candidate, requests: Sequence[Request]) -> Outputs:

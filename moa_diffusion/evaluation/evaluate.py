@@ -36,13 +36,13 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
         check_launcher(accelerator)
         heads = assembly.heads(settings)
         assembly.check_requirements("rewards", heads, plan.prompts)
-        sampler, outputs = medium.sampler(settings, accelerator.device), medium.cache(plan.cache)
+        sampler, outputs = medium.sampler(accelerator.device), medium.cache(plan.cache)
     memory = plan.cache / "digests.txt"
     with working(comm):
         if comm.rank == 0:
-            medium.base_digest(settings, memory)
+            medium.base_digest(memory)
     with working(comm):
-        base = medium.base_digest(settings, memory)  # the first process has written it down
+        base = medium.base_digest(memory)  # the first process has written it down
     digests = tuple(model_digest(base, candidate.digest) for candidate in plan.candidates)
     samples = tuple(
         Sample(

@@ -110,38 +110,41 @@ class Images:
     }
     weights = DIFFUSERS
 
-    def check(self, settings: Config, prompts: Sequence[str]) -> None:
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.path, self.revision = assembly.model_path(settings), settings.policy.revision
+
+    def check(self, prompts: Sequence[str]) -> None:
         """Check that the settings fit the model; any prompt can be drawn."""
         check_fit(
-            assembly.model_path(settings),
-            revision=settings.policy.revision,
-            resolution=settings.sampling.resolution,
+            self.path,
+            revision=self.revision,
+            resolution=self.settings.sampling.resolution,
             target_modules=None,
         )
 
-    def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        transformer = sd3_skeleton(assembly.model_path(settings), revision=settings.policy.revision)
+    def reader(self) -> Callable[[Path], Adapter]:
+        transformer = sd3_skeleton(self.path, revision=self.revision)
         return partial(read_sd3_adapter, transformer=transformer)
 
-    def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
+    def write_adapter(self, adapter: Adapter, folder: Path) -> None:
         write_adapter(adapter, folder)
 
-    def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
+    def copy_adapter(self, source: Path, folder: Path) -> None:
         shutil.copy(source / DIFFUSERS, folder / DIFFUSERS)
 
-    def sampler(self, settings: Config, device: torch.device) -> ImageSettings:
-        return ImageSettings.of(settings, assembly.model_path(settings))
+    def sampler(self, device: torch.device) -> ImageSettings:
+        return ImageSettings.of(self.settings, self.path)
 
-    def base_digest(self, settings: Config, memory: Path) -> str:
-        path, revision = assembly.model_path(settings), settings.policy.revision
-        return base_digest(path, revision=revision, memory=memory)
+    def base_digest(self, memory: Path) -> str:
+        return base_digest(self.path, revision=self.revision, memory=memory)
 
     def cache(self, folder: Path) -> ImageCache:
         return ImageCache(folder / "images")
 
-    def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
-        return assembly.policy(dataclasses.replace(settings, policy=model), device)
+    def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
+        model = dataclasses.replace(self.settings.policy, lora=lora, adapter=None)
+        return assembly.policy(dataclasses.replace(self.settings, policy=model), device)
 
     def request(self, prompt: str, seed: int) -> Request:
         """Start from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call.

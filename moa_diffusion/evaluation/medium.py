@@ -19,7 +19,7 @@ from moa_diffusion.types import ConfigError, Request
 
 
 class Medium(Protocol):
-    """How one kind of output is drawn and stored."""
+    """How one kind of output is drawn and stored, with one configuration's base model."""
 
     noun: str  # what is drawn, in the plural
     options: Mapping[str, str]  # of scripts/evaluate.py, and the keys that they set
@@ -27,7 +27,9 @@ class Medium(Protocol):
     shared: Mapping[str, str | None]
     weights: str  # file of an adapter
 
-    def check(self, settings: Config, prompts: Sequence[str]) -> None:
+    def __init__(self, settings: Config) -> None: ...
+
+    def check(self, prompts: Sequence[str]) -> None:
         """Check that the base model can draw these prompts so, before its weights are read.
 
         Raises:
@@ -35,23 +37,23 @@ class Medium(Protocol):
         """
         ...
 
-    def reader(self, settings: Config) -> Callable[[Path], Adapter]:
+    def reader(self) -> Callable[[Path], Adapter]:
         """Return what reads a folder of LoRA weights, and raises ``ConfigError``."""
         ...
 
-    def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
+    def write_adapter(self, adapter: Adapter, folder: Path) -> None:
         """Write it into a folder that exists, for the loaders that read ``weights``."""
         ...
 
-    def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
+    def copy_adapter(self, source: Path, folder: Path) -> None:
         """Write what a checkpoint's folder holds into another, the weights as they are."""
         ...
 
-    def sampler(self, settings: Config, device: torch.device) -> ImageSettings | TextSettings:
+    def sampler(self, device: torch.device) -> ImageSettings | TextSettings:
         """Return how outputs are drawn, beside the model, the prompt and the seed."""
         ...
 
-    def base_digest(self, settings: Config, memory: Path) -> str:
+    def base_digest(self, memory: Path) -> str:
         """Return the digest of the base model; see ``files_digest`` for the memory."""
         ...
 
@@ -59,7 +61,7 @@ class Medium(Protocol):
         """Return where outputs are kept, in a folder of a name of their own."""
         ...
 
-    def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
+    def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
         """Return the base model with a LoRA."""
         ...
 
@@ -68,11 +70,11 @@ class Medium(Protocol):
         ...
 
 
-MEDIA: dict[str, Medium] = {"sd3": Images(), "causal_lm": Texts()}
+MEDIA: dict[str, type[Medium]] = {"sd3": Images, "causal_lm": Texts}
 
 
-def medium_of(settings: Config) -> Medium:
-    """Return what a configuration's policy draws.
+def medium_of(settings: Config) -> type[Medium]:
+    """Return the kind of what a configuration's policy draws.
 
     Raises:
         ConfigError: If it draws nothing that could be looked at.

@@ -55,27 +55,25 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
     for name, value in options.items():
         check_encodable(f"--{name}", str(value) if isinstance(value, Path) else value)
     given = list(overrides)
-    for medium in MEDIA.values():
-        for option, key in medium.options.items():
+    for kind in MEDIA.values():
+        for option, key in kind.options.items():
             if options[option] is not None:
                 given += [f"--{key}", options[option]]
     runs = named_folders("--run", options["run"])
     loras = named_folders("--lora", options["lora"], files=True)
     each = _configurations(options, runs, given)
-    medium = medium_of(next(iter(each.values())))
-    settings = choose_rewards(
-        shared_settings(each, medium), _words("--rewards", options["rewards"])
-    )
-    _check_options(settings, medium, options)
+    kind = medium_of(next(iter(each.values())))
+    settings = choose_rewards(shared_settings(each, kind), _words("--rewards", options["rewards"]))
+    _check_options(settings, kind, options)
     prompts = chosen_prompts(settings, options["prompts"])
-    medium.check(settings, [prompt.text for prompt in prompts])
+    medium = kind(settings)
+    medium.check([prompt.text for prompt in prompts])
     seeds = _numbers("--seeds", options["seeds"])
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
     if options["shown"] < 1:
         raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
     models = candidates(
-        settings,
         medium,
         runs,
         loras,
@@ -131,7 +129,7 @@ def _policy_name(path: str) -> str:
     return "causal_lm" if writes else "sd3"
 
 
-def _check_options(settings: Config, medium: Medium, options: Mapping[str, Any]) -> None:
+def _check_options(settings: Config, medium: type[Medium], options: Mapping[str, Any]) -> None:
     """Check that no option belongs to the other medium: it would be without effect."""
     for other in MEDIA.values():
         for option in other.options:

@@ -100,47 +100,47 @@ class Texts:
     }
     weights = PEFT
 
-    def check(self, settings: Config, prompts: Sequence[str]) -> None:
+    def __init__(self, settings: Config) -> None:
+        self.settings = settings
+        self.path, self.revision = assembly.model_path(settings), settings.policy.revision
+
+    def check(self, prompts: Sequence[str]) -> None:
         """Check that the settings fit the model and that no prompt is too long."""
-        generation = settings.generation
+        generation = self.settings.generation
         check_fit(
-            assembly.model_path(settings),
-            revision=settings.policy.revision,
+            self.path,
+            revision=self.revision,
             max_new_tokens=generation.max_new_tokens,
             max_prompt_tokens=generation.max_prompt_tokens,
             chat=generation.chat,
             prompts=prompts,
         )
 
-    def reader(self, settings: Config) -> Callable[[Path], Adapter]:
-        path = assembly.model_path(settings)
-        return partial(
-            read_text_adapter,
-            model=text_skeleton(path, revision=settings.policy.revision),
-            base=path,
-        )
+    def reader(self) -> Callable[[Path], Adapter]:
+        model = text_skeleton(self.path, revision=self.revision)
+        return partial(read_text_adapter, model=model, base=self.path)
 
-    def write_adapter(self, settings: Config, adapter: Adapter, folder: Path) -> None:
-        model = text_skeleton(assembly.model_path(settings), revision=settings.policy.revision)
-        write_adapter(adapter, folder, model, base=_hub_id(settings))
+    def write_adapter(self, adapter: Adapter, folder: Path) -> None:
+        model = text_skeleton(self.path, revision=self.revision)
+        write_adapter(adapter, folder, model, base=self._hub_id())
 
-    def copy_adapter(self, settings: Config, source: Path, folder: Path) -> None:
-        copy_adapter(source, folder, base=_hub_id(settings))
+    def copy_adapter(self, source: Path, folder: Path) -> None:
+        copy_adapter(source, folder, base=self._hub_id())
 
-    def sampler(self, settings: Config, device: torch.device) -> TextSettings:
-        return TextSettings.of(settings, assembly.model_path(settings), device)
+    def sampler(self, device: torch.device) -> TextSettings:
+        return TextSettings.of(self.settings, self.path, device)
 
-    def base_digest(self, settings: Config, memory: Path) -> str:
-        path, revision = assembly.model_path(settings), settings.policy.revision
-        return base_digest(path, revision=revision, memory=memory)
+    def base_digest(self, memory: Path) -> str:
+        return base_digest(self.path, revision=self.revision, memory=memory)
 
     def cache(self, folder: Path) -> TextCache:
         return TextCache(folder / "texts")
 
-    def policy(self, settings: Config, lora: LoraConfig, device: torch.device) -> Policy:
-        model = dataclasses.replace(settings.policy, lora=lora, adapter=None)
-        loss = dataclasses.replace(settings.loss, kind="grpo")  # no features for value heads
-        return assembly.causal_lm(dataclasses.replace(settings, policy=model, loss=loss), device)
+    def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
+        model = dataclasses.replace(self.settings.policy, lora=lora, adapter=None)
+        loss = dataclasses.replace(self.settings.loss, kind="grpo")  # no features for value heads
+        settings = dataclasses.replace(self.settings, policy=model, loss=loss)
+        return assembly.causal_lm(settings, device)
 
     def request(self, prompt: str, seed: int) -> Request:
         """Return a request whose noise is the same for all models, and another for every prompt.
@@ -151,11 +151,9 @@ class Texts:
         """
         return Request(prompt=prompt, seed=derive_seed(seed, "completion", prompt))
 
+    def _hub_id(self) -> str | None:
+        """Return the base model's name on the hub.
 
-def _hub_id(settings: Config) -> str | None:
-    """Return the base model's name on the hub.
-
-    It is None for a folder, whose place is of no use on another machine.
-    """
-    path = assembly.model_path(settings)
-    return None if Path(path).is_dir() else path
+        It is None for a folder, whose place is of no use on another machine.
+        """
+        return None if Path(self.path).is_dir() else self.path

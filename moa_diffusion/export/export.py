@@ -65,10 +65,11 @@ def export(
     if "," in checkpoint or checkpoint == "base":
         raise ConfigError(f"--checkpoint: should be latest or step-N. Found {checkpoint!r}.")
     each = run_settings(runs, ())
-    medium = medium_of(next(iter(each.values())))
-    settings = shared_settings(each, medium)
-    medium.check(settings, ())
-    _, *members = candidates(settings, medium, runs, {}, chosen=checkpoint, ema=ema)
+    kind = medium_of(next(iter(each.values())))
+    settings = shared_settings(each, kind)
+    medium = kind(settings)
+    medium.check(())
+    _, *members = candidates(medium, runs, {}, chosen=checkpoint, ema=ema)
     adapters = [one.adapter for one in members if one.adapter is not None]
     adapter = mix(adapters, shares)
     table = _evaluated(adapter, evaluation, runs)
@@ -139,9 +140,9 @@ def _write(
         single = [one for one, share in zip(members, shares, strict=True) if share == 1]
         if single and single[0].step is not None:
             folder = checkpoint.step_folder(runs[single[0].series], single[0].step)
-            medium.copy_adapter(settings, folder / ("ema" if single[0].ema else ""), partial)
+            medium.copy_adapter(folder / ("ema" if single[0].ema else ""), partial)
         else:
-            medium.write_adapter(settings, adapter, partial)
+            medium.write_adapter(adapter, partial)
         shown = None if table is None else write_shown(table, partial, shown=SHOWN)
         card = model_card(
             settings,

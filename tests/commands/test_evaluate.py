@@ -541,7 +541,7 @@ def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
     assert [one.label for one in plan.candidates] == ["base", "mine"]
     assert (
         plan.candidates[1].digest
-        == candidates(plan.settings, plan.medium, {"b": runs / "b"}, {}, chosen="latest")[1].digest
+        == candidates(plan.medium, {"b": runs / "b"}, {}, chosen="latest")[1].digest
     )
 
 

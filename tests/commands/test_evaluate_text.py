@@ -212,7 +212,7 @@ def test_completions_are_those_of_plain_peft(runs: Path, tmp_path: Path):
 
 
 def test_one_noise_for_all_models_and_another_for_every_prompt():
-    medium = Texts()
+    medium = Texts(from_dict({"policy": {"name": "causal_lm"}}))
     asked = [medium.request(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
     assert len({request.seed for request in asked}) == 6
     assert medium.request("why", 1) == asked[-1]
