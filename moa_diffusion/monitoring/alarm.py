@@ -29,8 +29,6 @@ from moa_diffusion.statistics.groups import mean_and_error
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "stop", "raise_kl", "rollback")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
@@ -318,10 +316,6 @@ def check(rules: AlarmConfig, heldout: Sequence[str], *, kl_weight: float, promp
     Raises:
         ValueError: Naming the rule.
     """
-    if rules.action not in ACTIONS:
-        raise ValueError(
-            f"Parameter `action` should be one of {', '.join(ACTIONS)}. Found {rules.action!r}."
-        )
     if rules.action != "warn" and not heldout:
         raise ValueError(
             f"Parameter `action` should be warn without held-out rewards (`evaluation.rewards`), "

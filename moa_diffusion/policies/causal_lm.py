@@ -7,7 +7,6 @@ makes, so that the first ratio is 1 whatever the cache rounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -75,20 +74,6 @@ class CausalLMPolicy:
     ) -> None:
         from transformers import GenerationConfig as ModelGeneration
 
-        if generation.max_new_tokens < 1:
-            raise ValueError(
-                "Parameter `max_new_tokens` should be at least 1. "
-                f"Found {generation.max_new_tokens}."
-            )
-        if not 0 < generation.temperature < math.inf:
-            raise ValueError(
-                f"Parameter `temperature` should be positive. Found {generation.temperature}."
-            )
-        if not 0 <= generation.eval_temperature < math.inf:
-            raise ValueError(
-                "Parameter `eval_temperature` should be at least 0. "
-                f"Found {generation.eval_temperature}."
-            )
         check_forward(type(model))
         check_vocabulary(model, tokenizer)
         self.device, self.dtype = device, model.dtype

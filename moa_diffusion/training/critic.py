@@ -76,9 +76,6 @@ class Critic:
         seed: Decides the heads' initial values.
         batch: Samples per pass of the heads, as they were drawn, so that any number of processes
             makes the same passes.
-
-    Raises:
-        ValueError: If ``settings.granularity`` is not known.
     """
 
     def __init__(
@@ -92,11 +89,6 @@ class Critic:
         seed: int,
         batch: int,
     ) -> None:
-        if settings.granularity not in ("decision", "sample"):
-            raise ValueError(
-                "Parameter `granularity` should be 'decision' or 'sample'. "
-                f"Found {settings.granularity!r}."
-            )
         self.objectives, self.settings, self.batch = tuple(objectives), settings, batch
         self.comm, self.device = comm, device
         with torch.random.fork_rng(devices=[]):

@@ -73,7 +73,7 @@ def test_a_home_folder_works_in_lists_of_prompt_files(home: Path):
     assert [file.path for file in found] == [f"{home}/a.txt", f"{home}/b.txt"]
     settings = config.from_dict({"prompts": {"heldout": ["~/a.txt", "b.txt"]}})
     expand_homes(settings)
-    assert settings.prompts.heldout == [f"{home}/a.txt", "b.txt"]
+    assert [file.path for file in settings.prompts.heldout] == [f"{home}/a.txt", "b.txt"]
 
 
 def test_every_path_of_the_schema_is_known():

@@ -726,10 +726,10 @@ def test_settings_are_checked_before_weights_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "match"),
     [
-        ("max_new_tokens", 0, "`max_new_tokens` should be at least 1. Found 0"),
-        ("temperature", 0.0, "`temperature` should be positive. Found 0.0"),
-        ("temperature", math.nan, "`temperature` should be positive. Found nan"),
-        ("eval_temperature", -1.0, "`eval_temperature` should be at least 0. Found -1.0"),
+        ("max_new_tokens", 0, r"(?s)max_new_tokens.*greater than or equal to 1 .*=0,"),
+        ("temperature", 0.0, r"(?s)temperature.*greater than 0 .*=0\.0,"),
+        ("temperature", math.nan, r"(?s)temperature.*a finite number .*=nan,"),
+        ("eval_temperature", -1.0, r"(?s)eval_temperature.*greater than or equal to 0 .*=-1\.0,"),
     ],
 )
 def test_numbers_out_of_range_are_refused(option: str, value: float, match: str) -> None:

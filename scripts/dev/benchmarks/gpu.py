@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from contextlib import closing
@@ -105,7 +104,7 @@ def _measure(run: Run, trainer: Trainer, phases: Phases, rollouts: int) -> dict[
     plan = [trainer.sampler.requests(step) for step in range(rollouts + 1)]
     prompts = sorted({request.prompt for requests in plan for request in requests})
     strict = trainer.steps.settings  # `_work` reports on it; a mismatch should not end the run
-    trainer.steps.settings = replace(strict, ratio_tolerance=math.inf)
+    trainer.steps.settings = replace(strict, ratio_tolerance=1e9)
     with phases.watching(
         (policy, "prepare", PREPARE),
         (policy.vae, "decode", DECODE),
