@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ _HEADERS = {"prompt", "prompts", "caption", "captions", "text", "texts"}
 _JSON = re.compile(r"""(?:\[\s*)*[\[{](?:\s*["'{].*["'}\],])?""")  # of all lines, or their first
 _QUOTED = re.compile(r"""("(?:[^"]|"")*"|'[^']*'|`[^`]*`|\u201c[^\u201d]*\u201d),?""")
 _NOT_TXT = "A .txt should have one prompt on every line."
+# Marks of a comment; "#hashtag" is none, nor is "--" with a word directly behind it.
+_COMMENT = re.compile(r"(?:#+|//+|;+|--+)(?:\s|$)|#!")
+_ITEM = re.compile(r"\(?(\d+)\s?[.):-]\s+\S|[-*\u2022]\s+\S")  # of a list, with its number
+# A weight ends a line; behind a comma or a colon only with a decimal point, for years and times.
+_WEIGHT = re.compile(r"\S\s*(?:\|\s*[-+]?\d*\.?\d+|[,;:]\s*[-+]?\d*\.\d+)$")
+# Pairs that some writer may have put around every cell, beside the quotation marks of tables.
+_OTHER_MARKS = ("''", "``", "\u2018\u2019", "\u201c\u201d", "\u201e\u201c", "\u00ab\u00bb")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +109,11 @@ def _check_no_table(prompts: Sequence[tuple[str, str]], column: str) -> None:
             f"what looks like the header of a table, {shortened(first)}",
             "Name a table .csv or .tsv, or take the line out.",
         )
+    _check_no_list(prompts)
     for place, line in prompts:
+        if _COMMENT.match(line):
+            hint = "Take comments out; a .jsonl holds prompts that are meant so."
+            raise bad_line(place, _NOT_TXT, f"what looks like a comment, {shortened(line)}", hint)
         if _JSON.fullmatch(line):
             kind, hint = ("an object", "Name a file of objects .jsonl.")
             if line.startswith("["):
@@ -123,6 +135,30 @@ def _check_no_table(prompts: Sequence[tuple[str, str]], column: str) -> None:
         if '\\"' in line:
             hint = "Take the backslashes out; a .jsonl holds prompts that are meant with them."
             raise bad_line(place, _NOT_TXT, f"a mark after a backslash, {shortened(line)}", hint)
+
+
+def _check_no_list(prompts: Sequence[tuple[str, str]]) -> None:
+    """Refuse lines that all have a number, a bullet or a weight beside the prompt."""
+    where, first = prompts[0]
+    items = [match for _, line in prompts if (match := _ITEM.match(line))]
+    if len(prompts) > 1 and len(items) == len(prompts):
+        numbers = [match[1] for match in items]
+        bullets = not any(numbers)
+        if bullets or (all(numbers) and _rises([int(number) for number in numbers])):
+            what = "bullets before all lines" if bullets else "numbers that count the lines"
+            hint = "Take them out; a .jsonl holds prompts that are meant so."
+            raise bad_line(where, _NOT_TXT, f"{what}, {shortened(first)}", hint)
+    if all(_WEIGHT.search(line) for _, line in prompts):
+        hint = (
+            "A weight of a single prompt is not read. Take them out, or make the file a .csv or "
+            ".jsonl, where what stands beside the prompt is metadata; `prompts.train` weighs files."
+        )
+        found = f"a number at the end of every line, as a weight, {shortened(first)}"
+        raise bad_line(where, _NOT_TXT, found, hint)
+
+
+def _rises(numbers: Sequence[int]) -> bool:
+    return all(before < after for before, after in pairwise(numbers))
 
 
 def _read_jsonl(path: Path, column: str) -> list[Prompt]:
@@ -174,12 +210,14 @@ _Row = tuple[int, list[_Cell]]  # number of its first line, and its cells
 def _read_table(path: Path, column: str) -> list[Prompt]:
     delimiter = _DELIMITERS[path.suffix.lower()]
     text = read_text(path, KIND)
+    _check_delimiter(path, text, delimiter, column)
     rows = list(_rows(path, text, delimiter, strict=delimiter == ","))
     if delimiter == "\t" and _unquoted(path, rows):
         rows = [(n, [_Cell(raw=cell.raw, quoted=False) for cell in cells]) for n, cells in rows]
     if not rows:
         return []
     _check_no_escapes(path, rows)
+    _check_marks(path, rows)
     header = _header(path, rows[0], delimiter)
     if column not in header and len(rows) > 1:
         _refuse_header(f"{path}:{rows[0][0]}", header, delimiter, column)
@@ -199,6 +237,49 @@ def _read_table(path: Path, column: str) -> list[Prompt]:
             )
         prompts.append(_row_to_prompt(where, dict(zip(header, values, strict=True)), column))
     return prompts
+
+
+def _check_delimiter(path: Path, text: str, delimiter: str, column: str) -> None:
+    """Refuse a header that has another delimiter, before cells are read by the wrong one."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not stripped(line):
+            continue
+        others = [sign for sign in _NAMES if sign != delimiter and sign in line]
+        split = any(column in _names(line, sign) for sign in others)
+        other = split or (others and delimiter not in line and not line.lower().startswith("sep="))
+        if other and column not in _names(line, delimiter):
+            _refuse_header(f"{path}:{number}", [stripped(line)], delimiter, column)
+        return
+
+
+def _names(line: str, delimiter: str) -> list[str]:
+    """Return the names in a header, whichever quotation marks are around them."""
+    return [stripped(name).strip("\"'") for name in line.split(delimiter)]
+
+
+def _check_marks(path: Path, rows: Sequence[_Row]) -> None:
+    """Refuse a column whose cells are all in marks that no table is read with, such as ``'``."""
+    if any(cell.quoted for _, cells in rows for cell in cells):  # then others belong to the text
+        return
+    for place in range(max(len(cells) for _, cells in rows)):
+        found = [
+            (number, cells[place].raw)
+            for number, cells in rows[1:]
+            if place < len(cells) and cells[place].raw
+        ]
+        for opening, closing in _OTHER_MARKS:
+            if found and all(
+                len(cell) > 1 and cell.startswith(opening) and cell.endswith(closing)
+                for _, cell in found
+            ):
+                number, cell = found[0]
+                raise bad_line(
+                    f"{path}:{number}",
+                    'Cells should stand in the quotation mark " where they need one.',
+                    f"all of a column between {opening} and {closing}, {shortened(cell)}",
+                    "Write the file with pandas' or Python's own `quotechar`; a .jsonl holds "
+                    "prompts that are meant with the marks.",
+                )
 
 
 def _rows(path: Path, text: str, delimiter: str, *, strict: bool) -> Iterator[_Row]:
@@ -331,7 +412,7 @@ def _header(path: Path, row: _Row, delimiter: str) -> list[str]:
 def _refuse_header(where: str, header: Sequence[str], delimiter: str, column: str) -> None:
     line = delimiter.join(header)
     others = {sign: name for sign, name in _NAMES.items() if sign != delimiter and sign in line}
-    split = [sign for sign in others if column in map(stripped, line.split(sign))]
+    split = [sign for sign in others if column in _names(line, sign)]
     if split or (others and len(header) == 1):
         sign = split[0] if split else next(iter(others))
         hint = (
