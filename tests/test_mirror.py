@@ -213,6 +213,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
 UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}
 # Modules that their test file does not import, each with the words by which it uses them.
 USED_BY = {
+    "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.adapters.diffusers": "evaluate(",
     "moa_diffusion.assembly.models": "assembly.trainer(",
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
