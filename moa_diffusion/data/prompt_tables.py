@@ -22,7 +22,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
 # Pairs that some writer may have put around every cell, beside the quotation marks of tables.
-_OTHER_MARKS = ("''", "``", "\u2018\u2019", "\u201c\u201d", "\u201e\u201c", "\u00ab\u00bb")
+_OTHER_MARKS = tuple(zip("'`\u2018\u201c\u201e\u00ab", "'`\u2019\u201d\u201c\u00bb", strict=True))
 
 
 def meant(column: str, names: Sequence[str]) -> str:
