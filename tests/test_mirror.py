@@ -213,13 +213,13 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
 UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}
 # Modules that their test file does not import, each with the words by which it uses them.
 USED_BY = {
-    "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.adapters.diffusers": "evaluate(",
     "moa_diffusion.assembly.models": "assembly.trainer(",
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
     "moa_diffusion.config.messages": "whole number",
     "moa_diffusion.config.yaml_files": "should be YAML",
+    "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.evaluation.draw": "evaluate(",
     "moa_diffusion.evaluation.medium": "plan_evaluation(",
     "moa_diffusion.evaluation.score": "evaluate(",
