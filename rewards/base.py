@@ -317,6 +317,11 @@ class RewardHead(ABC):
     def _label(self) -> str:
         return self.name or type(self).__name__
 
+    @property
+    def _origin(self) -> str:
+        """A sentence about the code whose scores are wrong, after a space, if a user wrote it."""
+        return ""
+
     def _checked(self, rewards: Tensor, batch: RewardBatch) -> Tensor:
         if not isinstance(rewards, Tensor):
             raise RewardError(
@@ -337,7 +342,8 @@ class RewardHead(ABC):
         infinite = result.isinf().nonzero().flatten().tolist()
         if infinite:
             raise RewardError(
-                f"The scores should be finite or NaN. Found {float(result[infinite[0]])}.",
+                f"The scores should be finite or NaN. Found {float(result[infinite[0]])}."
+                f"{self._origin}",
                 head=self._label,
                 samples=batch.samples(infinite),
             )
@@ -350,7 +356,8 @@ class RewardHead(ABC):
         for column, cells in extra.items():
             if not isinstance(column, str) or not column:
                 raise RewardError(
-                    f"The name of a column should be text. Found {column!r}.", head=self._label
+                    f"The name of a column should be text. Found {column!r}.{self._origin}",
+                    head=self._label,
                 )
             checked[column] = []
             for index, cell in enumerate(cells):
@@ -358,7 +365,8 @@ class RewardHead(ABC):
                     text = json.dumps(cell, allow_nan=False, default=_python_scalar)
                 except (TypeError, ValueError) as error:
                     raise RewardError(
-                        f"The column `{column}` should hold JSON values. Found {cell!r} ({error}).",
+                        f"The column `{column}` should hold JSON values. Found {cell!r} ({error})."
+                        f"{self._origin}",
                         head=self._label,
                         samples=batch.samples([index]),
                     ) from error

@@ -165,7 +165,8 @@ class FunctionHead(RewardHead):
             returned = self.function(*given, **named, **self._columns(batch), **self.options)
             if self._is_async:
                 returned = self._loop.run(returned)
-            values = _tensor(returned.values if isinstance(returned, Scores) else returned, batch)
+            scores = returned.values if isinstance(returned, Scores) else returned
+            values = _tensor(scores, batch, self._parameters.described)
         except RewardError as error:
             raise RewardError(f"{error.cause}{self._hint()}", samples=error.samples) from error
         except Exception as error:
@@ -175,7 +176,7 @@ class FunctionHead(RewardHead):
         if values.shape != (len(batch),):
             raise RewardError(
                 f"The scores should have shape [{len(batch)}]. Found {list(values.shape)}."
-                f"{self._hint()}",
+                f"{self._origin}{self._hint()}",
                 samples=batch.samples(range(len(batch))),
             )
         return Scores(values=values, extra=returned.extra if isinstance(returned, Scores) else {})
@@ -192,7 +193,8 @@ class FunctionHead(RewardHead):
         if self._is_async:
             pairs = self._loop.run(self._await_each(calls, batch))
         else:
-            pairs = [_attempt(call, index, batch) for index, call in enumerate(calls)]
+            described = self._parameters.described
+            pairs = [_attempt(call, index, batch, described) for index, call in enumerate(calls)]
         columns = list(dict.fromkeys(column for _, cells in pairs for column in cells))
         return Scores(
             values=torch.tensor([value for value, _ in pairs], dtype=torch.float64),
@@ -202,13 +204,20 @@ class FunctionHead(RewardHead):
     async def _await_each(
         self, calls: Sequence[Callable[[], Awaitable[Any]]], batch: RewardBatch
     ) -> list[tuple[float, Mapping[str, Any]]]:
-        attempts = [partial(_await, call, index, batch) for index, call in enumerate(calls)]
+        attempts = [
+            partial(_await, call, index, batch, self._parameters.described)
+            for index, call in enumerate(calls)
+        ]
         try:
             return await gather(attempts, concurrency=self.concurrency)
         except ExceptionGroup as group:
             errors = [error for error in group.exceptions if isinstance(error, RewardError)]
             samples = sorted(sample for error in errors for sample in error.samples)
             raise RewardError(errors[0].cause, samples=samples) from errors[0].__cause__
+
+    @property
+    def _origin(self) -> str:
+        return f" It comes from the function {self._parameters.described}."
 
     def _keys(self, batch: RewardBatch) -> set[str]:
         """Return options, and keys of the samples' metadata."""
@@ -282,21 +291,21 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def _attempt(
-    call: Callable[[], Any], index: int, batch: RewardBatch
+    call: Callable[[], Any], index: int, batch: RewardBatch, described: str
 ) -> tuple[float, Mapping[str, Any]]:
     """Score one sample; whatever goes wrong is pinned on it."""
     try:
-        return _pair(call())
+        return _pair(call(), described)
     except Exception as error:
         raise _failure(error, index, batch) from error
 
 
 async def _await(
-    call: Callable[[], Awaitable[Any]], index: int, batch: RewardBatch
+    call: Callable[[], Awaitable[Any]], index: int, batch: RewardBatch, described: str
 ) -> tuple[float, Mapping[str, Any]]:
     """Do as ``_attempt``, for an async function."""
     try:
-        return _pair(await call())
+        return _pair(await call(), described)
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # from outside: another sample failed
@@ -312,19 +321,20 @@ def _failure(error: BaseException, index: int, batch: RewardBatch) -> RewardErro
     return RewardError(cause_of(error), samples=batch.samples([index]))
 
 
-def _pair(returned: Any) -> tuple[float, Mapping[str, Any]]:
+def _pair(returned: Any, described: str) -> tuple[float, Mapping[str, Any]]:
     """Return a sample's score and its further columns."""
     if not isinstance(returned, tuple):
-        return _number(returned), {}
+        return _number(returned, described), {}
     if len(returned) != 2 or not isinstance(returned[1], Mapping):
         kinds = ", ".join(type(part).__name__ for part in returned)
         raise RewardError(
-            f"The function should return a number or (number, {{column: value}}). Found ({kinds})."
+            f"The function {described} should return a number or (number, {{column: value}}). "
+            f"Found ({kinds})."
         )
-    return _number(returned[0]), returned[1]
+    return _number(returned[0], described), returned[1]
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, described: str) -> float:
     # Only what is a number: float() and NumPy would read text, and NumPy makes NaN of None, which
     # says "does not apply" where the function perhaps forgot to return.
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
@@ -335,7 +345,7 @@ def _number(value: Any) -> float:
         return float(value)
     raise RewardError(
         "A score should be a number, NaN where the objective does not apply. "
-        f"Found {_shown(value)}."
+        f"Found {_shown(value)}. It comes from the function {described}."
     )
 
 
@@ -346,7 +356,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__}{shape}"
 
 
-def _tensor(values: Any, batch: RewardBatch) -> Tensor:
+def _tensor(values: Any, batch: RewardBatch, described: str) -> Tensor:
     """Return what a batch function returned, as a floating tensor; the caller checks its length."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() else values.double()
@@ -354,7 +364,7 @@ def _tensor(values: Any, batch: RewardBatch) -> Tensor:
         numbers = []
         for index, value in enumerate(values):
             try:
-                numbers.append(_number(value))
+                numbers.append(_number(value, described))
             except RewardError as error:
                 samples = batch.samples([index]) if index < len(batch) else ()
                 raise RewardError(error.cause, samples=samples) from None
@@ -362,6 +372,6 @@ def _tensor(values: Any, batch: RewardBatch) -> Tensor:
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise RewardError(
-            f"The function should return {len(batch)} numbers. Found {_shown(values)}."
+            f"The function {described} should return {len(batch)} numbers. Found {_shown(values)}."
         )
     return torch.as_tensor(array.astype(np.float64))

@@ -93,8 +93,8 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "data/test_prompt_files.py": (
-        "what a text file may hold shows in the files that are read",
-        ("moa_diffusion.files.text",),
+        "what a text file or a table may hold shows in the files that are read",
+        ("moa_diffusion.data.prompt_tables", "moa_diffusion.files.text"),
     ),
     "files/test_paths.py": (
         "places in a configuration are paths",
@@ -219,6 +219,7 @@ USED_BY = {
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
     "moa_diffusion.config.messages": "whole number",
     "moa_diffusion.config.yaml_files": "should be YAML",
+    "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.evaluation.draw": "evaluate(",
     "moa_diffusion.evaluation.medium": "plan_evaluation(",
     "moa_diffusion.evaluation.score": "evaluate(",

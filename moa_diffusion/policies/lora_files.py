@@ -48,7 +48,7 @@ _FORMATS = (
         "a kohya-ss LoRA of a U-Net (Stable Diffusion 1.5, 2 or XL)",
     ),
     (r"^lora_unet_", "a kohya-ss LoRA of another model"),
-    (r"^lora_te", "a kohya-ss LoRA of text encoders"),
+    (r"^lora_(prior_)?te", "a kohya-ss LoRA of text encoders"),
     (r"blocks\.\d+\.processor\.\w+_lora\d?\.(down|up)", "an XLabs LoRA of Flux"),
     (
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.",
@@ -74,6 +74,11 @@ _MODELS = (
         "a transformer with cross-attention (PixArt, Sana, LTX, CogVideoX or Mochi)",
     ),
 )
+# What the layers of text encoders are called: CLIP's and T5's, in a pipeline or by themselves.
+_TEXT_ENCODER = re.compile(
+    r"^(base_model\.model\.)?(text_encoders?(_\d)?\.|te\d?[._]|clip_[gl]\.|t5\w*\.|"
+    r"text_model\.|encoder\.block\.\d)"
+)
 # Wrappers of a model in training, whose names come before the model's own.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _DDP = "module."
@@ -86,7 +91,7 @@ _OTHER_FILES = (
     (b"PK", "a pickle of PyTorch under another name"),
 )
 _PARTS = (
-    (r"^text_encoder(_\d)?\.|^text_model\.", "a text encoder"),
+    (_TEXT_ENCODER.pattern, "a text encoder"),
     (r"(^|\.)(self_attn|mlp|c_attn|query_key_value)\.|\.h\.\d+\.", "a language model"),
     (r"(^|\.)transformer_blocks\.", "an image transformer"),
 )  # fmt: skip
@@ -285,6 +290,8 @@ def foreign_format(names: Iterable[str]) -> str | None:
             return f"a {other} of peft, which is no LoRA"
         what = model or _first(_PARTS, every)
         return f"whole weights{f' of {what}' if what else ''}, not a LoRA"
+    if all(_TEXT_ENCODER.match(name) for name in every):
+        return "a LoRA of a text encoder, which is not trained here"
     comfy = any(name.startswith("diffusion_model.") for name in every)
     if model or comfy:
         return f"a {'ComfyUI ' if comfy else ''}LoRA{f' of {model}' if model else ''}"

@@ -165,16 +165,61 @@ _NEGATED = re.compile(
     re.IGNORECASE,
 )
 
+# "Red Bull", "the Green Bay Packers", "the White House": both words begin with a capital.
+_TITLE_NAMES = "|".join(name.title() for name in COLOURS)
+_PROPER_NAME = re.compile(rf"\b(?:{_TITLE_NAMES})(?:[ -][A-Z]\w*)+")
+# The fruit: "an orange on a table", "two oranges, cut", but "an orange car", "an orange and blue
+# car", "an orange, red and blue car". A preposition, a form of "be", an article or an end follows.
+_FRUIT = re.compile(
+    r"\b(?:an?|the|one|half an|each|every|another|this|that|my|your|his|her|its|our|their) orange"
+    r"(?=\s*(?:$|[.!?;:)\]]|,(?!\s*(?:\w+\s+)?(?:and\s+|or\s+)?(?:"
+    + _NAMES
+    + r")\b))|\s+(?:(?:and|or|with) (?:an?|the|two|three|some|one)|in|on|at|of|under|over|above|"
+    r"below|near|next|beside|besides|by|inside|into|from|behind|between|among|against|to|that|"
+    r"which|is|are|was|being|lies|lying|sits|sitting|rests|resting|hangs|hanging|cut|sliced|peeled"
+    r")\b)",
+    re.IGNORECASE,
+)
+_BLACK_AND_WHITE = re.compile(  # of a photograph, not "a black and white cat"
+    r"\bblack-(?:and|&|n)-white\b|\bin black (?:and|&) white\b|"
+    r"\bblack (?:and|&) white(?= (?:\w+ )?(?:photo\w*|picture|image|film|movie|drawing|sketch|"
+    r"print|portrait|illustration|still|shot|footage|engraving|etching|woodcut|comic|manga)s?\b)",
+    re.IGNORECASE,
+)
+
 
 def named_colours(prompt: str) -> tuple[str, ...]:
-    """Return colour names in a prompt, each once, in order; quoted words are not colour names."""
-    words = (word.lower() for word in _COLOUR_WORD.findall(without_quotes(prompt)))
+    """Return the colour names in a prompt, each once, in order.
+
+    Quoted words are none, nor are words of proper names, the fruit, and black-and-white.
+    """
+    words = (word.lower() for word in _COLOUR_WORD.findall(_of_colours(prompt)))
     return tuple(dict.fromkeys("grey" if word == "gray" else word for word in words))
 
 
 def negates_colour(prompt: str) -> bool:
     """Return whether a prompt says, outside quotes, of a colour that it should not be there."""
-    return _NEGATED.search(without_quotes(prompt)) is not None
+    return _NEGATED.search(_of_colours(prompt)) is not None
+
+
+def _of_colours(prompt: str) -> str:
+    """Return the prompt without the words that only look like colour names."""
+    text = without_quotes(prompt)
+    if not _is_title(text):
+        text = _PROPER_NAME.sub(" ", text)
+    return _BLACK_AND_WHITE.sub(" ", _FRUIT.sub(" ", text))
+
+
+def _has_lookalike(prompt: str) -> bool:
+    count = len(_COLOUR_WORD.findall(without_quotes(prompt)))
+    return count > len(_COLOUR_WORD.findall(_of_colours(prompt)))
+
+
+def _is_title(text: str) -> bool:
+    """Return whether capitals say nothing: of at least four words, without small ones, all have."""
+    small = ("and", "the", "for", "with", "from")
+    words = [word for word in re.findall(r"[^\W\d_]{3,}", text) if word not in small]
+    return len(words) > 3 and all(word[0].isupper() for word in words)
 
 
 def oklab(rgb: Tensor) -> Tensor:
@@ -211,7 +256,12 @@ class PromptColour(RewardHead):
     https://bottosson.github.io/posts/oklab/); the ``share`` of pixels that are closest to c count,
     by their mean; the score is the mean over the named colours. Continuous in every pixel.
     A prompt that names no colour scores NaN, and so does one that wants a colour away ("without any
-    red"), of which ``remarks`` tell: the head cannot see how much of it would be too much.
+    red"): the head cannot see how much of it would be too much. Not taken for colours are words in
+    quotes, in proper names ("Red Bull": the next word has a capital, too), the fruit ("an orange on
+    a table") and black-and-white photographs. ``remarks`` tell of prompts with such words.
+
+    What only a reader would know is taken for its colour, as in "a blue whale", "green tea" and
+    "Jack Black"; and a colour with a capital before another, as in "a Red Ferrari", for a name.
 
     What it cannot see: where a colour is. A blue circle on red and a red circle on blue score the
     same, and so does any other arrangement of the same pixels.
@@ -251,14 +301,19 @@ class PromptColour(RewardHead):
         return torch.cat(scores)
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say which prompts name a colour that should not be there."""
-        negated = [prompt for prompt in prompts if negates_colour(prompt)]
-        if not negated:
-            return []
-        return [
-            f"{len(negated)} of {len(prompts)} prompts name a colour that should not be there, "
-            f"first {negated[0]!r}: they score NaN."
-        ]
+        """Say which prompts name a colour that should not be there, or have words like colours."""
+        remarks = []
+        if negated := [prompt for prompt in prompts if negates_colour(prompt)]:
+            remarks.append(
+                f"{len(negated)} of {len(prompts)} prompts name a colour that should not be there, "
+                f"first {negated[0]!r}: they score NaN."
+            )
+        if alike := [prompt for prompt in prompts if _has_lookalike(prompt)]:
+            remarks.append(
+                f"{len(alike)} of {len(prompts)} prompts have a colour word in a proper name, of "
+                f"the fruit or in black-and-white, first {alike[0]!r}: it is no colour to show."
+            )
+        return remarks
 
     def _score(self, images: Tensor, names: Sequence[tuple[str, ...]]) -> Tensor:
         """Score ``[N, 3, P]`` images for their named colours, ``[N]``."""

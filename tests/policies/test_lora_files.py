@@ -133,6 +133,20 @@ def test_a_peft_folder_is_what_peft_makes_of_it(tmp_path: Path, transformer):
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "kohya-ss.*U-Net"),
         (["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"], "kohya-ss.*U-Net"),
         (["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"], "kohya-ss.*text encoders"),
+        (["lora_prior_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "of text encoders"),
+        *(
+            ([f"{name}.self_attn.q_proj.lora_A.weight"], "a LoRA of a text encoder")
+            for name in (
+                "text_encoder.text_model.encoder.layers.0",
+                "text_encoder_2.text_model.encoder.layers.0",
+                "text_encoders.clip_l.transformer.text_model.encoder.layers.0",
+                "te1.text_model.encoder.layers.0",
+                "te2_text_model_encoder_layers_0",
+                "t5xxl.transformer.encoder.block.0.layer.0",
+                "base_model.model.text_model.encoder.layers.0",
+                "encoder.block.0.layer.0",
+            )
+        ),
         (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "kohya-ss LoRA of Flux"),
         (["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"], "kohya.*Diffusion 3"),
         (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "LoRA of a U-Net"),

@@ -84,7 +84,7 @@ def test_a_function_scores_texts_too():
 
 
 def test_a_function_of_the_wrong_length_or_signature_is_refused():
-    with pytest.raises(RewardError, match=r"Found \[1\]"):
+    with pytest.raises(RewardError, match=rf"Found \[1\]\. It comes from .*{__file__}:"):
         FunctionHead(lambda images, prompts: [0.0])(batch(2))
     with pytest.raises(ValueError, match=r"should take `\(images, prompts"):
         FunctionHead(lambda pixels: [0.0])
@@ -116,8 +116,9 @@ def test_a_function_of_the_wrong_length_or_signature_is_refused():
 )
 def test_what_is_no_number_is_no_score(values, message):
     """NumPy would read None as NaN, which means "does not apply", and text as a number."""
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as caught:
         FunctionHead(lambda images, prompts: values)(batch())
+    assert f"`<lambda>(images, prompts)` ({__file__}:" in str(caught.value)
 
 
 def test_a_list_may_hold_any_kind_of_number():
@@ -254,8 +255,11 @@ def wrong(value):
 )
 def test_what_is_no_score_of_an_image_names_the_sample(value, message, is_async):
     head = FunctionHead(wrong(value)[is_async], name="h", per_image=True)
-    with pytest.raises(RewardError, match=r'"h" failed on sample #1 \'prompt 1\': .*' + message):
+    with pytest.raises(
+        RewardError, match=r'"h" failed on sample #1 \'prompt 1\': .*' + message
+    ) as caught:
         closing(head, batch())
+    assert f"`{'fg'[is_async]}(image, prompt)` ({__file__}:" in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [KeyError("tag"), RewardError("KeyError: 'tag'")])

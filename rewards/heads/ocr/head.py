@@ -25,8 +25,12 @@ from rewards.heads.ocr.target_text import (
     Quotes,
     check_quotes,
     comparable,
+    has_lone_mark,
+    has_words,
     legibility,
+    quote_marks,
     quoted_target,
+    quoted_texts,
     readable,
 )
 from rewards.registry import register
@@ -48,21 +52,27 @@ class OcrHead(RewardHead):
 
     where d is 0 if the target is a substring of what was read, else the edit distance capped at
     len(target). The OCR reward of Flow-GRPO (Liu et al. 2025, https://arxiv.org/abs/2505.05470).
-    A prompt without quoted text scores NaN and is not read, and so does one whose target holds a
-    character that the engine cannot answer with: a perfect picture would score less than another
-    that happens to look like letters it knows. ``remarks``, and a warning, tell of those. The
-    scores table shows the target and what was read.
+    Of several quoted texts the first is the target, as there.
+
+    NaN, and not read, is a prompt without quoted text, one whose target has neither a letter nor a
+    digit, and one whose target holds a character that the engine does not read: a perfect picture
+    would score less than another that happens to look like letters it knows. ``remarks``, and a
+    warning, tell of those, of text in other quotes than ``quotes`` and of quotes that nothing
+    closes. The scores table shows the target and what was read.
 
     The engines:
 
-    - ``rapidocr`` reads on the CPU with models of its own, without network.
+    - ``rapidocr`` reads on the CPU with models of its own, without network: Chinese, Japanese and
+    the letters of Western Europe (ISO 8859-1). It lists more, which it takes for one another.
     - ``easyocr`` is made for a GPU and fetches its weights once; on a CPU it takes seconds.
     - ``tesseract`` is a program to install. It is made for scanned pages and reads nothing in
-    noise.
+    noise. By its English file it reads no letter but those of ASCII.
 
     Args:
         engine: Name of the OCR engine: ``rapidocr``, ``easyocr`` or ``tesseract``.
-        quotes: Which quotes hold the target: ``double`` (ASCII), ``curly``, ``single`` or ``any``.
+        quotes: Which quotes hold the target: ``double`` (ASCII), ``curly``, ``single`` or ``any``,
+            which also reads guillemets, corner brackets and quotes that open at the foot of the
+            line. A mark directly after a letter or digit opens nothing, as in 5".
         substring_ok: Whether further text in the picture goes unpunished.
         detect: Whether the engine looks for lines of text first. Without, the picture is read as
             one line: twice as fast on pictures of one word in large letters, useless on others.
@@ -144,8 +154,8 @@ class OcrHead(RewardHead):
         """
         batch.require_images()
         targets = [quoted_target(prompt, self.quotes) or "" for prompt in batch.prompts]
-        positions = [index for index, target in enumerate(targets) if comparable(target)]
-        if positions and not self._warned:
+        positions = [index for index, target in enumerate(targets) if has_words(target)]
+        if not self._warned:
             for remark in self.remarks(list(dict.fromkeys(batch.prompts))):
                 self._warned = True
                 _log.warning('Reward head "%s": %s', self._label, remark)
@@ -159,25 +169,61 @@ class OcrHead(RewardHead):
         return Scores(values=values, extra={"target": wanted, "read": texts})
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say which prompts quote what the engine cannot read, and what would read it.
+        """Say which prompts score NaN, or are judged by the first of their texts, and why.
 
         Raises:
             RewardError: If the engine does not start.
         """
-        targets = [quoted_target(prompt, self.quotes) or "" for prompt in prompts]
-        bad = [
-            (target, characters) for target in targets if (characters := self._unreadable(target))
+        found = {prompt: quoted_target(prompt, self.quotes) or "" for prompt in prompts}
+        bare = [prompt for prompt, target in found.items() if not target]
+        others = {prompt: marks for prompt in bare if (marks := quote_marks(prompt))}
+        lone = [prompt for prompt in bare if prompt not in others and has_lone_mark(prompt)]
+        wordless = [
+            p for p, target in found.items() if comparable(target) and not has_words(target)
         ]
-        if not bad:
-            return []
-        self._warned = True
-        missing = dict.fromkeys(character for _, characters in bad for character in characters)
-        shown = " ".join(list(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
-        return [
-            f"{len(bad)} of {len(prompts)} prompts quote characters that the OCR engine "
-            f'"{self._plan.engine}" cannot read as it is set ({shown}), first {bad[0][0]!r}: they '
-            f"score NaN. {who_reads(missing)}"
+        missing = {
+            prompt: characters
+            for prompt, target in found.items()
+            if has_words(target) and (characters := self._unreadable(target))
+        }
+        several = [
+            p for p in prompts if len(set(map(comparable, quoted_texts(p, self.quotes))) - {""}) > 1
         ]
+        remarks = []
+        if missing:
+            letters = dict.fromkeys(letter for some in missing.values() for letter in some)
+            shown = " ".join(list(letters)[:_SHOWN]) + (" ..." if len(letters) > _SHOWN else "")
+            remarks.append(
+                f"{len(missing)} of {len(prompts)} prompts quote characters that the OCR engine "
+                f'"{self._plan.engine}" cannot read as it is set ({shown}), first '
+                f"{found[next(iter(missing))]!r}: they score NaN. "
+                f"{who_reads(letters, self._plan.engine)}"
+            )
+        if others:
+            marks = " ".join(dict.fromkeys(others.values()))
+            remarks.append(
+                f"{len(others)} of {len(prompts)} prompts have text in other quotes ({marks}) than "
+                f"`quotes: {self.quotes}` reads, first {next(iter(others))!r}: they score NaN. "
+                f"`quotes: any` reads them."
+            )
+        if lone:
+            remarks.append(
+                f"{len(lone)} of {len(prompts)} prompts have a quotation mark without its partner, "
+                f"first {lone[0]!r}: they score NaN. Close it, with a space or a mark around the "
+                f"quoted text."
+            )
+        if wordless:
+            remarks.append(
+                f"{len(wordless)} of {len(prompts)} prompts quote neither a letter nor a digit, "
+                f"first {found[wordless[0]]!r}: they score NaN."
+            )
+        if several:
+            remarks.append(
+                f"{len(several)} of {len(prompts)} prompts quote more than one text, first "
+                f"{several[0]!r}: only the first of its texts counts."
+            )
+        self._warned = self._warned or bool(remarks)
+        return remarks
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
         """Read the pictures at the given indices; return the text of each, lines joined by LF.

@@ -18,15 +18,50 @@ from typing import Literal, get_args
 
 Quotes = Literal["double", "curly", "single", "any"]
 
-# A single quote inside a word is an apostrophe: "it's a sign that says 'GO'" asks for GO.
+# Letters and digits of scripts that put a space between words. A mark directly after one opens
+# nothing (5" is a length, dogs' a genitive), and a mark directly before one closes nothing (it's).
+_WORD = r"0-9A-Za-z\u00c0-\u024f\u0370-\u058f\u1e00-\u1fff"
+
+
+def _between(opening: str, closing: str, marks: str) -> str:
+    """Return the pattern of a text between marks, which holds others only within words."""
+    content = rf"(?:[^{marks}]|(?<=[{_WORD}])[{marks}](?=[{_WORD}]))*"
+    return rf"(?<![{_WORD}]){opening}({content}){closing}(?![{_WORD}])"
+
+
 _PATTERNS = {
-    "double": re.compile(r'"([^"]*)"'),
-    "curly": re.compile("\u201c([^\u201c\u201d]*)\u201d|\u2018(.*?)\u2019(?!\\w)", re.DOTALL),
-    "single": re.compile(r"(?<!\w)'(.*?)'(?!\w)", re.DOTALL),
+    "double": re.compile(_between('"', '"', '"')),
+    "curly": re.compile(
+        "\u201c([^\u201c\u201d]*)\u201d|" + _between("\u2018", "\u2019", "\u2018\u2019")
+    ),
+    # Neither the '90s nor rock 'n' roll is quoted.
+    "single": re.compile(_between(r"'(?!\d\ds\b|n')", "'", "'")),
+}
+# By their opening marks, with those that close them: German and Polish, Swedish, French, German
+# and Danish, Chinese and Japanese.
+_OTHERS = {
+    "\u201e": '\u201c\u201d"',
+    "\u201d": "\u201d",
+    "\u201a": "\u2018\u2019'",
+    "\u00ab": "\u00bb",
+    "\u00bb": "\u00ab",
+    "\u2039": "\u203a",
+    "\u203a": "\u2039",
+    "\u300c": "\u300d",
+    "\u300e": "\u300f",
+    "\uff02": "\uff02",
 }
 _PATTERNS["any"] = re.compile(
-    "|".join(_PATTERNS[style].pattern for style in ("double", "curly", "single")), re.DOTALL
+    "|".join(
+        [
+            *(_PATTERNS[style].pattern for style in ("double", "curly", "single")),
+            *(_between(mark, f"[{ends}]", mark + ends) for mark, ends in _OTHERS.items()),
+        ]
+    )
 )
+# A mark that is left without its partner; directly after a digit it is a unit.
+_LONE = re.compile('(?<!\\d)["\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d\u300e\u300f\uff02]')
+_ESCAPED = re.compile("\\\\+(?=[\"'])")
 _UNSEEN = ("Cc", "Cf")  # control and format characters: joiners, marks of direction, soft hyphens
 _VARIANTS = frozenset(map(chr, range(0xFE00, 0xFE10)))  # which of its forms an emoji takes
 
@@ -68,23 +103,47 @@ def quoted_target(prompt: str, quotes: str = "double") -> str | None:
     """Return the text inside the first pair of quotes.
 
     Args:
-        prompt: A prompt, e.g. ``a blue sign that says "GO"``.
+        prompt: A prompt, e.g. ``a blue sign that says "GO"``; backslashes before its marks do not
+            count.
         quotes: ``double`` (ASCII), ``curly`` (typographic, double or single), ``single`` (ASCII,
-            with apostrophes left alone) or ``any`` (whichever pair opens first).
+            with apostrophes left alone) or ``any`` (whichever pair opens first, also guillemets,
+            corner brackets and marks that open at the foot of the line).
 
     Returns:
         The text as it stands, or None if the prompt has no such pair or only white space is in it.
     """
-    match = _PATTERNS[check_quotes(quotes)].search(prompt)
-    if match is None:
-        return None
-    target = next(group for group in match.groups() if group is not None)
-    return target if target.strip() else None
+    return next(iter(quoted_texts(prompt, quotes)), None) or None
+
+
+def quoted_texts(prompt: str, quotes: str = "double") -> list[str]:
+    """Return the texts inside all pairs of quotes, as they stand; "" for white space alone.
+
+    Args:
+        prompt: See ``quoted_target``.
+        quotes: See ``quoted_target``.
+    """
+    return [text if text.strip() else "" for _, text in _quoted(prompt, quotes)]
+
+
+def quote_marks(prompt: str) -> str:
+    """Return the marks around the first text in quotes, whichever they are; "" for none."""
+    return next((f"{m[0]}{m[-1]}" for m, text in _quoted(prompt, "any") if text.strip()), "")
+
+
+def has_lone_mark(prompt: str) -> bool:
+    """Return whether a quotation mark opens a text that nothing closes, or closes none."""
+    return _LONE.search(without_quotes(prompt)) is not None
 
 
 def without_quotes(prompt: str) -> str:
     """Return the prompt without its quoted parts, of whatever style."""
-    return _PATTERNS["any"].sub(" ", prompt)
+    return _PATTERNS["any"].sub(" ", _ESCAPED.sub("", prompt))
+
+
+def _quoted(prompt: str, quotes: str) -> list[tuple[str, str]]:
+    """Return quoted texts with and without their marks."""
+    matches = _PATTERNS[check_quotes(quotes)].finditer(_ESCAPED.sub("", prompt))
+    return [(m[0], next(group for group in m.groups() if group is not None)) for m in matches]
 
 
 def comparable(text: str) -> str:
@@ -102,6 +161,11 @@ def comparable(text: str) -> str:
 
 def _is_seen(character: str) -> bool:
     return unicodedata.category(character) not in _UNSEEN and character not in _VARIANTS
+
+
+def has_words(text: str) -> bool:
+    """Return whether a letter or a digit is in the text: engines read words, not dots."""
+    return any(character.isalnum() for character in comparable(text))
 
 
 def readable(alphabet: str) -> frozenset[str]:

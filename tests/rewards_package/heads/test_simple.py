@@ -123,6 +123,50 @@ def test_colour_names_are_whole_words_outside_quotes(prompt, colours):
     assert named_colours(prompt) == colours
 
 
+@pytest.mark.parametrize(
+    ("prompt", "colours"),
+    [
+        ("an orange on a table", ()),
+        ("a bowl with an orange", ()),
+        ("An orange, a knife and a red cup", ("red",)),
+        ("two oranges and half an orange.", ()),
+        ("an orange is peeled", ()),
+        ("an orange and a lemon", ()),
+        ("an orange car", ("orange",)),
+        ("an orange and blue car", ("orange", "blue")),
+        ("an orange, red and white flag", ("orange", "red", "white")),
+        ("an orange, bright red and white flag", ("orange", "red", "white")),
+        ("a wall in orange", ("orange",)),
+        ("a can of Red Bull on a green table", ("green",)),
+        ("Red Bull can on ice", ()),
+        ("a helmet of the Green Bay Packers", ()),
+        ("a photo of the White House, at dusk", ()),
+        ("a Red-Bull racing car", ()),
+        ("Red car on a road", ("red",)),
+        ("a wall, Red, White and Blue", ("red", "white", "blue")),
+        ("A Red Car On A Blue Road With Green Trees", ("red", "blue", "green")),
+        ("Red Car on a Blue Road", ("red", "blue")),
+        ("A RED CAR", ("red",)),
+        ("a black-and-white photo of a cat", ()),
+        ("a cat in black and white", ()),
+        ("a black & white film still, red curtain", ("red",)),
+        ("a black and white street photograph", ()),
+        ("a black and white cat", ("black", "white")),
+    ],
+)
+def test_words_that_look_like_colours_are_none(prompt, colours):
+    assert named_colours(prompt) == colours
+
+
+def test_words_that_look_like_colours_are_told():
+    prompts = ["an orange on a table", "no Red Bull", "a red car", 'a "Red Bull" sign, orange']
+    (remark,) = create("prompt_colour").remarks(prompts)
+    assert remark == (
+        "2 of 4 prompts have a colour word in a proper name, of the fruit or in black-and-white, "
+        "first 'an orange on a table': it is no colour to show."
+    )
+
+
 NEGATED = [
     "a picture without any red",
     "a car, no red",

@@ -219,13 +219,19 @@ def test_tesseract_reads_in_this_process_and_in_a_worker():
 def test_tesseract_tells_what_it_can_write():
     known = plan_engine("tesseract", detect=True, detection_side=None, options={}).alphabet()
     assert known is not None
-    assert set("ABCxyz019&\u00e9") <= set(known)
-    assert not set(" \u00fc\u041c") & set(known)
+    assert set("ABCxyz019&\u20ac") <= set(known)
+    # The file of English lists the first, and reads e.
+    assert not set("\u00e9 \u00fc\u041c") & set(known)
     head = create("ocr", engine="tesseract", workers=0)
-    word, accent = drawn("OPEN"), "\u00dcBER"
-    found = head(batch((word, "OPEN"), (word, accent)))
+    word = drawn("OPEN")
+    full = batch((word, "OPEN"), (word, "\u00dcBER"), (word, "CAF\u00c9"))
+    found = head(full)
     assert found[0] == 1.0
-    assert found[1].isnan()
+    assert found[1:].isnan().all()
+    (remark,) = head.remarks(full.prompts)
+    assert "(\u00fc \u00e9)" in remark
+    assert "`engine: tesseract`" not in remark  # it is the engine
+    assert "`engine_options: {languages: [CODE]}`, CODE their language's file of Tess" in remark
 
 
 @real_tesseract

@@ -99,10 +99,15 @@ def test_the_engine_reads_lines_from_top_to_bottom_at_full_resolution(head):
 # --- what the engine cannot read ------------------------------------------------------------------
 
 TOWN = "\u0413\u041e\u0420\u041e\u0414"  # gorod; its O and P look Latin, its G and D do not
-UNREADABLE = [TOWN, "\uc11c\uc6b8", "\u05e9\u05dc\u05d5\u05dd", "OPEN \U0001f642"]
+UNREADABLE = [
+    *(TOWN, "\uc11c\uc6b8", "\u05e9\u05dc\u05d5\u05dd", "OPEN \U0001f642"),
+    # Listed by the engine, and read as O, C with caron, Z with a dot, and AE.
+    *("\u0391\u0398\u0397\u039d\u0391", "A\u011eA", "\u0179LE", "\u00c6RO"),
+]
 READABLE = [
-    *("OPEN", "CAF\u00c9", "\u6771\u4eac", "\u0391\u0398\u0397\u039d\u0391"),
-    *("50 %", "DON\u2019T", "a\u00adb", "\u2615\ufe0f"),  # the last two hold what is not seen
+    *("OPEN", "CAF\u00c9", "Stra\u00dfe", "\u00dcBER", "SM\u00d8R", "\u6771\u4eac"),
+    *("\u3072\u3089", "\u30ab\u30fc", "\u039d\u0395\u039f"),  # the last looks Latin: NEO
+    *("50 %", "DON\u2019T", "a\u00adb", "1 \u2615\ufe0f"),  # the last two hold what is not seen
 ]
 
 
@@ -132,12 +137,42 @@ def test_what_the_engine_can_write_is_no_remark():
 def test_a_remark_counts_the_prompts_and_names_what_would_read_them():
     head = create("ocr", workers=0)
     (remark,) = head.remarks([*map(says, UNREADABLE[:1]), *map(says, READABLE), "no text"])
-    assert remark.startswith("1 of 10 prompts quote characters")
+    assert remark.startswith("1 of 15 prompts quote characters")
     assert f"(\u0433 \u0434), first {TOWN!r}" in remark
     assert "`engine: tesseract`" in remark
     if importlib.util.find_spec("easyocr") is not None:
         assert "languages: [CODE]" in remark
         assert " ru," in remark
+
+
+def test_what_is_not_judged_is_told_with_its_reason(caplog):
+    """Text in other quotes, quotes without a partner, no word in them, and a second text."""
+    head = create("ocr", workers=1)
+    prompts = [
+        *("a sign \u201cGO\u201d", "a sign \u00abGO\u00bb", "it's a 'GO' sign"),
+        *('a sign "GO', 'a sign"GO"'),
+        *('a sign "..."', 'a sign "\u2615\ufe0f"', 'a "" sign'),
+        *('a 5" nail and a 6" nail', "a plain sign"),
+    ]
+    scores = head.evaluate(batch([sign("GO", COLOURS[0])] * len(prompts), prompts))
+    assert scores.values.isnan().all()
+    assert scores.extra["read"] == [None] * len(prompts)
+    assert head._pool._workers == []
+    told = [record.message.removeprefix('Reward head "ocr": ') for record in caplog.records]
+    assert told == [
+        "3 of 10 prompts have text in other quotes (\u201c\u201d \u00ab\u00bb '') than "
+        "`quotes: double` reads, first 'a sign \u201cGO\u201d': they score NaN. `quotes: any` "
+        "reads them.",
+        "2 of 10 prompts have a quotation mark without its partner, first 'a sign \"GO': they "
+        "score NaN. Close it, with a space or a mark around the quoted text.",
+        "2 of 10 prompts quote neither a letter nor a digit, first '...': they score NaN.",
+    ]
+    any_quotes = create("ocr", workers=0, quotes="any").remarks(prompts)
+    assert [remark.split(" prompts ")[1][:12] for remark in any_quotes] == [
+        *("have a quota", "quote neithe"),
+    ]
+    (remark,) = head.remarks(['"OPEN" and "OPEN"', '"OPEN" and "SHUT"'])
+    assert remark.startswith("1 of 2 prompts quote more than one text")
 
 
 def test_further_text_is_punished_only_on_request(head):
@@ -234,6 +269,9 @@ TABLE = [
     ('it\'s a "GO" sign', "any", "GO", "GO", 1.0, 1.0),
     ("a GO sign", "any", None, "GO", None, None),
     ('a "" sign', "double", None, "GO", None, None),
+    ('a \\"GO\\" sign', "double", "GO", "GO", 1.0, 1.0),
+    ('a 5" nail and a 6" nail', "any", None, "GO", None, None),
+    ('a 5" nail and "GO"', "double", "GO", "GO", 1.0, 1.0),
     ('a " " sign', "any", None, "GO", None, None),
     ('an unclosed "GO sign', "double", None, "GO", None, None),
     ('a "Stra\u00dfe" sign', "double", "Stra\u00dfe", "STRASSE", 1.0, 1.0),

@@ -10,9 +10,13 @@ import pytest
 
 from rewards.heads.ocr.target_text import (
     comparable,
+    has_lone_mark,
+    has_words,
     legibility,
     levenshtein,
+    quote_marks,
     quoted_target,
+    quoted_texts,
     without_quotes,
 )
 
@@ -40,10 +44,71 @@ from rewards.heads.ocr.target_text import (
         ('it\'s \u201cb\u201d or "c"', "any", "b"),
         ('"c" or \u201cb\u201d', "any", "c"),
         ("no text", "any", None),
+        # inches, seconds, feet and years are no quotes, nor are letters and marks side by side
+        ('a 5" nail and a 6" nail', "double", None),
+        ('a 5" nail that says "GO"', "double", "GO"),
+        ('a "GO" sign of 5"', "double", "GO"),
+        ('a 12"x18" poster', "any", None),
+        ('a "5"x7" card" x', "double", '5"x7'),
+        ("a 5\u201d nail and a 6\u201d nail", "any", None),
+        ("a 6' man by a 5' door", "single", None),
+        ("a 6\u2019 man by a 5\u2019 door", "any", None),
+        ("the dogs' and the cats' bowls", "single", None),
+        ("a '90s car that says 'GO'", "single", "GO"),
+        ("rock 'n' roll", "any", None),
+        ('says"GO" here', "double", None),
+        ('an open "quote and "GO"', "double", "GO"),
+        # Chinese puts no spaces between words
+        ('\u5199\u7740"\u5f00\u95e8"\u7684\u724c', "double", "\u5f00\u95e8"),
+        # backslashes of JSON or a shell, and CSV's doubled marks
+        ('says \\"GO\\"', "double", "GO"),
+        ("says \\'GO\\'", "single", "GO"),
+        ('""GO"" here', "double", "GO"),
+        # quotes of other languages
+        ("\u201eGO\u201c", "any", "GO"),
+        ("\u201eGO\u201d", "any", "GO"),
+        ('\u201eGO"', "any", "GO"),
+        ("\u201dGO\u201d", "any", "GO"),
+        ("\u201aGO\u2018", "any", "GO"),
+        ("\u00abGO\u00bb", "any", "GO"),
+        ("\u00bbGO\u00ab", "any", "GO"),
+        ("\u2039GO\u203a", "any", "GO"),
+        ("\u300cGO\u300d", "any", "GO"),
+        ("\u300eGO\u300f", "any", "GO"),
+        ("\uff02GO\uff02", "any", "GO"),
+        ("\u00abGO\u00bb", "curly", None),
     ],
 )
 def test_quoted_target(prompt, quotes, target):
     assert quoted_target(prompt, quotes) == target
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "marks", "lone"),
+    [
+        ('"A" and \u201cB\u201d', ["A", "B"], '""', False),
+        ("\u00abA\u00bb", ["A"], "\u00ab\u00bb", False),
+        ('"A', [], "", True),
+        ("\u201eA", [], "", True),
+        ("A\u300d", [], "", True),
+        ('"A" and "', ["A"], '""', True),
+        ('""', [""], "", False),
+        ('a 5" nail', [], "", False),
+        ("it's", [], "", False),
+    ],
+)
+def test_what_is_quoted_and_how(prompt, texts, marks, lone):
+    assert quoted_texts(prompt, "any") == texts
+    assert quote_marks(prompt) == marks
+    assert has_lone_mark(prompt) is lone
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("GO", True), ("5", True), ("\u958b", True), ("...", False), ("\u2615\ufe0f", False)],
+)
+def test_words_are_letters_or_digits(text, words):
+    assert has_words(text) is words
 
 
 def test_an_unknown_style_lists_the_known_ones():
