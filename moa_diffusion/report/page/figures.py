@@ -13,7 +13,13 @@ from moa_diffusion.report.pareto_plot import COLOURS
 INK, SOFT, LINE, PAPER, PANEL = (
     f"var(--{name})" for name in ("ink", "soft", "line", "paper", "panel")
 )
-AXIS = {"gridcolor": LINE, "zerolinecolor": LINE, "linecolor": LINE, "automargin": True}
+AXIS = {
+    "showline": True,
+    "linecolor": LINE,
+    "gridcolor": LINE,
+    "zerolinecolor": LINE,
+    "automargin": True,
+}
 LOOK = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moa_diffusion.report.page.figures import template
+from moa_diffusion.report.page.figures import INK, template
 from moa_diffusion.report.page.front_chart import FrontChart
 from moa_diffusion.report.table import Table
 
@@ -39,7 +39,8 @@ def page_data(
     place = {path: i for i, path in enumerate(pictures)}
     return {
         "models": [
-            {"label": model.label, "colour": colours.get(model.series)} for model in table.models
+            {"label": model.label, "colour": colours.get(model.series, INK)}
+            for model in table.models
         ],
         "first": first,
         "prompts": table.prompts,

@@ -9,7 +9,7 @@ function buildGrid() {
     const button = element(
       "button",
       { type: "button", class: "head choose", "data-model": String(e), "aria-pressed": "false" },
-      element("span", { class: "swatch", style: `background: ${model.colour ?? "none"}` }),
+      element("span", { class: "swatch", style: `background: ${model.colour}` }),
       model.label,
     );
     button.addEventListener("click", () => select(e));
@@ -131,7 +131,7 @@ function markColumn(e) {
 
 function goToColumn(e) {
   select(e);
-  find("#grid").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" });
+  find("#grid").scrollIntoView();
   const head = cells.querySelector(`thead th[data-model="${e}"]`);
   const corner = cells.querySelector("thead th");
   cells.scrollLeft = head.offsetLeft - corner.offsetWidth;

@@ -5,7 +5,6 @@ const thumbnails = read("thumbnails");
 const { models, prompts, seeds, rewards } = data;
 const state = { selected: data.first, seed: 0 };
 const listeners = [];
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const find = (selector) => document.querySelector(selector);
