@@ -18,7 +18,6 @@ AXIS = {
     "linecolor": LINE,
     "gridcolor": LINE,
     "zerolinecolor": LINE,
-    "automargin": True,
 }
 LOOK = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -33,8 +32,9 @@ LOOK = {
         "font": {"color": INK, "size": 12},
         "align": "left",
     },
-    "xaxis": AXIS,
-    "yaxis": AXIS,
+    # Room for labels across the axis alone: with more, Plotly may go back and forth without end.
+    "xaxis": {**AXIS, "automargin": "height"},
+    "yaxis": {**AXIS, "automargin": "width"},
 }
 
 

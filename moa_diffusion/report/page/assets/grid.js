@@ -134,7 +134,7 @@ function goToColumn(e) {
   find("#grid").scrollIntoView();
   const head = cells.querySelector(`thead th[data-model="${e}"]`);
   const corner = cells.querySelector("thead th");
-  cells.scrollLeft = head.offsetLeft - corner.offsetWidth;
+  cells.scrollLeft += head.getBoundingClientRect().left - corner.getBoundingClientRect().right;
   head.querySelector("button").focus({ preventScroll: true });
 }
 
