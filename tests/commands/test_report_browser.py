@@ -92,6 +92,7 @@ def make_run(folder: Path, alarms: list[dict[str, Any]]) -> Path:
             if step:
                 row |= {f"reward_mean/{name}": 0.1 * step + k, f"weight/{name}": 0.5}
                 row |= {f"share/{name}": 0.5, f"apex_need/{name}": 0.1}
+                row |= {f"apex_progress/{name}": 0.2}
             if step % 4 == 0:
                 row |= {f"eval_mean/{name}": 0.1 * step + k, f"eval_sem/{name}": 0.1}
                 row |= {f"eval_gap/{name}": 0.1}
@@ -183,8 +184,8 @@ def see_everything(page: Any) -> None:
     )
     until(
         page,
-        """[...document.querySelectorAll('.plot:not([hidden])')]
-            .every((one) => one.querySelector('.main-svg'))""",
+        """[...document.querySelectorAll('.plot')]
+            .every((one) => one.querySelector('.main-svg') || !one.checkVisibility())""",
     )
 
 
@@ -206,6 +207,7 @@ def test_everything_is_drawn_without_a_word(shown: Any):
     assert page.locator("#cells .cell img[alt]").count() > 0
     missing = page.locator("#cells tbody tr").nth(3).locator(".score").nth(1)
     assert missing.text_content() == "colour-"
+    page.locator("#front-plot").scroll_into_view_if_needed()
     page.emulate_media(color_scheme="dark")
     label = "document.querySelector('#front-plot .xtick text').style.fill"
     until(page, f"{label} === 'rgb(232, 234, 236)'")
@@ -246,6 +248,28 @@ def test_alarms_are_listed_and_marked(shown: Any):
     page.wait_for_selector(f"#rewards .hoverlayer :text('{MESSAGE}')")
 
 
+def test_a_choice_shows_other_panels(shown: Any):
+    page = shown
+    for section, choice, word in (
+        ("conflict", "the first quarter", "a: correlations of the advantages"),
+        ("other", "apex_progress", "colour"),
+    ):
+        select = page.locator(f"#{section} .choice")
+        select.select_option(choice)
+        panel = page.locator(f"#{section} .panel:visible")
+        assert word in panel.locator("h4").all_text_contents()
+        panel.first.scroll_into_view_if_needed()
+        until(
+            page,
+            f"""[...document.querySelectorAll('#{section} .plot')].some(
+                (plot) => plot.checkVisibility() && plot.querySelector('.main-svg')
+                    && plot._fullLayout.width === plot.clientWidth)""",
+        )
+        count = panel.count()
+        select.select_option(index=0)
+        assert page.locator(f"#{section} .panel:visible").count() == count
+
+
 def test_the_seed_switch_changes_the_pictures(shown: Any):
     page = shown
     page.locator("#cells .cell").first.scroll_into_view_if_needed()
@@ -276,12 +300,11 @@ def test_a_click_on_the_front_leads_to_the_column(browser: Any, report: Path):
         place = page.evaluate(
             """() => {
                 const plot = document.querySelector('#front-plot');
-                const trace = plot.data.findIndex((one) => one.customdata?.includes(3));
                 const { left, top } = plot.getBoundingClientRect();
                 const { xaxis, yaxis } = plot._fullLayout;
-                const { x, y } = plot.data[trace];
+                const { x, y } = plot.data.at(-1);
                 return [
-                    left + xaxis._offset + xaxis.d2p(x[0]), top + yaxis._offset + yaxis.d2p(y[0]),
+                    left + xaxis._offset + xaxis.d2p(x[3]), top + yaxis._offset + yaxis.d2p(y[3]),
                 ];
             }"""
         )

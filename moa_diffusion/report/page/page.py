@@ -12,9 +12,12 @@ from typing import Any
 
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.report.page.cards import cards, worst_gain
-from moa_diffusion.report.page.payload import distinct, page_data
+from moa_diffusion.report.page.figures import colours
+from moa_diffusion.report.page.front_chart import front_chart
+from moa_diffusion.report.page.payload import distinct, page_data, rounded
 from moa_diffusion.report.page.runs import Training, read_training
 from moa_diffusion.report.page.thumbnails import thumbnails
+from moa_diffusion.report.page.training_charts import training_charts
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import LEVEL
@@ -22,10 +25,7 @@ from moa_diffusion.statistics.bootstrap import LEVEL
 NAME = "report.html"
 HERE = Path(__file__).parent / "assets"
 STYLES = ("page.css", "pictures.css")
-SCRIPTS = (
-    *("page.js", "dialog.js", "grid.js", "samples.js"),
-    *("charts.js", "front.js", "conflict.js", "training.js"),
-)
+SCRIPTS = ("page.js", "dialog.js", "grid.js", "samples.js", "charts.js", "front.js")
 PACKAGES = ("moa-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -55,10 +55,13 @@ def write_report(
     trainings = {name: read_training(name, folder) for name, folder in runs.items()}
     pictures = distinct(table)
     headline = cards(table, summary, trainings)
+    evaluated = list(dict.fromkeys(model.series for model in table.models if model.series))
+    colour = colours(list(dict.fromkeys([*evaluated, *trainings])))
+    front = front_chart(table, summary, colour)
     content = page_data(
         table,
-        summary,
-        trainings,
+        front,
+        colour,
         pictures,
         folder=target.parent,
         first=headline[0].model if headline else 0,
@@ -69,10 +72,16 @@ def write_report(
         "table": table,
         "summary": summary,
         "runs": trainings,
+        "evaluated": evaluated,
+        "colours": colour,
+        "front": front.figure,
+        "training": training_charts(list(trainings.values()), table.units, colour),
+        "pooled": max((run.pooled for run in trainings.values()), default=1),
         "versions": versions(),
         "level": f"{LEVEL:.0%}",
         "digits": _significant,
         "data": content,
+        "json": _json,
     }
     without = _render(parts, [])
     small = thumbnails(pictures, budget - len(without.encode()))
@@ -113,8 +122,7 @@ def _render(parts: Mapping[str, Any], small: Sequence[str]) -> str:
             "style": Markup(_joined(STYLES)),
             "scripts": [Markup(script) for script in scripts],
             "allowed": [_digest(script) for script in scripts],
-            "data": _json(parts["data"]),
-            "thumbnails": _json(small),
+            "thumbnails": small,
         }
     )
 
@@ -130,11 +138,11 @@ def _digest(script: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """Return JSON that cannot end the element it stands in."""
+    """Return JSON that cannot end the element, or the attribute in ``'``, that it stands in."""
     from markupsafe import Markup
 
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&":
+    text = json.dumps(rounded(value), allow_nan=False, separators=(",", ":"))
+    for letter in "<>&'":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)
 

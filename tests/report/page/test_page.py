@@ -144,7 +144,6 @@ def test_what_it_shows_is_the_table(tmp_path: Path):
     numpy.testing.assert_allclose(shown, values, rtol=1e-5)  # six digits are shown
     assert data["values"][1][1][2][0] is None
     assert [model["label"] for model in data["models"]] == ["base", "run/step-1", "run/step-2"]
-    assert [model["short"] for model in data["models"]] == ["base", "step-1", "step-2"]
     small = page.json("thumbnails")
     assert len(small) == len(data["originals"]) == 24
     for e, p, s in ((0, 0, 0), (2, 3, 1)):

@@ -1,74 +1,39 @@
-// What all charts share: colours of the page, sizes, and drawing when they are about to be seen.
-const drawn = new Map();
+// Plotly's figures, each in its element, drawn in the page's colours when it is about to be seen.
 const CONFIG = { responsive: true, displaylogo: false, displayModeBar: false, showTips: false };
-
-// Plotly reads a little HTML in its labels; names are no HTML.
-const plain = (text) =>
-  String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-
-function axis(more = {}) {
-  return {
-    gridcolor: variable("--line"),
-    zerolinecolor: variable("--line"),
-    linecolor: variable("--line"),
-    automargin: true,
-    ...more,
-  };
+const touch = matchMedia("(pointer: coarse)").matches;
+const plots = [...document.querySelectorAll(".plot")];
+const figures = new Map(plots.map((plot) => [plot, JSON.parse(plot.dataset.figure)]));
+const { template } = data;
+if (touch) {
+  // A finger that scrolls the page should not be caught by a chart.
+  template.layout.dragmode = false;
+  template.layout.xaxis.fixedrange = template.layout.yaxis.fixedrange = true;
 }
 
-function layout({ xaxis = {}, yaxis = {}, ...more } = {}) {
-  const touch = matchMedia("(pointer: coarse)").matches;
-  return {
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: "system-ui, sans-serif", size: 12, color: variable("--ink") },
-    margin: { l: 48, r: 12, t: 10, b: 36 },
-    showlegend: false,
-    hovermode: "closest",
-    hoverlabel: {
-      bgcolor: variable("--panel"),
-      bordercolor: variable("--line"),
-      font: { color: variable("--ink"), size: 12 },
-      align: "left",
-    },
-    // A finger that scrolls the page should not be caught by a chart.
-    dragmode: touch ? false : "zoom",
-    xaxis: axis({ fixedrange: touch, ...xaxis }),
-    yaxis: axis({ fixedrange: touch, ...yaxis }),
-    ...more,
-  };
+const styles = getComputedStyle(document.documentElement);
+const resolved = (_, value) =>
+  typeof value === "string" && value.startsWith("var(--")
+    ? styles.getPropertyValue(value.slice(4, -1)).trim()
+    : value;
+
+function draw(plot) {
+  const text = JSON.stringify({ template, ...figures.get(plot) });
+  const { data: traces, layout, template: look } = JSON.parse(text, resolved);
+  const fresh = !plot.on;
+  Plotly.react(plot, traces, { template: look, ...layout }, CONFIG);
+  if (fresh) plot.dispatchEvent(new Event("drawn"));
 }
 
-// `make` gives Plotly's traces and layout, anew whenever the colours change.
-function chart(target, make, ready = () => {}) {
-  whenSeen(target, () => {
-    drawn.set(target, make);
-    const { traces, layout } = make();
-    Plotly.newPlot(target, traces, layout, CONFIG).then(() => ready(target));
+const drawSoon = (plot) => whenSeen(plot, () => draw(plot));
+
+// Of the panels of a section those that are chosen are shown.
+for (const choice of document.querySelectorAll(".choice")) {
+  choice.addEventListener("change", () => {
+    const panels = choice.closest("section").querySelectorAll(".panels");
+    panels.forEach((one, i) => (one.hidden = i !== choice.selectedIndex));
+    // What was drawn before may have another width by now.
+    plots.filter((plot) => choice.closest("section").contains(plot)).forEach(drawSoon);
   });
 }
-
-function redraw(target) {
-  const make = drawn.get(target);
-  if (!make) return;
-  const { traces, layout } = make();
-  Plotly.react(target, traces, layout, CONFIG);
-}
-
-function forget(container) {
-  for (const target of container.querySelectorAll(".plot")) {
-    if (drawn.delete(target)) Plotly.purge(target);
-    waiting.delete(target);
-    watcher.unobserve(target);
-  }
-  container.replaceChildren();
-}
-
-// A figure with a heading of its own: it wraps, and is read out.
-function panel(container, title, words, make, kind = "") {
-  const plot = element("div", { class: "plot", role: "img", "aria-label": `${title}. ${words}` });
-  container.append(element("figure", { class: `panel ${kind}` }, element("h4", {}, title), plot));
-  chart(plot, make);
-}
-
-dark.addEventListener("change", () => drawn.forEach((_, target) => redraw(target)));
+plots.forEach(drawSoon);
+dark.addEventListener("change", () => plots.forEach(drawSoon));

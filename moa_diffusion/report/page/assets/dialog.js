@@ -97,10 +97,6 @@ function missing() {
 
 for (const name of ["before", "after"]) {
   const choice = find(`#compare-${name}`);
-  options(
-    choice,
-    models.map((model) => model.label),
-  );
   choice.addEventListener("change", () => {
     compared[name] = Number(choice.value);
     showPair();
@@ -122,5 +118,3 @@ slider.addEventListener("input", slide);
 full.addEventListener("change", showPair);
 find("#compare-close").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-find("#compare-pictures").hidden = !data.images;
-find("#compare-texts").hidden = !data.texts;

@@ -9,7 +9,7 @@ function buildGrid() {
     const button = element(
       "button",
       { type: "button", class: "head choose", "data-model": String(e), "aria-pressed": "false" },
-      element("span", { class: "swatch", "data-series": model.series }),
+      element("span", { class: "swatch", style: `background: ${model.colour}` }),
       model.label,
     );
     button.addEventListener("click", () => select(e));
@@ -69,19 +69,10 @@ function scores(e, p, s) {
   });
 }
 
-function buildSeeds() {
-  seeds.forEach((seed, s) => {
-    const radio = element("input", {
-      type: "radio",
-      name: "seed",
-      value: String(s),
-      checked: s === 0,
-    });
-    radio.addEventListener("change", () => {
-      state.seed = s;
-      filled.forEach(fill);
-    });
-    find("#seeds").append(element("label", {}, radio, ` ${seed}`));
+for (const radio of find("#seeds").elements) {
+  radio.addEventListener("change", () => {
+    state.seed = Number(radio.value);
+    filled.forEach(fill);
   });
 }
 
@@ -125,19 +116,11 @@ function move(event) {
   reveal(next.parentElement);
 }
 
-// Sticky headings hide what the browser believes to be in view.
+// Sticky headings hide what the browser would otherwise believe to be in view.
 function reveal(cell) {
-  const corner = cells.querySelector("thead th").getBoundingClientRect();
-  const [box, place] = [cells.getBoundingClientRect(), cell.getBoundingClientRect()];
-  const [left, top] = [box.left + corner.width, box.top + corner.height];
-  if (place.left < left) cells.scrollLeft -= left - place.left;
-  else if (place.right > box.right)
-    cells.scrollLeft += Math.min(place.right - box.right, place.left - left);
-  if (place.top < top) cells.scrollTop -= top - place.top;
-  else if (place.bottom > box.bottom)
-    cells.scrollTop += Math.min(place.bottom - box.bottom, place.top - top);
-  const page = cell.getBoundingClientRect();
-  if (page.top < 0 || page.bottom > innerHeight) cell.scrollIntoView({ block: "nearest" });
+  const corner = cells.querySelector("thead th");
+  cells.style.scrollPadding = `${corner.offsetHeight}px 0 0 ${corner.offsetWidth}px`;
+  cell.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 function markColumn(e) {
@@ -148,15 +131,14 @@ function markColumn(e) {
 
 function goToColumn(e) {
   select(e);
-  find("#grid").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" });
+  find("#grid").scrollIntoView();
   const head = cells.querySelector(`thead th[data-model="${e}"]`);
   const corner = cells.querySelector("thead th");
-  cells.scrollLeft = head.offsetLeft - corner.offsetWidth;
+  cells.scrollLeft += head.getBoundingClientRect().left - corner.getBoundingClientRect().right;
   head.querySelector("button").focus({ preventScroll: true });
 }
 
 buildGrid();
-buildSeeds();
 listeners.push(markColumn);
 cells.addEventListener("keydown", move);
 cells.addEventListener("focusin", (event) => event.target.matches(".cell") && rove(event.target));

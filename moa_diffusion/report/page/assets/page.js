@@ -2,10 +2,9 @@
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const data = read("data");
 const thumbnails = read("thumbnails");
-const { models, prompts, seeds, rewards, runs } = data;
+const { models, prompts, seeds, rewards } = data;
 const state = { selected: data.first, seed: 0 };
 const listeners = [];
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const find = (selector) => document.querySelector(selector);
@@ -19,10 +18,6 @@ function element(tag, attributes = {}, ...children) {
   }
   made.append(...children);
   return made;
-}
-
-function options(select, names, chosen) {
-  select.replaceChildren(...names.map((name, i) => new Option(name, i, false, i === chosen)));
 }
 
 function short(value) {
@@ -43,21 +38,6 @@ function gain(e, k, p, s, before = 0) {
 // Not by colour alone: the sign is written as well.
 const side = (change) => (change === null || change === 0 ? "open" : change > 0 ? "up" : "down");
 const arrow = (change) => ({ open: "", up: " ▲", down: " ▼" })[side(change)];
-
-function colourOf(name) {
-  const found = data.series.find((one) => one.name === name);
-  // The palette's black would vanish on a dark page, and the base model has no colour of its own.
-  if (!found || found.colour === "#000000") return variable("--ink");
-  return found.colour;
-}
-
-const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-function paintSwatches() {
-  for (const swatch of document.querySelectorAll(".swatch[data-series]")) {
-    swatch.style.background = colourOf(swatch.dataset.series);
-  }
-}
 
 function select(e) {
   state.selected = e;
@@ -94,6 +74,6 @@ function showNow(target) {
 }
 
 listeners.push(markChosen);
-paintSwatches();
-dark.addEventListener("change", paintSwatches);
-addEventListener("beforeprint", () => [...waiting.keys()].forEach(showNow));
+addEventListener("beforeprint", () =>
+  [...waiting.keys()].filter((target) => target.checkVisibility()).forEach(showNow),
+);

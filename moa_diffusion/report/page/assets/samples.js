@@ -69,16 +69,6 @@ function sampleCard(e, k, { p, s }) {
   return button;
 }
 
-options(
-  samplesModel,
-  models.map((model) => model.label),
-  state.selected,
-);
-options(
-  samplesReward,
-  rewards.map(({ name }) => name),
-  0,
-);
 samplesModel.addEventListener("change", showSamples);
 samplesReward.addEventListener("change", showSamples);
 listeners.push((e) => {
