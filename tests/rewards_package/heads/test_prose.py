@@ -379,12 +379,12 @@ def test_a_served_head_says_what_it_scores_and_how_long_a_text_may_be() -> None:
 
 
 def test_an_identity_without_the_kind_is_of_an_earlier_version() -> None:
-    told = json.loads(json.dumps(Identity.of("length", create("length"), {}).to_json()))
-    assert Identity.from_json(told).scores == "texts"
+    told = Identity.of("length", create("length"), {}).model_dump()
+    assert Identity.model_validate(told).scores == "texts"
     del told["scores"]
-    assert Identity.from_json(told).scores == "both"
+    assert Identity.model_validate(told).scores == "both"
     with pytest.raises(ValueError, match=r"`identity.scores` should be one of"):
-        Identity.from_json({**told, "scores": "text"})
+        Identity.model_validate({**told, "scores": "text"})
 
 
 # --- tables and checks ----------------------------------------------------------------------------
