@@ -8,10 +8,12 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
 
@@ -56,6 +58,8 @@ class LoopRunner:
     def _opened(self) -> BlockingPortal:
         with self._lock:
             if self._portal is None:
+                from anyio.from_thread import start_blocking_portal
+
                 context = start_blocking_portal()
                 self._portal = context.__enter__()
                 # For those who never call `close`; nothing happens the second time.

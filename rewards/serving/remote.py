@@ -98,6 +98,7 @@ class RemoteHead(RewardHead):
         self.max_parallel = max_parallel
         self._token = _read_token(token_env)
         self._identity: tuple[str, Identity] | None = None  # url, who it is
+        self._max_body: dict[str, int] = {}  # bytes that a server takes, by its url, once known
         self._loop = LoopRunner()
 
     def score(self, batch: RewardBatch) -> Scores:
@@ -195,6 +196,10 @@ class RemoteHead(RewardHead):
         clock = asyncio.get_running_loop().time
         deadline = clock() + seconds
         body = await asyncio.to_thread(pack)
+        most = self._max_body.get(url, len(body))
+        if len(body) > most:  # sent all the same, it would be cut off, and the reason with it
+            cause = f"{url}: A request should have at most {most} bytes. Found {len(body)}."
+            raise SendError(f"{cause} {_TOO_LARGE}")
         answer = await self._call(client, url, "/score", deadline - clock(), body)
         try:
             identity, scores = wire.unpack_reply(answer.body, count)
@@ -208,10 +213,13 @@ class RemoteHead(RewardHead):
         async with open_client([url]) as client:
             answer = await self._call(client, url, "/health", seconds)
         try:
-            heads = wire.checked(wire.Health, answer.body).heads
+            health = wire.checked(wire.Health, answer.body)
         except wire.WireError as error:
             cause = f"{url} is no reward server of this format: {error}"
             raise SendError(cause, elsewhere=True) from error
+        heads = health.heads
+        if "max_body" in health.limits:
+            self._max_body[url] = health.limits["max_body"]
         if self.remote_name not in heads:
             hint = did_you_mean(self.remote_name, list(heads))
             cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {", ".join(heads)}.'
