@@ -75,7 +75,6 @@ def open_client(urls: Sequence[str]) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
         verify=ssl.create_default_context() if encrypted else False,
         trust_env=False,
-        timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),  # `call` limits the whole
         limits=httpx2.Limits(max_connections=None),
         headers={"Accept-Encoding": "identity"},
     )
@@ -104,10 +103,13 @@ async def call(
     response: httpx2.Response | None = None
     content = bytearray()
     method = "GET" if body is None else "POST"
+    # A handshake of TLS that is cancelled leaves its socket open, one that is late does not: so it
+    # has to be late first.
+    limits = httpx2.Timeout(None, connect=min(0.9 * seconds, _CONNECT_SECONDS))
     try:
         async with (
             asyncio.timeout(seconds),
-            client.stream(method, url, content=body, headers=headers) as response,
+            client.stream(method, url, content=body, headers=headers, timeout=limits) as response,
         ):
             async for piece in response.aiter_raw():
                 content += piece

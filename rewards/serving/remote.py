@@ -279,7 +279,7 @@ def _read_token(variable: str) -> str:
 def _refused(url: str, answer: Answer) -> SendError:
     # The server's own words where they are of the format, else what came.
     try:
-        error = wire.checked(wire.Refusal, answer.body).error
+        error = wire.checked(wire.ErrorReply, answer.body).error
     except wire.WireError:
         where = answer.headers.get("location", "")
         shown = f" to {where}" if where else f": {answer.body[:_SHOWN].decode(errors='replace')!r}"

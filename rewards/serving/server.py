@@ -241,7 +241,7 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
             raise Refusal(500, "head_failed", error.cause, **details) from error
 
     async def evaluate(
-        batcher: Batcher, request: wire.Request, files: Sequence[memoryview]
+        batcher: Batcher, request: wire.ScoreRequest, files: Sequence[memoryview]
     ) -> Scores:
         count = len(request.prompts)
         if count > limits.max_batch:

@@ -1,11 +1,11 @@
 """What travels between the ``remote`` head and the reward server: PNG files and JSON.
 
 A request, the body of ``POST /score``: a length (4 bytes, big-endian), so many bytes of JSON, which
-are a ``Request``, then the PNG files one after the other.
+are a ``ScoreRequest``, then the PNG files one after the other.
 
     {"format": 1, "head": "ocr", "prompts": ["..."], "metadata": [{}], "images": [81234]}
 
-The answer is JSON: a ``Reply``, or with a status of 400 or more a ``Refusal``.
+The answer is JSON: a ``Reply``, or with a status of 400 or more a ``ErrorReply``.
 
     {"identity": {"head": "ocr", "digest": "...", ...}, "scores": [0.5, null],
      "applies": [true, false], "extra": {"column": ["...", "..."]}}
@@ -81,7 +81,7 @@ Score = Annotated[
 ]
 
 
-class Request(BaseModel, frozen=True):
+class ScoreRequest(BaseModel, frozen=True):
     """N samples to score: everything but the pictures."""
 
     format: Format
@@ -128,7 +128,7 @@ class Problem(BaseModel, frozen=True):
     samples: list[Annotated[int, Field(strict=True, ge=0)]] = []  # positions within the request
 
 
-class Refusal(BaseModel, frozen=True):
+class ErrorReply(BaseModel, frozen=True):
     """What a server says instead of a reply."""
 
     error: Problem
@@ -205,7 +205,7 @@ def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: ra
     return b"".join([_LENGTH.pack(len(text)), text, *files])
 
 
-def unpack(body: bytes) -> tuple[Request, list[memoryview]]:
+def unpack(body: bytes) -> tuple[ScoreRequest, list[memoryview]]:
     """Read a request, which says how much work it is, and find its PNG files.
 
     Raises:
@@ -216,7 +216,7 @@ def unpack(body: bytes) -> tuple[Request, list[memoryview]]:
     start = _LENGTH.size + _LENGTH.unpack_from(body)[0]
     if start > len(body):
         raise WireError("The body is shorter than its header says.")
-    request = checked(Request, body[_LENGTH.size : start])
+    request = checked(ScoreRequest, body[_LENGTH.size : start])
     ends = list(itertools.accumulate(request.images or (), initial=start))
     if ends[-1] != len(body):
         raise WireError("The body should end with the last picture.")
@@ -233,7 +233,7 @@ def open_pictures(files: Sequence[memoryview]) -> list[ImageFile]:
     return [_of_picture(index, checked_png.open_picture, file) for index, file in enumerate(files)]
 
 
-def decode(request: Request, pictures: Sequence[ImageFile]) -> Samples:
+def decode(request: ScoreRequest, pictures: Sequence[ImageFile]) -> Samples:
     """Return the samples of a request whose pictures are open.
 
     Raises:
