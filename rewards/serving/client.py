@@ -125,7 +125,8 @@ async def call(
             # so does a server whose answer does not begin as one of HTTP.
             lasting = (h11.RemoteProtocolError, httpx2.InvalidURL, ssl.SSLError)
             again = response is not None or not isinstance(root, lasting)
-            raise CallError(f"{type(root).__name__}: {root}", again=again) from error
+            cause = f"{type(root).__name__}: {root}".removesuffix(": ")
+            raise CallError(cause, again=again) from error
     return Answer(status=response.status_code, headers=response.headers, body=bytes(content))
 
 
@@ -134,6 +135,6 @@ def _root(error: BaseException) -> BaseException:
     while True:
         group = error.exceptions[0] if isinstance(error, ExceptionGroup) else None
         inner = group or error.__cause__ or error.__context__
-        if inner is None:
+        if inner is None or isinstance(inner, ssl.SSLWantReadError):  # which says nothing
             return error
         error = inner
