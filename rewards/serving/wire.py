@@ -5,7 +5,7 @@ are a ``ScoreRequest``, then the PNG files one after the other.
 
     {"format": 1, "head": "ocr", "prompts": ["..."], "metadata": [{}], "images": [81234]}
 
-The answer is JSON: a ``Reply``, or with a status of 400 or more a ``ErrorReply``.
+The answer is JSON: a ``Reply``, or with a status of 400 or more an ``ErrorReply``.
 
     {"identity": {"head": "ocr", "digest": "...", ...}, "scores": [0.5, null],
      "applies": [true, false], "extra": {"column": ["...", "..."]}}
