@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
 
 
 class LoopRunner:
-    """An event loop for coroutines that are called from blocking code.
+    """An event loop, in a thread of its own, for coroutines that are called from blocking code.
 
     It is the same loop until ``close``: a client that keeps connections open, as those of httpx and
-    aiohttp do, cannot be used on another loop. Where the calling thread runs a loop of its own, as
-    a notebook does, the coroutine runs in another thread, and this one waits.
+    aiohttp do, cannot be used on another loop. Any thread may call, also one that runs a loop of
+    its own, as a notebook does: it waits.
     """
 
     def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
+        self._portal: BlockingPortal | None = None
+        self._end: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end.
+        """Run a coroutine to its end; an interruption of the waiting cancels it.
 
         Returns:
             What it returns.
@@ -35,21 +41,32 @@ class LoopRunner:
             RuntimeError: If it was cancelled from within.
             Exception: Whatever the coroutine raises.
         """
-        if self._runner is None:
-            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-            weakref.finalize(self, _close, self._runner)  # for those who never call `close`
+        future = self._opened().start_task_soon(lambda: coroutine)
         try:
-            if _in_a_loop():
-                return _run_in_thread(self._runner, coroutine)
-            return self._runner.run(coroutine)
-        except asyncio.CancelledError as error:  # no `Exception`, so it would pass for an exit
+            return future.result()
+        except concurrent.futures.CancelledError as error:
             raise RuntimeError("The coroutine was cancelled.") from error
+        finally:
+            future.cancel()  # where it is not done: Ctrl-C
 
     def close(self) -> None:
-        """Close the loop; the next coroutine opens another."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            _close(runner)
+        """Close the loop, and cancel what still runs on it; the next coroutine opens another."""
+        with self._lock:
+            self._portal = None
+            self._end()
+
+    def _opened(self) -> BlockingPortal:
+        with self._lock:
+            if self._portal is None:
+                from anyio.from_thread import start_blocking_portal
+
+                context = start_blocking_portal()
+                self._portal = context.__enter__()
+                # For those who never call `close`; nothing happens the second time.
+                self._end = weakref.finalize(self, _end, self._portal, context)
+                device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+                self._portal.call(_begin, device)
+            return self._portal
 
 
 async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
@@ -75,43 +92,13 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]], *, concurrency: in
     return [results[index] for index in range(len(calls))]
 
 
-def _close(runner: asyncio.Runner) -> None:
-    """Close the loop; nothing happens the second time."""
-    if _in_a_loop():
-        with ThreadPoolExecutor(1) as executor:
-            executor.submit(runner.close).result()
-    else:
-        runner.close()
+def _begin(device: int | None) -> None:
+    # Gradients are switched off by thread, and a thread begins on the first accelerator.
+    torch.set_grad_enabled(False)
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
-def _in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _run_in_thread(runner: asyncio.Runner, coroutine: Coroutine[Any, Any, T]) -> T:
-    loop = runner.get_loop()
-
-    ended = threading.Event()
-
-    def work() -> T:
-        try:
-            with torch.no_grad():  # gradients are switched off by thread
-                return runner.run(coroutine)
-        finally:
-            ended.set()
-
-    def cancel() -> None:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-
-    with ThreadPoolExecutor(1) as executor:
-        try:
-            return executor.submit(work).result()
-        except KeyboardInterrupt:
-            loop.call_soon_threadsafe(cancel)  # or leaving the block would wait for the coroutine
-            ended.wait()  # leaving it does not, if the signal came while the thread was started
-            raise
+def _end(portal: BlockingPortal, context: AbstractContextManager[BlockingPortal]) -> None:
+    portal.call(portal.stop, True)
+    context.__exit__(None, None, None)

@@ -48,8 +48,16 @@ FOR_EVERYONE = "rewards.suggestions"  # no part of what scores: a function of wo
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
-# Not among what everything loads: the commands of scripts/heads.py.
-COMMANDS = {"rewards.commands.cli", "rewards.commands.score_folder"}
+# Not among what everything loads: the commands of scripts/heads.py, the head `remote` and what
+# serves heads, and who a head is.
+LATER = {
+    "rewards.commands.cli",
+    "rewards.commands.score_folder",
+    "rewards.identity",
+    "rewards.serving.client",
+    "rewards.serving.remote",
+    "rewards.serving.wire",
+}
 # Imported inside functions, everywhere: the packages load without them.
 HEAVY = {
     "diffusers",
@@ -174,7 +182,7 @@ def violations(source: str, importer: str, *, is_package: bool = False) -> list[
             wrong.append(f"{where}: `{top}` is imported inside functions only.")
         elif (
             (importer in FIRST or row(importer) >= row("moa_diffusion.types"))
-            and importer not in COMMANDS
+            and importer not in LATER
             and item.on_load
             and top not in LIGHT | sys.stdlib_module_names
         ):

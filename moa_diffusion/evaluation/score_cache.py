@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ class ScoreCache(ScoreStore):
 
     def __init__(self, folder: Path, version: HeadVersion) -> None:
         name = f"{version.identity.head}-{version.digest[:16]}.sqlite"
-        super().__init__(folder / name, asdict(version))
+        identity = version.identity.model_dump(mode="json")
+        super().__init__(folder / name, {"identity": identity, "digest": version.digest})
 
     @staticmethod
     def key(sample: str, prompt: Prompt) -> str:

@@ -68,10 +68,35 @@ class Scalarization:
             win_rates=self.normalizer.win_rates(rewards),
         )
         try:
-            weights: Tensor = self.weighting(stats).clone()
+            weights = self._checked(self.weighting(stats)).clone()
         except ValueError as error:  # such as a target below the base level that was measured
             raise TrainingError(f"objectives.weighting: {error}") from error
         self.comm.broadcast_(weights)
+        return weights
+
+    def _checked(self, weights: Any) -> Tensor:
+        """Return what a weighting has answered, which may be a user's.
+
+        Raises:
+            ValueError: Unless they are weights ``[K]`` or ``[K, D]``, finite where they count.
+        """
+        name, applies = type(self.weighting).__name__, ~torch.isnan(self.estimates.rewards.values)
+        K, D = applies.shape
+        if not isinstance(weights, Tensor):
+            raise ValueError(
+                f"`{name}` should return a tensor of weights [{K}]. Found {type(weights).__name__}."
+            )
+        if weights.shape not in ((K,), (K, D)) or not weights.is_floating_point():
+            raise ValueError(
+                f"`{name}` should return floating weights [{K}], one for each objective, or "
+                f"[{K}, {D}]. Found {list(weights.shape)} of {weights.dtype}."
+            )
+        bad = ~weights.isfinite() & (applies if weights.ndim == 2 else applies.any(dim=1))
+        if bad.any():
+            raise ValueError(
+                f"`{name}` should return finite weights. Found {weights[bad][0].item():g} for "
+                f"{self.names[int(bad.nonzero()[0, 0])]}."
+            )
         return weights
 
     def combine(self, weights: Tensor) -> Tensor:

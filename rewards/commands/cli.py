@@ -138,7 +138,7 @@ def score_samples(
             identity = Identity.of(name, head, options)
         finally:
             head.close()
-        table.finish({**identity.to_json(), "options": dict(options)})
+        table.finish({**identity.model_dump(), "options": dict(options)})
     except BaseException:  # Ctrl-C included
         if table.scores:
             print(

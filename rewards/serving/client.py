@@ -1,22 +1,18 @@
 """One HTTP request that ends when its time is up, whatever the server does.
 
-Of the standard library, so that a client needs no further package. Its time-outs are per read, and
-those of the usual clients are too: a server that sends a byte a second never trips them. So the
-whole exchange runs against one timer that shuts the socket. Redirects are not followed, proxies of
-the environment are not used, nothing is retried here.
+Redirects are not followed, proxies of the environment are not used, nothing is retried here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import socket
+import asyncio
 import ssl
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+import h11
+import httpx2
 
 _CONNECT_SECONDS = 10.0
 _LONGEST_REPLY = 64_000_000  # bytes
@@ -41,7 +37,7 @@ class Answer:
     """What a server said."""
 
     status: int
-    headers: Mapping[str, str]  # names in lower case
+    headers: Mapping[str, str]  # names in any case
     body: bytes
 
 
@@ -69,145 +65,76 @@ def check_url(url: object) -> str:
     return str(url).rstrip("/")
 
 
-class Calls:
-    """The calls of one batch, to end them together. Safe to use from several threads."""
+def open_client(urls: Sequence[str]) -> httpx2.AsyncClient:
+    """Return a client that has as many connections to the servers as it has calls.
 
-    def __init__(self) -> None:
-        self._sockets: set[socket.socket] = set()
-        self._ended = False
-        self._lock = threading.Lock()
-
-    def end(self) -> None:
-        """End the calls under way, whose threads raise ``CallError``; further ones are refused."""
-        with self._lock:
-            self._ended = True
-            for sock in self._sockets:
-                _shut(sock)
-
-    def add(self, sock: socket.socket) -> None:
-        """Remember an open socket."""
-        with self._lock:
-            self._sockets.add(sock)
-            if self._ended:
-                _shut(sock)
-
-    def discard(self, sock: socket.socket) -> None:
-        """Forget a socket that is about to be closed."""
-        with self._lock:
-            self._sockets.discard(sock)
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
+    Args:
+        urls: Addresses of the servers; certificates are loaded only for https.
+    """
+    encrypted = any(url.startswith("https:") for url in urls)
+    return httpx2.AsyncClient(
+        verify=ssl.create_default_context() if encrypted else False,
+        trust_env=False,
+        limits=httpx2.Limits(max_connections=None),
+        headers={"Accept-Encoding": "identity"},
+    )
 
 
-def call(
+async def call(
+    client: httpx2.AsyncClient,
     url: str,
-    path: str,
     *,
     seconds: float,
-    calls: Calls,
     body: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """Send a request: POST with a body, GET without.
 
     Args:
-        url: Address of the server; see ``check_url``.
-        path: What to ask for, e.g. ``/health``.
-        seconds: Time for everything, from the connection to the last byte of the answer; only the
-            look-up of the host's name is left to the system.
-        calls: Where the call is entered while it runs.
+        client: See ``open_client``.
+        url: What to ask for, with the address of the server.
+        seconds: Time for everything, from the connection to the last byte of the answer.
         body: Bytes to send.
         headers: Header lines to send.
 
     Raises:
         CallError: If no complete answer came in time.
     """
-    if seconds <= 0 or calls.ended:
-        raise CallError("no time was left", again=True)
-    deadline = time.monotonic() + seconds
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(
-        parts.hostname or "",
-        parts.port or (443 if parts.scheme == "https" else 80),
-        timeout=min(seconds, _CONNECT_SECONDS),
-    )
-    late = threading.Event()
-    sock: socket.socket | None = None
-    timer: threading.Timer | None = None
-
-    def expire() -> None:
-        late.set()
-        assert sock is not None
-        _shut(sock)
-
+    response: httpx2.Response | None = None
+    content = bytearray()
+    method = "GET" if body is None else "POST"
+    # A handshake of TLS that is cancelled leaves its socket open, one that is late does not: so it
+    # has to be late first.
+    limits = httpx2.Timeout(None, connect=min(0.9 * seconds, _CONNECT_SECONDS))
     try:
-        connection.connect()
-        sock = connection.sock
-        calls.add(sock)
-        timer = threading.Timer(max(0.0, deadline - time.monotonic()), expire)
-        timer.daemon = True
-        timer.start()
-        if parts.scheme == "https":
-            calls.discard(sock)
-            sock = ssl.create_default_context().wrap_socket(
-                sock, server_hostname=parts.hostname, do_handshake_on_connect=False
-            )
-            calls.add(sock)
-            sock.do_handshake()  # now that the timer knows the socket: it can drip as well
-            connection.sock = sock
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        answer = _exchange(connection, parts.path + path, body, headers or {})
-    except (OSError, http.client.HTTPException) as error:
-        if late.is_set() or time.monotonic() >= deadline:
-            raise CallError(f"no answer within {seconds:.3g} s", again=True) from error
-        raise CallError(_words(error), again=_passing(error)) from error
-    finally:
-        if timer is not None:
-            timer.cancel()
-        if sock is not None:
-            calls.discard(sock)
-            sock.close()
-        connection.close()
-    if late.is_set():  # a body that ends with the connection looks complete when that is shut
-        raise CallError(f"no answer within {seconds:.3g} s", again=True)
-    if calls.ended:
-        raise CallError("given up", again=True)
-    return answer
+        async with (
+            asyncio.timeout(seconds),
+            client.stream(method, url, content=body, headers=headers, timeout=limits) as response,
+        ):
+            async for piece in response.aiter_raw():
+                content += piece
+                if len(content) > _LONGEST_REPLY:
+                    cause = f"the answer is longer than {_LONGEST_REPLY} bytes"
+                    raise CallError(cause, again=False)
+    except TimeoutError as error:
+        raise CallError(f"no answer within {seconds:.3g} s", again=True) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        if response is None or response.status_code == 200:  # of a refusal a part will do
+            root = _root(error)
+            # What breaks off may be whole the next time. But a certificate stays what it is, and
+            # so does a server whose answer does not begin as one of HTTP.
+            lasting = (h11.RemoteProtocolError, httpx2.InvalidURL, ssl.SSLError)
+            again = response is not None or not isinstance(root, lasting)
+            cause = f"{type(root).__name__}: {root}".removesuffix(": ")
+            raise CallError(cause, again=again) from error
+    return Answer(status=response.status_code, headers=response.headers, body=bytes(content))
 
 
-def _exchange(
-    connection: http.client.HTTPConnection,
-    path: str,
-    body: bytes | None,
-    headers: Mapping[str, str],
-) -> Answer:
-    # A server may refuse a body and hang up before it has read it: its answer says why.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.request("GET" if body is None else "POST", path, body, dict(headers))
-    with connection.getresponse() as response:
-        content = response.read(_LONGEST_REPLY + 1)
-        if response.status == 200 and response.length:  # it hung up; of a refusal a part will do
-            raise http.client.IncompleteRead(content, response.length)
-        if len(content) > _LONGEST_REPLY:
-            raise http.client.HTTPException(f"the answer is longer than {_LONGEST_REPLY} bytes")
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(status=response.status, headers=fields, body=content)
-
-
-def _shut(sock: socket.socket) -> None:
-    # The plain socket's method: that of a TLS socket swaps its state under a thread that reads.
-    with contextlib.suppress(OSError):  # closed already
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _passing(error: Exception) -> bool:
-    # A certificate stays what it is, and so does a server that does not speak HTTP.
-    kinds = (OSError, http.client.IncompleteRead)
-    return isinstance(error, kinds) and not isinstance(error, ssl.SSLError)
-
-
-def _words(error: Exception) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _root(error: BaseException) -> BaseException:
+    # The system's own words, which the layers above it leave out.
+    while True:
+        group = error.exceptions[0] if isinstance(error, ExceptionGroup) else None
+        inner = group or error.__cause__ or error.__context__
+        if inner is None or isinstance(inner, ssl.SSLWantReadError):  # which says nothing
+            return error
+        error = inner

@@ -1,6 +1,6 @@
 """Parts of a batch, dispatched to several servers within a deadline.
 
-Every server has some workers, threads that take the next part as soon as they are free: so a fast
+Every server has some workers, tasks that take the next part as soon as they are free: so a fast
 server does more than a slow one. A part whose request failed goes back, and the worker that is free
 first takes it. A server that cannot be reached is asked again, at growing intervals, until the time
 is up; one that will never score, or fails too often in a row, is left out. When none is left, when
@@ -9,11 +9,9 @@ a failure is that of the samples, or when the time is up, the whole batch fails.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -90,7 +88,7 @@ class Dispatch(Generic[ResultT]):
     def __init__(
         self,
         urls: Sequence[str],
-        send: Callable[[str, int, float], ResultT],
+        send: Callable[[str, int, float], Awaitable[ResultT]],
         *,
         parts: int,
         workers: int,
@@ -101,121 +99,95 @@ class Dispatch(Generic[ResultT]):
         self._parts = parts
         self._retries = retries
         self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-        self._todo = deque(range(parts))
+        self._todo: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
         self._results: dict[int, ResultT] = {}
         self._workers = dict.fromkeys(urls, min(workers, parts))  # that go on, by server
         self._causes: dict[str, str] = {}  # of the last failure, by server; none after a success
         self._warned: set[str] = set()  # servers, once in a batch; to be overloaded is no fault
-        self._fatal: tuple[int, Exception] | None = None  # part, error
-        self._over = False
-        self._changed = threading.Condition()
+        self._done = asyncio.Event()
 
-    def run(self) -> list[ResultT]:
-        """Send all parts.
+    async def run(self) -> list[ResultT]:
+        """Send all parts; when this ends, so have all requests.
 
         Returns:
             What ``send`` returned, in the order of the parts.
 
         Raises:
-            SpreadError: If a part failed for good.
+            DispatchError: If a part failed for good.
         """
-        for url, count in list(self._workers.items()):
-            for _ in range(count):
-                threading.Thread(target=self._work, args=(url,), daemon=True).start()
-        with self._changed:
-            try:
-                self._changed.wait_for(self._settled, timeout=self._left())
-                return self._outcome()
-            finally:
-                self._over = True
-                self._changed.notify_all()
+        self._deadline = asyncio.get_running_loop().time() + self._seconds
+        for part in range(self._parts):
+            self._todo.put_nowait(part)
+        try:
+            async with asyncio.timeout_at(self._deadline), asyncio.TaskGroup() as group:
+                workers = [
+                    group.create_task(self._work(url))
+                    for url, count in self._workers.items()
+                    for _ in range(count)
+                ]
+                if workers:
+                    await self._done.wait()
+                for worker in workers:  # an idle one waits for a part that may come back
+                    worker.cancel()
+        except TimeoutError:
+            raise self._failure(f"not scored within {self._seconds:g} s") from None
+        except ExceptionGroup as failures:
+            first = failures.exceptions[0]  # which ended the others
+            raise first from first.__cause__
+        return [self._results[part] for part in range(self._parts)]
 
-    def _settled(self) -> bool:
-        done = len(self._results) == self._parts
-        return done or self._fatal is not None or not any(self._workers.values())
-
-    def _outcome(self) -> list[ResultT]:
-        if self._fatal is not None:
-            part, error = self._fatal
-            if isinstance(error, SendError):
-                raise DispatchError(error.cause, [part], error.samples) from error
-            raise error
-        missing = [part for part in range(self._parts) if part not in self._results]
-        if not missing:
-            return [self._results[part] for part in range(self._parts)]
-        problem = "no server is left" if self._left() else f"not scored within {self._seconds:g} s"
-        causes = "; ".join(self._causes.values()) or "the servers are still computing"
-        raise DispatchError(f"{problem}: {causes}", missing)
-
-    def _work(self, url: str) -> None:
+    async def _work(self, url: str) -> None:
         failures = costs = 0
-        while (part := self._take(url)) is not None:
+        while True:
+            part = await self._todo.get()
+            if not self._workers[url]:  # its server was left out meanwhile
+                self._todo.put_nowait(part)
+                return
             try:
-                result = self._send(url, part, self._share(url))
+                self._results[part] = await self._send(url, part, self._share(url))
             except SendError as error:
-                pause = _FIRST_PAUSE * 2 ** min(failures, _DOUBLINGS)
-                failures += 1
+                if not error.again and not error.elsewhere:
+                    raise DispatchError(error.cause, [part], error.samples) from error
                 costs += error.costs
                 if not self._give_back(url, part, error, last=costs > self._retries):
                     return
-                self._rest(pause if error.pause is None else error.pause)
-            except Exception as error:  # raised by `run`, in the thread that can handle it
-                self._stop(part, error)
-                return
+                pause = _FIRST_PAUSE * 2 ** min(failures, _DOUBLINGS)
+                failures += 1
+                await self._rest(pause if error.pause is None else error.pause)
             else:
                 failures = costs = 0
-                with self._changed:
-                    self._results[part] = result
-                    self._causes.pop(url, None)
-                    self._changed.notify_all()
-
-    def _take(self, url: str) -> int | None:
-        with self._changed:
-            # An idle worker stays: a part may come back from another.
-            self._changed.wait_for(
-                lambda: self._todo or self._over or not self._workers[url], timeout=self._left()
-            )
-            if self._over or not self._todo or not self._workers[url] or not self._left():
-                return None
-            return self._todo.popleft()
+                self._causes.pop(url, None)
+                if len(self._results) == self._parts:
+                    self._done.set()
 
     def _share(self, url: str) -> float:
-        with self._changed:
-            others = any(
-                count and other != url and other not in self._causes
-                for other, count in self._workers.items()
-            )
-        return self._left() / 2 if others else self._left()
+        left = self._deadline - asyncio.get_running_loop().time()
+        others = any(
+            count and other != url and other not in self._causes
+            for other, count in self._workers.items()
+        )
+        return left / 2 if others else left
 
     def _give_back(self, url: str, part: int, error: SendError, *, last: bool) -> bool:
         # Whether the worker goes on.
-        if not error.again and not error.elsewhere:
-            self._stop(part, error)
-            return False
-        with self._changed:
-            if url not in self._warned and error.pause is None and not self._over:
-                self._warned.add(url)
-                then = "Asking again." if error.again else "Leaving it out."
-                _log.warning("%s. %s", error.cause.rstrip("."), then)
-            self._todo.appendleft(part)
-            self._causes[url] = error.cause
-            if not error.again:
-                self._workers[url] = 0
-            elif last and self._workers[url]:
-                self._workers[url] -= 1
-            going = error.again and not last and self._workers[url] > 0
-            self._changed.notify_all()
-        return going
+        if url not in self._warned and error.pause is None:
+            self._warned.add(url)
+            then = "Asking again." if error.again else "Leaving it out."
+            _log.warning("%s. %s", error.cause.rstrip("."), then)
+        self._todo.put_nowait(part)
+        self._causes[url] = error.cause
+        if not error.again:
+            self._workers[url] = 0
+        elif last and self._workers[url]:
+            self._workers[url] -= 1
+        if not any(self._workers.values()):
+            raise self._failure("no server is left")
+        return error.again and not last and self._workers[url] > 0
 
-    def _stop(self, part: int, error: Exception) -> None:
-        with self._changed:
-            self._fatal = self._fatal or (part, error)
-            self._changed.notify_all()
+    def _failure(self, problem: str) -> DispatchError:
+        missing = [part for part in range(self._parts) if part not in self._results]
+        causes = "; ".join(self._causes.values()) or "the servers are still computing"
+        return DispatchError(f"{problem}: {causes}", missing)
 
-    def _rest(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._over, timeout=min(seconds, self._left()))
-
-    def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
+    async def _rest(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

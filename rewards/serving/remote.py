@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+import httpx2
 import numpy as np
 
 from rewards.base import RewardBatch, RewardError, RewardHead, Scores
+from rewards.coroutines import LoopRunner
 from rewards.identity import Identity
 from rewards.registry import register
 from rewards.serving import wire
-from rewards.serving.client import Answer, CallError, Calls, call, check_url
+from rewards.serving.client import Answer, CallError, call, check_url, open_client
 from rewards.serving.dispatch import Dispatch, DispatchError, SendError
 from rewards.suggestions import did_you_mean
 
@@ -96,7 +98,8 @@ class RemoteHead(RewardHead):
         self.max_parallel = max_parallel
         self._token = _read_token(token_env)
         self._identity: tuple[str, Identity] | None = None  # url, who it is
-        self._lock = threading.Lock()
+        self._max_body: dict[str, int] = {}  # bytes that a server takes, by its url, once known
+        self._loop = LoopRunner()
 
     def score(self, batch: RewardBatch) -> Scores:
         """Return the scores, ``[N]``, NaN where the server says that the objective does not apply.
@@ -114,17 +117,8 @@ class RemoteHead(RewardHead):
         size = self.batch_size
         parts = [range(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
         pictures = None if batch.images is None else batch.arrays()
-        calls = Calls()
-        dispatch = Dispatch(
-            self.urls,
-            lambda url, part, seconds: self._ask(url, batch, pictures, parts[part], seconds, calls),
-            parts=len(parts),
-            workers=self.max_parallel,
-            retries=self.retries,
-            seconds=self.timeout,
-        )
         try:
-            return wire.joined(dispatch.run())
+            return wire.joined(self._loop.run(self._send(batch, pictures, parts)))
         except DispatchError as error:
             concerned = [index for part in error.parts for index in parts[part]]
             if error.samples and max(error.samples) < len(concerned):
@@ -132,8 +126,6 @@ class RemoteHead(RewardHead):
             raise RewardError(
                 error.cause, head=self.name, samples=batch.samples(concerned)
             ) from error
-        finally:
-            calls.end()
 
     def load(self) -> None:
         """Ask every server who it is; warn of those that cannot score, if another can.
@@ -145,7 +137,7 @@ class RemoteHead(RewardHead):
         problems = []
         for url in self.urls:
             try:
-                self._check_identity(url, self._health(url))
+                self._check_identity(url, self._loop.run(self._health(url)))
             except SendError as error:
                 hint = " Does a reward server run there?" if error.again else ""
                 problems.append(f"{error.cause.rstrip('.')}.{hint}")
@@ -158,10 +150,9 @@ class RemoteHead(RewardHead):
 
     def provenance(self) -> Mapping[str, str]:
         """Return what the servers' head says, with their addresses, version and digest."""
-        with self._lock:
-            if self._identity is None:
-                return {}
-            _, identity = self._identity
+        if self._identity is None:
+            return {}
+        _, identity = self._identity
         return {
             **identity.provenance,
             "url": ", ".join(self.urls),
@@ -172,60 +163,84 @@ class RemoteHead(RewardHead):
 
     def close(self) -> None:
         """Forget who the servers are; no connection outlives its batch."""
-        with self._lock:
-            self._identity = None
+        self._identity = None
+        self._loop.close()
 
-    def _ask(
+    async def _send(
+        self, batch: RewardBatch, pictures: np.ndarray | None, parts: Sequence[range]
+    ) -> list[Scores]:
+        async with open_client(self.urls) as client:
+
+            async def ask(url: str, part: int, seconds: float) -> Scores:
+                pack = partial(wire.pack, self.remote_name, batch, pictures, parts[part])
+                return await self._ask(client, url, pack, len(parts[part]), seconds)
+
+            dispatch = Dispatch(
+                self.urls,
+                ask,
+                parts=len(parts),
+                workers=self.max_parallel,
+                retries=self.retries,
+                seconds=self.timeout,
+            )
+            return await dispatch.run()
+
+    async def _ask(
         self,
+        client: httpx2.AsyncClient,
         url: str,
-        batch: RewardBatch,
-        pictures: np.ndarray | None,
-        indices: range,
+        pack: Callable[[], bytes],
+        count: int,
         seconds: float,
-        calls: Calls,
     ) -> Scores:
-        deadline = time.monotonic() + seconds
-        body = wire.pack(self.remote_name, batch, pictures, indices)
-        answer = self._call(url, "/score", deadline - time.monotonic(), calls, body)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + seconds
+        body = await asyncio.to_thread(pack)
+        most = self._max_body.get(url, len(body))
+        if len(body) > most:  # sent all the same, it would be cut off, and the reason with it
+            cause = f"{url}: A request should have at most {most} bytes. Found {len(body)}."
+            raise SendError(f"{cause} {_TOO_LARGE}")
+        answer = await self._call(client, url, "/score", deadline - clock(), body)
         try:
-            identity, scores = wire.unpack_reply(answer.body, len(indices))
+            identity, scores = wire.unpack_reply(answer.body, count)
         except ValueError as error:
             raise SendError(f"{url} answered nonsense: {error}", elsewhere=True) from error
         self._check_identity(url, identity)
         return scores
 
-    def _health(self, url: str) -> Identity:
+    async def _health(self, url: str) -> Identity:
         seconds = min(self.timeout, _HEALTH_SECONDS)
-        answer = self._call(url, "/health", seconds, Calls())
+        async with open_client([url]) as client:
+            answer = await self._call(client, url, "/health", seconds)
         try:
-            health = wire.parse(answer.body)
-            if not isinstance(health, dict) or not isinstance(health.get("heads"), dict):
-                raise ValueError("`heads` is missing")
-            if health.get("format") != wire.FORMAT:
-                raise ValueError(f"`format` should be {wire.FORMAT}")
-            heads = health["heads"]
-            if self.remote_name in heads:
-                identity = Identity.from_json(heads[self.remote_name])
-                if heads[self.remote_name].get("ready") is not True:
-                    cause = f'{url} says that "{self.remote_name}" is not ready.'
-                    raise SendError(cause, elsewhere=True)
-                return identity
-        except ValueError as error:
+            health = wire.checked(wire.Health, answer.body)
+        except wire.WireError as error:
             cause = f"{url} is no reward server of this format: {error}"
             raise SendError(cause, elsewhere=True) from error
-        hint = did_you_mean(self.remote_name, list(heads))
-        known = ", ".join(heads)
-        cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {known}.'
-        raise SendError(cause, elsewhere=True)
+        heads = health.heads
+        if "max_body" in health.limits:
+            self._max_body[url] = health.limits["max_body"]
+        if self.remote_name not in heads:
+            hint = did_you_mean(self.remote_name, list(heads))
+            cause = f'{url} serves no head "{self.remote_name}".{hint} Served: {", ".join(heads)}.'
+            raise SendError(cause, elsewhere=True)
+        if not heads[self.remote_name].ready:
+            raise SendError(f'{url} says that "{self.remote_name}" is not ready.', elsewhere=True)
+        return heads[self.remote_name]
 
-    def _call(
-        self, url: str, path: str, seconds: float, calls: Calls, body: bytes | None = None
+    async def _call(
+        self,
+        client: httpx2.AsyncClient,
+        url: str,
+        path: str,
+        seconds: float,
+        body: bytes | None = None,
     ) -> Answer:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         if body is not None:
             headers |= {"Content-Type": wire.CONTENT_TYPE, wire.SECONDS_HEADER: f"{seconds:.3f}"}
         try:
-            answer = call(url, path, seconds=seconds, calls=calls, body=body, headers=headers)
+            answer = await call(client, url + path, seconds=seconds, body=body, headers=headers)
         except CallError as error:
             cause = f"{url}: {error.cause}"
             raise SendError(cause, again=error.again, elsewhere=True) from error
@@ -234,14 +249,12 @@ class RemoteHead(RewardHead):
         return answer
 
     def _check_identity(self, url: str, identity: Identity) -> None:
-        with self._lock:
-            if self._identity is None:
-                self._identity = (url, identity)
-                self.unit = identity.unit
-                self.requires = identity.requires
-                self.scores = identity.scores
-                return
-            first, known = self._identity
+        if self._identity is None:
+            self._identity = (url, identity)
+            self.unit = identity.unit
+            self.requires = identity.requires
+            self.scores = identity.scores
+        first, known = self._identity
         if identity.digest != known.digest:
             raise SendError(
                 f"{url} scores otherwise than {first}: {_describe(identity)} instead of "
@@ -266,11 +279,8 @@ def _read_token(variable: str) -> str:
 def _refused(url: str, answer: Answer) -> SendError:
     # The server's own words where they are of the format, else what came.
     try:
-        content = wire.parse(answer.body)
+        error = wire.checked(wire.ErrorReply, answer.body).error
     except wire.WireError:
-        content = None
-    error = content.get("error") if isinstance(content, dict) else None
-    if not isinstance(error, dict) or not isinstance(error.get("cause"), str):
         where = answer.headers.get("location", "")
         shown = f" to {where}" if where else f": {answer.body[:_SHOWN].decode(errors='replace')!r}"
         if answer.status == 413:  # the server hung up on the body, and its words were lost
@@ -281,18 +291,19 @@ def _refused(url: str, answer: Answer) -> SendError:
             elsewhere=True,
             costs=answer.status == _UNCLEAR,
         )
-    cause = f"{url} ({error.get('kind')}): {error['cause']}"
-    kind = error.get("kind")
-    if kind == "overloaded":
+    cause = f"{url} ({error.kind}): {error.cause}"
+    if error.kind == "overloaded":
         return SendError(cause, again=True, pause=_retry_after(answer))
-    if kind == "unauthorised":
+    if error.kind == "unauthorised":
         cause += " Set `token_env` to the environment variable that holds the server's token."
-    if kind == "too_large":
+    if error.kind == "too_large":
         cause += f" {_TOO_LARGE}"
-    samples = error.get("samples")
-    if not isinstance(samples, list) or not all(type(i) is int and i >= 0 for i in samples):
-        samples = ()
-    return SendError(cause, samples=samples, again=kind == "late", elsewhere=kind in _SERVERS_OWN)
+    return SendError(
+        cause,
+        samples=error.samples,
+        again=error.kind == "late",
+        elsewhere=error.kind in _SERVERS_OWN,
+    )
 
 
 def _retry_after(answer: Answer) -> float:

@@ -3,7 +3,8 @@
 ``POST /score`` takes a batch in the format of ``rewards.serving.wire``, ``GET /health`` says which
 heads there are and who they are. Every refusal is typed JSON. What a client may cost is bounded:
 the body while it is read, the samples before they are decoded, the pixels before they are
-decompressed, the characters before they are tokenised.
+decompressed, the characters before they are tokenised. How slowly a body may come, and how many
+connections there may be, is the business of a proxy in front.
 """
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations of the handlers, and
@@ -15,10 +16,10 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rewards.base import RewardError, RewardHead, Scores
 from rewards.identity import Identity
@@ -34,6 +35,7 @@ _LONGEST_SECONDS = 3600.0  # a request of a client that does not say how long it
 _RETRY_SECONDS = 1
 _GOODBYE_SECONDS = 30
 _BODIES = 8  # the largest bodies that may be in memory at once
+_PICTURES = 8  # requests of the most pixels that may be under way at once, per head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +48,8 @@ class Limits:
 
     max_body: int = 64_000_000  # bytes of a request
     max_batch: int = 64  # samples of a request, and of a call of the head
-    max_pixels: int = 2048 * 2048  # of a picture
-    max_batch_pixels: int = 8 * 2048 * 2048  # of a request, and of a call of the head
+    max_pixels: int = 8 * 2048 * 2048  # of the pictures of a request, and of a call of the head
     max_queue: int = 512  # samples under way, per head
-    max_queue_pixels: int = 64 * 2048 * 2048  # of pictures under way, 3 bytes each, per head
-    max_text: int = 100_000  # characters of a prompt, and of a text to score
-    max_upload: int = 60  # seconds that a body may take to arrive
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -59,17 +57,11 @@ class Limits:
                 raise ValueError(
                     f"Parameter `{name}` should be positive. Found `{name} = {value}`."
                 )
-        given = asdict(self)
-        for small, large in (
-            ("max_batch", "max_queue"),
-            ("max_pixels", "max_batch_pixels"),
-            ("max_batch_pixels", "max_queue_pixels"),
-        ):
-            if given[large] < given[small]:
-                raise ValueError(
-                    f"Parameter `{large}` should be at least `{small}` ({given[small]}). "
-                    f"Found `{large} = {given[large]}`."
-                )
+        if self.max_queue < self.max_batch:
+            raise ValueError(
+                f"Parameter `max_queue` should be at least `max_batch` ({self.max_batch}). "
+                f"Found `max_queue = {self.max_queue}`."
+            )
 
     def batcher(self, head: RewardHead) -> Batcher:
         """Return a batcher for the head that keeps these limits."""
@@ -77,8 +69,8 @@ class Limits:
             head,
             max_batch=self.max_batch,
             max_queue=self.max_queue,
-            max_batch_pixels=self.max_batch_pixels,
-            max_queue_pixels=self.max_queue_pixels,
+            max_batch_pixels=self.max_pixels,
+            max_queue_pixels=_PICTURES * self.max_pixels,
         )
 
 
@@ -143,7 +135,8 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
         ImportError: See ``check_packages``.
     """
     check_packages()
-    from fastapi import FastAPI, Request, Response
+    from fastapi import FastAPI, Header, Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.requests import ClientDisconnect
 
@@ -161,6 +154,12 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
             headers["Retry-After"] = str(_RETRY_SECONDS)
         return JSONResponse(refusal.content, refusal.status, headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse_header(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        cause = f"{first['loc'][-1]}: {first['msg']}. Found {first['input']!r}."
+        return await refuse(request, Refusal(400, "malformed", cause))
+
     def authorise(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
@@ -170,45 +169,34 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
     async def health(request: Request) -> Response:
         authorise(request)
         heads = {
-            name: {**service.identity.to_json(), "ready": service.batcher.ready}
+            name: wire.Served(**dict(service.identity), ready=service.batcher.ready)
             for name, service in services.items()
         }
-        content = {"format": wire.FORMAT, "heads": heads, "limits": asdict(limits)}
-        return JSONResponse(content)
+        message = wire.Health(format=wire.FORMAT, heads=heads, limits=asdict(limits))
+        return JSONResponse(message.model_dump())
 
     @app.post("/score")
-    async def score(request: Request) -> Response:
+    async def score(
+        request: Request,
+        wait: Annotated[float, Header(alias=wire.SECONDS_HEADER, gt=0)] = _LONGEST_SECONDS,
+    ) -> Response:
         authorise(request)
         if "transfer-encoding" in request.headers:  # which would overrule the length
             raise Refusal(411, "no_length", "A request should have no Transfer-Encoding.")
-        length = _length(request.headers.get("content-length"), limits.max_body)
-        seconds = _seconds(request.headers.get(wire.SECONDS_HEADER))
+        _check_length(request.headers.get("content-length"), limits.max_body)
+        seconds = min(wait, _LONGEST_SECONDS)
         try:
             async with asyncio.timeout(seconds), reservation() as reserve:
-                body = await read(request, length, reserve)
-                return Response(await answer(body), media_type="application/json")
+                pieces = []
+                async for piece in request.stream():  # h11 sees to it that it is not longer
+                    reserve(len(piece))
+                    pieces.append(piece)
+                return Response(await answer(b"".join(pieces)), media_type="application/json")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         except TimeoutError:
             cause = f"Not scored within the {seconds:g} s that the client waits."
             raise Refusal(504, "late", cause) from None
-
-    async def read(request: Request, length: int, reserve: Callable[[int], None]) -> bytes:
-        pieces: list[bytes] = []
-        received = 0
-        try:
-            async with asyncio.timeout(limits.max_upload):
-                async for piece in request.stream():
-                    received += len(piece)
-                    if received > length:
-                        cause = f"The body is longer than the {length} bytes it was said to have."
-                        raise Refusal(413, "too_large", cause)
-                    reserve(len(piece))
-                    pieces.append(piece)
-        except TimeoutError:
-            cause = f"{received} of {length} bytes arrived within {limits.max_upload} s."
-            raise Refusal(408, "late", cause) from None
-        return b"".join(pieces)
 
     @asynccontextmanager
     async def reservation() -> AsyncIterator[Callable[[int], None]]:
@@ -230,23 +218,18 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
 
     async def answer(body: bytes) -> bytes:
         try:
-            header = wire.unpack_header(body)
-        except wire.WireError as error:
-            raise Refusal(400, "malformed", str(error)) from error
-        if header.head not in services:
-            known = ", ".join(services)
-            raise Refusal(404, "unknown_head", f'No head "{header.head}" here. Served: {known}.')
-        count = len(header.prompts)
-        if count > limits.max_batch:
-            cause = f"A request should have at most {limits.max_batch} samples. Found {count}."
-            raise Refusal(413, "too_large", cause)
-        service = services[header.head]
-        kind = "images" if header.texts is None else "texts"
-        if service.identity.scores not in (kind, "both"):
-            cause = f'The head "{header.head}" scores {service.identity.scores}. Found {kind}.'
-            raise Refusal(400, "wrong_kind", cause)
-        try:
-            scores = await evaluate(service.batcher, header, body)
+            request, files = wire.unpack(body)
+            service = services.get(request.head)
+            if service is None:
+                cause = f'No head "{request.head}" here. Served: {", ".join(services)}.'
+                raise Refusal(404, "unknown_head", cause)
+            if service.identity.scores not in (request.kind, "both"):
+                cause = (
+                    f'The head "{request.head}" scores {service.identity.scores}. '
+                    f"Found {request.kind}."
+                )
+                raise Refusal(400, "wrong_kind", cause)
+            scores = await evaluate(service.batcher, request, files)
             return wire.pack_reply(service.identity, scores)
         except wire.WireError as error:
             raise Refusal(400, "malformed", str(error)) from error
@@ -257,18 +240,23 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
             details = {"head": error.head, "samples": [index for index, _ in error.samples]}
             raise Refusal(500, "head_failed", error.cause, **details) from error
 
-    async def evaluate(batcher: Batcher, header: wire.Header, body: bytes) -> Scores:
-        count = len(header.prompts)
-        wire.check_texts(header, limits.max_text)
-        pixels = wire.count_pixels(header, body, limits.max_pixels)
-        if pixels > limits.max_batch_pixels:
+    async def evaluate(
+        batcher: Batcher, request: wire.ScoreRequest, files: Sequence[memoryview]
+    ) -> Scores:
+        count = len(request.prompts)
+        if count > limits.max_batch:
+            cause = f"A request should have at most {limits.max_batch} samples. Found {count}."
+            raise Refusal(413, "too_large", cause)
+        pictures = await asyncio.to_thread(wire.open_pictures, files)
+        pixels = sum(picture.width * picture.height for picture in pictures)
+        if pixels > limits.max_pixels:
             cause = (
-                f"The pictures of a request should have at most {limits.max_batch_pixels} pixels "
-                f"in all. Found {pixels}."
+                f"The pictures of a request should have at most {limits.max_pixels} pixels in "
+                f"all. Found {pixels}."
             )
             raise Refusal(413, "too_large", cause)
         batcher.admit(count, pixels)
-        decoding = asyncio.create_task(asyncio.to_thread(wire.unpack_samples, header, body))
+        decoding = asyncio.create_task(asyncio.to_thread(wire.decode, request, pictures))
         try:
             samples = await asyncio.shield(decoding)
         except BaseException:
@@ -324,21 +312,10 @@ def run(
     server.run(sockets=[listener])
 
 
-def _length(given: str | None, most: int) -> int:
+def _check_length(given: str | None, most: int) -> None:
     if given is None:
         raise Refusal(411, "no_length", "A request should have a Content-Length.")
     length = int(given)  # h11 lets nothing but digits through
     if length > most:
         cause = f"A body should have at most {most} bytes. Found {length}."
         raise Refusal(413, "too_large", cause)
-    return length
-
-
-def _seconds(given: str | None) -> float:
-    try:
-        seconds = float(given) if given is not None else _LONGEST_SECONDS
-    except ValueError as error:
-        raise Refusal(400, "malformed", f"{wire.SECONDS_HEADER} should be a number.") from error
-    if not seconds > 0:
-        raise Refusal(400, "malformed", f"{wire.SECONDS_HEADER} should be positive.")
-    return min(seconds, _LONGEST_SECONDS)

@@ -1,19 +1,15 @@
 """What travels between the ``remote`` head and the reward server: PNG files and JSON.
 
-A request, the body of ``POST /score``: a length (4 bytes, big-endian), so many bytes of JSON, then
-the PNG files one after the other.
+A request, the body of ``POST /score``: a length (4 bytes, big-endian), so many bytes of JSON, which
+are a ``ScoreRequest``, then the PNG files one after the other.
 
     {"format": 1, "head": "ocr", "prompts": ["..."], "metadata": [{}], "images": [81234]}
 
-``images`` holds the size of each PNG file; a batch of texts has ``texts`` instead. ``metadata`` may
-be left out. The reply is JSON:
+The answer is JSON: a ``Reply``, or with a status of 400 or more an ``ErrorReply``.
 
     {"identity": {"head": "ocr", "digest": "...", ...}, "scores": [0.5, null],
      "applies": [true, false], "extra": {"column": ["...", "..."]}}
-
-A score is ``null`` where the objective does not apply, and ``applies`` says so once more: ``null``
-alone is also what a careless encoder makes of a failed computation. A refusal has a status of 400
-or more and the body ``{"error": {"kind": ..., "cause": ..., "head": ..., "samples": [...]}}``.
+    {"error": {"kind": "head_failed", "cause": "...", "head": "ocr", "samples": [3]}}
 
 Nothing is unpickled, pictures lose nothing, and no JSON here holds NaN or an infinity.
 """
@@ -23,28 +19,133 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import reprlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import torch
+from PIL.ImageFile import ImageFile
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from rewards.base import RewardBatch, Scores
 from rewards.identity import Identity
 from rewards.serving import checked_png
 
+FileT = TypeVar("FileT")
+MessageT = TypeVar("MessageT", bound=BaseModel)
+ResultT = TypeVar("ResultT")
+
 FORMAT = 1
 CONTENT_TYPE = "application/x-reward-batch"
 SECONDS_HEADER = "Reward-Seconds"  # how long the client goes on waiting
+LONGEST_TEXT = 100_000  # characters of a prompt, and of a text to score
 _LENGTH = struct.Struct(">I")
 _LARGEST_SCORE = torch.finfo(torch.float32).max
+_SHOWN = 60  # bytes that are quoted in an error
 
 
 class WireError(ValueError):
     """What came over the wire is not what this module describes."""
+
+
+def _same_format(value: Any) -> int:
+    if value != FORMAT:
+        raise ValueError(
+            f"client and server should be of one version, and this side speaks format {FORMAT}"
+        )
+    return FORMAT
+
+
+def _bounded(text: str) -> str:
+    # By hand: pydantic cannot measure texts with half a surrogate pair, which JSON can hold.
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"a text should have at most {LONGEST_TEXT} characters, not {len(text)}")
+    return text
+
+
+Format = Annotated[int, BeforeValidator(_same_format)]
+Text = Annotated[str, AfterValidator(_bounded)]
+Score = Annotated[
+    float, Field(strict=True, allow_inf_nan=False, ge=-_LARGEST_SCORE, le=_LARGEST_SCORE)
+]
+
+
+class ScoreRequest(BaseModel, frozen=True):
+    """N samples to score: everything but the pictures."""
+
+    format: Format
+    head: str  # name on the server
+    prompts: list[Text] = Field(min_length=1)  # N
+    metadata: list[dict[str, Any]] = []  # N, or empty
+    texts: list[Text] | None = None  # N; either these
+    images: list[Annotated[int, Field(strict=True, gt=0)]] | None = None  # or N sizes in bytes
+
+    @property
+    def kind(self) -> str:
+        """What is to be scored: ``images`` or ``texts``."""
+        return "images" if self.texts is None else "texts"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.texts is None) == (self.images is None):
+            raise ValueError("exactly one of `images` and `texts` should be given")
+        lists = {"metadata": self.metadata or None, "texts": self.texts, "images": self.images}
+        for key, value in lists.items():
+            if value is not None and len(value) != len(self.prompts):
+                raise ValueError(f"`{key}` should be a list of {len(self.prompts)}, like `prompts`")
+        return self
+
+
+class Reply(BaseModel, frozen=True):
+    """The scores of N samples.
+
+    A score is None where the objective does not apply, and ``applies`` says so once more: ``null``
+    alone is also what a careless encoder makes of a failed computation.
+    """
+
+    identity: Identity
+    scores: list[Score | None]  # N
+    applies: list[Annotated[bool, Field(strict=True)]]  # N
+    extra: dict[str, list[Any]]  # N by column
+
+
+class Problem(BaseModel, frozen=True):
+    """Why a request has no scores."""
+
+    kind: str
+    cause: str
+    samples: list[Annotated[int, Field(strict=True, ge=0)]] = []  # positions within the request
+
+
+class ErrorReply(BaseModel, frozen=True):
+    """What a server says instead of a reply."""
+
+    error: Problem
+
+
+class Served(Identity, frozen=True):
+    """A head on a server."""
+
+    ready: bool
+
+
+class Health(BaseModel, frozen=True):
+    """What a server says of itself."""
+
+    format: Format
+    heads: dict[str, Served]  # by name
+    limits: dict[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,18 +179,6 @@ class Samples:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """The JSON of a request: everything but the pictures."""
-
-    head: str
-    prompts: Sequence[str]  # N
-    metadata: Sequence[Mapping[str, Any]]  # N, or empty
-    texts: Sequence[str] | None  # N
-    images: Sequence[int] | None  # N sizes in bytes
-    start: int  # where in the body the first PNG file begins
-
-
 def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: range) -> bytes:
     """Return the request that asks for the scores of some samples.
 
@@ -116,8 +205,8 @@ def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: ra
     return b"".join([_LENGTH.pack(len(text)), text, *files])
 
 
-def unpack_header(body: bytes) -> Header:
-    """Read the JSON of a request, which says how much work it is.
+def unpack(body: bytes) -> tuple[ScoreRequest, list[memoryview]]:
+    """Read a request, which says how much work it is, and find its PNG files.
 
     Raises:
         WireError: If it is malformed.
@@ -127,102 +216,46 @@ def unpack_header(body: bytes) -> Header:
     start = _LENGTH.size + _LENGTH.unpack_from(body)[0]
     if start > len(body):
         raise WireError("The body is shorter than its header says.")
-    header = parse(body[_LENGTH.size : start])
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise WireError(f"The header should be a JSON object with `format` = {FORMAT}.")
-    head, prompts = header.get("head"), header.get("prompts")
-    if not isinstance(head, str) or not isinstance(prompts, list) or not prompts:
-        raise WireError("The header should have a text `head` and a list `prompts`, not empty.")
-    lists = {key: header.get(key) for key in ("metadata", "texts", "images")}
-    for key, value in lists.items():
-        if value is not None and (not isinstance(value, list) or len(value) != len(prompts)):
-            raise WireError(f"`{key}` should be a list of {len(prompts)}, like `prompts`.")
-    sizes = lists["images"]
-    if sizes is not None:
-        if not all(type(size) is int and size > 0 for size in sizes):
-            raise WireError("`images` should hold positive sizes in bytes.")
-        if start + sum(sizes) != len(body):
-            raise WireError("The body should end with the last picture.")
-    return Header(
-        head=head,
-        prompts=prompts,
-        metadata=lists["metadata"] or [],
-        texts=lists["texts"],
-        images=sizes,
-        start=start,
+    request = checked(ScoreRequest, body[_LENGTH.size : start])
+    ends = list(itertools.accumulate(request.images or (), initial=start))
+    if ends[-1] != len(body):
+        raise WireError("The body should end with the last picture.")
+    view = memoryview(body)
+    return request, [view[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def open_pictures(files: Sequence[memoryview]) -> list[ImageFile]:
+    """Return the pictures of a request, which are not decompressed for that.
+
+    Raises:
+        WireError: If one is no RGB PNG file of 8 bits.
+    """
+    return [_of_picture(index, checked_png.open_picture, file) for index, file in enumerate(files)]
+
+
+def decode(request: ScoreRequest, pictures: Sequence[ImageFile]) -> Samples:
+    """Return the samples of a request whose pictures are open.
+
+    Raises:
+        WireError: If a picture cannot be decoded, or sizes differ.
+    """
+    decoded = [_of_picture(index, checked_png.decode, one) for index, one in enumerate(pictures)]
+    for index, pixels in enumerate(decoded):
+        if pixels.shape != decoded[0].shape:
+            raise WireError(f"Picture {index} has another size than the first.")
+    return Samples(
+        prompts=request.prompts,
+        metadata=request.metadata,
+        pictures=torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2) if decoded else None,
+        texts=request.texts,
     )
 
 
-def check_texts(header: Header, max_text: int) -> None:
-    """Check how long the prompts and texts of a request are.
-
-    Raises:
-        WireError: If one is no text, or has more than ``max_text`` characters.
-    """
-    for key, texts in (("prompts", header.prompts), ("texts", header.texts or ())):
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise WireError(
-                    f"`{key}[{index}]` should be a string. Found {type(text).__name__}."
-                )
-            if len(text) > max_text:
-                raise WireError(
-                    f"`{key}[{index}]` should have at most {max_text} characters. "
-                    f"Found {len(text)}."
-                )
-
-
-def count_pixels(header: Header, body: bytes, max_pixels: int) -> int:
-    """Return the pixels of all pictures of a request, which are not decompressed for that.
-
-    Raises:
-        WireError: If one has more than ``max_pixels``, or is no RGB PNG file of 8 bits.
-    """
-    total = 0
-    for index, (begin, end) in enumerate(_places(header)):
-        try:
-            width, height = checked_png.size(body[begin : min(end, begin + checked_png.HEAD)])
-        except ValueError as error:
-            raise WireError(f"Picture {index} {error}") from error
-        if width * height > max_pixels:
-            raise WireError(
-                f"Picture {index} should have at most {max_pixels} pixels. "
-                f"Found {width} x {height}."
-            )
-        total += width * height
-    return total
-
-
-def unpack_samples(header: Header, body: bytes) -> Samples:
-    """Read the pictures of a request, whose pixels ``count_pixels`` has counted.
-
-    Raises:
-        WireError: If one is no RGB picture of 8 bits of the size that was counted, if sizes
-            differ, or if a list holds something else.
-    """
-    pictures = None
-    if header.images is not None:
-        decoded = []
-        for index, (begin, end) in enumerate(_places(header)):
-            try:
-                decoded.append(checked_png.decode(body[begin:end]))
-            except ValueError as error:
-                raise WireError(f"Picture {index} {error}") from error
-            if decoded[index].shape != decoded[0].shape:
-                raise WireError(f"Picture {index} has another size than the first.")
-        pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)  # [N, 3, H, W]
+def _of_picture(index: int, read: Callable[[FileT], ResultT], file: FileT) -> ResultT:
     try:
-        return Samples(
-            prompts=header.prompts, metadata=header.metadata, pictures=pictures, texts=header.texts
-        )
+        return read(file)
     except ValueError as error:
-        raise WireError(str(error)) from error
-
-
-def _places(header: Header) -> list[tuple[int, int]]:
-    # Where in the body each file begins and ends.
-    ends = list(itertools.accumulate(header.images or (), initial=header.start))
-    return list(itertools.pairwise(ends))
+        raise WireError(f"Picture {index} {error}") from error
 
 
 def pack_reply(identity: Identity, scores: Scores) -> bytes:
@@ -231,7 +264,7 @@ def pack_reply(identity: Identity, scores: Scores) -> bytes:
     applies = [not math.isnan(value) for value in values]
     return dump(
         {
-            "identity": identity.to_json(),
+            "identity": identity.model_dump(),
             "scores": [value if ok else None for value, ok in zip(values, applies, strict=True)],
             "applies": applies,
             "extra": {column: list(cells) for column, cells in scores.extra.items()},
@@ -243,42 +276,24 @@ def unpack_reply(body: bytes, count: int) -> tuple[Identity, Scores]:
     """Read the reply to a request of ``count`` samples.
 
     Raises:
-        ValueError: If it is malformed, has another number of scores, or holds a score that is
+        WireError: If it is malformed, has another number of scores, or holds a score that is
             neither a finite float32 nor ``null`` where the objective does not apply.
     """
-    reply = parse(body)
-    if not isinstance(reply, dict):
-        raise WireError("The reply should be a JSON object.")
-    values, applies, extra = (reply.get(key) for key in ("scores", "applies", "extra"))
-    for key, entries in (("scores", values), ("applies", applies)):
-        if not isinstance(entries, list) or len(entries) != count:
-            size = f" of {len(entries)}" if isinstance(entries, list) else ""
+    reply = checked(Reply, body)
+    sizes = {"scores": len(reply.scores), "applies": len(reply.applies)}
+    sizes |= {f"extra.{column}": len(cells) for column, cells in reply.extra.items()}
+    for key, size in sizes.items():
+        if size != count:
+            raise WireError(f"`{key}` should be a list of {count}. Found a list of {size}.")
+    for index, (score, applies) in enumerate(zip(reply.scores, reply.applies, strict=True)):
+        if (score is not None) != applies:
             raise WireError(
-                f"`{key}` should be a list of {count}. Found {type(entries).__name__}{size}."
+                f"Score {index} should be a number that applies, or null that does not. "
+                f"Found {score} with `applies` = {applies}."
             )
-    assert isinstance(values, list)
-    assert isinstance(applies, list)
-    scores = torch.empty(count, dtype=torch.float64)
-    for index, (value, applied) in enumerate(zip(values, applies, strict=True)):
-        scores[index] = _score(index, value, applied)
-    if not isinstance(extra, dict):
-        raise WireError("`extra` should be an object.")
-    for column, cells in extra.items():
-        if not isinstance(cells, list) or len(cells) != count:
-            raise WireError(f"`extra.{column}` should be a list of {count}.")
-    return Identity.from_json(reply.get("identity")), Scores(values=scores, extra=extra)
-
-
-def _score(index: int, value: Any, applied: Any) -> float:
-    if applied is False and value is None:
-        return math.nan
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if applied is not True or not number or not abs(value) <= _LARGEST_SCORE:
-        raise WireError(
-            f"Score {index} should be a finite number that applies, or null that does not. "
-            f"Found {str(value)[:40]} with `applies` = {str(applied)[:40]}."
-        )
-    return float(value)
+    values = [math.nan if score is None else score for score in reply.scores]
+    scores = Scores(values=torch.tensor(values, dtype=torch.float64), extra=reply.extra)
+    return reply.identity, scores
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
@@ -316,16 +331,27 @@ def dump(value: Any) -> bytes:
         raise ValueError(str(error)) from error
 
 
-def parse(text: bytes) -> Any:
-    """Read JSON.
+def checked(kind: type[MessageT], text: bytes) -> MessageT:
+    """Read a message.
 
     Raises:
-        WireError: If it is not JSON; NaN and infinities are not.
+        WireError: If the text is not JSON, where NaN and infinities are none, or no such message;
+            says in one sentence what is wrong first.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        # Not pydantic's own parser, which refuses half a surrogate pair.
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise WireError(f"This is not JSON: {error}. It begins with {text[:60]!r}.") from error
+        raise WireError(f"This is not JSON: {error}. It begins with {text[:_SHOWN]!r}.") from error
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = f"`{'.'.join(map(str, first['loc']))}`" if first["loc"] else "The message"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise WireError(
+            f"{place} is wrong: {problem}. Found {reprlib.repr(first['input'])}."
+        ) from error
 
 
 def _refuse_constant(name: str) -> float:

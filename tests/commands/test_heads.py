@@ -171,7 +171,7 @@ def test_check_says_what_is_wrong(run: Run, tmp_path: Path, monkeypatch) -> None
     for arguments, reason in (
         (["sharpnes"], "Did you mean 'sharpness'"),
         (["sharpness", "--option", "x=1"], 'has no option "x"'),
-        (["remote", "--option", "url=http://localhost:1", "--option", "remote_name=x"], "refused"),
+        (["remote", "--option", "url=http://localhost:1", "--option", "remote_name=x"], "Refused"),
         ([absent], "Downloads are forbidden by HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"),
         (["sharpness", "--texts"], "Found a batch of texts"),
     ):

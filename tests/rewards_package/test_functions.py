@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -355,9 +356,36 @@ def test_inside_a_running_loop_it_works_too(per_image):
         return found
 
     assert asyncio.run(notebook()) == [1.0] * 3
-    assert threading.main_thread() not in threads
     assert closing(head, batch()).tolist() == [1.0] * 3  # after close, and outside of a loop
-    assert threading.main_thread() in threads
+    assert threading.main_thread() not in threads
+
+
+def test_a_coroutine_sees_the_callers_accelerator(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda index: chosen.append((index, threading.current_thread()))
+    )
+
+    async def one(images, prompts):
+        assert chosen == [(3, threading.current_thread())]
+        return [1.0] * len(prompts)
+
+    closing(FunctionHead(one), batch())
+
+
+def test_many_threads_may_share_a_head():
+    async def one(image, prompt):
+        await asyncio.sleep(0)
+        assert not torch.is_grad_enabled()
+        return float(prompt.split()[1])
+
+    head = FunctionHead(one, per_image=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: head(batch(n)).tolist(), range(1, 17)))
+    head.close()
+    assert found == [list(range(n)) for n in range(1, 17)]
 
 
 def test_after_a_failure_the_others_are_not_waited_for():

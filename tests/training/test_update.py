@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -401,6 +402,42 @@ def scalarization(values: torch.Tensor, *, clip: float = 100.0, step: int = 0) -
 def random_rewards(seed: int = 0) -> torch.Tensor:
     source = torch.Generator().manual_seed(seed)
     return torch.randn(3, 8, generator=source, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1.0, 1.0, 1.0], r"`Answers` should return a tensor of weights \[3\]\. Found list"),
+        (torch.ones(4), r"floating weights \[3\], .* or \[3, 8\]\. Found \[4\]"),
+        (torch.ones(3, dtype=torch.int64), r"Found \[3\] of torch.int64"),
+        (torch.tensor([1.0, math.nan, 1.0]), r"should return finite weights\. Found nan for b"),
+        (torch.full((3, 8), math.inf), r"Found inf for a"),
+    ],
+)
+def test_what_a_weighting_of_ones_own_answers_is_checked(answer: object, message: str) -> None:
+    """Not a number would train nothing, silently, and other shapes end far from their cause."""
+
+    class Answers(Weighting):
+        def forward(self, stats: ObjectiveStats) -> torch.Tensor:
+            return answer  # type: ignore[return-value]
+
+    objectives = scalarization(random_rewards())
+    objectives = dataclasses.replace(objectives, weighting=Answers(objectives.names))
+    with pytest.raises(TrainingError, match=f"^objectives.weighting: .*{message}"):
+        objectives.weigh(None)
+
+
+def test_a_weight_where_an_objective_never_applies_may_be_anything() -> None:
+    rewards = random_rewards()
+    rewards[1] = math.nan
+
+    class Answers(Weighting):
+        def forward(self, stats: ObjectiveStats) -> torch.Tensor:
+            return torch.tensor([1.0, math.nan, 2.0])
+
+    objectives = scalarization(rewards)
+    objectives = dataclasses.replace(objectives, weighting=Answers(objectives.names))
+    assert objectives.weigh(None).isnan().tolist() == [False, True, False]
 
 
 def test_rescaled_weights_of_gradients_give_the_combined_advantage() -> None:

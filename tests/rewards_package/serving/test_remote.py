@@ -5,6 +5,7 @@ What a real server does is in `test_server.py`; here each reply is written by ha
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import itertools
@@ -23,7 +24,7 @@ import torch
 
 from rewards import RewardBatch, RewardError, create
 from rewards.serving import wire
-from rewards.serving.client import CallError, Calls, call
+from rewards.serving.client import Answer, CallError, call, open_client
 from rewards.serving.dispatch import Dispatch
 from rewards.serving.remote import RemoteHead
 from waiting import DEADLINES, HANG, wait_until
@@ -55,7 +56,7 @@ def reply(scores: object, applies: object = None, **more: object) -> bytes:
 
 def honest(body: bytes) -> Reply:
     """Scores each text by the number that it is."""
-    texts = wire.unpack_header(body).texts or []
+    texts = wire.unpack(body)[0].texts or []
     return 200, {}, reply([float(text) for text in texts])
 
 
@@ -186,6 +187,14 @@ def dead_url() -> Iterator[Callable[[], str]]:
         yield make
 
 
+def get(url: str, seconds: float = HANG) -> Answer:
+    async def ask() -> Answer:
+        async with open_client([url]) as client:
+            return await call(client, f"{url}/health", seconds=seconds)
+
+    return asyncio.run(ask())
+
+
 def failure(head: RemoteHead, size: int = 3) -> RewardError:
     with pytest.raises(RewardError) as caught:
         head(batch(size))
@@ -241,9 +250,9 @@ def test_a_slow_server_is_an_error_at_the_deadline(pieces: tuple[bytes, ...]) ->
 def test_an_answer_that_breaks_off_is_no_answer() -> None:
     with (
         raw(SLOW["half a body"], hang_up=True) as url,
-        pytest.raises(CallError, match="IncompleteRead") as caught,
+        pytest.raises(CallError, match="without sending complete message body") as caught,
     ):
-        call(url, "/health", seconds=HANG, calls=Calls())
+        get(url)
     assert caught.value.again
 
 
@@ -260,7 +269,7 @@ def test_a_server_that_drips_does_not_outlast_the_deadline(beginning: bytes) -> 
     pieces = [beginning, *itertools.repeat(b"y", drops)]
     with raw(pieces, pause=0.05) as url:
         with pytest.raises(CallError, match=r"no answer within 0\.5 s"):
-            call(url, "/health", seconds=0.5, calls=Calls())
+            get(url, 0.5)
         assert "0.5 s" in failure(RemoteHead(url, "judge", timeout=0.5)).cause
 
 
@@ -268,22 +277,34 @@ NAN, INFINITY = float("nan"), float("inf")
 NONSENSE = {
     "no json": (b"<html>hello</html>", "not JSON"),
     "nothing": (b"", "not JSON"),
-    "a list": (b"[1, 2, 3]", "JSON object"),
-    "too short": (reply([1.0, 2.0]), "`scores` should be a list of 3. Found list of 2"),
-    "too long": (reply([1.0] * 4), "Found list of 4"),
-    "no scores": (reply(None, [True] * 3), "Found NoneType"),
+    "a list": (b"[1, 2, 3]", "valid dictionary"),
+    "too short": (reply([1.0, 2.0]), "`scores` should be a list of 3. Found a list of 2"),
+    "too long": (reply([1.0] * 4), "Found a list of 4"),
+    "no scores": (
+        reply(None, [True] * 3),
+        "`scores` is wrong: Input should be a valid list. Found None",
+    ),
     "nan": (reply([1.0, NAN, 2.0]), "NaN is no JSON number"),
     "infinity": (reply([1.0, INFINITY, 2.0]), "Infinity is no JSON number"),
-    "overflow": (reply([1.0, 2.0, 3.0]).replace(b"2.0", b"1e999"), "Score 1 should be a finite"),
-    "beyond float32": (reply([1.0, 1e39, 3.0]), "Score 1 should be a finite number"),
-    "huge": (reply([1.0, 10**400, 3.0]), "Score 1 should be a finite number"),
+    "overflow": (
+        reply([1.0, 2.0, 3.0]).replace(b"2.0", b"1e999"),
+        "`scores.1` is wrong: Input should be a finite number",
+    ),
+    "beyond float32": (reply([1.0, 1e39, 3.0]), "`scores.1` is wrong: Input should be less"),
+    "huge": (reply([1.0, 10**400, 3.0]), "`scores.1` is wrong"),
     "null that applies": (reply([1.0, None, 3.0]), "Found None with `applies` = True"),
     "number that does not": (reply([1.0] * 3, [True, False, True]), "Found 1.0 with"),
-    "text": (reply(["1", "2", "3"]), "Score 0 should be a finite number"),
-    "true": (reply([True] * 3), "Score 0 should be a finite number"),
-    "applies": (reply([1.0] * 3, [1, 1, 1]), "Score 0 should be a finite number"),
-    "no identity": (reply([1.0] * 3, identity=None), "`identity` should have"),
-    "odd identity": (reply([1.0] * 3, identity={**IDENTITY, "digest": 3}), "hold texts"),
+    "text": (reply(["1", "2", "3"]), "`scores.0` is wrong: Input should be a valid number"),
+    "true": (reply([True] * 3), "`scores.0` is wrong: Input should be a valid number"),
+    "applies": (
+        reply([1.0] * 3, [1, 1, 1]),
+        "`applies.0` is wrong: Input should be a valid boolean",
+    ),
+    "no identity": (reply([1.0] * 3, identity=None), "`identity` is wrong"),
+    "odd identity": (
+        reply([1.0] * 3, identity={**IDENTITY, "digest": 3}),
+        "`identity.digest` is wrong",
+    ),
     "short column": (reply([1.0] * 3, extra={"x": [1]}), "`extra.x` should be a list of 3"),
 }
 
@@ -306,9 +327,11 @@ def test_null_that_does_not_apply_is_nan() -> None:
 
 
 def test_what_is_not_http_is_an_error() -> None:
-    with raw([b"SSH-2.0-OpenSSH_9.6\r\n"]) as url:
+    with raw([b"220 mail.example.org ready\r\n\r\n"]) as url:
         error = failure(RemoteHead(url, "judge", timeout=HANG))
-    assert "BadStatusLine" in error.cause
+    assert "illegal status line" in error.cause
+    with raw([b"SSH-2.0-OpenSSH_9.6\r\n"]) as url:  # it may be the beginning of a header
+        assert "0.5 s" in failure(RemoteHead(url, "judge", timeout=0.5)).cause
 
 
 STATUSES = {
@@ -370,9 +393,9 @@ def test_a_server_that_is_started_later_is_waited_for(
     lock, refusals, pauses = threading.Lock(), [503] * 4, []
     rest = Dispatch._rest
 
-    def noted(dispatch: Dispatch, seconds: float) -> None:
+    async def noted(dispatch: Dispatch, seconds: float) -> None:
         pauses.append(seconds)
-        rest(dispatch, seconds / 10)
+        await rest(dispatch, seconds / 10)
 
     def starting(body: bytes) -> Reply:
         with lock:
