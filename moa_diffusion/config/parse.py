@@ -179,8 +179,14 @@ def _take_away_nulls(
     for name, value in list(over.items()):
         inside = f"{key}.{name}".lstrip(".")
         before = earlier.get(name) if isinstance(earlier, dict) else earlier
-        if value is None and inside not in all_keys() and (earlier is None or before is not None):
+        if value is None and _is_open(key) and (earlier is None or before is not None):
             del values[name]
         elif isinstance(value, dict):
             below = None if earlier is None else before if isinstance(before, dict) else {}
             _take_away_nulls(values[name], value, earlier=below, key=inside)
+
+
+def _is_open(key: str) -> bool:
+    """Return whether a mapping takes any key, as ``rewards`` and what is in it do."""
+    opened = [name for name, hint in all_keys().items() if get_origin(hint) is dict]
+    return any(f"{key}.".startswith(f"{name}.") for name in opened)

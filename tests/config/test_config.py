@@ -120,6 +120,14 @@ def test_a_key_given_twice_is_refused(tmp_path):
         loaded(tmp_path, "trainer:\n  steps: 1\n  steps: 2\n")
 
 
+@pytest.mark.parametrize("key", ["trainer.stepz", "sed", "policy.lora.rnak"])
+def test_null_hides_no_unknown_key(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"^{key}: unknown key"):
+        loaded(tmp_path, BASE, f"--{key}", "null")
+    with pytest.raises(ConfigError, match=rf"^{key}: unknown key"):
+        loaded(tmp_path, BASE | nested(key, None))
+
+
 def test_null_in_a_later_file_takes_away_what_an_earlier_one_set(tmp_path):
     more = tmp_path / "more.yaml"
     more.write_text("rewards: {b: null, a: {x: null}}\nobjectives: {normalizer: {floor: null}}\n")
