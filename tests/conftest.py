@@ -16,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# No test of this process survives a power cut, and waiting for the disk costs milliseconds a call.
+# What is left of the call is that the file has to be open.
+os.fsync = os.fstat  # type: ignore[assignment]
+
 # Shells start background jobs with SIGINT ignored, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
