@@ -163,6 +163,7 @@ class Scorer:
         title: str,
         before_batch: Callable[[], None],
         bars: bool,
+        lockstep: bool = False,
     ) -> Scored:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
@@ -173,6 +174,8 @@ class Scorer:
             title: The title of the progress bar.
             before_batch: Called on all processes before each batch.
             bars: Whether this process shows a progress bar.
+            lockstep: Whether ``draw`` has collective operations inside. A process that has fewer
+                batches than another then draws its first once more, and drops it.
 
         Raises:
             RewardError, ProcessError: As ``collect``.
@@ -194,6 +197,8 @@ class Scorer:
                     else:
                         texts += drawn
                         scoring.add(part, texts=drawn)
+                elif lockstep:
+                    draw(mine[:batch])
             local, extra = self._wait(scoring, before_batch)  # [K, m]
         return Scored(
             values=gather_shards(local.T, shards, self.comm),

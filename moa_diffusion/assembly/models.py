@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,8 @@ from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.critic import Critic
 from moa_diffusion.types import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
     """Return the model, on its device; the pipeline is loaded from ``policy.path`` if None.
@@ -45,6 +49,9 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
         return causal_lm(settings, device)
     assert settings.policy.name == "sd3"  # a new kind gets a branch of its own
     model, sampling = settings.policy, settings.sampling
+    if model.shard and not dist.is_initialized():
+        logger.warning("policy.shard: there is one process, so the transformer stays whole.")
+        model = dataclasses.replace(model, shard=False)
     path = model_path(settings)
     if model.embeds_dir is not None:
         check_folder("policy.embeds_dir", Path(model.embeds_dir))

@@ -120,6 +120,7 @@ class HeldOut:
             title="evaluate",
             before_batch=before_batch,
             bars=self.bars,
+            lockstep=self.policy.lockstep,
         )
         shards = shard(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
@@ -181,6 +182,7 @@ class HeldOut:
             title="as rollouts",
             before_batch=before_batch,
             bars=self.bars,
+            lockstep=self.policy.lockstep,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(requests)] - scored.values.T).nanmean(1)  # [objectives]

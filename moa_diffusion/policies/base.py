@@ -25,6 +25,8 @@ class Policy(Protocol):
     # Of the rows in a tapped layer's input, while log-probabilities are computed:
     row_per_sample: bool  # one holds all decisions of a sample, instead of one
     row_copies: int  # all stand there so often, one set after the other: 2 with guidance
+    # Whether each forward and backward pass is a collective operation: all ranks make as many.
+    lockstep: bool
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""

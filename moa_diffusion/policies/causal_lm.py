@@ -58,7 +58,7 @@ class CausalLMPolicy:
         ValueError: If a parameter is out of range, or names no layer.
     """
 
-    row_per_sample, row_copies = True, 1
+    row_per_sample, row_copies, lockstep = True, 1, False
     dimensions = 1
 
     def __init__(

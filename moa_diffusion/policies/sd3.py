@@ -29,6 +29,7 @@ from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.policies import lora, samplers
 from moa_diffusion.policies.hub import check_reachable
 from moa_diffusion.policies.prompt_encoder import PromptEncoder
+from moa_diffusion.processes.sharding import shard_frozen
 from moa_diffusion.types import ConfigError, Request, Rollout, take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -209,18 +210,24 @@ class SD3Policy:
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
         self.row_copies = 2 if sampling.guidance > 1 else 1  # the unconditional rows come first
 
-        self.transformer: Any = pipeline.transformer.to(device)
+        self.lockstep = settings.shard
+        self.transformer: Any = pipeline.transformer
+        if not settings.shard:
+            self.transformer.to(device)
         lora.attach(
             self.transformer,
             rank=settings.lora.rank,
             alpha=settings.lora.numerator,
             target_modules=settings.lora.target_modules or lora.ATTENTION,
             seed=derive_seed(seed, "lora"),
+            merge=not settings.shard,  # a copy of every weight would undo the split
         )
         _call_processors(self.transformer)
         if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()  # checkpointing asks for it; the model has no dropout
+        if settings.shard:
+            shard_frozen(self.transformer, self.transformer.transformer_blocks, device)
         self._trainable = lora.parameters(self.transformer)
         self._adapted = lora.layers(self.transformer)
 

@@ -29,7 +29,7 @@ class ToyPolicy:
     """
 
     dtype = torch.float32
-    row_per_sample, row_copies = False, 1
+    row_per_sample, row_copies, lockstep = False, 1, False
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:

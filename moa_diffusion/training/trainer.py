@@ -131,25 +131,32 @@ class Trainer:
             for sibling in range(self.normalizer.reference_samples)  # so that a batch has few steps
             for group, prompt in enumerate(prompts)
         ]
-        steps = self._reference_steps()
-        local = shard(len(references), self.geometry.sample_batch, self.comm)[self.comm.rank]
+        steps, size = self._reference_steps(), self.geometry.sample_batch
+        local = shard(len(references), size, self.comm)[self.comm.rank]
         self.expect([references[i] for i in local or [0]])
 
+        def by_step(batch: Sequence[Request]) -> list[tuple[int, list[Request]]]:
+            groups = groupby(batch, lambda request: steps[request.sibling])
+            return [(step, list(part)) for step, part in groups]
+
+        batches = [references[start : start + size] for start in range(0, len(references), size)]
+        most = max(len(by_step(batch)) for batch in batches) if self.policy.lockstep else 0
+
         def draw(batch: Sequence[Request]) -> Outputs:
-            parts = [
-                self.policy.sample(list(part), step=step)
-                for step, part in groupby(batch, lambda request: steps[request.sibling])
-            ]
+            parts = [self.policy.sample(part, step=step) for step, part in by_step(batch)]
+            for _ in range(most - len(parts)):  # another process may draw so many; dropped here
+                self.policy.sample(batch[:1], step=steps[0])
             return concatenate(parts).outputs
 
         with self.progress.timed("reference"), self.policy.reference():
             scored = self.scorer.draw_and_score(
                 references,
                 draw,
-                batch=self.geometry.sample_batch,
+                batch=size,
                 title="reference",
                 before_batch=self.progress.leave_if_stopped,
                 bars=self.progress.bars,
+                lockstep=self.policy.lockstep,
             )
         pools = scored.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
         self.normalizer.remember(prompts, pools.permute(1, 2, 0))

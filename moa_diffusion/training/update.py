@@ -218,18 +218,22 @@ class Probe:
         advantages = advantages.to(steps.stepper.device, torch.float32)
         self.check(rollout, steps.geometry.micro_batch)
         rows = ObjectiveGradients.of(policy, len(advantages))
-        chosen = steps.geometry.probe(
-            self.settings.share,
-            seed=steps.seed,
-            step=steps.progress.completed,
-            rank=steps.comm.rank,
-        )
+        # Processes differ by a pass or so in what they measure.
+        by_rank = [
+            steps.geometry.probe(
+                self.settings.share, seed=steps.seed, step=steps.progress.completed, rank=rank
+            )
+            for rank in range(steps.comm.world_size)
+        ]
+        chosen = by_rank[steps.comm.rank]
+        idle = max(map(len, by_rank)) - len(chosen) if policy.lockstep else 0
         index = [i for micro in chosen for i in micro.tolist()]  # perhaps none is ours
         decisions = take(rollout.mask, index).sum()[None]
         steps.comm.sum_([decisions])
-        for micro in chosen:
+        along = torch.arange(steps.geometry.micro_batch)  # passes that add nothing
+        for micro, share in [*((micro, 1.0) for micro in chosen), *[(along, 0.0)] * idle]:
             part = rollout.select(micro, outputs=False)
-            local = take(advantages.T, micro.tolist()).T  # [K, m]
+            local = share * take(advantages.T, micro.tolist()).T  # [K, m]
             for chunk in policy.step_chunks(part.log_probs.shape[1]):
                 new, _ = policy.log_probs(part, chunk)
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
