@@ -78,6 +78,13 @@ def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os
         ]
     if accelerator.distributed_type == DistributedType.XLA:
         engines.append("TPU")
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"launcher: should start processes that find each other. Found {started} of which each "
+            "takes itself for the only one, as accelerate does on a machine without a GPU. Set "
+            "ACCELERATE_USE_CPU=true, or start with `accelerate launch --cpu`."
+        )
     if engines:
         count = accelerator.num_processes
         raise ConfigError(
