@@ -31,7 +31,7 @@ WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
 
 R = TypeVar("R", bound=Request)
-Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
+Extra = dict[str, Any]  # one sample's "<objective>/<column>" to a JSON value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Scorer:
     ) -> None:
         self.heads = dict(heads)
         self.comm, self.overlap, self.offload = comm, overlap, offload
-        self.seconds: dict[str, float] = {}  # of the last scoring, this process, by objective
+        self.seconds: dict[str, float] = {}  # by objective: the last scoring on this process
         self._threads = {
             name: ThreadPoolExecutor(1, f"reward-{name}", *_on_this_threads_device())
             for name in heads

@@ -35,7 +35,7 @@ def passed(error: BaseException) -> str:
 
     It is empty if no line of the user's code was passed.
     """
-    if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
+    if isinstance(error, SyntaxError):  # the message names the line of the imported file
         return ""
     users = [
         (frame, number)

@@ -20,7 +20,7 @@ class Identity(BaseModel, frozen=True):
     head: str  # name on the server
     unit: str  # unit of the scores
     requires: tuple[str, ...]  # what a prompt must have for the head to apply
-    version: str  # of this package on the server
+    version: str  # this package's version on the server
     provenance: dict[str, str]  # weights, engines, and the source of what is not of this package
     digest: str  # sha256 of class, provenance, version and the options that matter
     scores: Scored = "both"  # what the head scores; a server of an earlier version does not say

@@ -111,7 +111,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         # For heads that use the global generators; nothing here does.
         seed_globally(derive_seed(settings.seed, "calibration") % 2**32)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REWARDS).unlink(missing_ok=True)  # of an earlier calibration
+        (folder / REWARDS).unlink(missing_ok=True)  # An earlier calibration may have left one.
         RunLog(folder).write_heads(0, scorer.load([r[0].prompt for r in requests]))
         first: list[Tensor] = []  # [K, G] each
         second: list[Tensor] = []

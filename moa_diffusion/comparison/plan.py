@@ -74,7 +74,7 @@ class ComparisonPlan:
 
     runs: tuple[PlannedRun, ...]
     notes: tuple[str, ...]
-    names: tuple[str, ...]  # of the objectives
+    names: tuple[str, ...]  # the objectives' names
 
 
 # ---------------------------------------------------------------------- planning
@@ -178,7 +178,7 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
         known = set(inspect.signature(kind).parameters) - {"objectives", "weights"}
         known -= set(chosen.options) if part_name == "weighting" else set()
         if meant_for is None or getattr(meant_for, part_name) is not kind:
-            known = set()  # of the same name perhaps, and of another meaning
+            known = set()  # an option of the same name may mean something else
         kept[part_name] = {key: given[key] for key in given if key in known or key in mine}
         notes += [
             f"objectives.{part_name}.{key} is left out, it is not meant for {kind.__name__}."

@@ -32,7 +32,7 @@ class ImageSettings:
     guidance: float
     resolution: int  # side in pixels
     scheduler: str  # class; its settings are files of the base model
-    dtype: str  # of the transformer
+    dtype: str  # the transformer's
     vae_dtype: str
     max_sequence_length: int  # T5 tokens
     negative_prompt: str = ""

@@ -22,7 +22,7 @@ from rewards.pictures import read_rgb
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_VERSION = 1  # of what a key is made of
+_VERSION = 1  # grows when keys are made of something else
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ class OutputCache(ABC, Generic[T]):
     """
 
     noun: ClassVar[str]  # what a file holds, for messages
-    suffix: ClassVar[str]  # of the files
+    suffix: ClassVar[str]  # the files' suffix, with its dot
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

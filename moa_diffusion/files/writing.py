@@ -137,7 +137,7 @@ def remove(path: Path) -> None:
         return
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # of a file system that has failed already, which is what is reported
+    except OSError:  # The file system has failed already, and that is reported.
         return
 
 

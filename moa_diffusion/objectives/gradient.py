@@ -33,7 +33,8 @@ from rewards.suggestions import did_you_mean
 if TYPE_CHECKING:
     from torchjd.aggregation import Aggregator
 
-SILENT = 1e-24  # of the largest squared gradient norm: below it, only rounding
+# Relative to the largest squared gradient norm: what is smaller is nothing but rounding.
+SILENT = 1e-24
 
 # TorchJD offers these over Jacobians only; they see no more of one than its Gramian.
 FROM_FACTOR = ("config", "mean", "nashmtl", "random", "sum")

@@ -116,7 +116,7 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
         q = log_q.exp()
         return chi, (q * (log_q - log_p)).sum(1), q
 
-    low, high = torch.full_like(extent, -12.0), torch.full_like(extent, 12.0)  # of log chi/extent
+    low, high = torch.full_like(extent, -12.0), torch.full_like(extent, 12.0)  # log(chi / extent)
     for _ in range(14):
         middle = (low + high) / 2
         outside = worst(middle)[1] > eps

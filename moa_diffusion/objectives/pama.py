@@ -32,7 +32,7 @@ from moa_diffusion.types import ObjectiveStats
 
 TIE = 1e-12  # relative: advantages that differ by less are the same
 RIDGE = 1e-10  # relative to an objective's own diagonal: makes the minimum unique
-GAP = 1e-12  # of the duality gap, at which an active-set solve is done
+GAP = 1e-12  # the duality gap at which an active-set solve is done
 
 
 class Pama(Weighting):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.mopo_offline import OfflineMopo
 
-TOLERANCE = 1e-4  # of a win rate: less is not called out of reach
+TOLERANCE = 1e-4  # a win rate that misses its bound by less is not called out of reach
 STEPS = 40  # multipliers that are tried, over five powers of ten, and again around the best
 DESCENT = 300  # steps towards the weights of bounds that exclude each other
 

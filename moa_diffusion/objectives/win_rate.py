@@ -38,7 +38,8 @@ from moa_diffusion.objectives.normalize import batch_spread, whiten
 from moa_diffusion.statistics.groups import RESIDUE, group_centred
 from moa_diffusion.types import RewardMatrix
 
-USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of its own
+# Relative to the objective's mean pool std: a pool with a smaller one has no unit of its own.
+USUAL = 0.1
 
 
 class WinRate(Normalizer):
@@ -59,7 +60,7 @@ class WinRate(Normalizer):
         if not eps > 0:
             raise ValueError(f"Parameter `eps` should be positive. Found {eps}.")
         self.reference_samples, self.eps = pool_size, eps
-        self._divisor = 1.0  # of the last `combined`
+        self._divisor = 1.0  # what the last `combined` divided by
         self.rows: dict[str, int] = {}  # prompt to its row in pool and scale
         self.pool = torch.empty(0, len(self.objectives), pool_size).double()  # [P, K, M]
         self.scale = torch.empty(0, len(self.objectives)).double()  # [P, K]; 0: nothing has spread

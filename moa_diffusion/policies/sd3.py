@@ -242,7 +242,7 @@ class SD3Policy:
         self._sigmas = self._schedule(sampling.steps)
         self._sigma = torch.tensor(self._sigmas, dtype=torch.float32, device=device)
         self._deterministic = self._euler(self._sigmas)
-        self._stochastic = samplers.Steps.of(  # of every step that may be trained
+        self._stochastic = samplers.Steps.of(  # every step that may be trained
             [self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])], device
         )
         self._eval_sigmas = self._schedule(evaluation.steps)

@@ -70,7 +70,7 @@ def hypervolumes(points: Array) -> Array:
     if points.shape[1] == 1:  # a box, as in every resample of one model
         boxes: Array = numpy.maximum(points[:, 0], 0.0).prod(axis=1)
         return boxes
-    volume = moocore.Hypervolume(ref=numpy.zeros(points.shape[2]))  # of what is minimised
+    volume = moocore.Hypervolume(ref=numpy.zeros(points.shape[2]))  # moocore minimises
     known = ~numpy.isnan(points.sum(axis=(1, 2)))
     return numpy.array(
         [volume(front) if good else math.nan for front, good in zip(-points, known, strict=True)]

@@ -33,7 +33,7 @@ from moa_diffusion.processes.devices import widest
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.types import RewardMatrix, Rollout
 
-MOMENTUM = 0.95  # of the running scale of rewards
+MOMENTUM = 0.95  # what the running scale of rewards keeps at each rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Estimates:
     # [N, T] int64: the column of each decision, -1 where there is no decision; None: D is N, and
     # the decisions of a sample share its advantage.
     columns: Tensor | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # of the critic
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the critic reports
 
     def placed(self, advantage: Tensor) -> Tensor:
         """Bring advantages of the columns ``[D]`` into the form that an update takes.

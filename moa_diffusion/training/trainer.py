@@ -89,7 +89,7 @@ class Trainer:
         Args:
             kl_scale: A factor of the KL's weight.
         """
-        number = self.progress.completed  # of rollouts before this one
+        number = self.progress.completed  # rollouts before this one
         requests = self.sampler.requests(number)  # N
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all

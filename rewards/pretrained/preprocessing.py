@@ -28,7 +28,7 @@ from rewards.base import RewardError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Rounding = Literal["down", "even"]  # of transformers and of torchvision
+Rounding = Literal["down", "even"]  # as transformers and as torchvision do it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Preprocessing:
 
     side: int  # shorter side after resizing, pixels
     crop: int  # side of the square cut from the centre, pixels
-    mean: tuple[float, float, float] = CLIP_MEAN  # of R, G, B in [0, 1]
+    mean: tuple[float, float, float] = CLIP_MEAN  # R, G, B in [0, 1]
     std: tuple[float, float, float] = CLIP_STD
     rounding: Rounding = "down"  # where an odd number of rows is cut off
 

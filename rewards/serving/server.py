@@ -48,7 +48,7 @@ class Limits:
 
     max_body: int = 64_000_000  # bytes of a request
     max_batch: int = 64  # samples of a request, and of a call of the head
-    max_pixels: int = 8 * 2048 * 2048  # of the pictures of a request, and of a call of the head
+    max_pixels: int = 8 * 2048 * 2048  # pixels of a request, and of a call of the head
     max_queue: int = 512  # samples under way, per head
 
     def __post_init__(self) -> None:

@@ -383,7 +383,7 @@ def test_half_precision_keeps_adapter_and_log_probs_in_float32(family: str, dtyp
     full = policy_on(family).log_probs(rollout, slice(0, T))[0]
     rounding = (new - full).abs().max()
     assert 0 < rounding < 0.2  # 0.11 in bfloat16, 0.011 in float16
-    for rows in ([1, 3], [2], [1]):  # of other widths than the whole
+    for rows in ([1, 3], [2], [1]):  # narrower than the whole, or as wide
         part = rollout.select(torch.tensor(rows))
         again, _ = policy.log_probs(part, slice(0, T))
         # Either is off by the rounding to half precision, and kernels of other shapes may round
@@ -558,7 +558,7 @@ def test_gradients_of_objectives_are_those_of_separate_passes(family: str, kind:
     passes: list[int] = []
     log_probs.register_hook(lambda gradient: passes.append(1))
     rows.backward(log_probs, coefficients)
-    separate = 3 if family == "gpt2" else 0  # of the layers that cannot be tapped
+    separate = 3 if family == "gpt2" else 0  # passes for the layers that cannot be tapped
     assert len(passes) <= most + separate
     for k in range(3):
         loss = (coefficients[k] * policy.log_probs(rollout, slice(0, T))[0]).sum()

@@ -369,7 +369,7 @@ def test_heads_load_once_the_encoders_have_left(tmp_path):
             assert prompts <= expected, name
     assert (
         sum(name == "expect" for name, _ in calls) == 1 + 2 + 2 * 2
-    )  # of the rewards tried first, evaluations, and rollouts
+    )  # rewards are tried first, then evaluations, and rollouts
     found = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert found["seconds/statistics"] is not None
 

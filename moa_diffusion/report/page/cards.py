@@ -31,9 +31,9 @@ class Card:
     model: int  # the one with the largest worst gain; the last, where there are no stds
     label: str
     worst: str | None  # "+0.12 (ocr)"; None: no stds
-    sign: str  # of the worst gain
+    sign: str  # the worst gain's sign, as the page's style names it
     gains: tuple[Gain, ...]
-    hypervolume: str | None  # of the whole series; None: nothing varies
+    hypervolume: str | None  # the whole series' volume; None: nothing varies
     alarms: int | None  # None: not a run
 
 

@@ -21,8 +21,8 @@ CONFLICTS = {
     "cosine": "cosines of the gradients",
     "correlation": "correlations of the advantages",
 }
-POINTS = 21  # of the line of an alarm
-PARTS = {  # of training, from and to
+POINTS = 21  # points that an alarm's line is drawn of
+PARTS = {  # shares of training, from and to
     "the last quarter of training": (0.75, 1.0),
     "the first quarter": (0.0, 0.25),
     "all of it": (0.0, 1.0),

@@ -13,7 +13,7 @@ from rewards.heads.ocr.engines import RapidOcr, import_easyocr
 from rewards.heads.ocr.target_text import readable
 
 # Of a `.traineddata` file of Tesseract:
-_UNICHARSET = 21  # of the parts of a `.traineddata` file, the characters of its network
+_UNICHARSET = 21  # the number of the part that lists the characters of its network
 _MOST_PARTS = 64  # there are 24; a larger number is none of such a file
 _NO_CHARACTERS = ("NULL", "Joined", "|Broken|0|1")  # the space, and states of the network
 
