@@ -26,7 +26,7 @@ from moa_diffusion.objectives.metrics import reward_metrics
 from moa_diffusion.scoring import Scorer, Scoring
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.critic import Critic, Estimates
+from moa_diffusion.training.critic import Credit, Critic
 from moa_diffusion.training.update import Scalarization, Update
 from moa_diffusion.types import ConfigError, Outputs, Request, RewardMatrix, Rollout, concatenate
 
@@ -93,18 +93,18 @@ class Trainer:
         requests = self.sampler.requests(number)  # N
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all
-        estimates = self.estimate(rollout, rewards)  # [K, N], or decisions [K, D]
-        advantages = self.normalizer.per_objective(estimates.rewards)  # [K, N] or [K, D]
-        scalarization = self.scalarization(estimates, advantages)
+        credit = self.assign_credit(rollout, rewards)  # [K, N], or of decisions [K, D]
+        advantages = self.normalizer.per_objective(credit.matrix)  # [K, N] or [K, D]
+        scalarization = self.scalarization(credit, advantages)
         improvement = self.update.improve(rollout, scalarization, kl_scale=kl_scale)
         self.record(requests, rollout, rewards, improvement.advantage)
         self._lessons.look(rewards, advantages, improvement.advantage, first=number == 0)
         return {
-            **reward_metrics(rewards, advantages, improvement.weights, estimates.rewards),
+            **reward_metrics(rewards, advantages, improvement.weights, credit.matrix),
             **self.statistics(rollout),
             **self.weighting.report(),
             **improvement.metrics,
-            **estimates.metrics,
+            **credit.metrics,
         }
 
     # ------------------------------------------------------------------ its verbs
@@ -208,24 +208,24 @@ class Trainer:
         self._report_silence(rewards)
         return rewards
 
-    def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
+    def assign_credit(self, rollout: Rollout, rewards: RewardMatrix) -> Credit:
         """Return what advantages are computed from.
 
-        It is the rewards ``[K, N]``, or a critic's estimates.
+        It is the rewards ``[K, N]``, or a critic's estimates ``[K, D]``.
         """
         if self.critic is None:
-            return Estimates(rewards=rewards)
+            return Credit(matrix=rewards)
         with self.progress.timed("critic"):
-            return self.critic.estimate(rollout, rewards)
+            return self.critic.assign_credit(rollout, rewards)
 
-    def scalarization(self, estimates: Estimates, advantages: Tensor) -> Scalarization:
+    def scalarization(self, credit: Credit, advantages: Tensor) -> Scalarization:
         """Return what the update needs to make one advantage of the K ``[K, N]`` or ``[K, D]``."""
         return Scalarization(
             normalizer=self.normalizer,
             weighting=self.weighting,
             comm=self.comm,
             step=self.progress.completed,
-            estimates=estimates,
+            credit=credit,
             advantages=advantages,
             clip=self.steps.settings.advantage_clip,
         )
