@@ -35,7 +35,7 @@ Extra = dict[str, Any]  # one sample's "<objective>/<column>" to a JSON value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredOutputs:
     """What ``Scorer.draw_and_score`` returns for M requests."""
 
     values: Tensor  # [M, K] float64, equal on every process
@@ -163,7 +163,7 @@ class Scorer:
         title: str,
         before_batch: Callable[[], None],
         bars: bool,
-    ) -> Scored:
+    ) -> ScoredOutputs:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
@@ -195,7 +195,7 @@ class Scorer:
                         texts += drawn
                         scoring.add(part, texts=drawn)
             local, extra = self._wait(scoring, before_batch)  # [K, m]
-        return Scored(
+        return ScoredOutputs(
             values=gather_shards(local.T, shards, self.comm),
             extra=gather_shard_objects(extra, shards, self.comm),
             outputs=torch.cat(images) if images else tuple(texts),

@@ -26,7 +26,7 @@ class StoredSample(Request):
     score: str  # key in the caches of scores
 
 
-def score_samples(
+def score_stored(
     plan: EvaluationPlan,
     heads: Mapping[str, RewardHead],
     samples: Sequence[Sample],
