@@ -78,6 +78,11 @@ def shard(total: int, batch: int, comm: Comm) -> list[list[int]]:
     """Return which of ``total`` items each rank takes: whole batches, in turn.
 
     The same items share a batch whatever the number of ranks, and so the same rounding.
+
+    Args:
+        total: Number of items.
+        batch: Items in a batch; the last one may be smaller.
+        comm: The collectives over the processes.
     """
     starts = range(0, total, batch)
     return [
@@ -112,7 +117,13 @@ def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> 
 def gather_shard_objects(
     mine: Sequence[Any], shards: Sequence[Sequence[int]], comm: Comm
 ) -> list[Any]:
-    """Do as ``gather_shards``, for Python objects."""
+    """Do as ``gather_shards``, for Python objects.
+
+    Args:
+        mine: The objects of this rank's shard in its order; what follows is left out.
+        shards: The items of every rank, together 0 .. total - 1.
+        comm: The collectives over the processes.
+    """
     gathered = comm.gather_objects(mine[: len(shards[comm.rank])])
     by_item = dict(zip([item for items in shards for item in items], gathered, strict=True))
     return [by_item[item] for item in range(len(by_item))]

@@ -210,6 +210,11 @@ class Scorer:
     ) -> Tensor:
         """Return raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
 
+        Args:
+            requests: The n requests, whose prompts and metadata heads see.
+            images: Their images ``[n, 3, H, W]``; None if they are texts.
+            texts: Their n texts; None if they are images.
+
         Raises:
             RewardError: If a head failed.
         """
@@ -297,6 +302,11 @@ class Scoring:
         """Hand n outputs to every head; wait while ``WAITING`` earlier batches are not begun.
 
         A failure waits for ``finish``, where all processes meet.
+
+        Args:
+            requests: The n requests, whose prompts and metadata heads see.
+            images: Their images ``[n, 3, H, W]``; None if they are texts.
+            texts: Their n texts; None if they are images.
         """
         first, self._added = self._added, self._added + len(requests)
         for name, head in self._heads.items():

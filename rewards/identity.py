@@ -27,7 +27,13 @@ class Identity(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
-        """Return the identity of a loaded head that was built with the given options."""
+        """Return the identity of a loaded head that was built with the given options.
+
+        Args:
+            name: The head's registered name, or the objective's where it has an import path.
+            head: The loaded head, which tells its unit and provenance.
+            options: The options that it was built with; those in ``neutral_options`` do not count.
+        """
         known = {**source_of_class(type(head)), **head.provenance()}
         provenance = {str(key): str(value) for key, value in known.items()}
         relevant = {key: options[key] for key in options if key not in head.neutral_options}

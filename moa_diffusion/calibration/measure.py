@@ -144,6 +144,11 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
 def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request, ...]]:
     """Draw P groups of G requests, each for another training prompt.
 
+    Args:
+        settings: The configuration, whose training prompts and seed are used.
+        prompts: Number P of groups, at least 1.
+        images: Number G of samples in a group, at least 2.
+
     Raises:
         ConfigError: For a bad number or prompt file.
     """

@@ -154,6 +154,11 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
 
     Options that the base configuration gives to other classes than the method's are left out.
 
+    Args:
+        base: YAML file of the configuration that all methods share.
+        overrides: Options of the command line, which win over both files.
+        method: A method's name, or a YAML file with a method and its options.
+
     Raises:
         ConfigError: For an unknown method, or anything else that cannot be run.
     """

@@ -43,7 +43,7 @@ class ImageSettings:
         """Return the deployment settings: those of the section ``evaluation``.
 
         Args:
-            settings: The configuration.
+            settings: The base model's configuration: ``evaluation``, ``sampling`` and ``policy``.
             path: Folder or hub id of the pipeline.
         """
         from diffusers import StableDiffusion3Pipeline

@@ -43,7 +43,14 @@ class OutputCache(ABC, Generic[T]):
 
     @staticmethod
     def key(*, model: str, prompt: str, seed: int, sampler: DataclassInstance) -> str:
-        """Return the digest of everything that an output depends on."""
+        """Return the digest of everything that an output depends on.
+
+        Args:
+            model: Digest of the base model and of the candidate's weights.
+            prompt: The prompt's text.
+            seed: The seed of the sample.
+            sampler: The deployment settings, all of which count.
+        """
         return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
 
     def path(self, key: str) -> Path:

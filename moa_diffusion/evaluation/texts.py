@@ -42,7 +42,7 @@ class TextSettings:
         """Return the deployment settings: those of the section ``generation``.
 
         Args:
-            settings: The configuration.
+            settings: The base model's configuration: ``generation`` and ``policy``.
             path: Folder or hub id of the model.
             device: The device that draws. The same seed gives other texts on another kind of
                 device.

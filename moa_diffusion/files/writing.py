@@ -70,7 +70,7 @@ def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     older file is as it was.
 
     Args:
-        target: The file.
+        target: The path of the finished file; its folder is made if missing.
         needed: Its size in bytes, if it is known.
 
     Raises:

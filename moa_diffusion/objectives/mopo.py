@@ -219,7 +219,14 @@ class Mopo(Weighting):
 def checked_bounds(
     bounds: Mapping[str, float] | float, primary: str, secondary: Sequence[str], units: str
 ) -> dict[str, float]:
-    """Return one finite bound for each secondary objective; in [0, 1] if they are win rates."""
+    """Return one finite bound for each secondary objective; in [0, 1] if they are win rates.
+
+    Args:
+        bounds: The bound of each secondary objective by name, or one for all of them.
+        primary: The objective that is maximised, and has no bound.
+        secondary: Names of the other objectives.
+        units: ``win_rate``, or ``reward`` if bounds are in the rewards' own units.
+    """
     if isinstance(bounds, Mapping):
         chosen = dict(bounds)
     elif units == "reward" and secondary:

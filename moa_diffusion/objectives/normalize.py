@@ -199,6 +199,11 @@ def whiten(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
     The mean taken off is the group's. Over groups centred in stage 1 it is the batch's as well;
     only where an objective applies to a part of a group does it differ, and there the batch's
     would give a group without any spread an advantage.
+
+    Args:
+        advantage: Weighted means ``[N]`` of the advantages after stage 1.
+        rewards: Decides which samples count, and their groups.
+        eps: Added to the standard deviation.
     """
     centred, _ = group_centred(_combined(advantage, rewards))
     return centred[0] / (batch_spread(advantage, rewards) + eps)
@@ -210,6 +215,11 @@ def whiten_alike(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor
     A mean of K objectives that have little to do with each other varies as ``1 / sqrt(K)``. Divided
     by one spread for all, prompts to which one objective applies would weigh twice as much as
     prompts to which four apply; so each group is treated as in a batch of its like.
+
+    Args:
+        advantage: Weighted means ``[N]`` of the advantages after stage 1.
+        rewards: Decides to which samples the same objectives apply, and their groups.
+        eps: Added to each standard deviation.
     """
     advantages = torch.zeros_like(advantage)
     patterns = _patterns(rewards)
@@ -262,7 +272,13 @@ def _combined(advantage: Tensor, rewards: RewardMatrix) -> RewardMatrix:
 
 
 def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:
-    """Return the next average; where either is NaN (nothing known, nothing new), the other one."""
+    """Return the next average; where either is NaN (nothing known, nothing new), the other one.
+
+    Args:
+        average: The average so far, of any shape.
+        value: What is new, of the same shape.
+        decay: The share of the average that stays.
+    """
     blended = decay * average + (1 - decay) * value
     return torch.where(average.isnan(), value, torch.where(value.isnan(), average, blended))
 

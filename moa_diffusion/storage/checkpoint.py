@@ -55,7 +55,7 @@ def atomic_folder(
     was.
 
     Args:
-        target: The folder.
+        target: The path of the finished folder; missing parents are made.
         needed: Bytes that it will take, if that is known.
         writer: Keeps processes that write the same folder out of each other's way.
 

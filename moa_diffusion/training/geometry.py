@@ -118,6 +118,11 @@ class Geometry:
         siblings are spread over the steps, and the global minibatches do not depend on the number
         of processes.
 
+        Args:
+            seed: The run's seed.
+            step: Rollouts finished before this one; each has an order of its own.
+            rank: The process whose indices are returned.
+
         Returns:
             One int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
         """

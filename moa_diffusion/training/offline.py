@@ -368,6 +368,12 @@ def constrained(
 ) -> OfflineMopo:
     """Return MOPO's state for these preferences.
 
+    Args:
+        data: The responses with their win rates.
+        primary: The objective that is maximised.
+        bounds: The bound of each other objective by name, or one for all of them.
+        settings: The section ``preferences`` as the algorithm takes it.
+
     Raises:
         ValueError: For a primary objective or a bound that the preferences do not have, or for
             bounds that no multipliers reach.

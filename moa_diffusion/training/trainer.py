@@ -237,7 +237,14 @@ class Trainer:
         rewards: RewardMatrix,
         advantage: Tensor,
     ) -> None:
-        """Write the scores of all N samples, with the mean advantage of their decisions."""
+        """Write the scores of all N samples, with the mean advantage of their decisions.
+
+        Args:
+            requests: The N requests of all processes.
+            rollout: The n samples of this process; its texts and mask are gathered.
+            rewards: The raw rewards ``[K, N]``.
+            advantage: The combined advantage ``[N]``, or ``[N, T]`` if each decision has its own.
+        """
         texts = self.comm.gather_objects(rollout.texts) if rollout.texts is not None else ()
         if advantage.ndim == 2:
             decisions = self.comm.gather(rollout.mask.cpu()).sum(1)  # [N]

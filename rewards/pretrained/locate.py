@@ -83,6 +83,11 @@ class Weights:
     def expect(self, sha256: str | None, digest: str, *, option: str = "sha256") -> None:
         """Compare the digest to the expected one; None expects nothing.
 
+        Args:
+            sha256: The digest that is expected, in hex.
+            digest: The digest of the files, in lower-case hex.
+            option: The option that holds the expected digest, for the message.
+
         Raises:
             RewardError: If they differ.
         """

@@ -137,7 +137,13 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
 
 
 def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tensor:
-    """Cut a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype."""
+    """Cut a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype.
+
+    Args:
+        images: Images ``[N, 3, H, W]``, at least ``side`` high and wide.
+        side: Side of the square in pixels.
+        rounding: Where the square lies if an odd number of pixels is cut off.
+    """
     height, width = images.shape[-2:]
     top, left = ((extent - side) / 2 for extent in (height, width))
     if rounding == "down":
@@ -170,7 +176,13 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
 def normalise(
     images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Tensor:
-    """Return (x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device."""
+    """Return (x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device.
+
+    Args:
+        images: Images ``[N, 3, H, W]`` uint8.
+        mean: Mean of R, G and B in [0, 1].
+        std: Standard deviation of R, G and B in [0, 1].
+    """
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return images.to(torch.float32).div(255).sub(shift).div(scale)

@@ -74,7 +74,7 @@ class Dispatch(Generic[ResultT]):
     """One batch that is being sent.
 
     Args:
-        urls: The servers.
+        urls: The servers' addresses; each gets as many workers as it has requests at once.
         send: Called as ``send(url, part, seconds)`` by the workers; raises ``SendError``. With
             other servers at work, a request gets half of the time that is left, so that its part
             can still be sent elsewhere.

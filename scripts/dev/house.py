@@ -51,7 +51,7 @@ def arrows(known: dict[str, Path], package: str = "") -> tuple[int, int]:
     """Return how many rooms there are, and how many pairs of rooms an import joins.
 
     Args:
-        known: The modules.
+        known: All modules by their dotted names, with their files.
         package: The package whose rooms count; by default those of both.
     """
     pairs = set()

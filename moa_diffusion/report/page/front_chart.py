@@ -58,8 +58,8 @@ def front_chart(table: Table, summary: Summary, colours: Mapping[str, str]) -> F
     """Return the chart of E models in K rewards.
 
     Args:
-        table: The table.
-        summary: The summary of the table.
+        table: The E models with their scores in K rewards.
+        summary: The means of that table and their intervals.
         colours: Colours by series.
     """
     points = _points(table, summary, colours)

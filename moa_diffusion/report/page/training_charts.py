@@ -35,7 +35,7 @@ def training_charts(
     """Return the panels of all sections.
 
     Args:
-        runs: The runs.
+        runs: The curves of each run, by group and name.
         units: Units by reward, of those that are known.
         colours: Colours by run.
 
@@ -110,9 +110,9 @@ def _panel(
     """Return the curves of one name in some groups, drawn over each other; None: there are none.
 
     Args:
-        runs: The runs.
+        runs: The curves of each run, by group and name.
         groups: The groups, from the back to the front.
-        name: The name.
+        name: The curves' name in these groups, such as that of a reward.
         colours: Colours by run.
         title: What the panel of a name is called.
         zero: Whether the axis starts at 0.
