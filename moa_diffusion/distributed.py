@@ -228,25 +228,28 @@ class LocalComm:
     world_size = 1
 
     def gather(self, local: Tensor) -> Tensor:
+        """Return the tensor as it is: no other process has rows."""
         return local
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        """Return the objects of the only process as a list."""
         return list(local)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        pass
+        """Leave the tensors as they are: a sum over one process."""
 
     def broadcast_(self, tensor: Tensor) -> None:
-        pass
+        """Leave the tensor as it is: it comes from this process."""
 
     def any(self, flag: bool) -> bool:
+        """Return the flag of the only process."""
         return flag
 
     def barrier(self) -> None:
-        pass
+        """Go on at once: nobody else has to come."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: no group of processes was opened."""
 
 
 class AccelerateComm:
@@ -263,12 +266,14 @@ class AccelerateComm:
         self._device = accelerator.device
 
     def gather(self, local: Tensor) -> Tensor:
+        """Gather on the accelerator; the result lies where ``local`` does."""
         if self.world_size == 1:
             return local
         gathered: Tensor = self._accelerator.gather(local.to(self._device).contiguous())
         return gathered.to(local.device)
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        """Gather pickled objects, in the order of ranks."""
         if self.world_size == 1:
             return list(local)
         from accelerate.utils import gather_object
@@ -277,6 +282,7 @@ class AccelerateComm:
         return gathered
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum several tensors in one collective, as one flat buffer."""
         if self.world_size == 1 or not tensors:
             return
         first = tensors[0]
@@ -290,6 +296,7 @@ class AccelerateComm:
             tensor.copy_(part.view_as(tensor))
 
     def broadcast_(self, tensor: Tensor) -> None:
+        """Send the tensor of rank 0 by way of the accelerator."""
         if self.world_size == 1:
             return
         carrier = tensor.to(self._device).contiguous()
@@ -297,12 +304,14 @@ class AccelerateComm:
         tensor.copy_(carrier)
 
     def any(self, flag: bool) -> bool:
+        """Gather the flags as integers, and return whether any is set."""
         if self.world_size == 1:
             return flag
         count = torch.tensor([int(flag)], device=self._device)
         return bool(self.gather(count).any())
 
     def barrier(self) -> None:
+        """Wait until all processes have come here."""
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:

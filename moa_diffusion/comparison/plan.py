@@ -34,10 +34,12 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder, which tells it from all others."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
+        """The file beside the folder that takes what the run's process prints."""
         return self.folder.with_name(f"{self.name}.log")
 
     def read(self) -> RunData:

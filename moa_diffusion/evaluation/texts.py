@@ -117,26 +117,33 @@ class Texts:
         )
 
     def reader(self) -> Callable[[Path], Adapter]:
+        """Return a reader that fits LoRA weights to the layers of a model without weights."""
         model = text_skeleton(self.path, revision=self.revision)
         return partial(read_text_adapter, model=model, base=self.path)
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:
+        """Write the two files that peft loads, with the hub id of the base model in one of them."""
         model = text_skeleton(self.path, revision=self.revision)
         write_adapter(adapter, folder, model, base=self._hub_id())
 
     def copy_adapter(self, source: Path, folder: Path) -> None:
+        """Copy the two files that peft loads, and name the base model by its hub id."""
         copy_adapter(source, folder, base=self._hub_id())
 
     def sampler(self, device: torch.device) -> TextSettings:
+        """Return the deployment settings, with the kind of device that the noise comes from."""
         return TextSettings.of(self.settings, self.path, device)
 
     def base_digest(self, memory: Path) -> str:
+        """Return the digest of the language model's files."""
         return base_digest(self.path, revision=self.revision, memory=memory)
 
     def cache(self, folder: Path) -> TextCache:
+        """Return the cache of JSON files in ``texts``."""
         return TextCache(folder / "texts")
 
     def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
+        """Build the language model with this LoRA, which starts untrained, without value heads."""
         model = dataclasses.replace(self.settings.policy, lora=lora, adapter=None)
         loss = dataclasses.replace(self.settings.loss, kind="grpo")  # no features for value heads
         settings = dataclasses.replace(self.settings, policy=model, loss=loss)

@@ -145,6 +145,7 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state; held-out rewards that it does not know start anew."""
         self.kl_scale, self._acted = state["kl_scale"], state["acted"]
         self._best, self._base = state["best"], state["base"]
         self._streak = {name: state["streak"].get(name, 0) for name in self.heldout}

@@ -97,6 +97,7 @@ class Gradient(Weighting):
         self._try()
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return the aggregator's weights ``[K]`` for the Gramian; 0 for a gradient of 0."""
         if stats.gramian is None:
             raise ValueError("Parameter `stats` should have a `gramian`. Found None.")
         G = stats.gramian.double()  # [K, K]

@@ -138,6 +138,7 @@ class Mopo(Weighting):
         self.register_buffer("warned", zeros.bool())
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return 1 for the primary objective and the others' multipliers, normalized: ``[K]``."""
         measured = self._measure(stats)  # [K]
         self.level = update_ema(self.level, measured, self.decay)
         level, b = self.level / self.unit, self.bounds / self.unit  # [K]
@@ -156,9 +157,11 @@ class Mopo(Weighting):
         return weights * self.kl_scale()
 
     def kl_scale(self) -> float:
+        """Return ``1 / (1 + sum lambda)``, by which the weights were divided as well."""
         return 1 / (1 + float(self.multipliers.sum()))
 
     def report(self) -> dict[str, float]:
+        """Return multiplier, violation and level of each bound that was measured."""
         metrics = {}
         for k, name in enumerate(self.objectives):
             if name != self.primary and not self.level[k].isnan():
@@ -177,9 +180,11 @@ class Mopo(Weighting):
         return "bounds kept" if known[worst] > -math.inf else ""
 
     def get_extra_state(self) -> dict[str, str]:
+        """Return what the saved levels are about."""
         return {"primary": self.primary, "units": self.units}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
+        """Refuse levels of another primary objective or in other units."""
         for name, mine in self.get_extra_state().items():
             if state[name] != mine:
                 raise ValueError(

@@ -387,6 +387,7 @@ class OfflineMopo(nn.Module):
         return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
 
     def report(self) -> dict[str, float]:
+        """Return the primary level, and level, bound, violation and multiplier of the others."""
         metrics = {f"mopo_level/{self.primary}": self.reached}
         for k, (name, bound) in enumerate(zip(self.secondary, self.bounds(), strict=True)):
             metrics[f"mopo_level/{name}"] = float(self.level[k])

@@ -44,6 +44,7 @@ class Pama(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return weights ``[K, N]``: each sample's own minimum-norm weights."""
         _, c = min_norm_scalar(stats.advantages, tells_apart(stats))
         return c
 
@@ -56,6 +57,7 @@ class PamaVector(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return the minimum-norm weights of the whole batch, ``[K]``."""
         varies = tells_apart(stats).any(1)  # [K]
         a = stats.advantages[varies]  # [objectives that vary, N]
         weights = a.new_zeros(len(varies))

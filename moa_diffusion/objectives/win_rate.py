@@ -66,9 +66,11 @@ class WinRate(Normalizer):
         self.scale = torch.empty(0, len(self.objectives)).double()  # [P, K]; 0: nothing has spread
 
     def unknown(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts without a pool, each once."""
         return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows]
 
     def remember(self, prompts: Sequence[str], rewards: Tensor) -> None:
+        """Keep a pool ``[K, M]`` of each new prompt for good, and a unit for its win rates."""
         expected = (len(prompts), *self.pool.shape[1:])
         if rewards.shape != expected:
             raise ValueError(
@@ -116,22 +118,27 @@ class WinRate(Normalizer):
         return torch.where(scale == 0, steps, wins).nanmean(2)
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return win rates less their group's mean; 0 where rewards have no spread."""
         centred, _ = group_centred(replace(rewards, values=self.win_rates(rewards)))
         _, std = group_centred(rewards)
         return torch.where(std > 0, centred, 0.0)
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Whiten the weighted mean over the batch, and keep what it was divided by."""
         spread = float(batch_spread(advantage, rewards))
         self._divisor = spread + self.eps if spread > 0 else 1.0  # else there is only the KL
         return whiten(advantage, rewards, self.eps)
 
     def kl_scale(self) -> float:
+        """Return one over what the last ``combined`` divided by."""
         return 1 / self._divisor
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return the pools and units with their prompts."""
         return {"prompts": list(self.rows), "pool": self.pool, "scale": self.scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over pools of the same number of objectives and samples."""
         if state["pool"].shape[1:] != self.pool.shape[1:]:
             raise ValueError(
                 f"Parameter `pool_size` should be that of the saved pool, {state['pool'].shape[2]}."

@@ -150,6 +150,7 @@ class Critic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state, except for the learning rate, which is this run's."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])

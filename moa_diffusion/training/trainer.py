@@ -275,6 +275,7 @@ class Trainer:
     # ------------------------------------------------------------------ what the run asks for
 
     def prepare(self, heldout: HeldOut | None) -> Mapping[str, Any]:
+        """Encode the prompts, then load the heads and try them on samples."""
         scorer = heldout.scorer if heldout else self.scorer
         prompts = [prompt.text for prompt in self.sampler.prompts]
         prompts += [request.prompt for request in heldout.requests] if heldout else []
@@ -304,25 +305,31 @@ class Trainer:
         self.scorer.try_out(requests, drawn.outputs)
 
     def evaluate(self) -> dict[str, float]:
+        """Return nothing: rollouts say it already."""
         return {}
 
     def snapshot(self) -> dict[str, Any]:
+        """Copy the state to main memory."""
         copied: dict[str, Any] = checkpoint.to_cpu(self.state_dict())
         return copied
 
     def undo(self, snapshot: dict[str, Any]) -> bool:
+        """Load the snapshot, which always works."""
         self.load_state_dict(snapshot)
         return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
+        """Return the mean rewards of the rollout, and the weighting's own words."""
         means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.objectives]
         return " ".join([*means, self.weighting.headline()]).rstrip()
 
     def facts(self) -> dict[str, Any]:
+        """Return the classes of normalizer, weighting and critic."""
         parts = [self.normalizer, self.weighting, *([self.critic] if self.critic else [])]
         return {"method": [type(part).__name__ for part in parts]}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return optimizer, normalizer, weighting, critic, and what the update remembers."""
         return {
             "updater": self.stepper.state_dict(),
             "normalizer": self.normalizer.state_dict(),
@@ -332,6 +339,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state, part by part."""
         self.stepper.load_state_dict(state["updater"])
         with _fitting("objectives.normalizer"):
             self.normalizer.load_state_dict(state["normalizer"])
@@ -343,9 +351,11 @@ class Trainer:
                 self.critic.load_state_dict(state["critic"])
 
     def finish(self) -> None:
+        """Report what kept the run from learning, if anything did."""
         self._lessons.report()
 
     def close(self) -> None:
+        """End the heads' threads and workers."""
         self.scorer.close()
 
     # ------------------------------------------------------------------ small parts
