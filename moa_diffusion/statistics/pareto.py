@@ -25,8 +25,8 @@ def nondominated(points: Tensor) -> list[bool]:
     return [not dominated for dominated in (weakly & strictly).any(0).tolist()]
 
 
-def spread_out(points: Tensor, limit: int) -> list[int]:
-    """Choose at most ``limit`` of E points, far from each other: indices in order.
+def thinned(points: Tensor, limit: int) -> list[int]:
+    """Thin out E points to at most ``limit``, far from each other: return indices in order.
 
     One by one the point with the smallest crowding distance leaves (Deb et al. 2002, NSGA-II,
     section III-B), so the best in each objective stay longest; of equal ones the first leaves.

@@ -115,8 +115,8 @@ class Geometry:
 
         Every block of ``updates`` neighbouring samples sends one to each optimizer step, in a
         random order drawn for the block: so each process has equally many samples in each step,
-        siblings are spread over the steps, and the global minibatches do not depend on the number
-        of processes.
+        siblings are shared out over the steps, and the global minibatches do not depend on the
+        number of processes.
 
         Args:
             seed: The run's seed.

@@ -44,7 +44,7 @@ class Trainer:
         normalizer: Stage 1 and stage 2 of the normalization of rewards.
         weighting: Finds the objectives' weights from statistics.
         update: Weighs the objectives and takes the optimizer steps.
-        rollouts: The length of the whole run, over which draws of the reference are spread.
+        rollouts: The length of the whole run, over which draws of the reference are shared out.
         log: Where every sample's scores go.
         critic: The value heads; None if the decisions of a sample share one advantage.
 
@@ -113,7 +113,7 @@ class Trainer:
         """Draw from the reference for prompts that the normalizer meets for the first time.
 
         Rollouts differ in which decisions have noise, and rewards with them, so the reference's
-        draws of a prompt are spread over the run: sibling m is drawn as a rollout in the m-th part
+        draws of a prompt lie evenly over the run: sibling m is drawn as a rollout in the m-th part
         of it would be.
         """
         prompts = self.normalizer.unknown([request.prompt for request in requests])
