@@ -140,8 +140,8 @@ def _check_no_list(prompts: Sequence[tuple[str, str]]) -> None:
             "A weight of a single prompt is not read. Take them out, or make the file a .csv or "
             ".jsonl, where what stands beside the prompt is metadata; `prompts.train` weighs files."
         )
-        found = f"a number at the end of every line, as a weight, {shortened(first)}"
-        raise bad_line(where, _NOT_TXT, found, hint)
+        finding = f"a number at the end of every line, as a weight, {shortened(first)}"
+        raise bad_line(where, _NOT_TXT, finding, hint)
 
 
 def _rises(numbers: Sequence[int]) -> bool:

@@ -182,11 +182,11 @@ def _derive(letter: str, situation: Situation) -> tuple[list[int], list[Manner],
     def take(name: str) -> None:
         nonlocal log_p
         marked, plain = PARTS[name]
-        found = _index(name, situation).get(sentences[0]) if sentences else None
-        if found is None:
+        way = _index(name, situation).get(sentences[0]) if sentences else None
+        if way is None:
             log_p += math.log(1 - marked - plain)
             return
-        manner, options = found
+        manner, options = way
         log_p += math.log(plain if manner == "plain" else marked) - math.log(options)
         manners.append(manner)
         del sentences[0]
