@@ -20,6 +20,7 @@ from moa_diffusion.types import RewardMatrix
 SHARES = ("share_static", "share_gdpo", "share_dual_stage")
 
 
+# Numbers are float64, and some of what is expected float32, rounded by 6e-8: pytest's default is
 # 1e-6. Where samples are drawn the comment gives the standard error over seeds.
 
 
