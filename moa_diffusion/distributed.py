@@ -185,7 +185,7 @@ def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
     raise error
 
 
-# Of an error that all processes have met: whether this one is to tell of it.
+# Attribute of an error that all processes have met: whether this one is to tell of it.
 _KNOWN = "_moa_diffusion_tells"
 
 

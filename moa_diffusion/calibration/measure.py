@@ -121,7 +121,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
                 rollout = _sample(model, group, settings.trainer.sample_batch)
                 for values in (first, second):
                     values.append(scorer.score(group, images=rollout.images, texts=rollout.texts))
-                # Of the second scoring, which has no start-up in it.
+                # The last scoring counts, which is the second and has no start-up in it.
                 seconds += seconds.new_tensor([scorer.seconds[name] for name in scorer.names])
                 _write(file, group, scorer.names, first[-1], second[-1])
     finally:

@@ -23,7 +23,7 @@ from moa_diffusion.policies.language_model import check_fit, read_tokenizer
 from moa_diffusion.policies.lora_files import PEFT
 from moa_diffusion.types import ConfigError, Request
 
-# Of the files that a model and its tokenizer are loaded from; others are a reader's business.
+# A model and its tokenizer are loaded from such files; others are a reader's business.
 _SUFFIXES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 
 

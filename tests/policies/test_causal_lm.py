@@ -327,7 +327,7 @@ def test_kl_is_k3_against_the_model_without_its_adapter(family: str) -> None:
     _, kl = policy.log_probs(rollout, slice(0, T), with_kl=True)
     found = torch.autograd.grad(kl.sum(), list(policy.trainable().values()))
     for one, other in zip(found, expected, strict=True):
-        # Of up to 7, and some 30 terms: 8e-6 apart.
+        # Gradients of up to 7, each a sum of some 30 terms: 8e-6 apart.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     with policy.reference():
         assert policy.generate(requests(4)) == policy_on(family, size=0).generate(requests(4))

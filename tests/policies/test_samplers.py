@@ -122,7 +122,7 @@ def test_cps_leaves_exactly_s_next_of_noise(s, s_next, noise_level):
     assert step.length == pytest.approx(s - s_next)
 
 
-# Of ten steps with shift 3, without the last, which is not trained.
+# Levels of ten steps with shift 3, without the last step, which is not trained.
 SIGMAS = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
 
 
