@@ -24,8 +24,8 @@ def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> di
     """Return what is equal on all processes of one run, by name.
 
     Args:
-        settings: The configuration.
-        resumed: The checkpoint to go on from.
+        settings: The run's configuration; every key of it counts.
+        resumed: The folder of the checkpoint to go on from; None for a new run.
         read: What was read from files, by name; compared by its ``repr``.
     """
     shared = {key: str(value) for key, value in flat(settings).items()}

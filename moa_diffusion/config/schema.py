@@ -315,7 +315,11 @@ class LossConfig:
 
     @property
     def tolerance(self) -> float:
-        """The largest absolute log ratio that passes the on-policy check."""
+        """The limit of the on-policy check: ``ratio_tolerance``, or half the clip range if None.
+
+        Before a rollout's first update, log-probabilities as trained may differ from those of
+        sampling by as much.
+        """
         return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
 
 

@@ -227,4 +227,5 @@ class HeldOut:
         return {"base": self.base, "unit": self.unit, "identity": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to the saved start and unit of the gains."""
         self.base, self.unit = state["base"], state["unit"]

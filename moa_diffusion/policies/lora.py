@@ -184,6 +184,7 @@ class TappedLinear:
         self.record: Record | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer; with gradients, its backward pass records input and output."""
         if not torch.is_grad_enabled():
             return nn.Linear.forward(self.linear, x)
         if torch.is_autocast_enabled(x.device.type):

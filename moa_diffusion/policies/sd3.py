@@ -249,7 +249,7 @@ class SD3Policy:
         self._sigmas = self._schedule(sampling.steps)
         self._sigma = torch.tensor(self._sigmas, dtype=torch.float32, device=device)
         self._deterministic = self._euler(self._sigmas)
-        self._stochastic = samplers.Steps.of(  # of every step that may be trained
+        self._stochastic = samplers.Steps.of(  # every step that may be trained
             [self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])], device
         )
         self._eval_sigmas = self._schedule(evaluation.steps)
@@ -259,13 +259,16 @@ class SD3Policy:
     # ------------------------------------------------------------------ the Policy protocol
 
     def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts once, if their embeddings are to be kept."""
         self.encode.prepare(prompts)
 
     def expect(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts whose embeddings were not kept."""
         self.encode.expect(prompts)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        """Draw images with noise in the steps of the window, and keep what trains them."""
         window = self.trained_steps(step)
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         sources = samplers.generators([request.seed for request in requests])
@@ -303,6 +306,7 @@ class SD3Policy:
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs ``[n, t]`` of denoising steps, recomputed from the latents kept."""
         n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
         first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
         here = slice(chosen.start, chosen.stop)
@@ -328,6 +332,7 @@ class SD3Policy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
+        """Draw images ``[n, 3, H, W]`` deterministically, with the settings of evaluations."""
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         x = self._start(requests, samplers.generators([request.seed for request in requests]))
         for i, s in enumerate(self._eval_sigmas[:-1]):
@@ -336,22 +341,28 @@ class SD3Policy:
         return self._decode(x)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return A and B of every LoRA layer of the transformer."""
         return self._trainable
 
     def reference(self) -> AbstractContextManager[None]:
+        """Switch the LoRA layers off within the block."""
         return lora.disabled(self._adapted)
 
     def tapped(self) -> Sequence[Any]:
+        """Return the LoRA layers that can be tapped."""
         return lora.tapped(self._adapted)
 
     def row_tokens(self, rollout: Rollout) -> int | None:
+        """Return None: layers of images and of texts see different numbers of tokens."""
         return None  # images and texts have different numbers
 
     def step_chunks(self, decisions: int) -> list[slice]:
+        """Return slices of ``policy.step_batch`` denoising steps."""
         size = self.settings.step_batch
         return [slice(i, i + size) for i in range(0, decisions, size)]
 
     def save(self, folder: Path) -> None:
+        """Write the adapter as diffusers loads it."""
         lora.save_sd3(self.transformer, folder)
 
     # ------------------------------------------------------------------ parts

@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # Below this share of the whole gradient's length, a tensor's gradient may be nothing but rounding
 # (that of a router whose only expert has the weight 1, say).
 SMALL = 1e-2
-SIZE = 0.01  # of the noise that keeps B from being 0, where A has no gradient
+SIZE = 0.01  # standard deviation of the noise that moves B away from 0, where A has no gradient
 
 # Coefficients of two objectives. The largest and the sum are powers of two or 0, and scaling by
 # them rounds nothing: so both backward passes round alike, whatever the depth of the network.

@@ -90,11 +90,11 @@ def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     ]
     asked = [prompt for group in candidates for prompt in group]
     scores = _scores(head, right[::_EVERY].repeat_interleave(_CANDIDATES, dim=0), asked)
-    found = scores.view(-1, _CANDIDATES).argmax(dim=1) == 0
+    right_first = scores.view(-1, _CANDIDATES).argmax(dim=1) == 0
     return {
         "signs": won[signs].float().mean().item(),
         "shapes": won[~signs].float().mean().item(),
-        "prompts": found.float().mean().item(),
+        "prompts": right_first.float().mean().item(),
     }
 
 
@@ -129,14 +129,14 @@ def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, fl
     prompts = [scene.prompt for scene in scenes]
     images = render(scenes, vae, seed)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, float] = {}
+    correlations: dict[str, float] = {}
     scores, truths = [], []
     for name, way in degradations(vae).items():
         strengths = torch.rand(len(images), generator=generator)
         scores.append(_scores(head, way(images, strengths, generator), prompts))
         truths.append(-strengths)
-        found[name] = spearman(scores[-1], truths[-1])
-    return found | {"all": spearman(torch.cat(scores), torch.cat(truths))}
+        correlations[name] = spearman(scores[-1], truths[-1])
+    return correlations | {"all": spearman(torch.cat(scores), torch.cat(truths))}
 
 
 def _scores(head: RewardHead, images: Tensor, prompts: Sequence[str]) -> Tensor:
