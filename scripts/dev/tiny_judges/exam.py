@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.stats import spearmanr
 from torch import Generator, Tensor
 
 from rewards import RewardBatch, RewardHead, create
@@ -112,8 +113,8 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     truth = beauty(images)
     among = [x.view(-1, looks) - x.view(-1, looks).mean(1, keepdim=True) for x in (scores, truth)]
     return {
-        "all": spearman(scores, truth),
-        "siblings": spearman(among[0].flatten(), among[1].flatten()),
+        "all": float(spearmanr(scores, truth).statistic),
+        "siblings": float(spearmanr(among[0].flatten(), among[1].flatten()).statistic),
     }
 
 
@@ -134,15 +135,9 @@ def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, fl
         strengths = torch.rand(len(images), generator=generator)
         scores.append(_scores(head, way(images, strengths, generator), prompts))
         truths.append(-strengths)
-        found[name] = spearman(scores[-1], truths[-1])
-    return found | {"all": spearman(torch.cat(scores), torch.cat(truths))}
+        found[name] = float(spearmanr(scores[-1], truths[-1]).statistic)
+    return found | {"all": float(spearmanr(torch.cat(scores), torch.cat(truths)).statistic)}
 
 
 def _scores(head: RewardHead, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return head(RewardBatch(prompts=prompts, images=images))
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return the rank correlation of two vectors without ties."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])
