@@ -75,7 +75,6 @@ class RapidOcr:
         )
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
         bgr = np.ascontiguousarray(image[:, :, ::-1])  # the order of OpenCV
         return list(self._engine(bgr, use_det=self._detect).txts or ())
 
@@ -142,7 +141,6 @@ class EasyOcr:
                 self._reader.detector = self._reader.detector.module
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
         import cv2
 
         self._move(self._device)
@@ -248,7 +246,6 @@ class Tesseract:
         ]
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
         height, width, _ = image.shape
         if max(height, width) < self._min_side:
             image = _enlarged(image, self._min_side / max(height, width))

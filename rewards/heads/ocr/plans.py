@@ -102,11 +102,9 @@ class RapidOcrPlan(EnginePlan):
     """RapidOCR brings its models along."""
 
     def alphabet(self) -> str:
-        """See ``EnginePlan``."""
         return alphabets.rapidocr()
 
     def provenance(self) -> dict[str, str]:
-        """See ``EnginePlan``."""
         spec = importlib.util.find_spec("rapidocr")
         assert spec is not None
         assert spec.origin is not None
@@ -123,7 +121,6 @@ class EasyOcrPlan(EnginePlan):
 
     @property
     def on_gpu(self) -> bool:
-        """See ``EnginePlan``."""
         return bool(self.options["device"] != "cpu")
 
     def check(self) -> None:
@@ -145,7 +142,6 @@ class EasyOcrPlan(EnginePlan):
             )
 
     def fetch(self) -> None:
-        """See ``EnginePlan``."""
         for path, entry in self._files().items():
             if path.is_file() and _hexdigest(path, "md5") != entry["md5sum"]:
                 raise RuntimeError(
@@ -171,18 +167,15 @@ class EasyOcrPlan(EnginePlan):
             ) from error
 
     def alphabet(self) -> str:
-        """See ``EnginePlan``."""
         reader = self._bare_reader()
         # What the model knows, without what its languages do not have: that is never answered.
         return "".join(set(reader.character) & set(reader.lang_char))
 
     def offload(self, engine: Engine) -> None:
-        """See ``EnginePlan``."""
         assert isinstance(engine, EasyOcr)
         engine.offload()
 
     def provenance(self) -> dict[str, str]:
-        """See ``EnginePlan``."""
         files = (path for path in self._files() if path.is_file())
         return _versions(self.kind.packages) | _digests(files)
 
@@ -251,7 +244,6 @@ class TesseractPlan(EnginePlan):
                 )
 
     def alphabet(self) -> str | None:
-        """See ``EnginePlan``."""
         folder = self._installed()[0]
         texts = [
             alphabets.tesseract(folder / f"{code}.traineddata")
@@ -260,7 +252,6 @@ class TesseractPlan(EnginePlan):
         return None if None in texts else "".join(text for text in texts if text)
 
     def provenance(self) -> dict[str, str]:
-        """See ``EnginePlan``."""
         version = run_program([self.options["program"], "--version"]).split("\n")[0]
         folder = self._installed()[0]
         files = (folder / f"{code}.traineddata" for code in self.options["languages"])
