@@ -199,5 +199,7 @@ def _machine(own: Forecast) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number with three digits, as few zeros as that takes."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Return a number with two or three digits."""
+    if abs(value) >= 10:
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 or not value else f"{value:.2g}"

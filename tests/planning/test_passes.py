@@ -1,7 +1,7 @@
 """What passes cost: against a real pass, against the whole model, and at full size.
 
-The references at full size were counted on the whole model, and the memory confirmed by passes of
-real tensors of that size on a CPU.
+The references at full size were counted once, on the whole model and on tensors without data of a
+GPU; the trained numbers and layers are those of a run with random weights of that size on a CPU.
 """
 
 from __future__ import annotations
