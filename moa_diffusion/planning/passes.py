@@ -55,7 +55,7 @@ class TransformerCost:
     trained: int  # numbers of the LoRA
     adapted: int  # layers with a LoRA
     forward_flops: float  # of a row, without gradient
-    training_flops: float  # of a row, forward and backward
+    training_flops: float  # of a row, forward and backward, with what is computed again
     forward_moved: Linear  # bytes that are read and written
     training_moved: Linear
     forward_peak: Linear  # bytes, at most, beside the weights
