@@ -57,7 +57,7 @@ def plan(arguments: Sequence[str]) -> int:
         settings = config.parse(rest)
         reached = {} if options.bench is None else measured(options.bench, card)
         planner = Planner(settings, options.gpus * options.nodes)
-        made = Plan.of(planner, card, reached)
+        made = Plan(planner, card, reached)
         print(made.text())
         if options.json is not None:
             write_text(options.json, json.dumps(made.as_json(), indent=2) + "\n")

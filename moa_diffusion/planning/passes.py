@@ -61,7 +61,6 @@ class TransformerCost:
     forward_peak: Linear  # bytes, at most, beside the weights
     saved: Linear  # bytes that the graph holds for the backward pass
     temporary: Linear  # bytes beyond it, at most
-    largest: Linear  # bytes of the largest tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +105,7 @@ def transformer_cost(
         more = counted([*kinds, kind, last], ROWS[0])
         for name in ADDED:
             whole[name] += (inner.count(kind) - 1) * (more[name] - few[name])
-        for name in ("temporary", "largest"):
-            whole[name] = max(whole[name], more[name])
+        whole["temporary"] = max(whole["temporary"], more["temporary"])
     # What a pass has once, whatever its rows: casts of the LoRA, and reading the weights.
     grown = {"saved": whole["trained"] / few["trained"]}
     grown |= dict.fromkeys(("moved", "all_moved"), whole["frozen"] / few["frozen"])
@@ -128,7 +126,6 @@ def transformer_cost(
         forward_peak=Linear(fixed=0, each=few["forward_peak"] / ROWS[0]),
         saved=linear("saved"),
         temporary=linear("temporary"),
-        largest=Linear(fixed=0, each=whole["largest"] / ROWS[0]),
     )
 
 

@@ -2,200 +2,159 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from moa_diffusion.planning.forecast import EAGER, RESERVE, SINGLE, Forecast, Phase
+from moa_diffusion.planning.forecast import EAGER, RESERVE, SINGLE, Forecast
 from moa_diffusion.planning.gpus import GPUS, Gpu
 from moa_diffusion.planning.planner import LOAD, Planner
 from moa_diffusion.planning.variants import remedy, variants
 from moa_diffusion.report.markdown import markdown
 
 GB, TERA = 1e9, 1e12
+NONE_IS_ENOUGH = "none of the settings below is enough"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is told of a run.
+    """What is told of a run; all of it computed, but for what ``reached`` says.
 
     Args:
         planner: Counts the run.
-        cards: The cards that it is compared with.
-        timed: The card whose seconds are shown.
-        reached: Share of that card's rate by phase, where it was measured.
+        card: The card that it is for; None compares all, and seconds are those of the first that
+            it fits on.
+        reached: Shares of that card's rate by phase, where they were measured.
     """
 
-    planner: Planner
-    cards: tuple[Gpu, ...]
-    timed: Gpu
-    reached: Mapping[str, float]
+    def __init__(self, planner: Planner, card: Gpu | None, reached: Mapping[str, float]) -> None:
+        self.planner, self.reached = planner, reached
+        self.own = own = planner.forecast()
+        cards = list(GPUS.values()) if card is None else [card]
+        self.card = next((card for card in cards if own.fits(card)), cards[-1])
+        self.cards = [self._compared(card) for card in cards]
+        self.variants = [self._told(v.changes, v.forecast(planner)) for v in variants(planner)]
 
-    @classmethod
-    def of(cls, planner: Planner, card: Gpu | None, reached: Mapping[str, float]) -> Plan:
-        """Return the plan for a card, or for all; then seconds are those of the first that fits."""
-        if card is not None:
-            return cls(planner=planner, cards=(card,), timed=card, reached=reached)
-        own, cards = planner.forecast(), tuple(GPUS.values())
-        timed = next((card for card in cards if own.fits(card)), cards[-1])
-        return cls(planner=planner, cards=cards, timed=timed, reached={})
+    def _compared(self, card: Gpu) -> dict[str, Any]:
+        """Return whether the run fits on a card; if not, the change that helps and its hours."""
+        change = None if self.own.fits(card) else remedy(self.planner, card)
+        result = self.own if change is None else change.forecast(self.planner)
+        return {
+            "name": card.name,
+            "memory": card.memory * GB,
+            "fits": self.own.fits(card),
+            "headroom": self.own.headroom(card),
+            "gpu_hours": result.hours(card, self.reached if card is self.card else {}),
+            "changes": None if change is None else change.changes,
+        }
 
-    def text(self) -> str:
-        """Return the tables, in Markdown, which a terminal shows as well."""
-        own = self.planner.forecast()
-        parts = [
-            "Computed from the configuration, not measured: "
-            f"{self.planner.shape.source}. {self._model()}",
-            f"{self.planner.geometry.describe()}.",
-            "\n".join(self._judges()),
-            _memory_table(own),
-            self._work_table(own),
-            _machine(own),
-            self._card_table(own),
-            self._variants_table(),
-            self._last_line(own),
-        ]
-        return "\n\n".join(part for part in parts if part)
+    def _told(self, changes: Sequence[str], result: Forecast) -> dict[str, Any]:
+        return {
+            "changes": changes,
+            "peak": result.peak.peak,
+            "phase": result.peak.name,
+            "gpu_hours": result.hours(self.card, self.reached),
+            "fits": result.fits(self.card),
+        }
 
     def as_json(self) -> dict[str, Any]:
-        """Return all numbers; bytes, operations and seconds, computed unless they say otherwise."""
-        own = self.planner.forecast()
+        """Return all numbers: bytes, operations, seconds, hours."""
+        shares = {"half": EAGER, "float32": SINGLE, "measured": dict(self.reached)}
         return {
             "computed": True,
             "model": self.planner.shape.source,
             "geometry": asdict(self.planner.geometry),
-            "trained": self._cost.trained,
             "judges": [asdict(judge) for judge in self.planner.judges],
-            "card": asdict(self.timed),
-            "utilisation": {"default": EAGER, "float32": SINGLE, "measured": dict(self.reached)},
-            "reserve": RESERVE,
-            "phases": [
-                asdict(phase) | {"peak": phase.peak, "seconds": self._seconds(phase)}
-                for phase in own.phases
-            ],
-            "disk": own.disk,
-            "host": own.host,
-            "cards": [
-                {
-                    "name": card.name,
-                    "fits": own.fits(card),
-                    "headroom": own.headroom(card),
-                    "gpu_hours": own.hours(card, self._reached(card)),
-                }
-                for card in self.cards
-            ],
-            "what_if": [
-                {
-                    "changes": variant.changes,
-                    "peak": (result := variant.forecast(self.planner)).peak.peak,
-                    "phase": result.peak.name,
-                    "gpu_hours": result.hours(self.timed, self.reached),
-                }
-                for variant in variants(self.planner)
-            ],
+            "card": asdict(self.card) | {"shares": shares, "reserve": RESERVE},
+            "run": asdict(self.own),
+            "cards": self.cards,
+            "what_if": self.variants,
         }
 
-    @property
-    def _cost(self) -> Any:
-        settings = self.planner.settings
-        return self.planner.transformer(
-            settings.sampling.resolution, settings.policy.gradient_checkpointing
-        )
+    def text(self) -> str:
+        """Return tables in Markdown, which a terminal shows as well."""
+        name, own = self.card.name, self.own
+        work = [["work of a card", "times", "TFLOP", "GB moved", f"s on {name}"], *self._work()]
+        shares = ", ".join(f"{share:.0%} in {phase}" for phase, share in self.reached.items())
+        cards = [["card", "GB", "fits", "GB left", "GPU-hours", "what to change"]]
+        for row in self.cards:
+            change = ", ".join(row["changes"] or ("" if row["fits"] else NONE_IS_ENOUGH,))
+            sizes = _giga(row["memory"]), _yes(row["fits"]), _giga(row["headroom"])
+            cards.append([row["name"], *sizes, _number(row["gpu_hours"]), change])
+        others = [["what if", "peak GB", "in", f"GPU-hours on {name}", f"fits on {name}"]]
+        for row in self.variants:
+            label, peak = ", ".join(row["changes"]) or "as configured", _giga(row["peak"])
+            others.append([label, peak, row["phase"], _number(row["gpu_hours"]), _yes(row["fits"])])
+        parts = [
+            f"Computed from the configuration, not measured: {self.planner.shape.source}. "
+            f"{self._model()}",
+            f"{self.planner.geometry.describe()}.",
+            "\n".join(self._judges()),
+            markdown(_memory(own)),
+            markdown(work),
+            f"Seconds are operations at {EAGER:.0%} of the card's rate, {SINGLE:.0%} in float32 "
+            "(estimates for PyTorch without a compiler), or bytes at its bandwidth, whichever "
+            f"takes longer{f'; measured: {shares}' if shares else ''}. Launching kernels is not "
+            "counted, which passes of few samples wait for, nor is loading: that is the disk's.",
+            f"Disk: {_listed(own.disk)}. Main memory of a process: {_listed(own.host)}.",
+            markdown(cards),
+            f"{_giga(RESERVE)} GB are kept for CUDA's context, workspaces and fragmentation. Hours "
+            "are those after the change, where there is one.",
+            markdown(others),
+            self._last_line(),
+        ]
+        return "\n\n".join(part for part in parts if part)
 
     def _model(self) -> str:
-        policy, cost = self.planner.settings.policy, self._cost
+        settings = self.planner.settings
+        policy, side = settings.policy, settings.sampling.resolution
+        cost = self.planner.transformer(side, policy.gradient_checkpointing)
         return (
             f"LoRA of rank {policy.lora.rank} in {cost.adapted} layers: {cost.trained / 1e6:.2f} M "
-            f"numbers are trained. {policy.dtype}, VAE in {policy.vae_dtype}, "
-            f"{self.planner.settings.sampling.resolution} px."
+            f"numbers are trained. {policy.dtype}, VAE in {policy.vae_dtype}, {side} px."
         )
 
     def _judges(self) -> Iterator[str]:
         for judge in (*self.planner.judges, *self.planner.watching):
-            counted = f"{judge.model}, {_number(judge.weights / GB)} GB" if judge.weights else ""
+            counted = f"{judge.model}, {_giga(judge.weights)} GB" if judge.weights else ""
             work = f"{_number(judge.flops / TERA)} TFLOP per picture" if judge.flops else ""
             told = ", ".join(part for part in (counted, work) if part)
             yield f"Reward {judge.name}: {'; '.join(p for p in (told, judge.note) if p)}."
 
-    def _reached(self, card: Gpu) -> Mapping[str, float]:
-        return self.reached if card is self.timed else {}
+    def _work(self) -> Iterator[list[str]]:
+        for phase in self.own.phases:
+            flops, moved = sum(w.flops for w in phase.work), sum(w.moved for w in phase.work)
+            seconds = _number(phase.seconds(self.card, self.reached))
+            numbers = _number(flops / TERA), _giga(moved), "" if phase.name == LOAD else seconds
+            yield [phase.name, f"{phase.times:g}", *numbers]
 
-    def _seconds(self, phase: Phase) -> float:
-        return phase.seconds(self.timed, self.reached)
-
-    def _work_table(self, own: Forecast) -> str:
-        rows = [["work of a card", "times", "TFLOP", "GB moved", f"s on {self.timed.name}"]]
-        for phase in own.phases:
-            if phase.work and phase.times:
-                flops, moved = (
-                    sum(values)
-                    for values in zip(*((w.flops, w.moved) for w in phase.work), strict=True)
-                )
-                seconds = "" if phase.name == LOAD else _number(self._seconds(phase))
-                numbers = _number(flops / TERA), _number(moved / GB), seconds
-                rows.append([phase.name, f"{phase.times:g}", *numbers])
-        shares = ", ".join(f"{share:.0%} in {name}" for name, share in self.reached.items())
-        note = (
-            f"Seconds are operations at {EAGER:.0%} of the card's rate, {SINGLE:.0%} in float32 "
-            "(estimates for PyTorch without a compiler), or bytes at its bandwidth, whichever "
-            "takes longer. Launching kernels is not counted, which passes of few samples wait for, "
-            "nor is loading, which depends on the disk"
-        )
-        return f"{markdown(rows)}\n\n{note}{f'; measured: {shares}' if shares else ''}."
-
-    def _card_table(self, own: Forecast) -> str:
-        rows = [["card", "GB", "fits", "GB left", "GPU-hours", "what to change"]]
-        for card in self.cards:
-            fits, hours, change = own.fits(card), own.hours(card, self._reached(card)), ""
-            if not fits:
-                variant = remedy(self.planner, card)
-                if variant is None:
-                    change = "none of the settings below is enough"
-                else:
-                    change = ", ".join(variant.changes)
-                    hours = variant.forecast(self.planner).hours(card, self._reached(card))
-            left, verdict = _number(own.headroom(card) / GB), "yes" if fits else "no"
-            rows.append([card.name, f"{card.memory:g}", verdict, left, _number(hours), change])
-        note = f"{RESERVE / GB:g} GB are kept for CUDA's context, workspaces and fragmentation."
-        return f"{markdown(rows)}\n\n{note} Hours are those after the change, where there is one."
-
-    def _variants_table(self) -> str:
-        name = self.timed.name
-        rows = [["what if", "peak GB", "in", f"GPU-hours on {name}", f"fits on {name}"]]
-        for variant in variants(self.planner):
-            result = variant.forecast(self.planner)
-            hours = _number(result.hours(self.timed, self.reached))
-            fits = "yes" if result.fits(self.timed) else "no"
-            label = ", ".join(variant.changes) or "as configured"
-            rows.append([label, _number(result.peak.peak / GB), result.peak.name, hours, fits])
-        return markdown(rows)
-
-    def _last_line(self, own: Forecast) -> str:
-        fitting = [card.name for card in self.cards if own.fits(card)]
-        hours = own.hours(self.timed, self.reached)
+    def _last_line(self) -> str:
+        where = ", ".join(row["name"] for row in self.cards if row["fits"])
         unknown = [judge.name for judge in self.planner.judges if "unknown" in judge.note]
-        without = f", without {', '.join(unknown)}" if unknown else ""
-        where = ", ".join(fitting) or "none of these cards"
         return (
-            f"Fits on: {where}; about {_number(hours)} GPU-hours "
-            f"on {self.timed.name}{without} (computed, not measured)."
+            f"Fits on: {where or 'none of these cards as configured'}; about "
+            f"{_number(self.own.hours(self.card, self.reached))} GPU-hours on {self.card.name}"
+            f"{', without ' if unknown else ''}{', '.join(unknown)} (computed, not measured)."
         )
 
 
-def _memory_table(own: Forecast) -> str:
-    parts = list(dict.fromkeys(part for phase in own.phases for part in phase.memory))
-    parts = [p for p in parts if any(phase.memory.get(p) for phase in own.phases)]
-    rows = [["GB of a card", *(phase.name for phase in own.phases)]]
-    for part in parts:
-        sizes = (phase.memory.get(part, 0.0) for phase in own.phases)
-        rows.append([part, *(_number(size / GB) if size else "" for size in sizes)])
-    return markdown([*rows, ["sum", *(_number(phase.peak / GB) for phase in own.phases)]])
+def _memory(own: Forecast) -> list[list[str]]:
+    phases = own.phases
+    parts = dict.fromkeys(part for phase in phases for part in phase.memory if phase.memory[part])
+    rows = [["GB of a card", *(phase.name for phase in phases)]]
+    rows += [[part, *(_giga(phase.memory.get(part, 0.0)) for phase in phases)] for part in parts]
+    return [*rows, ["sum", *(_giga(phase.peak) for phase in phases)]]
 
 
-def _machine(own: Forecast) -> str:
-    disk = ", ".join(f"{name} {_number(size / GB)} GB" for name, size in own.disk.items() if size)
-    host = ", ".join(f"{name} {_number(size / GB)} GB" for name, size in own.host.items())
-    return f"Disk: {disk}. Main memory of a process: {host}."
+def _listed(sizes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_giga(size)} GB" for name, size in sizes.items() if size)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _giga(size: float) -> str:
+    return _number(size / GB) if size else ""
 
 
 def _number(value: float) -> str:

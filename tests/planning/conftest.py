@@ -27,7 +27,6 @@ def stated(shape: Any, policy: Any, *, resolution: int, tapped: bool) -> Transfo
         forward_peak=Linear(fixed=0, each=1e6 * area),
         saved=Linear(fixed=2e6, each=saved * area),
         temporary=Linear(fixed=-1e6, each=2e6 * area),
-        largest=Linear(fixed=0, each=1e6 * area),
     )
 
 

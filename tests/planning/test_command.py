@@ -106,7 +106,7 @@ def test_the_cheapest_change_that_fits_is_named(planner: Planner) -> None:
     assert fitting.changes == ("trainer.micro_batch 4",)
     assert remedy(planner, replace(card, memory=2)) is None
     small = replace(card, name="small", memory=2.001)
-    text = Plan.of(planner, small, {}).text()
+    text = Plan(planner, small, {}).text()
     assert "Fits on: none of these cards" in text
     assert "none of the settings below is enough" in text
 
@@ -122,7 +122,7 @@ def test_what_was_measured_counts(tmp_path: Path, planner: Planner) -> None:
     flops = {phase.name: sum(work.flops for work in phase.work) for phase in own.phases}
     single = {name: rate * card.rate("float32") for name, rate in reached.items()}
     assert times["sample"] == pytest.approx(flops["sample"] / single["sample"])
-    assert "35% in sample" in Plan.of(planner, card, reached).text()
+    assert "35% in sample" in Plan(planner, card, reached).text()
     with pytest.raises(ConfigError, match="--card: should name the card"):
         measured(file, None)
     file.write_text("[]")
