@@ -78,6 +78,11 @@ def shard(total: int, batch: int, comm: Comm) -> list[list[int]]:
     """Return which of ``total`` items each rank takes: whole batches, in turn.
 
     The same items share a batch whatever the number of ranks, and so the same rounding.
+
+    Args:
+        total: Number of items.
+        batch: Items in a batch; the last one may be smaller.
+        comm: The collectives over the processes.
     """
     starts = range(0, total, batch)
     return [
@@ -112,7 +117,13 @@ def gather_shards(mine: Tensor, shards: Sequence[Sequence[int]], comm: Comm) -> 
 def gather_shard_objects(
     mine: Sequence[Any], shards: Sequence[Sequence[int]], comm: Comm
 ) -> list[Any]:
-    """Do as ``gather_shards``, for Python objects."""
+    """Do as ``gather_shards``, for Python objects.
+
+    Args:
+        mine: The objects of this rank's shard in its order; what follows is left out.
+        shards: The items of every rank, together 0 .. total - 1.
+        comm: The collectives over the processes.
+    """
     gathered = comm.gather_objects(mine[: len(shards[comm.rank])])
     by_item = dict(zip([item for items in shards for item in items], gathered, strict=True))
     return [by_item[item] for item in range(len(by_item))]
@@ -174,7 +185,7 @@ def _exchange(comm: Comm, failure: Exception | None, as_one: bool) -> None:
     raise error
 
 
-# Of an error that all processes have met: whether this one is to tell of it.
+# Attribute of an error that all processes have met: whether this one is to tell of it.
 _KNOWN = "_moa_diffusion_tells"
 
 
@@ -217,25 +228,28 @@ class LocalComm:
     world_size = 1
 
     def gather(self, local: Tensor) -> Tensor:
+        """Return the tensor as it is: no other process has rows."""
         return local
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        """Return the objects of the only process as a list."""
         return list(local)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        pass
+        """Leave the tensors as they are: a sum over one process."""
 
     def broadcast_(self, tensor: Tensor) -> None:
-        pass
+        """Leave the tensor as it is: it comes from this process."""
 
     def any(self, flag: bool) -> bool:
+        """Return the flag of the only process."""
         return flag
 
     def barrier(self) -> None:
-        pass
+        """Go on at once: nobody else has to come."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: no group of processes was opened."""
 
 
 class AccelerateComm:
@@ -252,12 +266,14 @@ class AccelerateComm:
         self._device = accelerator.device
 
     def gather(self, local: Tensor) -> Tensor:
+        """Gather on the accelerator; the result lies where ``local`` does."""
         if self.world_size == 1:
             return local
         gathered: Tensor = self._accelerator.gather(local.to(self._device).contiguous())
         return gathered.to(local.device)
 
     def gather_objects(self, local: Sequence[Any]) -> list[Any]:
+        """Gather pickled objects, in the order of ranks."""
         if self.world_size == 1:
             return list(local)
         from accelerate.utils import gather_object
@@ -266,6 +282,7 @@ class AccelerateComm:
         return gathered
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum several tensors in one collective, as one flat buffer."""
         if self.world_size == 1 or not tensors:
             return
         first = tensors[0]
@@ -279,6 +296,7 @@ class AccelerateComm:
             tensor.copy_(part.view_as(tensor))
 
     def broadcast_(self, tensor: Tensor) -> None:
+        """Send the tensor of rank 0 by way of the accelerator."""
         if self.world_size == 1:
             return
         carrier = tensor.to(self._device).contiguous()
@@ -286,12 +304,14 @@ class AccelerateComm:
         tensor.copy_(carrier)
 
     def any(self, flag: bool) -> bool:
+        """Gather the flags as integers, and return whether any is set."""
         if self.world_size == 1:
             return flag
         count = torch.tensor([int(flag)], device=self._device)
         return bool(self.gather(count).any())
 
     def barrier(self) -> None:
+        """Wait until all processes have come here."""
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:

@@ -31,11 +31,11 @@ WAITING = 2  # batches per head beside the one in work, before drawing waits
 POLL_SECONDS = 0.5  # between two looks whether the run was asked to stop
 
 R = TypeVar("R", bound=Request)
-Extra = dict[str, Any]  # of one sample: "<objective>/<column>" -> JSON value
+Extra = dict[str, Any]  # one sample's "<objective>/<column>" to a JSON value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredOutputs:
     """What ``Scorer.draw_and_score`` returns for M requests."""
 
     values: Tensor  # [M, K] float64, equal on every process
@@ -67,7 +67,7 @@ class Scorer:
     ) -> None:
         self.heads = dict(heads)
         self.comm, self.overlap, self.offload = comm, overlap, offload
-        self.seconds: dict[str, float] = {}  # of the last scoring, this process, by objective
+        self.seconds: dict[str, float] = {}  # by objective: the last scoring on this process
         self._threads = {
             name: ThreadPoolExecutor(1, f"reward-{name}", *_on_this_threads_device())
             for name in heads
@@ -163,7 +163,8 @@ class Scorer:
         title: str,
         before_batch: Callable[[], None],
         bars: bool,
-    ) -> Scored:
+        lockstep: bool = False,
+    ) -> ScoredOutputs:
         """Draw and score any requests; each is drawn once, in the same batch of any process.
 
         Args:
@@ -173,6 +174,8 @@ class Scorer:
             title: The title of the progress bar.
             before_batch: Called on all processes before each batch.
             bars: Whether this process shows a progress bar.
+            lockstep: Whether ``draw`` has collective operations inside. A process that has fewer
+                batches than another then draws its first once more, and drops it.
 
         Raises:
             RewardError, ProcessError: As ``collect``.
@@ -194,8 +197,10 @@ class Scorer:
                     else:
                         texts += drawn
                         scoring.add(part, texts=drawn)
+                elif lockstep:
+                    draw(mine[:batch])
             local, extra = self._wait(scoring, before_batch)  # [K, m]
-        return Scored(
+        return ScoredOutputs(
             values=gather_shards(local.T, shards, self.comm),
             extra=gather_shard_objects(extra, shards, self.comm),
             outputs=torch.cat(images) if images else tuple(texts),
@@ -209,6 +214,11 @@ class Scorer:
         texts: Sequence[str] | None = None,
     ) -> Tensor:
         """Return raw rewards ``[K, n]`` float64 of n outputs of this process; NaN = does not apply.
+
+        Args:
+            requests: The n requests, whose prompts and metadata heads see.
+            images: Their images ``[n, 3, H, W]``; None if they are texts.
+            texts: Their n texts; None if they are images.
 
         Raises:
             RewardError: If a head failed.
@@ -297,6 +307,11 @@ class Scoring:
         """Hand n outputs to every head; wait while ``WAITING`` earlier batches are not begun.
 
         A failure waits for ``finish``, where all processes meet.
+
+        Args:
+            requests: The n requests, whose prompts and metadata heads see.
+            images: Their images ``[n, 3, H, W]``; None if they are texts.
+            texts: Their n texts; None if they are images.
         """
         first, self._added = self._added, self._added + len(requests)
         for name, head in self._heads.items():

@@ -41,7 +41,7 @@ class Request:
     group: int = 0  # globally unique id of the prompt draw; equal for siblings
     sibling: int = 0  # position inside the group, 0 <= sibling < G
     seed: int = 0  # 63 bit; depends on run seed, step, group and sibling, never on the rank
-    start_seed: int | None = None  # of the initial noise, if siblings share it
+    start_seed: int | None = None  # decides the initial noise, if siblings share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rewards.blame import cause_of
 from rewards.pixels import check_images
 
-Kind = Literal["images", "texts"]  # of the samples in a batch
+Kind = Literal["images", "texts"]  # what the samples in a batch are
 Scored = Literal["images", "texts", "both"]  # "both": a batch of either
 
 _SHOWN_SAMPLES = 5

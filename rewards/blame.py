@@ -9,7 +9,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _OWN = (_HERE, _HERE.parent / "moa_diffusion")
-# Of Python and of what is installed. A virtual environment shares the first with others.
+# Folders of Python and of what is installed; a virtual environment shares the first with others.
 _INSTALLED = tuple(
     Path(sysconfig.get_path(name)).resolve()
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -35,7 +35,7 @@ def passed(error: BaseException) -> str:
 
     It is empty if no line of the user's code was passed.
     """
-    if isinstance(error, SyntaxError):  # of a file that is imported; its message names the line
+    if isinstance(error, SyntaxError):  # the message names the line of the imported file
         return ""
     users = [
         (frame, number)

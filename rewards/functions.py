@@ -54,7 +54,7 @@ class FunctionHead(RewardHead):
     give what waits on a network a timeout.
 
     Args:
-        function: The function.
+        function: Scores a batch, or with ``per_image`` one sample; plain or ``async``.
         name: Name of the objective; the function's own name by default.
         unit: Unit of the scores.
         requires: What a prompt must have for the function to return something else than ``NaN``.

@@ -20,14 +20,20 @@ class Identity(BaseModel, frozen=True):
     head: str  # name on the server
     unit: str  # unit of the scores
     requires: tuple[str, ...]  # what a prompt must have for the head to apply
-    version: str  # of this package on the server
+    version: str  # this package's version on the server
     provenance: dict[str, str]  # weights, engines, and the source of what is not of this package
     digest: str  # sha256 of class, provenance, version and the options that matter
     scores: Scored = "both"  # what the head scores; a server of an earlier version does not say
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> Identity:
-        """Return the identity of a loaded head that was built with the given options."""
+        """Return the identity of a loaded head that was built with the given options.
+
+        Args:
+            name: The head's registered name, or the objective's where it has an import path.
+            head: The loaded head, which tells its unit and provenance.
+            options: The options that it was built with; those in ``neutral_options`` do not count.
+        """
         known = {**source_of_class(type(head)), **head.provenance()}
         provenance = {str(key): str(value) for key, value in known.items()}
         relevant = {key: options[key] for key in options if key not in head.neutral_options}

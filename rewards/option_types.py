@@ -55,6 +55,11 @@ def check_names(head: str, named: Mapping[str, Any], options: Mapping[str, Any])
 def check_complete(head: str, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Check that none is missing of those without a default (``inspect.Parameter.empty``).
 
+    Args:
+        head: The head's name, for messages.
+        named: Defaults by parameter.
+        options: The options that are given.
+
     Raises:
         ValueError: If one is.
     """

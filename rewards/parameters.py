@@ -24,7 +24,7 @@ from rewards.base import Scored
 
 Role = Literal["images", "texts", "samples", "prompts"]  # "samples": of either kind
 
-OWN_OPTIONS = ("per_image", "concurrency")  # of the head, so no parameter of a function
+OWN_OPTIONS = ("per_image", "concurrency")  # options of the head, so no parameter of a function
 # Each name of several is followed by that of one.
 _PLAIN: Mapping[Role, str] = {
     "images": "images image pictures picture imgs img photos photo",
@@ -47,7 +47,7 @@ _LIKELY: Mapping[Role, str] = {
         "instructions instruction inputs input problems problem dialogues dialogue requests request"
     ),
 }
-_ANSWERS = ("answers", "answer")  # of the model, or the right ones: any other name goes before
+_ANSWERS = ("answers", "answer")  # the model's, or the right ones: any other name goes before
 _SINGULAR = frozenset(
     name for names in (_PLAIN, _LIKELY) for words in names.values() for name in words.split()[1::2]
 )
@@ -221,7 +221,7 @@ def _roles(
         chosen[prompts[0]] = "prompts"
     else:
         prompt_like = [name for name in required if _LIKELY_ROLES.get(name) == "prompts"]
-        if len(prompt_like) == 1:  # of two at least one is a column
+        if len(prompt_like) == 1:  # if there are two, at least one of them is a column
             unnamed = {p.name for p in named if p.kind is Parameter.POSITIONAL_ONLY}
             if prompt_like[0] in unnamed:
                 chosen[prompt_like[0]] = "prompts"

@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # grey of 16 bits
 _PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # of the profile that may describe a mode
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # a profile that describes the mode
 _GAMMA = 1 / 2.2  # what PNG files state whose pixels are sRGB
 # TIFF tags: bits per sample, and what the numbers mean (0: white is zero).
 _BITS, _MEANING = 258, 262

@@ -10,7 +10,7 @@ def check_images(images: Tensor, size: int) -> None:
     """Check that images are ``[N, 3, H, W]`` float32 in [0, 1].
 
     Args:
-        images: The images.
+        images: What is checked; anything else than such a tensor is refused.
         size: Number N of images that are expected.
 
     Raises:

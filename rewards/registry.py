@@ -69,7 +69,7 @@ class _Entry:
     unit: str
     requires: tuple[str, ...]
     scores: Scored
-    per_image: bool | None = None  # of a function; None: it was not registered, so options say
+    per_image: bool | None = None  # a function's; None: it was not registered, so options say
 
     def __post_init__(self) -> None:
         if self.scores not in get_args(Scored):

@@ -21,7 +21,7 @@ from rewards.suggestions import did_you_mean
 
 Target = type[RewardHead] | Callable[..., Any]
 
-GROUP = "moa_diffusion.rewards"  # of the entry points that declare heads
+GROUP = "moa_diffusion.rewards"  # entry points of this group declare heads
 
 
 def declared() -> dict[str, list[EntryPoint]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -15,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# No test of this process survives a power cut, and waiting for the disk costs milliseconds a call.
+# What is left of the call is that the file has to be open.
+os.fsync = os.fstat  # type: ignore[assignment]
 
 # Shells start background jobs with SIGINT ignored, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,3 +34,13 @@ def keep_threads() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder of the test's own, and a working folder beside it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"

@@ -29,7 +29,7 @@ class Block:
     number: int
     language: str
     text: str
-    mark: str  # of the comment above it; empty if there is none
+    mark: str  # what the comment above it says; empty if there is none
 
     def __str__(self) -> str:
         return f"{self.page}-{self.number}"

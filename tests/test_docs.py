@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 CODE = re.compile(r"(?<!`)(`+)(?!`) ?(.+?) ?(?<!`)\1(?!`)")  # as Markdown has it
-FORMAT = re.compile(r"%(?:\.\d+)?[a-z]")  # of a message that is logged
+FORMAT = re.compile(r"%(?:\.\d+)?[a-z]")  # what a logged message puts a value in for
 GAP = "\0"
 
 

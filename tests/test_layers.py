@@ -129,6 +129,27 @@ def room(module: str) -> str | None:
     return found if found.endswith("*") else None
 
 
+DYNAMIC = ("import_module", "__import__")
+
+
+def by_name(node: ast.Call) -> str | None:
+    """The module that ``import_module`` or ``__import__`` names, as far as the source says it.
+
+    A package that names modules of its own, as `rewards` does, names itself.
+    """
+    match node.func:
+        case ast.Name(called) | ast.Attribute(attr=called) if called in DYNAMIC:
+            pass
+        case _:
+            return None
+    name = node.args[0] if node.args else None
+    if isinstance(name, ast.JoinedStr):  # `f"rewards.{module}"` names at least its package
+        name = name.values[0]
+        if isinstance(name, ast.Constant):
+            return str(name.value).rpartition(".")[0]
+    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else None
+
+
 def imports(source: str, importer: str, *, is_package: bool = False) -> list[Import]:
     """Every import in `source`; a name taken from a package counts as the module it names."""
     found: list[Import] = []
@@ -149,6 +170,8 @@ def imports(source: str, importer: str, *, is_package: bool = False) -> list[Imp
             found.extend(
                 Import(module=module, line=node.lineno, on_load=on_load) for module in targets(node)
             )
+        if isinstance(node, ast.Call) and (module := by_name(node)) and module != importer:
+            found.append(Import(module=module, line=node.lineno, on_load=on_load))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             on_load = False
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
@@ -272,6 +295,24 @@ def test_what_the_package_does_without_stays_outside_of_it() -> None:
     assert wrong == []
 
 
+def loose(package: Path) -> list[Path]:
+    """The folders that hold modules and no ``__init__.py``: nothing installs what is in them."""
+    folders = {path.parent for path in package.rglob("*.py")}
+    return sorted(folder for folder in folders if not (folder / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_folder_of_modules_is_a_package(package: str) -> None:
+    assert loose(ROOT / package) == []
+
+
+def test_a_folder_without_its_init_is_found(tmp_path: Path) -> None:
+    for name in ("package/__init__.py", "package/room/module.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert loose(tmp_path / "package") == [tmp_path / "package" / "room"]
+
+
 def test_the_root_holds_three_modules_and_a_folder_fifteen() -> None:
     counts: dict[Path, int] = {}
     for path in MODULES.values():
@@ -338,6 +379,17 @@ def test_one_module_makes_accelerators() -> None:
         ("rewards.heads.ocr.head", "import yaml", "import it in a function"),
         ("moa_diffusion.types", "from accelerate import Accelerator", "import it in a function"),
         ("moa_diffusion.policies.sd3", "from diffusers import UNet", "inside functions only"),
+        (
+            "moa_diffusion.storage.log",
+            "import importlib\nx = importlib.import_module('moa_diffusion.training.trainer')",
+            "not in a lower",
+        ),
+        ("moa_diffusion.policies.sd3", "__import__('rewards.registry')", "imports `rewards`"),
+        (
+            "moa_diffusion.storage.log",
+            "def f(name):\n    import_module(f'moa_diffusion.training.{name}')",
+            "not in a lower",
+        ),
     ],
 )
 def test_a_wrong_import_is_found(importer: str, source: str, complaint: str) -> None:
@@ -357,6 +409,7 @@ def test_a_wrong_import_is_found(importer: str, source: str, complaint: str) -> 
         ("moa_diffusion.scoring", "from rewards import create"),
         ("moa_diffusion.config.check", "from rewards.suggestions import did_you_mean"),
         ("moa_diffusion.storage.log", "from accelerate import Accelerator"),
+        ("rewards.registry", "import importlib\nimportlib.import_module(place)"),
     ],
 )
 def test_a_right_import_passes(importer: str, source: str) -> None:

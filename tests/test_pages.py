@@ -112,6 +112,9 @@ def test_every_metric_has_a_row() -> None:
     )
     written = {name.split("/")[0] + "/" for name in re.findall(rf'"((?:{kinds})/[^"]*)"', source)}
     written |= set(re.findall(r'"(policy/[a-z_]+)"', source))
+    phases = set(re.findall(r'timed\("([a-z]+)"\)', source))
+    assert {"sample", "update"} < phases
+    written |= {f"seconds/{phase}`" for phase in phases}
     columns = set(re.findall(r'"(apex_[a-z]+)"', source)) | {"weight", "share", "applies"}
     columns |= {"zero_variance", "conflict_advantages", "conflict_gradients"}
     for name in written | {f"{column}/" for column in columns}:

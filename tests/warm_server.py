@@ -69,7 +69,7 @@ def serve(address: str) -> dict[str, Any]:
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, meant for the tests
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is meant for the tests
     selector = selectors.DefaultSelector()
     for waiting in (listener, woken, sys.stdin):
         selector.register(waiting, selectors.EVENT_READ)

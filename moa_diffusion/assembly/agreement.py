@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -23,12 +24,12 @@ def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> di
     """Return what is equal on all processes of one run, by name.
 
     Args:
-        settings: The configuration.
-        resumed: The checkpoint to go on from.
+        settings: The run's configuration; every key of it counts.
+        resumed: The folder of the checkpoint to go on from; None for a new run.
         read: What was read from files, by name; compared by its ``repr``.
     """
     shared = {key: str(value) for key, value in flat(settings).items()}
-    shared |= {f"version of {name}": version(name) for name in _PACKAGES}
+    shared |= _versions()
     shared |= {f"contents of {name}": _digest(repr(value).encode()) for name, value in read.items()}
     files = {"objectives.calibration": settings.objectives.calibration}
     if resumed is not None:
@@ -38,6 +39,12 @@ def facts(settings: Config, resumed: Path | None, read: Mapping[str, Any]) -> di
         if file is not None:
             shared[f"contents of {name}"] = _digest(Path(file).read_bytes())
     return shared
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that matter; each is parsed from a file, so once."""
+    return {f"version of {name}": version(name) for name in _PACKAGES}
 
 
 def check_same(comm: Comm, mine: Mapping[str, str]) -> None:

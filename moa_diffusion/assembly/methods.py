@@ -227,7 +227,7 @@ def check_ppo(settings: Config) -> None:
     """Check that the method can weigh decisions, if there are value heads.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If the method's normalizer or weighting works on whole samples alone.
     """
     if settings.loss.kind == "ppo" and not _weighs_decisions(method_of(settings)):
         fitting = [name for name, method in METHODS.items() if _weighs_decisions(method)]

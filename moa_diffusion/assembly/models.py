@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,9 +33,17 @@ from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.critic import Critic
 from moa_diffusion.types import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Policy:
     """Return the model, on its device; the pipeline is loaded from ``policy.path`` if None.
+
+    Args:
+        settings: The run's configuration: ``policy`` chooses the kind and the model, and
+            ``sampling``, ``generation`` and ``loss.kl`` say how it draws and compares.
+        device: Where the model runs.
+        pipeline: A ``StableDiffusion3Pipeline`` to take instead of loading one.
 
     Raises:
         ConfigError: If the path holds no model of the kind, or a setting does not fit it.
@@ -45,6 +55,9 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
         return causal_lm(settings, device)
     assert settings.policy.name == "sd3"  # a new kind gets a branch of its own
     model, sampling = settings.policy, settings.sampling
+    if model.shard and not dist.is_initialized():
+        logger.warning("policy.shard: there is one process, so the transformer stays whole.")
+        model = dataclasses.replace(model, shard=False)
     path = model_path(settings)
     if model.embeds_dir is not None:
         check_folder("policy.embeds_dir", Path(model.embeds_dir))
@@ -88,7 +101,7 @@ def starting_adapter(
     """Return the LoRA that training starts from; None if it starts from the base model.
 
     Args:
-        settings: The configuration.
+        settings: The run's configuration; ``policy`` and ``resume`` decide.
         pipeline: In the place of ``policy.path``, as for ``policy``.
         tell: Whether to warn of layers that it leaves out; not where it is only checked.
 
@@ -132,7 +145,7 @@ def check_prompts(settings: Config, prompts: Sequence[str]) -> None:
     """Check that the settings fit a language model and no prompt is too long; load no weights.
 
     Raises:
-        ConfigError: If not.
+        ConfigError: If a setting does not fit the model, or a prompt takes more tokens than it may.
     """
     generation = settings.generation
     try:
@@ -197,7 +210,15 @@ def model_path(settings: Config) -> str:
 def critic(
     settings: Config, model: Policy, comm: Comm, device: torch.device, batch: int
 ) -> Critic | None:
-    """Build the value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time."""
+    """Build the value heads for ``loss.kind: ppo``, which read ``batch`` samples at a time.
+
+    Args:
+        settings: The run's configuration; ``loss.kind`` decides whether there are value heads.
+        model: The language model whose hidden states the heads read.
+        comm: The collectives over the processes.
+        device: Where the heads run.
+        batch: Samples per pass of the heads.
+    """
     if settings.loss.kind != "ppo":
         return None
     assert isinstance(model, CausalLMPolicy)

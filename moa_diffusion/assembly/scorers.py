@@ -89,7 +89,7 @@ def scorers(
         settings: The configuration.
         comm: The collectives over the processes.
         trained: The prompts that the objectives are scored on.
-        heldout: What evaluations draw.
+        heldout: The requests that evaluations draw; empty for none.
 
     Raises:
         ConfigError: As ``heads``, or if a head cannot use the prompts.
@@ -132,7 +132,7 @@ def watcher(settings: Config, heldout: Sequence[Request]) -> Watch:
 
     Args:
         settings: The configuration.
-        heldout: What evaluations draw.
+        heldout: The requests that evaluations draw; empty for none.
 
     Raises:
         ConfigError: If the rules cannot be kept.
@@ -163,11 +163,11 @@ def evaluation(
 
     Args:
         settings: The configuration.
-        scorers: What scores, and what is drawn.
-        policy: The policy, which draws.
+        scorers: The scorer of all heads, and the held-out requests.
+        policy: Draws the held-out requests, deterministically.
         log: Where every sample's rewards go.
         batch: Samples per forward pass.
-        progress: How far the run is.
+        progress: How far the run is, its seconds and its progress bars.
     """
     if not scorers.heldout or not scorers.everyone.names:
         return None

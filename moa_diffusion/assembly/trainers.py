@@ -64,7 +64,7 @@ def trainer(settings: Config, pipeline: Any = None) -> Run:
     Files and names come first, models last. With ``settings.resume`` the state is loaded.
 
     Args:
-        settings: The configuration.
+        settings: The configuration of a run on images; every section of it is used.
         pipeline: A ``StableDiffusion3Pipeline`` to train instead of ``policy.path``; taken over.
 
     Raises:
@@ -310,6 +310,14 @@ def update(
 ) -> Update:
     """Make the update: AdamW, EMA and loss of the adapter, and when objectives are weighed.
 
+    Args:
+        settings: The run's configuration: ``optimizer``, ``ema``, ``loss`` and ``gradients``.
+        model: The policy whose adapter is trained.
+        weighting: Decides by what it looks at whether gradients are measured.
+        geometry: How a rollout is cut into minibatches and micro-batches.
+        progress: How far the run is.
+        accelerator: Says on which device and in which precision gradients are scaled.
+
     Raises:
         ConfigError: If the weighting cannot be asked as often as the configuration wants.
     """
@@ -329,7 +337,14 @@ def update(
 
 
 def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Stepper:
-    """Return what every optimizer step needs: AdamW, its rate, the loss scale and EMA."""
+    """Return what every optimizer step needs: AdamW, its rate, the loss scale and EMA.
+
+    Args:
+        settings: The run's configuration: ``optimizer``, ``ema``, ``policy.dtype`` and
+            ``loss.max_skipped``.
+        model: The policy whose trainable parameters are optimized.
+        accelerator: Says on which device gradients are scaled.
+    """
     options, warmup = settings.optimizer, settings.optimizer.warmup
     return Stepper(
         policy=model,

@@ -113,10 +113,10 @@ def describe(values: Tensor, groups: Tensor) -> dict[str, float]:
     count = float((1 / n).sum())  # P
     within = float(spread_within(values[None], groups))
     grand = (m / n).sum() / count
-    spread = float(((m - grand).square() / n).sum() / (count - 1)) if count > 1 else math.nan
-    if spread <= (RESIDUE * float(values.abs().max())) ** 2:
-        spread = 0.0  # only rounding
-    between = spread - within**2 * float((1 / n.square()).sum()) / count
+    variance = float(((m - grand).square() / n).sum() / (count - 1)) if count > 1 else math.nan
+    if variance <= (RESIDUE * float(values.abs().max())) ** 2:
+        variance = 0.0  # only rounding
+    between = variance - within**2 * float((1 / n.square()).sum()) / count
     low, high = values.min(), values.max()
     return {
         "mean": float(values.mean()),

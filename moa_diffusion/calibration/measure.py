@@ -111,7 +111,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         # For heads that use the global generators; nothing here does.
         seed_globally(derive_seed(settings.seed, "calibration") % 2**32)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REWARDS).unlink(missing_ok=True)  # of an earlier calibration
+        (folder / REWARDS).unlink(missing_ok=True)  # An earlier calibration may have left one.
         RunLog(folder).write_heads(0, scorer.load([r[0].prompt for r in requests]))
         first: list[Tensor] = []  # [K, G] each
         second: list[Tensor] = []
@@ -121,7 +121,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
                 rollout = _sample(model, group, settings.trainer.sample_batch)
                 for values in (first, second):
                     values.append(scorer.score(group, images=rollout.images, texts=rollout.texts))
-                # Of the second scoring, which has no start-up in it.
+                # The last scoring counts, which is the second and has no start-up in it.
                 seconds += seconds.new_tensor([scorer.seconds[name] for name in scorer.names])
                 _write(file, group, scorer.names, first[-1], second[-1])
     finally:
@@ -143,6 +143,11 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
 
 def draws(settings: Config, *, prompts: int, images: int) -> list[tuple[Request, ...]]:
     """Draw P groups of G requests, each for another training prompt.
+
+    Args:
+        settings: The configuration, whose training prompts and seed are used.
+        prompts: Number P of groups, at least 1.
+        images: Number G of samples in a group, at least 2.
 
     Raises:
         ConfigError: For a bad number or prompt file.

@@ -1,4 +1,4 @@
-"""The picture of a calibration: how rewards spread, who decides the gradient, who opposes whom."""
+"""The picture of a calibration: how rewards vary, who decides the gradient, who opposes whom."""
 
 from __future__ import annotations
 

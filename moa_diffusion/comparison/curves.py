@@ -64,7 +64,14 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
 def draw_and_score(
     runs: Mapping[str, Path], settings: Config, requests: Sequence[Request]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Draw images ``[m, 3, H, W]`` of the base model and each run, and score them: ``[K, m]``."""
+    """Draw images ``[m, 3, H, W]`` of the base model and each run, and score them: ``[K, m]``.
+
+    Args:
+        runs: The folders of runs by label; the averaged weights of the latest checkpoint draw.
+        settings: The configuration that the base model, the heads and the deployment settings are
+            of.
+        requests: The m samples that each model draws.
+    """
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # it warns that the text encoders have no adapter

@@ -34,10 +34,12 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder, which tells it from all others."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
+        """The file beside the folder that takes what the run's process prints."""
         return self.folder.with_name(f"{self.name}.log")
 
     def read(self) -> RunData:
@@ -74,7 +76,7 @@ class ComparisonPlan:
 
     runs: tuple[PlannedRun, ...]
     notes: tuple[str, ...]
-    names: tuple[str, ...]  # of the objectives
+    names: tuple[str, ...]  # the objectives' names
 
 
 # ---------------------------------------------------------------------- planning
@@ -154,6 +156,11 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
 
     Options that the base configuration gives to other classes than the method's are left out.
 
+    Args:
+        base: YAML file of the configuration that all methods share.
+        overrides: Options of the command line, which win over both files.
+        method: A method's name, or a YAML file with a method and its options.
+
     Raises:
         ConfigError: For an unknown method, or anything else that cannot be run.
     """
@@ -178,7 +185,7 @@ def method_settings(base: str, overrides: Sequence[str], method: str) -> tuple[C
         known = set(inspect.signature(kind).parameters) - {"objectives", "weights"}
         known -= set(chosen.options) if part_name == "weighting" else set()
         if meant_for is None or getattr(meant_for, part_name) is not kind:
-            known = set()  # of the same name perhaps, and of another meaning
+            known = set()  # an option of the same name may mean something else
         kept[part_name] = {key: given[key] for key in given if key in known or key in mine}
         notes += [
             f"objectives.{part_name}.{key} is left out, it is not meant for {kind.__name__}."

@@ -46,13 +46,13 @@ class RunSummary:
     seed: int
     folder: str
     rollouts: int
-    minutes: float  # of training, without evaluations
+    minutes: float  # time spent on training, without evaluations
     gains: Mapping[str, float]  # by objective
     worst: float  # the smallest of them
     above: float  # share of the objectives with a gain above 0
-    hypervolume: float  # of all its evaluations, with the start as the reference point
+    hypervolume: float  # all evaluations' together; the start is the reference point
     path: Mapping[int, Mapping[str, float]]  # gains by rollouts finished
-    shares: Mapping[str, float]  # of the advantage's variance, mean over rollouts
+    shares: Mapping[str, float]  # the advantage's variance by objective, mean over rollouts
     seconds: Mapping[str, float]  # per rollout, by phase
 
 
@@ -262,7 +262,7 @@ def opposed(comparison: Comparison) -> tuple[str, str]:
         rows = numpy.array([[run.gains[name] for name in pair] for run in comparison.runs])
         rows = rows[~numpy.isnan(rows).any(1)]
         if len(rows) < 3 or not (rows.std(0) > 0).all():
-            return math.inf  # of two points it is 1 or -1, whatever they are
+            return math.inf  # two points always correlate with 1 or -1
         return float(numpy.corrcoef(rows.T)[0, 1])
 
     return min(pairs, key=correlation)

@@ -89,6 +89,12 @@ def _check_numbers(config: Config) -> None:
         lambda value: value is None or config.policy.name != "toy",
         "null for policy.name toy, which has no LoRA",
     )
+    _require(
+        config,
+        "policy.shard",
+        lambda value: not value or config.policy.name == "sd3",
+        f"false for policy.name {config.policy.name}: only transformers of images are split",
+    )
     writes = config.policy.name == "causal_lm"
     _require(
         config,

@@ -61,12 +61,12 @@ def _chosen(
     known: Mapping[str, Any], values: Mapping[str, Any]
 ) -> list[tuple[str, str, Rows, str]]:
     """Return title, meaning, options and prefix of the chosen method's parts and the rewards."""
-    found = []
+    sections = []
     method = _inside(values, "objectives").get("method", known["default_method"])
     for part, kind in known["methods"].get(str(method), {}).items():
         own = known["classes"][kind]
         title = f"{part} of {method}: {kind}"
-        found.append((title, own["meaning"], own["options"], f"objectives.{part}."))
+        sections.append((title, own["meaning"], own["options"], f"objectives.{part}."))
     for section, named in (
         ("rewards", _inside(values, "rewards")),
         ("evaluation.rewards", _inside(_inside(values, "evaluation"), "rewards")),
@@ -78,8 +78,8 @@ def _chosen(
                 title = f"{section}.{name}: head {head}"
                 common = [row for row in known["reward"] if row["name"] in ("weight", "head")]
                 rows = [*common, *own["options"]]
-                found.append((title, own["meaning"], rows, f"{section}.{name}."))
-    return found
+                sections.append((title, own["meaning"], rows, f"{section}.{name}."))
+    return sections
 
 
 def _inside(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
 
-NAME = "config.yaml"  # of the configuration in a run's folder
+NAME = "config.yaml"  # the configuration's file in a run's folder
 TRACES = ("metrics.jsonl", "checkpoints")  # what a run leaves beside it
 # Keys of files and folders; the values of reward heads' options are looked at one by one.
 _KEYS = (

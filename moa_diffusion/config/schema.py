@@ -62,6 +62,9 @@ class PolicyConfig:
         vae_dtype: Precision of the image decoder.
         gradient_checkpointing: Whether the backward pass computes activations again instead of
             keeping them; saves memory and costs time.
+        shard: Whether the frozen transformer is split over the processes of a node (FSDP2), which
+            gather a block when they need it; saves memory and costs time. For a model that a card
+            does not hold beside the rewards.
         max_sequence_length: Number of T5 tokens that are read of each prompt.
         step_batch: Number of trained steps of a sample in one forward pass; more is faster on
             small models.
@@ -84,6 +87,7 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: Switch = False
+    shard: Switch = False
     max_sequence_length: Count = 128
     step_batch: Count = 1
     vae_batch: Count = 8
@@ -311,7 +315,11 @@ class LossConfig:
 
     @property
     def tolerance(self) -> float:
-        """The largest absolute log ratio that passes the on-policy check."""
+        """The limit of the on-policy check: ``ratio_tolerance``, or half the clip range if None.
+
+        Before a rollout's first update, log-probabilities as trained may differ from those of
+        sampling by as much.
+        """
         return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
 
 

@@ -257,7 +257,15 @@ class Draft:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def prefer(self, where: str, objective: str, winner: int, loser: int, cycles: str) -> None:
-        """Note a pair; a tie is refused, and a cycle unless it is to be kept."""
+        """Note a pair; a tie is refused, and a cycle unless it is to be kept.
+
+        Args:
+            where: File and line, for messages.
+            objective: The objective that the pair is about.
+            winner: Index of the better response.
+            loser: Index of the worse one.
+            cycles: ``error`` refuses a pair that closes a circle, ``keep`` takes it.
+        """
         pairs = self.pairs.setdefault(objective, {})
         if (loser, winner) in pairs:
             finding = f"both orders of {self._named([winner, loser])}; leave a tie out"
@@ -298,7 +306,14 @@ def assemble(
     smoothing: float,
     scales: Mapping[str, float] | None,
 ) -> Preferences:
-    """Return the win rates of all prompts, padded to the longest."""
+    """Return the win rates of all prompts, padded to the longest.
+
+    Args:
+        files: The K objectives' files.
+        drafts: What the files say of each of P prompts.
+        smoothing: What win rates of pairs are smoothed with.
+        scales: The scale of win rates from scores, by objective, as in ``read_preferences``.
+    """
     longest = max(len(draft.responses) for draft in drafts)
     win_rates = torch.full((len(files), len(drafts), longest), math.nan, dtype=torch.float64)
     log_data = torch.full((len(drafts), longest), -math.inf, dtype=torch.float64)

@@ -23,12 +23,13 @@ from moa_diffusion.types import ConfigError
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 # First lines of a .txt that name a column; `prompts.column` is another.
 _HEADERS = {"prompt", "prompts", "caption", "captions", "text", "texts"}
-_JSON = re.compile(r"""(?:\[\s*)*[\[{](?:\s*["'{].*["'}\],])?""")  # of all lines, or their first
+# A line that is JSON, or the first of several that together are.
+_JSON = re.compile(r"""(?:\[\s*)*[\[{](?:\s*["'{].*["'}\],])?""")
 _QUOTED = re.compile(r"""("(?:[^"]|"")*"|'[^']*'|`[^`]*`|\u201c[^\u201d]*\u201d),?""")
 _NOT_TXT = "A .txt should have one prompt on every line."
 # Marks of a comment; "#hashtag" is none, nor is "--" with a word directly behind it.
 _COMMENT = re.compile(r"(?:#+|//+|;+|--+)(?:\s|$)|#!")
-_ITEM = re.compile(r"\(?(\d+)\s?[.):-]\s+\S|[-*\u2022]\s+\S")  # of a list, with its number
+_ITEM = re.compile(r"\(?(\d+)\s?[.):-]\s+\S|[-*\u2022]\s+\S")  # an item of a list, with its number
 # A weight ends a line; behind a comma or a colon only with a decimal point, for years and times.
 _WEIGHT = re.compile(r"\S\s*(?:\|\s*[-+]?\d*\.?\d+|[,;:]\s*[-+]?\d*\.\d+)$")
 
@@ -139,8 +140,8 @@ def _check_no_list(prompts: Sequence[tuple[str, str]]) -> None:
             "A weight of a single prompt is not read. Take them out, or make the file a .csv or "
             ".jsonl, where what stands beside the prompt is metadata; `prompts.train` weighs files."
         )
-        found = f"a number at the end of every line, as a weight, {shortened(first)}"
-        raise bad_line(where, _NOT_TXT, found, hint)
+        finding = f"a number at the end of every line, as a weight, {shortened(first)}"
+        raise bad_line(where, _NOT_TXT, finding, hint)
 
 
 def _rises(numbers: Sequence[int]) -> bool:

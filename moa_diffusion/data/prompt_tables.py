@@ -108,17 +108,17 @@ def _check_marks(path: Path, rows: Sequence[_Row]) -> None:
     if any(cell.quoted for _, cells in rows for cell in cells):  # then others belong to the text
         return
     for place in range(max(len(cells) for _, cells in rows)):
-        found = [
+        column = [
             (number, cells[place].raw)
             for number, cells in rows[1:]
             if place < len(cells) and cells[place].raw
         ]
         for opening, closing in _OTHER_MARKS:
-            if found and all(
+            if column and all(
                 len(cell) > 1 and cell.startswith(opening) and cell.endswith(closing)
-                for _, cell in found
+                for _, cell in column
             ):
-                number, cell = found[0]
+                number, cell = column[0]
                 raise bad_line(
                     f"{path}:{number}",
                     'Cells should stand in the quotation mark " where they need one.',

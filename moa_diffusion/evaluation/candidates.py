@@ -33,7 +33,7 @@ class Candidate:
     series: str  # the run, LoRA folder or soup it belongs to; empty for the base model
     step: int | None = None  # rollouts, of a run's checkpoint
     ema: bool | None = None  # whether a run's weights are averaged over optimizer steps
-    weights: Mapping[str, float] | None = None  # of a soup, by label
+    weights: Mapping[str, float] | None = None  # the parts of a soup, by label
     adapter: Adapter | None = None  # None: the base model
 
     @property

@@ -32,10 +32,10 @@ def draw_missing(
     """Draw what is missing; a batch is on the disk as soon as it is drawn.
 
     Args:
-        plan: The evaluation.
-        samples: All its samples.
+        plan: The evaluation; its candidates, prompts and medium are used.
+        samples: All samples of the evaluation, drawn before or not.
         missing: Keys of those that are not in the cache.
-        outputs: The cache.
+        outputs: The cache that takes each output by its sample's key.
         device: This process's device.
         comm: Collectives over the processes.
 
@@ -89,7 +89,13 @@ def carrying_policy(plan: EvaluationPlan, device: torch.device) -> Policy:
 
 
 def generate(policy: Policy, candidate: Candidate, requests: Sequence[Request]) -> Outputs:
-    """Return the outputs of the candidate, whose weights the policy carries."""
+    """Return the outputs of the candidate, whose weights the policy carries.
+
+    Args:
+        policy: Holds the candidate's weights; those of the base model if the candidate has none.
+        candidate: The model that draws.
+        requests: The n samples to draw, as deployment would.
+    """
     if candidate.adapter is not None:
         return policy.generate(requests)
     with policy.reference():

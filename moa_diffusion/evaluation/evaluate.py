@@ -13,7 +13,7 @@ from moa_diffusion.evaluation.draw import draw_missing
 from moa_diffusion.evaluation.errors import working
 from moa_diffusion.evaluation.plan import EvaluationPlan
 from moa_diffusion.evaluation.records import Sample, ScoredSamples
-from moa_diffusion.evaluation.score import score_samples
+from moa_diffusion.evaluation.score import score_stored
 from moa_diffusion.processes.launcher import check_launcher, make_accelerator
 
 
@@ -59,7 +59,7 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
         missing = set(outputs.missing([sample.key for sample in samples]))
     if comm.any(bool(missing)):  # nobody draws before all have looked
         draw_missing(plan, samples, missing, outputs, accelerator.device, comm)
-    scores, versions, scored = score_samples(plan, heads, samples, outputs, comm)
+    scores, versions, scored = score_stored(plan, heads, samples, outputs, comm)
     comm.close()
     return ScoredSamples(
         candidates=plan.candidates,

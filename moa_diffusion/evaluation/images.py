@@ -32,7 +32,7 @@ class ImageSettings:
     guidance: float
     resolution: int  # side in pixels
     scheduler: str  # class; its settings are files of the base model
-    dtype: str  # of the transformer
+    dtype: str  # the transformer's
     vae_dtype: str
     max_sequence_length: int  # T5 tokens
     negative_prompt: str = ""
@@ -43,7 +43,7 @@ class ImageSettings:
         """Return the deployment settings: those of the section ``evaluation``.
 
         Args:
-            settings: The configuration.
+            settings: The base model's configuration: ``evaluation``, ``sampling`` and ``policy``.
             path: Folder or hub id of the pipeline.
         """
         from diffusers import StableDiffusion3Pipeline
@@ -124,25 +124,32 @@ class Images:
         )
 
     def reader(self) -> Callable[[Path], Adapter]:
+        """Return a reader that fits LoRA weights to the layers of a transformer without weights."""
         transformer = sd3_skeleton(self.path, revision=self.revision)
         return partial(read_sd3_adapter, transformer=transformer)
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:
+        """Write the one file that diffusers loads."""
         write_adapter(adapter, folder)
 
     def copy_adapter(self, source: Path, folder: Path) -> None:
+        """Copy the one file that diffusers loads."""
         shutil.copy(source / DIFFUSERS, folder / DIFFUSERS)
 
     def sampler(self, device: torch.device) -> ImageSettings:
+        """Return the deployment settings, which are the same on any device."""
         return ImageSettings.of(self.settings, self.path)
 
     def base_digest(self, memory: Path) -> str:
+        """Return the digest of the pipeline's files."""
         return base_digest(self.path, revision=self.revision, memory=memory)
 
     def cache(self, folder: Path) -> ImageCache:
+        """Return the cache of PNG files in ``images``."""
         return ImageCache(folder / "images")
 
     def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
+        """Build the policy of the configuration with this LoRA, which starts untrained."""
         model = dataclasses.replace(self.settings.policy, lora=lora, adapter=None)
         return assembly.policy(dataclasses.replace(self.settings, policy=model), device)
 

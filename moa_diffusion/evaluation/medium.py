@@ -22,7 +22,7 @@ class Medium(Protocol):
     """How one kind of output is drawn and stored, with one configuration's base model."""
 
     noun: str  # what is drawn, in the plural
-    options: Mapping[str, str]  # of scripts/evaluate.py, and the keys that they set
+    options: Mapping[str, str]  # options of scripts/evaluate.py, to the keys that they set
     # Keys that all models of an evaluation share, and the option that settles a difference.
     shared: Mapping[str, str | None]
     weights: str  # file of an adapter

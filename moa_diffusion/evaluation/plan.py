@@ -30,7 +30,7 @@ from moa_diffusion.types import ConfigError
 class EvaluationPlan:
     """An evaluation that can be run."""
 
-    settings: Config  # of the base model, how it draws, and the rewards
+    settings: Config  # decides the base model, how it draws, and the rewards
     medium: Medium  # what the models draw
     runs: Mapping[str, Path]  # folders by series
     candidates: tuple[Candidate, ...]  # the base model first

@@ -34,7 +34,7 @@ class ScoredSamples:
     sampler: ImageSettings | TextSettings
     samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
     scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
-    versions: Mapping[str, HeadVersion]  # of the heads, by objective
+    versions: Mapping[str, HeadVersion]  # what scored, by objective
     outputs: OutputCache[Any]
     noun: str  # what the samples are
     drawn: int  # samples that were not in the cache

@@ -22,7 +22,7 @@ from rewards.pictures import read_rgb
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_VERSION = 1  # of what a key is made of
+_VERSION = 1  # grows when keys are made of something else
 T = TypeVar("T")
 
 
@@ -36,14 +36,21 @@ class OutputCache(ABC, Generic[T]):
     """
 
     noun: ClassVar[str]  # what a file holds, for messages
-    suffix: ClassVar[str]  # of the files
+    suffix: ClassVar[str]  # the files' suffix, with its dot
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @staticmethod
     def key(*, model: str, prompt: str, seed: int, sampler: DataclassInstance) -> str:
-        """Return the digest of everything that an output depends on."""
+        """Return the digest of everything that an output depends on.
+
+        Args:
+            model: Digest of the base model and of the candidate's weights.
+            prompt: The prompt's text.
+            seed: The seed of the sample.
+            sampler: The deployment settings, all of which count.
+        """
         return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
 
     def path(self, key: str) -> Path:

@@ -26,7 +26,7 @@ class StoredSample(Request):
     score: str  # key in the caches of scores
 
 
-def score_samples(
+def score_stored(
     plan: EvaluationPlan,
     heads: Mapping[str, RewardHead],
     samples: Sequence[Sample],
@@ -36,10 +36,10 @@ def score_samples(
     """Score all samples; what the cache has is not computed again.
 
     Args:
-        plan: The evaluation.
+        plan: The evaluation; the options of its heads and the folder of the cache are used.
         heads: The reward heads by objective.
         samples: M samples, whose outputs are in the cache.
-        outputs: The cache of outputs.
+        outputs: The cache that holds each sample's output.
         comm: Collectives over the processes.
 
     Returns:

@@ -24,7 +24,7 @@ class HeadVersion:
     """A loaded head as the table of scores names it."""
 
     identity: Identity
-    digest: str  # of the identity and of the head's source file
+    digest: str  # covers the identity and the head's source file
 
     @classmethod
     def of(cls, name: str, head: RewardHead, options: Mapping[str, Any]) -> HeadVersion:

@@ -23,7 +23,7 @@ from moa_diffusion.policies.language_model import check_fit, read_tokenizer
 from moa_diffusion.policies.lora_files import PEFT
 from moa_diffusion.types import ConfigError, Request
 
-# Of the files that a model and its tokenizer are loaded from; others are a reader's business.
+# A model and its tokenizer are loaded from such files; others are a reader's business.
 _SUFFIXES = {".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"}
 
 
@@ -42,7 +42,7 @@ class TextSettings:
         """Return the deployment settings: those of the section ``generation``.
 
         Args:
-            settings: The configuration.
+            settings: The base model's configuration: ``generation`` and ``policy``.
             path: Folder or hub id of the model.
             device: The device that draws. The same seed gives other texts on another kind of
                 device.
@@ -117,26 +117,33 @@ class Texts:
         )
 
     def reader(self) -> Callable[[Path], Adapter]:
+        """Return a reader that fits LoRA weights to the layers of a model without weights."""
         model = text_skeleton(self.path, revision=self.revision)
         return partial(read_text_adapter, model=model, base=self.path)
 
     def write_adapter(self, adapter: Adapter, folder: Path) -> None:
+        """Write the two files that peft loads, with the hub id of the base model in one of them."""
         model = text_skeleton(self.path, revision=self.revision)
         write_adapter(adapter, folder, model, base=self._hub_id())
 
     def copy_adapter(self, source: Path, folder: Path) -> None:
+        """Copy the two files that peft loads, and name the base model by its hub id."""
         copy_adapter(source, folder, base=self._hub_id())
 
     def sampler(self, device: torch.device) -> TextSettings:
+        """Return the deployment settings, with the kind of device that the noise comes from."""
         return TextSettings.of(self.settings, self.path, device)
 
     def base_digest(self, memory: Path) -> str:
+        """Return the digest of the language model's files."""
         return base_digest(self.path, revision=self.revision, memory=memory)
 
     def cache(self, folder: Path) -> TextCache:
+        """Return the cache of JSON files in ``texts``."""
         return TextCache(folder / "texts")
 
     def policy(self, lora: LoraConfig, device: torch.device) -> Policy:
+        """Build the language model with this LoRA, which starts untrained, without value heads."""
         model = dataclasses.replace(self.settings.policy, lora=lora, adapter=None)
         loss = dataclasses.replace(self.settings.loss, kind="grpo")  # no features for value heads
         settings = dataclasses.replace(self.settings, policy=model, loss=loss)

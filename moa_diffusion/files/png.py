@@ -12,7 +12,13 @@ from moa_diffusion.files.writing import write_bytes
 
 
 def grid(images: Tensor, *, columns: int, gap: int = 2) -> Tensor:
-    """Lay ``[n, 3, H, W]`` out row by row on white: ``[3, rows (H + gap) - gap, ...]``."""
+    """Lay ``[n, 3, H, W]`` out row by row on white: ``[3, rows (H + gap) - gap, ...]``.
+
+    Args:
+        images: Images ``[n, 3, H, W]`` in [0, 1].
+        columns: Images in a row.
+        gap: White pixels between two images.
+    """
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)

@@ -70,7 +70,7 @@ def replaced(target: Path, needed: int | None = None) -> Iterator[Path]:
     older file is as it was.
 
     Args:
-        target: The file.
+        target: The path of the finished file; its folder is made if missing.
         needed: Its size in bytes, if it is known.
 
     Raises:
@@ -137,7 +137,7 @@ def remove(path: Path) -> None:
         return
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # of a file system that has failed already, which is what is reported
+    except OSError:  # The file system has failed already, and that is reported.
         return
 
 

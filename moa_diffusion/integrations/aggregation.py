@@ -23,7 +23,7 @@ from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import ObjectiveStats, RewardMatrix
 
 UNCENTRED = (Noon, PromptHistory)  # by design, the mean of a group is not 0
-ROUNDING = 1e-6  # of the largest advantage: a mean below it is 0
+ROUNDING = 1e-6  # relative to the largest advantage: a mean below it is 0
 
 
 class Aggregation:
@@ -57,7 +57,7 @@ class Aggregation:
                 )
         self.normalizer, self.weighting = normalizer, weighting
         self.completed = 0  # rollouts
-        self.metrics: dict[str, float] = {}  # of the last rollout
+        self.metrics: dict[str, float] = {}  # those of the last rollout
 
     def __call__(self, prompts: Sequence[str], values: Tensor, group_size: int) -> Tensor:
         """Return the advantages ``[N]`` of one rollout, on every process.

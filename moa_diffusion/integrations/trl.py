@@ -91,7 +91,11 @@ class MultiObjective:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Of the last rollout: ``weight/<objective>``, ``reward_mean/<objective>`` and so on."""
+        """What the last rollout says about each objective, and the weighting's own numbers.
+
+        Names are those of docs/metrics.md, such as ``weight/<objective>`` and
+        ``reward_mean/<objective>``; empty before the first rollout.
+        """
         return self.aggregation.metrics
 
     def __call__(

@@ -36,12 +36,12 @@ class Alarm:
 
     step: int  # rollouts finished
     kind: str  # reward_hack, drift or rollout_gap
-    name: str  # of the held-out reward, statistic or objective
+    name: str  # which held-out reward, statistic or objective set it off
     message: str
     action: str  # warn, stop, raise_kl or rollback
     to_step: int | None = None  # rollouts, of the checkpoint that a rollback goes to
     best_step: int | None = None  # rollouts, when the held-out reward was at its best
-    fall: float | None = None  # of the held-out reward since then, in its unit
+    fall: float | None = None  # how far the held-out reward fell since then, in its unit
     fall_error: float | None = None  # its standard error
     risen: str | None = None  # the objective that rose most since then
     rise: float | None = None  # by so many standard deviations of both evaluations' images
@@ -83,7 +83,7 @@ class Watch:
         self._streak = dict.fromkeys(self.heldout, 0)  # evaluations in a row, towards an alarm
         self._count = dict.fromkeys(self.heldout, 0)  # the same, as of the last look
         self._best: dict[str, dict[str, Any]] = {}  # by held-out reward: step, values [K, M]
-        self._base: dict[str, Any] = {}  # of the first evaluation: std [K], statistics
+        self._base: dict[str, Any] = {}  # from the first evaluation: std [K], statistics
         self._holding: list[str] = []  # warnings that still hold: each is given once
 
     @property
@@ -145,6 +145,7 @@ class Watch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state; held-out rewards that it does not know start anew."""
         self.kl_scale, self._acted = state["kl_scale"], state["acted"]
         self._best, self._base = state["best"], state["base"]
         self._streak = {name: state["streak"].get(name, 0) for name in self.heldout}

@@ -126,6 +126,12 @@ def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
 
 
 def prefixed(kind: str, outputs: Outputs, values: Mapping[str, float]) -> dict[str, float]:
-    """Return the names of metrics: ``image/<statistic>`` or ``text/<statistic>`` after a prefix."""
+    """Return the names of metrics: ``image/<statistic>`` or ``text/<statistic>`` after a prefix.
+
+    Args:
+        kind: The prefix: empty for rollouts, ``eval_`` for evaluations.
+        outputs: Images or texts, which decides between the two.
+        values: The statistics by name.
+    """
     what = "image" if isinstance(outputs, Tensor) else "text"
     return {f"{kind}{what}/{name}": value for name, value in values.items()}

@@ -120,6 +120,7 @@ class HeldOut:
             title="evaluate",
             before_batch=before_batch,
             bars=self.bars,
+            lockstep=self.policy.lockstep,
         )
         shards = shard(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
@@ -181,6 +182,7 @@ class HeldOut:
             title="as rollouts",
             before_batch=before_batch,
             bars=self.bars,
+            lockstep=self.policy.lockstep,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(requests)] - scored.values.T).nanmean(1)  # [objectives]
@@ -225,4 +227,5 @@ class HeldOut:
         return {"base": self.base, "unit": self.unit, "identity": self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to the saved start and unit of the gains."""
         self.base, self.unit = state["base"], state["unit"]

@@ -143,6 +143,7 @@ class Apex(Weighting):
 
     @torch.no_grad()
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return ``w = softmax`` of learning, conflict and need, with a floor: ``[K]``."""
         applies = ~torch.isnan(stats.rewards.values)
         self.seen = self.seen + 1
         self._look(stats.rewards)
@@ -172,12 +173,15 @@ class Apex(Weighting):
         return self.weights.clone()
 
     def report(self) -> dict[str, float]:
+        """Return the terms of the last call, for each objective that was measured."""
         return self._report
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return the last group means by prompt, which no buffer of a fixed shape holds."""
         return self.latest
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the last group means by prompt."""
         self.latest = state
 
     # ------------------------------------------------------------------ parts

@@ -113,6 +113,11 @@ def by_name(
 ) -> Tensor:
     """Return numbers given by objective's name in the objectives' order: ``[K]``, NaN for none.
 
+    Args:
+        parameter: The parameter's name, for messages.
+        values: Numbers by objective; None for none.
+        objectives: Names of the K objectives.
+
     Raises:
         ValueError: Naming the parameter, for an unknown objective or a value that is not finite.
     """

@@ -82,9 +82,10 @@ class Chebyshev(Weighting):
         self.register_buffer("average", unknown)  # Rbar_k
         self.register_buffer("first", unknown.clone())  # mean of the first rollout
         self.register_buffer("spread", unknown.clone())  # first within-group spread
-        self._d = unknown.clone()  # of the last call
+        self._d = unknown.clone()  # [K], the shortfalls at the last call
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return weights ``[K]`` that follow the largest weighted shortfall from the ideal."""
         mean, std = stats.rewards.values.nanmean(1), rms_group_std(stats.rewards)  # [K]
         self.average = update_ema(self.average, mean, self.decay)
         self.first = torch.where(self.first.isnan(), mean, self.first)

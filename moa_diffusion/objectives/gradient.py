@@ -33,7 +33,8 @@ from rewards.suggestions import did_you_mean
 if TYPE_CHECKING:
     from torchjd.aggregation import Aggregator
 
-SILENT = 1e-24  # of the largest squared gradient norm: below it, only rounding
+# Relative to the largest squared gradient norm: what is smaller is nothing but rounding.
+SILENT = 1e-24
 
 # TorchJD offers these over Jacobians only; they see no more of one than its Gramian.
 FROM_FACTOR = ("config", "mean", "nashmtl", "random", "sum")
@@ -96,6 +97,7 @@ class Gradient(Weighting):
         self._try()
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return the aggregator's weights ``[K]`` for the Gramian; 0 for a gradient of 0."""
         if stats.gramian is None:
             raise ValueError("Parameter `stats` should have a `gramian`. Found None.")
         G = stats.gramian.double()  # [K, K]

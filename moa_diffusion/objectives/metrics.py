@@ -18,7 +18,7 @@ def reward_metrics(
     rewards: RewardMatrix,
     advantages: Tensor,
     weights: Tensor,
-    estimates: RewardMatrix | None = None,
+    credit: RewardMatrix | None = None,
 ) -> dict[str, float]:
     """Return what one rollout says about each objective; NaN where nothing applies.
 
@@ -26,10 +26,10 @@ def reward_metrics(
         rewards: Raw rewards ``[K, N]``.
         advantages: Advantages ``[K, N]``, after stage 1; or ``[K, D]`` if decisions have their own.
         weights: The objectives' weights, ``[K]``, ``[K, N]`` or ``[K, D]``.
-        estimates: What the advantages are computed from, if not from the rewards: ``[K, D]``.
+        credit: What the advantages are computed from, if not from the rewards: ``[K, D]``.
     """
     applies = ~torch.isnan(rewards.values)
-    known = ~torch.isnan((estimates or rewards).values)
+    known = ~torch.isnan((credit or rewards).values)
     mean_weight = weights if weights.ndim == 1 else weights.mean(1)
     columns = {
         "weight": mean_weight / mean_weight.abs().sum(),

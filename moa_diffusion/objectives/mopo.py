@@ -138,6 +138,7 @@ class Mopo(Weighting):
         self.register_buffer("warned", zeros.bool())
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return 1 for the primary objective and the others' multipliers, normalized: ``[K]``."""
         measured = self._measure(stats)  # [K]
         self.level = update_ema(self.level, measured, self.decay)
         level, b = self.level / self.unit, self.bounds / self.unit  # [K]
@@ -156,9 +157,11 @@ class Mopo(Weighting):
         return weights * self.kl_scale()
 
     def kl_scale(self) -> float:
+        """Return ``1 / (1 + sum lambda)``, by which the weights were divided as well."""
         return 1 / (1 + float(self.multipliers.sum()))
 
     def report(self) -> dict[str, float]:
+        """Return multiplier, violation and level of each bound that was measured."""
         metrics = {}
         for k, name in enumerate(self.objectives):
             if name != self.primary and not self.level[k].isnan():
@@ -177,9 +180,11 @@ class Mopo(Weighting):
         return "bounds kept" if known[worst] > -math.inf else ""
 
     def get_extra_state(self) -> dict[str, str]:
+        """Return what the saved levels are about."""
         return {"primary": self.primary, "units": self.units}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
+        """Refuse levels of another primary objective or in other units."""
         for name, mine in self.get_extra_state().items():
             if state[name] != mine:
                 raise ValueError(
@@ -219,7 +224,14 @@ class Mopo(Weighting):
 def checked_bounds(
     bounds: Mapping[str, float] | float, primary: str, secondary: Sequence[str], units: str
 ) -> dict[str, float]:
-    """Return one finite bound for each secondary objective; in [0, 1] if they are win rates."""
+    """Return one finite bound for each secondary objective; in [0, 1] if they are win rates.
+
+    Args:
+        bounds: The bound of each secondary objective by name, or one for all of them.
+        primary: The objective that is maximised, and has no bound.
+        secondary: Names of the other objectives.
+        units: ``win_rate``, or ``reward`` if bounds are in the rewards' own units.
+    """
     if isinstance(bounds, Mapping):
         chosen = dict(bounds)
     elif units == "reward" and secondary:

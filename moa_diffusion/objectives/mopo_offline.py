@@ -116,7 +116,7 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
         q = log_q.exp()
         return chi, (q * (log_q - log_p)).sum(1), q
 
-    low, high = torch.full_like(extent, -12.0), torch.full_like(extent, 12.0)  # of log chi/extent
+    low, high = torch.full_like(extent, -12.0), torch.full_like(extent, 12.0)  # log(chi / extent)
     for _ in range(14):
         middle = (low + high) / 2
         outside = worst(middle)[1] > eps
@@ -132,7 +132,15 @@ def pessimistic(rho: Tensor, qbar: Tensor, log_ref: Tensor, eps: float) -> Tenso
 def dual_step(
     lambdas: Tensor, levels: Tensor, bounds: Tensor, eta: float, maximum: float = math.inf
 ) -> Tensor:
-    """Return ``[lambda + eta (b - G)]_+``, at most ``maximum``: ``[K]`` from three ``[K]``."""
+    """Return ``[lambda + eta (b - G)]_+``, at most ``maximum``: ``[K]`` from three ``[K]``.
+
+    Args:
+        lambdas: Multipliers ``[K]``, at least 0.
+        levels: Levels ``[K]`` that were reached.
+        bounds: Bounds ``[K]``, in the levels' unit.
+        eta: Step size.
+        maximum: The largest multiplier.
+    """
     return (lambdas + eta * (bounds - levels)).clamp(0.0, maximum)
 
 
@@ -140,6 +148,12 @@ def barrier(levels: Tensor, bounds: Tensor, sigma: float, maximum: float) -> Ten
     """Return the multipliers of MOPO-LB, the logarithmic barrier ``sigma log(G - b)``: ``[K]``.
 
     ``sigma / (G - b)``, at most ``maximum``, which is also the answer at the bound and below it.
+
+    Args:
+        levels: Levels ``[K]`` that were reached.
+        bounds: Bounds ``[K]``, in the levels' unit.
+        sigma: Strength of the barrier.
+        maximum: The largest multiplier.
     """
     slack = levels - bounds
     inside = sigma / torch.where(slack > 0, slack, 1.0)
@@ -154,6 +168,14 @@ def barrier_step(
     ``lambda`` minimises ``lambda (G - b) - sigma log lambda + (lambda - before)^2 / (2 eta)``.
     Where ``G`` answers at once, ``barrier`` swings between nothing and the maximum; this step is
     as stable as ``dual_step``, which it is for ``sigma`` = 0.
+
+    Args:
+        lambdas: Multipliers ``[K]``, at least 0.
+        levels: Levels ``[K]`` that were reached.
+        bounds: Bounds ``[K]``, in the levels' unit.
+        eta: Step size.
+        sigma: Strength of the barrier.
+        maximum: The largest multiplier.
     """
     a = lambdas + eta * (bounds - levels)
     return ((a + (a.square() + 4 * eta * sigma).sqrt()) / 2).clamp(max=maximum)
@@ -310,7 +332,13 @@ class OfflineMopo(nn.Module):
         return tilt(self.rates[0], self.rates[1:], lambdas, tau, self.log_ref, log_cap=cap)
 
     def level_at(self, rho: Tensor, k: int, *, eps: float) -> float:
-        """Return the level of objective k (0: the primary) under ``rho``; NaN if not known."""
+        """Return the level of objective k (0: the primary) under ``rho``; NaN if not known.
+
+        Args:
+            rho: Density ``[P, Y]`` of the policy over the reference.
+            k: Index of the objective among the primary and the K secondary ones.
+            eps: Radius of the KL ball in nats, as in ``pessimistic``.
+        """
         a = self.applies[k] & ~self.log_ref.isnan().any(1)  # [P]
         if not a.any():
             return math.nan
@@ -359,6 +387,7 @@ class OfflineMopo(nn.Module):
         return dict(zip((self.primary, *self.secondary), map(float, means), strict=True))
 
     def report(self) -> dict[str, float]:
+        """Return the primary level, and level, bound, violation and multiplier of the others."""
         metrics = {f"mopo_level/{self.primary}": self.reached}
         for k, (name, bound) in enumerate(zip(self.secondary, self.bounds(), strict=True)):
             metrics[f"mopo_level/{name}"] = float(self.level[k])

@@ -53,11 +53,13 @@ class Noon(Normalizer):
         self.eps, self.match_rms = eps, match_rms
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return each reward's z-score in its group where it is positive, else 0."""
         centred, std = group_centred(rewards)  # [K, N], exactly 0 for NaN and without spread
         scale = std + self.eps
         return (centred / torch.where(scale > 0, scale, 1.0)).clamp(min=0)
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Return the weighted mean, with ``match_rms`` at the RMS that equal weights would give."""
         if not self.match_rms:
             return advantage
         applies = ~torch.isnan(rewards.values)  # [K, N]

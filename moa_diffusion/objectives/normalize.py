@@ -42,10 +42,12 @@ class Raw(Normalizer):
         self.std, self.eps = std, eps
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return rewards less their group's mean, in their own units."""
         centred, _ = group_centred(rewards)
         return centred
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Return the z-score of the sum, by the standard deviation of its group or of the batch."""
         if self.std == "batch":
             return whiten(advantage, rewards, self.eps)
         centred, std = group_centred(_combined(advantage, rewards))
@@ -76,12 +78,14 @@ class GDPO(Normalizer):
         self.std, self.eps = std, eps
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return each reward's z-score, by the standard deviation of its group or of all groups."""
         centred, std = group_centred(rewards)
         if self.std == "batch":
             std = rms_group_std(rewards).nan_to_num(nan=0.0)[:, None]
         return centred / (std + self.eps)
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Whiten the weighted mean over the batch."""
         return whiten(advantage, rewards, self.eps)
 
 
@@ -125,12 +129,14 @@ class DualStage(Normalizer):
         self.register_buffer("spread", torch.full((len(self.objectives),), torch.nan).double())
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return each reward's z-score, by at least a share of its usual deviation in a group."""
         self.spread = update_ema(self.spread, rms_group_std(rewards), self.decay)
         centred, std = group_centred(rewards)
         scale = torch.maximum(std, self.floor * self.spread.nan_to_num(nan=0.0)[:, None])
         return centred / torch.where(scale > 0, scale, 1.0)
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Whiten the weighted mean over groups to which the same objectives apply."""
         return whiten_alike(advantage, rewards, 1e-4)
 
 
@@ -166,6 +172,7 @@ class PromptHistory(Normalizer):
         self.history: dict[str, list[list[float]]] = {}
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return z-scores by the mean and deviation of each prompt's last rewards."""
         advantages = torch.zeros_like(rewards.values)
         members: dict[str, list[int]] = {}
         for i, prompt in enumerate(rewards.prompts):
@@ -184,12 +191,15 @@ class PromptHistory(Normalizer):
         return advantages
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Return the weighted mean as it is: DDPO normalizes once."""
         return advantage
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return the last rewards of each prompt, by objective."""
         return self.history
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over the last rewards of each prompt."""
         self.history = state
 
 
@@ -199,6 +209,11 @@ def whiten(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor:
     The mean taken off is the group's. Over groups centred in stage 1 it is the batch's as well;
     only where an objective applies to a part of a group does it differ, and there the batch's
     would give a group without any spread an advantage.
+
+    Args:
+        advantage: Weighted means ``[N]`` of the advantages after stage 1.
+        rewards: Decides which samples count, and their groups.
+        eps: Added to the standard deviation.
     """
     centred, _ = group_centred(_combined(advantage, rewards))
     return centred[0] / (batch_spread(advantage, rewards) + eps)
@@ -210,6 +225,11 @@ def whiten_alike(advantage: Tensor, rewards: RewardMatrix, eps: float) -> Tensor
     A mean of K objectives that have little to do with each other varies as ``1 / sqrt(K)``. Divided
     by one spread for all, prompts to which one objective applies would weigh twice as much as
     prompts to which four apply; so each group is treated as in a batch of its like.
+
+    Args:
+        advantage: Weighted means ``[N]`` of the advantages after stage 1.
+        rewards: Decides to which samples the same objectives apply, and their groups.
+        eps: Added to each standard deviation.
     """
     advantages = torch.zeros_like(advantage)
     patterns = _patterns(rewards)
@@ -262,7 +282,13 @@ def _combined(advantage: Tensor, rewards: RewardMatrix) -> RewardMatrix:
 
 
 def update_ema(average: Tensor, value: Tensor, decay: float) -> Tensor:
-    """Return the next average; where either is NaN (nothing known, nothing new), the other one."""
+    """Return the next average; where either is NaN (nothing known, nothing new), the other one.
+
+    Args:
+        average: The average so far, of any shape.
+        value: What is new, of the same shape.
+        decay: The share of the average that stays.
+    """
     blended = decay * average + (1 - decay) * value
     return torch.where(average.isnan(), value, torch.where(value.isnan(), average, blended))
 

@@ -32,7 +32,7 @@ from moa_diffusion.types import ObjectiveStats
 
 TIE = 1e-12  # relative: advantages that differ by less are the same
 RIDGE = 1e-10  # relative to an objective's own diagonal: makes the minimum unique
-GAP = 1e-12  # of the duality gap, at which an active-set solve is done
+GAP = 1e-12  # the duality gap at which an active-set solve is done
 
 
 class Pama(Weighting):
@@ -44,6 +44,7 @@ class Pama(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return weights ``[K, N]``: each sample's own minimum-norm weights."""
         _, c = min_norm_scalar(stats.advantages, tells_apart(stats))
         return c
 
@@ -56,6 +57,7 @@ class PamaVector(Weighting):
     """
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
+        """Return the minimum-norm weights of the whole batch, ``[K]``."""
         varies = tells_apart(stats).any(1)  # [K]
         a = stats.advantages[varies]  # [objectives that vary, N]
         weights = a.new_zeros(len(varies))

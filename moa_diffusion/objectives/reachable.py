@@ -2,7 +2,7 @@
 
 A bound is out of reach if no multipliers up to the largest bring the objective's level up to it. A
 level of the mean rises with its own multiplier. A pessimistic one need not: the tilt that favours
-an objective also spreads ``rho q``, and the worst case of a wide distribution is far below its mean
+an objective also widens ``rho q``, and the worst case of a wide distribution is far below its mean
 (``mopo_offline.py``), so that the largest level lies at some multiplier in between.
 
 Bounds that can be kept one by one may still exclude each other. For weights ``c`` on the simplex,
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.mopo_offline import OfflineMopo
 
-TOLERANCE = 1e-4  # of a win rate: less is not called out of reach
+TOLERANCE = 1e-4  # a win rate that misses its bound by less is not called out of reach
 STEPS = 40  # multipliers that are tried, over five powers of ten, and again around the best
 DESCENT = 300  # steps towards the weights of bounds that exclude each other
 

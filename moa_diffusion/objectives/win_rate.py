@@ -38,7 +38,8 @@ from moa_diffusion.objectives.normalize import batch_spread, whiten
 from moa_diffusion.statistics.groups import RESIDUE, group_centred
 from moa_diffusion.types import RewardMatrix
 
-USUAL = 0.1  # of the objective's mean pool std: a pool with less has no unit of its own
+# Relative to the objective's mean pool std: a pool with a smaller one has no unit of its own.
+USUAL = 0.1
 
 
 class WinRate(Normalizer):
@@ -59,15 +60,17 @@ class WinRate(Normalizer):
         if not eps > 0:
             raise ValueError(f"Parameter `eps` should be positive. Found {eps}.")
         self.reference_samples, self.eps = pool_size, eps
-        self._divisor = 1.0  # of the last `combined`
+        self._divisor = 1.0  # what the last `combined` divided by
         self.rows: dict[str, int] = {}  # prompt to its row in pool and scale
         self.pool = torch.empty(0, len(self.objectives), pool_size).double()  # [P, K, M]
         self.scale = torch.empty(0, len(self.objectives)).double()  # [P, K]; 0: nothing has spread
 
     def unknown(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts without a pool, each once."""
         return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.rows]
 
     def remember(self, prompts: Sequence[str], rewards: Tensor) -> None:
+        """Keep a pool ``[K, M]`` of each new prompt for good, and a unit for its win rates."""
         expected = (len(prompts), *self.pool.shape[1:])
         if rewards.shape != expected:
             raise ValueError(
@@ -115,22 +118,27 @@ class WinRate(Normalizer):
         return torch.where(scale == 0, steps, wins).nanmean(2)
 
     def per_objective(self, rewards: RewardMatrix) -> Tensor:
+        """Return win rates less their group's mean; 0 where rewards have no spread."""
         centred, _ = group_centred(replace(rewards, values=self.win_rates(rewards)))
         _, std = group_centred(rewards)
         return torch.where(std > 0, centred, 0.0)
 
     def combined(self, advantage: Tensor, rewards: RewardMatrix) -> Tensor:
+        """Whiten the weighted mean over the batch, and keep what it was divided by."""
         spread = float(batch_spread(advantage, rewards))
         self._divisor = spread + self.eps if spread > 0 else 1.0  # else there is only the KL
         return whiten(advantage, rewards, self.eps)
 
     def kl_scale(self) -> float:
+        """Return one over what the last ``combined`` divided by."""
         return 1 / self._divisor
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return the pools and units with their prompts."""
         return {"prompts": list(self.rows), "pool": self.pool, "scale": self.scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over pools of the same number of objectives and samples."""
         if state["pool"].shape[1:] != self.pool.shape[1:]:
             raise ValueError(
                 f"Parameter `pool_size` should be that of the saved pool, {state['pool'].shape[2]}."

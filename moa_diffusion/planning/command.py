@@ -56,7 +56,7 @@ def plan(arguments: Sequence[str]) -> int:
         card = None if options.card is None else gpu(options.card)
         settings = config.parse(rest)
         reached = {} if options.bench is None else measured(options.bench, card)
-        planner = Planner(settings, options.gpus * options.nodes)
+        planner = Planner(settings, options.gpus, options.nodes)
         made = Plan(planner, card, reached)
         print(made.text())
         if options.json is not None:

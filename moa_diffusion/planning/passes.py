@@ -32,7 +32,17 @@ from moa_diffusion.types import Request, Rollout
 ROWS = 2, 4  # of the passes that are counted; of a single row, some copies are spared
 PROMPTS = 8  # that are encoded at a time
 # What all blocks add up to; of the rest the largest counts, and one block of each kind shows it.
-ADDED = ("frozen", "trained", "adapted", "flops", "all_flops", "moved", "all_moved", "saved")
+ADDED = (
+    "frozen",
+    "blocks",
+    "trained",
+    "adapted",
+    "flops",
+    "all_flops",
+    "moved",
+    "all_moved",
+    "saved",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,8 @@ class TransformerCost:
     """Costs of a transformer with LoRA; a row is one latent at one noise level."""
 
     frozen_bytes: int  # of the weights
+    blocks_bytes: int  # of those in blocks, which `policy.shard` splits
+    block_bytes: int  # of the largest block
     trained: int  # numbers of the LoRA
     adapted: int  # layers with a LoRA
     forward_flops: float  # of a row, without gradient
@@ -115,8 +127,11 @@ def transformer_cost(
         fixed = (few[name] - ROWS[0] * each) * grown.get(name, 1.0)
         return Linear(fixed=fixed, each=(whole[name] - fixed) / ROWS[0])
 
+    size = DTYPES[policy.dtype].itemsize
     return TransformerCost(
-        frozen_bytes=int(whole["frozen"]) * DTYPES[policy.dtype].itemsize,
+        frozen_bytes=int(whole["frozen"]) * size,
+        blocks_bytes=int(whole["blocks"]) * size,
+        block_bytes=int(whole["block"]) * size,
         trained=int(whole["trained"]),
         adapted=int(whole["adapted"]),
         forward_flops=whole["flops"] / ROWS[0],
@@ -214,8 +229,14 @@ def _counted(
             with torch.no_grad(), sampling:
                 policy.log_probs(rollout, slice(0, 1))
         trained = sum(p.numel() for p in policy.trainable().values())
+        sizes = [
+            sum(p.numel() for p in block.parameters() if not p.requires_grad)
+            for block in policy.transformer.transformer_blocks
+        ]
         return {
             "frozen": sum(tensor.numel() for tensor in state) - trained,
+            "blocks": sum(sizes),
+            "block": max(sizes),
             "trained": trained,
             "adapted": len(policy.trainable()) / 2,  # A and B
             "flops": flops,
@@ -254,7 +275,7 @@ def _policy(
     with _nothing_moves():
         policy = SD3Policy(
             pipeline,
-            settings=replace(settings, embeds_dir=None),
+            settings=replace(settings, embeds_dir=None, shard=False),
             sampling=SamplingConfig(resolution=resolution, steps=2, guidance=1.0),
             evaluation=EvaluationConfig(steps=2),
             loss=LossConfig(),

@@ -42,19 +42,20 @@ class Planner:
 
     Args:
         settings: The configuration.
-        gpus: Number of cards, of all nodes.
+        gpus: Number of cards of a node.
+        nodes: Number of nodes.
 
     Raises:
         ConfigError: For anything in the configuration that cannot be run, or not be planned.
     """
 
-    def __init__(self, settings: Config, gpus: int) -> None:
+    def __init__(self, settings: Config, gpus: int, nodes: int = 1) -> None:
         policy = settings.policy
         if policy.name != "sd3":
             raise ConfigError(
                 f"policy.name: should be sd3: other models are not planned. Found {policy.name!r}."
             )
-        self.settings = settings
+        self.settings, self.gpus = settings, gpus
         self.shape = read_shape(model_path(settings), policy.revision)
         texts = {prompt.text for prompt in train_prompts(settings).prompts}
         held = heldout_requests(settings)
@@ -65,7 +66,7 @@ class Planner:
         fused = is_fused(settings, weighting)
         self.tapped = fused or weighting.needs_gramian
         self.probed = self.tapped and not fused
-        self.geometry = solve_geometry(settings, gpus)
+        self.geometry = solve_geometry(settings, gpus * nodes)
         self.judges = _judges(settings, "rewards")
         self.watching = _judges(settings, "evaluation.rewards")
         self.encoders = encoder_cost(self.shape, policy.dtype, policy.max_sequence_length)
@@ -164,8 +165,11 @@ class _Variant:
     # ------------------------------------------------------------------ bytes of a card
 
     def _resident(self) -> Sizes:
-        trained = FLOAT * self.model.trained
-        frozen = {"transformer": float(self.model.frozen_bytes), "VAE": float(self.vae.weights)}
+        trained, frozen_bytes = FLOAT * self.model.trained, float(self.model.frozen_bytes)
+        if self.settings.policy.shard:  # a block at work is whole, and so is the next
+            whole, part = self.model.blocks_bytes, self.model.blocks_bytes / self.planner.gpus
+            frozen_bytes -= whole - min(whole, part + 2 * self.model.block_bytes)
+        frozen = {"transformer": frozen_bytes, "VAE": float(self.vae.weights)}
         return frozen | {"LoRA": trained, "EMA": trained, "optimizer": 2 * trained}
 
     def _rollout(self) -> float:

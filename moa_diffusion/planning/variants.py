@@ -62,6 +62,8 @@ def variants(planner: Planner) -> Iterator[Variant]:
             yield own.changed("sampling", window=window)
     yield own.changed("sampling", guidance=1.0 if sampling.guidance > 1 else GUIDANCE)
     yield own.changed("policy", gradient_checkpointing=not policy.gradient_checkpointing)
+    if planner.gpus > 1:
+        yield own.changed("policy", shard=not policy.shard)
     yield from map(own.cut, _sizes(planner, smaller=False))
     for resolution in RESOLUTIONS:
         if resolution != sampling.resolution and _can_draw(planner, resolution):
@@ -74,7 +76,8 @@ def variants(planner: Planner) -> Iterator[Variant]:
 def remedy(planner: Planner, card: Gpu) -> Variant | None:
     """Return the cheapest change by which the run fits on a card; None if none of these does.
 
-    Smaller passes cost the least, then moving the reward models, then checkpointing.
+    Smaller passes cost the least, then moving the reward models, then checkpointing, then
+    splitting the transformer, of which the links' time is not counted.
     """
     own = Variant(changes=(), settings=planner.settings, geometry=planner.geometry)
     bases = [own]
@@ -82,6 +85,8 @@ def remedy(planner: Planner, card: Gpu) -> Variant | None:
         bases.append(own.changed("scoring", offload=True))
     if not planner.settings.policy.gradient_checkpointing:
         bases += [base.changed("policy", gradient_checkpointing=True) for base in bases]
+    if planner.gpus > 1 and not planner.settings.policy.shard:
+        bases += [base.changed("policy", shard=True) for base in bases]
     bases += [base.elsewhere() for base in bases if not base.settings.scoring.offload]
     smaller = _sizes(planner, smaller=True)
     tries = (v for base in bases for v in (base, *map(base.cut, smaller)))

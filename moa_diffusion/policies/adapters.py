@@ -28,8 +28,8 @@ from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_NAME = "read"  # of the adapter while diffusers or peft interprets the file
-_PREFIX = "transformer"  # of diffusers
+_NAME = "read"  # the adapter's name while diffusers or peft interprets the file
+_PREFIX = "transformer"  # diffusers puts it before the names of layers
 _PEFT_PREFIX = "base_model.model."
 # Starts of A and B that leave the base model's weights as they are; the others change them.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")

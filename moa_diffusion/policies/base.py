@@ -20,11 +20,13 @@ class Policy(Protocol):
     model, also where training starts from trained LoRA weights (``policy.adapter``).
     """
 
-    dtype: torch.dtype  # of the forward pass; adapter and log-probabilities are float32
+    dtype: torch.dtype  # the forward pass's; adapter and log-probabilities are float32
     dimensions: int  # numbers that a decision's log-probability is a mean over; 1 if it is none
-    # Of the rows in a tapped layer's input, while log-probabilities are computed:
-    row_per_sample: bool  # one holds all decisions of a sample, instead of one
+    # How rows lie in a tapped layer's input, while log-probabilities are computed:
+    row_per_sample: bool  # a row holds all decisions of a sample, instead of one
     row_copies: int  # all stand there so often, one set after the other: 2 with guidance
+    # Whether each forward and backward pass is a collective operation: all ranks make as many.
+    lockstep: bool
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""

@@ -58,7 +58,7 @@ class CausalLMPolicy:
         ValueError: If a parameter is out of range, or names no layer.
     """
 
-    row_per_sample, row_copies = True, 1
+    row_per_sample, row_copies, lockstep = True, 1, False
     dimensions = 1
 
     def __init__(
@@ -122,10 +122,11 @@ class CausalLMPolicy:
             self.dialogue.prompt(prompt)
 
     def expect(self, prompts: Sequence[str]) -> None:
-        pass
+        """Do nothing: prompts are tokenised where they are drawn."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        """Draw texts at the temperature of rollouts, with the log-probability of each token."""
         response, mask = self._draw(requests, self.generation.temperature)
         return self._rollout(requests, self._texts(requests, response, mask), response, mask)
 
@@ -151,6 +152,7 @@ class CausalLMPolicy:
         return self._score(requests, response, mask, p, t).sum(1)
 
     def trained_steps(self, step: int) -> range:
+        """Return the places of all tokens that a response may have."""
         return range(self.max_new_tokens)
 
     def log_probs(
@@ -169,25 +171,32 @@ class CausalLMPolicy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:
+        """Draw texts at the temperature of evaluations; 0 takes the likeliest token."""
         return self._texts(requests, *self._draw(requests, self.generation.eval_temperature))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return A and B of every LoRA layer."""
         return self._trainable
 
     def reference(self) -> AbstractContextManager[None]:
+        """Switch the LoRA layers off within the block."""
         return lora.disabled(self._adapted)
 
     def tapped(self) -> Sequence[Any]:
+        """Return the LoRA layers that can be tapped."""
         return lora.tapped(self._adapted)
 
     def row_tokens(self, rollout: Rollout) -> int | None:
+        """Return the tokens of prompt and response that the model is given."""
         p, t = self._columns(rollout)
         return p + t - 1
 
     def step_chunks(self, decisions: int) -> list[slice]:
+        """Return one slice of all tokens, which share a forward pass."""
         return [slice(0, decisions)]  # the tokens of a text share their forward pass
 
     def save(self, folder: Path) -> None:
+        """Write the adapter as peft loads it."""
         lora.save_peft(self.model, folder)
 
     # ------------------------------------------------------------------ inner workings

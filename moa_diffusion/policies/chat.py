@@ -143,7 +143,13 @@ class Dialogue:
     def pad(
         self, rows: Sequence[Sequence[int]], width: int, *, left: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return ids ``[n, width]`` int64 and their mask (bool), with the filler on one side."""
+        """Return ids ``[n, width]`` int64 and their mask (bool), with the filler on one side.
+
+        Args:
+            rows: The n sequences of ids, none longer than ``width``.
+            width: Tokens in each row of the result.
+            left: Whether the filler goes before the ids, as prompts have it, or behind them.
+        """
         ids = torch.full((len(rows), width), self.filler)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):

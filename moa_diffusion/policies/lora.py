@@ -33,6 +33,7 @@ def attach(
     target_modules: Sequence[str],
     seed: int,
     task: str | None = None,
+    merge: bool = True,
 ) -> None:
     """Add one float32 LoRA adapter (A normal, B zero: the model is unchanged at first).
 
@@ -43,6 +44,8 @@ def attach(
         target_modules: Suffixes of the linear layers to adapt.
         seed: The seed of A's draw; the global generator is left alone.
         task: Peft's name of the model's task, for loaders that choose a class by it.
+        merge: Whether float32 layers multiply by weight and update in one (``MergedForward``), and
+            keep a copy of the weight for it.
 
     Raises:
         ValueError: If a name matches no layer.
@@ -71,7 +74,7 @@ def attach(
         # peft casts every input to float32, and autocast casts it back.
         layer.cast_input_dtype_enabled = False
         base = layer.base_layer
-        if isinstance(base, nn.Linear) and base.weight.dtype == torch.float32:
+        if merge and isinstance(base, nn.Linear) and base.weight.dtype == torch.float32:
             layer.forward = MergedForward(layer)
 
 
@@ -181,6 +184,7 @@ class TappedLinear:
         self.record: Record | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer; with gradients, its backward pass records input and output."""
         if not torch.is_grad_enabled():
             return nn.Linear.forward(self.linear, x)
         if torch.is_autocast_enabled(x.device.type):

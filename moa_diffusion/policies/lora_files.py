@@ -19,7 +19,7 @@ from moa_diffusion.types import ConfigError
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 PEFT = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"  # of peft
+CONFIG = "adapter_config.json"  # peft writes it beside its weights
 _USUAL = (DIFFUSERS, PEFT, "pytorch_lora_weights.bin", "adapter_model.bin")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -103,7 +103,7 @@ class LoraFile:
 
     path: Path
     state: Mapping[str, Tensor]  # by the names of layers in the model, ``...lora_A.weight``
-    metadata: Mapping[str, str]  # of the file's header
+    metadata: Mapping[str, str]  # what the file's header says
     config: Path | None  # adapter_config.json beside it, if peft wrote the weights
 
 
@@ -254,7 +254,8 @@ def damaged(path: Path, error: Exception, so: str) -> ConfigError:
     with path.open("rb") as file:
         start = file.read(32)
     contents = next((kind for mark, kind in _OTHER_FILES if start.lstrip().startswith(mark)), None)
-    if start[8:9] == b"{":  # of safetensors, which begins with a length that may look like a mark
+    # A safetensors file begins with a length, which may look like a mark.
+    if start[8:9] == b"{":
         contents = None
     if not start:
         contents = "an empty file"

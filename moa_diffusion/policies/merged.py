@@ -84,6 +84,7 @@ class MergedForward:
         self._versions = (-1, -1)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Apply the base layer with the LoRA added to its weight, or without if it is disabled."""
         base = self.layer.base_layer
         if self.layer.disable_adapters:
             return functional.linear(x, base.weight, base.bias)

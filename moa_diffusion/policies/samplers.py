@@ -226,5 +226,11 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def noise(
     sources: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Draw standard normal ``[len(sources), *shape]`` on the CPU, and move it to ``device``."""
+    """Draw standard normal ``[len(sources), *shape]`` on the CPU, and move it to ``device``.
+
+    Args:
+        sources: One generator per sample, so that a sample's noise does not depend on its batch.
+        shape: Shape of one sample's noise.
+        device: Where the noise is needed.
+    """
     return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)

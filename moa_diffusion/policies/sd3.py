@@ -29,6 +29,7 @@ from moa_diffusion.data.seeds import derive_seed, generator
 from moa_diffusion.policies import lora, samplers
 from moa_diffusion.policies.hub import check_reachable
 from moa_diffusion.policies.prompt_encoder import PromptEncoder
+from moa_diffusion.processes.sharding import shard_frozen
 from moa_diffusion.types import ConfigError, Request, Rollout, take
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -209,18 +210,24 @@ class SD3Policy:
         self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
         self.row_copies = 2 if sampling.guidance > 1 else 1  # the unconditional rows come first
 
-        self.transformer: Any = pipeline.transformer.to(device)
+        self.lockstep = settings.shard
+        self.transformer: Any = pipeline.transformer
+        if not settings.shard:
+            self.transformer.to(device)
         lora.attach(
             self.transformer,
             rank=settings.lora.rank,
             alpha=settings.lora.numerator,
             target_modules=settings.lora.target_modules or lora.ATTENTION,
             seed=derive_seed(seed, "lora"),
+            merge=not settings.shard,  # a copy of every weight would undo the split
         )
         _call_processors(self.transformer)
         if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()  # checkpointing asks for it; the model has no dropout
+        if settings.shard:
+            shard_frozen(self.transformer, self.transformer.transformer_blocks, device)
         self._trainable = lora.parameters(self.transformer)
         self._adapted = lora.layers(self.transformer)
 
@@ -242,7 +249,7 @@ class SD3Policy:
         self._sigmas = self._schedule(sampling.steps)
         self._sigma = torch.tensor(self._sigmas, dtype=torch.float32, device=device)
         self._deterministic = self._euler(self._sigmas)
-        self._stochastic = samplers.Steps.of(  # of every step that may be trained
+        self._stochastic = samplers.Steps.of(  # every step that may be trained
             [self._stochastic_step(s, s_next) for s, s_next in pairwise(self._sigmas[:-1])], device
         )
         self._eval_sigmas = self._schedule(evaluation.steps)
@@ -252,13 +259,16 @@ class SD3Policy:
     # ------------------------------------------------------------------ the Policy protocol
 
     def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts once, if their embeddings are to be kept."""
         self.encode.prepare(prompts)
 
     def expect(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts whose embeddings were not kept."""
         self.encode.expect(prompts)
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        """Draw images with noise in the steps of the window, and keep what trains them."""
         window = self.trained_steps(step)
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         sources = samplers.generators([request.seed for request in requests])
@@ -296,6 +306,7 @@ class SD3Policy:
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probs ``[n, t]`` of denoising steps, recomputed from the latents kept."""
         n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
         first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
         here = slice(chosen.start, chosen.stop)
@@ -321,6 +332,7 @@ class SD3Policy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
+        """Draw images ``[n, 3, H, W]`` deterministically, with the settings of evaluations."""
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         x = self._start(requests, samplers.generators([request.seed for request in requests]))
         for i, s in enumerate(self._eval_sigmas[:-1]):
@@ -329,22 +341,28 @@ class SD3Policy:
         return self._decode(x)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return A and B of every LoRA layer of the transformer."""
         return self._trainable
 
     def reference(self) -> AbstractContextManager[None]:
+        """Switch the LoRA layers off within the block."""
         return lora.disabled(self._adapted)
 
     def tapped(self) -> Sequence[Any]:
+        """Return the LoRA layers that can be tapped."""
         return lora.tapped(self._adapted)
 
     def row_tokens(self, rollout: Rollout) -> int | None:
+        """Return None: layers of images and of texts see different numbers of tokens."""
         return None  # images and texts have different numbers
 
     def step_chunks(self, decisions: int) -> list[slice]:
+        """Return slices of ``policy.step_batch`` denoising steps."""
         size = self.settings.step_batch
         return [slice(i, i + size) for i in range(0, decisions, size)]
 
     def save(self, folder: Path) -> None:
+        """Write the adapter as diffusers loads it."""
         lora.save_sd3(self.transformer, folder)
 
     # ------------------------------------------------------------------ parts

@@ -29,7 +29,7 @@ class ToyPolicy:
     """
 
     dtype = torch.float32
-    row_per_sample, row_copies = False, 1
+    row_per_sample, row_copies, lockstep = False, 1, False
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
@@ -44,13 +44,14 @@ class ToyPolicy:
         self.drift = nn.Parameter(torch.zeros(steps, 3))
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        pass
+        """Do nothing: prompts change nothing."""
 
     def expect(self, prompts: Sequence[str]) -> None:
-        pass
+        """Do nothing: prompts change nothing."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
+        """Draw random walks of a point, step by step; its end is the image's colour."""
         sources = generators([request.seed for request in requests])
         x = torch.zeros(len(requests), 3)
         points, log_probs = [x], []
@@ -69,11 +70,13 @@ class ToyPolicy:
         )
 
     def trained_steps(self, step: int) -> range:
+        """Return the numbers of all steps."""
         return range(self.steps)
 
     def log_probs(
         self, rollout: Rollout, steps: slice, *, with_kl: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """Return the Gaussian log-probs ``[n, t]`` of the points that were reached."""
         log_probs, kls = [], []
         for i in range(*steps.indices(self.steps)):
             x, x_next = rollout.trace["points"][:, i], rollout.trace["points"][:, i + 1]
@@ -85,13 +88,16 @@ class ToyPolicy:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
+        """Return the image at the end of a walk without noise."""
         return self._picture(self.drift.sum(0).expand(len(requests), 3))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return the drift ``[T, 3]`` of all steps."""
         return {"drift": self.drift}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
+        """Have the walk drift nowhere within the block."""
         trained = self.drift.detach().clone()
         with torch.no_grad():
             self.drift.zero_()
@@ -102,15 +108,19 @@ class ToyPolicy:
                 self.drift.copy_(trained)
 
     def tapped(self) -> Sequence[Any]:
+        """Return nothing: there are no layers."""
         return ()
 
     def row_tokens(self, rollout: Rollout) -> int | None:
+        """Return None: there are no tokens."""
         return None
 
     def step_chunks(self, decisions: int) -> list[slice]:
+        """Return a slice for each step."""
         return [slice(i, i + 1) for i in range(decisions)]
 
     def save(self, folder: Path) -> None:
+        """Write the drift as ``drift.json``."""
         text = json.dumps({"drift": self.drift.tolist()})
         (folder / "drift.json").write_text(text, encoding="utf-8")
 

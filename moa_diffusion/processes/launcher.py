@@ -1,7 +1,8 @@
 """What ``accelerate launch`` passes on: what is used, what is not, and what cannot work here.
 
 Only the frozen model's LoRA is trained, and ``distributed.py`` sums its gradients; so there is no
-optimizer or gradient that an engine could split over processes, and the model stands whole on each.
+optimizer or gradient that an engine could split over processes. The frozen model can be split
+without one (``sharding.py``).
 """
 
 from __future__ import annotations
@@ -77,13 +78,20 @@ def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os
         ]
     if accelerator.distributed_type == DistributedType.XLA:
         engines.append("TPU")
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise ConfigError(
+            f"launcher: should start processes that find each other. Found {started} of which each "
+            "takes itself for the only one, as accelerate does on a machine without a GPU. Set "
+            "ACCELERATE_USE_CPU=true, or start with `accelerate launch --cpu`."
+        )
     if engines:
         count = accelerator.num_processes
         raise ConfigError(
             f"launcher: should start plain processes. Found {', '.join(engines)} in the "
             "configuration of `accelerate launch`: only LoRA weights are trained here, whose "
-            "gradients each process sums itself, and the model stands whole on every process; "
-            "so there is nothing to shard. Start with `accelerate launch --multi_gpu` and the "
+            "gradients each process sums itself; `policy.shard: true` splits the frozen model over "
+            "plain processes. Start with `accelerate launch --multi_gpu` and the "
             f"same options, or with `torchrun --nproc_per_node {count}`."
         )
 

@@ -38,7 +38,7 @@ class StopRequest:
     """
 
     def __init__(self, *, announce: bool) -> None:
-        self.number = 0  # of the first signal; 0 for none
+        self.number = 0  # the first signal's number; 0 if none has come
         self._announce, self._at_once, self._since = announce, False, 0.0
 
     def ask(self, number: int, frame: FrameType | None = None) -> None:

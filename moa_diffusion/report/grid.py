@@ -15,8 +15,8 @@ from moa_diffusion.files import png as pictures
 from moa_diffusion.files.writing import replaced
 from moa_diffusion.report.table import Table
 
-SIDE = 192  # of a thumbnail, in pixels
-SIZE = 13  # of the letters, in pixels
+SIDE = 192  # a thumbnail's side in pixels
+SIZE = 13  # the letters' size in pixels
 LINE = 17  # from one line of text to the next
 MARGIN = 4
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-TABLES_AND_PLOTS = ("matplotlib", "moocore", "plotly", "pyarrow")  # of an evaluation
-PLOTS = ("matplotlib", "moocore")  # of a comparison
+TABLES_AND_PLOTS = ("matplotlib", "moocore", "plotly", "pyarrow")  # what an evaluation needs
+PLOTS = ("matplotlib", "moocore")  # what a comparison needs
 
 
 def check_libraries(names: tuple[str, ...]) -> None:

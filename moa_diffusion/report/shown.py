@@ -12,6 +12,11 @@ from moa_diffusion.report.table import Table
 def write_shown(table: Table, folder: Path, *, shown: int) -> str:
     """Write some prompts with the samples of all models beside each other.
 
+    Args:
+        table: The samples; images become ``grid.png``, texts ``completions.md``.
+        folder: The folder that the file is written to.
+        shown: Number of prompts.
+
     Returns:
         The file's name.
     """

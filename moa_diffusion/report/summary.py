@@ -57,7 +57,7 @@ class Summary:
 
     models: tuple[ModelSummary, ...]  # the base model first
     series: Mapping[str, Estimate]  # hypervolume of all models of a run or soup together
-    together: Estimate  # of all models
+    together: Estimate  # hypervolume of all models together
     units: Mapping[str, float]  # the base model's standard deviation within a prompt; NaN: none
     volume_of: tuple[str, ...]  # rewards that hypervolumes are of: those that vary
 

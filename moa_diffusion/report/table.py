@@ -25,7 +25,7 @@ class Column:
     label: str
     series: str  # the run, LoRA folder or soup it belongs to; empty for the base model
     step: int | None  # rollouts, of a run's checkpoint
-    weights: Mapping[str, float] | None  # of a soup, by label
+    weights: Mapping[str, float] | None  # the parts of a soup, by label
     model_digest: str  # with the base model
     adapter_digest: str  # empty for the base model
 

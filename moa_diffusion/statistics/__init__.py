@@ -16,7 +16,7 @@ from moa_diffusion.statistics.groups import (
     spread_within,
     zero_variance_fraction,
 )
-from moa_diffusion.statistics.pareto import crowding, hypervolumes, nondominated, spread_out
+from moa_diffusion.statistics.pareto import crowding, hypervolumes, nondominated, thinned
 
 __all__ = [
     "Estimate",
@@ -32,7 +32,7 @@ __all__ = [
     "resampled_means",
     "rms_group_std",
     "same_prompt",
-    "spread_out",
     "spread_within",
+    "thinned",
     "zero_variance_fraction",
 ]

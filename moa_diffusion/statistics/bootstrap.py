@@ -66,7 +66,13 @@ def resampled_means(sums: Array, counts: Array, draws: Array) -> Array:
 
 
 def resample(count: int, *, resamples: int, seed: int) -> Array:
-    """Return how often each of ``count`` units is drawn with replacement, ``[B, count]``."""
+    """Return how often each of ``count`` units is drawn with replacement, ``[B, count]``.
+
+    Args:
+        count: Number of units, such as prompts.
+        resamples: Number B of resamples.
+        seed: The seed of the draws.
+    """
     generator = numpy.random.default_rng(seed)
     shares = numpy.full(count, 1 / count)
     return generator.multinomial(count, shares, size=resamples).astype(numpy.float64)

@@ -124,7 +124,7 @@ def mean_and_error(values: Tensor, prompts: Tensor) -> tuple[float, float]:
     _, index = torch.unique(prompts, return_inverse=True)
     count = torch.bincount(index).double()  # [P]
     mean = values.mean()
-    # Of a ratio of two sums over prompts (linearised), for prompts of unequal size.
+    # Prompts may differ in size: the mean is a ratio of two sums over prompts, linearised here.
     deviations = torch.zeros_like(count).index_add_(0, index, values - mean)  # [P]
     units = len(count)
     if units < 2:

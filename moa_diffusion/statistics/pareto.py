@@ -25,8 +25,8 @@ def nondominated(points: Tensor) -> list[bool]:
     return [not dominated for dominated in (weakly & strictly).any(0).tolist()]
 
 
-def spread_out(points: Tensor, limit: int) -> list[int]:
-    """Choose at most ``limit`` of E points, far from each other: indices in order.
+def thinned(points: Tensor, limit: int) -> list[int]:
+    """Thin out E points to at most ``limit``, far from each other: return indices in order.
 
     One by one the point with the smallest crowding distance leaves (Deb et al. 2002, NSGA-II,
     section III-B), so the best in each objective stay longest; of equal ones the first leaves.
@@ -70,7 +70,7 @@ def hypervolumes(points: Array) -> Array:
     if points.shape[1] == 1:  # a box, as in every resample of one model
         boxes: Array = numpy.maximum(points[:, 0], 0.0).prod(axis=1)
         return boxes
-    volume = moocore.Hypervolume(ref=numpy.zeros(points.shape[2]))  # of what is minimised
+    volume = moocore.Hypervolume(ref=numpy.zeros(points.shape[2]))  # moocore minimises
     known = ~numpy.isnan(points.sum(axis=(1, 2)))
     return numpy.array(
         [volume(front) if good else math.nan for front, good in zip(-points, known, strict=True)]

@@ -20,19 +20,20 @@ HIJACK = 0.8  # share of the advantage's variance above which one objective deci
 class ObjectiveCalibration:
     """One objective before training. "Unit" is the reward's own; NaN is "not known"."""
 
-    mean: float  # of the samples to which it applies; unit
-    std_total: float  # of these samples; unit
+    mean: float  # over the samples to which it applies; unit
+    std_total: float  # over these samples; unit
     std_within: float  # within groups, pooled and unbiased: the unit of gains; unit
-    std_between: float  # of prompts' expected rewards: group means less their noise; unit
+    std_between: float  # between prompts' expected rewards: group means less their noise; unit
     min: float  # unit
     max: float  # unit
     at_min: float  # share of the samples at exactly the minimum; large if saturated
     at_max: float  # likewise
     applies: float  # share of the prompts to which it applies
     zero_variance: float  # share of these prompts whose group has no spread (no signal)
-    retest_std: float  # of the noise in one score: spread of two scorings' difference / sqrt 2
+    # The noise in one score: the standard deviation of two scorings' difference over sqrt 2; unit.
+    retest_std: float
     milliseconds: float  # to score one sample
-    share_static: float  # of the variance of the weighted sum of raw rewards
+    share_static: float  # its part of the variance of the weighted sum of raw rewards
     share_gdpo: float  # the same after GDPO's stage 1, equal weights
     share_dual_stage: float  # the same after dual-stage's stage 1, equal weights
     base: float  # proposal for APEX: where progress starts; unit

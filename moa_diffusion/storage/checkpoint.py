@@ -26,7 +26,7 @@ from moa_diffusion.types import ConfigError
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-VERSION = 3  # of the layout of ``state.pt``
+VERSION = 3  # grows with each change of the layout of ``state.pt``
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -55,7 +55,7 @@ def atomic_folder(
     was.
 
     Args:
-        target: The folder.
+        target: The path of the finished folder; missing parents are made.
         needed: Bytes that it will take, if that is known.
         writer: Keeps processes that write the same folder out of each other's way.
 
@@ -210,5 +210,5 @@ def prune(run: Path, kept: Collection[int]) -> None:
     for folder in list_checkpoints(run):
         if step_of(folder) not in kept:
             shutil.rmtree(folder)
-    for partial in run.glob("checkpoints/.step-*"):  # of a process that was killed
+    for partial in run.glob("checkpoints/.step-*"):  # a process that was killed left it
         shutil.rmtree(partial)

@@ -15,7 +15,7 @@ import torch
 
 from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
-from moa_diffusion.statistics.pareto import nondominated, spread_out
+from moa_diffusion.statistics.pareto import nondominated, thinned
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import ALARMS, METRICS, read_metrics
 
@@ -45,7 +45,7 @@ def retain(
     points = torch.tensor([means[step] for step in evaluated]).reshape(-1, len(objectives))
     inside = nondominated(points)
     candidates = [i for i, is_in in enumerate(inside) if is_in]
-    chosen = {evaluated[candidates[i]] for i in spread_out(points[candidates], front)}
+    chosen = {evaluated[candidates[i]] for i in thinned(points[candidates], front)}
     groups = {"last": saved[-newest:], "front": chosen, "best": best}  # saved[-0:] is all of them
     reasons = {
         step: [word for word, members in groups.items() if step in members] for step in saved

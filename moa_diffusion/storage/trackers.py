@@ -23,7 +23,7 @@ PROJECT = "moa_diffusion"
 MAX_NAME = 120  # characters: MLflow's limit is 250, SwanLab's 255, a file system's often 255 bytes
 MAX_TEXT = 500  # characters of a setting, which is MLflow's oldest limit
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
-_UNSAFE_KEY = re.compile(r"[^A-Za-z0-9_.-]+")  # of settings, whose keys are dotted
+_UNSAFE_KEY = re.compile(r"[^A-Za-z0-9_.-]+")  # the keys of settings are dotted
 
 
 class TrackerError(RuntimeError):

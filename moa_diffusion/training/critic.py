@@ -33,22 +33,22 @@ from moa_diffusion.processes.devices import widest
 from moa_diffusion.training.gradient_sum import GradientSum
 from moa_diffusion.types import RewardMatrix, Rollout
 
-MOMENTUM = 0.95  # of the running scale of rewards
+MOMENTUM = 0.95  # what the running scale of rewards keeps at each rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimates:
-    """What advantages are computed from: the rewards of samples, or estimates of their decisions.
+class Credit:
+    """What advantages are computed from: each sample's reward, or each decision's estimate.
 
-    Without a critic they are the rewards of samples, and the advantages of their columns are what
-    an update takes: ``Estimates(rewards=rewards)``.
+    Without a critic a sample is credited with its reward, and its advantage is what an update
+    takes: ``Credit(matrix=rewards)``. A critic assigns credit to the decisions of a sample.
     """
 
-    rewards: RewardMatrix  # [K, D]; D is N, or the number of decisions of all samples
+    matrix: RewardMatrix  # [K, D]; D is N, or the number of decisions of all samples
     # [N, T] int64: the column of each decision, -1 where there is no decision; None: D is N, and
     # the decisions of a sample share its advantage.
     columns: Tensor | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)  # of the critic
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the critic reports
 
     def placed(self, advantage: Tensor) -> Tensor:
         """Bring advantages of the columns ``[D]`` into the form that an update takes.
@@ -105,7 +105,7 @@ class Critic:
         # [K] float64: running mean and variance of the rewards.
         self.mean = self.variance = torch.full((len(objectives),), torch.nan, dtype=torch.float64)
 
-    def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
+    def assign_credit(self, rollout: Rollout, rewards: RewardMatrix) -> Credit:
         """Estimate the advantages of all N samples' decisions, and fit the heads to this rollout.
 
         All is done on the device, which is waited for once, at the end.
@@ -115,49 +115,29 @@ class Critic:
             rewards: The raw rewards of all N samples.
 
         Returns:
-            Estimates of the decisions (or samples) of all processes as one group.
+            The estimates of the decisions (or samples) of all processes, as one group.
         """
-        n, first = len(rollout), self.comm.rank * len(rollout)
         scaled, units = self._scaled(rewards)
-        local = scaled[:, first : first + n]  # [K, n]
-        features = rollout.trace["features"].to(self.device, torch.float32)
-        mask = rollout.mask.to(self.device)
-        dtype = widest(self.device)
-        with torch.no_grad():
-            parts = [self.heads(part) for part in features.split(self.batch)]
-            values = torch.cat(parts).to(dtype).permute(2, 0, 1)  # [K, n, T]
-        rewarded = local.to(self.device, dtype)
-        estimates = gae(
-            values, rewarded, mask, gamma=self.settings.gamma, lam=self.settings.lam
-        )  # [K, n, T]
-        loss = self._fit(features, values + estimates, mask)
-
-        gathered = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
-        masks = self.comm.gather(mask)  # [N, T]
-        numbers = torch.cat([part.flatten().to(dtype) for part in (loss, masks, gathered)])
-        numbers = numbers.cpu().double()  # waits for the device
-        everywhere = numbers[1 : 1 + masks.numel()].view(masks.shape) > 0  # [N, T]
-        everyone = numbers[1 + masks.numel() :].view(gathered.shape).transpose(0, 1)
-        everyone = everyone * units[:, None, None]  # [K, N, T]
-        samples = torch.arange(len(everywhere))[:, None].expand_as(everywhere)  # [N, T]
+        estimates, mask, loss = self._estimate(rollout, scaled)
+        estimates = estimates * units[:, None, None]  # [K, N, T], in the rewards' own units
+        samples = torch.arange(len(mask))[:, None].expand_as(mask)  # [N, T]
         if self.settings.granularity == "sample":
-            counts = everywhere.sum(1)
-            values = torch.where(everywhere, everyone, 0.0).sum(2) / counts  # [K, N]
+            values = torch.where(mask, estimates, 0.0).sum(2) / mask.sum(1)  # [K, N]
             columns, owners = samples, samples[:, 0]
         else:
-            values = everyone[:, everywhere]  # [K, D]
-            columns = (everywhere.flatten().cumsum(0) - 1).view_as(everywhere)  # [N, T]
-            owners = samples[everywhere]  # [D]
+            values = estimates[:, mask]  # [K, D]
+            columns = (mask.flatten().cumsum(0) - 1).view_as(mask)  # [N, T]
+            owners = samples[mask]  # [D]
         matrix = RewardMatrix(
             names=rewards.names,
             values=values,
             groups=torch.zeros(values.shape[1], dtype=torch.int64),
             prompts=tuple(rewards.prompts[i] for i in owners.tolist()),
         )
-        return Estimates(
-            rewards=matrix,
-            columns=torch.where(everywhere, columns, -1),
-            metrics={"policy/value_loss": float(numbers[0]) / len(self.objectives)},
+        return Credit(
+            matrix=matrix,
+            columns=torch.where(mask, columns, -1),
+            metrics={"policy/value_loss": loss / len(self.objectives)},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +150,7 @@ class Critic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state, except for the learning rate, which is this run's."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -189,6 +170,39 @@ class Critic:
         deviation = self.variance.sqrt()
         units = torch.where(deviation > 0, deviation, 1.0)  # NaN > 0 is false as well
         return (values - self.mean.nan_to_num()[:, None]) / units[:, None], units
+
+    def _estimate(self, rollout: Rollout, scaled: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Estimate the decisions of this process's samples, fit the heads, and gather.
+
+        Args:
+            rollout: The n samples of this process.
+            scaled: The rewards of all samples over their running deviation, ``[K, N]``.
+
+        Returns:
+            Estimates ``[K, N, T]`` of all processes in units of that deviation, float64; which
+            decisions there are, ``[N, T]`` bool; and the heads' loss before they were fitted.
+        """
+        n, first = len(rollout), self.comm.rank * len(rollout)
+        features = rollout.trace["features"].to(self.device, torch.float32)
+        mask = rollout.mask.to(self.device)
+        dtype = widest(self.device)
+        with torch.no_grad():
+            parts = [self.heads(part) for part in features.split(self.batch)]
+            values = torch.cat(parts).to(dtype).permute(2, 0, 1)  # [K, n, T]
+        rewards = scaled[:, first : first + n].to(self.device, dtype)  # [K, n]
+        gamma, lam = self.settings.gamma, self.settings.lam
+        estimates = gae(values, rewards, mask, gamma=gamma, lam=lam)  # [K, n, T]
+        loss = self._fit(features, values + estimates, mask)
+
+        gathered = self.comm.gather(estimates.transpose(0, 1).contiguous())  # [N, K, T]
+        masks = self.comm.gather(mask)  # [N, T]
+        numbers = torch.cat([part.flatten().to(dtype) for part in (loss, masks, gathered)])
+        numbers = numbers.cpu().double()  # waits for the device
+        return (
+            numbers[1 + masks.numel() :].view(gathered.shape).transpose(0, 1),
+            numbers[1 : 1 + masks.numel()].view(masks.shape) > 0,
+            float(numbers[0]),
+        )
 
     def _fit(self, features: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         """Regress the heads on the returns ``[K, n, T]``, all processes' decisions alike.

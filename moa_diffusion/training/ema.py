@@ -53,9 +53,11 @@ class EMA:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the averages by parameter, and how many updates they have seen."""
         return {"count": self.count, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to saved averages of the same parameters."""
         self.count = state["count"]
         with torch.no_grad():
             for name, tensor in self.average.items():

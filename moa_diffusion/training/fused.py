@@ -68,9 +68,9 @@ class _ObjectiveRows:
         self._steps, self._scalarization = steps, scalarization
         self._beta = steps.settings.kl_weight * kl_scale
         clip = scalarization.clip
-        local = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
-        self._advantages = local.to(steps.stepper.device, torch.float32).T  # [n, K]
-        self._rows = ObjectiveGradients.of(steps.policy, len(local))
+        advantages = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
+        self._advantages = advantages.to(steps.stepper.device, torch.float32).T  # [n, K]
+        self._rows = ObjectiveGradients.of(steps.policy, len(advantages))
         self.weights: list[Tensor] = []  # [K] of each optimizer step
         self.gramian: Tensor | None = None  # [K, K], the last one that was finite
 

@@ -115,8 +115,13 @@ class Geometry:
 
         Every block of ``updates`` neighbouring samples sends one to each optimizer step, in a
         random order drawn for the block: so each process has equally many samples in each step,
-        siblings are spread over the steps, and the global minibatches do not depend on the number
-        of processes.
+        siblings are shared out over the steps, and the global minibatches do not depend on the
+        number of processes.
+
+        Args:
+            seed: The run's seed.
+            step: Rollouts finished before this one; each has an order of its own.
+            rank: The process whose indices are returned.
 
         Returns:
             One int64 tensor ``[accumulation, micro_batch]`` per optimizer step.

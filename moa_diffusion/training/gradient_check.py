@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # Below this share of the whole gradient's length, a tensor's gradient may be nothing but rounding
 # (that of a router whose only expert has the weight 1, say).
 SMALL = 1e-2
-SIZE = 0.01  # of the noise that keeps B from being 0, where A has no gradient
+SIZE = 0.01  # standard deviation of the noise that moves B away from 0, where A has no gradient
 
 # Coefficients of two objectives. The largest and the sum are powers of two or 0, and scaling by
 # them rounds nothing: so both backward passes round alike, whatever the depth of the network.
@@ -62,7 +62,7 @@ class GradientCheck:
         if self._passed:
             return
         part = rollout.select(torch.arange(samples))
-        errors, separate = relative_errors(self.policy, part, seed=self.seed)
+        errors, separate = relative_errors(self.policy, part, seed=self.seed, comm=self.comm)
         tolerance = TOLERANCE[self.policy.dtype]
         wrong = {name: error for name, error in errors.items() if not error <= tolerance}
         if self.comm.any(bool(wrong)):
@@ -85,7 +85,9 @@ class GradientCheck:
         self._passed = True
 
 
-def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dict[str, float], int]:
+def relative_errors(
+    policy: Policy, rollout: Rollout, *, seed: int, comm: Comm
+) -> tuple[dict[str, float], int]:
     """Compare the sum of two objectives' rows with the gradient of their sum.
 
     The adapter is disturbed meanwhile, and is afterwards what it was.
@@ -94,6 +96,7 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
         policy: Whose ``tapped`` layers are tried.
         rollout: M samples that it drew.
         seed: Seed of the disturbance and of which sample gets which coefficients.
+        comm: The collectives over the processes, which all try as many loss scales.
 
     Returns:
         By parameter the error relative to its own gradient or a small share of the whole one (NaN
@@ -128,7 +131,8 @@ def relative_errors(policy: Policy, rollout: Rollout, *, seed: int) -> tuple[dic
                 name: torch.zeros_like(parameter) if gradient is None else gradient / scale
                 for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
             }
-            if all(tensor.isfinite().all() for tensor in (*expected.values(), *rows.rows.values())):
+            tensors = (*expected.values(), *rows.rows.values())
+            if not comm.any(not all(tensor.isfinite().all() for tensor in tensors)):
                 break
     sizes, errors = {}, {}
     for name, gradient in expected.items():

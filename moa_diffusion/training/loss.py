@@ -71,7 +71,14 @@ def surrogate_coefficients(
 def clip_fraction(
     log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip_range: float
 ) -> Tensor:
-    """Return which decisions ``[n, t]`` the clip has cut off from the gradient (bool)."""
+    """Return which decisions ``[n, t]`` the clip has cut off from the gradient (bool).
+
+    Args:
+        log_probs: Log-probs ``[n, t]`` under the policy being trained.
+        old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
+        advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own.
+        clip_range: As for ``clipped_surrogate``.
+    """
     ratio = torch.exp(log_probs - old_log_probs)
     sign = _by_decision(advantage).sign()
     return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))

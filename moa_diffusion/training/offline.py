@@ -301,10 +301,12 @@ class OfflineTrainer:
         return heads
 
     def snapshot(self) -> tuple[dict[str, Any], int]:
+        """Return MOPO's state, and the number of optimizer steps that it belongs to."""
         # No copies: a step puts new tensors in the place of these.
         return self.mopo.state_dict(), self.stepper.updates
 
     def undo(self, snapshot: tuple[dict[str, Any], int]) -> bool:
+        """Go back to the snapshot unless the policy has taken an optimizer step since then."""
         before, updates = snapshot
         if self.stepper.updates != updates:  # the policy has learned what the state does not count
             return False
@@ -312,12 +314,15 @@ class OfflineTrainer:
         return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
+        """Return level and multiplier of every bound in a few words."""
         return self.mopo.headline()
 
     def facts(self) -> dict[str, Any]:
+        """Return the method's class and the digest of the preferences."""
         return {"method": [type(self.mopo).__name__], "preferences": self.data.digest()}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return optimizer, multipliers, and log-probs under the reference."""
         return {
             "updater": self.stepper.state_dict(),
             "mopo": self.mopo.state_dict(),
@@ -325,15 +330,16 @@ class OfflineTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state, reference included."""
         self.stepper.load_state_dict(state["updater"])
         self.mopo.load_state_dict(state["mopo"])
         self._log_mu = state["log_mu"]
 
     def finish(self) -> None:
-        pass
+        """Do nothing: each step said what there was to say."""
 
     def close(self) -> None:
-        pass
+        """Do nothing: the heads are the evaluation's."""
 
     def _prompts_of(self, steps: range) -> Tensor:
         """Return the prompts whose responses are trained on in these steps."""
@@ -367,6 +373,12 @@ def constrained(
     data: Preferences, primary: str, bounds: Mapping[str, float] | float, settings: OfflineSettings
 ) -> OfflineMopo:
     """Return MOPO's state for these preferences.
+
+    Args:
+        data: The responses with their win rates.
+        primary: The objective that is maximised.
+        bounds: The bound of each other objective by name, or one for all of them.
+        settings: The section ``preferences`` as the algorithm takes it.
 
     Raises:
         ValueError: For a primary objective or a bound that the preferences do not have, or for

@@ -26,7 +26,7 @@ from moa_diffusion.objectives.metrics import reward_metrics
 from moa_diffusion.scoring import Scorer, Scoring
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.training.critic import Critic, Estimates
+from moa_diffusion.training.critic import Credit, Critic
 from moa_diffusion.training.update import Scalarization, Update
 from moa_diffusion.types import ConfigError, Outputs, Request, RewardMatrix, Rollout, concatenate
 
@@ -44,7 +44,7 @@ class Trainer:
         normalizer: Stage 1 and stage 2 of the normalization of rewards.
         weighting: Finds the objectives' weights from statistics.
         update: Weighs the objectives and takes the optimizer steps.
-        rollouts: The length of the whole run, over which draws of the reference are spread.
+        rollouts: The length of the whole run, over which draws of the reference are shared out.
         log: Where every sample's scores go.
         critic: The value heads; None if the decisions of a sample share one advantage.
 
@@ -89,22 +89,22 @@ class Trainer:
         Args:
             kl_scale: A factor of the KL's weight.
         """
-        number = self.progress.completed  # of rollouts before this one
+        number = self.progress.completed  # rollouts before this one
         requests = self.sampler.requests(number)  # N
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all
-        estimates = self.estimate(rollout, rewards)  # [K, N], or decisions [K, D]
-        advantages = self.normalizer.per_objective(estimates.rewards)  # [K, N] or [K, D]
-        scalarization = self.scalarization(estimates, advantages)
+        credit = self.assign_credit(rollout, rewards)  # [K, N], or of decisions [K, D]
+        advantages = self.normalizer.per_objective(credit.matrix)  # [K, N] or [K, D]
+        scalarization = self.scalarization(credit, advantages)
         improvement = self.update.improve(rollout, scalarization, kl_scale=kl_scale)
         self.record(requests, rollout, rewards, improvement.advantage)
         self._lessons.look(rewards, advantages, improvement.advantage, first=number == 0)
         return {
-            **reward_metrics(rewards, advantages, improvement.weights, estimates.rewards),
+            **reward_metrics(rewards, advantages, improvement.weights, credit.matrix),
             **self.statistics(rollout),
             **self.weighting.report(),
             **improvement.metrics,
-            **estimates.metrics,
+            **credit.metrics,
         }
 
     # ------------------------------------------------------------------ its verbs
@@ -113,7 +113,7 @@ class Trainer:
         """Draw from the reference for prompts that the normalizer meets for the first time.
 
         Rollouts differ in which decisions have noise, and rewards with them, so the reference's
-        draws of a prompt are spread over the run: sibling m is drawn as a rollout in the m-th part
+        draws of a prompt lie evenly over the run: sibling m is drawn as a rollout in the m-th part
         of it would be.
         """
         prompts = self.normalizer.unknown([request.prompt for request in requests])
@@ -131,25 +131,32 @@ class Trainer:
             for sibling in range(self.normalizer.reference_samples)  # so that a batch has few steps
             for group, prompt in enumerate(prompts)
         ]
-        steps = self._reference_steps()
-        local = shard(len(references), self.geometry.sample_batch, self.comm)[self.comm.rank]
+        steps, size = self._reference_steps(), self.geometry.sample_batch
+        local = shard(len(references), size, self.comm)[self.comm.rank]
         self.expect([references[i] for i in local or [0]])
 
+        def by_step(batch: Sequence[Request]) -> list[tuple[int, list[Request]]]:
+            groups = groupby(batch, lambda request: steps[request.sibling])
+            return [(step, list(part)) for step, part in groups]
+
+        batches = [references[start : start + size] for start in range(0, len(references), size)]
+        most = max(len(by_step(batch)) for batch in batches) if self.policy.lockstep else 0
+
         def draw(batch: Sequence[Request]) -> Outputs:
-            parts = [
-                self.policy.sample(list(part), step=step)
-                for step, part in groupby(batch, lambda request: steps[request.sibling])
-            ]
+            parts = [self.policy.sample(part, step=step) for step, part in by_step(batch)]
+            for _ in range(most - len(parts)):  # another process may draw so many; dropped here
+                self.policy.sample(batch[:1], step=steps[0])
             return concatenate(parts).outputs
 
         with self.progress.timed("reference"), self.policy.reference():
             scored = self.scorer.draw_and_score(
                 references,
                 draw,
-                batch=self.geometry.sample_batch,
+                batch=size,
                 title="reference",
                 before_batch=self.progress.leave_if_stopped,
                 bars=self.progress.bars,
+                lockstep=self.policy.lockstep,
             )
         pools = scored.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
         self.normalizer.remember(prompts, pools.permute(1, 2, 0))
@@ -208,24 +215,24 @@ class Trainer:
         self._report_silence(rewards)
         return rewards
 
-    def estimate(self, rollout: Rollout, rewards: RewardMatrix) -> Estimates:
+    def assign_credit(self, rollout: Rollout, rewards: RewardMatrix) -> Credit:
         """Return what advantages are computed from.
 
-        It is the rewards ``[K, N]``, or a critic's estimates.
+        It is the rewards ``[K, N]``, or a critic's estimates ``[K, D]``.
         """
         if self.critic is None:
-            return Estimates(rewards=rewards)
+            return Credit(matrix=rewards)
         with self.progress.timed("critic"):
-            return self.critic.estimate(rollout, rewards)
+            return self.critic.assign_credit(rollout, rewards)
 
-    def scalarization(self, estimates: Estimates, advantages: Tensor) -> Scalarization:
+    def scalarization(self, credit: Credit, advantages: Tensor) -> Scalarization:
         """Return what the update needs to make one advantage of the K ``[K, N]`` or ``[K, D]``."""
         return Scalarization(
             normalizer=self.normalizer,
             weighting=self.weighting,
             comm=self.comm,
             step=self.progress.completed,
-            estimates=estimates,
+            credit=credit,
             advantages=advantages,
             clip=self.steps.settings.advantage_clip,
         )
@@ -237,7 +244,14 @@ class Trainer:
         rewards: RewardMatrix,
         advantage: Tensor,
     ) -> None:
-        """Write the scores of all N samples, with the mean advantage of their decisions."""
+        """Write the scores of all N samples, with the mean advantage of their decisions.
+
+        Args:
+            requests: The N requests of all processes.
+            rollout: The n samples of this process; its texts and mask are gathered.
+            rewards: The raw rewards ``[K, N]``.
+            advantage: The combined advantage ``[N]``, or ``[N, T]`` if each decision has its own.
+        """
         texts = self.comm.gather_objects(rollout.texts) if rollout.texts is not None else ()
         if advantage.ndim == 2:
             decisions = self.comm.gather(rollout.mask.cpu()).sum(1)  # [N]
@@ -268,6 +282,7 @@ class Trainer:
     # ------------------------------------------------------------------ what the run asks for
 
     def prepare(self, heldout: HeldOut | None) -> Mapping[str, Any]:
+        """Encode the prompts, then load the heads and try them on samples."""
         scorer = heldout.scorer if heldout else self.scorer
         prompts = [prompt.text for prompt in self.sampler.prompts]
         prompts += [request.prompt for request in heldout.requests] if heldout else []
@@ -297,25 +312,31 @@ class Trainer:
         self.scorer.try_out(requests, drawn.outputs)
 
     def evaluate(self) -> dict[str, float]:
+        """Return nothing: rollouts say it already."""
         return {}
 
     def snapshot(self) -> dict[str, Any]:
+        """Copy the state to main memory."""
         copied: dict[str, Any] = checkpoint.to_cpu(self.state_dict())
         return copied
 
     def undo(self, snapshot: dict[str, Any]) -> bool:
+        """Load the snapshot, which always works."""
         self.load_state_dict(snapshot)
         return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
+        """Return the mean rewards of the rollout, and the weighting's own words."""
         means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.objectives]
         return " ".join([*means, self.weighting.headline()]).rstrip()
 
     def facts(self) -> dict[str, Any]:
+        """Return the classes of normalizer, weighting and critic."""
         parts = [self.normalizer, self.weighting, *([self.critic] if self.critic else [])]
         return {"method": [type(part).__name__ for part in parts]}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return optimizer, normalizer, weighting, critic, and what the update remembers."""
         return {
             "updater": self.stepper.state_dict(),
             "normalizer": self.normalizer.state_dict(),
@@ -325,6 +346,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state, part by part."""
         self.stepper.load_state_dict(state["updater"])
         with _fitting("objectives.normalizer"):
             self.normalizer.load_state_dict(state["normalizer"])
@@ -336,9 +358,11 @@ class Trainer:
                 self.critic.load_state_dict(state["critic"])
 
     def finish(self) -> None:
+        """Report what kept the run from learning, if anything did."""
         self._lessons.report()
 
     def close(self) -> None:
+        """End the heads' threads and workers."""
         self.scorer.close()
 
     # ------------------------------------------------------------------ small parts

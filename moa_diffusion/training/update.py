@@ -19,7 +19,7 @@ from moa_diffusion.config.schema import GradientsConfig
 from moa_diffusion.distributed import Comm, local_slice
 from moa_diffusion.objectives.base import Normalizer, Weighting, combine
 from moa_diffusion.objectives.metrics import cosine_metrics
-from moa_diffusion.training.critic import Estimates
+from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.gradient_check import GradientCheck
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import clip_fraction, clipped_surrogate
@@ -38,14 +38,14 @@ class Scalarization:
     weighting: Weighting
     comm: Comm
     step: int  # rollouts finished before this one
-    estimates: Estimates  # [K, D] of all processes: rewards of samples, or of decisions
+    credit: Credit  # [K, D] of all processes: rewards of samples, or estimates of decisions
     advantages: Tensor  # [K, D] float64, after the normalizer's first stage
     clip: float  # advantages are cut at +- this
 
     @property
     def names(self) -> tuple[str, ...]:
         """The K objectives."""
-        return self.estimates.rewards.names
+        return self.credit.matrix.names
 
     def weigh(self, gramian: Tensor | None) -> Tensor:
         """Ask the weighting; the answer of rank 0 counts on all processes.
@@ -59,13 +59,12 @@ class Scalarization:
         Raises:
             TrainingError: If the weighting refuses what was measured.
         """
-        rewards = self.estimates.rewards
         stats = ObjectiveStats(
             step=self.step,
-            rewards=rewards,
+            rewards=self.credit.matrix,
             advantages=self.advantages,
             gramian=gramian,
-            win_rates=self.normalizer.win_rates(rewards),
+            win_rates=self.normalizer.win_rates(self.credit.matrix),
         )
         try:
             weights = self._checked(self.weighting(stats)).clone()
@@ -80,7 +79,7 @@ class Scalarization:
         Raises:
             ValueError: Unless they are weights ``[K]`` or ``[K, D]``, finite where they count.
         """
-        name, applies = type(self.weighting).__name__, ~torch.isnan(self.estimates.rewards.values)
+        name, applies = type(self.weighting).__name__, ~torch.isnan(self.credit.matrix.values)
         K, D = applies.shape
         if not isinstance(weights, Tensor):
             raise ValueError(
@@ -101,10 +100,11 @@ class Scalarization:
 
     def combine(self, weights: Tensor) -> Tensor:
         """Return the one advantage of each sample ``[N]``, or of each decision ``[N, T]``."""
-        rewards = self.estimates.rewards
-        combined = combine(self.advantages, weights, ~torch.isnan(rewards.values))  # [D]
-        advantage = self.normalizer.combined(combined, rewards).clamp(-self.clip, self.clip)
-        return self.estimates.placed(advantage)
+        applies = ~torch.isnan(self.credit.matrix.values)  # [K, D]
+        advantage = combine(self.advantages, weights, applies)  # [D]
+        advantage = self.normalizer.combined(advantage, self.credit.matrix)
+        advantage = advantage.clamp(-self.clip, self.clip)
+        return self.credit.placed(advantage)
 
     def rescaled(self, weights: Tensor) -> Tensor:
         """Return weights ``[K]`` of gradients: normalized, times stage 2's factor of the advantage.
@@ -113,12 +113,12 @@ class Scalarization:
         to which few objectives apply counts less than in ``combine``, since weights cannot be
         renormalized, or whitened, for it alone.
         """
-        rewards = self.estimates.rewards
         weights = weights / weights.abs().sum()
-        combined = combine(self.advantages, weights, ~torch.isnan(rewards.values))  # [D]
-        total = combined.square().sum()
-        whitened = self.normalizer.combined(combined, rewards)
-        return weights * (whitened @ combined / total) if total > 0 else weights
+        applies = ~torch.isnan(self.credit.matrix.values)  # [K, D]
+        advantage = combine(self.advantages, weights, applies)  # [D]
+        total = advantage.square().sum()
+        normalized = self.normalizer.combined(advantage, self.credit.matrix)
+        return weights * (normalized @ advantage / total) if total > 0 else weights
 
     def local_advantages(self) -> Tensor:
         """Return advantages ``[K, n]`` of this process's samples, after stage 1, not clipped."""
@@ -218,25 +218,30 @@ class Probe:
         advantages = advantages.to(steps.stepper.device, torch.float32)
         self.check(rollout, steps.geometry.micro_batch)
         rows = ObjectiveGradients.of(policy, len(advantages))
-        chosen = steps.geometry.probe(
-            self.settings.share,
-            seed=steps.seed,
-            step=steps.progress.completed,
-            rank=steps.comm.rank,
-        )
+        # Processes differ by a pass or so in what they measure.
+        by_rank = [
+            steps.geometry.probe(
+                self.settings.share, seed=steps.seed, step=steps.progress.completed, rank=rank
+            )
+            for rank in range(steps.comm.world_size)
+        ]
+        chosen = by_rank[steps.comm.rank]
+        idle = max(map(len, by_rank)) - len(chosen) if policy.lockstep else 0
         index = [i for micro in chosen for i in micro.tolist()]  # perhaps none is ours
         decisions = take(rollout.mask, index).sum()[None]
         steps.comm.sum_([decisions])
-        for micro in chosen:
+        along = torch.arange(steps.geometry.micro_batch)  # passes that add nothing
+        for micro, share in [*((micro, 1.0) for micro in chosen), *[(along, 0.0)] * idle]:
             part = rollout.select(micro, outputs=False)
-            local = take(advantages.T, micro.tolist()).T  # [K, m]
+            micro_advantages = share * take(advantages.T, micro.tolist()).T  # [K, m]
             for chunk in policy.step_chunks(part.log_probs.shape[1]):
                 new, _ = policy.log_probs(part, chunk)
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
-                slopes = torch.where(part.mask[:, chunk], -local[:, :, None], 0.0)  # [K, m, t]
+                coefficients = -micro_advantages[:, :, None]  # [K, m, 1]
+                coefficients = torch.where(part.mask[:, chunk], coefficients, 0.0)  # [K, m, t]
                 rows.backward(
                     new,
-                    slopes / decisions,
+                    coefficients / decisions,
                     tokens=policy.row_tokens(part),
                     scale=steps.stepper.loss_scale,
                 )
@@ -289,8 +294,11 @@ class PlainUpdate:
         gramian, cosines = self.probe(rollout, scalarization)
         weights = scalarization.weigh(gramian)  # [K], or [K, D]
         advantage = scalarization.combine(weights)  # [N], or [N, T]
-        local = local_slice(advantage, self.steps.comm)
-        metrics = self.descend(rollout, local, kl_scale=scalarization.kl_scale() * kl_scale)
+        metrics = self.descend(
+            rollout,
+            local_slice(advantage, self.steps.comm),
+            kl_scale=scalarization.kl_scale() * kl_scale,
+        )
         return Improvement(weights=weights, advantage=advantage, metrics=cosines | metrics)
 
     def descend(
@@ -328,17 +336,17 @@ class _Surrogate:
     def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
         policy, settings = self._steps.policy, self._steps.settings
         scaler = self._steps.stepper.scaler
-        own = take(self._advantage, index)  # [m], or [m, T]
+        advantage = take(self._advantage, index)  # [m], or [m, T]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
             new, kl = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
-            advantage = own if own.ndim == 1 else own[:, chunk]
-            losses = clipped_surrogate(new, old, advantage, settings.clip_range)  # [m, t]
+            chunk_advantage = advantage if advantage.ndim == 1 else advantage[:, chunk]
+            losses = clipped_surrogate(new, old, chunk_advantage, settings.clip_range)  # [m, t]
             if kl is not None:
                 losses = losses + self._beta * kl
             torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
-            clipped = clip_fraction(new.detach(), old, advantage, settings.clip_range)
+            clipped = clip_fraction(new.detach(), old, chunk_advantage, settings.clip_range)
             sums.append(pass_sums(mask, new - old, clipped, kl))
         return torch.stack(sums)
 

@@ -28,7 +28,7 @@ class Unusable(RuntimeError):
 class Checked:
     """The scores of two samples, and what they took."""
 
-    scores: Scores  # of the fitting and of the degraded sample, in this order
+    scores: Scores  # the fitting sample's, then the degraded one's
     seconds: float  # for both
     provenance: Mapping[str, str]
 

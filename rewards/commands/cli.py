@@ -26,7 +26,7 @@ from rewards.serving import server
 
 TOKEN_VARIABLE = "MOA_REWARDS_TOKEN"
 _WIDTHS = {"memory": 14, "licence": 12}  # leave room for the other columns of the list
-_TRAINER_KEYS = ("weight", "head", "path")  # of an objective in a training config, not options
+_TRAINER_KEYS = ("weight", "head", "path")  # a training config's keys; others are options
 
 
 def list_heads(console: Console) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 class HeadCard:
     """Facts about one head."""
 
-    range: str  # of the scores; "about" where pictures in practice lie in it
+    range: str  # where scores lie; "about": where they lie in practice
     weights: str = "none"  # where they come from by default
-    memory: str = "-"  # of the weights
-    licence: str = "Apache-2.0"  # of weights and engines; this package's where there are none
+    memory: str = "-"  # what the weights take
+    licence: str = "Apache-2.0"  # that of weights and engines; this package's where there are none
     packages: tuple[str, ...] = ()  # import names, beside the core's, that it needs by default
 
 

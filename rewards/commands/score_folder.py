@@ -21,7 +21,7 @@ from rewards.pictures import read_rgb
 from rewards.score_store import Score, ScoreStore
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_SUMMARY_CHARACTERS = 60  # of a file's name or a text
+_SUMMARY_CHARACTERS = 60  # as much of a file's name or a text is shown
 Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, metadata
 
 

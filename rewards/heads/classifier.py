@@ -36,9 +36,9 @@ class Classifier(ModelHead):
     Higher is better. Any model that ``AutoModelForSequenceClassification`` loads will do, so the
     scale is the model's own: a logit, or with ``output: probability`` 0 to 1. Two that papers use:
 
-        sentiment:  # of a review that goes on from the prompt; as in TRL and PAMA
+        sentiment:  # a review that goes on from the prompt; as in TRL and PAMA
           {head: classifier, model: lvwerra/distilbert-imdb, logit: POSITIVE}
-        harmless:  # of an answer to a question; its model card gives both as two segments
+        harmless:  # answers to questions; its model card gives both as two segments
           {head: classifier, model: Ray2333/gpt2-large-harmless-reward_model, pair: true}
 
     A text is read as transformers reads it alone: padding stands on the right, is masked, and has

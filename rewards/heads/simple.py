@@ -180,7 +180,7 @@ _FRUIT = re.compile(
     r")\b)",
     re.IGNORECASE,
 )
-_BLACK_AND_WHITE = re.compile(  # of a photograph, not "a black and white cat"
+_BLACK_AND_WHITE = re.compile(  # means a photograph, and not "a black and white cat"
     r"\bblack-(?:and|&|n)-white\b|\bin black (?:and|&) white\b|"
     r"\bblack (?:and|&) white(?= (?:\w+ )?(?:photo\w*|picture|image|film|movie|drawing|sketch|"
     r"print|portrait|illustration|still|shot|footage|engraving|etching|woodcut|comic|manga)s?\b)",

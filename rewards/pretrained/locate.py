@@ -30,7 +30,8 @@ from rewards.base import RewardError
 
 _PACKAGE = "package://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")  # of a git blob, a small file, it is 40 digits of SHA-1
+# Large files; a small one is a git blob, with the 40 digits of a SHA-1.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 # The order in which transformers looks.
@@ -82,6 +83,11 @@ class Weights:
     def expect(self, sha256: str | None, digest: str, *, option: str = "sha256") -> None:
         """Compare the digest to the expected one; None expects nothing.
 
+        Args:
+            sha256: The digest that is expected, in hex.
+            digest: The digest of the files, in lower-case hex.
+            option: The option that holds the expected digest, for the message.
+
         Raises:
             RewardError: If they differ.
         """
@@ -101,7 +107,7 @@ class _Place:
     folder: Path | None
     repository: str
     file: str  # name of one file in it; empty when the whole is meant
-    revision: str  # of a folder
+    revision: str  # "name version" of a package's distribution, "local", or empty on the hub
 
 
 def check_name(model: str, *, revision: str | None = None, option: str = "model") -> None:

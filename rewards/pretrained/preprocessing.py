@@ -28,7 +28,7 @@ from rewards.base import RewardError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Rounding = Literal["down", "even"]  # of transformers and of torchvision
+Rounding = Literal["down", "even"]  # as transformers and as torchvision do it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Preprocessing:
 
     side: int  # shorter side after resizing, pixels
     crop: int  # side of the square cut from the centre, pixels
-    mean: tuple[float, float, float] = CLIP_MEAN  # of R, G, B in [0, 1]
+    mean: tuple[float, float, float] = CLIP_MEAN  # R, G, B in [0, 1]
     std: tuple[float, float, float] = CLIP_STD
     rounding: Rounding = "down"  # where an odd number of rows is cut off
 
@@ -137,7 +137,13 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
 
 
 def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tensor:
-    """Cut a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype."""
+    """Cut a square from the centre: ``[N, 3, H, W]`` to ``[N, 3, side, side]``, same dtype.
+
+    Args:
+        images: Images ``[N, 3, H, W]``, at least ``side`` high and wide.
+        side: Side of the square in pixels.
+        rounding: Where the square lies if an odd number of pixels is cut off.
+    """
     height, width = images.shape[-2:]
     top, left = ((extent - side) / 2 for extent in (height, width))
     if rounding == "down":
@@ -170,7 +176,13 @@ def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
 def normalise(
     images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Tensor:
-    """Return (x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device."""
+    """Return (x / 255 - mean) / std per channel: ``[N, 3, H, W]`` uint8 to float32, same device.
+
+    Args:
+        images: Images ``[N, 3, H, W]`` uint8.
+        mean: Mean of R, G and B in [0, 1].
+        std: Standard deviation of R, G and B in [0, 1].
+    """
     shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return images.to(torch.float32).div(255).sub(shift).div(scale)

@@ -78,7 +78,7 @@ def load_strictly(
     device, and keeps the file's dtype.
 
     Args:
-        module: The module.
+        module: The module that takes the tensors, of the same names and shapes.
         weights: The module's files of weights.
         ignore: Endings of names in the files that the module need not have.
         prefix: Only the tensors whose names start so are meant, and their names without it.

@@ -56,7 +56,7 @@ class Batcher:
         self.max_batch_pixels = max_batch_pixels
         self.max_queue_pixels = max_queue_pixels
         self._samples = 0  # admitted and not finished
-        self._pixels = 0  # of them
+        self._pixels = 0  # pixels of these samples
         self._jobs: deque[_Job] = deque()
         self._closed = False
         self._changed = threading.Condition()

@@ -56,7 +56,7 @@ def check_url(url: object) -> str:
             problem = "an address with user, query or fragment"
         elif not all("!" <= character <= "~" for character in str(url)):
             problem = "an address with white space or letters beyond ASCII"
-    except ValueError as error:  # of urlsplit, and of a port beyond 65535
+    except ValueError as error:  # urlsplit raises it, also for a port beyond 65535
         problem = str(error)
     if problem:
         raise ValueError(
@@ -119,7 +119,7 @@ async def call(
     except TimeoutError as error:
         raise CallError(f"no answer within {seconds:.3g} s", again=True) from error
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        if response is None or response.status_code == 200:  # of a refusal a part will do
+        if response is None or response.status_code == 200:  # a refusal need not be complete
             root = _root(error)
             # What breaks off may be whole the next time. But a certificate stays what it is, and
             # so does a server whose answer does not begin as one of HTTP.

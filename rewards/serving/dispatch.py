@@ -74,7 +74,7 @@ class Dispatch(Generic[ResultT]):
     """One batch that is being sent.
 
     Args:
-        urls: The servers.
+        urls: The servers' addresses; each gets as many workers as it has requests at once.
         send: Called as ``send(url, part, seconds)`` by the workers; raises ``SendError``. With
             other servers at work, a request gets half of the time that is left, so that its part
             can still be sent elsewhere.
@@ -102,7 +102,7 @@ class Dispatch(Generic[ResultT]):
         self._todo: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
         self._results: dict[int, ResultT] = {}
         self._workers = dict.fromkeys(urls, min(workers, parts))  # that go on, by server
-        self._causes: dict[str, str] = {}  # of the last failure, by server; none after a success
+        self._causes: dict[str, str] = {}  # by server: the last failure; none after a success
         self._warned: set[str] = set()  # servers, once in a batch; to be overloaded is no fault
         self._done = asyncio.Event()
 

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 class RemoteHead(RewardHead):
     """The scores of a head on a reward server; higher is better. ``scripts/heads.py serve`` is one.
 
-    A batch is cut into requests, which are spread over the servers in parallel: each takes the next
+    A batch is cut into requests, which the servers share in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
     until the time is up, since it may be starting. Pictures travel as PNG, which loses nothing of
     their 8 bits per channel. What the served head scores, pictures or texts, the first answer

@@ -17,7 +17,6 @@ import ipaddress
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +47,7 @@ class Limits:
 
     max_body: int = 64_000_000  # bytes of a request
     max_batch: int = 64  # samples of a request, and of a call of the head
-    max_pixels: int = 8 * 2048 * 2048  # of the pictures of a request, and of a call of the head
+    max_pixels: int = 8 * 2048 * 2048  # pixels of a request, and of a call of the head
     max_queue: int = 512  # samples under way, per head
 
     def __post_init__(self) -> None:
@@ -123,6 +122,139 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=512)
 
 
+class RequestHandler:
+    """Answers requests of clients, whatever brings them: who may ask, for what, and how much.
+
+    Everything but the decoding of pictures happens in the thread of one event loop.
+
+    Args:
+        services: The heads by name.
+        token: What clients must show as a bearer token; empty: nothing.
+        limits: What requests may cost.
+    """
+
+    def __init__(self, services: Mapping[str, Service], *, token: str, limits: Limits) -> None:
+        self.services, self.token, self.limits = services, token, limits
+        self._in_memory = 0  # bytes of bodies
+
+    def health(self, headers: Mapping[str, str]) -> wire.Health:
+        """Return which heads there are, who they are, and what a request may cost.
+
+        Args:
+            headers: The request's headers, by lower-case name.
+
+        Raises:
+            Refusal: If the token is missing or wrong.
+        """
+        self._authorise(headers)
+        heads = {
+            name: wire.Served(**dict(service.identity), ready=service.batcher.ready)
+            for name, service in self.services.items()
+        }
+        return wire.Health(format=wire.FORMAT, heads=heads, limits=asdict(self.limits))
+
+    async def score(
+        self, headers: Mapping[str, str], pieces: AsyncIterator[bytes], wait: float
+    ) -> bytes:
+        """Read a batch, have its head score it, and return the packed reply.
+
+        Args:
+            headers: The request's headers, by lower-case name.
+            pieces: The body as it arrives; h11 sees to it that it is not longer than announced.
+            wait: Seconds that the client waits.
+
+        Raises:
+            Refusal: For a request that is not let in, that is wrong, or that came to nothing.
+        """
+        self._authorise(headers)
+        if "transfer-encoding" in headers:  # which would overrule the length
+            raise Refusal(411, "no_length", "A request should have no Transfer-Encoding.")
+        _check_length(headers.get("content-length"), self.limits.max_body)
+        seconds = min(wait, _LONGEST_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                arrived: list[bytes] = []
+                try:
+                    async for piece in pieces:
+                        self._reserve(len(piece))
+                        arrived.append(piece)
+                    return await self._reply(b"".join(arrived))
+                finally:
+                    self._in_memory -= sum(map(len, arrived))
+        except TimeoutError:
+            cause = f"Not scored within the {seconds:g} s that the client waits."
+            raise Refusal(504, "late", cause) from None
+
+    def _authorise(self, headers: Mapping[str, str]) -> None:
+        given, expected = headers.get("authorization", ""), f"Bearer {self.token}"
+        if self.token and not hmac.compare_digest(given.encode(), expected.encode()):
+            raise Refusal(401, "unauthorised", "The bearer token is missing or wrong.")
+
+    def _reserve(self, count: int) -> None:
+        """Count bytes that have arrived, and not what is announced: that costs a client nothing."""
+        if self._in_memory + count > _BODIES * self.limits.max_body:
+            raise Refusal(503, "overloaded", f"{self._in_memory} bytes of requests are under way.")
+        self._in_memory += count
+
+    async def _reply(self, body: bytes) -> bytes:
+        try:
+            request, files = wire.unpack(body)
+            service = self._service(request)
+            scores = await self._evaluate(service.batcher, request, files)
+            return wire.pack_reply(service.identity, scores)
+        except wire.WireError as error:
+            raise Refusal(400, "malformed", str(error)) from error
+        except Overloaded as error:
+            raise Refusal(503, "overloaded", str(error)) from error
+        except RewardError as error:
+            logger.warning("%s", error)
+            details = {"head": error.head, "samples": [index for index, _ in error.samples]}
+            raise Refusal(500, "head_failed", error.cause, **details) from error
+
+    def _service(self, request: wire.ScoreRequest) -> Service:
+        service = self.services.get(request.head)
+        if service is None:
+            cause = f'No head "{request.head}" here. Served: {", ".join(self.services)}.'
+            raise Refusal(404, "unknown_head", cause)
+        if service.identity.scores not in (request.kind, "both"):
+            cause = (
+                f'The head "{request.head}" scores {service.identity.scores}. Found {request.kind}.'
+            )
+            raise Refusal(400, "wrong_kind", cause)
+        return service
+
+    async def _evaluate(
+        self, batcher: Batcher, request: wire.ScoreRequest, files: Sequence[memoryview]
+    ) -> Scores:
+        count = len(request.prompts)
+        if count > self.limits.max_batch:
+            cause = f"A request should have at most {self.limits.max_batch} samples. Found {count}."
+            raise Refusal(413, "too_large", cause)
+        pictures = await asyncio.to_thread(wire.open_pictures, files)
+        pixels = sum(picture.width * picture.height for picture in pictures)
+        if pixels > self.limits.max_pixels:
+            cause = (
+                f"The pictures of a request should have at most {self.limits.max_pixels} pixels in "
+                f"all. Found {pixels}."
+            )
+            raise Refusal(413, "too_large", cause)
+        batcher.admit(count, pixels)
+        decoding = asyncio.create_task(asyncio.to_thread(wire.decode, request, pictures))
+        try:
+            samples = await asyncio.shield(decoding)
+        except BaseException:
+
+            def forget(ended: asyncio.Task[wire.Samples]) -> None:
+                if not ended.cancelled():
+                    ended.exception()  # or asyncio reports that nobody asked for it
+                batcher.release(count, pixels)
+
+            # Of a cancelled request too the room is free only when its thread has ended.
+            decoding.add_done_callback(forget)
+            raise
+        return await asyncio.wrap_future(batcher.submit(samples))
+
+
 def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) -> "FastAPI":
     """Return the application: ``POST /score`` and ``GET /health``.
 
@@ -142,7 +274,22 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="rewards", docs_url=None, redoc_url=None, openapi_url=None)
-    in_memory = 0  # bytes of bodies; handlers run in one thread
+    handler = RequestHandler(services, token=token, limits=limits)
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        return JSONResponse(handler.health(request.headers).model_dump())
+
+    @app.post("/score")
+    async def score(
+        request: Request,
+        wait: Annotated[float, Header(alias=wire.SECONDS_HEADER, gt=0)] = _LONGEST_SECONDS,
+    ) -> Response:
+        try:
+            reply = await handler.score(request.headers, request.stream(), wait)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        return Response(reply, media_type="application/json")
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
@@ -159,117 +306,6 @@ def build_app(services: Mapping[str, Service], *, token: str, limits: Limits) ->
         first = error.errors()[0]
         cause = f"{first['loc'][-1]}: {first['msg']}. Found {first['input']!r}."
         return await refuse(request, Refusal(400, "malformed", cause))
-
-    def authorise(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Refusal(401, "unauthorised", "The bearer token is missing or wrong.")
-
-    @app.get("/health")
-    async def health(request: Request) -> Response:
-        authorise(request)
-        heads = {
-            name: wire.Served(**dict(service.identity), ready=service.batcher.ready)
-            for name, service in services.items()
-        }
-        message = wire.Health(format=wire.FORMAT, heads=heads, limits=asdict(limits))
-        return JSONResponse(message.model_dump())
-
-    @app.post("/score")
-    async def score(
-        request: Request,
-        wait: Annotated[float, Header(alias=wire.SECONDS_HEADER, gt=0)] = _LONGEST_SECONDS,
-    ) -> Response:
-        authorise(request)
-        if "transfer-encoding" in request.headers:  # which would overrule the length
-            raise Refusal(411, "no_length", "A request should have no Transfer-Encoding.")
-        _check_length(request.headers.get("content-length"), limits.max_body)
-        seconds = min(wait, _LONGEST_SECONDS)
-        try:
-            async with asyncio.timeout(seconds), reservation() as reserve:
-                pieces = []
-                async for piece in request.stream():  # h11 sees to it that it is not longer
-                    reserve(len(piece))
-                    pieces.append(piece)
-                return Response(await answer(b"".join(pieces)), media_type="application/json")
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
-        except TimeoutError:
-            cause = f"Not scored within the {seconds:g} s that the client waits."
-            raise Refusal(504, "late", cause) from None
-
-    @asynccontextmanager
-    async def reservation() -> AsyncIterator[Callable[[int], None]]:
-        # What has arrived counts, and not what is announced: that costs a client nothing.
-        nonlocal in_memory
-        mine = 0
-
-        def reserve(count: int) -> None:
-            nonlocal in_memory, mine
-            if in_memory + count > _BODIES * limits.max_body:
-                raise Refusal(503, "overloaded", f"{in_memory} bytes of requests are under way.")
-            in_memory += count
-            mine += count
-
-        try:
-            yield reserve
-        finally:
-            in_memory -= mine
-
-    async def answer(body: bytes) -> bytes:
-        try:
-            request, files = wire.unpack(body)
-            service = services.get(request.head)
-            if service is None:
-                cause = f'No head "{request.head}" here. Served: {", ".join(services)}.'
-                raise Refusal(404, "unknown_head", cause)
-            if service.identity.scores not in (request.kind, "both"):
-                cause = (
-                    f'The head "{request.head}" scores {service.identity.scores}. '
-                    f"Found {request.kind}."
-                )
-                raise Refusal(400, "wrong_kind", cause)
-            scores = await evaluate(service.batcher, request, files)
-            return wire.pack_reply(service.identity, scores)
-        except wire.WireError as error:
-            raise Refusal(400, "malformed", str(error)) from error
-        except Overloaded as error:
-            raise Refusal(503, "overloaded", str(error)) from error
-        except RewardError as error:
-            logger.warning("%s", error)
-            details = {"head": error.head, "samples": [index for index, _ in error.samples]}
-            raise Refusal(500, "head_failed", error.cause, **details) from error
-
-    async def evaluate(
-        batcher: Batcher, request: wire.ScoreRequest, files: Sequence[memoryview]
-    ) -> Scores:
-        count = len(request.prompts)
-        if count > limits.max_batch:
-            cause = f"A request should have at most {limits.max_batch} samples. Found {count}."
-            raise Refusal(413, "too_large", cause)
-        pictures = await asyncio.to_thread(wire.open_pictures, files)
-        pixels = sum(picture.width * picture.height for picture in pictures)
-        if pixels > limits.max_pixels:
-            cause = (
-                f"The pictures of a request should have at most {limits.max_pixels} pixels in "
-                f"all. Found {pixels}."
-            )
-            raise Refusal(413, "too_large", cause)
-        batcher.admit(count, pixels)
-        decoding = asyncio.create_task(asyncio.to_thread(wire.decode, request, pictures))
-        try:
-            samples = await asyncio.shield(decoding)
-        except BaseException:
-
-            def forget(ended: asyncio.Task[wire.Samples]) -> None:
-                if not ended.cancelled():
-                    ended.exception()  # or asyncio reports that nobody asked for it
-                batcher.release(count, pixels)
-
-            # Of a cancelled request too the room is free only when its thread has ended.
-            decoding.add_done_callback(forget)
-            raise
-        return await asyncio.wrap_future(batcher.submit(samples))
 
     return app
 

@@ -312,7 +312,13 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def sliced(scores: Scores, start: int, stop: int) -> Scores:
-    """Return the scores of samples ``start`` to ``stop``."""
+    """Return the scores of samples ``start`` to ``stop``.
+
+    Args:
+        scores: The scores of a whole batch.
+        start: The first sample.
+        stop: The sample behind the last one.
+    """
     values: Tensor = scores.values[start:stop]
     return Scores(
         values=values, extra={name: list(cells)[start:stop] for name, cells in scores.extra.items()}

@@ -140,7 +140,7 @@ def meanings(kind: Callable[..., Any], without: Collection[str] = ()) -> dict[st
     """Return what a class's docstring says of each parameter.
 
     Args:
-        kind: The class.
+        kind: A head, normalizer or weighting, whose options are described.
         without: Parameters that need no description.
 
     Raises:

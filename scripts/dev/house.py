@@ -14,12 +14,12 @@ PACKAGES = ("moa_diffusion", "rewards")
 
 def modules(root: Path) -> dict[str, Path]:
     """Return the files of both packages by their dotted names."""
-    found = {}
+    paths = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
@@ -51,7 +51,7 @@ def arrows(known: dict[str, Path], package: str = "") -> tuple[int, int]:
     """Return how many rooms there are, and how many pairs of rooms an import joins.
 
     Args:
-        known: The modules.
+        known: All modules by their dotted names, with their files.
         package: The package whose rooms count; by default those of both.
     """
     pairs = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -10,48 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from moa_diffusion.calibration.describe import advantage_shares, calibrate, correlations
+from calibrations import NAN, calibrated, matrix, normal
+from moa_diffusion.calibration.describe import advantage_shares, correlations
 from moa_diffusion.objectives.base import variance_share
 from moa_diffusion.objectives.normalize import GDPO, DualStage, Raw
-from moa_diffusion.storage.calibration_file import Calibration, load, save
-from moa_diffusion.types import ConfigError, RewardMatrix
+from moa_diffusion.storage.calibration_file import load, save
+from moa_diffusion.types import RewardMatrix
 
-NAN = math.nan
 SHARES = ("share_static", "share_gdpo", "share_dual_stage")
-
-
-def matrix(values: Tensor | list[list[float]], size: int = 4) -> RewardMatrix:
-    """Objectives ``a``, ``b``, ... on groups of ``size``."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    groups = torch.arange(values.shape[1]) // size
-    return RewardMatrix(
-        names=tuple("abcdef"[: len(values)]),
-        values=values,
-        groups=groups,
-        prompts=tuple(str(group) for group in groups.tolist()),
-    )
-
-
-def calibrated(rewards: RewardMatrix, **options: Any) -> Calibration:
-    count = len(rewards.names)
-    defaults: dict[str, Any] = {
-        "retest": rewards.values,
-        "weights": [1.0] * count,
-        "milliseconds": [2.0] * count,
-        "model": "tiny",
-        "seed": 3,
-    }
-    return calibrate(rewards, **(defaults | options))
 
 
 # Numbers are float64, and some of what is expected float32, rounded by 6e-8: pytest's default is
 # 1e-6. Where samples are drawn the comment gives the standard error over seeds.
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def test_a_small_case_by_hand():
@@ -228,83 +198,3 @@ def test_arguments_have_to_fit(options: dict[str, Any], message: str):
 def test_no_sample_is_an_error():
     with pytest.raises(ValueError, match="at least one sample"):
         calibrated(matrix(torch.zeros(2, 0)))
-
-
-def test_the_file_has_exactly_the_promised_keys(tmp_path: Path):
-    path = tmp_path / "new" / "calibration.json"
-    values = normal(2, 16)
-    values[1] = NAN
-    save(calibrated(matrix(values)), path)
-    written = json.loads(path.read_text())
-    assert list(written) == [
-        *("version", "model", "prompts", "images", "seed", "objectives", "correlations"),
-    ]
-    assert written["version"] == 1
-    assert list(written["objectives"]["a"]) == [
-        *("mean", "std_total", "std_within", "std_between", "min", "max", "at_min", "at_max"),
-        *("applies", "zero_variance", "retest_std", "milliseconds"),
-        *("share_static", "share_gdpo", "share_dual_stage", "base", "target", "bound"),
-    ]
-    assert written["objectives"]["b"]["mean"] is None
-    assert written["correlations"]["names"] == ["a", "b"]
-    assert written["correlations"]["values"][1] == [None, None]
-    assert [file.name for file in path.parent.iterdir()] == ["calibration.json"]
-
-
-def changed(path: Path, dotted: str, value: Any) -> None:
-    """Set a key of the file, or remove it if the value is `...`."""
-    whole = json.loads(path.read_text())
-    *parents, last = dotted.split(".")
-    inner = whole
-    for parent in parents:
-        inner = inner[parent]
-    if value is ...:
-        del inner[last]
-    else:
-        inner[last] = value
-    path.write_text(json.dumps(whole))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("version", 2, "`version` should be 1. Found 2."),
-        ("version", ..., "`version` should be 1. Found none."),
-        ("seed", ..., "should have the key `seed`. Found version, model"),
-        ("images", "8", "`images` should be of type int. Found '8'."),
-        ("objectives", [], "`objectives` should hold a mapping. Found []."),
-        ("objectives.a", ..., "`objectives` should hold 'a', which this run has. Found b."),
-        ("objectives.a.mean", ..., "`objectives.a` should have the key `mean`. Found std_total"),
-        ("objectives.a.mena", 1, "`objectives.a` should have the keys mean, std_total"),
-        ("objectives.a.mean", "1", "`objectives.a.mean` should be a finite number or null. Fou"),
-        ("objectives.a.mean", True, "`objectives.a.mean` should be a finite number or null. Fou"),
-        ("objectives.a.mean", math.inf, "should be a finite number or null. Found inf."),
-        ("correlations.names", ["b", "a"], "`correlations.names` should be the objectives ['a', "),
-        ("correlations.values", [[1, 0]], "`correlations.values` should be 2 rows of 2. Found [["),
-        ("correlations.values", 1, "`correlations.values` should be 2 rows of 2. Found 1."),
-    ],
-)
-def test_a_damaged_file_says_where(tmp_path: Path, key: str, value: Any, message: str):
-    path = tmp_path / "calibration.json"
-    save(calibrated(matrix(normal(2, 16))), path)
-    changed(path, key, value)
-    with pytest.raises(ConfigError) as caught:
-        load(path, ["a"])
-    assert str(caught.value).startswith(f"Calibration file `{path}`")
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "\udcff"])
-def test_what_is_no_json_is_refused(tmp_path: Path, text: str):
-    path = tmp_path / "calibration.json"
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=r"calibration.json` should be JSON. Found: "):
-        load(path)
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match=r"should hold a mapping. Found \[\]"):
-        load(path)
-
-
-def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"none.json` should be what scripts/calibrate.py wrote"):
-        load(tmp_path / "none.json")

@@ -157,7 +157,7 @@ def test_what_is_noisy_or_does_not_apply_is_said(folder: Path, capsys: pytest.Ca
     assert torch.equal(measured.rewards.values[0], measured.retest[0])
     found = measured.calibration(settings)
     assert found.model == "toy"
-    # Of 24 uniform numbers: a standard error of about 12 %.
+    # The standard deviation of 24 uniform numbers has a standard error of about 12 %.
     assert found.objectives["noisy"].retest_std == pytest.approx(math.sqrt(1 / 12), rel=0.5)
     assert found.objectives["left"].retest_std == 0
     report(found, measured)

@@ -137,7 +137,7 @@ def test_known_gains_are_found(tmp_path: Path) -> None:
     assert bad.gains["ocr"].value == pytest.approx(-0.75)
     assert bad.gains["colour"].value == pytest.approx(3.5)
     assert bad.worst.value == pytest.approx(-0.75)
-    assert good.worst.value == pytest.approx((1.0 + 0.5) / 2)  # of each run, not of the means
+    assert good.worst.value == pytest.approx((1.0 + 0.5) / 2)  # that of each run, not of the means
     assert good.above == 1.0
     assert bad.above == 0.5
     # Without noise only the runs differ: an interval spans them.
@@ -237,7 +237,7 @@ def test_intervals_cover_the_truth(tmp_path: Path) -> None:
         (method,) = compare(found, resamples=300).methods
         for name, value in truth.items():
             covered += method.gains[name].low <= value <= method.gains[name].high
-    assert 66 <= covered <= 80  # of 80; 95 % would be 76
+    assert 66 <= covered <= 80  # there are 80; 95 % would be 76
 
 
 def test_the_most_opposed_objectives_are_found(tmp_path: Path) -> None:

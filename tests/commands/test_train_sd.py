@@ -322,7 +322,7 @@ def infinite(images, prompts):
 """
 
 
-# Of huggingface_hub, which diffusers gives an option of old.
+# huggingface_hub warns, because diffusers gives it an option of old.
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
 def test_bad_input_says_what_was_expected_and_found(
     config: Path, here: Here, tmp_path: Path

@@ -39,7 +39,7 @@ def test_files_are_read_again_only_if_they_changed(tmp_path: Path, monkeypatch: 
     assert files_digest(folder, files, memory) == first
     assert read == files
     files[0].write_text("x")
-    os.utime(files[0], ns=(0, 0))  # of the same size, and perhaps of the same tick of the clock
+    os.utime(files[0], ns=(0, 0))  # it keeps its size, and perhaps the tick of the clock
     assert files_digest(folder, files, memory) != first
     assert read == [*files, files[0]]
 

@@ -28,8 +28,8 @@ from moa_diffusion.objectives.mopo_offline import (
 # Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
 # torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
 INFINITY = math.inf
-# Of win rates, which lie in [0, 1]. The dual steps that tests take leave at most 2e-7, and SLSQP,
-# which stops where it gains less than 1e-14, knows its optimum to the root of that: 1e-7.
+# How far win rates, which lie in [0, 1], may be off. The dual steps that tests take leave at most
+# 2e-7, and SLSQP, which stops where it gains less than 1e-14, knows its optimum to 1e-7.
 SETTLED = 1e-4
 
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from moa_diffusion.objectives.apex import Apex
-from moa_diffusion.objectives.base import Weighting, combine
-from moa_diffusion.objectives.base import variance_share as share_where
+from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
 from moa_diffusion.objectives.gradient import Gradient
 from moa_diffusion.objectives.mopo import Mopo
-from moa_diffusion.objectives.normalize import DualStage, Raw
 from moa_diffusion.objectives.pama import Pama, PamaVector
 from moa_diffusion.objectives.static import Static
-from moa_diffusion.types import ObjectiveStats, RewardMatrix
+from moa_diffusion.types import RewardMatrix
+from objective_stats import NAMES, rewards_at, stats
 
-# Numbers are float64. Where a test gives no tolerance it takes the defaults of pytest (1e-6) and
-# torch (1e-7): what is expected is often written in float32, which rounds by 6e-8.
-NAMES = ("a", "b", "c")
 CHOSEN = {"a": 0.2, "b": 0.8, "c": 3.0}
+
 
 # A new weighting enters the common suite here, by one line.
 WEIGHTINGS: dict[str, Callable[[Sequence[str]], Weighting]] = {
@@ -54,33 +49,6 @@ WEIGHTINGS: dict[str, Callable[[Sequence[str]], Weighting]] = {
 @pytest.fixture(params=WEIGHTINGS)
 def make(request: pytest.FixtureRequest) -> Callable[[Sequence[str]], Weighting]:
     return WEIGHTINGS[request.param]
-
-
-def stats(rewards: RewardMatrix, step: int = 0) -> ObjectiveStats:
-    """What the trainer would show; the Gramian is any positive semi-definite matrix."""
-    advantages = DualStage(rewards.names).per_objective(rewards)
-    return ObjectiveStats(
-        step=step,
-        rewards=rewards,
-        advantages=advantages,
-        gramian=advantages @ advantages.T,
-        win_rates=torch.where(rewards.values.isnan(), torch.nan, advantages.sigmoid()),
-    )
-
-
-def variance_share(advantages: Tensor, weights: Tensor) -> Tensor:
-    """Every objective applies to every sample."""
-    return share_where(advantages, weights, torch.ones_like(advantages, dtype=torch.bool))
-
-
-def rewards_at(step: int) -> RewardMatrix:
-    generator = torch.Generator().manual_seed(step)
-    return RewardMatrix(
-        names=NAMES,
-        values=torch.randn(3, 16, generator=generator, dtype=torch.float64),
-        groups=torch.arange(16) // 4,
-        prompts=("p",) * 16,
-    )
 
 
 # ---------------------------------------------------------------------- the common suite
@@ -160,130 +128,3 @@ def test_saved_state_continues_identically(make):
     for step in range(3, 6):
         shown = stats(rewards_at(step), step)
         assert torch.equal(resumed(shown), straight(shown))
-
-
-# ---------------------------------------------------------------------- static
-
-
-def test_static_gives_the_weights_of_its_configuration():
-    assert Static(NAMES)(stats(rewards_at(0))).tolist() == [1, 1, 1]
-    assert Static(NAMES, weights=[2, 0, -1])(stats(rewards_at(0))).tolist() == [2, 0, -1]
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([1.0, 2.0], "one entry per objective .* Found 2 entries"),
-        ([0.0, 0.0, 0.0], "not all zero"),
-        ([1.0, math.nan, 1.0], "finite"),
-        ([1.0, math.inf, 1.0], "finite"),
-    ],
-)
-def test_static_refuses_weights_that_cannot_work(weights, message):
-    with pytest.raises(ValueError, match=message):
-        Static(NAMES, weights=weights)
-
-
-# ---------------------------------------------------------------------- combine
-
-
-def everything(advantages: Tensor) -> Tensor:
-    return torch.ones_like(advantages, dtype=torch.bool)
-
-
-def test_combine_in_numbers():
-    advantages = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
-    weights = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(
-        combine(advantages, weights, everything(advantages)), torch.tensor([2.5, -2.5])
-    )
-
-
-def test_combine_is_a_mean_over_what_applies():
-    advantages = torch.tensor([[1.0, 0.0, 0.0], [3.0, 3.0, 0.0]])
-    applies = torch.tensor([[True, False, False], [True, True, False]])
-    weights = torch.tensor([1.0, 3.0])
-    assert combine(advantages, weights, applies).tolist() == [2.5, 3.0, 0.0]
-
-
-def test_combine_takes_weights_per_sample(zoo):
-    advantages, applies = stats(zoo).advantages, ~zoo.values.isnan()
-    weights = torch.tensor([0.2, 0.8, 3.0]).double()
-    per_sample = weights[:, None].expand(3, len(zoo.groups))
-    torch.testing.assert_close(
-        combine(advantages, per_sample, applies), combine(advantages, weights, applies)
-    )
-    one_each = torch.eye(3).double()[:, [0, 1, 2, 0]]
-    torch.testing.assert_close(
-        combine(advantages[:, :4], one_each, everything(one_each)),
-        torch.stack([advantages[k, i] for i, k in enumerate([0, 1, 2, 0])]),
-    )
-
-
-def test_combine_does_not_see_the_size_of_the_weights(zoo):
-    advantages, applies = stats(zoo).advantages, ~zoo.values.isnan()
-    weights = torch.tensor([0.2, -0.8, 3.0]).double()
-    small, large = (combine(advantages, weights * c, applies) for c in (1e-6, 1e6))
-    torch.testing.assert_close(small, large)
-    assert small.abs().max() <= advantages.abs().max() + 1e-12  # rounding of a weighted mean
-
-
-def test_combine_with_a_zero_weight_beside_nan():
-    """The only objective that applies has no weight: nothing is known, so nothing is learned."""
-    advantages = torch.tensor([[0.0], [2.0]])
-    applies = torch.tensor([[False], [True]])
-    assert combine(advantages, torch.tensor([1.0, 0.0]), applies).tolist() == [0.0]
-
-
-# ---------------------------------------------------------------------- who decides
-
-
-def test_variance_shares_sum_to_one(zoo):
-    for weights in (torch.tensor([0.2, 0.8, 3.0]), torch.rand(3, len(zoo.groups))):
-        advantages = stats(zoo).advantages
-        share = variance_share(advantages, weights.double())
-        assert share.isfinite().all()
-        assert float(share.sum()) == pytest.approx(float(advantages.any()))
-
-
-def test_variance_share_against_the_covariance():
-    advantages = stats(rewards_at(0)).advantages
-    weights = torch.tensor([0.2, 0.8, 3.0]).double()
-    covariance = torch.cov(advantages)
-    expected = weights * (covariance @ weights) / (weights @ covariance @ weights)
-    torch.testing.assert_close(variance_share(advantages, weights), expected)
-
-
-def test_variance_hijacking_is_seen_and_cured():
-    """Equal weights on raw rewards obey the objective with the largest unit alone."""
-    rewards = rewards_at(0)
-    scale = torch.tensor([[1.0], [100.0], [1.0]]).double()
-    loud = RewardMatrix(
-        names=NAMES, values=rewards.values * scale, groups=rewards.groups, prompts=rewards.prompts
-    )
-    weights = torch.ones(3).double()
-    assert variance_share(Raw(NAMES).per_objective(loud), weights)[1] > 0.95
-    cured = variance_share(DualStage(NAMES).per_objective(loud), weights)
-    assert cured.max() < 0.6  # 0.56: a third, but for how 16 draws correlate
-
-
-def test_variance_share_of_an_objective_that_the_others_oppose():
-    up = torch.tensor([-1.0, 1.0])
-    share = variance_share(torch.stack([up * 3, -up]), torch.ones(2))
-    torch.testing.assert_close(share, torch.tensor([1.5, -0.5]))
-
-
-def test_variance_share_is_that_of_the_combined_score_where_objectives_are_missing():
-    """Weights are renormalised sample by sample, in the share as in the sum."""
-    generator = torch.Generator().manual_seed(3)
-    advantages = torch.randn(2, 400, generator=generator, dtype=torch.float64)
-    applies = torch.rand(2, 400, generator=generator) < 0.6
-    advantages, weights = advantages * applies, torch.tensor([1.0, 3.0]).double()
-    shares = share_where(advantages, weights, applies)
-    score = combine(advantages, weights, applies)
-    alone = combine(advantages * torch.tensor([[1.0], [0.0]]), weights, applies)
-    expected = ((alone - alone.mean()) * (score - score.mean())).sum() / (
-        (score - score.mean()).square().sum()
-    )
-    torch.testing.assert_close(shares[0], expected)
-    torch.testing.assert_close(shares.sum(), torch.tensor(1.0).double())

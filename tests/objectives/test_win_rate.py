@@ -131,7 +131,7 @@ def test_a_pool_without_spread_takes_the_usual_scale():
     normalizer = WinRate(["a"], pool_size=2)
     told = pool([[-1.0, 1.0]], [[-3.0, 3.0]], [[7.0, 7.0]], [[-0.01, 0.01]])
     normalizer.remember(["x", "y", "flat", "nearly"], told)
-    usual = (1 + 3 + 0.01) / 3  # of those that have a spread
+    usual = (1 + 3 + 0.01) / 3  # the mean over pools with a spread
     expected = torch.tensor([[1 / 2], [3 / 2], [usual / 2], [usual / 2]]).double()
     torch.testing.assert_close(normalizer.scale, expected)
     found = normalizer.win_rates(rewards([[7.0, 8.0]], ["flat"] * 2))

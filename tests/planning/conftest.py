@@ -18,6 +18,8 @@ def stated(shape: Any, policy: Any, *, resolution: int, tapped: bool) -> Transfo
     passes = 4 if policy.gradient_checkpointing else 3
     return TransformerCost(
         frozen_bytes=200_000_000,
+        blocks_bytes=160_000_000,
+        block_bytes=10_000_000,
         trained=1_000_000,
         adapted=10,
         forward_flops=1e12 * area,

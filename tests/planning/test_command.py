@@ -81,6 +81,7 @@ def test_variants_differ_by_a_setting_each(planner: Planner) -> None:
         "sampling.window 0",
         "sampling.guidance 4.5",
         "policy.gradient_checkpointing true",
+        "policy.shard true",
         "trainer.micro_batch 16",
         "trainer.micro_batch 4",
         "trainer.micro_batch 2",

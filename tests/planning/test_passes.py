@@ -90,6 +90,8 @@ def test_blocks_add_up_to_the_whole() -> None:
     cost = transformer_cost(TINY, settings, resolution=64)
     assert cost.trained == whole["trained"]
     assert cost.frozen_bytes == 4 * whole["frozen"]
+    assert cost.blocks_bytes == 4 * whole["blocks"]
+    assert cost.block_bytes == 4 * whole["block"]
     assert 2 * cost.forward_flops == pytest.approx(whole["flops"])
     assert 2 * cost.training_flops == pytest.approx(whole["all_flops"])
     assert cost.saved.at(2) == pytest.approx(whole["saved"], rel=1e-6)

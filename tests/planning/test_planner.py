@@ -71,6 +71,8 @@ def test_settings_change_what_they_should(planner: Planner) -> None:
     moved = replace(own, scoring=replace(own.scoring, offload=True))
     assert "judges" not in memory(planner, "update", settings=moved)
     assert memory(planner, "sample", settings=moved) == memory(planner, "sample")
+    split = replace(own, policy=replace(own.policy, shard=True))
+    assert memory(planner, "load", settings=split)["transformer"] == 40e6 + 80e6 + 2 * 10e6
     guided = replace(own, sampling=replace(own.sampling, guidance=4.5))
     cost = planner.transformer(64, False)
     assert memory(planner, "update", settings=guided)["saved activations"] == cost.saved.at(4)

@@ -273,7 +273,7 @@ def test_families_pass_the_check_with_room_to_spare(family: str, dtype: torch.dt
         for name, parameter in policy.trainable().items():
             if ".lora_B." in name:
                 parameter.zero_()
-    errors, _ = relative_errors(policy, draw(policy, 4), seed=0)
+    errors, _ = relative_errors(policy, draw(policy, 4), seed=0, comm=LocalComm())
     assert 0 < max(errors.values()) < 0.5 * TOLERANCE[dtype]
 
 
@@ -310,6 +310,6 @@ def test_experts_that_get_some_of_the_tokens_are_exact(monkeypatch: pytest.Monke
         tokens = policy.row_tokens(rollout)
         # As above.
         assert worst_error(policy, rollout, coefficients, tokens=tokens) < 3e-5
-    errors, separate = relative_errors(policy, rollout, seed=0)
+    errors, separate = relative_errors(policy, rollout, seed=0, comm=LocalComm())
     assert max(errors.values()) < TOLERANCE[torch.float32]
     assert separate == 2 * 2 * 2, "layers, experts and factors"

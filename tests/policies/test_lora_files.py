@@ -93,7 +93,7 @@ def test_formats_of_diffusers_and_peft_are_read_alike(tmp_path: Path, transforme
     }
     for place, layers in found.items():
         assert layers.keys() == set(LAYERS) == expected.keys()
-        scale = 2.0 if folder in (place, place.parent) else 1.0  # of peft: alpha / r
+        scale = 2.0 if folder in (place, place.parent) else 1.0  # peft scales by alpha / r
         for layer, (a, b) in expected.items():
             assert torch.equal(layers[layer][0], a)
             assert torch.equal(layers[layer][1], scale * b)

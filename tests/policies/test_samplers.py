@@ -13,9 +13,9 @@ from torch.distributions import Normal, kl_divergence
 from moa_diffusion.policies.samplers import Step, Steps, cps, flow_sde, generators, noise, ode
 
 CPU = torch.device("cpu")
-# Steps are made of Python's floats, which some ten operations round by 1e-16 each: pytest's default
-# of 1e-6 leaves them a wide margin. Tensors are float32, which rounds by 6e-8; sums and means over
-# 120 elements of squares of about 1 stay within 20 of these, torch's default of 1.3e-6.
+# Steps are made of Python's floats, which some ten operations round by 1e-16 each. The default of
+# pytest, 1e-6, leaves them a wide margin. Tensors are float32, which rounds by 6e-8; sums and means
+# over 120 elements of squares of about 1 stay within 20 of these, torch's default of 1.3e-6.
 
 # Data N(m, c^2): x_s = (1 - s) data + s noise is Gaussian, and its velocity is known exactly.
 MEAN, SPREAD = 0.8, 0.5
@@ -122,7 +122,7 @@ def test_cps_leaves_exactly_s_next_of_noise(s, s_next, noise_level):
     assert step.length == pytest.approx(s - s_next)
 
 
-# Of ten steps with shift 3, without the last, which is not trained.
+# Levels of ten steps with shift 3, without the last step, which is not trained.
 SIGMAS = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
 
 
@@ -130,7 +130,7 @@ def rates(steps: list[Step]) -> list[float]:
     """How fast the log-prob of each step changes with ``v``, for noise of 1: by autograd."""
     batch = Steps.of(steps, CPU)
     v = torch.zeros(len(steps), 1, 1, 1, requires_grad=True)
-    x_next = batch.std  # of x = 0, one standard deviation off
+    x_next = batch.std  # one standard deviation away from x = 0
     batch.log_prob(x_next, batch.mean(torch.zeros(1), v)).sum().backward()
     return v.grad.abs().flatten().tolist()
 

@@ -107,8 +107,8 @@ def test_a_sample_depends_on_its_own_seed_alone(make: Any) -> None:
     policy = make()
     together = policy.sample(requests(4), step=0)
     alone = policy.sample(requests(4)[2:3], step=0)
-    # Of 0 to 1. Three passes and the decoder, of some 30 products each, differ by rounding in
-    # another order; a tenth of the smallest difference that a picture of 8 bits keeps is 4e-4.
+    # Pixels in [0, 1]. Three passes and the decoder, of some 30 products each, differ by rounding
+    # in another order; a tenth of the smallest difference that 8 bits keep is 4e-4.
     torch.testing.assert_close(alone.images, together.images[2:3], atol=1e-4, rtol=0)
     steps = policy.trained_steps(0)
     assert_log_probs_close(policy, alone.log_probs, together.log_probs[2:3], steps)
@@ -219,8 +219,8 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     mine = policy.generate(asked)
     # By 0.8.
     assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
-    # Of 0 to 1: peft adds B A x where the policy has B A in the weight, rounded otherwise (1.7e-6
-    # apart); a tenth of what a picture of 8 bits could show is 4e-4.
+    # Pixels in [0, 1]: peft adds B A x where the policy has B A in the weight, rounded otherwise
+    # (1.7e-6 apart); a tenth of what a picture of 8 bits could show is 4e-4.
     assert (drawn - mine).abs().max() < 1e-4
 
 

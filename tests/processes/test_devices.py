@@ -158,8 +158,8 @@ def test_value_heads(pretended: Pretended) -> None:
         groups=torch.arange(3),
         prompts=("p",) * 3,
     )
-    estimates = critic.estimate(rollout, rewards)
-    assert estimates.rewards.values.isfinite().all()
+    credit = critic.assign_credit(rollout, rewards)
+    assert credit.matrix.values.isfinite().all()
 
 
 def test_learning_from_preferences(pretended: Pretended) -> None:

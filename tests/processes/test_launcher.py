@@ -52,6 +52,15 @@ def test_a_tpu_is_refused_and_plain_processes_are_not():
     check_launcher(accelerator(DistributedType.NO), {})
 
 
+def test_processes_that_do_not_find_each_other_are_refused():
+    """They would be so many runs in one folder."""
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1)
+    with pytest.raises(ConfigError, match=r"^launcher: .*Found 2 .*ACCELERATE_USE_CPU=true"):
+        check_launcher(alone, {"WORLD_SIZE": "2"})
+    check_launcher(alone, {"WORLD_SIZE": "1"})
+    check_launcher(accelerator(DistributedType.MULTI_CPU), {"WORLD_SIZE": "4"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -208,7 +208,7 @@ def test_what_is_no_sample_nor_prompt_is_asked_of_the_metadata():
     with pytest.raises(RewardError, match=r"needs prompts with the metadata `reference`"):
         FunctionHead(lambda reference, hypothesis: 0).check_prompts(TEXTS.prompts, TEXTS.metadata)
     for function in (
-        lambda instruction, input, response: 0,  # of two such names at least one is a column
+        lambda instruction, input, response: 0,  # at least one of two such names is a column
         lambda x, prompts, **kwargs: 0,
     ):
         with pytest.raises(RewardError, match=r"the samples as `images` or `texts`, `prompts`"):

@@ -15,7 +15,11 @@ from moa_diffusion.statistics.groups import (
 )
 
 NAN = math.nan
+
+
 VALUES = torch.tensor([[1.0, 3.0, NAN, 5.0, 5.0], [NAN, NAN, NAN, 2.0, 4.0]]).double()
+
+
 GROUPS = torch.tensor([7, 7, 7, 2, 2])
 
 
@@ -61,3 +65,15 @@ def test_one_prompt_has_a_mean_and_no_error():
     assert mean == 2.0
     assert math.isnan(error)
     assert all(map(math.isnan, mean_and_error(torch.tensor([NAN]), torch.tensor([0]))))
+
+
+def test_the_standard_error_counts_prompts_not_images():
+    prompts = torch.tensor([0, 0, 0, 1, 1, 1])
+    values = torch.tensor([1.0, 1, 1, 0, 0, 0]).double()
+    mean, error = mean_and_error(values, prompts)
+    assert (mean, error) == (0.5, pytest.approx(0.5))  # std of (1, 0) over the root of 2
+    assert mean_and_error(values, torch.arange(6))[1] == pytest.approx((0.3 / 6) ** 0.5)
+    gaps = torch.tensor([1, math.nan, math.nan, 0, 0, 0]).double()
+    assert mean_and_error(gaps, prompts)[0] == 0.25
+    assert math.isnan(mean_and_error(torch.full((2,), math.nan), prompts[:2])[0])
+    assert math.isnan(mean_and_error(values[:3], prompts[:3])[1])

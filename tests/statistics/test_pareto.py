@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from moa_diffusion.statistics.pareto import crowding, hypervolumes, nondominated, spread_out
+from moa_diffusion.statistics.pareto import crowding, hypervolumes, nondominated, thinned
 
 
 def test_nondominated_points_are_those_of_the_definition():
@@ -30,9 +30,9 @@ def test_the_ends_stay_longest():
     points = torch.tensor([[0.0, 10.0], [1.0, 9.0], [5.0, 5.0], [10.0, 0.0]])
     distances = crowding(points)
     assert distances[0] == distances[3] == math.inf
-    assert spread_out(points, 3) == [0, 2, 3]
-    assert spread_out(points, 2) == [0, 3]
-    assert spread_out(points, 9) == [0, 1, 2, 3]
+    assert thinned(points, 3) == [0, 2, 3]
+    assert thinned(points, 2) == [0, 3]
+    assert thinned(points, 9) == [0, 1, 2, 3]
 
 
 def test_volumes_are_those_of_boxes():

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.statistics.pareto import crowding, nondominated, spread_out
+from moa_diffusion.statistics.pareto import crowding, nondominated, thinned
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.front import NAME, retain
 
@@ -38,10 +38,10 @@ def test_the_ends_of_a_front_stay_and_the_crowd_leaves():
     points = torch.stack([x, 1 - x], 1)
     # These points are float32, rounded by 6e-8: pytest's default is 1e-6.
     assert crowding(points) == pytest.approx([math.inf, 0.3, 0.8, 1.7, math.inf])
-    assert spread_out(points, 4) == [0, 2, 3, 4]
-    assert spread_out(points, 2) == [0, 4]
-    assert spread_out(points, 9) == [0, 1, 2, 3, 4]
-    assert spread_out(points, 0) == []
+    assert thinned(points, 4) == [0, 2, 3, 4]
+    assert thinned(points, 2) == [0, 4]
+    assert thinned(points, 9) == [0, 1, 2, 3, 4]
+    assert thinned(points, 0) == []
     assert crowding(torch.tensor([[1.0, 2.0], [1.0, 2.0]])) == [0.0, 0.0]
 
 

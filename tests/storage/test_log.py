@@ -8,11 +8,9 @@ import math
 import pytest
 import torch
 
-from moa_diffusion.objectives.metrics import cosine_metrics, reward_metrics
 from moa_diffusion.storage.log import ALARMS, RunLog, read_metrics
-from moa_diffusion.types import Request, RewardMatrix
-
-NAN = math.nan
+from moa_diffusion.types import Request
+from two_rewards import NAN, matrix
 
 
 class Tracked:
@@ -23,16 +21,6 @@ class Tracked:
 
     def log(self, step, values):
         self.rows.append((step, dict(values)))
-
-
-def matrix(values) -> RewardMatrix:
-    values = torch.tensor(values).double()
-    return RewardMatrix(
-        names=("a", "b"),
-        values=values,
-        groups=torch.arange(values.shape[1]) // 2,
-        prompts=("p",) * values.shape[1],
-    )
 
 
 def test_lines_are_json_with_null_for_nan(tmp_path):
@@ -110,44 +98,6 @@ def test_only_the_last_line_may_be_cut_off(tmp_path):
         read_metrics(path)
 
 
-def test_reward_metrics_in_numbers():
-    rewards = matrix([[0.0, 2.0, 5.0, 5.0], [NAN, 1.0, NAN, NAN]])
-    advantages = torch.tensor([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).double()
-    found = reward_metrics(rewards, advantages, torch.tensor([1.0, -3.0]).double())
-    expected = {
-        "reward_mean/a": 3.0,
-        "reward_std/a": math.sqrt((9 + 1 + 4 + 4) / 4),
-        "weight/a": 0.25,
-        "share/a": 1.0,
-        "zero_variance/a": 0.5,
-        "applies/a": 1.0,
-        "reward_mean/b": 1.0,
-        "reward_std/b": 0.0,
-        "weight/b": -0.75,
-        "share/b": 0.0,
-        "zero_variance/b": 1.0,
-        "applies/b": 0.25,
-        "correlation/a~b": NAN,
-    }
-    # Float64 up to the file; pytest's default is 1e-6.
-    assert found == pytest.approx(expected, nan_ok=True)
-    per_sample = torch.tensor([[1.0] * 4, [-3.0] * 4]).double()
-    again = reward_metrics(rewards, advantages, per_sample)
-    assert again == pytest.approx(expected, nan_ok=True)
-
-
-def test_pairs_of_objectives():
-    """Correlations of advantages where both apply; cosines of gradients."""
-    rewards = matrix([[0.0, 2.0, 5.0, 1.0], [3.0, 1.0, -7.0, NAN]])
-    advantages = torch.tensor([[1.0, 2.0, 4.0, 9.0], [3.0, 2.0, 0.0, 0.0]]).double()
-    found = reward_metrics(rewards, advantages, torch.ones(2).double())
-    assert found["correlation/a~b"] == pytest.approx(-1)  # float64, as below
-    gramian = torch.tensor([[4.0, -3.0, 0.0], [-3.0, 9.0, 0.0], [0.0, 0.0, 0.0]]).double()
-    cosines = cosine_metrics(("a", "b", "c"), gramian)
-    expected = {"cosine/a~b": -0.5, "cosine/a~c": NAN, "cosine/b~c": NAN}
-    assert cosines == pytest.approx(expected, nan_ok=True)
-
-
 def test_alarms_are_written_said_and_rewound(tmp_path, caplog):
     log = RunLog(tmp_path)
     for step in (2, 4):
@@ -160,15 +110,6 @@ def test_alarms_are_written_said_and_rewound(tmp_path, caplog):
     assert read_metrics(tmp_path / ALARMS) == rows[:1]
     RunLog(tmp_path / "other", main=False).write_alarm(rows[0])
     assert read_metrics(tmp_path / "other" / ALARMS) == []
-
-
-def test_reward_metrics_of_an_objective_that_never_applies():
-    rewards = matrix([[0.0, 2.0], [NAN, NAN]])
-    found = reward_metrics(rewards, torch.zeros(2, 2).double(), torch.ones(2).double())
-    assert found["applies/b"] == 0
-    for group in ("reward_mean", "reward_std", "zero_variance"):
-        assert math.isnan(found[f"{group}/b"])
-    assert found["share/a"] == found["share/b"] == 0
 
 
 def test_what_scores_depend_on_is_written_and_a_change_is_told(tmp_path, caplog):

@@ -239,8 +239,8 @@ def test_the_longest_letter_fits(shipped) -> None:
 def test_the_model_writes_letters_as_various_as_the_grammars(samples) -> None:
     assert statistics.fmean(grammar.is_letter(text, situation) for situation, text in samples) > 0.8
     drawn = exam.held_out_letters(1000, 0)
-    # Of 128 letters, of which another machine may draw others: found 0.09, 0.03 and 1.1, and 4 % of
-    # a spread, whose standard error is 6 %.
+    # There are 128 letters, and another machine may draw others: found 0.09, 0.03 and 1.1, and 4 %
+    # of a spread, whose standard error is 6 %.
     for rule, near in ((rules.mood, 0.3), (rules.politeness, 0.15), (rules.words, 4)):
         own, target = ([float(rule(text)) for _, text in each] for each in (samples, drawn))
         assert abs(statistics.fmean(own) - statistics.fmean(target)) < near

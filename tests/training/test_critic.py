@@ -84,10 +84,10 @@ def test_what_does_not_apply_stays_unknown():
 
 def test_decisions_stand_in_the_samples_place():
     drawn, rewards = rollout(), matrix([[float(i) for i in range(8)], [1.0] * 7 + [NAN]])
-    estimates = critic(epochs=1).estimate(drawn, rewards)
-    judged, decisions = estimates.rewards, int(drawn.mask.sum())
+    credit = critic(epochs=1).assign_credit(drawn, rewards)
+    judged, decisions = credit.matrix, int(drawn.mask.sum())
     assert judged.values.shape == (2, decisions)
-    assert torch.equal(estimates.columns >= 0, drawn.mask)
+    assert torch.equal(credit.columns >= 0, drawn.mask)
     assert set(judged.groups.tolist()) == {0}
     assert judged.prompts[0] == "p0"
     assert judged.prompts[-1] == "p3"
@@ -101,19 +101,19 @@ def test_decisions_stand_in_the_samples_place():
 
 def test_advantages_go_back_to_their_places():
     heads, drawn = critic(), rollout()
-    estimates = heads.estimate(drawn, matrix([[1.0] * 8, [2.0] * 8]))
-    numbered = torch.arange(1.0, estimates.rewards.values.shape[1] + 1)
-    placed = estimates.placed(numbered)
+    credit = heads.assign_credit(drawn, matrix([[1.0] * 8, [2.0] * 8]))
+    numbered = torch.arange(1.0, credit.matrix.values.shape[1] + 1)
+    placed = credit.placed(numbered)
     assert torch.equal(placed[drawn.mask], numbered)
     assert (placed[~drawn.mask] == 0).all()
 
 
 def test_a_sample_may_count_as_a_whole():
     heads, drawn = critic(granularity="sample"), rollout()
-    estimates = heads.estimate(drawn, matrix([[float(i) for i in range(8)], [NAN] * 8]))
-    assert estimates.rewards.values.shape == (2, 8)
-    assert estimates.rewards.values[1].isnan().all()
-    placed = estimates.placed(torch.arange(8.0))
+    credit = heads.assign_credit(drawn, matrix([[float(i) for i in range(8)], [NAN] * 8]))
+    assert credit.matrix.values.shape == (2, 8)
+    assert credit.matrix.values[1].isnan().all()
+    placed = credit.placed(torch.arange(8.0))
     assert torch.equal(placed, torch.where(drawn.mask, torch.arange(8.0)[:, None], 0.0))
     with pytest.raises(ValueError, match=r"(?s)granularity.*should be 'decision' or 'sample'"):
         critic(granularity="token")
@@ -129,12 +129,12 @@ def test_heads_learn_what_features_say_whatever_the_unit_of_a_reward():
         truth = torch.randn(32, generator=torch.Generator().manual_seed(step + 99))
         features[:, :, 0] = 4 * truth[:, None]
         drawn = rollout(32, features=features)
-        found = small.estimate(drawn, matrix([truth.tolist(), (-truth).tolist()]))
-        other = large.estimate(drawn, matrix([(1e4 * truth).tolist(), (-truth).tolist()]))
-        values, units = found.rewards.values, torch.tensor([[1e4], [1.0]]).double()
+        found = small.assign_credit(drawn, matrix([truth.tolist(), (-truth).tolist()]))
+        other = large.assign_credit(drawn, matrix([(1e4 * truth).tolist(), (-truth).tolist()]))
+        values, units = found.matrix.values, torch.tensor([[1e4], [1.0]]).double()
         # Heads in float32 that learned for 360 steps from numbers that are rounded otherwise.
         # Found: 7e-7 apart, and Adam does not grow it by much where it settles.
-        torch.testing.assert_close(values, other.rewards.values / units, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values, other.matrix.values / units, rtol=1e-4, atol=1e-4)
         losses.append(found.metrics["policy/value_loss"])
         spreads.append(float(values[0].std()))
     assert losses[-1] < 0.25 * losses[0]  # 0.08 of it
@@ -145,13 +145,13 @@ def test_state_goes_on_where_it_was_and_the_rate_is_this_runs():
     straight, first = critic(), critic()
     rewards = matrix([[float(i) for i in range(8)], [1.0] * 7 + [NAN]])
     for step in range(2):
-        straight.estimate(rollout(seed=step), rewards)
-    first.estimate(rollout(seed=0), rewards)
+        straight.assign_credit(rollout(seed=step), rewards)
+    first.assign_credit(rollout(seed=0), rewards)
     second = critic(seed=5, lr=0.5)
     second.load_state_dict(first.state_dict())
     assert second.optimizer.param_groups[0]["lr"] == 0.5
     second.optimizer.param_groups[0]["lr"] = 1e-3
-    second.estimate(rollout(seed=1), rewards)
+    second.assign_credit(rollout(seed=1), rewards)
     for mine, other in zip(second.heads.parameters(), straight.heads.parameters(), strict=True):
         assert torch.equal(mine, other)
     assert torch.equal(second.mean, straight.mean)

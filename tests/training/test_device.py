@@ -332,7 +332,7 @@ def test_value_heads_wait_once_at_their_end(batch: int, epochs: int) -> None:
     )
     critic.device = DEVICE
     device.put(list(critic.heads.parameters()))
-    after_one(device, lambda: critic.estimate(rollout, rewards))
+    after_one(device, lambda: critic.assign_credit(rollout, rewards))
     assert device.count("wait") == 1, device.events
     assert device.count("send") == 1, device.events  # the rewards
 

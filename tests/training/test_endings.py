@@ -19,7 +19,7 @@ from moa_diffusion.config import check, from_dict
 from moa_diffusion.distributed import LocalComm, ProcessError, agreed, share_telling, tells
 from moa_diffusion.files import writing as storage
 from moa_diffusion.files.writing import StorageError
-from moa_diffusion.processes.stopping import Interrupted, StopRequest
+from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage import log as metrics
@@ -129,6 +129,8 @@ def at(trainer: Run, moment: str, act: Callable[[], None]) -> None:
 
 
 MOMENTS = ["sample", "update", "first evaluation", "evaluation", "scores", "after metrics"]
+
+
 SAVED = dict(zip(MOMENTS, (1, 1, 0, 2, 1, 2), strict=True))
 
 
@@ -202,20 +204,6 @@ def test_the_first_ctrl_c_ends_at_once_while_nothing_has_begun(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     make(tmp_path / "run").run()
-
-
-def test_a_second_ctrl_c_ends_at_once(monkeypatch):
-    """Unless it is the same press, which a launcher passes on as well."""
-    now = [100.0]
-    monkeypatch.setattr("moa_diffusion.processes.stopping.time.monotonic", lambda: now[0])
-    stop = StopRequest(announce=False)
-    stop.ask(signal.SIGTERM)
-    stop.ask(signal.SIGINT)
-    now[0] += 30
-    stop.ask(signal.SIGTERM)
-    assert stop.number == signal.SIGTERM
-    with pytest.raises(KeyboardInterrupt):
-        stop.ask(signal.SIGINT)
 
 
 def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, monkeypatch, straight):

@@ -148,7 +148,7 @@ def make(
     evaluate_every: int = 0,
 ) -> Run:
     policy = Table(data, base)
-    if start is not None:  # of a trained adapter
+    if start is not None:  # start as a trained adapter does
         policy.delta.data.copy_(start)
     parameters = list(policy.trainable().values())
     comm = comm or LocalComm()
@@ -325,7 +325,7 @@ def test_every_epoch_shows_every_row_once(tmp_path):
 def test_a_bound_out_of_reach_is_refused_at_the_start(tmp_path, log_probs):
     mu = torch.full((3, 4), -1.0).double() if log_probs else None
     data = preferences(opposed(1), log_probs=mu)
-    most = float(opposed(1)[1].amax(1).mean())  # of the policy that knows the price alone
+    most = float(opposed(1)[1].amax(1).mean())  # what a policy that knows the price alone reaches
     with pytest.raises(ValueError, match=r"Found 0\.99 for `price`") as caught:
         make(tmp_path, data, bounds=0.99, settings=replace(QUICK, maximum=20.0))
     (said,) = re.findall(r"reach is (0\.\d+)\.", str(caught.value))
@@ -475,7 +475,7 @@ def test_no_more_log_probs_are_computed_than_needed(tmp_path, lag):
     )
     trainer.run()
     policy = trainer.policy
-    evaluations = 3 * 14 + 14  # of the average, and once of the base model
+    evaluations = 3 * 14 + 14  # the average's, and once the base model's
     assert isinstance(policy, Table)
     # At steps 5, 10, 15 ten rows' prompts are asked about, of which some meet twice, with the
     # siblings and once more of the base model; trained on are 40 rows.

@@ -23,7 +23,7 @@ from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.normalize import DualStage
 from moa_diffusion.policies.toy import ToyPolicy
-from moa_diffusion.training.critic import Estimates
+from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
@@ -393,7 +393,7 @@ def scalarization(values: torch.Tensor, *, clip: float = 100.0, step: int = 0) -
         weighting=Fixed(names),
         comm=LocalComm(),
         step=step,
-        estimates=Estimates(rewards=matrix),
+        credit=Credit(matrix=matrix),
         advantages=normalizer.per_objective(matrix),
         clip=clip,
     )

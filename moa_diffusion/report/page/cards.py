@@ -31,14 +31,20 @@ class Card:
     model: int  # the one with the largest worst gain; the last, where there are no stds
     label: str
     worst: str | None  # "+0.12 (ocr)"; None: no stds
-    sign: str  # of the worst gain
+    sign: str  # the worst gain's sign, as the page's style names it
     gains: tuple[Gain, ...]
-    hypervolume: str | None  # of the whole series; None: nothing varies
+    hypervolume: str | None  # the whole series' volume; None: nothing varies
     alarms: int | None  # None: not a run
 
 
 def cards(table: Table, summary: Summary, runs: Mapping[str, Training]) -> list[Card]:
-    """Return a card per series, in the table's order."""
+    """Return a card per series, in the table's order.
+
+    Args:
+        table: The scores, whose rewards have names and units.
+        summary: The gains of each model, with their intervals.
+        runs: What is known of the training of a series, by its name.
+    """
     chosen = {name: _chosen(table, summary, name) for name in summary.series}
     shown = [one for e in chosen.values() for one in summary.models[e].rewards.values()]
     ends = [abs(end) for one in shown for end in (one.gain_in_stds.low, one.gain_in_stds.high)]

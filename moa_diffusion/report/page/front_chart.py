@@ -26,8 +26,8 @@ SYMBOLS = (
 SIZES = numpy.array([[240, 370], [780, 370]])
 BESIDE = 36  # pixels beyond the outermost points, up to the edge of the chart
 LETTER, HEIGHT, POINT = 7, 13, 12  # pixels: width of a letter, height of a line, a point; roughly
-# Where a name stands beside its point, the first choice first: pixels across and up, and the part
-# of the name's width by which its middle lies to the right.
+# Where a name stands beside its point, the first choice first: pixels across and up, and by which
+# part of the name's width its middle lies to the right.
 PLACES = {
     "top center": (0, 16, 0.0),
     "bottom center": (0, -16, 0.0),
@@ -42,7 +42,7 @@ class View:
 
     known: bool  # whether any model has a mean of both
     words: str  # what is read out in place of the chart
-    titles: tuple[str, str]  # of the axes across and up
+    titles: tuple[str, str]  # those of the axis across and of the axis up
     traces: Sequence[Mapping[str, Sequence[Any]]]  # arrays of each trace of the figure
 
 
@@ -50,7 +50,7 @@ class View:
 class FrontChart:
     """A figure, and what differs in it between pairs of rewards."""
 
-    figure: Mapping[str, Any]  # of the first view; the E points are its last trace
+    figure: Mapping[str, Any]  # shows the first view; the E points are its last trace
     views: Sequence[Sequence[View]]  # [K][K], by the reward across and the reward up
 
 
@@ -58,8 +58,8 @@ def front_chart(table: Table, summary: Summary, colours: Mapping[str, str]) -> F
     """Return the chart of E models in K rewards.
 
     Args:
-        table: The table.
-        summary: The summary of the table.
+        table: The E models with their scores in K rewards.
+        summary: The means of that table and their intervals.
         colours: Colours by series.
     """
     points = _points(table, summary, colours)

@@ -13,7 +13,7 @@ from moa_diffusion.storage.front import NAME as FRONT
 from moa_diffusion.storage.log import ALARMS, METRICS, REWARDS, read_metrics
 from moa_diffusion.types import ConfigError
 
-POINTS = 500  # of a curve at most; a longer one is averaged over neighbours
+POINTS = 500  # a curve has no more; a longer one is averaged over neighbours
 FILES = ("config.yaml", REWARDS)
 CHECKPOINT = ("step", "means", "non_dominated", "kept_for")  # what front.json says of each
 ALARM = ("step", "kind", "name", "action", "message")  # what every line of alarms.jsonl has
@@ -31,7 +31,7 @@ class Curve:
 class Training:
     """One run."""
 
-    name: str  # of its series in the table
+    name: str  # its series in the table
     curves: Mapping[str, Mapping[str, Curve]]  # by group, by name
     pooled: int  # rollouts that one point of the longest curve stands for
     objectives: tuple[str, ...]  # trained on

@@ -21,8 +21,8 @@ from moa_diffusion.types import ConfigError
 class Size:
     """How small a thumbnail is."""
 
-    side: int  # of the longer edge, in pixels; smaller pictures stay as they are
-    quality: int  # of WebP, 0 to 100
+    side: int  # the longer edge in pixels; smaller pictures stay as they are
+    quality: int  # WebP's, 0 to 100
 
 
 # From the best on: fewer pixels first, then lower quality.
@@ -34,7 +34,7 @@ LADDER = tuple(
     )
 )
 TRIED = 24  # pictures from which the bytes of all are estimated
-MARGIN = 1.03  # of that estimate
+MARGIN = 1.03  # factor by which that estimate is raised
 QUOTES = 3  # bytes of JSON around each picture
 
 

@@ -21,8 +21,8 @@ CONFLICTS = {
     "cosine": "cosines of the gradients",
     "correlation": "correlations of the advantages",
 }
-POINTS = 21  # of the line of an alarm
-PARTS = {  # of training, from and to
+POINTS = 21  # points that an alarm's line is drawn of
+PARTS = {  # shares of training, from and to
     "the last quarter of training": (0.75, 1.0),
     "the first quarter": (0.0, 0.25),
     "all of it": (0.0, 1.0),
@@ -35,7 +35,7 @@ def training_charts(
     """Return the panels of all sections.
 
     Args:
-        runs: The runs.
+        runs: The curves of each run, by group and name.
         units: Units by reward, of those that are known.
         colours: Colours by run.
 
@@ -110,9 +110,9 @@ def _panel(
     """Return the curves of one name in some groups, drawn over each other; None: there are none.
 
     Args:
-        runs: The runs.
+        runs: The curves of each run, by group and name.
         groups: The groups, from the back to the front.
-        name: The name.
+        name: The curves' name in these groups, such as that of a reward.
         colours: Colours by run.
         title: What the panel of a name is called.
         zero: Whether the axis starts at 0.

@@ -48,7 +48,7 @@ class AbstractorSizes:
     num_hidden_layers: int
     num_attention_heads: int
     num_learnable_queries: int
-    layer_norm_eps: float  # of the normalisation inside the MLP; the others have 1e-5
+    layer_norm_eps: float  # the one inside the MLP; the others have 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

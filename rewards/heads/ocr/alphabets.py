@@ -12,14 +12,14 @@ from pathlib import Path
 from rewards.heads.ocr.engines import RapidOcr, import_easyocr
 from rewards.heads.ocr.target_text import readable
 
-# Of a `.traineddata` file of Tesseract:
-_UNICHARSET = 21  # of the parts of a `.traineddata` file, the characters of its network
+# What a `.traineddata` file of Tesseract holds:
+_UNICHARSET = 21  # the number of the part that lists the characters of its network
 _MOST_PARTS = 64  # there are 24; a larger number is none of such a file
 _NO_CHARACTERS = ("NULL", "Joined", "|Broken|0|1")  # the space, and states of the network
 
-# Of RapidOCR's own model, which lists more letters than it reads. Of 559 of them, printed in two
-# fonts in words of 48 pixels, those of ISO 8859-1 were right at least once but for one of each of
-# these five pairs. Of the 63 capitals of Latin Extended-A, 47 were never right (G with breve is C
+# RapidOCR's own model lists more letters than it reads. Of 559 of them, printed in two fonts in
+# words of 48 pixels, those of ISO 8859-1 were right at least once but for one of each of these five
+# pairs. Of the 63 capitals of Latin Extended-A, 47 were never right (G with breve is C
 # with caron, N with acute that with tilde), nor were 27 % of the Greek letters and 93 % of others.
 _LISTED_ONLY = frozenset("\u00c6\u00e6\u00cc\u00ec\u00d0\u00f0\u00de\u00fe\u00ff\u0178")
 # How Unicode's names of the letters of Chinese and Japanese begin.

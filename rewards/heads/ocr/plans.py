@@ -33,7 +33,7 @@ from rewards.heads.ocr.engines import (
 from rewards.pretrained.base import pick_device
 from rewards.suggestions import did_you_mean
 
-_MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # of Tesseract; 7 is reading without detection
+_MODES = (3, 4, 5, 6, 8, 9, 10, 11, 12, 13)  # Tesseract's; 7 is reading without detection
 
 
 class EnginePlan:

@@ -30,8 +30,8 @@ COUNTS = (1, 2, 4, 8)  # K
 TARGETS = {4: 1.2, 8: 1.4}  # ordinary backward passes
 SEPARATE = 4  # K of the separate backward passes
 SAMPLES, GUIDANCE, RANK = 2, 4.5, 32
-LAYERS, HEADS = 2, 16  # of 64: width 1024
-SIDE = 32  # of the latents: 256 image tokens
+LAYERS, HEADS = 2, 16  # a head is 64 wide, so the width is 1024
+SIDE = 32  # the side of the latents: 256 image tokens
 PROMPT = "a red circle"
 
 Timed = tuple[float, float]  # CPU seconds of the forward pass, and of the backward passes
@@ -93,7 +93,7 @@ def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
     return {
         "hidden": policy.transformer.inner_dim,
         "layers": LAYERS,
-        "tokens": [(SIDE // 2) ** 2, len(policy.encode([PROMPT])[0][0])],  # of image and text
+        "tokens": [(SIDE // 2) ** 2, len(policy.encode([PROMPT])[0][0])],  # image, text
         "rank": RANK,
         "rows": batch,
         "dtype": dtype,

@@ -29,10 +29,10 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 METHODS = ("static", "gdpo", "dual_stage", "apex", "pama", "mopo", "chebyshev", "upgrad", "mgda")
 COMPARED = ("static", "upgrad")
-TARGET = 1.15  # of a step with UPGrad, in steps with static weights
-GROUPS, GROUP_SIZE = 2, 4  # of the training step
+TARGET = 1.15  # what a step with UPGrad may cost, in steps with static weights
+GROUPS, GROUP_SIZE = 2, 4  # those of the training step
 LARGE = (48, 24)  # groups and group size of the objective layer: N = 1152
-REPEATS = 20  # of the objective layer
+REPEATS = 20  # repetitions of the objective layer
 
 
 def measure_methods(

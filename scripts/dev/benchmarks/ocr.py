@@ -20,10 +20,10 @@ from rewards.heads.ocr.target_text import legibility
 
 SIDES = (512, 64)  # pixels
 NOISES = (0.0, 0.1, 0.2)  # standard deviation, in units of full scale
-HEIGHTS = {512: (0.07, 0.25), 64: (0.2, 0.5)}  # of the font, as a share of the side
-WIDTH = 0.9  # of the side: longer texts are set smaller
+HEIGHTS = {512: (0.07, 0.25), 64: (0.2, 0.5)}  # the font's height, as a share of the side
+WIDTH = 0.9  # share of the side: longer texts are set smaller
 CONTRAST = 90.0  # least difference in brightness between text and ground, of 255
-BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue
+BRIGHTNESS = (0.299, 0.587, 0.114)  # parts of red, green and blue in it
 TARGETS = {("rapidocr", 512, 0.0): (0.98, 90.0)}  # at least exact, at most ms
 WORDS = (
     *("OPEN", "STOP", "BREAD", "COFFEE", "GARDEN", "MUSIC", "SALE", "OCEAN", "TAXI", "1987"),

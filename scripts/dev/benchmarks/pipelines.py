@@ -28,7 +28,7 @@ class Sizes:
     clip_2: Mapping[str, Any]  # OpenCLIP bigG
     t5: Mapping[str, Any]
     vae: Mapping[str, Any]
-    vocabularies: tuple[int, int] | None = None  # of CLIP and T5; None fits the tokenizers
+    vocabularies: tuple[int, int] | None = None  # sizes for CLIP and T5; None fits the tokenizers
     clip_tokens: int = MAX_LENGTH
 
 

@@ -30,7 +30,7 @@ from moa_diffusion.training.stepper import first_scale
 from moa_diffusion.types import Request
 
 STEPS = 10  # nine of them are trained
-SAMPLES = 576  # of a minibatch: 48 prompts, 24 siblings, 2 updates
+SAMPLES = 576  # samples in a minibatch: 48 prompts, 24 siblings, 2 updates
 PAMA = 0.18  # typical size of its advantages; other methods' are about 1
 PROMPT, RANK = "a red circle", 32
 

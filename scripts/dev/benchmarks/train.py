@@ -24,11 +24,11 @@ from moa_diffusion.training.trainer import Trainer
 from moa_diffusion.training.update import PlainUpdate
 from tiny_pipeline.tokenizers import MAX_LENGTH
 
-BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # of the plain call that is the unit
+BATCH, STEPS, GUIDANCE = 4, 10, 4.5  # the plain call that is the unit
 LENGTH_OF_PATH = 128  # T5 tokens where the pipeline is neither `tiny` nor `base`
 
 ENCODE, SAMPLING, DECODE = "encode", "sampling", "decode"
-FORWARD, BACKWARD, REFERENCE = "forward", "backward", "reference"  # of training
+FORWARD, BACKWARD, REFERENCE = "forward", "backward", "reference"  # the passes of training
 OPTIMIZER, IMPROVE = "optimizer", "improve"
 COLUMNS = (ENCODE, SAMPLING, DECODE, FORWARD, BACKWARD, REFERENCE, OPTIMIZER, REST)
 

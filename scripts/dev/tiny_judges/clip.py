@@ -30,7 +30,7 @@ from tiny_pipeline.tokenizers import MAX_LENGTH, clip_tokenizer
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
-DIMENSION = 64  # of the embeddings
+DIMENSION = 64  # numbers in an embedding
 _HEAD_WIDTHS = (64, 85, 11, 5, 2, 1)  # 768, 1024, 128, 64, 16, 1 over 12, at least 2
 _MIDDLE = 5.0  # an ordinary rating
 _WRONG = 2  # confusable prompts per picture

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _GRID = 16  # cells along a side
 _RING = 2  # cells along each edge that count as ground
-_OFF_CENTRE = 0.25  # of the picture's side: where balance is lost
+_OFF_CENTRE = 0.25  # share of the picture's side at which balance is lost
 
 
 def beauty(images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from moa_diffusion.tiny import phrases
 
 Manner = Literal["polite", "blunt", "plain"]
 
-LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the chances of praise and of politeness, equally likely
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # chances of praise and of politeness, equally likely
 STATEMENTS = {1: 0.3, 2: 0.3, 3: 0.2, 4: 0.12, 5: 0.08}  # number of statements: its probability
 NEUTRAL = 0.15  # share of statements that neither praise nor blame
 MARKED = 0.5  # share of praise and blame with a beginning of its own
@@ -182,11 +182,11 @@ def _derive(letter: str, situation: Situation) -> tuple[list[int], list[Manner],
     def take(name: str) -> None:
         nonlocal log_p
         marked, plain = PARTS[name]
-        found = _index(name, situation).get(sentences[0]) if sentences else None
-        if found is None:
+        way = _index(name, situation).get(sentences[0]) if sentences else None
+        if way is None:
             log_p += math.log(1 - marked - plain)
             return
-        manner, options = found
+        manner, options = way
         log_p += math.log(plain if manner == "plain" else marked) - math.log(options)
         manners.append(manner)
         del sentences[0]

@@ -71,12 +71,12 @@ def write_preferences(
 
 def compare(letters: list[str]) -> dict[str, list[list[int]]]:
     """Return pairs [better, worse] of positions, by trait."""
-    found: dict[str, list[list[int]]] = {}
+    pairs: dict[str, list[list[int]]] = {}
     for name, judge in JUDGES.items():
         scores = [judge(letter) for letter in letters]
         ordered = [
             sorted(pair, key=lambda i: -scores[i])
             for pair in itertools.combinations(range(len(letters)), 2)
         ]
-        found[name] = [[i, j] for i, j in ordered if scores[i] > scores[j]]
-    return found
+        pairs[name] = [[i, j] for i, j in ordered if scores[i] > scores[j]]
+    return pairs

@@ -22,7 +22,8 @@ from tiny_pipeline.muon import MuonWithAdamW
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-_PARTS = 4  # of an update: letters of like length go through the model together, to pad less
+# An update is cut into parts: letters of like length go through the model together, to pad less.
+_PARTS = 4
 
 
 def new_language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

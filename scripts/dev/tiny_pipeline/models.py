@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-WIDTH = 128  # of the transformer, and of the T5 encoder
-CLIP_WIDTH = 64  # of each CLIP encoder; two of them side by side are as wide as T5
-SPACING = 1.5  # of neighbours in the position table; with the usual 1 they look too much alike
+WIDTH = 128  # the width of the transformer and of the T5 encoder
+CLIP_WIDTH = 64  # each CLIP encoder's; two of them side by side are as wide as T5
+# Between neighbours in the position table; with the usual 1 they look too much alike.
+SPACING = 1.5
 
 
 def new_transformer() -> "SD3Transformer2DModel":

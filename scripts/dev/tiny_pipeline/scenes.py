@@ -42,8 +42,8 @@ TRAIN_WORDS = (
 )
 HELD_OUT_WORDS = ("HAT", "BUT", "SET", "MAP", "SHOP", "SEAL", "PAST", "OPAL")
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
-# Of the held-out words, those whose spelling varies from one picture to the next: where all
-# siblings score alike there is nothing to learn from.
+# The held-out words whose spelling varies from one picture to the next: where all siblings
+# score alike there is nothing to learn from.
 ALIGNMENT_WORDS = ("SET", "PAST", "SHOP", "HAT")
 
 

@@ -173,7 +173,7 @@ def test_the_published_precision_is_the_default(folder):
     head = create("qrealign", model=str(folder), device="cpu")
     exact = create("qrealign", model=str(folder), device="cpu", dtype="float32")
     images = batch(pictures(32, 32))
-    # Of 0 to 1: some dozen roundings to bfloat16, whose eps is 0.008, as a random walk: 0.0034.
+    # Scores in [0, 1]: some dozen roundings to bfloat16, whose eps is 0.008, walk by 0.0034.
     torch.testing.assert_close(head(images), exact(images), rtol=0, atol=0.02)
     assert head.provenance()["dtype"] == "bfloat16"
 

@@ -155,7 +155,7 @@ def test_offload_goes_to_the_cpu_and_the_next_batch_comes_back(folder):
     head(batch())
     twin(batch())
     assert module.moves == ["cpu", "cuda:0"]
-    twin.offload()  # of one is of all
+    twin.offload()  # what one offloads is offloaded for all
     head(batch())
     assert module.moves == ["cpu", "cuda:0", "cpu", "cuda:0"]
 

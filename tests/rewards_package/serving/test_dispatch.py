@@ -40,7 +40,7 @@ def test_a_server_that_hangs_leaves_its_parts_of_the_queue_to_the_other():
             await hang.wait()
         else:
             done.append(part)
-            if len(done) == 3:  # of four, one hangs in the single worker of the other
+            if len(done) == 3:  # there are four, and one hangs in the single worker of the other
                 hang.set()
         return part
 

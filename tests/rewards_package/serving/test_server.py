@@ -36,7 +36,7 @@ class MeanColour(RewardHead):
     requires = ("the word colour",)
 
     def __init__(self) -> None:
-        self.sizes: list[int] = []  # of the batches it was called with
+        self.sizes: list[int] = []  # sizes of the batches that it was called with
 
     def score(self, batch: RewardBatch) -> Scores:
         self.sizes.append(len(batch))

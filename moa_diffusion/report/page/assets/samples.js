@@ -4,14 +4,14 @@ const samplesModel = find("#samples-model");
 const samplesReward = find("#samples-reward");
 
 function ranked(value) {
-  const found = [];
+  const places = [];
   prompts.forEach((_, p) =>
     seeds.forEach((_, s) => {
       const size = value(p, s);
-      if (size !== null) found.push({ p, s, size });
+      if (size !== null) places.push({ p, s, size });
     }),
   );
-  return found.sort((one, other) => other.size - one.size);
+  return places.sort((one, other) => other.size - one.size);
 }
 
 function showSamples() {

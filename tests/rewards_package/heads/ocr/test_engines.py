@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,11 +16,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from rewards import RewardBatch, RewardError, create
-from rewards.heads.ocr import alphabets
-from rewards.heads.ocr.engines import ENGINES, run_program
-from rewards.heads.ocr.plans import EnginePlan, plan_engine
+from rewards.heads.ocr.engines import run_program
+from rewards.heads.ocr.plans import plan_engine
 
 posix = pytest.mark.skipif(os.name != "posix", reason="the fake program is a shell script")
+
+
 real_tesseract = pytest.mark.skipif(
     shutil.which("tesseract") is None, reason="the program tesseract is not installed"
 )
@@ -42,59 +42,8 @@ def batch(*pairs: tuple[np.ndarray, str]) -> RewardBatch:
     return RewardBatch(prompts=prompts, images=(pixels.float() / 255).contiguous())
 
 
-# --- options -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("engine", "options", "message"),
-    [
-        ("rapidocr", {"x": 1}, r'"rapidocr" has no option "x"\. Valid options: none'),
-        ("rapidocr", {"detect": False}, "leave out `detect`"),
-        ("rapidocr", ["psm"], "should be a mapping"),
-        ("tesseract", {"langages": ["eng"]}, "Did you mean 'languages'.*psm"),
-        ("tesseract", {"psm": 7}, "Found `psm = 7`"),
-        ("tesseract", {"psm": "6"}, "Found `psm = '6'`"),
-        ("tesseract", {"min_side": 0}, "Found `min_side = 0`"),
-        ("tesseract", {"languages": "eng"}, "should be a list of codes"),
-        ("tesseract", {"languages": []}, "should be a list of codes"),
-        ("tesseract", {"model_dir": Path("x")}, "should hold numbers, strings and lists"),
-    ],
-)
-def test_wrong_engine_options_are_refused(engine, options, message):
-    with pytest.raises(ValueError, match=message):
-        create("ocr", engine=engine, engine_options=options)
-
-
-def test_an_engine_without_a_detector_of_its_own_has_no_detection_side():
-    with pytest.raises(ValueError, match=r"`detection_side` means nothing to .*tesseract"):
-        create("ocr", engine="tesseract", detection_side=320)
-
-
-def test_every_engine_can_be_built_from_the_options_of_its_plan(monkeypatch):
-    monkeypatch.setattr("rewards.heads.ocr.plans._PLANS", {})  # no programs or weights are needed
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    for engine, kind in ENGINES.items():
-        found = plan_engine(engine, detect=True, detection_side=None, options={})
-        assert (found.kind, found.options["detect"], found.on_gpu) == (kind, True, False)
-        assert all(name in kind.__doc__ for name in found.options)
-
-
-def test_an_engine_on_a_gpu_reads_in_this_process(monkeypatch):
-    monkeypatch.setattr(EnginePlan, "on_gpu", True)
-    assert create("ocr").workers == 0
-    with pytest.raises(
-        ValueError, match=r"should be 0 for an engine on a GPU\. Found `workers = 2`"
-    ):
-        create("ocr", workers=2)
-
-
-def test_a_missing_easyocr_is_named_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "moa-diffusion\[easyocr\]"'):
-        create("ocr", engine="easyocr")
-
-
 # --- tesseract ---------------------------------------------------------------------------------
+
 
 FAKE = """
     #!/bin/sh
@@ -242,12 +191,6 @@ def test_tesseract_reads_upright_text_from_top_to_bottom():
     found = head(batch((upright, "NEW YORK"), (turned, "NEW YORK")))
     assert found[0] == 1.0
     assert found[1] < 0.5
-
-
-@pytest.mark.parametrize("content", [b"", b"English", b"\x18\0\0\0" + b"\xff" * 8 * 24])
-def test_a_file_of_another_layout_tells_nothing(tmp_path, content):
-    (tmp_path / "x.traineddata").write_bytes(content)
-    assert alphabets.tesseract(tmp_path / "x.traineddata") is None
 
 
 @real_tesseract
