@@ -16,6 +16,7 @@ from moa_diffusion.files.writing import write_text
 from moa_diffusion.planning.gpus import GPUS, Gpu, gpu
 from moa_diffusion.planning.planner import SAMPLE, UPDATE, Planner
 from moa_diffusion.planning.present import Plan
+from moa_diffusion.scoring import RewardError
 from moa_diffusion.types import ConfigError
 
 
@@ -61,7 +62,7 @@ def plan(arguments: Sequence[str]) -> int:
         print(made.text())
         if options.json is not None:
             write_text(options.json, json.dumps(made.as_json(), indent=2) + "\n")
-    except (ConfigError, ImportError, OSError) as error:
+    except (ConfigError, RewardError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -113,7 +113,8 @@ class _Variant:
         steps = min(policy.step_batch, self.decisions)
         self.rows = cut.micro_batch * steps * self.copies  # of a training pass
         self.judges = planner.judges if judges else ()
-        self.everyone = (*self.judges, *(planner.watching if judges else ()))
+        watching = planner.watching if judges and self._evaluations() else ()
+        self.everyone = (*self.judges, *watching)
         sizes, tokens = planner.shape.transformer, planner.shape.clip_tokens
         tokens += policy.max_sequence_length
         numbers = tokens * sizes["joint_attention_dim"] + sizes["pooled_projection_dim"]
@@ -127,7 +128,9 @@ class _Variant:
         settings, planner, cut = self.settings, self.planner, self.cut
         rounds, steps = settings.trainer.steps, settings.sampling.steps
         card, rollout = self._resident(), {"rollout": self._rollout()}
-        judges: Sizes = {"judges": _weights(self.judges)}
+        # All are loaded at the start; those that were moved away come back when they are asked.
+        offload = settings.scoring.offload
+        judges: Sizes = {"judges": _weights(self.judges if offload else self.everyone)}
         busy: Sizes = {"their activations": self._scoring_peak()}
         # With overlap heads score a batch while the next one is drawn.
         drawing = card | rollout | judges | (busy if settings.scoring.overlap else {})
@@ -139,7 +142,7 @@ class _Variant:
         guided = cut.sample_batch * _copies(settings.evaluation.guidance)
         generate = max(self.model.forward_peak.at(guided), self._decode_peak())
         evaluate = {"judges": _weights(self.everyone)} | busy | {"activations": generate}
-        training = rollout | self._training() | ({} if settings.scoring.offload else judges)
+        training = rollout | self._training() | ({} if offload else judges)
         n, m = cut.per_rank, planner.references / cut.world_size
         drawn = (self._draw(n, steps, self.copies),)
         largest = max(draw["activations"], decode["activations"])
@@ -283,7 +286,19 @@ class _Variant:
 
 
 def _judges(settings: Config, section: str) -> tuple[Judge, ...]:
+    """Return what the heads of a section take of a card.
+
+    Their option ``device`` is left out: a card of the machine that trains is none of this one's.
+    """
     chosen = settings.rewards if section == "rewards" else settings.evaluation.rewards
+    kept = {
+        name: {key: value for key, value in options.items() if key != "device"}
+        for name, options in chosen.items()
+    }
+    if section == "rewards":
+        settings = replace(settings, rewards=kept)
+    else:
+        settings = replace(settings, evaluation=replace(settings.evaluation, rewards=kept))
     return tuple(
         judge(head, on_cpu=chosen[name].get("device") == "cpu")
         for name, head in heads(settings, section).items()

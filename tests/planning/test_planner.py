@@ -15,17 +15,26 @@ from moa_diffusion.planning.planner import Planner
 from moa_diffusion.types import ConfigError
 
 CARD = GPUS["h100"]
+CLIP = "package://moa_diffusion/tiny/judges/clip"
 TINY: dict[str, Any] = {
     "policy": {"path": "tiny", "max_sequence_length": 16, "lora": {"rank": 4}, "vae_batch": 2},
     "sampling": {"resolution": 64, "steps": 6, "guidance": 1.0, "window": 2},
     "prompts": {"train": "tiny", "heldout": "tiny"},
     "rewards": {
-        "clipscore": {"model": "package://moa_diffusion/tiny/judges/clip"},
+        "clipscore": {"model": CLIP},
         "sharpness": {},
     },
     "objectives": {"method": "upgrad"},
     "trainer": {"steps": 40, "groups": 4, "group_size": 4, "micro_batch": 2, "sample_batch": 2},
-    "evaluation": {"every": 20, "steps": 10, "guidance": 1.0},
+    "evaluation": {
+        "every": 20,
+        "steps": 10,
+        "guidance": 1.0,
+        "rewards": {
+            "half": {"head": "clipscore", "dtype": "bfloat16", "model": CLIP},
+            "same": {"head": "clipscore", "model": CLIP},  # which the trained one shares
+        },
+    },
     "checkpoint": {"every": 10, "keep": 2, "front": 1},
 }
 
@@ -59,10 +68,12 @@ def test_phases_hold_what_is_on_the_card_then(planner: Planner) -> None:
         assert memory(planner, name)["LoRA"] == memory(planner, name)["EMA"] == 4 * trained
     assert "text encoders" in memory(planner, "encode")
     assert "judges" not in memory(planner, "encode")
+    watched = planner.judges[0].weights + planner.watching[0].weights
+    assert memory(planner, "evaluate")["judges"] == watched
     update = memory(planner, "update")
     assert update["gradients"] == 12 * trained
     assert update["objectives' gradients"] == 2 * 8 * trained  # in float64, for two rewards
-    assert update["judges"] == memory(planner, "sample")["judges"] == planner.judges[0].weights
+    assert update["judges"] == memory(planner, "sample")["judges"] == watched
 
 
 def test_settings_change_what_they_should(planner: Planner) -> None:
@@ -70,7 +81,7 @@ def test_settings_change_what_they_should(planner: Planner) -> None:
     plain = planner.forecast()
     moved = replace(own, scoring=replace(own.scoring, offload=True))
     assert "judges" not in memory(planner, "update", settings=moved)
-    assert memory(planner, "sample", settings=moved) == memory(planner, "sample")
+    assert memory(planner, "sample", settings=moved)["judges"] == planner.judges[0].weights
     split = replace(own, policy=replace(own.policy, shard=True))
     assert memory(planner, "load", settings=split)["transformer"] == 40e6 + 80e6 + 2 * 10e6
     guided = replace(own, sampling=replace(own.sampling, guidance=4.5))
@@ -90,6 +101,15 @@ def test_settings_change_what_they_should(planner: Planner) -> None:
     without = planner.forecast(judges=False)
     assert without.hours(CARD, {}) < plain.hours(CARD, {})
     assert without.peak.peak < plain.peak.peak
+
+
+def test_a_device_of_another_machine_is_no_error() -> None:
+    clip = {**TINY["rewards"]["clipscore"], "device": "cuda:3"}
+    judges = Planner(config.from_dict({**TINY, "rewards": {"clipscore": clip}}), gpus=1).judges
+    assert judges[0].weights > 0
+    clip["device"] = "cpu"
+    judges = Planner(config.from_dict({**TINY, "rewards": {"clipscore": clip}}), gpus=1).judges
+    assert judges[0].weights == 0
 
 
 def test_hours_are_those_of_all_cards_and_phases(planner: Planner) -> None:
