@@ -136,7 +136,7 @@ def check_script(script: str, words: Sequence[str], parsed: Callable[..., Parsed
     if script.startswith("scripts/dev/") or script == "scripts/demo.py":
         assert not words
     elif script in ("scripts/train_sd.py", "scripts/train_lm.py"):
-        if "..." not in words and "--print_config" not in words:
+        if not {"...", "--print_config", "--dry_run"} & set(words):
             config.parse(words)
     else:
         found = parsed(script, words)
