@@ -232,6 +232,8 @@ class SD3Policy:
         self._adapted = lora.layers(self.transformer)
 
         self.vae: Any = pipeline.vae.to(device).requires_grad_(False).eval()
+        if device.type in ("cpu", "cuda"):  # whose convolutions and norms have kernels for it
+            self.vae.to(memory_format=torch.channels_last)
         self.scheduler = pipeline.scheduler
         self.encode = PromptEncoder(
             pipeline,

@@ -190,6 +190,21 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
     torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
 
 
+def test_decoder_is_channels_last_and_decodes_as_a_plain_one(make: Any, pipeline: Any) -> None:
+    policy = make()
+    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    found, plain = policy._decode(latents), pipeline.vae
+    scaled = latents / plain.config.scaling_factor + plain.config.shift_factor
+    with torch.no_grad():
+        raw = plain.decode(scaled, return_dict=False)[0]
+    assert plain.decoder.conv_in.weight.is_contiguous()
+    last = torch.channels_last
+    assert policy.vae.decoder.conv_in.weight.is_contiguous(memory_format=last)
+    assert policy.vae.decode(scaled).sample.is_contiguous(memory_format=last)
+    # Sums in another order: pixels in [-1, 1] were 1e-5 apart. The bound is that of pictures above.
+    torch.testing.assert_close(found, (raw / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("metadata", [True, False])
 def test_saved_adapter_draws_the_same_in_plain_diffusers(
     make: Any, pipeline: Any, tmp_path: Any, metadata: bool
