@@ -38,7 +38,7 @@ Extra = dict[str, Any]  # one sample's "<objective>/<column>" to a JSON value
 class ScoredOutputs:
     """What ``Scorer.draw_and_score`` returns for M requests."""
 
-    values: Tensor  # [M, K] float64, equal on every process
+    values: Tensor  # [K, M] float64, equal on every process
     extra: list[Extra]  # M, equal on every process
     outputs: Outputs  # m, of this process in the order of ``shard``
 
@@ -201,7 +201,7 @@ class Scorer:
                     draw(mine[:batch])
             local, extra = self._wait(scoring, before_batch)  # [K, m]
         return ScoredOutputs(
-            values=gather_shards(local.T, shards, self.comm),
+            values=gather_shards(local.T, shards, self.comm).T,
             extra=gather_shard_objects(extra, shards, self.comm),
             outputs=torch.cat(images) if images else tuple(texts),
         )

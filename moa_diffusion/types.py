@@ -6,7 +6,9 @@ Axes, named once and always in this order:
 |---|---|
 | K | objectives (reward heads) |
 | N | samples of one rollout, over all processes; ``n`` is one process's share |
+| M | samples that are drawn and scored outside a rollout: held-out ones, references |
 | T | decisions per sample: trained denoising steps, or tokens; ``t`` is a part of them |
+| D | decisions of all N samples, one after the other, without those that do not exist |
 | P | prompt draws (groups) of one rollout |
 | G | siblings per prompt draw (the group size) |
 

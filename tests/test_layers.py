@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -419,3 +420,12 @@ def test_a_right_import_passes(importer: str, source: str) -> None:
 def test_an_unlisted_module_is_told_where_it_belongs() -> None:
     with pytest.raises(LookupError, match="List it in the table LAYERS"):
         row("moa_diffusion.utils")
+
+
+def test_the_page_shows_the_rows() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| \d+ \| (.*) \|$", page.partition("## Rows")[2], re.M)
+    of_rooms = [names for names in LAYERS if not names[0].startswith(("rewards", "moa_diffusion"))]
+    for row_shown, names in zip(shown[:-1], of_rooms, strict=True):
+        listed = {name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", row_shown)}
+        assert listed == {name.removesuffix("/*") for name in names}

@@ -81,6 +81,9 @@ def test_the_generated_pages_are_fresh() -> None:
     assert configuration.page() == PAGES["docs/configuration.md"], (
         "run python scripts/dev/configuration.py"
     )
+    assert configuration.HELP.read_text(encoding="utf-8") == configuration.help_of_options(), (
+        "run python scripts/dev/configuration.py"
+    )
 
 
 def test_an_option_without_a_meaning_is_refused() -> None:

@@ -36,7 +36,7 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
         check_launcher(accelerator)
         heads = assembly.heads(settings)
         assembly.check_requirements("rewards", heads, plan.prompts)
-        sampler, outputs = medium.sampler(accelerator.device), medium.cache(plan.cache)
+        deployment, outputs = medium.deployment(accelerator.device), medium.cache(plan.cache)
     memory = plan.cache / "digests.txt"
     with working(comm):
         if comm.rank == 0:
@@ -49,7 +49,7 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
             candidate=c,
             prompt=p,
             seed=seed,
-            key=outputs.key(model=model, prompt=prompt.text, seed=seed, sampler=sampler),
+            key=outputs.key(model=model, prompt=prompt.text, seed=seed, deployment=deployment),
         )
         for c, model in enumerate(digests)
         for p, prompt in enumerate(plan.prompts)
@@ -65,7 +65,7 @@ def evaluate(plan: EvaluationPlan) -> ScoredSamples:
         candidates=plan.candidates,
         digests=digests,
         prompts=plan.prompts,
-        sampler=sampler,
+        deployment=deployment,
         samples=samples,
         scores=scores,
         versions=versions,

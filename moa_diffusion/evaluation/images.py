@@ -136,7 +136,7 @@ class Images:
         """Copy the one file that diffusers loads."""
         shutil.copy(source / DIFFUSERS, folder / DIFFUSERS)
 
-    def sampler(self, device: torch.device) -> ImageSettings:
+    def deployment(self, device: torch.device) -> ImageSettings:
         """Return the deployment settings, which are the same on any device."""
         return ImageSettings.of(self.settings, self.path)
 

@@ -49,7 +49,7 @@ class Medium(Protocol):
         """Write what a checkpoint's folder holds into another, the weights as they are."""
         ...
 
-    def sampler(self, device: torch.device) -> ImageSettings | TextSettings:
+    def deployment(self, device: torch.device) -> ImageSettings | TextSettings:
         """Return how outputs are drawn, beside the model, the prompt and the seed."""
         ...
 

@@ -31,7 +31,7 @@ class ScoredSamples:
     candidates: tuple[Candidate, ...]
     digests: tuple[str, ...]  # one for each candidate, of the base model with its adapter
     prompts: tuple[Prompt, ...]
-    sampler: ImageSettings | TextSettings
+    deployment: ImageSettings | TextSettings
     samples: tuple[Sample, ...]  # M, by candidate, prompt and seed
     scores: Mapping[str, tuple[Score, ...]]  # by objective, M each
     versions: Mapping[str, HeadVersion]  # what scored, by objective

@@ -42,16 +42,16 @@ class OutputCache(ABC, Generic[T]):
         self.folder = folder
 
     @staticmethod
-    def key(*, model: str, prompt: str, seed: int, sampler: DataclassInstance) -> str:
+    def key(*, model: str, prompt: str, seed: int, deployment: DataclassInstance) -> str:
         """Return the digest of everything that an output depends on.
 
         Args:
             model: Digest of the base model and of the candidate's weights.
             prompt: The prompt's text.
             seed: The seed of the sample.
-            sampler: The deployment settings, all of which count.
+            deployment: The deployment settings, all of which count.
         """
-        return json_digest([_VERSION, model, prompt, seed, asdict(sampler)])
+        return json_digest([_VERSION, model, prompt, seed, asdict(deployment)])
 
     def path(self, key: str) -> Path:
         """Return where the output is, or would be."""

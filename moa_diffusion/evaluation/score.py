@@ -117,7 +117,7 @@ def _score_missing(
             before_batch=lambda: None,
             bars=comm.rank == 0,
         )
-        for name, column in zip(scorer.names, scored.values.T.tolist(), strict=True):
+        for name, column in zip(scorer.names, scored.values.tolist(), strict=True):
             prefix = f"{name}/"
             new = {
                 one.score: Score(

@@ -130,7 +130,7 @@ class Texts:
         """Copy the two files that peft loads, and name the base model by its hub id."""
         copy_adapter(source, folder, base=self._hub_id())
 
-    def sampler(self, device: torch.device) -> TextSettings:
+    def deployment(self, device: torch.device) -> TextSettings:
         """Return the deployment settings, with the kind of device that the noise comes from."""
         return TextSettings.of(self.settings, self.path, device)
 

@@ -90,7 +90,7 @@ def write_table(scored: ScoredSamples, folder: Path) -> Path:
                     "scorer_version": version.identity.version,
                     "scorer_digest": version.digest,
                     "scorer_provenance": json.dumps(dict(version.identity.provenance)),
-                    **{f"sampler_{key}": value for key, value in asdict(scored.sampler).items()},
+                    **{f"sampler_{key}": value for key, value in asdict(scored.deployment).items()},
                 }
             )
     kinds = {"step": pyarrow.int64(), "ema": pyarrow.bool_(), "weights": pyarrow.string()}

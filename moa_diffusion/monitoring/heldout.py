@@ -130,7 +130,7 @@ class HeldOut:
             texts = gather_shard_objects(scored.outputs, shards, self.comm)
             with agreed(self.comm, as_one=True):
                 self._show_texts(step, texts)
-        values = scored.values.T  # [K, M]
+        values = scored.values  # [K, M]
         with agreed(self.comm, as_one=True):
             self.log.write_evaluation(
                 step, self.requests, self.scorer.names, values, scored.extra, texts
@@ -185,7 +185,7 @@ class HeldOut:
             lockstep=self.policy.lockstep,
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
-        gaps = (values[rows, : len(requests)] - scored.values.T).nanmean(1)  # [objectives]
+        gaps = (values[rows, : len(requests)] - scored.values).nanmean(1)  # [objectives]
         return dict(zip(self.training.names, gaps.tolist(), strict=True))
 
     def _expect(self, requests: Sequence[Request]) -> None:

@@ -290,11 +290,11 @@ class SD3Policy:
             log_probs.append(steps.even_score(v, noises[-1]) if even else steps.log_prob(x, mean))
             if i == window[-1]:
                 latents.append(x)
-        scores = torch.stack(log_probs, dim=1)  # [n, T]
+        recorded = torch.stack(log_probs, dim=1)  # [n, T]
         return Rollout(
             requests=tuple(requests),
-            log_probs=scores,
-            mask=torch.ones_like(scores, dtype=torch.bool),
+            log_probs=recorded,
+            mask=torch.ones_like(recorded, dtype=torch.bool),
             trace={
                 "latents": torch.stack(latents, dim=1),  # [n, T + 1, C, h, w]
                 "first_step": torch.full((len(requests),), window[0]),  # [n], on the CPU

@@ -60,11 +60,11 @@ class ToyPolicy:
             x = mean + self.std * noise(sources, (3,), x.device)
             points.append(x)
             log_probs.append(self._gaussian.log_prob(x, mean))
-        scores = torch.stack(log_probs, dim=1)  # [n, T]
+        recorded = torch.stack(log_probs, dim=1)  # [n, T]
         return Rollout(
             requests=tuple(requests),
-            log_probs=scores,
-            mask=torch.ones_like(scores, dtype=torch.bool),
+            log_probs=recorded,
+            mask=torch.ones_like(recorded, dtype=torch.bool),
             trace={"points": torch.stack(points, dim=1)},  # [n, T + 1, 3]
             images=self._picture(x),
         )

@@ -127,8 +127,8 @@ class Geometry:
             One int64 tensor ``[accumulation, micro_batch]`` per optimizer step.
         """
         blocks = self.samples // self.updates
-        scores = torch.rand(blocks, self.updates, generator=generator(seed, "minibatches", step))
-        order = scores.argsort(dim=1) + torch.arange(blocks)[:, None] * self.updates  # [blocks, U]
+        draws = torch.rand(blocks, self.updates, generator=generator(seed, "minibatches", step))
+        order = draws.argsort(dim=1) + torch.arange(blocks)[:, None] * self.updates  # [blocks, U]
         local_blocks = order.view(self.world_size, -1, self.updates)[rank]
         local = local_blocks - rank * self.per_rank
         return [part.reshape(self.accumulation, self.micro_batch) for part in local.T]

@@ -32,7 +32,7 @@ class GradientSum:
         self._parameters = list(parameters)
         device = self._parameters[0].device
         sizes = [parameter.numel() for parameter in self._parameters]
-        self._flat = torch.zeros(sum(sizes), dtype=widest(device), device=device)  # [P]
+        self._flat = torch.zeros(sum(sizes), dtype=widest(device), device=device)  # [numbers]
         self._parts = [
             part.view_as(parameter)
             for part, parameter in zip(self._flat.split(sizes), self._parameters, strict=True)

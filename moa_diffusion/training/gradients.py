@@ -103,7 +103,8 @@ class ObjectiveGradients:
         self._parameters, self._layers = dict(parameters), list(layers)
         sizes = [parameter.numel() for parameter in parameters.values()]
         device = next(iter(parameters.values())).device
-        self._flat = torch.zeros(count, sum(sizes), dtype=widest(device), device=device)  # [K, P]
+        # [K, numbers]
+        self._flat = torch.zeros(count, sum(sizes), dtype=widest(device), device=device)
         self._spans = dict(zip(parameters, pairwise(accumulate(sizes, initial=0)), strict=True))
         self.rows: dict[str, Tensor] = {
             name: self._flat[:, slice(*self._spans[name])].view(count, *parameter.shape)
@@ -294,7 +295,7 @@ class ObjectiveGradients:
                 f"Parameter `weights` should have the shape ({self.count},). "
                 f"Found {tuple(weights.shape)}."
             )
-        mixed = weights.to(self._flat) @ self._flat  # [P]
+        mixed = weights.to(self._flat) @ self._flat  # [numbers]
         for name, parameter in self._parameters.items():
             part = mixed[slice(*self._spans[name])].view_as(parameter)
             if parameter.grad is None:

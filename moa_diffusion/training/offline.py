@@ -378,7 +378,7 @@ def constrained(
         data: The responses with their win rates.
         primary: The objective that is maximised.
         bounds: The bound of each other objective by name, or one for all of them.
-        settings: The section ``preferences`` as the algorithm takes it.
+        settings: What ``objectives.weighting`` sets beside the primary objective and the bounds.
 
     Raises:
         ValueError: For a primary objective or a bound that the preferences do not have, or for

@@ -158,8 +158,8 @@ class Trainer:
                 bars=self.progress.bars,
                 lockstep=self.policy.lockstep,
             )
-        pools = scored.values.unflatten(0, (-1, len(prompts)))  # [samples, P, K]
-        self.normalizer.remember(prompts, pools.permute(1, 2, 0))
+        pools = scored.values.unflatten(1, (-1, len(prompts)))  # [K, samples, P]
+        self.normalizer.remember(prompts, pools.permute(2, 0, 1))
 
     def draw(self, requests: tuple[Request, ...]) -> tuple[Rollout, RewardMatrix]:
         """Draw a rollout and score it, each batch while the next one is drawn.

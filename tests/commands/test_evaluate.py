@@ -190,8 +190,8 @@ def test_pictures_are_those_of_plain_diffusers(
 
 def test_a_key_knows_everything_that_a_picture_depends_on(tmp_path: Path):
     settings = from_dict(SETTINGS)
-    sampler = ImageSettings.of(settings, str(PIPELINE_PATH))
-    given = {"model": "m", "prompt": "p", "seed": 0, "sampler": sampler}
+    deployment = ImageSettings.of(settings, str(PIPELINE_PATH))
+    given = {"model": "m", "prompt": "p", "seed": 0, "deployment": deployment}
     others = [{"model": "n"}, {"prompt": "q"}, {"seed": 1}]
     changes = {
         "steps": 9,
@@ -205,7 +205,9 @@ def test_a_key_knows_everything_that_a_picture_depends_on(tmp_path: Path):
         "kind": "sde",
     }
     assert changes.keys() == {field.name for field in dataclasses.fields(ImageSettings)}
-    others += [{"sampler": dataclasses.replace(sampler, **{k: v})} for k, v in changes.items()]
+    others += [
+        {"deployment": dataclasses.replace(deployment, **{k: v})} for k, v in changes.items()
+    ]
     keys = [ImageCache.key(**given | other) for other in [{}, *others]]
     assert len(set(keys)) == len(keys)
 

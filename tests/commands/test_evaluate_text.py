@@ -221,17 +221,19 @@ def test_one_noise_for_all_models_and_another_for_every_prompt():
 def test_a_key_knows_everything_that_a_completion_depends_on(runs: Path, tmp_path: Path):
     settings = from_dict(settings_of(runs, "a", 1))
     path, cpu = str(runs / "base"), torch.device("cpu")
-    sampler = TextSettings.of(settings, path, cpu)
-    assert sampler == TextSettings(
+    deployment = TextSettings.of(settings, path, cpu)
+    assert deployment == TextSettings(
         max_new_tokens=TOKENS, temperature=1.0, chat=False, dtype="float32", noise="cpu"
     )
     settings.generation.eval_temperature = 0.0
     assert TextSettings.of(settings, path, torch.device("cuda")).noise == "none"
-    given = {"model": "m", "prompt": "p", "seed": 0, "sampler": sampler}
+    given = {"model": "m", "prompt": "p", "seed": 0, "deployment": deployment}
     others: list[dict[str, Any]] = [{"model": "n"}, {"prompt": "q"}, {"seed": 1}]
     changes = {"max_new_tokens": 9, "temperature": 0.5, "chat": True, "dtype": "x", "noise": "y"}
     assert changes.keys() == {field.name for field in dataclasses.fields(TextSettings)}
-    others += [{"sampler": dataclasses.replace(sampler, **{k: v})} for k, v in changes.items()]
+    others += [
+        {"deployment": dataclasses.replace(deployment, **{k: v})} for k, v in changes.items()
+    ]
     keys = [TextCache.key(**given | other) for other in [{}, *others]]
     assert len(set(keys)) == len(keys)
 

@@ -56,7 +56,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, cache: type[OutputCache], conte
 
 
 def test_the_key_holds_all_that_an_output_depends_on():
-    given = {"model": "m", "prompt": "p", "seed": 1, "sampler": Settings()}
-    others = [{"model": "n"}, {"prompt": "q"}, {"seed": 2}, {"sampler": Settings(steps=5)}]
+    given = {"model": "m", "prompt": "p", "seed": 1, "deployment": Settings()}
+    others = [{"model": "n"}, {"prompt": "q"}, {"seed": 2}, {"deployment": Settings(steps=5)}]
     keys = {OutputCache.key(**{**given, **other}) for other in [{}, *others]}
     assert len(keys) == 5

@@ -45,6 +45,8 @@ class Red(RewardHead):
 class Drawn:
     """Draws a pixel of the colour that it was told for the seed."""
 
+    lockstep = False
+
     def __init__(self) -> None:
         self.red: dict[int, float] = {}
 
