@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moa_diffusion.policies.merged import MergedForward, Record
+from moa_diffusion.policies.forward import MergedForward, Record
 
 ATTENTION = (
     "attn.to_q",

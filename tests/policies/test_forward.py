@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from moa_diffusion.policies.forward import MergedForward
 from moa_diffusion.policies.lora import disabled, layers
-from moa_diffusion.policies.merged import MergedForward
 
 
 def adapted(*, bias: bool = True) -> nn.Module:
