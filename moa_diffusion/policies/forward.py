@@ -1,14 +1,16 @@
-"""The forward pass of a LoRA layer as one matrix product, exact, for float32 weights.
+"""The forward passes of LoRA layers and of SD3's attention, with less work than the libraries do.
 
-peft computes ``W x + s B (A x)`` with three products, which on a small model costs a fifth of a
-forward pass. Here the product is with ``W' = W + s B A``, made once per update of A and B, and the
-backward pass returns the gradients of A and B themselves, or hands over what they are made of
-(``moa_diffusion.training.gradients``). In half precision the update would drown in its rounding:
-such layers keep peft's forward.
+peft computes ``W x + s B (A x)`` with three products, two additions of the result's size and, in
+half precision, casts of A, B and x in every call. Here a float32 layer is one product, with
+``W' = W + s B A`` made once per update of A and B. In half precision the update would drown in the
+rounding of W': there A and B are cast once per update, and the last product adds to the result in
+place. Both backward passes return the gradients of A and B themselves, or hand over what they are
+made of (``moa_diffusion.training.gradients``).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn import functional
 Record = Callable[[Tensor, Tensor, Tensor], None]  # see moa_diffusion.training.gradients.Layer
 
 
-class _Product(torch.autograd.Function):
+class _Merged(torch.autograd.Function):
     """``x W'^T + bias`` whose gradient goes to x, A and B."""
 
     @staticmethod
@@ -55,7 +57,60 @@ class _Product(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
-class MergedForward:
+class _Added(torch.autograd.Function):
+    """``x W^T + bias + s (x A^T) B^T`` whose gradient goes to x, A and B.
+
+    It is computed with A and B in the precision of x; their gradients are float32, rounded once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        _a: Tensor,
+        _b: Tensor,
+        factors: tuple[Tensor, Tensor],
+        layer: AddedForward,
+    ) -> Tensor:
+        y, low = _add(x, weight, bias, *factors, layer.s)
+        ctx.save_for_backward(x, weight, *factors, low)
+        ctx.layer = layer
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None, None]:
+        x, weight, a, b, low = ctx.saved_tensors
+        layer: AddedForward = ctx.layer
+        dlow = (dy @ b).mul_(layer.s)  # [..., rank]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            dx.view(-1, dx.shape[-1]).addmm_(dlow.view(-1, dlow.shape[-1]), a)
+        if layer.record is not None:
+            layer.record(layer.a, dlow, x)
+            layer.record(layer.b, dy, low * layer.s)
+            return dx, None, None, None, None, None, None
+        rows = [t.reshape(-1, t.shape[-1]) for t in (x, dy, dlow, low)]  # [N L, ...]
+        da = (rows[2].T @ rows[0]).float()  # [rank, in]
+        db = (rows[1].T @ rows[3]).float() * layer.s  # [out, rank]
+        return dx, None, None, da, db, None, None
+
+
+def _add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = x W^T + bias + s (x A^T) B^T``, made in place, and ``x A^T``."""
+    y, low = functional.linear(x, weight, bias), functional.linear(x, a)
+    y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.T, alpha=s)
+    return y, low
+
+
+class LoraForward(ABC):
     """Replaces the ``forward`` of a peft LoRA layer over an ``nn.Linear``.
 
     While ``record`` is set, a backward pass that is asked for ``leaves`` calls it for each of
@@ -65,14 +120,16 @@ class MergedForward:
         layer: The layer, with one adapter named "default", without dropout.
 
     Raises:
-        ValueError: If the base weight is not float32.
+        ValueError: If the base weight is of another type than ``dtypes``.
     """
 
+    dtypes: tuple[torch.dtype, ...]
+
     def __init__(self, layer: Any) -> None:
-        if layer.base_layer.weight.dtype != torch.float32:
+        if layer.base_layer.weight.dtype not in self.dtypes:
             raise ValueError(
-                "Parameter `layer` should have a float32 base weight. "
-                f"Found {layer.base_layer.weight.dtype}."
+                "Parameter `layer` should have a base weight of type "
+                f"{' or '.join(map(str, self.dtypes))}. Found {layer.base_layer.weight.dtype}."
             )
         self.layer = layer
         self.a: Tensor = layer.lora_A["default"].weight
@@ -80,25 +137,120 @@ class MergedForward:
         self.s: float = layer.scaling["default"]
         self.weights = self.leaves = (self.a, self.b)
         self.record: Record | None = None
-        self._merged: Tensor | None = None
         self._versions = (-1, -1)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the base layer with the LoRA added to its weight, or without if it is disabled."""
+        """Apply the base layer with the LoRA added to it, or without if it is disabled."""
         base = self.layer.base_layer
+        x = x.to(base.weight.dtype)  # as autocast does
         if self.layer.disable_adapters:
             return functional.linear(x, base.weight, base.bias)
-        if torch.is_grad_enabled():
-            product: Tensor = _Product.apply(x, self._weight(), base.bias, self.a, self.b, self)
-            return product
-        return functional.linear(x, self._weight(), base.bias)
+        return self.apply(x, base.weight, base.bias)
 
-    @torch.no_grad()
-    def _weight(self) -> Tensor:
-        """Return ``W'``, made anew after in-place changes of A or B (optimizer, EMA, loading)."""
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the adapted layer's output for x, which has the type of the base weight."""
+
+    def _changed(self) -> bool:
+        """Return whether A or B changed in place since the last call (optimizer, EMA, loading)."""
         versions = (self.a._version, self.b._version)
-        if self._merged is None or versions != self._versions:
-            base = self.layer.base_layer.weight
-            self._merged = torch.addmm(base, self.b, self.a, alpha=self.s)
-            self._versions = versions
-        return self._merged
+        before, self._versions = self._versions, versions
+        return versions != before
+
+
+class MergedForward(LoraForward):
+    """One product with ``W' = W + s B A``, for float32; it keeps W'."""
+
+    dtypes = (torch.float32,)
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._merged: Tensor | None = None
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x W'^T + bias``."""
+        if self._changed() or self._merged is None:
+            with torch.no_grad():
+                self._merged = torch.addmm(weight, self.b, self.a, alpha=self.s)
+        if torch.is_grad_enabled():
+            product: Tensor = _Merged.apply(x, self._merged, bias, self.a, self.b, self)
+            return product
+        return functional.linear(x, self._merged, bias)
+
+
+class AddedForward(LoraForward):
+    """``W x`` with ``s B (A x)`` added in place, for half precision; it keeps A and B in it."""
+
+    dtypes = (torch.float16, torch.bfloat16)
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x W^T + bias + s (x A^T) B^T``."""
+        if self._changed() or self._factors is None:
+            self._factors = self.a.detach().to(x.dtype), self.b.detach().to(x.dtype)
+        if torch.is_grad_enabled():
+            inputs = (x, weight, bias, self.a, self.b, self._factors, self)
+            total: Tensor = _Added.apply(*inputs)
+            return total
+        return _add(x, weight, bias, *self._factors, self.s)[0]
+
+
+class JointAttention:
+    """The attention of SD3's blocks, in the place of diffusers' ``JointAttnProcessor2_0``.
+
+    It does the same, but under autocast the input is cast once for queries, keys and values, which
+    then keep one copy of it for the backward pass instead of three.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from image tokens, and from the text's if there are any, to all of them.
+
+        Args:
+            attn: The layer, a ``diffusers.models.attention_processor.Attention``.
+            hidden_states: Image tokens ``[n, L, D]``.
+            encoder_hidden_states: The text's tokens ``[n, M, D]``; None where a block attends to
+                the image alone.
+
+        Returns:
+            The outputs for image tokens and, if there are any, for the text's.
+        """
+        n, tokens = hidden_states.shape[:2]
+        image = _cast(hidden_states)
+        q, k, v = (_heads(attn, f(image)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        if encoder_hidden_states is not None:
+            text = _cast(encoder_hidden_states)
+            projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text_q, text_k, text_v = (_heads(attn, f(text)) for f in projections)
+            if attn.norm_added_q is not None:
+                text_q = attn.norm_added_q(text_q)
+            if attn.norm_added_k is not None:
+                text_k = attn.norm_added_k(text_k)
+            pairs = ((q, text_q), (k, text_k), (v, text_v))
+            q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        found = functional.scaled_dot_product_attention(q, k, v)
+        found = found.transpose(1, 2).reshape(n, -1, attn.heads * found.shape[-1]).to(q.dtype)
+        output: Tensor = attn.to_out[1](attn.to_out[0](found[:, :tokens]))
+        if encoder_hidden_states is None:
+            return output
+        text = found[:, tokens:]
+        return output, text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    """Return ``x [n, L, D]`` as ``[n, heads, L, D / heads]``."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Return x in the type that autocast computes products in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
