@@ -1,7 +1,7 @@
 """Measure what training costs: on the CPU, or on a GPU.
 
-On the CPU: `train`, `gradients`, `methods`, `ocr`; and how far gradients in float16 are from those
-in float32 (`precision`, half an hour).
+On the CPU: `train`, `gradients`, `methods`, `ocr`, `remote`; and how far gradients in float16 are
+from those in float32 (`precision`, half an hour).
 
 python scripts/bench.py train --pipeline base
 python scripts/bench.py gradients; python scripts/bench.py ocr --images 100
@@ -36,11 +36,14 @@ def main() -> int:
     methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
     ocr = commands.add_parser("ocr", help="accuracy and CPU ms per picture of the OCR engines")
     ocr.add_argument("--images", type=int, default=50, help="per size and level of noise")
+    remote = commands.add_parser("remote", help="pictures/s and CPU ms of a head behind a server")
+    remote.add_argument("--images", type=int, default=64, help="in a batch")
+    remote.add_argument("--against", type=Path, help="another checkout, measured in turns")
     precision = commands.add_parser("precision", help="errors of float16's LoRA gradients")
     precision.add_argument("--layers", type=int, default=6)
     precision.add_argument("--heads", type=int, default=4, help="of 64: the transformer's width")
     precision.add_argument("--side", type=int, default=64, help="of the latents; 64 is 512 px")
-    for command in (train, gradients, methods):
+    for command in (train, gradients, methods, remote):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for all numbers")
@@ -61,6 +64,7 @@ def main() -> int:
     from benchmarks.methods import measure_methods
     from benchmarks.ocr import measure_ocr
     from benchmarks.precision import measure_precision
+    from benchmarks.remote import measure_remote
     from benchmarks.tables import show
     from benchmarks.train import measure_training
 
@@ -79,6 +83,9 @@ def main() -> int:
             report = measure_precision(**shape)
         elif options.command == "ocr":
             report = measure_ocr(options.images)
+        elif options.command == "remote":
+            sizes = {"images": options.images, "rounds": options.rounds}
+            report = measure_remote(**sizes, against=options.against)
         else:
             measure = {"train": measure_training, "methods": measure_methods}[options.command]
             report = measure(options.pipeline, rounds=options.rounds)

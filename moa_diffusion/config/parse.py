@@ -104,9 +104,11 @@ def _gather(
         What is set, nested; and what says where the run goes: a file, an option or the default.
 
     Raises:
-        ConfigError: For an option without its value, or a file that cannot be read.
+        ConfigError: For an option without its value, a file that cannot be read, or an option that
+            a later file would undo.
     """
     values: dict[str, Any] = {}
+    options: dict[str, str] = {}
     source: Path | Literal["option", "default"] = "default"
     queue = list(arguments)
     while queue:
@@ -129,9 +131,16 @@ def _gather(
             source = file if "output_dir" in given else source
             merged = _merge(values, given)
             _take_away_nulls(merged, given, earlier=values)
+            for option, was in options.items():
+                if _at(merged, option) != _at(values, option):
+                    raise ConfigError(
+                        f"{option}: should come after --config {text}, which sets it too. Found "
+                        f"`--{option} {was}` before it."
+                    )
             values = merged
             continue
         source = "option" if name == "output_dir" else source
+        options[name] = text
         nested = _value(name, text)
         for part in reversed(name.split(".")):
             nested = {part: nested}
@@ -154,6 +163,13 @@ def _value(name: str, text: str) -> Any:
     except yaml.YAMLError:
         return text  # if it should have been YAML, its type is wrong
     return text if files and isinstance(value, (int, float)) else value
+
+
+def _at(values: Any, name: str) -> Any:
+    """Return what stands at a dotted key; None for nothing."""
+    for part in name.split("."):
+        values = _mapping(values).get(part)
+    return values
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

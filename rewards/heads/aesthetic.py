@@ -77,9 +77,7 @@ class Aesthetic(ModelHead):
                 f"Found `backbone = {backbone!r}`."
             )
         super().__init__(
-            model=_BACKBONES[backbone] if model is None else model,
-            dtype=dtype,
-            **options,
+            model=_BACKBONES[backbone] if model is None else model, dtype=dtype, **options
         )
         check_name(predictor, option="predictor")
         self.backbone = backbone

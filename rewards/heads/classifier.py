@@ -115,11 +115,7 @@ class Classifier(ModelHead):
             raise ValueError(
                 f"Parameter `max_length` should be at least 1. Found `max_length = {max_length}`."
             )
-        super().__init__(
-            model=model,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, dtype=dtype, **options)
         self.logit = logit
         self.output = output
         self.template = _TEMPLATE if template is None else check_template(template)

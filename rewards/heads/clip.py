@@ -58,11 +58,7 @@ class ClipHead(ModelHead):
         dtype: Dtype,
         **options: Unpack[ModelOptions],
     ) -> None:
-        super().__init__(
-            model=model,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, dtype=dtype, **options)
         if processor is not None:
             check_name(processor, option="processor")
         self.processor = processor
@@ -234,12 +230,7 @@ class PickScore(ClipHead):
         dtype: Dtype = "float32",
         **options: Unpack[ModelOptions],
     ) -> None:
-        super().__init__(
-            model=model,
-            processor=processor,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, processor=processor, dtype=dtype, **options)
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scale = module.logit_scale.exp().cpu()
@@ -277,12 +268,7 @@ class ClipScore(ClipHead):
         dtype: Dtype = "float32",
         **options: Unpack[ModelOptions],
     ) -> None:
-        super().__init__(
-            model=model,
-            processor=processor,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, processor=processor, dtype=dtype, **options)
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.cosine(module, images, prompts)

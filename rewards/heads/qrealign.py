@@ -73,11 +73,7 @@ class QRealignHead(ModelHead):
                 'The head "qrealign" needs transformers 5.2 or later. Install with: '
                 'pip install --upgrade "transformers>=5.2"'
             )
-        super().__init__(
-            model=model,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, dtype=dtype, **options)
         self._processor: Any = None
         self._text = ""
         self._level_ids: list[int] = []

@@ -37,7 +37,7 @@ def open_picture(file: bytes | memoryview) -> ImageFile:
         raise ValueError("is no PNG file, or its header is damaged.") from error
     except _UNREADABLE as error:
         raise ValueError(f"cannot be read: {error}.") from error
-    mode = picture.tile[0].args if picture.tile else picture.mode  # RGB;16B where 16 bits are cut
+    mode = picture.tile[0][3] if picture.tile else picture.mode  # RGB;16B where 16 bits are cut
     if mode != "RGB":
         raise ValueError(f"should be RGB of 8 bits. Found {mode}.")
     return picture

@@ -11,10 +11,12 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,37 @@ def test_one_and_two_processes_and_any_micro_batch_end_alike(
         assert difference(adapter(one, ROLLOUTS), adapter(run, ROLLOUTS)) <= most
         for mine, theirs in zip(numbers(one), numbers(run), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_two_nodes_train_what_two_processes_of_one_do(two_processes: Path, tmp_path: Path) -> None:
+    """Two launchers that meet at an address, with folders of their own and the run's in common."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    search = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    meeting = {"MASTER": "127.0.0.1", "PORT": str(port), "NODES": "2", "GPUS": "1"}
+    with ExitStack() as stack:
+        nodes = []
+        for name in ("first", "second"):
+            folder = tmp_path / name
+            folder.mkdir()
+            write_config(folder / "fast.yaml", "dual_stage")
+            launch = ["bash", str(ROOT / "configs" / "launch" / "torchrun.sh")]
+            launch += ["--config", "fast.yaml", "--output_dir", str(tmp_path / "run")]
+            with (folder / "log.txt").open("w") as log:
+                node = running(
+                    launch,
+                    env=ENVIRONMENT | meeting | {"PATH": search},
+                    cwd=folder,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                nodes.append((stack.enter_context(node), folder / "log.txt"))
+        for process, written in nodes:
+            assert process.wait(HANG) == 0, written.read_text()
+    assert "".join(written.read_text() for _, written in nodes).count("Processes: 2 ") == 1
+    expected = adapter(two_processes / "dual_stage", ROLLOUTS)
+    assert difference(expected, adapter(tmp_path / "run", ROLLOUTS)) == 0
 
 
 @pytest.mark.parametrize("method", ["upgrad", "apex"])

@@ -79,6 +79,17 @@ def test_overrides_win_in_their_order(tmp_path):
     assert config.trainer.updates == Config().trainer.updates
 
 
+def test_an_option_is_not_undone_by_a_later_file(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(BASE | {"trainer": {"steps": 5}, "seed": 4}))
+    after = f"should come after --config {recipe}, which sets it too"
+    for option, value in (("trainer.steps", "6"), ("seed", "3"), ("trainer", "{steps: 7}")):
+        with pytest.raises(ConfigError, match=f"^{option}: {after}. Found `--{option} .*{value}`"):
+            parse([f"--{option}", value, "--config", str(recipe)])
+    config = parse(["--trainer.groups", "3", "--seed", "4", "--config", str(recipe)])
+    assert (config.trainer.groups, config.trainer.steps, config.seed) == (3, 5, 4)
+
+
 def test_an_override_below_an_open_mapping_keeps_its_neighbours(tmp_path):
     config = loaded(
         tmp_path, OPEN, "--rewards.ocr.weight", "2", "--objectives.normalizer.floor", "0.3"

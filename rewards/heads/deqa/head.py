@@ -53,11 +53,7 @@ class DeqaHead(ModelHead):
         dtype: Dtype = "float16",
         **options: Unpack[ModelOptions],
     ) -> None:
-        super().__init__(
-            model=model,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(model=model, dtype=dtype, **options)
 
     def _build(self, weights: Weights) -> Deqa:
         return load(weights).to(self.dtype)

@@ -1,39 +1,42 @@
 """Worker processes that read pictures. Both ends of the pipe stand in this file.
 
-Why not ``multiprocessing``: its spawned children import the main script again, and with it torch
-and every model library, once per worker; its forked children inherit locks, threads and signal
-handlers of a process that trains. Here a worker is this very file run as a program: it starts in
-the time its engine takes to load, from any kind of parent (torchrun, accelerate, a notebook).
+Why not ``multiprocessing``'s own processes: its spawned children import the main script again, and
+with it torch and every model library, once per worker; its forked children inherit locks, threads
+and signal handlers of a process that trains. Here a worker is this very file run as a program: it
+starts in the time its engine takes to load, from any kind of parent (torchrun, accelerate, a
+notebook). Why not threads: one that hangs could not be ended, and an engine that crashes would end
+the process that trains. Why not loky: when a worker dies, it does not tell which picture it read.
 
 A worker ignores SIGINT and SIGTERM, because the parent decides when a batch is given up, and ends
-when its pipe closes or its parent is gone, however the parent went.
+when its pipe closes or its parent is gone, however the parent went. It has nothing to save, so it
+is ended by SIGKILL.
 
-The protocol: two lengths, a JSON header, raw bytes. The first request names the engine.
+The first request names the engine, each further one is a picture; the answer is a list of lines,
+or a text that says what went wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 START_SECONDS = 120.0  # loading an engine takes 1 to 3 s on an idle machine
-_CLOSE_SECONDS = 2.0
-_LENGTHS = struct.Struct("<II")
+_DEATH_SECONDS = 2.0  # from the end of a worker's pipe to its own
 
 
 class PoolError(RuntimeError):
@@ -56,7 +59,7 @@ class WorkerPool:
     Args:
         file: Python file that defines the engine; see ``rewards.heads.ocr.engines``.
         name: Name of the engine class in it.
-        options: Keyword arguments of the class; they travel as JSON.
+        options: Keyword arguments of the class.
         size: Number of processes, at least 1.
     """
 
@@ -89,7 +92,7 @@ class WorkerPool:
             except PoolError:
                 raise
             except BaseException:  # Ctrl-C included: half-read pipes are of no use to a next batch
-                _end(self._workers, self._owner, at_once=True)
+                self.close()
                 raise
 
     def close(self) -> None:
@@ -98,224 +101,155 @@ class WorkerPool:
 
     def _read(self, images: Sequence[np.ndarray], timeout: float) -> list[list[str]]:
         self._start(min(self.size, len(images)))
-        answers: list[list[str] | None] = [None] * len(images)
-        failures: list[tuple[int, str]] = []  # index, cause
-        deaths: list[tuple[int, str]] = []
-        todo = deque(range(len(images)))
-
-        def serve(worker: _Worker) -> None:
-            while not deaths:
-                try:
-                    index = todo.popleft()
-                except IndexError:
-                    return
-                try:
-                    image = images[index]
-                    reply = worker.ask({"shape": image.shape}, image)
-                except (OSError, EOFError, ValueError):  # ValueError: the pool was closed
-                    deaths.append((index, worker.obituary()))
-                    return
-                if "error" in reply:
-                    failures.append((index, reply["error"]))
-                else:
-                    answers[index] = reply["lines"]
-
-        in_time = _in_threads(serve, self._workers, timeout)
-        died = list(deaths)  # before the workers are killed, which is a death of its own
-        if not in_time or died:
-            _end(self._workers, self._owner, at_once=True)
-        if died:
-            raise PoolError(_first_causes(died), sorted(index for index, _ in died))
-        if failures:
-            raise PoolError(_first_causes(failures), sorted(index for index, _ in failures))
-        if not in_time:
-            late = [index for index, answer in enumerate(answers) if answer is None]
+        lines, failures, deaths = _exchange(self._workers, images, timeout)
+        late = sorted(set(range(len(images))) - set(lines) - set(failures))
+        if late:
+            self.close()
+        for causes in (deaths, failures):
+            if causes:
+                raise PoolError(_first(causes), sorted(causes))
+        if late:
             raise PoolError(
                 f"{len(late)} of {len(images)} pictures were not read within {timeout:g} s.", late
             )
-        return [answer for answer in answers if answer is not None]
+        return [lines[index] for index in range(len(images))]
 
     def _start(self, count: int) -> None:
         if self._owner != os.getpid():  # after a fork: these workers answer to the parent process
-            for worker in self._workers:
-                worker.let_go()
             self._workers.clear()
             self._finalizer.detach()
             self._owner = os.getpid()
             self._finalizer = weakref.finalize(self, _end, self._workers, self._owner)
         new = [_Worker() for _ in range(count - len(self._workers))]
         self._workers.extend(new)
-        causes: list[str] = []
-
-        def greet(worker: _Worker) -> None:
-            try:
-                # The parent's import path, so that both sides find the same packages.
-                reply = worker.ask({**self._hello, "path": sys.path, "parent": os.getpid()})
-            except (OSError, EOFError, ValueError):
-                causes.append(worker.obituary())
-                return
-            if "error" in reply:
-                causes.append(reply["error"])
-
-        if not _in_threads(greet, new, START_SECONDS):
-            causes.append(f"No answer within {START_SECONDS:g} s.")
-        if causes:
-            _end(self._workers, self._owner, at_once=True)
-            raise PoolError(f"The OCR engine did not start: {causes[0]}", [])
+        # The parent's import path, so that both sides find the same packages.
+        hello = {**self._hello, "path": sys.path, "parent": os.getpid()}
+        greeted, failures, deaths = _exchange(new, [hello] * len(new), START_SECONDS)
+        if len(greeted) < len(new):
+            self.close()
+            cause = _first(deaths | failures) or f"No answer within {START_SECONDS:g} s."
+            raise PoolError(f"The OCR engine did not start: {cause}", [])
 
 
 class _Worker:
-    """The parent's end of one worker process."""
+    """The parent's end of one worker process. Its pipe closes with the last reference to it."""
 
     def __init__(self) -> None:
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            # -P: the folder of this file holds modules with common names; keep it off the path.
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **one_thread, "OPENCV_FOR_THREADS_NUM": "1"},
-        )
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: the folder of this file holds modules with common names; keep it off the path.
+                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # whatever a library prints
+                env={**os.environ, **one_thread, "OPENCV_FOR_THREADS_NUM": "1"},
+                pass_fds=[theirs.fileno()],
+            )
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, header: Mapping[str, Any], image: np.ndarray | None = None) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        payload = b"" if image is None else np.ascontiguousarray(image).data.cast("B")
-        _send(self._process.stdin, header, payload)
-        return _receive(self._process.stdout)[0]
-
     def obituary(self) -> str:
         try:
-            status = self._process.wait(timeout=_CLOSE_SECONDS)
+            status = self._process.wait(timeout=_DEATH_SECONDS)
         except subprocess.TimeoutExpired:
             return f"OCR worker {self.pid} closed its pipe."
         if status < 0:
             return f"OCR worker {self.pid} was killed by signal {-status}."
         return f"OCR worker {self.pid} ended with exit status {status}."
 
-    def hang_up(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died with a request half written
-            self._process.stdin.close()
-
-    def let_go(self) -> None:
-        # Closes this process's copies of the pipes; the worker goes on.
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-    def end(self, deadline: float) -> None:
-        try:
-            self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
     def kill(self) -> None:
         self._process.kill()
 
+    def wait(self) -> None:
+        self._process.wait()
 
-def _end(workers: list[_Worker], owner: int, at_once: bool = False) -> None:
+
+def _exchange(
+    workers: Sequence[_Worker], requests: Sequence[Any], seconds: float
+) -> tuple[dict[int, list[str]], dict[int, str], dict[int, str]]:
+    """Give each worker a request at a time, until all are answered, one died or the time is up.
+
+    Returns:
+        The lines, what engines raised and what ended workers, by the position of the request.
+    """
+    lines: dict[int, list[str]] = {}
+    failures: dict[int, str] = {}
+    deaths: dict[int, str] = {}
+    deadline = time.monotonic() + seconds
+    todo = deque(enumerate(requests))
+    idle = list(workers)
+    busy: dict[Connection, tuple[int, _Worker]] = {}
+    while True:
+        while idle and todo and not deaths:
+            (index, request), worker = todo.popleft(), idle.pop()
+            busy[worker.pipe] = index, worker
+            with contextlib.suppress(OSError):  # that it is dead shows when it should answer
+                worker.pipe.send(request)
+        ready = wait(busy, max(0.0, deadline - time.monotonic())) if busy else []
+        if not ready:
+            return lines, failures, deaths
+        for pipe in [pipe for pipe in busy if pipe in ready]:
+            index, worker = busy.pop(pipe)
+            try:
+                answer = pipe.recv()
+            except (EOFError, OSError):
+                deaths[index] = worker.obituary()
+                continue
+            (lines if isinstance(answer, list) else failures)[index] = answer
+            idle.append(worker)
+
+
+def _end(workers: list[_Worker], owner: int) -> None:
     if os.getpid() != owner:  # a forked child must not end the workers of its parent
         return
     ending, workers[:] = workers[:], []
     for worker in ending:
-        if at_once:
-            worker.kill()
-        worker.hang_up()
-    deadline = time.monotonic() + _CLOSE_SECONDS
+        worker.kill()
     for worker in ending:
-        worker.end(deadline)
+        worker.wait()
 
 
-def _in_threads(
-    function: Callable[[_Worker], None], workers: Sequence[_Worker], seconds: float
-) -> bool:
-    """Call the function for every worker at once; say whether all calls ended in time."""
-    threads = [threading.Thread(target=function, args=(w,), daemon=True) for w in workers]
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return not any(thread.is_alive() for thread in threads)
-
-
-def _first_causes(failures: Sequence[tuple[int, str]]) -> str:
-    causes = list(dict.fromkeys(cause for _, cause in sorted(failures)))
-    return " ".join(causes[:3])
-
-
-# --- both ends ---------------------------------------------------------------------------------
-
-
-def _send(stream: Any, header: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
-    text = json.dumps(header).encode()
-    stream.write(_LENGTHS.pack(len(text), len(payload)))
-    stream.write(text)
-    stream.write(payload)
-    stream.flush()
-
-
-def _receive(stream: Any) -> tuple[dict[str, Any], bytes]:
-    text_length, payload_length = _LENGTHS.unpack(_exactly(stream, _LENGTHS.size))
-    header = json.loads(_exactly(stream, text_length))
-    return header, _exactly(stream, payload_length)
-
-
-def _exactly(stream: Any, length: int) -> bytes:
-    data: bytes = stream.read(length)
-    if len(data) < length:
-        raise EOFError("The other end of the pipe was closed.")
-    return data
+def _first(causes: Mapping[int, str]) -> str:
+    return " ".join(list(dict.fromkeys(causes[index] for index in sorted(causes)))[:3])
 
 
 # --- the worker's end --------------------------------------------------------------------------
 
 
-def _work() -> None:
+def _work(pipe: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # The pipes get numbers of their own: whatever a library prints then goes to stderr.
-    requests: BinaryIO = os.fdopen(os.dup(0), "rb")
-    replies: BinaryIO = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    try:
-        hello, _ = _receive(requests)
+    with contextlib.suppress(EOFError, OSError):  # the parent hung up
+        hello = pipe.recv()
         threading.Thread(target=_follow_parent, args=(hello["parent"],), daemon=True).start()
-        engine, reply = _load(hello)
-        _send(replies, reply)
-        while engine is not None:
-            header, payload = _receive(requests)
-            image = np.frombuffer(payload, dtype=np.uint8).reshape(header["shape"])
+        try:
+            engine = _load(hello)
+        except Exception as error:  # told to the parent, which raises it
+            pipe.send(f"{type(error).__name__}: {error}")
+            os._exit(1)
+        pipe.send([])
+        while True:
+            image = pipe.recv()
+            answer: list[str] | str
             try:
-                _send(replies, {"lines": [str(line) for line in engine.read(image)]})
-            except (EOFError, BrokenPipeError):
-                raise
-            except Exception as error:  # told to the parent, which raises it with the sample
-                _send(replies, {"error": f"{type(error).__name__}: {error}"})
-    except (EOFError, BrokenPipeError):  # the parent hung up
-        pass
+                answer = [str(line) for line in engine.read(image)]
+            except Exception as error:  # likewise, with the sample
+                answer = f"{type(error).__name__}: {error}"
+            pipe.send(answer)
     os._exit(0)  # engines keep threads; none of them has anything left to do
 
 
-def _load(hello: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+def _load(hello: Mapping[str, Any]) -> Any:
     sys.path[:] = hello["path"]
-    try:
-        spec = importlib.util.spec_from_file_location("_engine", hello["file"])
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return vars(module)[hello["name"]](**hello["options"]), {}
-    except Exception as error:  # told to the parent, which raises it
-        return None, {"error": f"{type(error).__name__}: {error}"}
+    spec = importlib.util.spec_from_file_location("_engine", hello["file"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)[hello["name"]](**hello["options"])
 
 
 def _follow_parent(parent: int) -> None:
@@ -326,4 +260,4 @@ def _follow_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _work()
+    _work(Connection(int(sys.argv[1])))

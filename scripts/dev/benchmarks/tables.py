@@ -201,6 +201,24 @@ def print_precision(report: Mapping[str, Any]) -> None:
     )
 
 
+def print_remote(report: Mapping[str, Any]) -> None:
+    """Print the throughput and the CPU time of both processes."""
+    machine = report["machine"]
+    table = Table(title="Scoring")
+    for column in ("checkout", "head", "pictures/s", "client, CPU ms/picture", "server"):
+        table.add_column(column, justify="right" if "/" in column else "left")
+    for row in report["rows"]:
+        numbers = (f"{row[name]:.2f}" for name in ("per_second", "client", "server"))
+        table.add_row(row["tree"], row["way"], *numbers)
+    _print(
+        f'Head "{report["head"]}", in the client and behind a reward server on the same machine; '
+        f"batches of {report['images']} pictures of {report['side']} px. One thread; medians of "
+        f"{report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
+        f"{machine['cores']} cores.",
+        table,
+    )
+
+
 def _print(*parts: Any) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 120)  # less would cut the breakdown's numbers
@@ -215,6 +233,7 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "gpu": print_gpu,
     "ocr": print_ocr,
     "precision": print_precision,
+    "remote": print_remote,
 }
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.stats import spearmanr
 from torch import Generator, Tensor
 
 from rewards import RewardBatch, RewardHead, create
@@ -113,8 +114,8 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     truth = beauty(images)
     among = [x.view(-1, looks) - x.view(-1, looks).mean(1, keepdim=True) for x in (scores, truth)]
     return {
-        "all": spearman(scores, truth),
-        "siblings": spearman(among[0].flatten(), among[1].flatten()),
+        "all": float(spearmanr(scores, truth).statistic),
+        "siblings": float(spearmanr(among[0].flatten(), among[1].flatten()).statistic),
     }
 
 
@@ -135,15 +136,10 @@ def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, fl
         strengths = torch.rand(len(images), generator=generator)
         scores.append(_scores(head, way(images, strengths, generator), prompts))
         truths.append(-strengths)
-        correlations[name] = spearman(scores[-1], truths[-1])
-    return correlations | {"all": spearman(torch.cat(scores), torch.cat(truths))}
+        correlations[name] = float(spearmanr(scores[-1], truths[-1]).statistic)
+    everything = spearmanr(torch.cat(scores), torch.cat(truths))
+    return correlations | {"all": float(everything.statistic)}
 
 
 def _scores(head: RewardHead, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return head(RewardBatch(prompts=prompts, images=images))
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return the rank correlation of two vectors without ties."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (first, second)])
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from moa_diffusion.tiny import rules
@@ -165,19 +166,10 @@ def reading(
     for trait, rule in RULES.items():
         truths = {sort: torch.tensor([rule(t) for t in texts]) for sort, texts in sorts.items()}
         marks[trait] = {
-            sort: spearman(scores(folder / trait, texts), truths[sort])
+            sort: float(spearmanr(scores(folder / trait, texts), truths[sort]).statistic)
             for sort, texts in sorts.items()
         }
         breath = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-        marks[trait]["most"] = spearman(truths["samples"] + 1e-3 * breath, truths["samples"])
+        most = spearmanr(truths["samples"] + 1e-3 * breath, truths["samples"])
+        marks[trait]["most"] = float(most.statistic)
     return marks
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Return the rank correlation of two vectors; equal values share the mean of their ranks."""
-    return float(torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[place]

@@ -1,0 +1,260 @@
+"""Stable Diffusion 3.5 Medium at its full width on a GPU that is not there.
+
+The tensors have shapes, types and a device, and no data (``FakeTensorMode``): an operation on two
+devices or two types raises as it would on a GPU, at the sizes that users have. Two blocks stand
+for the 24: one with a second attention, and the last, which drops the text. There is no backward
+pass on a card that is not there: it runs on the same tensors in main memory.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.configuration_utils import FrozenDict
+from fixed_objectives import FixedObjectives
+from sections import sd3_policy
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.pipelines import MEDIUM
+from moa_diffusion.config.schema import GradientsConfig, LossConfig
+from moa_diffusion.distributed import LocalComm
+from moa_diffusion.monitoring import drift
+from moa_diffusion.monitoring.progress import Progress
+from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.training.ema import EMA
+from moa_diffusion.training.fused import FusedUpdate
+from moa_diffusion.training.geometry import Geometry
+from moa_diffusion.training.stepper import Stepper
+from moa_diffusion.training.steps import RolloutSteps
+from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe
+from moa_diffusion.types import Request
+
+CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
+SAMPLES, MICRO, STEPS, TRAINED = 4, 2, 3, 1
+aten = torch.ops.aten
+
+
+class HostReads(TorchDispatchMode):
+    """Answers what the host asks of numbers that are not there, and keeps where it asked a card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            self._asked(args[0])
+            return True if args[0].dtype == torch.bool else 1
+        if func is aten._to_copy.default and kwargs.get("device") == CPU:
+            self._asked(args[0])
+        return func(*args, **kwargs)
+
+    def _asked(self, tensor: Tensor) -> None:
+        if tensor.device.type == CARD.type:
+            places = [f for f in traceback.extract_stack() if "/moa_diffusion/" in f.filename]
+            last = places[-1] if places else traceback.extract_stack()[0]
+            self.waits.append(f"{last.filename.rpartition('/')[2]}: {last.line}")
+
+
+def moved(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``, which cannot replace parameters without data in place."""
+    for child in module.children():
+        moved(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            new = fn(parameter.detach())
+            module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+class Scheduler:
+    """Noise levels as numbers: those of the library's scheduler are tensors with data."""
+
+    config = FrozenDict({"num_train_timesteps": 1000})
+
+    def set_timesteps(self, steps: int, **options: Any) -> None:
+        times = np.linspace(1, 1 / steps, steps)
+        self.sigmas = np.append(3 * times / (1 + 2 * times), 0.0)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
+    """All tensors within a test have no data."""
+    monkeypatch.setattr(nn.Module, "_apply", moved)
+    # Autocast and the loss scale ask whether there is a card.
+    for module in (torch.amp.autocast_mode, torch.amp.grad_scaler, torch.cuda.amp.common):
+        monkeypatch.setattr(module, "amp_definitely_not_available", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)
+    with FakeTensorMode(), HostReads() as reads:
+        yield reads
+
+
+def made(dtype: torch.dtype, kind: Any, **options: Any) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return kind(**options)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def medium(device: torch.device, dtype: str, **options: Any) -> SD3Policy:
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    kind = getattr(torch, dtype)
+    sizes = {**MEDIUM.transformer, "num_layers": 2, "dual_attention_layers": (0,)}
+    blocks = len(MEDIUM.vae["block_out_channels"])
+    pipeline = SimpleNamespace(
+        transformer=made(kind, SD3Transformer2DModel, **{"qk_norm": "rms_norm", **sizes}),
+        vae=made(
+            torch.float32,
+            AutoencoderKL,
+            **{
+                **MEDIUM.vae,
+                "down_block_types": ("DownEncoderBlock2D",) * blocks,
+                "up_block_types": ("UpDecoderBlock2D",) * blocks,
+                "latent_channels": 16,
+                "shift_factor": 0.0609,
+                "use_quant_conv": False,
+                "use_post_quant_conv": False,
+            },
+        ),
+        vae_scale_factor=8,
+        scheduler=Scheduler(),
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
+    )
+    sampling = {"resolution": 512, "steps": STEPS, "window": TRAINED, "window_mode": "first"}
+    policy = sd3_policy(pipeline, device=device, **(sampling | options))
+
+    def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+        embeds, pooled = torch.empty(len(prompts), 77 + 128, 4096), torch.empty(len(prompts), 2048)
+        return embeds.to(device, kind), pooled.to(device, kind)
+
+    policy.encode = encode
+    return policy
+
+
+def requests() -> list[Request]:
+    return [
+        Request(prompt="ab"[i % 2], group=i % 2, sibling=i // 2, seed=i) for i in range(SAMPLES)
+    ]
+
+
+def steps_of(policy: SD3Policy, *, kl_weight: float, half: bool) -> RolloutSteps:
+    device = policy.device
+    return RolloutSteps(
+        policy=policy,
+        stepper=Stepper(
+            policy=policy,
+            optimizer=torch.optim.AdamW(list(policy.trainable().values()), lr=1e-4),
+            lr=lambda count: 1e-4,
+            scaler=torch.amp.GradScaler(device.type, init_scale=2.0**8, enabled=half),
+            ema=EMA(policy.trainable(), decay=0.9, every=1),
+            max_grad_norm=1.0,
+            max_skipped=3,
+        ),
+        geometry=Geometry.solve(
+            groups=2,
+            group_size=SAMPLES // 2,
+            updates=1,
+            world_size=1,
+            max_sample_batch=SAMPLES,
+            max_micro_batch=MICRO,
+        ),
+        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=2.0),
+        progress=Progress(LocalComm(), bars=False),
+        seed=0,
+    )
+
+
+@contextmanager
+def no_backward(policy: SD3Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gradients of the right shapes, types and places: the engine asks the driver of a card."""
+
+    def backward(*given: Any, **options: Any) -> None:
+        for parameter in policy.trainable().values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "backward", backward)
+        yield
+
+
+@pytest.mark.parametrize(("dtype", "guidance"), [("float16", 4.5), ("bfloat16", 1.0)])
+def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
+    host: HostReads, monkeypatch: pytest.MonkeyPatch, dtype: str, guidance: float
+) -> None:
+    policy = medium(CARD, dtype, guidance=guidance, eval_steps=2, eval_guidance=guidance)
+    assert {p.device for p in policy.transformer.parameters()} == {CARD}
+    host.waits.clear()
+    rollout = policy.sample(requests(), step=0)
+    assert rollout.images.shape == (SAMPLES, 3, 512, 512)
+    assert rollout.images.device == CPU
+    assert {rollout.log_probs.device, rollout.trace["latents"].device} == {CARD}
+    # The pictures, and the norms of their latents: nothing within the steps.
+    assert len(host.waits) == 2, host.waits
+
+    steps = steps_of(policy, kl_weight=0.01, half=dtype == "float16")
+    steps.check_ratio(rollout, policy.trained_steps(0))
+    plain = PlainUpdate(steps, NoProbe())
+    with no_backward(policy, monkeypatch):
+        plain.descend(rollout, torch.linspace(-1, 1, SAMPLES))
+        host.waits.clear()
+        plain.descend(rollout, torch.linspace(-1, 1, SAMPLES))
+    # The norm, the loss scale and whether the gradients held; and the sums at the end.
+    assert len(host.waits) == (4 if dtype == "float16" else 2), host.waits
+    assert policy.generate(requests()).device == CPU
+    drift.statistics(rollout.images, device=CARD, batch=MICRO)
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])
+def test_backward_passes_have_the_shapes_and_types(
+    host: HostReads, dtype: str, checkpointing: bool
+) -> None:
+    """Plain, fused and as a probe, at full width."""
+    policy = medium(CPU, dtype, guidance=1.0, gradient_checkpointing=checkpointing)
+    rollout = policy.sample(requests(), step=0)
+    steps = steps_of(policy, kl_weight=0.01, half=False)
+    advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
+    PlainUpdate(steps, NoProbe()).descend(rollout, advantages[0])
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    FusedUpdate(steps).improve(rollout, FixedObjectives(advantages, lambda _: weights))
+    measured = Probe(steps, GradientsConfig(share=1.0)).measure(rollout, advantages)
+    assert measured.shape == (2, 2)
+
+
+def test_planted_faults_are_seen(host: HostReads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table left in main memory, a factor of another type, and a number read in the loop."""
+    policy = medium(CARD, "float16", guidance=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "_sigma", policy._sigma.cpu())
+        rollout = policy.sample(requests(), step=0)
+        with pytest.raises(Exception, match="same device, but found at least two devices"):
+            policy.log_probs(rollout, slice(0, 1))
+    host.waits.clear()
+    velocity = policy._velocity
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            policy, "_velocity", lambda *given: velocity(*given) * velocity(*given).max().item()
+        )
+        policy.sample(requests(), step=0)
+    assert len(host.waits) == 2 + STEPS
+    table = policy.transformer.pos_embed.proj.weight
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "_autocast", lambda: torch.autocast("cuda", enabled=False))
+        patch.setattr(table, "data", table.data.float())
+        with pytest.raises(RuntimeError, match="should be the same"):
+            policy.sample(requests(), step=0)
