@@ -6,6 +6,7 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -114,6 +115,9 @@ def test_a_command_is_one(
         check_packages(words[2:])
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all(Path(word).exists() for word in words if "/" in word)
+    elif words[0] in ("bash", "sbatch"):  # both start training with what follows
+        assert subprocess.run(["bash", "-n", words[1]], check=False).returncode == 0
+        check_script("scripts/train_sd.py", words[2:], parsed)
     elif words[0] not in OUTSIDE:
         (place,) = [i for i, word in enumerate(words) if re.match(r"scripts/[\w/]+\.py$", word)]
         assert (ROOT / words[place]).is_file()
@@ -136,7 +140,7 @@ def check_script(script: str, words: Sequence[str], parsed: Callable[..., Parsed
     if script.startswith("scripts/dev/") or script == "scripts/demo.py":
         assert not words
     elif script in ("scripts/train_sd.py", "scripts/train_lm.py"):
-        if "..." not in words and "--print_config" not in words:
+        if not {"...", "--print_config", "--dry_run"} & set(words):
             config.parse(words)
     else:
         found = parsed(script, words)

@@ -19,7 +19,7 @@ PACKAGES = ("moa_diffusion", "rewards")
 LAYERS = (
     ("moa_diffusion",),
     ("export/*",),
-    ("evaluation/*", "comparison/*", "calibration/*"),
+    ("evaluation/*", "comparison/*", "calibration/*", "planning/*"),
     ("assembly/*",),
     ("training/*",),
     ("monitoring/*", "report/*", "adapters/*", "integrations/*"),
@@ -41,6 +41,7 @@ LAYERS = (
 USERS_OF_REWARDS = {
     "moa_diffusion.assembly.methods",  # import paths of weightings, as rewards have them
     "moa_diffusion.scoring",
+    "moa_diffusion.planning.judges",  # what a head's model takes, by the head's class
     "moa_diffusion.evaluation.sample_cache",
     "moa_diffusion.evaluation.score_cache",
 }

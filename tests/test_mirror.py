@@ -82,6 +82,14 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         "what a text file or a table may hold shows in the files that are read",
         ("moa_diffusion.data.prompt_tables", "moa_diffusion.files.text"),
     ),
+    "planning/test_command.py": (
+        "what is printed, and other settings, are of a whole plan",
+        ("moa_diffusion.planning.present", "moa_diffusion.planning.variants"),
+    ),
+    "planning/test_planner.py": (
+        "a forecast is what a planner makes",
+        ("moa_diffusion.planning.forecast",),
+    ),
     "policies/test_causal_lm.py": (
         "parts of the policy of language models, on a model",
         ("moa_diffusion.policies.language_model",),

@@ -40,6 +40,7 @@ def help_text(values: Mapping[str, Any]) -> str:
     for option, meaning in (
         ("--config", "YAML file; later options override it."),
         ("--print_config", "Print the whole configuration and exit."),
+        *_dry_run(script),
         ("--help", "Print this and exit."),
     ):
         general.add_argument(option, help=meaning, metavar="FILE" if option == "--config" else "")
@@ -48,6 +49,12 @@ def help_text(values: Mapping[str, Any]) -> str:
     for title, meaning, rows, prefix in _chosen(known, values):
         _add(parser, title, meaning, rows, prefix=prefix)
     return parser.format_help()
+
+
+def _dry_run(script: str) -> list[tuple[str, str]]:
+    """Return an option that one script has, and what it means."""
+    meaning = "Print what the run needs and how long it takes, and exit; see scripts/plan.py."
+    return [("--dry_run", meaning)] if script == "train_sd.py" else []
 
 
 def _chosen(

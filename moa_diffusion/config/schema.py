@@ -113,7 +113,8 @@ class SamplingConfig:
             "mine.py:my_step" (see docs/methods.md). The log-prob of cps is the published code's,
             not the density (samplers.py); loss.clip_range goes with it (Flow-CPS's recipes: 1e-5).
         noise_level: Size of the noise that a stochastic step adds; at most 1 for cps.
-        shared_start: Whether the samples of a group start from the same noise.
+        shared_start: Whether the samples of a group start from the same noise. Those that stand in
+            one batch then share the steps before the window, too.
         window: Number of trained steps per rollout, less than steps; 0 trains all steps but the
             last.
         window_mode: Where the window of trained steps lies: drawn anew for each rollout (random),

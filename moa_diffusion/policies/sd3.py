@@ -249,6 +249,8 @@ class SD3Policy:
         self._adapted = lora.layers(self.transformer)
 
         self.vae: Any = pipeline.vae.to(device).requires_grad_(False).eval()
+        if device.type in ("cpu", "cuda"):  # whose convolutions and norms have kernels for it
+            self.vae.to(memory_format=torch.channels_last)
         self.scheduler = pipeline.scheduler
         self.encode = PromptEncoder(
             pipeline,
@@ -289,10 +291,10 @@ class SD3Policy:
         window = self.trained_steps(step)
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         sources = samplers.generators([request.seed for request in requests])
-        x = self._start(requests, sources)
+        x = self._before(window[0], requests, sources, embeds)
         latents, noises, log_probs = [], [], []
-        for i, s in enumerate(self._sigmas[:-1]):
-            v = self._velocity(x, x.new_full((len(x),), s), embeds, self.sampling.guidance)
+        for i in range(window[0], self.sampling.steps):
+            v = self._predict(i, x, embeds)
             if i not in window:
                 x = self._deterministic[i : i + 1].mean(x, v)
                 continue
@@ -400,6 +402,44 @@ class SD3Policy:
         elif sampling.window_mode == "slide":
             first = (step // sampling.window_stay) % places
         return range(first, first + window)
+
+    def _before(
+        self,
+        first: int,
+        requests: Sequence[Request],
+        sources: Sequence[torch.Generator],
+        embeds: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return the latents ``[n, C, h, w]`` that the first trained step starts from.
+
+        The steps before it add no noise, so samples of one prompt that start from the same noise
+        are the same until then: they are drawn once and copied. Trained steps are made for all n,
+        as in training: kernels round by the number of rows.
+
+        Args:
+            first: Number of the first trained step.
+            requests: The n samples to draw.
+            sources: One generator per sample.
+            embeds: The batch's embeddings, with guidance those of the empty prompt first.
+        """
+        starts = [
+            row if request.start_seed is None else (request.prompt, request.start_seed)
+            for row, request in enumerate(requests)
+        ]
+        distinct = list(dict.fromkeys(starts))
+        rows, n = [starts.index(start) for start in distinct], len(requests)
+        if first and len(rows) < n:
+            chosen = [n * part + row for part in range(self.row_copies) for row in rows]
+            embeds = take(embeds[0], chosen), take(embeds[1], chosen)
+        x = self._start([requests[row] for row in rows], [sources[row] for row in rows])
+        for i in range(first):
+            x = self._deterministic[i : i + 1].mean(x, self._predict(i, x, embeds))
+        return take(x, [distinct.index(start) for start in starts])
+
+    def _predict(self, i: int, x: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
+        """Predict the velocity ``[n, C, h, w]`` of a rollout's step ``i``, of all samples."""
+        s = x.new_full((len(x),), self._sigmas[i])
+        return self._velocity(x, s, embeds, self.sampling.guidance)
 
     def _velocity(
         self, x: Tensor, s: Tensor, embeds: tuple[Tensor, Tensor], guidance: float

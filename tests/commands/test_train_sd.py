@@ -177,12 +177,17 @@ METHODS = {
 }
 
 ROLLOUTS = 2
+# The second rollout's window is not first, so siblings share the step before it.
+SHARED = {"shared_start": True, "window": 1, "window_mode": "slide", "window_stay": 1}
 
 
 def write_config(path: Path, method: str) -> None:
-    trainer = {**FAST["trainer"], "steps": ROLLOUTS}
-    objectives = {"method": method, **METHODS[method]}
-    path.write_text(yaml.safe_dump(FAST | {"trainer": trainer, "objectives": objectives}))
+    settings = FAST | {
+        "trainer": {**FAST["trainer"], "steps": ROLLOUTS},
+        "objectives": {"method": method, **METHODS[method]},
+        "sampling": {**FAST["sampling"], **(SHARED if method == "mopo" else {})},
+    }
+    path.write_text(yaml.safe_dump(settings))
 
 
 # Every method on a toy policy: tests/test_distributed.py.

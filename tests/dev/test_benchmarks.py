@@ -135,6 +135,7 @@ def test_train_reports_every_way(tmp_path: Path, bench: Bench) -> None:
                 "window of 2",
                 "window of 2, no CFG",
                 "window of 2, no CFG, batch 8",
+                "window of 2, no CFG, batch 8, shared start",
             )
             for steps in (1, 2)
         ),

@@ -13,7 +13,7 @@ from moa_diffusion import tiny
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
-from moa_diffusion.types import ConfigError, Request
+from moa_diffusion.types import ConfigError, Request, concatenate
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
 CPU = torch.device("cpu")
@@ -190,6 +190,21 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
     torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
 
 
+def test_decoder_is_channels_last_and_decodes_as_a_plain_one(make: Any, pipeline: Any) -> None:
+    policy = make()
+    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    found, plain = policy._decode(latents), pipeline.vae
+    scaled = latents / plain.config.scaling_factor + plain.config.shift_factor
+    with torch.no_grad():
+        raw = plain.decode(scaled, return_dict=False)[0]
+    assert plain.decoder.conv_in.weight.is_contiguous()
+    last = torch.channels_last
+    assert policy.vae.decoder.conv_in.weight.is_contiguous(memory_format=last)
+    assert policy.vae.decode(scaled).sample.is_contiguous(memory_format=last)
+    # Sums in another order: pixels in [-1, 1] were 1e-5 apart. The bound is that of pictures above.
+    torch.testing.assert_close(found, (raw / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("metadata", [True, False])
 def test_saved_adapter_draws_the_same_in_plain_diffusers(
     make: Any, pipeline: Any, tmp_path: Any, metadata: bool
@@ -321,6 +336,40 @@ def test_siblings_may_share_their_start(make: Any) -> None:
     assert not torch.equal(first[0][0, 0], first[0][1, 0])
     assert torch.equal(first[1][0, 0], first[1][1, 0])
     assert not torch.equal(first[1][0, 1], first[1][1, 1]), "the step's noise is each one's own"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_siblings_of_one_start_are_drawn_once_until_the_window(make: Any, guidance: float) -> None:
+    policy = make(steps=8, window=2, guidance=guidance)
+    disturb(policy)
+    step = next(step for step in range(50) if policy.trained_steps(step)[0] == 4)
+    starts = [9, 9, None, 9, 7, None, 9]  # the last prompt differs, and so do samples without one
+    asked = [
+        Request(prompt=PROMPTS[i == 6], sibling=i, seed=100 + i, start_seed=start)
+        for i, start in enumerate(starts)
+    ]
+    rows: list[int] = []
+    handle = policy.transformer.register_forward_pre_hook(
+        lambda module, arguments, options: rows.append(len(options["hidden_states"])),
+        with_kwargs=True,
+    )
+    together = policy.sample(asked, step=step)
+    assert rows == [count * policy.row_copies for count in [5] * 4 + [7] * 4]
+    handle.remove()
+
+    latents = together.trace["latents"]
+    for sibling in (1, 3):
+        assert torch.equal(latents[0, 0], latents[sibling, 0])
+        assert not torch.equal(latents[0, 1], latents[sibling, 1])
+    assert len({latents[i, 0].sum().item() for i in (0, 2, 4, 5, 6)}) == 5
+    new, _ = policy.log_probs(together, slice(0, 2))
+    steps = policy.trained_steps(step)
+    assert_log_probs_close(policy, new.detach(), together.log_probs, steps)
+    alone = concatenate([policy.sample([one], step=step) for one in asked])
+    assert_log_probs_close(policy, together.log_probs, alone.log_probs, steps)
+    # Bounds as of `test_a_sample_depends_on_its_own_seed_alone`, with guidance's gain.
+    allowed = 1e-4 * (2 * guidance - 1)
+    torch.testing.assert_close(together.images, alone.images, atol=allowed, rtol=0)
 
 
 def test_even_steps_are_on_policy_and_of_one_size(make: Any) -> None:

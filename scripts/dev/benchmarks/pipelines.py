@@ -11,6 +11,7 @@ import torch
 
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
+from moa_diffusion.planning.shapes import published_shape
 from moa_diffusion.training.loop import Run
 from moa_diffusion.training.trainer import Trainer
 from tiny_pipeline.tokenizers import MAX_LENGTH, clip_tokenizer, t5_tokenizer
@@ -20,7 +21,7 @@ CHEAP_HEAD: dict[str, Any] = {"colourfulness": {"weight": 1.0}}  # scores, and c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Arguments of a pipeline's parts, where they differ from the library's defaults."""
+    """Arguments of a pipeline's parts."""
 
     transformer: Mapping[str, Any]
     clip: Mapping[str, Any]  # CLIP-L
@@ -31,22 +32,16 @@ class Sizes:
     clip_tokens: int = MAX_LENGTH
 
 
-# Published configuration of stable-diffusion-3.5-medium: 2.24 B parameters (and a position table of
-# 0.23 B numbers), encoders of 0.12, 0.69 and 4.76 B, VAE of 0.08 B.
+# 2.24 B parameters (and a position table of 0.23 B numbers), encoders of 0.12, 0.69 and 4.76 B, VAE
+# of 0.08 B.
+_SHAPE = published_shape("stabilityai/stable-diffusion-3.5-medium")
+_CLIP, _CLIP_2, _T5 = _SHAPE.encoders.values()
 MEDIUM = Sizes(
-    transformer={
-        "num_layers": 24,
-        "num_attention_heads": 24,
-        "caption_projection_dim": 1536,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-    },
-    clip={"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
-    | {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu"},
-    clip_2={"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280}
-    | {"num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
-    t5={"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-    vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    transformer=_SHAPE.transformer,
+    clip=_CLIP,
+    clip_2=_CLIP_2,
+    t5=_T5,
+    vae=_SHAPE.vae,
     vocabularies=(49408, 32128),
     clip_tokens=77,
 )
@@ -55,10 +50,14 @@ MEDIUM = Sizes(
 def _small(*, layers: int, heads: int, side: int, channels: tuple[int, ...]) -> Sizes:
     """Return the architecture with ``heads`` heads of 64 over latents of ``side`` x ``side``."""
     width = 64 * heads
-    clip = {"hidden_size": width // 2, "intermediate_size": 2 * width, "projection_dim": width // 2}
-    clip |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    clip = {**_CLIP, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clip |= {"hidden_size": width // 2, "intermediate_size": 2 * width}
+    clip |= {"projection_dim": width // 2}
+    t5 = {"d_model": width, "d_kv": 64, "d_ff": 2 * width, "num_layers": 2, "num_heads": heads}
+    blocks = len(channels)
     return Sizes(
         transformer={
+            **_SHAPE.transformer,
             "sample_size": side,
             "num_layers": layers,
             "num_attention_heads": heads,
@@ -70,8 +69,15 @@ def _small(*, layers: int, heads: int, side: int, channels: tuple[int, ...]) -> 
         },
         clip=clip,
         clip_2=clip,
-        t5={"d_model": width, "d_kv": 64, "d_ff": 2 * width, "num_layers": 2, "num_heads": heads},
-        vae={"block_out_channels": channels, "layers_per_block": 1, "norm_num_groups": 8},
+        t5={**_T5, **t5},
+        vae={
+            **_SHAPE.vae,
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
+            "block_out_channels": channels,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
     )
 
 
@@ -101,6 +107,7 @@ def random_pipeline(
         seed: Seed of the weights; the global generators are left alone.
     """
     from diffusers import (
+        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
@@ -110,10 +117,10 @@ def random_pipeline(
     for tokenizer in tokenizers[:2]:
         tokenizer.model_max_length = sizes.clip_tokens
     with made_as(device, dtype, seed):
-        transformer = SD3Transformer2DModel(qk_norm="rms_norm", **sizes.transformer)
+        transformer = SD3Transformer2DModel(**sizes.transformer)
         clip, clip_2, t5 = _encoders(sizes, tokenizers)
     with made_as(device, vae_dtype, seed):
-        vae = _vae(sizes)
+        vae = AutoencoderKL(**sizes.vae)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -192,31 +199,7 @@ def _encoders(sizes: Sizes, tokenizers: Sequence[Any]) -> tuple[Any, Any, Any]:
         "eos_token_id": tokenizers[0].eos_token_id,
         "pad_token_id": tokenizers[0].pad_token_id,
     }
-    clip = CLIPTextModelWithProjection(CLIPTextConfig(**marks, **sizes.clip))
-    clip_2 = CLIPTextModelWithProjection(CLIPTextConfig(**marks, **sizes.clip_2))
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=t5_words,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-            **sizes.t5,
-        )
-    )
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(**{**sizes.clip, **marks}))
+    clip_2 = CLIPTextModelWithProjection(CLIPTextConfig(**{**sizes.clip_2, **marks}))
+    t5 = T5EncoderModel(T5Config(**{**sizes.t5, "vocab_size": t5_words}))
     return clip.eval(), clip_2.eval(), t5.eval()
-
-
-def _vae(sizes: Sizes) -> Any:
-    from diffusers import AutoencoderKL
-
-    blocks = len(sizes.vae["block_out_channels"])
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **sizes.vae,
-    )

@@ -42,6 +42,7 @@ class Case:
     window: int = 0  # trained steps; 0 for all but the last
     guidance: float = GUIDANCE
     batch: int = BATCH  # samples per forward while sampling, and per optimizer step
+    shared_start: bool = False  # all samples of the batch are one group, of one start
     kl_weight: float = 0.0
     step_batch: int = 1  # trained steps per forward
     trained: bool = True  # False: only sampled
@@ -51,7 +52,8 @@ def cases() -> list[Case]:
     """Return what is measured: each trained way with one and with two steps per forward.
 
     Without guidance a forward pass of the plain call's size, two halves of ``BATCH``, holds twice
-    as many samples; that way is measured with both.
+    as many samples; that way is measured with both. The window of the n-th round lies at the n-th
+    place, modulo all of them: what a shared start saves depends on it, and nothing else does.
     """
     ways = [
         Case(name="9 trained steps", target=2.8),
@@ -65,6 +67,13 @@ def cases() -> list[Case]:
             guidance=1.0,
             batch=2 * BATCH,
         ),
+        Case(
+            name=f"window of 2, no CFG, batch {2 * BATCH}, shared start",
+            window=2,
+            guidance=1.0,
+            batch=2 * BATCH,
+            shared_start=True,
+        ),
     ]
     both = [replace(way, step_batch=steps) for way in ways for steps in (1, 2)]
     return [Case(name="sampling alone", trained=False), *both]
@@ -72,14 +81,21 @@ def cases() -> list[Case]:
 
 def case_settings(case: Case, *, resolution: int, length: int) -> Config:
     """Return the configuration of a case: one batch of samples, one optimizer step."""
+    group_size = case.batch if case.shared_start else 2
     settings = Config(
         sampling=SamplingConfig(
-            resolution=resolution, steps=STEPS, guidance=case.guidance, window=case.window
+            resolution=resolution,
+            steps=STEPS,
+            guidance=case.guidance,
+            shared_start=case.shared_start,
+            window=case.window,
+            window_mode="slide",
+            window_stay=1,
         ),
         loss=LossConfig(kl_weight=case.kl_weight),
         trainer=TrainerConfig(
-            groups=case.batch // 2,
-            group_size=2,
+            groups=case.batch // group_size,
+            group_size=group_size,
             updates=1,
             sample_batch=case.batch,
             micro_batch=case.batch,
@@ -155,6 +171,7 @@ def _batch(trainer: Trainer, *, trained: bool) -> None:
     if trained:
         assert isinstance(trainer.update, PlainUpdate)
         trainer.update.descend(rollout, torch.tensor([1.0, -1.0]).repeat(len(rollout) // 2))
+    trainer.progress.completed += 1
 
 
 def _watched(

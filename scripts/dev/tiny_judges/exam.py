@@ -29,21 +29,23 @@ _CANDIDATES = 12  # prompts that a picture is to be told from, its own among the
 _EVERY = 3  # pictures are scored once per candidate: every third one is asked for its prompt
 
 
-def judges(folder: str) -> dict[str, RewardHead]:
+def judges(folder: str, dtype: str = "float32") -> dict[str, RewardHead]:
     """Return the heads ``pickscore``, ``aesthetic`` and ``deqa`` on the judges in a folder.
 
     Args:
         folder: As ``rewards.pretrained.locate`` names a folder.
+        dtype: Precision of their models.
     """
     return {
-        "pickscore": create("pickscore", model=f"{folder}/clip"),
+        "pickscore": create("pickscore", model=f"{folder}/clip", dtype=dtype),
         "aesthetic": create(
             "aesthetic",
             model=f"{folder}/clip",
             predictor=f"{folder}/aesthetic/model.safetensors",
             predictor_sha256=None,
+            dtype=dtype,
         ),
-        "deqa": create("deqa", model=f"{folder}/deqa", dtype="float32"),
+        "deqa": create("deqa", model=f"{folder}/deqa", dtype=dtype),
     }
 
 
