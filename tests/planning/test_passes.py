@@ -123,7 +123,7 @@ def test_medium_is_as_was_counted_on_the_whole_model() -> None:
     # 2.40 GB with the forward passes of peft and diffusers. Ours do not keep two of three casts of
     # the input (0.25 GB) and, as norms are counted here, a third of what these kept (0.26 GB).
     assert cost.saved.each == pytest.approx(2.40e9 - 0.25e9 - 0.26e9, rel=0.05)
-    assert cost.forward_moved.at(4) == pytest.approx(78e9, rel=0.1)
+    assert cost.forward_moved.at(4) == pytest.approx(68e9, rel=0.1)  # and 78 GB moved, likewise
 
 
 @pytest.mark.slow
