@@ -68,6 +68,7 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
                 revision=model.revision,
                 resolution=sampling.resolution,
                 target_modules=model.lora.target_modules,
+                attention=model.attention,
             )
         start = starting_adapter(settings, pipeline)
         if pipeline is None:

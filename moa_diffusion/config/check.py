@@ -95,6 +95,12 @@ def _check_numbers(config: Config) -> None:
         lambda value: not value or config.policy.name == "sd3",
         f"false for policy.name {config.policy.name}: only transformers of images are split",
     )
+    _require(
+        config,
+        "policy.attention",
+        lambda value: value == "native" or config.policy.name == "sd3",
+        f"native for policy.name {config.policy.name}: only transformers of images have a choice",
+    )
     writes = config.policy.name == "causal_lm"
     _require(
         config,

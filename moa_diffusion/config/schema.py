@@ -65,6 +65,9 @@ class PolicyConfig:
         shard: Whether the frozen transformer is split over the processes of a node (FSDP2), which
             gather a block when they need it; saves memory and costs time. For a model that a card
             does not hold beside the rewards.
+        attention: Attention backend of diffusers: native (torch's own choice), or a kernel that
+            has to be installed, such as flash, _flash_3 or flash_hub. Those round otherwise, and
+            most take half precision alone.
         max_sequence_length: Number of T5 tokens that are read of each prompt.
         step_batch: Number of trained steps of a sample in one forward pass; more is faster on
             small models.
@@ -88,6 +91,7 @@ class PolicyConfig:
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: Switch = False
     shard: Switch = False
+    attention: str = "native"
     max_sequence_length: Count = 128
     step_batch: Count = 1
     vae_batch: Count = 8

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moa_diffusion.policies.merged import MergedForward, Record
+from moa_diffusion.policies.forward import AddedForward, LoraForward, MergedForward, Record
 
 ATTENTION = (
     "attn.to_q",
@@ -45,7 +45,7 @@ def attach(
         seed: The seed of A's draw; the global generator is left alone.
         task: Peft's name of the model's task, for loaders that choose a class by it.
         merge: Whether float32 layers multiply by weight and update in one (``MergedForward``), and
-            keep a copy of the weight for it.
+            keep a copy of the weight for it, instead of peft's forward pass.
 
     Raises:
         ValueError: If a name matches no layer.
@@ -74,7 +74,11 @@ def attach(
         # peft casts every input to float32, and autocast casts it back.
         layer.cast_input_dtype_enabled = False
         base = layer.base_layer
-        if merge and isinstance(base, nn.Linear) and base.weight.dtype == torch.float32:
+        if not isinstance(base, nn.Linear):
+            continue
+        if base.weight.dtype in AddedForward.dtypes:
+            layer.forward = AddedForward(layer)
+        elif merge and base.weight.dtype in MergedForward.dtypes:
             layer.forward = MergedForward(layer)
 
 
@@ -195,10 +199,10 @@ class TappedLinear:
         return tapped
 
 
-def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
+def tapped(adapted: Sequence[Any]) -> list[LoraForward | TappedLinear]:
     """Make the adapted layers hand over what per-objective gradients are made of.
 
-    Merged layers do so anyway; in the others A and B get a ``TappedLinear``, once.
+    Those with a ``LoraForward`` do so anyway; in the others A and B get a ``TappedLinear``, once.
 
     Args:
         adapted: The model's ``layers``.
@@ -206,9 +210,9 @@ def tapped(adapted: Sequence[Any]) -> list[MergedForward | TappedLinear]:
     Returns:
         The ``layers`` of ``moa_diffusion.training.gradients.ObjectiveGradients``.
     """
-    layers: list[MergedForward | TappedLinear] = []
+    layers: list[LoraForward | TappedLinear] = []
     for layer in adapted:
-        if isinstance(layer.forward, MergedForward):
+        if isinstance(layer.forward, LoraForward):
             layers.append(layer.forward)
             continue
         for linear in (layer.lora_A["default"], layer.lora_B["default"]):

@@ -120,19 +120,22 @@ def test_medium_is_as_was_counted_on_the_whole_model() -> None:
     assert cost.forward_flops == pytest.approx(2.25e12, rel=0.02)
     without = cost.training_flops - flash_again(MEDIUM, 512)
     assert without == pytest.approx(4.75e12, rel=0.02)
-    assert cost.saved.each == pytest.approx(2.40e9, rel=0.1)
-    assert cost.forward_moved.at(4) == pytest.approx(78e9, rel=0.1)
+    # 2.40 GB with the forward passes of peft and diffusers. Ours do not keep two of three casts of
+    # the input (0.25 GB) and, as norms are counted here, a third of what these kept (0.26 GB).
+    assert cost.saved.each == pytest.approx(2.40e9 - 0.25e9 - 0.26e9, rel=0.05)
+    assert cost.forward_moved.at(4) == pytest.approx(68e9, rel=0.1)  # and 78 GB moved, likewise
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("checkpointing", "per_sample", "training"), [(False, 5.07e9, 15.0e12), (True, 0.24e9, None)]
+    ("checkpointing", "per_sample", "training"), [(False, 3.89e9, 15.0e12), (True, 0.24e9, None)]
 )
 def test_large_is_as_was_counted_on_the_whole_model(
     checkpointing: bool, per_sample: float, training: float | None
 ) -> None:
     settings = PolicyConfig(dtype="float16", lora=RANK_32, gradient_checkpointing=checkpointing)
     cost = transformer_cost(LARGE, settings, resolution=512)
+    # 5.07 GB with the forward passes of peft and diffusers, less as for Medium.
     assert cost.saved.each == pytest.approx(per_sample, rel=0.1)
     assert cost.forward_flops == pytest.approx(7.29e12, rel=0.02)
     if training is not None:

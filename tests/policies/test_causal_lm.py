@@ -31,8 +31,8 @@ from moa_diffusion.config.schema import LossConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
+from moa_diffusion.policies.forward import MergedForward
 from moa_diffusion.policies.language_model import check_fit, load_model
-from moa_diffusion.policies.merged import MergedForward
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients

@@ -19,7 +19,7 @@ from benchmarks.pipelines import SMALLEST, random_pipeline
 from moa_diffusion import tiny
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies import lora
-from moa_diffusion.policies.merged import MergedForward
+from moa_diffusion.policies.forward import MergedForward
 from moa_diffusion.policies.sd3 import SD3Policy, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training import gradients
