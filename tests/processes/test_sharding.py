@@ -5,6 +5,8 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
+import copy
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -25,8 +27,10 @@ from moa_diffusion.types import Request
 from waiting import HANG, two_processes
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
-SMALL = {"resolution": 32, "steps": 4, "max_sequence_length": 16, "lora_rank": 4, "window": 2}
-CASES = (("float32", False), ("bfloat16", True))  # with checkpointing
+SMALL = {"resolution": 16, "steps": 4, "window": 2, "guidance": 1.0, "lora_rank": 4}
+SMALL |= {"max_sequence_length": 16, "eval_steps": 2, "eval_guidance": 1.0}
+# Without and with checkpointing.
+CASES = (("float32", False), ("bfloat16", False), ("bfloat16", True))
 # One draws a reference pool, the other measures gradients on some micro-batches.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "mopo": {"method": "mopo", "normalizer": {"pool_size": 3}},
@@ -51,7 +55,7 @@ def train(folder: Path, objectives: dict[str, Any], *, shard: bool) -> dict[str,
         {
             "output_dir": str(folder),
             "policy": {"max_sequence_length": 16, "shard": shard},
-            "sampling": {"resolution": 32, "steps": 3, "guidance": 1.0, "shared_start": True},
+            "sampling": {"resolution": 16, "steps": 3, "guidance": 1.0, "shared_start": True},
             "prompts": {name: str(folder.parent / "prompts.txt") for name in ("train", "heldout")},
             "rewards": {name: {"path": f"{__file__}:{name}"} for name in ("red", "green")},
             "objectives": objectives,
@@ -71,16 +75,23 @@ def train(folder: Path, objectives: dict[str, Any], *, shard: bool) -> dict[str,
         }
     )
     check(config)
-    run = assembly.trainer(config)
+    run = assembly.trainer(config, pipeline_in("float32"))
     run.progress.bars = False
     run.run()
     return run.state_dict() if run.comm.rank == 0 else {}
 
 
+@functools.cache
+def loaded(dtype: str) -> Any:
+    return load_pipeline(str(tiny.PIPELINE_PATH), dtype=dtype)
+
+
+def pipeline_in(dtype: str) -> Any:
+    return copy.deepcopy(loaded(dtype))
+
+
 def policy_in(dtype: str, **options: Any) -> SD3Policy:
-    policy = sd3_policy(
-        load_pipeline(str(tiny.PIPELINE_PATH), dtype=dtype), seed=0, **(SMALL | options)
-    )
+    policy = sd3_policy(pipeline_in(dtype), seed=0, **(SMALL | options))
     policy.prepare(PROMPTS)
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from the start, where B is zero
