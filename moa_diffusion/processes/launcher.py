@@ -82,8 +82,9 @@ def check_launcher(accelerator: Accelerator, environment: Mapping[str, str] = os
     if started > 1 and accelerator.num_processes == 1:
         raise ConfigError(
             f"launcher: should start processes that find each other. Found {started} of which each "
-            "takes itself for the only one, as accelerate does on a machine without a GPU. Set "
-            "ACCELERATE_USE_CPU=true, or start with `accelerate launch --cpu`."
+            "takes itself for the only one. Without a GPU set ACCELERATE_USE_CPU=true, "
+            "or start with `accelerate launch --cpu`; with GPUs start with `accelerate launch` or "
+            "torchrun, which number the processes of a node (LOCAL_RANK)."
         )
     if engines:
         count = accelerator.num_processes
