@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -27,9 +28,16 @@ GROUP = "moa_diffusion.rewards"  # entry points of this group declare heads
 def declared() -> dict[str, list[EntryPoint]]:
     """Return the heads that packages declare in the entry point group ``GROUP``; load none.
 
+    Packages that are installed later are seen by the next process.
+
     Returns:
         By name; more than one where several packages declare the same.
     """
+    return _declared_on(tuple(sys.path))
+
+
+@functools.cache  # every installed package is looked through, a tenth of a second
+def _declared_on(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     points: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         points.setdefault(point.name, []).append(point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,23 @@ os.fsync = os.fstat  # type: ignore[assignment]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("zoo",)  # its fixtures
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Importing makes a million objects and hardly any garbage: a collector looks in vain."""
+    gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What stays until the end is looked through no more."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Libraries complain of what is still there when they are taken apart."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ IMPORTED = (
 )
 # Variables that are read when something is imported. With others a command is not run here.
 READ_AT_IMPORT = ("ATEN_", "CUDA_", "DNNL_", "HF_", "HOME", "KMP_", "MKL_", "MPL", "OMP_")
-READ_AT_IMPORT += ("ONEDNN_", "OPENBLAS_", "PATH", "PYTHON", "TORCH_", "TRANSFORMERS_", "XDG_")
+READ_AT_IMPORT += ("ONEDNN_", "OPENBLAS_", "PYTHON", "TORCH_", "TRANSFORMERS_", "XDG_")
 
 
 def read_at_import(environment: dict[str, str]) -> dict[str, str]:

@@ -248,7 +248,11 @@ def test_two_nodes_train_what_two_processes_of_one_do(two_processes: Path, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    search = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    torchrun = tmp_path / "programs" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text(f'#!/bin/sh\nexec {python()} -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    search = os.pathsep.join((str(torchrun.parent), os.environ["PATH"]))
     meeting = {"MASTER": "127.0.0.1", "PORT": str(port), "NODES": "2", "GPUS": "1"}
     with ExitStack() as stack:
         nodes = []

@@ -7,12 +7,13 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import pipelines
+from benchmarks import pipelines, train
 from benchmarks.phases import REST, Phases
 from benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
 from benchmarks.precision import PAMA, measure_precision
@@ -119,13 +120,8 @@ def test_the_full_size_has_the_published_number_of_parameters(
     assert [round(count / 1e6) for count in counts] == [2470, 124, 695, 4762, 84]
 
 
-def test_train_reports_every_way(tmp_path: Path, bench: Bench) -> None:
-    pipeline, file = tmp_path / "pipeline", tmp_path / "new" / "train.json"
-    random_pipeline(SMALLEST).save_pretrained(pipeline)
-    status, said = bench("train", "--pipeline", str(pipeline), "--rounds", "1", "--json", str(file))
-    assert status == 0
-    report = json.loads(file.read_text())
-    assert [(case["name"], case["step_batch"]) for case in report["cases"]] == [
+def test_train_measures_every_way() -> None:
+    assert [(case.name, case.step_batch) for case in train.cases()] == [
         ("sampling alone", 1),
         *(
             (way, steps)
@@ -140,6 +136,21 @@ def test_train_reports_every_way(tmp_path: Path, bench: Bench) -> None:
             for steps in (1, 2)
         ),
     ]
+
+
+def test_train_reports_what_it_measures(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, *others = train.cases()
+    with_kl, shared = (next(c for c in others if what in c.name) for what in ("KL", "shared"))
+    some = (alone, replace(with_kl, step_batch=2), shared)
+    monkeypatch.setattr(train, "cases", lambda: some)
+    pipeline, file = tmp_path / "pipeline", tmp_path / "new" / "train.json"
+    random_pipeline(SMALLEST).save_pretrained(pipeline)
+    status, said = bench("train", "--pipeline", str(pipeline), "--rounds", "1", "--json", str(file))
+    assert status == 0
+    report = json.loads(file.read_text())
+    assert [case["name"] for case in report["cases"]] == [case.name for case in some]
     for case in report["cases"]:
         spent = {name for name, seconds in case["phases"].items() if seconds > 0}
         assert {"sampling", "decode", "rest"} <= spent

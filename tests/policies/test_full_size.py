@@ -147,13 +147,15 @@ def medium(device: torch.device, dtype: str, **options: Any) -> SD3Policy:
     return policy
 
 
-def requests() -> list[Request]:
+def requests(samples: int = SAMPLES) -> list[Request]:
     return [
-        Request(prompt="ab"[i % 2], group=i % 2, sibling=i // 2, seed=i) for i in range(SAMPLES)
+        Request(prompt="ab"[i % 2], group=i % 2, sibling=i // 2, seed=i) for i in range(samples)
     ]
 
 
-def steps_of(policy: SD3Policy, *, kl_weight: float, half: bool) -> RolloutSteps:
+def steps_of(
+    policy: SD3Policy, *, kl_weight: float, half: bool, samples: int = SAMPLES
+) -> RolloutSteps:
     device = policy.device
     return RolloutSteps(
         policy=policy,
@@ -168,10 +170,10 @@ def steps_of(policy: SD3Policy, *, kl_weight: float, half: bool) -> RolloutSteps
         ),
         geometry=Geometry.solve(
             groups=2,
-            group_size=SAMPLES // 2,
+            group_size=samples // 2,
             updates=1,
             world_size=1,
-            max_sample_batch=SAMPLES,
+            max_sample_batch=samples,
             max_micro_batch=MICRO,
         ),
         settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=2.0),
@@ -224,11 +226,11 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
 def test_backward_passes_have_the_shapes_and_types(
     host: HostReads, dtype: str, checkpointing: bool
 ) -> None:
-    """Plain, fused and as a probe, at full width."""
+    """Plain, fused and as a probe, at full width; of one micro-batch."""
     policy = medium(CPU, dtype, guidance=1.0, gradient_checkpointing=checkpointing)
-    rollout = policy.sample(requests(), step=0)
-    steps = steps_of(policy, kl_weight=0.01, half=False)
-    advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
+    rollout = policy.sample(requests(MICRO), step=0)
+    steps = steps_of(policy, kl_weight=0.01, half=False, samples=MICRO)
+    advantages = torch.tensor([[-1.0, 1.0], [1.0, -2.0]])
     PlainUpdate(steps, NoProbe()).descend(rollout, advantages[0])
     weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
     FusedUpdate(steps).improve(rollout, FixedObjectives(advantages, lambda _: weights))

@@ -29,6 +29,7 @@ from tiny_judges.data import (
 from tiny_judges.degradations import degradations, spoil
 from tiny_judges.deqa import soft_labels, spoilt_stock
 from tiny_judges.rule import beauty
+from tiny_pipeline import parallel
 from tiny_pipeline.scenes import Shape, Sign, all_signs, prompt_sets
 
 ROOT = Path(__file__).parents[2]
@@ -159,10 +160,10 @@ def test_pictures_without_noise_do_not_please_by_noise(heads, vae) -> None:
         assert spoilt - clean < most
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", LARGEST, ids=str)
-def test_half_precision_moves_scores_by_little_of_their_spread(pipeline, heads, dtype) -> None:
-    prompts = [prompt for prompt in prompt_sets()[1][::9] for _ in range(5)]
+@pytest.fixture(scope="module")
+def siblings(pipeline, heads):
+    """Prompts, of each five pictures in a row; their latents, pixels and scores in float32."""
+    prompts = [prompt for prompt in prompt_sets()[1][::18] for _ in range(5)]
     latents = pipeline(
         prompts,
         num_inference_steps=6,
@@ -171,8 +172,18 @@ def test_half_precision_moves_scores_by_little_of_their_spread(pipeline, heads, 
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
-    vaes = pipeline.vae, copy.deepcopy(pipeline.vae).to(dtype)
-    exact, rounded = (decoded(vae, latents) for vae in vaes)
+    images = decoded(pipeline.vae, latents)
+    batch = RewardBatch(prompts=prompts, images=images)
+    return prompts, latents, images, {name: head(batch).double() for name, head in heads.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+def test_half_precision_moves_scores_by_little_of_their_spread(
+    pipeline, heads, siblings, dtype
+) -> None:
+    prompts, latents, exact, scores_in_full = siblings
+    rounded = decoded(copy.deepcopy(pipeline.vae).to(dtype), latents)
     assert 0 < (rounded - exact).abs().max() < LARGEST[dtype]["pixels"]
 
     moved = {}
@@ -181,7 +192,7 @@ def test_half_precision_moves_scores_by_little_of_their_spread(pipeline, heads, 
         for name, head in heads.items():
             stack.enter_context(closing(half[name]))
             batch = RewardBatch(prompts=prompts, images=exact)
-            scores = head(batch).double()
+            scores = scores_in_full[name]
             spread = scores.view(-1, 5).var(dim=1).mean().sqrt()  # of siblings
             for what, others in {
                 f"{name}, decoder": head(RewardBatch(prompts=prompts, images=rounded)),
@@ -311,6 +322,13 @@ def test_can_be_rebuilt(tmp_path, monkeypatch) -> None:
     command = "--clip_steps 2 --clip_batch 6 --deqa_steps 2 --deqa_batch 6 --processes 1"
     script = str(ROOT / "scripts" / "dev" / "make_judges.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path), *command.split()])
+
+    def run(work, processes, *arguments) -> None:
+        """Here, for the time of a process; that there is one shows in `test_pipeline.py`."""
+        with torch.random.fork_rng():
+            parallel._enter(0, processes, parallel._free_port(), work, arguments)
+
+    monkeypatch.setattr(parallel, "run", run)
     runpy.run_path(script, run_name="__main__")
     names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert names == {str(file.relative_to(JUDGES)) for file in JUDGES.rglob("*") if file.is_file()}

@@ -55,9 +55,10 @@ def examine(folder: str, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
     A mark is what ``match``, ``taste`` or ``quality`` returns.
     """
     exams = {"pickscore": match, "aesthetic": taste, "deqa": quality}
+    images = render(held_out_scenes(), vae, 0)
     with ExitStack() as stack:
         heads = {n: stack.enter_context(closing(head)) for n, head in judges(folder).items()}
-        return {name: exams[name](head, vae) for name, head in heads.items()}
+        return {name: exams[name](head, vae, images) for name, head in heads.items()}
 
 
 def held_out_scenes() -> list[Scene]:
@@ -72,8 +73,14 @@ def render(scenes: list[Scene], vae: AutoencoderKL, seed: int) -> Tensor:
     return latent(vae, images, torch.zeros(len(images)), torch.Generator().manual_seed(seed))
 
 
-def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+def match(head: RewardHead, vae: AutoencoderKL, images: Tensor, seed: int = 0) -> dict[str, float]:
     """Return how often a judge of the match finds the right picture, and the right prompt.
+
+    Args:
+        head: The judge.
+        vae: The autoencoder that the other pictures go through.
+        images: The held-out scenes, as ``render`` returns them.
+        seed: Seed of what they differ in.
 
     Returns:
         ``signs`` and ``shapes``: share of prompts for which the right picture scores above that of
@@ -83,16 +90,15 @@ def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     rng = random.Random(seed)
     scenes = held_out_scenes()
     prompts = [scene.prompt for scene in scenes]
-    right = render(scenes, vae, seed)
     wrong = render([confusable(scene, rng) for scene in scenes], vae, seed + 1)
-    won = _scores(head, right, prompts) > _scores(head, wrong, prompts)  # [N]
+    won = _scores(head, images, prompts) > _scores(head, wrong, prompts)  # [N]
     signs = torch.tensor([isinstance(scene, Sign) for scene in scenes])
     candidates = [
         [prompt, *rng.sample([other for other in prompts if other != prompt], _CANDIDATES - 1)]
         for prompt in prompts[::_EVERY]
     ]
     asked = [prompt for group in candidates for prompt in group]
-    scores = _scores(head, right[::_EVERY].repeat_interleave(_CANDIDATES, dim=0), asked)
+    scores = _scores(head, images[::_EVERY].repeat_interleave(_CANDIDATES, dim=0), asked)
     right_first = scores.view(-1, _CANDIDATES).argmax(dim=1) == 0
     return {
         "signs": won[signs].float().mean().item(),
@@ -101,8 +107,14 @@ def match(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     }
 
 
-def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+def taste(head: RewardHead, vae: AutoencoderKL, images: Tensor, seed: int = 0) -> dict[str, float]:
     """Return the rank correlation of a judge of beauty with the rule, on varied held-out scenes.
+
+    Args:
+        head: The judge.
+        vae: Not used; all exams are called alike.
+        images: The held-out scenes, as ``render`` returns them.
+        seed: Seed of the variations.
 
     Returns:
         ``all``: over all pictures. ``siblings``: over four looks of each scene, less the scene's
@@ -110,7 +122,7 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     """
     scenes = held_out_scenes()
     looks = 4
-    images = render(scenes, vae, seed).repeat_interleave(looks, dim=0)
+    images = images.repeat_interleave(looks, dim=0)
     images = vary(images, Generator().manual_seed(seed))
     scores = _scores(head, images, [scene.prompt for scene in scenes for _ in range(looks)])
     truth = beauty(images)
@@ -121,8 +133,16 @@ def taste(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, floa
     }
 
 
-def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, float]:
+def quality(
+    head: RewardHead, vae: AutoencoderKL, images: Tensor, seed: int = 0
+) -> dict[str, float]:
     """Return the rank correlation of a judge of quality with minus a degradation's strength.
+
+    Args:
+        head: The judge.
+        vae: The autoencoder whose latents one degradation spoils.
+        images: The held-out scenes, as ``render`` returns them.
+        seed: Seed of the strengths.
 
     Returns:
         By name of the degradation, over the held-out scenes spoilt to a random degree; ``all``:
@@ -130,7 +150,6 @@ def quality(head: RewardHead, vae: AutoencoderKL, seed: int = 0) -> dict[str, fl
     """
     scenes = held_out_scenes()
     prompts = [scene.prompt for scene in scenes]
-    images = render(scenes, vae, seed)
     generator = torch.Generator().manual_seed(seed)
     correlations: dict[str, float] = {}
     scores, truths = [], []

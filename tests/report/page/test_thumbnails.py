@@ -71,10 +71,11 @@ def test_a_missing_picture_is_named(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_large_evaluation_of_noise_stays_under_twenty_megabytes(tmp_path: Path):
-    """64 prompts x 6 models x 4 seeds, the hardest to compress.
+def test_a_large_evaluation_of_noise_keeps_its_budget(tmp_path: Path):
+    """A quarter of 64 prompts x 6 models x 4 seeds, the hardest to compress.
 
-    Of 256 pixels: larger pictures of noise are greyer, and so smaller, as thumbnails.
+    So is its share of the usual 18 MB beside the plotting library. Of 256 pixels: larger pictures of noise are greyer,
+    and so smaller, as thumbnails.
     """
     one = table_of(random_values(1, 1, 8, 1), tmp_path, side=256)
 
@@ -83,14 +84,15 @@ def test_a_large_evaluation_of_noise_stays_under_twenty_megabytes(tmp_path: Path
         os.link(one.images[0][(e + p + s) % 8][0], path)
         return path
 
-    values = random_values(6, 4, 64, 4)
+    values = random_values(6, 4, 16, 4)
     images = tuple(
-        tuple(tuple(link(e, p, s) for s in range(4)) for p in range(64)) for e in range(6)
+        tuple(tuple(link(e, p, s) for s in range(4)) for p in range(16)) for e in range(6)
     )
     table = dataclasses.replace(table_of(values, None), texts=None, images=images)
-    path = write_report(table, short_summary(table), {}, tmp_path / "report.html")
-    assert path.stat().st_size < 20_000_000
+    page = tmp_path / "report.html"
+    path = write_report(table, short_summary(table), {}, page, budget=8_000_000)
+    assert path.stat().st_size < 8_000_000
     small = Page(path).json("thumbnails")
-    assert len(small) == 1536
+    assert len(small) == 384
     with Image.open(io.BytesIO(base64.b64decode(small[-1]))) as picture:
         assert picture.width >= 96, "they should still be worth looking at"
