@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from waiting import WARM, warm_python
+
 # No test of this process survives a power cut, and waiting for the disk costs milliseconds a call.
 # What is left of the call is that the file has to be open.
 os.fsync = os.fstat  # type: ignore[assignment]
@@ -26,6 +29,12 @@ os.fsync = os.fstat  # type: ignore[assignment]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("zoo",)  # its fixtures
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share one process that their tests' processes are forks of."""
+    if config.getoption("numprocesses", None) and sys.platform == "linux":
+        os.environ[WARM] = str(warm_python())
 
 
 def pytest_collection(session: pytest.Session) -> None:

@@ -65,14 +65,11 @@ AS_SCRIPT = {
 }
 
 
-@functools.cache
-def python() -> str:
-    """A program that does what `sys.executable` does, without the seconds of importing torch.
+WARM = "WARM_PYTHON"  # names the program for the workers of one run of the tests
 
-    On Linux its processes are forks of one that has imported it.
-    """
-    if sys.platform != "linux":
-        return sys.executable
+
+def warm_python() -> Path:
+    """Starts what `python` returns, and does not wait until it is ready."""
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     here = Path(__file__).parent
@@ -85,9 +82,20 @@ def python() -> str:
     words = (sys.executable, "-IS", str(here / "warm_client.py"), sys.executable, folder / "socket")
     program.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$0" "$@"\n')
     program.chmod(0o755)
-    wait_until(lambda: (folder / "socket").exists() or server.poll(), "the server did not start")
-    assert server.returncode is None
     atexit.register(server.communicate)
+    return program
+
+
+@functools.cache
+def python() -> str:
+    """A program that does what `sys.executable` does, without the seconds of importing torch.
+
+    On Linux its processes are forks of one that has imported it.
+    """
+    if sys.platform != "linux":
+        return sys.executable
+    program = Path(os.environ.get(WARM) or warm_python())
+    wait_until((program.parent / "socket").exists, "the server did not start")
     return str(program)
 
 

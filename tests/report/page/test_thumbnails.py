@@ -74,8 +74,8 @@ def test_a_missing_picture_is_named(tmp_path: Path):
 def test_a_large_evaluation_of_noise_keeps_its_budget(tmp_path: Path):
     """A quarter of 64 prompts x 6 models x 4 seeds, the hardest to compress.
 
-    So is its share of the usual 18 MB beside the plotting library. Of 256 pixels: larger pictures of noise are greyer,
-    and so smaller, as thumbnails.
+    So is its share of the usual 18 MB beside the plotting library. Of 256 pixels: larger pictures
+    of noise are greyer, and so smaller, as thumbnails.
     """
     one = table_of(random_values(1, 1, 8, 1), tmp_path, side=256)
 
