@@ -43,9 +43,9 @@ class Phase:
     """One phase of a run."""
 
     name: str
-    times: float  # in the whole run
+    times: float  # how often the run does it
     memory: Mapping[str, float]  # bytes at its peak, by part
-    work: tuple[Work, ...]  # of one time
+    work: tuple[Work, ...]  # what it does each time
 
     @property
     def peak(self) -> float:
@@ -61,7 +61,7 @@ class Phase:
 class Forecast:
     """What a run takes; all of it computed."""
 
-    gpus: int  # of all nodes
+    gpus: int  # all nodes together
     phases: tuple[Phase, ...]
     disk: Mapping[str, float]  # bytes
     host: Mapping[str, float]  # bytes of a process's main memory

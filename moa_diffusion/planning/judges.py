@@ -30,9 +30,9 @@ class Judge:
     """What a reward head takes of a GPU, or that it is not known."""
 
     name: str
-    model: str = ""  # with its precision; equal for heads that share a module
+    model: str = ""  # path and precision; equal for heads that share a module
     weights: int = 0  # bytes
-    flops: float = 0.0  # of a picture
+    flops: float = 0.0  # per image
     moved: float = 0.0  # bytes that are read and written for a picture, in full batches
     peak: float = 0.0  # bytes, at most, beside the weights
     dtype: str = "float32"

@@ -29,8 +29,9 @@ from moa_diffusion.policies.prompt_encoder import ENCODERS
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.types import Request, Rollout
 
-ROWS = 2, 4  # of the passes that are counted; of a single row, some copies are spared
-PROMPTS = 8  # that are encoded at a time
+# Two sizes of pass tell what a row costs. A pass of a single row is spared some copies.
+ROWS = 2, 4
+PROMPTS = 8  # encoded in one batch
 # What all blocks add up to; of the rest the largest counts, and one block of each kind shows it.
 ADDED = (
     "frozen",
@@ -61,13 +62,13 @@ class Linear:
 class TransformerCost:
     """Costs of a transformer with LoRA; a row is one latent at one noise level."""
 
-    frozen_bytes: int  # of the weights
-    blocks_bytes: int  # of those in blocks, which `policy.shard` splits
-    block_bytes: int  # of the largest block
-    trained: int  # numbers of the LoRA
+    frozen_bytes: int  # frozen weights
+    blocks_bytes: int  # the frozen weights in blocks, which `policy.shard` splits
+    block_bytes: int  # the largest block
+    trained: int  # trained parameters
     adapted: int  # layers with a LoRA
-    forward_flops: float  # of a row, without gradient
-    training_flops: float  # of a row, forward and backward, with what is computed again
+    forward_flops: float  # per row, without gradient
+    training_flops: float  # per row, forward and backward, with what is computed again
     forward_moved: Linear  # bytes that are read and written
     training_moved: Linear
     forward_peak: Linear  # bytes, at most, beside the weights
@@ -80,7 +81,7 @@ class PartCost:
     """Costs of the VAE's decoder by image, or of the text encoders by prompt."""
 
     weights: int  # bytes
-    flops: float  # of one
+    flops: float  # per image or prompt
     moved: Linear  # bytes that are read and written
     peak: Linear  # bytes, at most, beside the weights
 

@@ -111,7 +111,7 @@ class _Variant:
         self.decisions = sampling.window or sampling.steps - 1
         self.copies = _copies(sampling.guidance)
         steps = min(policy.step_batch, self.decisions)
-        self.rows = cut.micro_batch * steps * self.copies  # of a training pass
+        self.rows = cut.micro_batch * steps * self.copies  # rows of a training pass
         self.judges = planner.judges if judges else ()
         watching = planner.watching if judges and self._evaluations() else ()
         self.everyone = (*self.judges, *watching)
@@ -194,7 +194,7 @@ class _Variant:
         trained = self.model.trained
         rows = len(self.settings.rewards) if self.planner.tapped else 0
         return {
-            "gradients": (FLOAT + DOUBLE) * trained,  # of a pass, and their sum
+            "gradients": (FLOAT + DOUBLE) * trained,  # those of a pass, and their sum
             "objectives' gradients": DOUBLE * rows * trained,
             "saved activations": self.model.saved.at(self.rows),
             "temporary": max(0.0, self.model.temporary.at(self.rows)),
@@ -209,7 +209,7 @@ class _Variant:
 
     def _encode(self) -> Work:
         prompts: float = self.planner.prompts
-        if self.encoders_stay:  # at most so many, in each rollout
+        if self.encoders_stay:  # every rollout may bring as many new prompts as it has groups
             prompts = self.settings.trainer.groups
         if self.encoders_stay or self.on_disk:
             prompts /= self.cut.world_size

@@ -28,7 +28,7 @@ class Shape:
     source: str  # where they are from, for the report
     transformer: Sizes
     vae: Sizes
-    encoders: Mapping[str, Sizes]  # by name, those that the pipeline has
+    encoders: Mapping[str, Sizes]  # those that the pipeline has, by name
 
     @property
     def pixels_per_latent(self) -> int:

@@ -20,7 +20,7 @@ GUIDANCE, WINDOW, RESOLUTIONS, BATCHES = 4.5, 2, (512, 1024), (16, 8, 4, 2, 1)
 class Variant:
     """A run with other settings."""
 
-    changes: tuple[str, ...]  # as options have them; none for the run as configured
+    changes: tuple[str, ...]  # options and values; empty for the run as configured
     settings: Config
     geometry: Geometry
     judges: bool = True  # whether reward models stand on the card

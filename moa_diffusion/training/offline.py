@@ -97,12 +97,12 @@ class Cloning:
             raise TrainingError(f"A response cannot be learned: {error}") from error
         self._tokens = [array("i", ids) for ids in tokens]
 
-    def __call__(self, rows: Sequence[int], weights: Tensor) -> dict[str, float]:
+    def __call__(self, rows: Sequence[int], row_weights: Tensor) -> dict[str, float]:
         """Take one optimizer step on ``-mean(weight log pi(y|x))``; return its metrics.
 
         Args:
             rows: Indices of the B rows, of all processes together.
-            weights: Weights ``[B]`` of the rows, constant.
+            row_weights: Weight of each row, ``[B]``, constant.
         """
         self.read()
         device, scaler = self.stepper.device, self.stepper.scaler
@@ -110,7 +110,7 @@ class Cloning:
         gradients = GradientSum(self.stepper.parameters)
         for part in self._batches(len(rows)):
             log_pi = self._log_pi([rows[i] for i in part])  # [m]
-            weighted = (weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
+            weighted = (row_weights[part].to(log_pi.dtype).to(device) * log_pi).sum()
             torch.autograd.backward(scaler.scale(-weighted / len(rows)))
             gradients.take()
             parts.append(torch.stack([weighted, log_pi.sum()]).detach().float())
@@ -227,14 +227,15 @@ class OfflineTrainer:
         self.refer()
         target = self.mopo(kl_scale)  # [P, Y], NaN where the reference is not known
         rows = self.rows()
-        weights = target[self._where[0], self._where[1]] * self._where.shape[1] / len(target)  # [R]
-        if weights[rows].isnan().any():
+        where = self._where
+        row_weights = target[where[0], where[1]] * where.shape[1] / len(target)  # [R]
+        if row_weights[rows].isnan().any():
             raise TrainingError(
                 "The reference was not asked for all rows of this step: `preferences.batch` and "
                 "`objectives.weighting.lag` should be those of the run that saved the checkpoint."
             )
         with self.progress.timed("update"):
-            update = self.cloning(rows, weights[rows])
+            update = self.cloning(rows, row_weights[rows])
         known = target[~target.isnan().any(1)]
         samples = {"offline/effective_sample_size": effective_samples(known)}
         return self.mopo.report() | samples | update
