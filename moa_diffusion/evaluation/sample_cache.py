@@ -17,7 +17,7 @@ from moa_diffusion.files.digests import json_digest
 from moa_diffusion.files.png import save_png
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import ConfigError, Outputs
-from rewards.pictures import read_rgb
+from rewards.image_files import read_rgb
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rewards.base import RewardBatch, RewardHead
 from rewards.commands.tables import writer_for
-from rewards.pictures import read_rgb
+from rewards.image_files import read_rgb
 from rewards.score_store import Score, ScoreStore
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")

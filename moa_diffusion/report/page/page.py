@@ -24,7 +24,7 @@ from moa_diffusion.statistics.bootstrap import LEVEL
 
 NAME = "report.html"
 HERE = Path(__file__).parent / "assets"
-STYLES = ("page.css", "pictures.css")
+STYLES = ("page.css", "images.css")
 SCRIPTS = ("page.js", "dialog.js", "grid.js", "samples.js", "charts.js", "front.js")
 PACKAGES = ("moa-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
