@@ -1,4 +1,4 @@
-"""A picture file as a viewer shows it: the one way in which files become pixels that are scored.
+"""An image file as a viewer shows it: the one way in which files become pixels that are scored.
 
 Pillow's own ``convert("RGB")`` clips 16 bits to 8, leaves a photo lying on its side, takes any
 colour space for sRGB, drops transparency, and reads the first of several frames.
@@ -23,7 +23,7 @@ _BITS, _MEANING = 258, 262
 
 
 def read_rgb(file: Path | IO[bytes]) -> np.ndarray:
-    """Read a picture.
+    """Read an image.
 
     Grey of 16 bits is scaled to 8; the orientation in the metadata is applied; colours of an
     embedded profile become those of sRGB; an alpha channel without effect is dropped.
@@ -32,9 +32,9 @@ def read_rgb(file: Path | IO[bytes]) -> np.ndarray:
         ``[H, W, 3]``, uint8, sRGB.
 
     Raises:
-        ValueError: If the file is no picture or damaged, holds several frames or transparent
+        ValueError: If the file is no image or damaged, holds several frames or transparent
             pixels, or numbers for which nothing says what is white. The message goes on after
-            "The picture cannot be used:".
+            "The image cannot be used:".
     """
     try:
         with Image.open(file) as image:
@@ -101,10 +101,10 @@ def _shallow(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the picture in RGB, by its profile if that speaks of such a picture."""
+    """Return the image in RGB, by its profile if that speaks of such an image."""
     if profile:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # Decoders ignore one for another kind of picture, as PNG's specification says.
+        # Decoders ignore one for another kind of image, as PNG's specification says.
         if own.profile.xcolor_space.strip() == _SPACES[image.mode]:
             target = ImageCms.createProfile("sRGB")
             shown = ImageCms.profileToProfile(image, own, target, outputMode="RGB")

@@ -1,4 +1,4 @@
-"""What pictures in a batch must be."""
+"""What images in a batch must be."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def prepare(
 
 
 def try_head(head: RewardHead, *, texts: bool = False) -> Checked:
-    """Score a fitting and a degraded sample: texts if the head scores nothing else, or pictures.
+    """Score a fitting and a degraded sample: texts if the head scores nothing else, or images.
 
     Args:
         head: A head as ``prepare`` returns it.
@@ -86,7 +86,7 @@ def try_head(head: RewardHead, *, texts: bool = False) -> Checked:
         RewardError: If the head fails.
     """
     began = time.monotonic()
-    scores = head.evaluate(_texts() if texts or head.scores == "texts" else _pictures())
+    scores = head.evaluate(_texts() if texts or head.scores == "texts" else _images())
     return Checked(
         scores=scores,
         seconds=time.monotonic() - began,
@@ -105,7 +105,7 @@ def _advice(error: BaseException) -> str:
     return " If there is no network here, copy the weights and name their folder as `model`."
 
 
-def _pictures() -> RewardBatch:
+def _images() -> RewardBatch:
     good = Image.new("RGB", (_SIDE, _SIDE), "white")
     draw = ImageDraw.Draw(good)
     draw.ellipse((146, 60, 366, 280), fill=(220, 20, 20))

@@ -69,7 +69,7 @@ def check_head(name: str, options: Mapping[str, Any], *, texts: bool = False) ->
     Args:
         name: See ``rewards.create``.
         options: Options of the head.
-        texts: Whether to have a head that scores both, pictures and texts, score texts.
+        texts: Whether to have a head that scores both, images and texts, score texts.
 
     Raises:
         Unusable: If the head cannot be loaded.
@@ -101,20 +101,20 @@ def score_samples(
     *,
     batch_size: int,
 ) -> None:
-    """Score the pictures of a folder, or texts, into a table and print a summary.
+    """Score the images of a folder, or texts, into a table and print a summary.
 
     Args:
         name: See ``rewards.create``.
         options: Options of the head.
-        folder: Folder of pictures; None scores the texts that stand with the prompts.
+        folder: Folder of images; None scores the texts that stand with the prompts.
         prompts: See ``rewards.commands.score_folder.match``, and ``texts_of`` where there is no
             folder.
         output: See ``rewards.commands.score_folder.ScoreTable``.
-        batch_size: Pictures or texts at once.
+        batch_size: Images or texts at once.
 
     Raises:
-        ValueError: If pictures and prompts do not match or a text is missing, which is seen before
-            anything is loaded, a picture cannot be read, or the rows of an earlier failure are
+        ValueError: If images and prompts do not match or a text is missing, which is seen before
+            anything is loaded, an image cannot be read, or the rows of an earlier failure are
             those of another run.
         Unusable: If the head cannot be loaded.
         RewardError: If the head fails.

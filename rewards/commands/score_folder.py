@@ -1,4 +1,4 @@
-"""Scores of a folder of pictures, or of texts, in a table."""
+"""Scores of a folder of images, or of texts, in a table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rewards.score_store import Score, ScoreStore
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SUMMARY_CHARACTERS = 60  # as much of a file's name or a text is shown
-Pair = tuple[Path | str, str, Mapping[str, Any]]  # picture or text, prompt, metadata
+Pair = tuple[Path | str, str, Mapping[str, Any]]  # image or text, prompt, metadata
 
 
 def refuse_blank_lines(prompts: Path) -> None:
-    """Check that line i of a ``.txt`` file can belong to picture i; other files have no blank rows.
+    """Check that line i of a ``.txt`` file can belong to image i; other files have no blank rows.
 
     Raises:
         ValueError: If a line before the last prompt is blank; names file and line.
@@ -37,36 +37,36 @@ def refuse_blank_lines(prompts: Path) -> None:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(
-                f"{prompts}:{number}: The prompt of picture {number} should stand here. "
+                f"{prompts}:{number}: The prompt of image {number} should stand here. "
                 f"Found a blank line."
             )
 
 
 def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
-    """Pair pictures with prompts.
+    """Pair images with prompts.
 
     Args:
-        folder: Its pictures are taken in natural order: ``2.png`` before ``10.png``.
-        prompts: Prompt and metadata. If the metadata has the key ``file``, that names the picture
-            in the folder; else prompt i belongs to picture i.
+        folder: Its images are taken in natural order: ``2.png`` before ``10.png``.
+        prompts: Prompt and metadata. If the metadata has the key ``file``, that names the image
+            in the folder; else prompt i belongs to image i.
 
     Returns:
         File, prompt and metadata without ``file``, in the order of the files.
 
     Raises:
-        ValueError: If a picture lacks a prompt or a prompt its picture.
+        ValueError: If an image lacks a prompt or a prompt its image.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder `{folder}`.")
     files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
     files.sort(key=lambda file: _natural(file.name))
     if not files:
-        raise ValueError(f"`{folder}` should hold pictures ({', '.join(SUFFIXES)}). Found none.")
+        raise ValueError(f"`{folder}` should hold images ({', '.join(SUFFIXES)}). Found none.")
     named = [str(metadata["file"]) for _, metadata in prompts if "file" in metadata]
     if not named:
         if len(files) != len(prompts):
             raise ValueError(
-                f"There should be one prompt per picture. Found {len(files)} pictures in "
+                f"There should be one prompt per image. Found {len(files)} images in "
                 f"`{folder}` and {len(prompts)} prompts."
             )
         return [(file, *pair) for file, pair in zip(files, prompts, strict=True)]
@@ -81,7 +81,7 @@ def match(folder: Path, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> lis
         ("files have more than one prompt", twice),
         ("files of the prompts are not in the folder", strangers),
         (f"files of the prompts are of another kind than {', '.join(SUFFIXES)}", others),
-        ("pictures have no prompt", lacking),
+        ("images have no prompt", lacking),
     ):
         if names:
             more = ", ..." if len(names) > 5 else ""
@@ -111,7 +111,7 @@ def texts_of(prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Pair]:
             finding = "none" if "text" not in metadata else type(metadata["text"]).__name__
             raise ValueError(
                 f"Prompt {number} should come with the text to score, under the key (in the "
-                f"column) `text`. Found {finding}. For pictures, name their folder."
+                f"column) `text`. Found {finding}. For images, name their folder."
             )
     return [
         (metadata["text"], prompt, {key: metadata[key] for key in metadata if key != "text"})
@@ -199,11 +199,11 @@ def score_pairs(head: RewardHead, table: ScoreTable, *, batch_size: int) -> None
     Args:
         head: The head.
         table: Has the samples and gets their scores.
-        batch_size: Samples read at once; of pictures, those of one size are scored together.
+        batch_size: Samples read at once; of images, those of one size are scored together.
 
     Raises:
         RewardError: If the head fails.
-        ValueError: If a picture cannot be read, or the head's further columns do not fit in.
+        ValueError: If an image cannot be read, or the head's further columns do not fit in.
     """
     todo = list(table.missing().items())
     with tqdm(total=len(todo), desc=head.name, unit="sample") as bar:
@@ -233,10 +233,10 @@ def _batches(part: Sequence[Pair]) -> Iterator[tuple[list[int], RewardBatch]]:
         batch = RewardBatch(prompts=prompts, metadata=metadata, texts=texts)
         yield list(range(len(part))), batch
         return
-    pictures = [_read(sample) for sample, _, _ in part if isinstance(sample, Path)]
-    for shape in dict.fromkeys(picture.shape for picture in pictures):
-        chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
-        stack = torch.from_numpy(np.stack([pictures[i] for i in chosen]))  # [n, H, W, 3]
+    arrays = [_read(sample) for sample, _, _ in part if isinstance(sample, Path)]
+    for shape in dict.fromkeys(array.shape for array in arrays):
+        chosen = [i for i, array in enumerate(arrays) if array.shape == shape]
+        stack = torch.from_numpy(np.stack([arrays[i] for i in chosen]))  # [n, H, W, 3]
         batch = RewardBatch(
             prompts=[part[i][1] for i in chosen],
             metadata=[part[i][2] for i in chosen],
@@ -253,7 +253,7 @@ def _named(pair: Pair) -> dict[str, str]:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the number, mean, spread and extremes of the scores of a table's rows."""
-    key, what = ("text", "texts") if "text" in rows[0] else ("file", "pictures")
+    key, what = ("text", "texts") if "text" in rows[0] else ("file", "images")
     scored = [row for row in rows if row["score"] is not None]
     if not scored:
         return f"{len(rows)} {what}; the objective applies to none of them."
@@ -288,4 +288,4 @@ def _read(file: Path) -> np.ndarray:
     try:
         return read_rgb(file)
     except ValueError as error:
-        raise ValueError(f"Picture `{file}` cannot be used: {error}.") from error
+        raise ValueError(f"Image `{file}` cannot be used: {error}.") from error

@@ -1,4 +1,4 @@
-"""How good a picture looks to people, whatever it shows: a linear reading of its CLIP embedding."""
+"""How good an image looks to people, whatever it shows: a linear reading of its CLIP embedding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.(weight|bias)")
 
 @register("aesthetic")
 class Aesthetic(ModelHead):
-    """How good the picture looks to people, as a rating from 1 to 10; the prompt is not read.
+    """How good the image looks to people, as a rating from 1 to 10; the prompt is not read.
 
     Higher is better, about 4 to 7. The LAION aesthetic predictor V2 (Schuhmann 2022,
     https://github.com/christophschuhmann/improved-aesthetic-predictor): layers without
@@ -140,7 +140,7 @@ class Aesthetic(ModelHead):
         if len(weight) != embedded.shape[-1]:
             raise RewardError(
                 f"The predictor `{self.predictor}` reads {len(weight)} numbers, and `{self.model}` "
-                f"makes {embedded.shape[-1]} of a picture. Name two that fit."
+                f"makes {embedded.shape[-1]} of an image. Name two that fit."
             )
         return embedded.double() @ weight + bias
 
@@ -211,7 +211,7 @@ def _image_size(architecture: str) -> int:
 
 
 def _build_open_clip(architecture: str, weights: Weights) -> nn.Module:
-    """Return the half of an open_clip model that reads pictures: ``[n, 3, S, S]`` to ``[n, D]``."""
+    """Return the half of an open_clip model that reads images: ``[n, 3, S, S]`` to ``[n, D]``."""
     open_clip = _open_clip()
     # On the meta device the model costs no memory and draws no random numbers.
     with torch.device("meta"):

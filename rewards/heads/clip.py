@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt by CLIP, and by PickScore, which is CLIP tuned on votes."""
+"""How well an image fits its prompt by CLIP, and by PickScore, which is CLIP tuned on votes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ClipHead(ModelHead):
     """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
 
     A prompt is cut at the number of tokens that the model reads (77); ``remarks`` counts those.
-    When that removes quoted text, which the picture ought to show, a warning names the prompt,
+    When that removes quoted text, which the image ought to show, a warning names the prompt,
     once. A prompt of nothing but white space asks for nothing, and scores NaN.
 
     Args:
@@ -73,11 +73,11 @@ class ClipHead(ModelHead):
         return {**super().provenance(), **self._processor_used}
 
     def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosines between the embeddings of pictures and prompts.
+        """Return the cosines between the embeddings of images and prompts.
 
         Args:
             module: The CLIP model.
-            images: Pictures ``[n, 3, H, W]``, uint8.
+            images: Images ``[n, 3, H, W]``, uint8.
             prompts: The n prompts.
 
         Returns:
@@ -202,11 +202,11 @@ class ClipHead(ModelHead):
 
 @register("pickscore")
 class PickScore(ClipHead):
-    """Which picture people would pick for the prompt: exp(logit scale) times the CLIP cosine.
+    """Which image people would pick for the prompt: exp(logit scale) times the CLIP cosine.
 
     Higher is better, about 17 to 26; published results are in this unit, some divided by 26.
     PickScore v1 (Kirstain et al. 2023, https://arxiv.org/abs/2305.01569, equation 1): CLIP
-    ViT-H/14 tuned on choices between two pictures, so that a difference of scores is the log odds
+    ViT-H/14 tuned on choices between two images, so that a difference of scores is the log odds
     of the choice.
 
     Args:
@@ -239,7 +239,7 @@ class PickScore(ClipHead):
 
 @register("clipscore")
 class ClipScore(ClipHead):
-    """How well the picture fits the prompt: the cosine of their CLIP embeddings.
+    """How well the image fits the prompt: the cosine of their CLIP embeddings.
 
     Higher is better, from -1 to 1, in practice 0.1 to 0.4. CLIPScore (Hessel et al. 2021,
     https://arxiv.org/abs/2104.08718).
@@ -290,7 +290,7 @@ def build_clip(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 def embed_images(module: Any, pixels: Tensor) -> Tensor:
-    """Return the embeddings of preprocessed pictures ``[n, 3, S, S]``.
+    """Return the embeddings of preprocessed images ``[n, 3, S, S]``.
 
     They are ``[n, D]`` of length 1, float32, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""Picture quality as Q-ReAlign rates it: the reading of DeQA-Score on a small current model."""
+"""Image quality as Q-ReAlign rates it: the reading of DeQA-Score on a small current model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _WORTH = (1.0, 0.75, 0.5, 0.25, 0.0)  # from excellent to bad
 
 @register("qrealign")
 class QRealignHead(ModelHead):
-    """How good people would find the quality of the picture: 0 bad to 1 excellent.
+    """How good people would find the quality of the image: 0 bad to 1 excellent.
 
     Higher is better; the prompt is not looked at. Q-ReAlign
     (https://github.com/Q-Future/Q-ReAlign) is Q-Align (Wu et al. 2023,
-    https://arxiv.org/abs/2312.17090) on Qwen3.5-VL: asked to rate the picture, the model goes on
+    https://arxiv.org/abs/2312.17090) on Qwen3.5-VL: asked to rate the image, the model goes on
     after "The quality of the image is" with a word, which is read as a rating, see
     ``rewards.heads.levels``. The scores table also gets the probability of each level. Question,
     reading and weights of the levels are those of the authors' quick start.
@@ -111,7 +111,7 @@ class QRealignHead(ModelHead):
         self._processor, self._text, self._level_ids = processor, text + _STEM, level_ids
 
     def _score_batch(self, module: nn.Module, images: Tensor, prompts: Sequence[str]) -> Scores:
-        # Pictures of one size give sequences of one length, so nothing needs padding.
+        # Images of one size give sequences of one length, so nothing needs padding.
         inputs = self._processor(
             text=[self._text] * len(images), images=list(images.cpu()), return_tensors="pt"
         ).to(self.device)

@@ -1,6 +1,6 @@
-"""Rewards that need no model: for smoke tests, as drift monitors, and for pictures with colours.
+"""Rewards that need no model: for smoke tests, as drift monitors, and for images with colours.
 
-All of them look at the picture as a PNG file would store it, 8 bits per channel, so that a picture
+All of them look at the image as a PNG file would store it, 8 bits per channel, so that an image
 scores the same in memory and from disk.
 """
 
@@ -29,9 +29,9 @@ def _in_chunks(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 @register("jpeg_compressibility")
 class JpegCompressibility(RewardHead):
-    """Minus the size of the picture as a JPEG file, in kB of 1000 bytes; at most 0.
+    """Minus the size of the image as a JPEG file, in kB of 1000 bytes; at most 0.
 
-    Higher is better: the smoother a picture, the smaller its file. The compressibility reward of
+    Higher is better: the smoother an image, the smaller its file. The compressibility reward of
     DDPO (Black et al. 2023, https://arxiv.org/abs/2305.13301, section 5.1).
 
     Args:
@@ -93,7 +93,7 @@ class Colourfulness(RewardHead):
 
 @register("sharpness")
 class Sharpness(RewardHead):
-    """Variance of the Laplacian of the luma, on 0-255 values; 0 for a flat picture.
+    """Variance of the Laplacian of the luma, on 0-255 values; 0 for a flat image.
 
     Higher is better, and noise counts as sharpness. Range 0 to about 1e6, a few hundreds for a
     photo in focus. The focus measure LAPV of Pech-Pacheco et al. 2000,
@@ -109,7 +109,7 @@ class Sharpness(RewardHead):
         """Return the variances, ``[N]``.
 
         Raises:
-            ValueError: If the pictures have no inner pixel.
+            ValueError: If the images have no inner pixel.
         """
         images = batch.uint8()
         if min(images.shape[2:]) < 3:
@@ -249,7 +249,7 @@ def oklab(rgb: Tensor) -> Tensor:
 
 @register("prompt_colour")
 class PromptColour(RewardHead):
-    """Whether the picture has the colours that the prompt names: 0 none of them, 1 all of them.
+    """Whether the image has the colours that the prompt names: 0 none of them, 1 all of them.
 
     Higher is better. For every colour named outside quotes, every pixel x has the closeness
     exp(-(|x - c| / tolerance)^2), with the distance |x - c| in OKLab (Ottosson 2020,

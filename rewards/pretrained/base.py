@@ -54,7 +54,7 @@ class ModelOptions(TypedDict, total=False):
 
 
 class ModelHead(RewardHead):
-    """A head that scores pictures, or texts, with a pretrained model.
+    """A head that scores images, or texts, with a pretrained model.
 
     The model is loaded by ``load`` or with the first batch, by whichever thread comes first, and
     stands on the device until ``offload`` or ``close``. Heads of one process that build the same
@@ -64,7 +64,7 @@ class ModelHead(RewardHead):
     Scores do not depend on ``batch_size`` beyond rounding, nor on an autocast around the call.
 
     A subclass implements ``_build`` and ``_score_batch``, and sets ``required`` and ``optional``,
-    and ``scores`` where that is not pictures. What ``_build`` makes depends on the files, ``dtype``
+    and ``scores`` where that is not images. What ``_build`` makes depends on the files, ``dtype``
     and ``_recipe`` alone.
 
     Args:
@@ -241,7 +241,7 @@ class ModelHead(RewardHead):
         samples: Tensor | Sequence[str],
         rows: Sequence[int],
     ) -> Scores:
-        what = "text" if self.scores == "texts" else "picture"
+        what = "text" if self.scores == "texts" else "image"
         prompts = [batch.prompts[row] for row in rows]
         part_of = samples[rows] if isinstance(samples, Tensor) else [samples[row] for row in rows]
         try:

@@ -1,4 +1,4 @@
-"""What a vision model sees of a picture: the reference preprocessing of CLIP, to the bit.
+"""What a vision model sees of an image: the reference preprocessing of CLIP, to the bit.
 
 Bicubic resampling by Pillow on 8-bit pixels, then a crop of the centre, then normalisation in
 float32. Published scores were computed so; resampling by torch or torchvision differs by 1 to 2
@@ -7,7 +7,7 @@ transformers' ``CLIPImageProcessorPil`` and of open_clip's ``image_transform(is_
 
 The two disagree on one thing: which row (or column) to start a crop at when an odd number of them
 is cut off. transformers rounds the half down, torchvision, which open_clip uses, to the even
-number. Both are here; square pictures are not concerned.
+number. Both are here; square images are not concerned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Preprocessing:
     """Resize the shorter side, crop the centre, normalise.
 
     Raises:
-        ValueError: If the crop is larger than the resized picture or a number is not positive.
+        ValueError: If the crop is larger than the resized image or a number is not positive.
     """
 
     side: int  # shorter side after resizing, pixels
@@ -58,7 +58,7 @@ class Preprocessing:
         """Return what the model sees.
 
         Args:
-            images: Pictures ``[N, 3, H, W]``, uint8, any device.
+            images: Images ``[N, 3, H, W]``, uint8, any device.
 
         Returns:
             ``[N, 3, crop, crop]``, float32, on the CPU.
@@ -99,10 +99,10 @@ def read_preprocessing(file: Path) -> Preprocessing:
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resample each picture with Pillow's bicubic filter, enlarging or reducing.
+    """Resample each image with Pillow's bicubic filter, enlarging or reducing.
 
     Args:
-        images: Pictures ``[N, 3, H, W]``, uint8, any device.
+        images: Images ``[N, 3, H, W]``, uint8, any device.
         height: New height in pixels.
         width: New width in pixels.
 
@@ -115,8 +115,8 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     arrays = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())  # [N, H, W, 3]
     resized = np.empty((len(arrays), height, width, 3), dtype=np.uint8)
     for index, array in enumerate(arrays):
-        picture = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
-        resized[index] = np.asarray(picture)
+        pil_image = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+        resized[index] = np.asarray(pil_image)
     return torch.from_numpy(resized).permute(0, 3, 1, 2).contiguous()
 
 
@@ -124,7 +124,7 @@ def resize_shorter(images: Tensor, side: int) -> Tensor:
     """Resample so that the shorter side has ``side`` pixels; the longer one is rounded down.
 
     Args:
-        images: Pictures ``[N, 3, H, W]``, uint8, any device.
+        images: Images ``[N, 3, H, W]``, uint8, any device.
         side: Length of the shorter side, in pixels.
 
     Returns:
@@ -154,12 +154,12 @@ def crop_centre(images: Tensor, side: int, rounding: Rounding = "down") -> Tenso
 
 
 def pad_to_square(images: Tensor, colour: Sequence[int]) -> Tensor:
-    """Centre each picture on a square of its longer side, as the LLaVA family does.
+    """Centre each image on a square of its longer side, as the LLaVA family does.
 
     Where an odd number of rows (or columns) is added, the extra one is the last.
 
     Args:
-        images: Pictures ``[N, 3, H, W]``, uint8, any device.
+        images: Images ``[N, 3, H, W]``, uint8, any device.
         colour: Colour of the margin: R, G, B from 0 to 255, usually int(255 mean).
 
     Returns:

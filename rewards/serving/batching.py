@@ -2,7 +2,7 @@
 
 A head is called by one thread only, since heads need not bear more. While it computes, requests
 queue up and become the next batch; when it is idle, the first request waits a few milliseconds for
-company. Requests for pictures of one size, or for texts, share a batch.
+company. Requests for images of one size, or for texts, share a batch.
 
 Scores may differ in the last digits from those of a smaller batch: matrix products are summed in
 another order.
@@ -37,7 +37,7 @@ class Batcher:
         head: The head; called by the batcher alone from now on.
         max_batch: Samples scored in one call; a larger request is scored by itself.
         max_queue: Samples that may be under way at once.
-        max_batch_pixels: As ``max_batch``, for the pixels of its pictures.
+        max_batch_pixels: As ``max_batch``, for the pixels of its images.
         max_queue_pixels: As ``max_queue``, for their pixels.
     """
 
@@ -80,7 +80,7 @@ class Batcher:
             if self._samples + count > self.max_queue:
                 raise Overloaded(f"{self._samples} samples wait already.")
             if self._pixels + pixels > self.max_queue_pixels:
-                raise Overloaded(f"Pictures of {self._pixels} pixels wait already.")
+                raise Overloaded(f"Images of {self._pixels} pixels wait already.")
             self._samples += count
             self._pixels += pixels
 
@@ -125,13 +125,13 @@ class Batcher:
         with self._changed:
             self._samples -= len(job.samples)
             self._pixels -= job.pixels
-            if job in self._jobs:  # cancelled: its pictures must not wait behind a slow head
+            if job in self._jobs:  # cancelled: its images must not wait behind a slow head
                 self._jobs.remove(job)
 
     def _work(self) -> None:
         while (jobs := self._next()) is not None:
             self._score([job for job in jobs if job.future.set_running_or_notify_cancel()])
-            del jobs  # the pictures, while waiting for others
+            del jobs  # the images, while waiting for others
 
     def _next(self) -> list[_Job] | None:
         # The next jobs to score together; None once the batcher is closed.
@@ -157,7 +157,7 @@ class Batcher:
         return chosen
 
     def _most(self, kind: tuple[int, ...]) -> int:
-        # Samples of a batch; pictures of one kind have equally many pixels.
+        # Samples of a batch; images of one kind have equally many pixels.
         if not kind:
             return self.max_batch
         return min(self.max_batch, self.max_batch_pixels // math.prod(kind))
@@ -189,8 +189,8 @@ class _Job:
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
-        # Height and width of the pictures; empty for texts.
-        self.kind = () if samples.pictures is None else tuple(samples.pictures.shape[2:])
+        # Height and width of the images; empty for texts.
+        self.kind = () if samples.images is None else tuple(samples.images.shape[2:])
         self.pixels = len(samples) * math.prod(self.kind) if self.kind else 0
         self.future: Future[Scores] = Future()
 
@@ -202,7 +202,7 @@ def _merged(parts: Sequence[Samples]) -> Samples:
     # Empty stands for no metadata at all, and here others may have some.
     metadata = [entry for part in parts for entry in part.metadata or [{}] * len(part)]
     texts = [text for part in parts for text in part.texts or ()]
-    pictures = [part.pictures for part in parts if part.pictures is not None]
-    if not pictures:
+    images = [part.images for part in parts if part.images is not None]
+    if not images:
         return Samples(prompts=prompts, metadata=metadata, texts=texts)
-    return Samples(prompts=prompts, metadata=metadata, pictures=torch.cat(pictures))
+    return Samples(prompts=prompts, metadata=metadata, images=torch.cat(images))

@@ -37,8 +37,8 @@ class RemoteHead(RewardHead):
 
     A batch is cut into requests, which the servers share in parallel: each takes the next
     one when it is free. What a dead server leaves undone goes to the others, and it is asked again
-    until the time is up, since it may be starting. Pictures travel as PNG, which loses nothing of
-    their 8 bits per channel. What the served head scores, pictures or texts, the first answer
+    until the time is up, since it may be starting. Images travel as PNG, which loses nothing of
+    their 8 bits per channel. What the served head scores, images or texts, the first answer
     tells; until then both are sent. Servers are reached directly: proxies of the environment are
     not used, redirects are not followed.
 
@@ -116,9 +116,9 @@ class RemoteHead(RewardHead):
                 ) from error
         size = self.batch_size
         parts = [range(i, min(i + size, len(batch))) for i in range(0, len(batch), size)]
-        pictures = None if batch.images is None else batch.arrays()
+        arrays = None if batch.images is None else batch.arrays()
         try:
-            return wire.joined(self._loop.run(self._send(batch, pictures, parts)))
+            return wire.joined(self._loop.run(self._send(batch, arrays, parts)))
         except DispatchError as error:
             concerned = [index for part in error.parts for index in parts[part]]
             if error.samples and max(error.samples) < len(concerned):
@@ -167,12 +167,12 @@ class RemoteHead(RewardHead):
         self._loop.close()
 
     async def _send(
-        self, batch: RewardBatch, pictures: np.ndarray | None, parts: Sequence[range]
+        self, batch: RewardBatch, arrays: np.ndarray | None, parts: Sequence[range]
     ) -> list[Scores]:
         async with open_client(self.urls) as client:
 
             async def ask(url: str, part: int, seconds: float) -> Scores:
-                pack = partial(wire.pack, self.remote_name, batch, pictures, parts[part])
+                pack = partial(wire.pack, self.remote_name, batch, arrays, parts[part])
                 return await self._ask(client, url, pack, len(parts[part]), seconds)
 
             dispatch = Dispatch(

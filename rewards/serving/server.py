@@ -34,7 +34,7 @@ _LONGEST_SECONDS = 3600.0  # a request of a client that does not say how long it
 _RETRY_SECONDS = 1
 _GOODBYE_SECONDS = 30
 _BODIES = 8  # the largest bodies that may be in memory at once
-_PICTURES = 8  # requests of the most pixels that may be under way at once, per head
+_FULL_REQUESTS = 8  # requests of the most pixels that may be under way at once, per head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Limits:
             max_batch=self.max_batch,
             max_queue=self.max_queue,
             max_batch_pixels=self.max_pixels,
-            max_queue_pixels=_PICTURES * self.max_pixels,
+            max_queue_pixels=_FULL_REQUESTS * self.max_pixels,
         )
 
 
@@ -125,7 +125,7 @@ def listen(host: str, port: int) -> socket.socket:
 class RequestHandler:
     """Answers requests of clients, whatever brings them: who may ask, for what, and how much.
 
-    Everything but the decoding of pictures happens in the thread of one event loop.
+    Everything but the decoding of images happens in the thread of one event loop.
 
     Args:
         services: The heads by name.
@@ -230,16 +230,16 @@ class RequestHandler:
         if count > self.limits.max_batch:
             cause = f"A request should have at most {self.limits.max_batch} samples. Found {count}."
             raise Refusal(413, "too_large", cause)
-        pictures = await asyncio.to_thread(wire.open_pictures, files)
-        pixels = sum(picture.width * picture.height for picture in pictures)
+        opened = await asyncio.to_thread(wire.open_images, files)
+        pixels = sum(image.width * image.height for image in opened)
         if pixels > self.limits.max_pixels:
             cause = (
-                f"The pictures of a request should have at most {self.limits.max_pixels} pixels in "
+                f"The images of a request should have at most {self.limits.max_pixels} pixels in "
                 f"all. Found {pixels}."
             )
             raise Refusal(413, "too_large", cause)
         batcher.admit(count, pixels)
-        decoding = asyncio.create_task(asyncio.to_thread(wire.decode, request, pictures))
+        decoding = asyncio.create_task(asyncio.to_thread(wire.decode, request, opened))
         try:
             samples = await asyncio.shield(decoding)
         except BaseException:

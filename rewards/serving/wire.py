@@ -11,7 +11,7 @@ The answer is JSON: a ``Reply``, or with a status of 400 or more an ``ErrorReply
      "applies": [true, false], "extra": {"column": ["...", "..."]}}
     {"error": {"kind": "head_failed", "cause": "...", "head": "ocr", "samples": [3]}}
 
-Nothing is unpickled, pictures lose nothing, and no JSON here holds NaN or an infinity.
+Nothing is unpickled, images lose nothing, and no JSON here holds NaN or an infinity.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Score = Annotated[
 
 
 class ScoreRequest(BaseModel, frozen=True):
-    """N samples to score: everything but the pictures."""
+    """N samples to score: everything but the images."""
 
     format: Format
     head: str  # name on the server
@@ -150,20 +150,20 @@ class Health(BaseModel, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
-    """N samples as they came, whose pictures take a quarter of what a ``RewardBatch`` does.
+    """N samples as they came, whose images take a quarter of what a ``RewardBatch`` does.
 
     Raises:
-        ValueError: As ``RewardBatch``, but for the pictures' values: all that 8 bits hold are
+        ValueError: As ``RewardBatch``, but for the images' values: all that 8 bits hold are
             valid.
     """
 
     prompts: Sequence[str]  # N
     metadata: Sequence[Mapping[str, Any]] = ()  # N, or empty
-    pictures: Tensor | None = None  # [N, 3, H, W] uint8
+    images: Tensor | None = None  # [N, 3, H, W] uint8
     texts: Sequence[str] | None = None  # N
 
     def __post_init__(self) -> None:
-        stand_in = None if self.pictures is None else torch.zeros(len(self.pictures), 3, 1, 1)
+        stand_in = None if self.images is None else torch.zeros(len(self.images), 3, 1, 1)
         self._batch(stand_in)
 
     def __len__(self) -> int:
@@ -171,7 +171,7 @@ class Samples:
 
     def batch(self) -> RewardBatch:
         """Return what a head scores."""
-        return self._batch(None if self.pictures is None else self.pictures.float().div(255))
+        return self._batch(None if self.images is None else self.images.float().div(255))
 
     def _batch(self, images: Tensor | None) -> RewardBatch:
         return RewardBatch(
@@ -179,13 +179,13 @@ class Samples:
         )
 
 
-def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: range) -> bytes:
+def pack(head: str, batch: RewardBatch, arrays: np.ndarray | None, indices: range) -> bytes:
     """Return the request that asks for the scores of some samples.
 
     Args:
         head: Name of the head on the server.
         batch: The whole batch.
-        pictures: Its images, ``[N, H, W, 3]`` uint8; None for texts.
+        arrays: Its images, ``[N, H, W, 3]`` uint8; None for texts.
         indices: The samples to ask for.
     """
     header: dict[str, Any] = {
@@ -196,10 +196,10 @@ def pack(head: str, batch: RewardBatch, pictures: np.ndarray | None, indices: ra
     if any(batch.metadata[i] for i in indices):
         header["metadata"] = [dict(batch.metadata[i]) for i in indices]
     files = []
-    if pictures is None:
+    if arrays is None:
         header["texts"] = [batch.require_texts()[i] for i in indices]
     else:
-        files = [checked_png.encode(pictures[i]) for i in indices]
+        files = [checked_png.encode(arrays[i]) for i in indices]
         header["images"] = [len(file) for file in files]
     text = dump(header)
     return b"".join([_LENGTH.pack(len(text)), text, *files])
@@ -219,43 +219,43 @@ def unpack(body: bytes) -> tuple[ScoreRequest, list[memoryview]]:
     request = checked(ScoreRequest, body[_LENGTH.size : start])
     ends = list(itertools.accumulate(request.images or (), initial=start))
     if ends[-1] != len(body):
-        raise WireError("The body should end with the last picture.")
+        raise WireError("The body should end with the last image.")
     view = memoryview(body)
     return request, [view[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-def open_pictures(files: Sequence[memoryview]) -> list[ImageFile]:
-    """Return the pictures of a request, which are not decompressed for that.
+def open_images(files: Sequence[memoryview]) -> list[ImageFile]:
+    """Return the images of a request, which are not decompressed for that.
 
     Raises:
         WireError: If one is no RGB PNG file of 8 bits.
     """
-    return [_of_picture(index, checked_png.open_picture, file) for index, file in enumerate(files)]
+    return [_of_image(index, checked_png.open_image, file) for index, file in enumerate(files)]
 
 
-def decode(request: ScoreRequest, pictures: Sequence[ImageFile]) -> Samples:
-    """Return the samples of a request whose pictures are open.
+def decode(request: ScoreRequest, opened: Sequence[ImageFile]) -> Samples:
+    """Return the samples of a request whose images are open.
 
     Raises:
-        WireError: If a picture cannot be decoded, or sizes differ.
+        WireError: If an image cannot be decoded, or sizes differ.
     """
-    decoded = [_of_picture(index, checked_png.decode, one) for index, one in enumerate(pictures)]
+    decoded = [_of_image(index, checked_png.decode, one) for index, one in enumerate(opened)]
     for index, pixels in enumerate(decoded):
         if pixels.shape != decoded[0].shape:
-            raise WireError(f"Picture {index} has another size than the first.")
+            raise WireError(f"Image {index} has another size than the first.")
     return Samples(
         prompts=request.prompts,
         metadata=request.metadata,
-        pictures=torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2) if decoded else None,
+        images=torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2) if decoded else None,
         texts=request.texts,
     )
 
 
-def _of_picture(index: int, read: Callable[[FileT], ResultT], file: FileT) -> ResultT:
+def _of_image(index: int, read: Callable[[FileT], ResultT], file: FileT) -> ResultT:
     try:
         return read(file)
     except ValueError as error:
-        raise WireError(f"Picture {index} {error}") from error
+        raise WireError(f"Image {index} {error}") from error
 
 
 def pack_reply(identity: Identity, scores: Scores) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.base import RewardError
 
-# "USER: How would you rate the quality of this image?\n" and, after the picture,
+# "USER: How would you rate the quality of this image?\n" and, after the image,
 # "\nASSISTANT: The quality of the image is", as LLaMA-2's tokenizer splits them.
 _BEFORE = (1, 3148, 1001, 29901, 1128, 723, 366, 6554, 278, 11029, 310, 445, 1967, 29973, 13)
 _AFTER = (29871, 13, 22933, 9047, 13566, 29901, 450, 11029, 310, 278, 1967, 338)
@@ -68,7 +68,7 @@ class DeqaConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float = 10000.0
-    before: tuple[int, ...] = _BEFORE  # token ids of the prompt before the picture
+    before: tuple[int, ...] = _BEFORE  # token ids of the prompt before the image
     after: tuple[int, ...] = _AFTER  # and after it
     level_ids: tuple[int, ...] = _LEVELS  # the five levels, best first
 
@@ -107,7 +107,7 @@ class DeqaConfig:
             )
         if len(self.level_ids) != 5 or not self.after:
             raise ValueError(
-                f"There should be five levels and a prompt after the picture. "
+                f"There should be five levels and a prompt after the image. "
                 f"Found {len(self.level_ids)} `level_ids` and {len(self.after)} ids."
             )
         wrong = [i for i in self.before + self.after + self.level_ids if i >= self.vocab_size]
@@ -118,11 +118,11 @@ class DeqaConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.vision.image_size // self.vision.patch_size
 
     @property
-    def picture(self) -> slice:
+    def image_tokens(self) -> slice:
         """Positions of the visual tokens in the sequence: the queries and an end token."""
         start = len(self.before)
         return slice(start, start + self.abstractor.num_learnable_queries + 1)
@@ -133,7 +133,7 @@ class DeqaConfig:
 
         Args:
             values: As published; beside that, ``prompt_ids`` (two lists: before and after the
-                picture) and ``level_ids`` (best first) may replace the ids of LLaMA-2's vocabulary.
+                image) and ``level_ids`` (best first) may replace the ids of LLaMA-2's vocabulary.
 
         Raises:
             ValueError: If an entry is missing, has a wrong type or asks for something that this
@@ -149,7 +149,7 @@ class DeqaConfig:
         prompt = _ids(values.get("prompt_ids", (_BEFORE, _AFTER)))
         if len(prompt) != 2:
             raise ValueError(
-                f"`prompt_ids` should be two lists: the ids before the picture and those after it. "
+                f"`prompt_ids` should be two lists: the ids before the image and those after it. "
                 f"Found {len(prompt)}."
             )
         config = cls(

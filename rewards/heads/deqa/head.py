@@ -1,4 +1,4 @@
-"""Picture quality as DeQA-Score rates it."""
+"""Image quality as DeQA-Score rates it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARGIN = [int(255 * mean) for mean in CLIP_MEAN]  # R, G, B
 
 @register("deqa")
 class DeqaHead(ModelHead):
-    """How good people would find the quality of the picture: 1 bad to 5 excellent.
+    """How good people would find the quality of the image: 1 bad to 5 excellent.
 
     Higher is better; the prompt is not looked at. DeQA-Score (You et al. 2025,
     https://arxiv.org/abs/2501.11561) asks a model that sees and speaks, "How would you rate the

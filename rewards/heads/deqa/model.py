@@ -1,4 +1,4 @@
-"""DeQA-Score: LLaMA-2 with its own keys, values and norms for the tokens of a picture.
+"""DeQA-Score: LLaMA-2 with its own keys, values and norms for the tokens of an image.
 
 DeQA-Score (You et al. 2025, https://arxiv.org/abs/2501.11561) on mPLUG-Owl2 (Ye et al. 2023,
 https://arxiv.org/abs/2311.04257, section 3.3). The published code needs transformers 4.36.1; these
@@ -21,7 +21,7 @@ from rewards.pretrained.tensors import load_strictly
 
 
 class Deqa(nn.Module):
-    """Logits of the five levels of quality for a picture.
+    """Logits of the five levels of quality for an image.
 
     Args:
         config: Sizes, prompt and levels.
@@ -34,10 +34,10 @@ class Deqa(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Read the quality of pictures.
+        """Read the quality of images.
 
         Args:
-            pixels: Pictures ``[N, 3, S, S]``, padded to a square, resized and normalised.
+            pixels: Images ``[N, 3, S, S]``, padded to a square, resized and normalised.
 
         Returns:
             Logits ``[N, 5]`` of excellent, good, fair, poor and bad as the next word.
@@ -113,8 +113,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(config)
         self.mlp = _Mlp(config)
-        self.input_layernorm = _Multiway(lambda: _RmsNorm(config), config.picture)
-        self.post_attention_layernorm = _Multiway(lambda: _RmsNorm(config), config.picture)
+        self.input_layernorm = _Multiway(lambda: _RmsNorm(config), config.image_tokens)
+        self.post_attention_layernorm = _Multiway(lambda: _RmsNorm(config), config.image_tokens)
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens = tokens + self.self_attn(self.input_layernorm(tokens), cos, sin)
@@ -127,8 +127,8 @@ class _Attention(nn.Module):
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = _Multiway(lambda: nn.Linear(width, width, bias=False), config.picture)
-        self.v_proj = _Multiway(lambda: nn.Linear(width, width, bias=False), config.picture)
+        self.k_proj = _Multiway(lambda: nn.Linear(width, width, bias=False), config.image_tokens)
+        self.v_proj = _Multiway(lambda: nn.Linear(width, width, bias=False), config.image_tokens)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,19 +153,19 @@ class _Mlp(nn.Module):
 
 
 class _Multiway(nn.Module):
-    """One module for the words (0) and another for the picture (1), at fixed positions."""
+    """One module for the words (0) and another for the image (1), at fixed positions."""
 
-    def __init__(self, make: Callable[[], nn.Module], picture: slice) -> None:
+    def __init__(self, make: Callable[[], nn.Module], image_tokens: slice) -> None:
         super().__init__()
         self.multiway = nn.ModuleList([make(), make()])
-        self.picture = picture
+        self.image_tokens = image_tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
-        before = tokens[:, : self.picture.start]
-        picture = tokens[:, self.picture]
-        after = tokens[:, self.picture.stop :]
+        before = tokens[:, : self.image_tokens.start]
+        image = tokens[:, self.image_tokens]
+        after = tokens[:, self.image_tokens.stop :]
         words, sight = self.multiway
-        return torch.cat([words(before), sight(picture), words(after)], dim=1)
+        return torch.cat([words(before), sight(image), words(after)], dim=1)
 
 
 class _RmsNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""OCR engines: a picture in, the lines of text in it out.
+"""OCR engines: an image in, the lines of text in it out.
 
 An engine is a class with ``packages`` (what must be installed), a constructor that loads its
 models, and ``read``; the keyword arguments of its constructor are its options. A new one is such a
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_PROGRAM_SECONDS = 60.0  # a picture takes Tesseract 0.1 to 1 s
+_PROGRAM_SECONDS = 60.0  # an image takes Tesseract 0.1 to 1 s
 
 
 class Engine(Protocol):
@@ -45,8 +45,8 @@ class RapidOcr:
     Its recogniser reads text whichever way up: a word upside down or on its side counts as read.
 
     Args:
-        detect: Whether to look for lines of text first; else the picture is read as one line.
-        detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
+        detect: Whether to look for lines of text first; else the image is read as one line.
+        detection_side: The detector sees the image shrunk to this longer side, never enlarged.
             The recogniser sees the lines at full resolution in any case.
     """
 
@@ -58,7 +58,7 @@ class RapidOcr:
         self._detect = detect
         self._engine: Any = RapidOCR(
             params={
-                # A picture without text is no news; rapidocr warns about every single one.
+                # An image without text is no news; rapidocr warns about every single one.
                 "Global.log_level": "error",
                 "Global.use_det": detect,
                 # The classifier that turns lines upright: the recogniser reads them as they are.
@@ -75,7 +75,7 @@ class RapidOcr:
         )
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
+        """Read one image; see ``Engine``."""
         bgr = np.ascontiguousarray(image[:, :, ::-1])  # the order of OpenCV
         return list(self._engine(bgr, use_det=self._detect).txts or ())
 
@@ -95,8 +95,8 @@ class EasyOcr:
     is about to drop.
 
     Args:
-        detect: Whether to look for lines of text first; else the picture is read as one line.
-        detection_side: The detector sees the picture shrunk to this longer side, never enlarged.
+        detect: Whether to look for lines of text first; else the image is read as one line.
+        detection_side: The detector sees the image shrunk to this longer side, never enlarged.
         languages: EasyOCR's codes, e.g. ``en``, or ``ch_sim`` and ``en``; they choose the
             recogniser.
         device: A torch device. In a configuration also ``auto``: this process's GPU if there is
@@ -142,7 +142,7 @@ class EasyOcr:
                 self._reader.detector = self._reader.detector.module
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
+        """Read one image; see ``Engine``."""
         import cv2
 
         self._move(self._device)
@@ -158,7 +158,7 @@ class EasyOcr:
             return list(self._reader.recognize(grey, level, tilted, detail=0, reformat=False))
 
     def offload(self) -> None:
-        """Free the GPU's memory until the next picture."""
+        """Free the GPU's memory until the next image."""
         import torch
 
         if self._device != "cpu":
@@ -207,17 +207,17 @@ def contained() -> Iterator[None]:
 
 
 class Tesseract:
-    """The program Tesseract: one process per picture, one thread.
+    """The program Tesseract: one process per image, one thread.
 
-    The picture goes in and the text comes out through pipes. (The package pytesseract would run
-    the same program, with two temporary files per picture.)
+    The image goes in and the text comes out through pipes. (The package pytesseract would run
+    the same program, with two temporary files per image.)
 
     Args:
-        detect: Whether to look for text first; else the picture is read as one line (mode 7).
+        detect: Whether to look for text first; else the image is read as one line (mode 7).
         languages: Tesseract's codes, e.g. ``eng``, or ``deu`` and ``eng``.
         psm: Page segmentation mode with ``detect``, in [3, 13] and not 7; 11 looks for text
             anywhere.
-        min_side: Longer side, in pixels, to which a smaller picture is enlarged, because letters
+        min_side: Longer side, in pixels, to which a smaller image is enlarged, because letters
             below about 20 pixels are read badly; at least 1.
         program: Name or path of the program.
         model_dir: Folder with the ``.traineddata`` files; by default the program's own.
@@ -244,11 +244,11 @@ class Tesseract:
             *("stdin", "stdout"),
             *("-l", "+".join(languages)),
             *("--psm", str(psm if detect else 7)),
-            *("--dpi", "72"),  # pictures have none, and it would guess one from the letters
+            *("--dpi", "72"),  # images have none, and it would guess one from the letters
         ]
 
     def read(self, image: np.ndarray) -> list[str]:
-        """Read one picture; see ``Engine``."""
+        """Read one image; see ``Engine``."""
         height, width, _ = image.shape
         if max(height, width) < self._min_side:
             image = _enlarged(image, self._min_side / max(height, width))

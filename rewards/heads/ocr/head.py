@@ -1,4 +1,4 @@
-"""Legibility: does the picture show the text that the prompt quotes?"""
+"""Legibility: does the image show the text that the prompt quotes?"""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ _log = logging.getLogger(__name__)
 
 @register("ocr")
 class OcrHead(RewardHead):
-    """How legibly the picture shows the text quoted in the prompt: 0 not at all, 1 exactly.
+    """How legibly the image shows the text quoted in the prompt: 0 not at all, 1 exactly.
 
-    Higher is better. The picture is read by an OCR engine; both texts are normalised (NFKC, case
+    Higher is better. The image is read by an OCR engine; both texts are normalised (NFKC, case
     folded, no white space), and the score is
 
         1 - d / len(target)
@@ -55,7 +55,7 @@ class OcrHead(RewardHead):
     Of several quoted texts the first is the target, as there.
 
     NaN, and not read, is a prompt without quoted text, one whose target has neither a letter nor a
-    digit, and one whose target holds a character that the engine does not read: a perfect picture
+    digit, and one whose target holds a character that the engine does not read: a perfect image
     would score less than another that happens to look like letters it knows. ``remarks``, and a
     warning, tell of those, of text in other quotes than ``quotes`` and of quotes that nothing
     closes. The scores table shows the target and what was read.
@@ -73,10 +73,10 @@ class OcrHead(RewardHead):
         quotes: Which quotes hold the target: ``double`` (ASCII), ``curly``, ``single`` or ``any``,
             which also reads guillemets, corner brackets and quotes that open at the foot of the
             line. A mark directly after a letter or digit opens nothing, as in 5".
-        substring_ok: Whether further text in the picture goes unpunished.
-        detect: Whether the engine looks for lines of text first. Without, the picture is read as
-            one line: twice as fast on pictures of one word in large letters, useless on others.
-        detection_side: Longer side, in pixels, to which a larger picture is shrunk for finding
+        substring_ok: Whether further text in the image goes unpunished.
+        detect: Whether the engine looks for lines of text first. Without, the image is read as
+            one line: twice as fast on images of one word in large letters, useless on others.
+        detection_side: Longer side, in pixels, to which a larger image is shrunk for finding
             lines, at least 32; they are read at full resolution. By default 320 for rapidocr, to be
             raised for text below 1/25 of the height, and 2560 for easyocr; tesseract has no such
             thing.
@@ -87,7 +87,7 @@ class OcrHead(RewardHead):
             GPU reads in this process: others would each hold the models, and take turns all the
             same.
         timeout: Number of seconds within which a batch must be read; positive. Without workers it
-            is checked between pictures.
+            is checked between images.
 
     Raises:
         ValueError: If a parameter is out of range, or names weights that are not there.
@@ -226,7 +226,7 @@ class OcrHead(RewardHead):
         return remarks
 
     def read(self, batch: RewardBatch, indices: Sequence[int]) -> list[str]:
-        """Read the pictures at the given indices; return the text of each, lines joined by LF.
+        """Read the images at the given indices; return the text of each, lines joined by LF.
 
         Raises:
             RewardError: See ``score``.
@@ -244,7 +244,7 @@ class OcrHead(RewardHead):
         """Fetch the weights and start the engine, in all worker processes.
 
         Raises:
-            RewardError: If the engine does not start, or fails on a blank picture.
+            RewardError: If the engine does not start, or fails on a blank image.
         """
         blank = np.full((64, 64, 3), 255, np.uint8)
         try:
@@ -305,7 +305,7 @@ class OcrHead(RewardHead):
         for position, image in enumerate(images):
             if time.monotonic() > deadline:
                 raise PoolError(
-                    f"{len(images) - position} of {len(images)} pictures were not read within "
+                    f"{len(images) - position} of {len(images)} images were not read within "
                     f"{self.timeout:g} s.",
                     range(position, len(images)),
                 )

@@ -91,7 +91,7 @@ class EnginePlan:
         return None
 
     def offload(self, engine: Engine) -> None:
-        """Free the GPU's memory until the engine's next picture."""
+        """Free the GPU's memory until the engine's next image."""
 
     def provenance(self) -> dict[str, str]:
         """Return versions by package or program, and SHA-256 by file of weights, where known."""

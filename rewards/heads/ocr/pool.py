@@ -1,17 +1,17 @@
-"""Worker processes that read pictures. Both ends of the pipe stand in this file.
+"""Worker processes that read images. Both ends of the pipe stand in this file.
 
 Why not ``multiprocessing``'s own processes: its spawned children import the main script again, and
 with it torch and every model library, once per worker; its forked children inherit locks, threads
 and signal handlers of a process that trains. Here a worker is this very file run as a program: it
 starts in the time its engine takes to load, from any kind of parent (torchrun, accelerate, a
 notebook). Why not threads: one that hangs could not be ended, and an engine that crashes would end
-the process that trains. Why not loky: when a worker dies, it does not tell which picture it read.
+the process that trains. Why not loky: when a worker dies, it does not tell which image it read.
 
 A worker ignores SIGINT and SIGTERM, because the parent decides when a batch is given up, and ends
 when its pipe closes or its parent is gone, however the parent went. It has nothing to save, so it
 is ended by SIGKILL.
 
-The first request names the engine, each further one is a picture; the answer is a list of lines,
+The first request names the engine, each further one is an image; the answer is a list of lines,
 or a text that says what went wrong.
 """
 
@@ -40,11 +40,11 @@ _DEATH_SECONDS = 2.0  # from the end of a worker's pipe to its own
 
 
 class PoolError(RuntimeError):
-    """Some pictures were not read.
+    """Some images were not read.
 
     Args:
         cause: What went wrong.
-        indices: Positions, in the list that was to be read, of the pictures concerned.
+        indices: Positions, in the list that was to be read, of the images concerned.
     """
 
     def __init__(self, cause: str, indices: Sequence[int]) -> None:
@@ -73,17 +73,17 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _end, self._workers, self._owner)
 
     def read(self, images: Sequence[np.ndarray], timeout: float) -> list[list[str]]:
-        """Read pictures ``[H, W, 3]``, uint8, RGB.
+        """Read images ``[H, W, 3]``, uint8, RGB.
 
         Args:
-            images: The pictures.
+            images: The images to read.
             timeout: Seconds until the whole batch must be read; starting the workers comes on top.
 
         Returns:
-            The lines in every picture, in the order of the pictures.
+            The lines in every image, in the order of the images.
 
         Raises:
-            PoolError: If an engine does not start, fails on a picture, dies or is late. After a
+            PoolError: If an engine does not start, fails on an image, dies or is late. After a
                 death or a delay all workers are replaced at the next batch.
         """
         with self._one_batch:
@@ -110,7 +110,7 @@ class WorkerPool:
                 raise PoolError(_first(causes), sorted(causes))
         if late:
             raise PoolError(
-                f"{len(late)} of {len(images)} pictures were not read within {timeout:g} s.", late
+                f"{len(late)} of {len(images)} images were not read within {timeout:g} s.", late
             )
         return [lines[index] for index in range(len(images))]
 

@@ -1,4 +1,4 @@
-"""The text that a prompt asks to see in the picture, and how far another text is from it.
+"""The text that a prompt asks to see in the image, and how far another text is from it.
 
 The rule is the one of Flow-GRPO's OCR reward (Liu et al. 2025, https://arxiv.org/abs/2505.05470):
 the target stands in quotes, white space does not count, and a distance never exceeds the length
@@ -7,7 +7,7 @@ of the target.
 Deviations: Unicode is normalised (NFKC) and case folded instead of lower-cased; characters that
 cannot be seen do not count either; apostrophes, quotation marks and dashes are those of ASCII,
 whichever form they have; and Greek and Cyrillic letters whose capital looks like a Latin one are
-that Latin letter: a picture does not show which of them it is, and engines answer with either.
+that Latin letter: an image does not show which of them it is, and engines answer with either.
 """
 
 from __future__ import annotations
