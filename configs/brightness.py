@@ -1,4 +1,4 @@
-"""A reward that is easy to game: it pays for bright pictures, whatever they show."""
+"""A reward that is easy to game: it pays for bright images, whatever they show."""
 
 from __future__ import annotations
 

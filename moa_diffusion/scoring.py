@@ -323,7 +323,7 @@ class Scoring:
                 batch = RewardBatch(
                     prompts=[request.prompt for request in requests],
                     metadata=[request.metadata for request in requests],
-                    # A copy each: what one head does to its pictures is no other's business.
+                    # A copy each: what one head does to its images is no other's business.
                     images=None if images is None else images.clone(),
                     texts=texts,
                 )

@@ -50,7 +50,7 @@ def padded(adapter: Adapter) -> dict[str, Tensor]:
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write ``pytorch_lora_weights.safetensors``, of one rank, with alpha equal to it.
 
-    So every loader draws the same picture, also one that ignores the file's metadata.
+    So every loader draws the same image, also one that ignores the file's metadata.
     """
     from diffusers import StableDiffusion3Pipeline
 

@@ -1,4 +1,4 @@
-"""The picture of a calibration: how rewards vary, who decides the gradient, who opposes whom."""
+"""The plot of a calibration: how rewards vary, who decides the gradient, who opposes whom."""
 
 from __future__ import annotations
 

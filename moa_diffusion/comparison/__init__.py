@@ -1,4 +1,4 @@
-"""Methods against each other: runs, results, pictures."""
+"""Methods against each other: runs, results, plots."""
 
 from moa_diffusion.comparison.curves import plot_curves
 from moa_diffusion.comparison.execute import execute

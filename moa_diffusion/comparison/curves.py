@@ -1,4 +1,4 @@
-"""One picture of several runs: reward curves above, the same prompts drawn before and after."""
+"""One plot of several runs: reward curves above, the same prompts drawn before and after."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
     """Write a PNG that compares runs of one configuration family.
 
-    The pictures are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
+    The images are drawn by a plain diffusers pipeline that loads each run's last checkpoint, for
     held-out prompts at even distances and the evaluation's own seeds: nothing is picked by hand.
 
     Args:
@@ -55,7 +55,7 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
     figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
     _curves(parts[0], runs, names)
-    _pictures(parts[1], rows, requests, names)
+    _images(parts[1], rows, requests, names)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
@@ -143,7 +143,7 @@ def changes(folder: Path, name: str) -> tuple[list[int], numpy.ndarray, numpy.nd
     return list(evaluations), mean, error
 
 
-def _pictures(
+def _images(
     figure: Any,
     rows: Mapping[str, tuple[Tensor, Tensor]],
     requests: Sequence[Request],
@@ -166,7 +166,7 @@ def _pictures(
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)
-    figure.supxlabel(f"under each picture: {', '.join(names)}; - does not apply", fontsize=9)
+    figure.supxlabel(f"under each image: {', '.join(names)}; - does not apply", fontsize=9)
 
 
 def _score_text(score: float) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a comparison: gains, the worst of them, a front, and who got the weight."""
+"""The plot of a comparison: gains, the worst of them, a front, and who got the weight."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class MethodSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything a table or a picture needs; methods are sorted, the best worst gain first."""
+    """Everything a table or a plot needs; methods are sorted, the best worst gain first."""
 
     names: tuple[str, ...]  # length K
     units: Mapping[str, float]  # by objective: the start's spread within a prompt

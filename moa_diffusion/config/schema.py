@@ -428,7 +428,7 @@ class CheckpointConfig:
 
 @dataclass(config=_STRICT)
 class EvaluationConfig:
-    """Held-out rewards and pictures during training: averaged weights, deterministic sampling.
+    """Held-out rewards and images during training: averaged weights, deterministic sampling.
 
     Args:
         every: Number of rollouts between two evaluations; 0 makes none.
@@ -436,9 +436,9 @@ class EvaluationConfig:
         prompts: Largest number of held-out prompts; 0 takes all.
         steps: Number of denoising steps.
         guidance: Scale of classifier-free guidance.
-        seed: Seed of the initial noise, any integer; equal for all runs, so that pictures can be
+        seed: Seed of the initial noise, any integer; equal for all runs, so that images can be
             compared.
-        pictures: Number of images of the picture sheet in samples/; 0 draws none.
+        pictures: Number of images of the sheet in samples/; 0 draws none.
         rollout_images: Number of images that are also drawn as rollouts draw them, for alarm.gap.
         rewards: Held-out reward heads, written as in rewards: they are asked here alone and never
             trained on, so that alarm can tell when the trained rewards are being gamed.
@@ -535,7 +535,7 @@ class Config:
         ema: Average of the adapter.
         trainer: Length and geometry.
         checkpoint: Checkpoints.
-        evaluation: Held-out rewards and pictures.
+        evaluation: Held-out rewards and images.
         alarm: What evaluations set off.
         log: Where numbers go.
     """

@@ -1,4 +1,4 @@
-"""Pictures of Stable Diffusion 3 as what an evaluation draws."""
+"""Images of Stable Diffusion 3 as what an evaluation draws."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moa_diffusion.types import ConfigError, Request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSettings:
-    """How pictures are drawn, beside the model, the prompt and the seed."""
+    """How images are drawn, beside the model, the prompt and the seed."""
 
     steps: int
     guidance: float
@@ -91,7 +91,7 @@ def base_digest(path: str, *, revision: str | None, memory: Path) -> str:
 class Images:
     """See ``Medium``."""
 
-    noun = "pictures"
+    noun = "images"
     options: Mapping[str, str] = {
         "steps": "evaluation.steps",
         "guidance": "evaluation.guidance",
@@ -156,6 +156,6 @@ class Images:
     def request(self, prompt: str, seed: int) -> Request:
         """Start from ``torch.Generator().manual_seed(seed)``, as in a plain pipeline call.
 
-        So the pictures of one seed start alike whatever the prompt or the model.
+        So the images of one seed start alike whatever the prompt or the model.
         """
         return Request(prompt=prompt, seed=seed)

@@ -1,4 +1,4 @@
-"""What pictures and texts differ in where models are evaluated; all else is the same code."""
+"""What images and texts differ in where models are evaluated; all else is the same code."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class EvaluationPlan:
     candidates: tuple[Candidate, ...]  # the base model first
     prompts: tuple[Prompt, ...]  # P
     seeds: tuple[int, ...]  # S, of the noise; equal for all models
-    output: Path  # folder of tables and pictures
+    output: Path  # folder of tables and images
     cache: Path  # folder of samples and scores
 
 

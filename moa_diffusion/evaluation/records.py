@@ -16,7 +16,7 @@ from moa_diffusion.evaluation.texts import TextSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One picture or text of an evaluation."""
+    """One image or text of an evaluation."""
 
     candidate: int  # index of the model
     prompt: int  # index of the prompt

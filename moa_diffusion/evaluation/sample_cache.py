@@ -103,9 +103,9 @@ class OutputCache(ABC, Generic[T]):
 
 
 class ImageCache(OutputCache[Tensor]):
-    """A folder of PNG files; pictures are ``[3, H, W]`` float32 in [0, 1], rounded to 8 bits."""
+    """A folder of PNG files; images are ``[3, H, W]`` float32 in [0, 1], rounded to 8 bits."""
 
-    noun = "Picture"
+    noun = "Image"
     suffix = ".png"
 
     def columns(self, key: str, folder: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ def write_results(
 
 
 def write_table(scored: ScoredSamples, folder: Path) -> Path:
-    """Write ``scores.parquet`` into a folder; paths of pictures in it are relative to that.
+    """Write ``scores.parquet`` into a folder; paths of images in it are relative to that.
 
     A text stands in the table itself.
     """

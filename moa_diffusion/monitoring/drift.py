@@ -1,7 +1,7 @@
 """Cheap statistics of outputs: a reward that is being gamed shows in them before anybody looks.
 
 A policy that is paid for brightness draws white, one that is paid for a small file draws nothing,
-one that has collapsed draws the same picture for every seed.
+one that has collapsed draws the same image for every seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import Outputs
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-CUTOFF = 0.25  # cycles per pixel; the highest that a picture can hold is 0.5
+CUTOFF = 0.25  # cycles per pixel; the highest that an image can hold is 0.5
 THUMBNAIL = 16  # side at which siblings are compared, in pixels
 
 
@@ -37,7 +37,7 @@ def statistics(
 
 
 def of_images(images: Tensor) -> dict[str, Tensor]:
-    """Return what changes when pictures bleach, blacken, blur or fill with noise.
+    """Return what changes when images bleach, blacken, blur or fill with noise.
 
     Args:
         images: Images ``[n, 3, H, W]`` float32 in [0, 1].
@@ -45,13 +45,13 @@ def of_images(images: Tensor) -> dict[str, Tensor]:
     Returns:
         ``[n]`` float32 each: ``brightness`` and ``contrast`` (mean and standard deviation of the
         luma), ``saturation`` (mean of HSV's, in [0, 1]), ``high_frequency`` (share of the luma's
-        power, its mean left out, beyond a quarter of a cycle per pixel; 0 for a plain picture).
+        power, its mean left out, beyond a quarter of a cycle per pixel; 0 for a plain image).
     """
     red, green, blue = (weight * images[:, c] for c, weight in enumerate(LUMA))
     luma = red + green + blue  # [n, H, W]
     highest, lowest = images.amax(1), images.amin(1)  # [n, H, W]
     saturation = (highest - lowest) / torch.where(highest > 0, highest, 1.0)
-    # Twice: the mean of many pixels is rounded, and a plain picture should be left with nothing.
+    # Twice: the mean of many pixels is rounded, and a plain image should be left with nothing.
     deviation = luma - luma.mean((1, 2), keepdim=True)
     deviation -= deviation.mean((1, 2), keepdim=True)
     contrast = deviation.square().mean((1, 2)).sqrt()
@@ -105,7 +105,7 @@ def diversity(kept: Tensor | Sequence[Sequence[str]], groups: Tensor) -> float:
         groups: Group ids ``[N]``, equal for siblings.
 
     Returns:
-        Pictures: the root mean square over thumbnails' pixels of the standard deviation within a
+        Images: the root mean square over thumbnails' pixels of the standard deviation within a
         group. Texts: the mean over pairs of siblings of the share of their words that only one has
         (Jaccard's distance).
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moa_diffusion.config.schema import EvaluationConfig
 from moa_diffusion.distributed import agreed, gather_shard_objects, gather_shards, shard
-from moa_diffusion.files import png as pictures
+from moa_diffusion.files import png
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
 from moa_diffusion.monitoring.progress import Progress
@@ -50,7 +50,7 @@ class HeldOut:
         scorer: The K reward heads, those that are not trained on included.
         training: The heads of the objectives, for the comparison with rollouts.
         batch: Samples per forward pass.
-        log: Where every sample's rewards go, and beside them sheets of pictures.
+        log: Where every sample's rewards go, and beside them sheets of images.
         progress: How far the run is, and whether this process shows a bar.
     """
 
@@ -200,8 +200,8 @@ class HeldOut:
             first = gather_shards(images, wanted, self.comm)
             with agreed(self.comm, as_one=True):
                 if self.comm.rank == 0:
-                    sheet = pictures.grid(first, columns=math.ceil(math.sqrt(shown)))
-                    pictures.save_png(sheet, self.log.folder / "samples" / f"step-{step:06d}.png")
+                    sheet = png.grid(first, columns=math.ceil(math.sqrt(shown)))
+                    png.save_png(sheet, self.log.folder / "samples" / f"step-{step:06d}.png")
 
     def _show_texts(self, step: int, texts: Sequence[str]) -> None:
         """Write the first texts under their prompts."""

@@ -16,7 +16,7 @@ tight; ``PamaVector`` takes each objective's advantages over the batch as one ve
 reading, one batch mean as the advantage of every decision, cannot learn: its direction does not
 depend on the rewards.) The carry-over from PPO's value heads to groups of siblings is an
 adaptation. An objective that cannot tell a sample's siblings apart is left out of the minimum. The
-KL to the base model is a loss of its own (``loss.kl_weight``), for pictures and for texts: in the
+KL to the base model is a loss of its own (``loss.kl_weight``), for images and for texts: in the
 paper's PPO it is part of each objective's reward, token by token, before advantages are estimated,
 where Noon would delete what pulls back.
 """

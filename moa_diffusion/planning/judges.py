@@ -1,4 +1,4 @@
-"""What the reward heads take of a GPU: their weights, and what scoring a picture costs."""
+"""What the reward heads take of a GPU: their weights, and what scoring an image costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Judge:
     model: str = ""  # path and precision; equal for heads that share a module
     weights: int = 0  # bytes
     flops: float = 0.0  # per image
-    moved: float = 0.0  # bytes that are read and written for a picture, in full batches
+    moved: float = 0.0  # bytes that are read and written for an image, in full batches
     peak: float = 0.0  # bytes, at most, beside the weights
     dtype: str = "float32"
     note: str = ""  # what is not counted, and why; empty if all is

@@ -183,8 +183,8 @@ class _Variant:
 
     def _decode_peak(self) -> float:
         images = min(self.settings.policy.vae_batch, self.cut.sample_batch)
-        pictures = self.cut.sample_batch * 3 * self.settings.sampling.resolution**2
-        return self.vae.peak.at(images) + 2 * FLOAT * pictures  # the parts, and all joined
+        values = self.cut.sample_batch * 3 * self.settings.sampling.resolution**2
+        return self.vae.peak.at(images) + 2 * FLOAT * values  # the parts, and all joined
 
     def _scoring_peak(self) -> float:
         peaks = [judge.peak for judge in self.everyone]
@@ -277,8 +277,8 @@ class _Variant:
 
     def _host(self) -> Sizes:
         encoders, policy = self.planner.encoders.weights, self.settings.policy
-        pictures = FLOAT * self.cut.per_rank * 3 * self.settings.sampling.resolution**2
-        training = pictures + min(self.embeddings, policy.embeds_memory_gb * 1e9)
+        images = FLOAT * self.cut.per_rank * 3 * self.settings.sampling.resolution**2
+        training = images + min(self.embeddings, policy.embeds_memory_gb * 1e9)
         training += encoders if self.encoders_stay else 0
         training += _weights(self.judges) if self.settings.scoring.offload else 0
         loading = self.model.frozen_bytes + self.vae.weights + encoders

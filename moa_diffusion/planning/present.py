@@ -116,7 +116,7 @@ class Plan:
     def _judges(self) -> Iterator[str]:
         for judge in (*self.planner.judges, *self.planner.watching):
             counted = f"{judge.model}, {_giga(judge.weights)} GB" if judge.weights else ""
-            work = f"{_number(judge.flops / TERA)} TFLOP per picture" if judge.flops else ""
+            work = f"{_number(judge.flops / TERA)} TFLOP per image" if judge.flops else ""
             told = ", ".join(part for part in (counted, work) if part)
             yield f"Reward {judge.name}: {'; '.join(p for p in (told, judge.note) if p)}."
 

@@ -1,4 +1,4 @@
-"""What an evaluation says: tables, pictures, the page."""
+"""What an evaluation says: tables, a grid of images, the page."""
 
 from moa_diffusion.report.completions import write_completions
 from moa_diffusion.report.grid import write_grid

@@ -20,7 +20,7 @@ def write_completions(table: Table, target: Path, *, shown: int = 12) -> None:
     Args:
         table: The table of E models and P prompts, with texts; the first seed is shown.
         target: The Markdown file that is written.
-        shown: At most this many prompts, as in the grid of pictures.
+        shown: At most this many prompts, as in the grid of images.
     """
     assert table.texts is not None
     head = ["prompt", *(literal(model.label) for model in table.models)]

@@ -1,4 +1,4 @@
-"""``grid.png``: rows prompts, columns models, one seed, scores under each picture."""
+"""``grid.png``: rows prompts, columns models, one seed, scores under each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from moa_diffusion.files import png as pictures
+from moa_diffusion.files import png
 from moa_diffusion.files.writing import replaced
 from moa_diffusion.report.table import Table
 
@@ -25,7 +25,7 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     """Write a PNG.
 
     Args:
-        table: The table of E models and P prompts, with pictures.
+        table: The table of E models and P prompts, with images.
         target: The PNG file that is written.
         shown: At most this many prompts, see ``shown_prompts``.
         seed: One of the table's seeds; by default the first.
@@ -51,8 +51,8 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     columns = len(table.models) + 1
     sheet = torch.cat(
         [
-            pictures.grid(torch.stack(head), columns=columns),
-            pictures.grid(torch.stack(cells), columns=columns),
+            png.grid(torch.stack(head), columns=columns),
+            png.grid(torch.stack(cells), columns=columns),
         ],
         dim=1,
     )
@@ -90,13 +90,13 @@ def wrap(text: str, width: int) -> list[str]:
     return [line for line in lines if line]
 
 
-def _cell(image: Path, lines: Sequence[str], width: int, height: int) -> Tensor:
+def _cell(file: Path, lines: Sequence[str], width: int, height: int) -> Tensor:
     canvas = Image.new("RGB", (width, height), "white")
-    with Image.open(image) as picture:
-        # Pixels of small pictures stay sharp squares.
-        nearest = picture.width < SIDE and SIDE % picture.width == 0
+    with Image.open(file) as image:
+        # Pixels of small images stay sharp squares.
+        nearest = image.width < SIDE and SIDE % image.width == 0
         way = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
-        canvas.paste(picture.convert("RGB").resize((SIDE, SIDE), way), ((width - SIDE) // 2, 0))
+        canvas.paste(image.convert("RGB").resize((SIDE, SIDE), way), ((width - SIDE) // 2, 0))
     return _written(canvas, lines, SIDE + MARGIN)
 
 

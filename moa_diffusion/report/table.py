@@ -39,7 +39,7 @@ class Table:
     seeds: tuple[int, ...]  # S
     rewards: tuple[str, ...]  # K
     values: Array  # [E, K, P, S]; NaN: does not apply
-    # Exactly one of the two: pictures, or completions.
+    # Exactly one of the two: images, or completions.
     images: tuple[tuple[tuple[Path, ...], ...], ...] | None  # [E][P][S]
     texts: tuple[tuple[tuple[str, ...], ...], ...] | None  # [E][P][S]
     units: Mapping[str, str]  # by reward
@@ -70,7 +70,7 @@ def read_table(folder: Path) -> Table:
         {key: i for i, key in enumerate(keys)} for keys in (models, rewards, prompts, seeds)
     ]
     values = numpy.full([len(place) for place in places], math.nan)
-    pictures: dict[tuple[int, int, int], Path] = {}
+    files: dict[tuple[int, int, int], Path] = {}
     texts: dict[tuple[int, int, int], str] = {}
     for row in rows:
         keys = (row["checkpoint"], row["reward"], row["prompt_index"], row["seed"])
@@ -79,7 +79,7 @@ def read_table(folder: Path) -> Table:
         if "text" in row:
             texts[e, p, s] = row["text"]
         else:
-            pictures[e, p, s] = folder / row["image"]
+            files[e, p, s] = folder / row["image"]
     if len(rows) != values.size:
         raise ConfigError(f"`{path}` should have {values.size} rows. Found {len(rows)}.")
     first = rows[0]
@@ -99,7 +99,7 @@ def read_table(folder: Path) -> Table:
         seeds=tuple(seeds),
         rewards=tuple(rewards),
         values=values,
-        images=_nested(pictures, len(models), len(prompts), len(seeds)) if pictures else None,
+        images=_nested(files, len(models), len(prompts), len(seeds)) if files else None,
         texts=_nested(texts, len(models), len(prompts), len(seeds)) if texts else None,
         units={name: row["unit"] for name, row in rewards.items()},
         scorers={

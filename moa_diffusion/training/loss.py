@@ -3,7 +3,7 @@
 PPO's clipped objective (Schulman et al., arXiv 1707.06347, eq. 7) as GRPO (arXiv 2402.03300) and
 Flow-GRPO (arXiv 2505.05470, eq. 4) use it: one advantage per sample, shared by its decisions.
 
-Deviation: the mean is over all decisions of a minibatch. For pictures, which all have equally many,
+Deviation: the mean is over all decisions of a minibatch. For images, which all have equally many,
 that is the papers' mean. Of texts, GRPO takes the mean over the tokens of a response first and then
 over responses; here each token counts the same, so a long response counts more (as in DAPO, arXiv
 2503.14476).

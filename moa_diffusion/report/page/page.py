@@ -40,7 +40,7 @@ def write_report(
     """Write one HTML file that needs nothing beside it; links to the originals are relative.
 
     Args:
-        table: The table of E models, with pictures or with texts.
+        table: The table of E models, with images or with texts.
         summary: The summary of the table.
         runs: Training run folders by series; empty: no curves.
         target: The HTML file that is written.
@@ -50,10 +50,10 @@ def write_report(
         The file.
 
     Raises:
-        ConfigError: If a run's file is damaged, a picture is missing, or nothing fits.
+        ConfigError: If a run's file is damaged, an image is missing, or nothing fits.
     """
     trainings = {name: read_training(name, folder) for name, folder in runs.items()}
-    pictures = distinct(table)
+    files = distinct(table)
     headline = cards(table, summary, trainings)
     evaluated = list(dict.fromkeys(model.series for model in table.models if model.series))
     colour = colours(list(dict.fromkeys([*evaluated, *trainings])))
@@ -62,7 +62,7 @@ def write_report(
         table,
         front,
         colour,
-        pictures,
+        files,
         folder=target.parent,
         first=headline[0].model if headline else 0,
     )
@@ -84,7 +84,7 @@ def write_report(
         "json": _json,
     }
     without = _render(parts, [])
-    small = thumbnails(pictures, budget - len(without.encode()))
+    small = thumbnails(files, budget - len(without.encode()))
     write_text(target, _render(parts, small))
     return target
 

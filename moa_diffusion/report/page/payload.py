@@ -21,7 +21,7 @@ def page_data(
     table: Table,
     front: FrontChart,
     colours: Mapping[str, str],
-    pictures: Sequence[Path],
+    files: Sequence[Path],
     *,
     folder: Path,
     first: int,
@@ -32,11 +32,11 @@ def page_data(
         table: The table of E models, P prompts, S seeds, K rewards.
         front: The chart of the front.
         colours: Colours by series.
-        pictures: The different files among the table's images.
+        files: The different files among the table's images.
         folder: The folder that links to them start from.
         first: The model that is selected at first.
     """
-    place = {path: i for i, path in enumerate(pictures)}
+    place = {path: i for i, path in enumerate(files)}
     return {
         "models": [
             {"label": model.label, "colour": colours.get(model.series, INK)}
@@ -50,7 +50,7 @@ def page_data(
         "images": None
         if table.images is None
         else [[[place[path] for path in seeds] for seeds in rows] for rows in table.images],
-        "originals": [quote(Path(os.path.relpath(path, folder)).as_posix()) for path in pictures],
+        "originals": [quote(Path(os.path.relpath(path, folder)).as_posix()) for path in files],
         "texts": table.texts,
         "template": template(),
         "views": [[asdict(view) for view in row] for row in front.views],
@@ -58,7 +58,7 @@ def page_data(
 
 
 def distinct(table: Table) -> list[Path]:
-    """Return the different picture files of a table, in its order."""
+    """Return the different image files of a table, in its order."""
     if table.images is None:
         return []
     return list(dict.fromkeys(path for rows in table.images for row in rows for path in row))

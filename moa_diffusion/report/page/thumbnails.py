@@ -1,4 +1,4 @@
-"""Pictures made small enough that a page with all of them stays under a number of bytes."""
+"""Images made small enough that a page with all of them stays under a number of bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moa_diffusion.types import ConfigError
 class Size:
     """How small a thumbnail is."""
 
-    side: int  # the longer edge in pixels; smaller pictures stay as they are
+    side: int  # the longer edge in pixels; smaller images stay as they are
     quality: int  # WebP's, 0 to 100
 
 
@@ -33,16 +33,16 @@ LADDER = tuple(
         *((128, 82), (96, 82), (96, 60), (96, 40), (64, 40), (64, 20)),
     )
 )
-TRIED = 24  # pictures from which the bytes of all are estimated
+TRIED = 24  # images from which the bytes of all are estimated
 MARGIN = 1.03  # factor by which that estimate is raised
-QUOTES = 3  # bytes of JSON around each picture
+QUOTES = 3  # bytes of JSON around each image
 
 
-def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
+def thumbnails(files: Sequence[Path], room: int) -> list[str]:
     """Return WebP files in Base64, at the best size at which they fit together.
 
     Args:
-        pictures: N different files.
+        files: N different image files.
         room: Bytes for all of them, as a JSON list of strings.
 
     Returns:
@@ -51,9 +51,9 @@ def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
     Raises:
         ConfigError: If they do not fit even at the smallest size, or one cannot be read.
     """
-    if not pictures:
+    if not files:
         return []
-    tried = [pictures[i] for i in range(0, len(pictures), -(-len(pictures) // TRIED))]
+    tried = [files[i] for i in range(0, len(files), -(-len(files) // TRIED))]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
 
         @cache
@@ -62,20 +62,20 @@ def thumbnails(pictures: Sequence[Path], room: int) -> list[str]:
 
         factor, rung, needed = MARGIN, 0, 0
         while rung < len(LADDER):
-            per_picture = room / len(pictures) / factor
+            per_image = room / len(files) / factor
             # The first rung that fits; from one to the next the bytes fall.
             rung = bisect.bisect_left(
-                range(len(LADDER) - 1), -per_picture, lo=rung, key=lambda i: -estimate(i)
+                range(len(LADDER) - 1), -per_image, lo=rung, key=lambda i: -estimate(i)
             )
-            encoded = list(pool.map(_encode, pictures, [LADDER[rung]] * len(pictures)))
+            encoded = list(pool.map(_encode, files, [LADDER[rung]] * len(files)))
             needed = _length(encoded)
             if needed <= room:
                 return encoded
             # Those tried were smaller than the others.
-            factor = needed / len(pictures) / estimate(rung) * MARGIN
+            factor = needed / len(files) / estimate(rung) * MARGIN
             rung += 1
     raise ConfigError(
-        f"budget: should leave {needed} bytes for {len(pictures)} pictures of "
+        f"budget: should leave {needed} bytes for {len(files)} images of "
         f"{LADDER[-1].side} pixels. Found {max(room, 0)}. Evaluate fewer prompts, seeds or "
         "checkpoints in one table."
     )
@@ -88,11 +88,11 @@ def _length(encoded: Iterable[str]) -> int:
 def _encode(path: Path, size: Size) -> str:
     target = io.BytesIO()
     try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
+        with Image.open(path) as image:
+            small = image.convert("RGB")
     except OSError as error:
         raise ConfigError(
-            f"`{path}` should be a picture of the evaluation. {error}. Evaluate again: the same "
+            f"`{path}` should be an image of the evaluation. {error}. Evaluate again: the same "
             "command draws what is missing."
         ) from error
     small.thumbnail((size.side, size.side), Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -1,4 +1,4 @@
-// Pictures and texts, and two of them against each other.
+// Images and texts, and two of them against each other.
 const compared = { before: 0, after: 0, p: 0, s: 0 };
 const dialog = find("#compare");
 const slider = find("#compare-slider");
@@ -7,20 +7,20 @@ const full = find("#compare-full");
 const placeOf = (e, p, s) => data.images[e][p][s];
 const thumbnail = (e, p, s) => `data:image/webp;base64,${thumbnails[placeOf(e, p, s)]}`;
 
-function picture(e, p, s) {
-  const image = element("img", { class: "picture", alt: `${models[e].label}: ${prompts[p]}` });
+function imageElement(e, p, s) {
+  const image = element("img", { class: "image", alt: `${models[e].label}: ${prompts[p]}` });
   showSharp(image);
   image.src = thumbnail(e, p, s);
   return image;
 }
 
-// Squares of small pictures stay sharp.
+// Squares of small images stay sharp.
 function showSharp(image) {
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < 128));
 }
 
 function sample(e, p, s) {
-  if (data.images) return picture(e, p, s);
+  if (data.images) return imageElement(e, p, s);
   return element("span", { class: "completion" }, data.texts[e][p][s]);
 }
 
@@ -51,7 +51,7 @@ function showPair() {
       ["after", after],
     ]) {
       const original = data.originals[placeOf(e, p, s)];
-      const image = find(`#picture-${name}`);
+      const image = find(`#image-${name}`);
       image.alt = `${name}: ${models[e].label}`;
       image.src = full.checked ? original : thumbnail(e, p, s);
       const link = find(`#original-${name}`);
@@ -101,7 +101,7 @@ for (const name of ["before", "after"]) {
     compared[name] = Number(choice.value);
     showPair();
   });
-  const image = find(`#picture-${name}`);
+  const image = find(`#image-${name}`);
   image.addEventListener("error", missing);
   showSharp(image);
 }

@@ -49,7 +49,7 @@ function emptyCell(e, p) {
 function fill(button) {
   const [e, p] = [Number(button.dataset.model), Number(button.dataset.prompt)];
   button.replaceChildren(sample(e, p, state.seed), ...scores(e, p, state.seed));
-  // What it holds names it from now on: the picture's text and the scores.
+  // What it holds names it from now on: the image's text and the scores.
   button.removeAttribute("aria-label");
 }
 
