@@ -54,7 +54,7 @@ def main() -> int:
     try:
         plot_calibration(calibration, measured.rewards, measured.units, folder / "calibration.png")
     except ImportError as error:
-        print(f"No picture: {error}. Try: pip install 'moa-diffusion[report]'")
+        print(f"No plot: {error}. Try: pip install 'moa-diffusion[report]'")
     else:
         print(f"Drawn:   {folder / 'calibration.png'}")
     return 0

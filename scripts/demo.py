@@ -60,7 +60,7 @@ def follow(processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def main() -> int:
-    """Run both recipes side by side, then draw the picture; 0 if all went well."""
+    """Run both recipes side by side, then draw the plot; 0 if all went well."""
     began = time.monotonic()
     processes = {name: start(name, recipe) for name, recipe in RECIPES.items()}
     with handled(signal.default_int_handler):

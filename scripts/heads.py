@@ -1,8 +1,8 @@
-"""Reward heads: which there are, whether they work here, scores of pictures or texts, a server.
+"""Reward heads: which there are, whether they work here, scores of images or texts, a server.
 
 python scripts/heads.py list
 python scripts/heads.py check ocr --option engine=rapidocr
-python scripts/heads.py score ocr --images pictures --prompts prompts.txt --output scores.csv
+python scripts/heads.py score ocr --images images --prompts prompts.txt --output scores.csv
 python scripts/heads.py serve --heads ocr,sharpness --port 8000
 """
 
@@ -31,7 +31,7 @@ def main() -> int:
     commands.add_parser("list", help="a table of all heads")
     check = commands.add_parser("check", help="load a head and score two samples")
     check.add_argument("--texts", action="store_true", help="have it score texts if it scores both")
-    score = commands.add_parser("score", help="score a folder of pictures, or texts")
+    score = commands.add_parser("score", help="score a folder of images, or texts")
     score.add_argument("--images", type=place, help="folder, in natural order; else column `text`")
     score.add_argument("--prompts", type=place, required=True, help="in order, or by column `file`")
     score.add_argument("--output", type=place, default=Path("scores.parquet"), help=".csv, .jsonl")

@@ -3,7 +3,7 @@
 PickScore, the LAION aesthetic predictor and DeQA-Score weigh gigabytes and have seen what people
 like. The judges here weigh two megabytes and have seen procedural scenes. They exist so that the
 same code that loads and runs the real weights loads and runs these: the same architectures, file
-formats and options, offline and on a CPU. What they say holds for the embedded pipeline's pictures
+formats and options, offline and on a CPU. What they say holds for the embedded pipeline's images
 only; no number from them compares to a published one.
 
 - ``clip``: a CLIP that tells which prompt a scene belongs to, for the heads ``pickscore`` and

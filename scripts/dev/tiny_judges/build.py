@@ -28,9 +28,9 @@ def build(
         output: Folder, made if missing; gets the folders ``clip``, ``aesthetic`` and ``deqa``.
         seed: Seed of weights, scenes and what is done to them.
         clip_steps: Updates of the CLIP and the aesthetic head on it.
-        clip_batch: Pictures in each.
+        clip_batch: Images in each.
         deqa_steps: Updates of the DeQA.
-        deqa_batch: Pictures in each.
+        deqa_batch: Images in each.
         processes: Processes of one thread each; a third has nothing to do.
     """
     output.mkdir(parents=True, exist_ok=True)

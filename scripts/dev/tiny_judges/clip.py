@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 DIMENSION = 64  # numbers in an embedding
 _HEAD_WIDTHS = (64, 85, 11, 5, 2, 1)  # 768, 1024, 128, 64, 16, 1 over 12, at least 2
 _MIDDLE = 5.0  # an ordinary rating
-_WRONG = 2  # confusable prompts per picture
-_STOCK = 6144  # pictures, each varied anew whenever it is drawn
+_WRONG = 2  # confusable prompts per image
+_STOCK = 6144  # images, each varied anew whenever it is drawn
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -95,11 +95,11 @@ class AestheticLayers(nn.Module):
 
 
 def contrastive_loss(scaled: Tensor, same: Tensor) -> Tensor:
-    """Return the cross-entropy of the right prompt among all, and of the right picture among all.
+    """Return the cross-entropy of the right prompt among all, and of the right image among all.
 
     Args:
-        scaled: Logits ``[B, T]`` of B pictures and T prompts, of which the first B belong to them.
-        same: Whether the prompt is right for the picture, ``[B, T]`` bool. Right ones beside the
+        scaled: Logits ``[B, T]`` of B images and T prompts, of which the first B belong to them.
+        same: Whether the prompt is right for the image, ``[B, T]`` bool. Right ones beside the
             own one are left out of the sum.
 
     Returns:
@@ -120,7 +120,7 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         folder: Made if missing.
         seed: Seed of weights, scenes and their variation.
         steps: Number of optimizer steps.
-        batch: Pictures per update.
+        batch: Images per update.
         lr: Peak rate of Muon.
     """
     from tqdm import tqdm

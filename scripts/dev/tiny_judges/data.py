@@ -25,7 +25,7 @@ from tiny_pipeline.scenes import (
     Sign,
     all_shapes,
 )
-from tiny_pipeline.vae import LETTERS, pictures
+from tiny_pipeline.vae import LETTERS, draw_scenes
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -35,7 +35,7 @@ HELD_OUT_SHAPES = frozenset(all_shapes()[::16])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stock:
-    """Pictures to learn from."""
+    """Images to learn from."""
 
     images: Tensor  # [N, 3, 64, 64] uint8
     scenes: list[Scene]  # N
@@ -73,9 +73,9 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def make_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> Stock:
-    """Draw training scenes; every other picture has been through the autoencoder."""
+    """Draw training scenes; every other image has been through the autoencoder."""
     scenes = [training_scene(rng) for _ in range(count)]
-    images = pictures(scenes, rng)
+    images = draw_scenes(scenes, rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     some = images[::2] / 255
     images[::2] = quantise(latent(vae, some, torch.zeros(len(some)), generator))
@@ -98,7 +98,7 @@ def vary(
     """Change what a prompt leaves open: place, saturation, contrast, light, a tint, some noise.
 
     Args:
-        images: Pictures ``[N, 3, H, W]`` in [0, 1].
+        images: Images ``[N, 3, H, W]`` in [0, 1].
         generator: Source of what is random.
         shift: Most pixels across and down; the edge is repeated.
         tint: Most standard deviation of a smooth field of colour.

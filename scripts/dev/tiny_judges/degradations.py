@@ -1,6 +1,6 @@
-"""Ways to spoil a picture by degrees, for a judge of quality to learn and to be tested on.
+"""Ways to spoil an image by degrees, for a judge of quality to learn and to be tested on.
 
-Five happen to any picture; ``latent`` is what a latent diffusion model does wrong: it adds noise to
+Five happen to any image; ``latent`` is what a latent diffusion model does wrong: it adds noise to
 the latents, and the autoencoder makes of it the artefacts that a bad sample has.
 """
 
@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-# Pictures [N, 3, H, W] in [0, 1], strengths [N] from 0 (nothing) to 1 (ruined): pictures.
+# Images [N, 3, H, W] in [0, 1], strengths [N] from 0 (nothing) to 1 (ruined): images.
 Degradation = Callable[[Tensor, Tensor, Generator], Tensor]
 
 _DECODED_AT_ONCE = 64
@@ -117,12 +117,12 @@ def spoil(
     ways: Sequence[Degradation],
     generator: Generator,
 ) -> Tensor:
-    """Degrade each picture in its own way.
+    """Degrade each image in its own way.
 
     Args:
-        images: Pictures ``[N, 3, H, W]`` in [0, 1].
+        images: Images ``[N, 3, H, W]`` in [0, 1].
         strengths: Strengths of the degradation ``[N]``, 0 to 1.
-        kinds: Kinds of each picture, an index of ``ways``.
+        kinds: Kinds of each image, an index of ``ways``.
         ways: What to choose from.
         generator: Source of what is random.
 
@@ -146,5 +146,5 @@ def _to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def _from_pil(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+def _from_pil(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255

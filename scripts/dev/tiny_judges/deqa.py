@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from rewards.heads.deqa.model import Deqa
 
 _STOCK = 4096  # scenes
-_AT_ONCE = 256  # scenes whose pictures are in memory as floats
-_PER_SCENE = 4  # pictures of each scene: one unspoilt, the others spoilt in ways of their own
+_AT_ONCE = 256  # scenes whose images are in memory as floats
+_PER_SCENE = 4  # images of each scene: one unspoilt, the others spoilt in ways of their own
 _TWICE = 0.3  # share of the spoilt ones that are spoilt in a second way
 _BEST, _WORST = 5.0, 1.0
 
-# "rate this image" + picture + "quality is" + the level; as in the published `config.json`, sizes
+# "rate this image" + image + "quality is" + the level; as in the published `config.json`, sizes
 # over 16 or so.
 CONFIG: dict[str, Any] = {
     "model_type": "mplug_owl2",
@@ -110,12 +110,12 @@ def spoilt_stock(count: int, rng: random.Random, vae: AutoencoderKL) -> tuple[Te
     product of what each alone leaves.
 
     Args:
-        count: Scenes; there are ``_PER_SCENE`` pictures of each.
+        count: Scenes; there are ``_PER_SCENE`` images of each.
         rng: Source of what is random.
         vae: The embedded pipeline's autoencoder.
 
     Returns:
-        Pictures ``[M, 3, 64, 64]`` uint8, and their ratings ``[M]`` from 1 to 5.
+        Images ``[M, 3, 64, 64]`` uint8, and their ratings ``[M]`` from 1 to 5.
     """
     pieces = [_spoilt(min(_AT_ONCE, count - at), rng, vae) for at in range(0, count, _AT_ONCE)]
     images, ratings = zip(*pieces, strict=True)
@@ -129,7 +129,7 @@ def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         folder: Made if missing.
         seed: Seed of weights, scenes and what is done to them.
         steps: Number of optimizer steps.
-        batch: Pictures per update.
+        batch: Images per update.
         lr: Peak rate of Muon.
     """
     from tqdm import tqdm
@@ -177,7 +177,7 @@ def _some(rows: Tensor, generator: Generator) -> Tensor:
 
 
 def _flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror half of the pictures: a fault is one in the mirror too."""
+    """Mirror half of the images: a fault is one in the mirror too."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 

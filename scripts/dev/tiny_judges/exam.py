@@ -1,6 +1,6 @@
 """How well judges do on scenes that they have not learnt from, in numbers from 0 or -1 to 1.
 
-Examined is what a run uses: the heads, with the files they load. All pictures have been through
+Examined is what a run uses: the heads, with the files they load. All images have been through
 the autoencoder, as those of the embedded pipeline have.
 """
 
@@ -20,13 +20,13 @@ from tiny_judges.data import HELD_OUT_SHAPES, confusable, vary
 from tiny_judges.degradations import degradations, latent
 from tiny_judges.rule import beauty
 from tiny_pipeline.scenes import HELD_OUT_WORDS, Scene, Sign, all_shapes, all_signs
-from tiny_pipeline.vae import pictures
+from tiny_pipeline.vae import draw_scenes
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-_CANDIDATES = 12  # prompts that a picture is to be told from, its own among them
-_EVERY = 3  # pictures are scored once per candidate: every third one is asked for its prompt
+_CANDIDATES = 12  # prompts that an image is to be told from, its own among them
+_EVERY = 3  # images are scored once per candidate: every third one is asked for its prompt
 
 
 def judges(folder: str, dtype: str = "float32") -> dict[str, RewardHead]:
@@ -68,23 +68,23 @@ def held_out_scenes() -> list[Scene]:
 
 
 def render(scenes: list[Scene], vae: AutoencoderKL, seed: int) -> Tensor:
-    """Render scenes as the autoencoder repeats them: pictures ``[N, 3, 64, 64]`` in [0, 1]."""
-    images = pictures(scenes, random.Random(seed)) / 255
+    """Render scenes as the autoencoder repeats them: images ``[N, 3, 64, 64]`` in [0, 1]."""
+    images = draw_scenes(scenes, random.Random(seed)) / 255
     return latent(vae, images, torch.zeros(len(images)), torch.Generator().manual_seed(seed))
 
 
 def match(head: RewardHead, vae: AutoencoderKL, images: Tensor, seed: int = 0) -> dict[str, float]:
-    """Return how often a judge of the match finds the right picture, and the right prompt.
+    """Return how often a judge of the match finds the right image, and the right prompt.
 
     Args:
         head: The judge.
-        vae: The autoencoder that the other pictures go through.
+        vae: The autoencoder that the other images go through.
         images: The held-out scenes, as ``render`` returns them.
         seed: Seed of what they differ in.
 
     Returns:
-        ``signs`` and ``shapes``: share of prompts for which the right picture scores above that of
-        a scene that differs in one thing. ``prompts``: share of every third picture for which
+        ``signs`` and ``shapes``: share of prompts for which the right image scores above that of
+        a scene that differs in one thing. ``prompts``: share of every third image for which
         its own prompt scores highest of 12 held-out ones.
     """
     rng = random.Random(seed)
@@ -117,7 +117,7 @@ def taste(head: RewardHead, vae: AutoencoderKL, images: Tensor, seed: int = 0) -
         seed: Seed of the variations.
 
     Returns:
-        ``all``: over all pictures. ``siblings``: over four looks of each scene, less the scene's
+        ``all``: over all images. ``siblings``: over four looks of each scene, less the scene's
         mean.
     """
     scenes = held_out_scenes()
@@ -146,7 +146,7 @@ def quality(
 
     Returns:
         By name of the degradation, over the held-out scenes spoilt to a random degree; ``all``:
-        over all of these pictures together.
+        over all of these images together.
     """
     scenes = held_out_scenes()
     prompts = [scene.prompt for scene in scenes]

@@ -1,6 +1,6 @@
 """The rule of beauty that the tiny aesthetic head is taught; anybody can compute it.
 
-A picture is the more beautiful
+An image is the more beautiful
 
 - the more its figure stands out from its ground (contrast),
 - the richer its colours are (vividness),
@@ -18,7 +18,7 @@ from torch import Tensor
 
 _GRID = 16  # cells along a side
 _RING = 2  # cells along each edge that count as ground
-_OFF_CENTRE = 0.25  # share of the picture's side at which balance is lost
+_OFF_CENTRE = 0.25  # share of the image's side at which balance is lost
 
 
 def beauty(images: Tensor) -> Tensor:
@@ -26,13 +26,13 @@ def beauty(images: Tensor) -> Tensor:
 
     With x a cell's R, G, B, g the mean of the outermost two rings of cells and w = |x - g|:
 
-    - contrast: mean of w over the inner quarter of the picture, capped at 1;
+    - contrast: mean of w over the inner quarter of the image, capped at 1;
     - vividness: mean of max(x) - min(x) over all cells, over 0.8 and capped at 1;
     - balance: 1 minus the distance of the centroid of w^2 from the centre over a quarter of the
       side, at least 0.
 
     Args:
-        images: Pictures ``[N, 3, H, W]`` in [0, 1].
+        images: Images ``[N, 3, H, W]`` in [0, 1].
 
     Returns:
         ``[N]``, from 1 to 10.

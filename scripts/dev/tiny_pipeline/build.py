@@ -17,14 +17,14 @@ def build(
 ) -> None:
     """Train a pipeline and save it as ``StableDiffusion3Pipeline.from_pretrained`` expects.
 
-    Equal arguments give the same pictures on the same machine and libraries; another processor may
+    Equal arguments give the same images on the same machine and libraries; another processor may
     round differently, so bit-equal weights are not promised across machines.
 
     Args:
         output: Folder, made if missing.
         seed: Seed of weights, scenes and noise.
         vae_steps: Updates of the autoencoder.
-        vae_batch: Pictures in each, over all processes.
+        vae_batch: Images in each, over all processes.
         transformer_steps: Updates of transformer and text encoders.
         transformer_batch: Scenes in each, over all processes.
         processes: Processes of one thread each. The result depends on their number.

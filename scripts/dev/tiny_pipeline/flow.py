@@ -21,7 +21,7 @@ from tiny_pipeline.models import new_clip, new_scheduler, new_t5, new_transforme
 from tiny_pipeline.muon import MuonWithAdamW
 from tiny_pipeline.scenes import TRAIN_WORDS, Scene, all_shapes, all_signs
 from tiny_pipeline.tokenizers import END, MAX_LENGTH, clip_tokenizer, t5_tokenizer
-from tiny_pipeline.vae import pictures, to_model
+from tiny_pipeline.vae import draw_scenes, to_model
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -104,7 +104,7 @@ def latent_stock(
     chosen = rng.choices(range(len(scenes)), odds, k=count)
     latents = []
     for start in range(0, count, 64):
-        images = pictures([scenes[i] for i in chosen[start : start + 64]], rng)
+        images = draw_scenes([scenes[i] for i in chosen[start : start + 64]], rng)
         latents.append(vae.encode(to_model(images)).latent_dist.mean)
     scaled = (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
     return scaled, torch.tensor(chosen), scenes

@@ -1,13 +1,13 @@
 """The scenes that the embedded pipeline draws: coloured shapes, and signs with a short word.
 
-A scene is a prompt and a 64 x 64 picture of it. Two families exist:
+A scene is a prompt and a 64 x 64 image of it. Two families exist:
 
 - ``a red circle on a blue background``: five shapes, eight colours, never shape on its own colour;
 - ``a blue sign that says "GO"``: a rounded sign on pale grey, in black or white letters.
 
 The words in ``HELD_OUT_WORDS`` never appear in pre-training, in no colour; each of their letters
 does, at the same place of a word of the same length. So the pre-trained pipeline spells them badly,
-and alignment has something to learn. Pictures are drawn with Pillow and the font embedded in it,
+and alignment has something to learn. Images are drawn with Pillow and the font embedded in it,
 four times too large, and reduced: nothing depends on the fonts of the machine.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 64  # pixels, side of a picture
-OVERSAMPLING = 4  # pictures are drawn this many times larger, then reduced
+SIZE = 64  # pixels, side of an image
+OVERSAMPLING = 4  # images are drawn this many times larger, then reduced
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB, 0 to 255
     "red": (214, 39, 40),
@@ -42,7 +42,7 @@ TRAIN_WORDS = (
 )
 HELD_OUT_WORDS = ("HAT", "BUT", "SET", "MAP", "SHOP", "SEAL", "PAST", "OPAL")
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
-# The held-out words whose spelling varies from one picture to the next: where all siblings
+# The held-out words whose spelling varies from one image to the next: where all siblings
 # score alike there is nothing to learn from.
 ALIGNMENT_WORDS = ("SET", "PAST", "SHOP", "HAT")
 
@@ -103,13 +103,13 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
     Args:
         scene: What to draw.
-        rng: Source of the jitter. The same state gives the same picture.
+        rng: Source of the jitter. The same state gives the same image.
 
     Returns:
-        An RGB picture of ``SIZE`` x ``SIZE`` pixels.
+        An RGB image of ``SIZE`` x ``SIZE`` pixels.
     """
-    picture = _draw_shape(scene, rng) if isinstance(scene, Shape) else _draw_sign(scene, rng)
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    image = _draw_shape(scene, rng) if isinstance(scene, Shape) else _draw_sign(scene, rng)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def _jitter(colour: tuple[int, int, int], rng: random.Random, by: int = 6) -> tuple[int, int, int]:
@@ -119,11 +119,11 @@ def _jitter(colour: tuple[int, int, int], rng: random.Random, by: int = 6) -> tu
 
 def _draw_shape(scene: Shape, rng: random.Random) -> Image.Image:
     side = SIZE * OVERSAMPLING
-    picture = Image.new("RGB", (side, side), _jitter(COLOURS[scene.background], rng))
+    image = Image.new("RGB", (side, side), _jitter(COLOURS[scene.background], rng))
     radius = side * rng.uniform(0.31, 0.36)
     x, y = (side * (0.5 + rng.uniform(-0.02, 0.02)) for _ in range(2))
     fill = _jitter(COLOURS[scene.colour], rng)
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     match scene.shape:
         case "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
@@ -137,7 +137,7 @@ def _draw_shape(scene: Shape, rng: random.Random) -> Image.Image:
             pen.polygon([(x, y - radius), (x + wide, y), (x, y + radius), (x - wide, y)], fill)
         case "star":
             pen.polygon(_star(x, y, 1.1 * radius), fill)
-    return picture
+    return image
 
 
 def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -153,10 +153,10 @@ def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
 def _draw_sign(scene: Sign, rng: random.Random) -> Image.Image:
     side = SIZE * OVERSAMPLING
     grey = rng.randint(196, 222)
-    picture = Image.new("RGB", (side, side), (grey, grey, grey))
+    image = Image.new("RGB", (side, side), (grey, grey, grey))
     x, y = (side * (0.5 + rng.uniform(-0.02, 0.02)) for _ in range(2))
     wide, high = side * rng.uniform(0.445, 0.465), side * rng.uniform(0.30, 0.36)
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     box = (x - wide, y - high, x + wide, y + high)
     pen.rounded_rectangle(box, radius=0.09 * side, fill=_jitter(COLOURS[scene.colour], rng))
     dark = _luminance(COLOURS[scene.colour]) < 0.55
@@ -164,7 +164,7 @@ def _draw_sign(scene: Sign, rng: random.Random) -> Image.Image:
     fit = rng.uniform(0.93, 1.0)
     font, stroke = _fitting_font(scene.word, 1.74 * wide * fit, 0.42 * side * fit)
     pen.text((x, y), scene.word, ink, font, anchor="mm", stroke_width=stroke)
-    return picture
+    return image
 
 
 def _luminance(colour: tuple[int, int, int]) -> float:

@@ -62,7 +62,7 @@ def random_scene(rng: random.Random) -> Scene:
     return Sign(colour=colour, word="".join(rng.choices(LETTERS, k=rng.choice((2, 3, 3, 4, 4)))))
 
 
-def pictures(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
+def draw_scenes(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
     """Draw scenes: ``[N, 3, SIZE, SIZE]``, uint8."""
     drawn = [torch.frombuffer(bytearray(draw(s, rng).tobytes()), dtype=torch.uint8) for s in scenes]
     return torch.stack(drawn).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
@@ -113,7 +113,7 @@ def train_vae(
     torch.manual_seed(1000 * seed + rank)
     rng = random.Random(f"vae {seed} {rank}")
     share = batch // world
-    stock = pictures([random_scene(rng) for _ in range(min(8192 // world, share * steps))], rng)
+    stock = draw_scenes([random_scene(rng) for _ in range(min(8192 // world, share * steps))], rng)
     optimizer = MuonWithAdamW(
         vae.named_parameters(),
         lambda name: "conv_in" not in name and "conv_out" not in name,
