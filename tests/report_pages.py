@@ -31,7 +31,7 @@ def column(label: str, step: int | None = None) -> Column:
 def table_of(
     values: numpy.ndarray, folder: Path | None, *, prompts: tuple[str, ...] = (), side: int = 40
 ) -> Table:
-    """``values [E, K, P, S]``; pictures of noise in a folder, or texts without one."""
+    """``values [E, K, P, S]``; images of noise in a folder, or texts without one."""
     models, rewards, count, seeds = values.shape
     random = numpy.random.default_rng(0)
 

@@ -353,7 +353,7 @@ def test_two_processes_train_the_parameters_of_one(both, tmp_path):
     # Three held-out prompts on two processes: none is counted twice.
     assert found[0]["eval_mean/length"] == pytest.approx(sum(map(len, PROMPTS)) / 3)
     sheets = [folder / "run/samples/step-000004.png" for folder in (both, tmp_path)]
-    assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's pictures"
+    assert sheets[0].read_bytes() == sheets[1].read_bytes(), "the sheet lacks a rank's images"
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)

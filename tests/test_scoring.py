@@ -270,7 +270,7 @@ def test_a_head_that_ends_the_program_is_a_failure():
         scored(Scorer({"exits": Exits()}, Comm()), rollout())
 
 
-def test_a_head_cannot_change_the_pictures_of_another():
+def test_a_head_cannot_change_the_images_of_another():
     class Darkens(RewardHead):
         def score(self, batch):
             return batch.require_images().mul_(0).mean((1, 2, 3))

@@ -77,7 +77,7 @@ def test_select_takes_rows_in_the_order_asked_for():
 
 
 def test_select_may_leave_the_outputs_behind():
-    """Training reads latents and log-probs; the pictures of a micro-batch are 25 MB."""
+    """Training reads latents and log-probs; the images of a micro-batch are 25 MB."""
     part = rollout().select(torch.tensor([2, 0]), outputs=False)
     assert part.images is part.texts is None
     assert part.trace["latents"][:, 0, 0].tolist() == [2, 0]

@@ -166,8 +166,8 @@ def test_what_is_noisy_or_does_not_apply_is_said(folder: Path, capsys: pytest.Ca
     assert "nowhere applies to none of the 3 prompts: nothing is known of it." in said
     assert "noisy is noisy: the noise of one score is" in said
     assert "hijack" in said
-    plot_calibration(found, measured.rewards, measured.units, folder / "picture.png")
-    assert (folder / "picture.png").stat().st_size > 10_000
+    plot_calibration(found, measured.rewards, measured.units, folder / "plot.png")
+    assert (folder / "plot.png").stat().st_size > 10_000
 
 
 def test_a_failing_reward_leaves_the_scores_before_it(folder: Path):

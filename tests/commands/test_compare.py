@@ -265,7 +265,7 @@ def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("methods", "objectives"), [(10, 4), (1, 2)])
-def test_the_picture_is_drawn(tmp_path: Path, methods: int, objectives: int) -> None:
+def test_the_plot_is_drawn(tmp_path: Path, methods: int, objectives: int) -> None:
     random = numpy.random.default_rng(0)
     names = ["ocr", "jpeg_compressibility", "colourfulness", "prompt_colour"][:objectives]
     found = []

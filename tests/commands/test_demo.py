@@ -17,7 +17,7 @@ SMALL |= {"sampling.steps": 3, "sampling.window": 2, "evaluation.steps": 2}
 SMALL |= {"rewards.ocr.workers": 0}  # processes that would import their libraries anew
 
 
-def test_the_demo_draws_its_picture_and_continues(tmp_path: Path) -> None:
+def test_the_demo_draws_its_plot_and_continues(tmp_path: Path) -> None:
     command = [python(), str(ROOT / "scripts" / "demo.py")]
     command += [text for key, value in SMALL.items() for text in (f"--{key}", str(value))]
     for steps in (1, 2):
@@ -30,9 +30,9 @@ def test_the_demo_draws_its_picture_and_continues(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         target = tmp_path / "runs" / "demo" / "demo.png"
-        with Image.open(target) as picture:
-            assert picture.width > 400
-            assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 1000
+        with Image.open(target) as plot:
+            assert plot.width > 400
+            assert len(plot.convert("RGB").getcolors(maxcolors=2**24)) > 1000
         target.unlink()
         for folder in target.parent.iterdir():
             if folder.is_dir():

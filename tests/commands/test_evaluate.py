@@ -1,4 +1,4 @@
-"""Evaluation: pictures and scores of checkpoints, what is kept, what is said, what is refused."""
+"""Evaluation: images and scores of checkpoints, what is kept, what is said, what is refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def evaluated(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return output, found
 
 
-# ---------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------- images
 
 
 def plain(folder: Path | None, prompt: str, seed: int) -> numpy.ndarray:
@@ -164,7 +164,7 @@ def plain(folder: Path | None, prompt: str, seed: int) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("label", ["base", "a/step-2", "b/step-1"])
-def test_pictures_are_those_of_plain_diffusers(
+def test_images_are_those_of_plain_diffusers(
     runs: Path, evaluated: tuple[Path, ScoredSamples], label: str
 ):
     """Also of weights with another rank and scale than those that share the policy with them."""
@@ -188,7 +188,7 @@ def test_pictures_are_those_of_plain_diffusers(
         assert numpy.abs(drawn - plain(None, PROMPTS[0], 1)).max() > 8
 
 
-def test_a_key_knows_everything_that_a_picture_depends_on(tmp_path: Path):
+def test_a_key_knows_everything_that_an_image_depends_on(tmp_path: Path):
     settings = from_dict(SETTINGS)
     deployment = ImageSettings.of(settings, str(PIPELINE_PATH))
     given = {"model": "m", "prompt": "p", "seed": 0, "deployment": deployment}
@@ -298,7 +298,7 @@ def test_damaged_scores_are_told(runs: Path, tmp_path: Path):
         run(plan)
 
 
-def test_a_damaged_picture_is_told(runs: Path, tmp_path: Path):
+def test_a_damaged_image_is_told(runs: Path, tmp_path: Path):
     plan = ask(runs, tmp_path, run=[str(runs / "a")], checkpoints="base", rewards="sharpness")
     found = run(plan)
     path = found.outputs.path(found.samples[0].key)
@@ -395,7 +395,7 @@ def test_one_seed_has_no_unit(evaluated: tuple[Path, ScoredSamples]):
     assert "so there is no std" in text(one, found)
 
 
-def test_the_pictures_show_every_model(evaluated: tuple[Path, ScoredSamples]):
+def test_the_images_show_every_model(evaluated: tuple[Path, ScoredSamples]):
     output, found = evaluated
     with Image.open(output / "grid.png") as grid:
         pixels = numpy.array(grid.convert("RGB"), dtype=float)
@@ -414,7 +414,7 @@ def test_the_pictures_show_every_model(evaluated: tuple[Path, ScoredSamples]):
 
 
 def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
-    """Nine pictures in batches of four: one process has more than the other."""
+    """Nine images in batches of four: one process has more than the other."""
     options = {"run": [str(runs / "a")], "seeds": "0"}
     plan = ask(runs, tmp_path / "one", **options)
     write_results(run(plan), plan.output, shown=12, runs=plan.runs)
@@ -432,7 +432,7 @@ def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Drawn: 9 of 9 pictures; scored: 18 of 18 scores") == 1
+    assert done.stdout.count("Drawn: 9 of 9 images; scored: 18 of 18 scores") == 1
     one, two = (parquet.read_table(tmp_path / name / "scores.parquet") for name in ("one", "two"))
     assert one.column_names == two.column_names
     for name in one.column_names:

@@ -337,7 +337,6 @@ def test_words_fit_completions(evaluated: tuple[Path, ScoredSamples]):
     said = (output / "summary.md").read_text()
     assert "6 models, 3 prompts, 2 completions each (seeds 0, 1); temperature 1, at most 8" in said
     assert "image" not in said
-    assert "picture" not in said
     assert (output / "pareto.png").is_file()
     assert not (output / "grid.png").exists()
     assert "2 texts each" in " ".join((output / "report.html").read_text().split())
@@ -561,9 +560,9 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         ({"checkpoints": "base,step-7"}, "'step-7' is not in .*There are: step-1, step-2"),
         ({"prompts": str(tmp_path / "empty.txt")}, "should hold at least one prompt. Found none"),
         ({"prompts": str(tmp_path / "long.txt")}, "at most 56 tokens .* Found 61"),
-        ({"steps": "4"}, "--steps: is for pictures. policy.name causal_lm .* have --temperature"),
-        ({"guidance": "2"}, "--guidance: is for pictures"),
-        ({"resolution": "64"}, "--resolution: is for pictures"),
+        ({"steps": "4"}, "--steps: is for images. policy.name causal_lm .* have --temperature"),
+        ({"guidance": "2"}, "--guidance: is for images"),
+        ({"resolution": "64"}, "--resolution: is for images"),
         ({"temperature": "-1"}, "generation.eval_temperature: should be at least 0"),
         ({"soup": "a,c"}, "unknown model 'c'"),
         ({"lora": [f"x={runs}"]}, r"with adapter_config\.json\. Found mine\.py, three\.txt"),
@@ -582,7 +581,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_texts_are_none_of_pictures(tmp_path: Path):
+def test_options_of_texts_are_none_of_images(tmp_path: Path):
     options = {"pipeline": "tiny", "rewards": "sharpness", "temperature": "1"}
     with pytest.raises(ConfigError, match="--temperature: is for completions"):
         plan_evaluation(OPTIONS | options, [])

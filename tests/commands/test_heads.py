@@ -63,13 +63,13 @@ LOSSLESS = {"webp": {"lossless": True}}  # and JPEG keeps a flat grey
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures 1.png to 12.png of grey 20 i in two sizes, a text file, and prompts."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """Images 1.png to 12.png of grey 20 i in two sizes, a text file, and prompts."""
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(1, 13):
         size = (10, 8) if number % 3 else (8, 8)
-        Image.new("RGB", size, (20 * number,) * 3).save(pictures / f"{number}.png")
-    (pictures / "notes.txt").write_text("not a picture")
+        Image.new("RGB", size, (20 * number,) * 3).save(images / f"{number}.png")
+    (images / "notes.txt").write_text("not an image")
     lines = [f'prompt {number}, "ü"' for number in range(1, 13)]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     return tmp_path
@@ -131,7 +131,7 @@ def test_list_names_the_packages_that_are_missing(run: Run, monkeypatch) -> None
     assert "missing: rapidocr" in run("list")[1]
 
 
-def test_check_scores_the_fitting_picture_higher(run: Run) -> None:
+def test_check_scores_the_fitting_image_higher(run: Run) -> None:
     status, printed, _ = run("check", "prompt_colour", "--option", "share=0.05")
     assert status == 0
     scores = [float(value) for value in re.findall(r"sample: (\S+)", printed)]
@@ -139,7 +139,7 @@ def test_check_scores_the_fitting_picture_higher(run: Run) -> None:
     assert scores[0] > scores[1] + 0.2
 
 
-def test_the_check_picture_can_be_read() -> None:
+def test_the_check_image_can_be_read() -> None:
     assert '"MARBLE"' in PROMPT
     head = prepare("ocr", {"workers": 0})
     assert try_head(head).scores.values.tolist() == [1, 0]
@@ -233,7 +233,7 @@ def expected_rows() -> list[dict[str, object]]:
 
 
 def score(run: Run, folder: Path, head: str, output: str, *more: object) -> tuple[int, str, str]:
-    files = ("--images", folder / "pictures", "--prompts", folder / "prompts.txt")
+    files = ("--images", folder / "images", "--prompts", folder / "prompts.txt")
     return run("score", head, *files, "--output", folder / output, "--batch_size", 5, *more)
 
 
@@ -247,7 +247,7 @@ def test_score_writes_rows_in_natural_order(run: Run, folder: Path, grey: str) -
     code = Path(grey.rpartition(":")[0]).read_bytes()
     assert beside["provenance"]["source_sha256"] == hashlib.sha256(code).hexdigest()
     assert beside["unit"] == "level"
-    assert "12 pictures, the objective applies to 11: mean 138.2" in printed
+    assert "12 images, the objective applies to 11: mean 138.2" in printed
     assert "from 20 (1.png) to 240 (12.png)" in printed
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "scores.jsonl",
@@ -278,30 +278,30 @@ def test_score_writes_csv_and_parquet(run: Run, folder: Path, grey: str) -> None
 def test_prompts_may_name_their_files(folder: Path) -> None:
     files = [f"{number}.png" for number in range(12, 0, -1)]
     prompts = [(f"of {file}", {"file": file, "tag": 1}) for file in files]
-    pairs = match(folder / "pictures", prompts)
+    pairs = match(folder / "images", prompts)
     assert [(file.name, prompt) for file, prompt, _ in pairs] == [
         (f"{number}.png", f"of {number}.png") for number in range(1, 13)
     ]
     assert all(metadata == {"tag": 1} for _, _, metadata in pairs)
     for wrong, reason in (
-        (prompts[1:], "1 pictures have no prompt: 12.png"),
+        (prompts[1:], "1 images have no prompt: 12.png"),
         ([*prompts, ("p", {"file": "13.png"})], "1 files of the prompts are not in the folder"),
         ([*prompts, prompts[0]], "1 files have more than one prompt: 12.png"),
         ([*prompts, ("p", {})], "1 of 13 prompts lack a `file`"),
     ):
         with pytest.raises(ValueError, match=reason):
-            match(folder / "pictures", wrong)
+            match(folder / "images", wrong)
 
 
-def test_pictures_of_every_kind_are_taken_and_others_are_told(
+def test_images_of_every_kind_are_taken_and_others_are_told(
     run: Run, folder: Path, grey: str
 ) -> None:
-    pictures = folder / "pictures"
+    images = folder / "images"
     rows = expected_rows()
     for number, suffix in enumerate(("gif", "jfif", "webp", "bmp", "tiff", "GIF"), start=1):
-        file = pictures / f"{number}.png"
-        with Image.open(file) as picture:
-            picture.save(pictures / f"{number}.{suffix}", **LOSSLESS.get(suffix, {}))
+        file = images / f"{number}.png"
+        with Image.open(file) as image:
+            image.save(images / f"{number}.{suffix}", **LOSSLESS.get(suffix, {}))
         file.unlink()
         rows[number - 1]["file"] = f"{number}.{suffix}"
     assert score(run, folder, grey, "scores.jsonl")[0] == 0
@@ -309,18 +309,18 @@ def test_pictures_of_every_kind_are_taken_and_others_are_told(
     assert [json.loads(line) for line in found] == rows
 
     frames = [Image.new("RGB", (10, 8), (shade,) * 3) for shade in (0, 99)]
-    frames[0].save(pictures / "1.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(images / "1.gif", save_all=True, append_images=frames[1:])
     _, _, error = score(run, folder, grey, "more.jsonl")
     assert "1.gif` cannot be used: it has several frames; save the one" in error
     with pytest.raises(ValueError, match=r"1 files .* another kind than \.png, .*: notes\.txt"):
-        match(pictures, [("p", {"file": "notes.txt"})])
+        match(images, [("p", {"file": "notes.txt"})])
 
 
 def test_a_mismatch_is_told_before_anything_is_loaded(run: Run, folder: Path) -> None:
     (folder / "prompts.txt").write_text("one\ntwo\n")
     status, _, error = score(run, folder, "no_such_head", "scores.csv")
     assert status == 2
-    assert "Found 12 pictures" in error
+    assert "Found 12 images" in error
     assert "and 2 prompts" in error
     assert not (folder / "scores.csv").exists()
 
@@ -331,21 +331,21 @@ def test_a_blank_line_between_prompts_is_told_by_line(run: Run, folder: Path, gr
     (folder / "prompts.txt").write_text("\n".join([*lines[:-1], "", ""]))
     status, _, error = score(run, folder, grey, "scores.csv")
     assert status == 2
-    assert f"{folder / 'prompts.txt'}:4: The prompt of picture 4 should stand here" in error
+    assert f"{folder / 'prompts.txt'}:4: The prompt of image 4 should stand here" in error
     (folder / "prompts.txt").write_text("\n".join([*lines[:3], *lines[4:], "", ""]))
     assert score(run, folder, grey, "scores.csv")[0] == 0  # at the end they shift nothing
 
 
 def test_a_failed_run_is_continued(run: Run, folder: Path, grey: str) -> None:
-    picture = folder / "pictures" / "12.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(b"broken")
+    file = folder / "images" / "12.png"
+    whole = file.read_bytes()
+    file.write_bytes(b"broken")
     partial = folder / "scores.jsonl.partial.sqlite"
     assert score(run, folder, grey, "scores.jsonl")[0] == 2
     before = partial.read_bytes()
     assert score(run, folder, grey, "scores.jsonl")[0] == 2
     assert partial.read_bytes() == before  # the same failure loses nothing
-    picture.write_bytes(whole)
+    file.write_bytes(whole)
     status, printed, _ = score(run, folder, grey, "scores.jsonl")
     assert status == 0
     assert "10 of 12 scores are in" in printed
@@ -361,10 +361,10 @@ def test_the_scores_of_another_head_are_refused_and_kept(run: Run, folder: Path,
     status, _, error = score(run, folder, grey, "scores.csv", "--option", "limit=220")
     assert (status, partial.read_bytes()) == (2, before)
     assert "of another head, of other options or weights" in error
-    Image.new("RGB", (10, 8), (99,) * 3).save(folder / "pictures" / "4.png")
+    Image.new("RGB", (10, 8), (99,) * 3).save(folder / "images" / "4.png")
     status, printed, _ = score(run, folder, grey, "scores.csv", "--option", "limit=210")
     assert status == 1
-    assert "9 of 12 scores are in" in printed, "a picture that has changed is scored anew"
+    assert "9 of 12 scores are in" in printed, "an image that has changed is scored anew"
     partial.write_text("file,score\n")
     status, _, error = score(run, folder, grey, "scores.csv")
     assert (status, partial.read_text()) == (2, "file,score\n")
@@ -378,12 +378,12 @@ def test_what_was_scored_survives_a_failure(run: Run, folder: Path, grey: str) -
     assert "10 of 12 scores are kept in" in printed
     assert (folder / "scores.csv.partial.sqlite").is_file()
     assert not (folder / "scores.csv").exists()
-    (folder / "pictures" / "12.png").write_bytes(b"\x89PNG broken")
+    (folder / "images" / "12.png").write_bytes(b"\x89PNG broken")
     status, printed, error = score(run, folder, grey, "other.csv")
     assert status == 2
     assert "12.png` cannot be used" in error
     assert "10 of 12" in printed
-    Image.new("RGBA", (10, 8)).save(folder / "pictures" / "1.png")
+    Image.new("RGBA", (10, 8)).save(folder / "images" / "1.png")
     status, printed, error = score(run, folder, grey, "third.csv")
     assert "transparent" in error
     assert "kept" not in printed

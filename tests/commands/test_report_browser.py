@@ -39,14 +39,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def make_table(folder: Path | None) -> Table:
-    """4 models, 12 prompts, 2 seeds, 2 rewards; every picture has a colour of its own."""
+    """4 models, 12 prompts, 2 seeds, 2 rewards; every image has a colour of its own."""
     prompts = (EVIL, *(f"a {word} sign" for word in ("red", "green", "blue", "black", "white")))
     prompts += tuple(f"scene {i}" for i in range(6))
     values = numpy.random.default_rng(0).normal(size=(len(MODELS), 2, len(prompts), 2))
     values += numpy.linspace(0, 1.5, len(MODELS))[:, None, None, None]
     values[:, 1, 3] = numpy.nan
 
-    def picture(e: int, p: int, s: int) -> Path:
+    def image(e: int, p: int, s: int) -> Path:
         assert folder is not None
         path = folder / "images" / f"{e}-{p}-{s}.png"
         path.parent.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def make_table(folder: Path | None) -> Table:
         seeds=(7, 8),
         rewards=("text", "colour"),
         values=values,
-        images=None if folder is None else cells(picture),
+        images=None if folder is None else cells(image),
         texts=None if folder is not None else cells(lambda e, p, s: f"{e} {p} {s} {EVIL}"),
         units={"text": "", "colour": "points"},
         scorers={"text": {"version": "1"}, "colour": {"version": "2"}},
@@ -203,7 +203,7 @@ def test_everything_is_drawn_without_a_word(shown: Any):
     assert page.locator("#front-plot .points path").count() == len(MODELS)
     assert page.locator("#summary .card").count() == 2
     assert page.locator("#samples .sample").count() == 16
-    # Every cell has been seen, so it holds its picture and its scores.
+    # Every cell has been seen, so it holds its image and its scores.
     assert page.locator("#cells .cell img[alt]").count() > 0
     missing = page.locator("#cells tbody tr").nth(3).locator(".score").nth(1)
     assert missing.text_content() == "colour-"
@@ -270,7 +270,7 @@ def test_a_choice_shows_other_panels(shown: Any):
         assert page.locator(f"#{section} .panel:visible").count() == count
 
 
-def test_the_seed_switch_changes_the_pictures(shown: Any):
+def test_the_seed_switch_changes_the_images(shown: Any):
     page = shown
     page.locator("#cells .cell").first.scroll_into_view_if_needed()
     colour = """(image) => {
@@ -348,11 +348,11 @@ def test_the_keyboard_alone_is_enough(browser: Any, report: Path):
         page.keyboard.press("Enter")
         assert page.locator("#compare").is_visible()
         slider = page.locator("#compare-slider")
-        before = page.locator("#picture-after").evaluate("one => getComputedStyle(one).clipPath")
+        before = page.locator("#image-after").evaluate("one => getComputedStyle(one).clipPath")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
         assert slider.input_value() == "52"
-        after = page.locator("#picture-after").evaluate("one => getComputedStyle(one).clipPath")
+        after = page.locator("#image-after").evaluate("one => getComputedStyle(one).clipPath")
         assert (before, after) == ("inset(0px 0px 0px 50%)", "inset(0px 0px 0px 52%)")
         page.keyboard.press("Escape")
         assert not page.locator("#compare").is_visible()
@@ -369,7 +369,7 @@ def test_originals_are_loaded_and_linked_on_demand(shown: Any):
     until(
         page,
         """(() => {
-            const image = document.querySelector('#picture-after');
+            const image = document.querySelector('#image-after');
             return image.src.endsWith('images/2-1-0.png') && image.naturalWidth === 48;
         })()""",
     )
@@ -451,5 +451,5 @@ def test_texts_are_shown_as_they_are(browser: Any, tmp_path: Path):
         assert page.locator("#text-before").text_content() == f"0 0 0 {EVIL}"
         assert page.locator("#text-after").text_content() == f"2 0 0 {EVIL}"
         assert page.locator("#compare-title").text_content() == f"{EVIL} (seed 7)"
-        assert not page.locator("#compare-pictures").is_visible()
+        assert not page.locator("#compare-images").is_visible()
         assert page.locator("img").evaluate_all("all => all.every((one) => !one.src)")

@@ -162,8 +162,8 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
     assert (saved / WEIGHTS).is_file()
     assert (saved / "ema" / WEIGHTS).is_file()
 
-    plot_curves({"mine": run}, tmp_path / "picture.png", shown=3)
-    with Image.open(tmp_path / "picture.png") as drawn:
+    plot_curves({"mine": run}, tmp_path / "plot.png", shown=3)
+    with Image.open(tmp_path / "plot.png") as drawn:
         assert drawn.width > 400
         assert len(drawn.convert("RGB").getcolors(maxcolors=2**24)) > 1000
 

@@ -17,7 +17,7 @@ class Settings:
     steps: int = 4
 
 
-def test_pictures_are_read_as_they_were_written(tmp_path: Path):
+def test_images_are_read_as_they_were_written(tmp_path: Path):
     cache = ImageCache(tmp_path / "images")
     pixels = torch.randint(0, 256, (2, 3, 6, 5), generator=torch.Generator().manual_seed(0))
     for key, image in zip("ab", pixels / 255, strict=True):

@@ -1,4 +1,4 @@
-"""Sheets of pictures, and files that hold the pixels."""
+"""Sheets of images, and files that hold the pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from moa_diffusion.files.png import grid, save_png
 
 
-def test_pictures_lie_row_by_row_on_white():
+def test_images_lie_row_by_row_on_white():
     images = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 3, 4, 5) / 4
     sheet = grid(images, columns=2, gap=1)
     assert sheet.shape == (3, 9, 11)

@@ -487,7 +487,7 @@ def test_statistics_of_rollouts_and_evaluations(tmp_path):
     make(tmp_path / "run", trainer__steps=1, evaluation__images_per_prompt=2).run()
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert first["eval_image/brightness"] == pytest.approx(0.5)  # float32: within 1e-7
-    assert first["eval_image/diversity"] == 0  # the toy's deployed pictures are all alike
+    assert first["eval_image/diversity"] == 0  # the toy's deployed images are all alike
     assert second["image/diversity"] > 0
     assert {"image/saturation", "image/contrast", "image/high_frequency"} <= second.keys()
     assert math.isfinite(second["eval_image/brightness"])

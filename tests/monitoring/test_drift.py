@@ -23,8 +23,8 @@ def checks(period: int, side: int = 16) -> torch.Tensor:
 
 def test_images_by_hand():
     """Pixels are float32, rounded by 6e-8; pytest's default is 1e-6, relative."""
-    pictures = torch.cat([plain(1, 0, 0), plain(0.5, 0.5, 0.5), plain(0, 0, 0), plain(1, 0.5, 0.5)])
-    found = drift.of_images(pictures)
+    images = torch.cat([plain(1, 0, 0), plain(0.5, 0.5, 0.5), plain(0, 0, 0), plain(1, 0.5, 0.5)])
+    found = drift.of_images(images)
     assert found["brightness"].tolist() == pytest.approx([0.299, 0.5, 0, 0.299 + 0.701 / 2])
     assert found["saturation"].tolist() == pytest.approx([1, 0, 0, 0.5])
     assert found["contrast"].tolist() == pytest.approx([0] * 4, abs=1e-6)
@@ -35,7 +35,7 @@ def test_images_by_hand():
     assert float(coarse["high_frequency"]) < 0.1  # an edge has 0.078
 
 
-def test_a_pixel_is_a_picture():
+def test_a_pixel_is_an_image():
     found = drift.of_images(torch.rand(3, 3, 1, 1))
     assert found["high_frequency"].tolist() == [0, 0, 0]
     assert found["contrast"].tolist() == [0, 0, 0]
@@ -99,10 +99,10 @@ def test_memory_is_that_of_a_batch_in_float32():
 
 def test_blur_takes_high_frequencies_away_and_noise_brings_them():
     generator = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, 32, 32, generator=generator)
-    soft = torch.nn.functional.avg_pool2d(picture, 5, 1, 2)
+    image = torch.rand(1, 3, 32, 32, generator=generator)
+    soft = torch.nn.functional.avg_pool2d(image, 5, 1, 2)
     noisy = (soft + 0.1 * torch.randn(soft.shape, generator=generator)).clamp(0, 1)
-    high = [float(drift.of_images(p)["high_frequency"]) for p in (soft, noisy, picture)]
+    high = [float(drift.of_images(p)["high_frequency"]) for p in (soft, noisy, image)]
     assert high == sorted(high)
     assert high[0] < 0.2 < 0.5 < high[2]
 

@@ -32,7 +32,7 @@ NAN = math.nan
 
 
 class Red(RewardHead):
-    """Mean red channel; does not apply to a picture without any blue."""
+    """Mean red channel; does not apply to an image without any blue."""
 
     name = "red"
 

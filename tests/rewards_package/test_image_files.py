@@ -1,4 +1,4 @@
-"""A picture file is scored as a viewer shows it, or refused with what to do."""
+"""An image file is scored as a viewer shows it, or refused with what to do."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_grey_of_16_bits_is_rounded() -> None:
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_numbers_without_a_white_are_refused(kind: type) -> None:
-    picture = Image.fromarray(np.ones((4, 4), kind))
+    image = Image.fromarray(np.ones((4, 4), kind))
     with pytest.raises(ValueError, match=r"which of its numbers is white \(mode [IF]\)"):
-        read_rgb(saved(picture, "TIFF"))
+        read_rgb(saved(image, "TIFF"))
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_numbers_without_a_white_are_refused(kind: type) -> None:
     + [("CMYK", "TIFF")],
 )
 def test_every_opaque_mode_is_read_as_pillow_shows_it(mode: str, kind: str) -> None:
-    picture = (GREY if mode in ("L", "1", "LA") else RGB).convert(mode)
-    assert (read_rgb(saved(picture, kind)) == np.asarray(picture.convert("RGB"))).all()
+    image = (GREY if mode in ("L", "1", "LA") else RGB).convert(mode)
+    assert (read_rgb(saved(image, kind)) == np.asarray(image.convert("RGB"))).all()
 
 
 # --- transparency -------------------------------------------------------------------------------
 
 
 def see_through(mode: str) -> Image.Image:
-    picture = RGB.convert(mode)
-    picture.putpixel((0, 0), (*picture.getpixel((0, 0))[:-1], 254))
-    return picture
+    image = RGB.convert(mode)
+    image.putpixel((0, 0), (*image.getpixel((0, 0))[:-1], 254))
+    return image
 
 
 TRANSPARENT = {
@@ -104,7 +104,7 @@ OPAQUE = {
 
 
 @pytest.mark.parametrize("name", TRANSPARENT)
-def test_a_picture_that_lets_something_through_is_refused(name: str) -> None:
+def test_an_image_that_lets_something_through_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="has transparent pixels; lay it over a background"):
         read_rgb(TRANSPARENT[name])
 
@@ -156,7 +156,7 @@ def test_an_embedded_profile_is_applied() -> None:
     assert np.abs(found.astype(int) - COLOURS[..., ::-1]).max() <= 1
 
 
-def test_a_profile_of_another_kind_of_picture_is_ignored() -> None:
+def test_a_profile_of_another_kind_of_image_is_ignored() -> None:
     found = read_rgb(saved(GREY, icc_profile=profile_with_swapped_colours()))
     assert (found == np.asarray(GREY.convert("RGB"))).all()
 
@@ -178,13 +178,13 @@ def test_a_gamma_that_not_all_viewers_apply_is_refused(stated: int, fine: bool) 
 
 def test_a_damaged_file_and_a_missing_one_are_told(tmp_path: Path) -> None:
     whole = saved(RGB).getvalue()
-    for content in (whole[:200], b"no picture", b"", b"\x89PNG broken", b"GIF89a"):
+    for content in (whole[:200], b"no image", b"", b"\x89PNG broken", b"GIF89a"):
         (tmp_path / "broken.png").write_bytes(content)
         for file in (io.BytesIO(content), tmp_path / "broken.png"):
             with pytest.raises(ValueError, match=r".") as caught:
                 read_rgb(file)
             assert "0x" not in str(caught.value)  # no address of an object in memory
     with pytest.raises(ValueError, match="damaged, or of a format that is not known here"):
-        read_rgb(io.BytesIO(b"no picture"))
+        read_rgb(io.BytesIO(b"no image"))
     with pytest.raises(ValueError, match="No such file"):
         read_rgb(tmp_path / "none.png")

@@ -15,7 +15,7 @@ from rewards import FunctionHead, RewardBatch, RewardError, create, register, re
 TEXTS = RewardBatch(
     prompts=["p", "q"], texts=["ab", "abc"], metadata=[{"answer": "x"}, {"answer": "yy"}]
 )
-PICTURES = RewardBatch(
+IMAGES = RewardBatch(
     prompts=["p", "q"],
     images=torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)]),
     metadata=[{"answer": "x"}, {"answer": "yy"}],
@@ -130,7 +130,7 @@ def test_metadata_goes_to_the_parameters_of_its_names():
     ],
 )
 def test_one_by_one_too(function):
-    assert FunctionHead(function, per_image=True)(PICTURES).tolist() == [0.0, 1.0]
+    assert FunctionHead(function, per_image=True)(IMAGES).tolist() == [0.0, 1.0]
 
 
 def test_a_function_of_either_kind_is_given_what_there_is():
@@ -139,7 +139,7 @@ def test_a_function_of_either_kind_is_given_what_there_is():
 
     head = FunctionHead(either)
     assert head.scores == "both"
-    assert head(PICTURES).tolist() == [0.0, 1.0]
+    assert head(IMAGES).tolist() == [0.0, 1.0]
     assert head(TEXTS).tolist() == [2.0, 3.0]
 
 
@@ -248,13 +248,13 @@ def test_a_parameter_that_might_mean_two_things_is_told():
 def test_a_function_of_one_sample_that_got_a_batch_is_told_how_to_say_so():
     hint = r"parameter `image` speaks of one sample.* set `per_image: true`"
     with pytest.raises(RewardError, match=r"shape \[2\]. Found \[\]\..*" + hint):
-        FunctionHead(lambda image, prompt: image.mean())(PICTURES)
+        FunctionHead(lambda image, prompt: image.mean())(IMAGES)
     with pytest.raises(RewardError, match="AttributeError: .*split.*" + hint):
-        FunctionHead(lambda image, prompt: len(prompt.split()))(PICTURES)
+        FunctionHead(lambda image, prompt: len(prompt.split()))(IMAGES)
     with pytest.raises(RewardError, match=r"2 numbers. Found None\..*" + hint):
-        FunctionHead(lambda image, prompt: None)(PICTURES)
+        FunctionHead(lambda image, prompt: None)(IMAGES)
     with pytest.raises(RewardError) as caught:
-        FunctionHead(lambda images, prompts: images.mean())(PICTURES)
+        FunctionHead(lambda images, prompts: images.mean())(IMAGES)
     assert "per_image" not in str(caught.value)
 
 
@@ -267,4 +267,4 @@ def test_heads_by_name_and_path_are_called_so_too(tmp_path, monkeypatch):
     head = create("long", f"{file}:f")
     assert head(TEXTS).tolist() == [2.0, 3.0]
     with pytest.raises(RewardError, match="This head scores texts"):
-        head(PICTURES)
+        head(IMAGES)

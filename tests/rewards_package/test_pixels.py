@@ -1,4 +1,4 @@
-"""What pictures in a batch must be."""
+"""What images in a batch must be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rewards.pixels import check_images
 GOOD = torch.linspace(0, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
 
 
-def test_pictures_in_range_pass():
+def test_images_in_range_pass():
     check_images(GOOD, 2)
     check_images(torch.zeros(0, 3, 4, 5), 0)
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 JUDGES = ROOT / "moa_diffusion" / "tiny" / "judges"
 SHIPPED = "package://moa_diffusion/tiny/judges"
 
-# Measured on 82 held-out scenes, less a margin of a few pictures. Light JPEG does plain scenes no
+# Measured on 82 held-out scenes, less a margin of a few images. Light JPEG does plain scenes no
 # visible harm, and a thin line is hard to tell from a letter: these two rank worst.
 FLOORS = {
     "pickscore": {"signs": 0.78, "shapes": 0.9, "prompts": 0.9},
@@ -54,7 +54,7 @@ FLOORS = {
 
 
 # Changes of pixels in [0, 1], and root mean square changes of scores, in standard deviations among
-# siblings. Found in 144 pictures: .0022 and .037 in float16, .024 and .11 in bfloat16.
+# siblings. Found in 144 images: .0022 and .037 in float16, .024 and .11 in bfloat16.
 LARGEST = {
     torch.float16: {"pixels": 0.006, "scores": 0.1},
     torch.bfloat16: {"pixels": 0.06, "scores": 0.3},
@@ -82,7 +82,7 @@ def pipeline():
 
 
 def samples(pipeline, prompts: list[str], steps: int) -> Tensor:
-    """Pictures of the embedded pipeline, `[N, 3, 64, 64]` in 0 to 1, from seed 0."""
+    """Images of the embedded pipeline, `[N, 3, 64, 64]` in 0 to 1, from seed 0."""
     images = pipeline(
         prompts,
         num_inference_steps=steps,
@@ -96,10 +96,10 @@ def samples(pipeline, prompts: list[str], steps: int) -> Tensor:
 
 @torch.no_grad()
 def decoded(vae, latents: Tensor) -> Tensor:
-    """Pictures `[N, 3, 64, 64]` in 0 to 1, as the decoder makes them in its own precision."""
+    """Images `[N, 3, 64, 64]` in 0 to 1, as the decoder makes them in its own precision."""
     scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-    pictures = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-    return (pictures / 2 + 0.5).clamp(0, 1)
+    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+    return (images / 2 + 0.5).clamp(0, 1)
 
 
 def test_files_are_small_and_in_half_precision() -> None:
@@ -150,7 +150,7 @@ def test_the_pipelines_own_samples_are_rated_lower_when_spoilt(pipeline, heads, 
         assert clean - rating > 0.5, name
 
 
-def test_pictures_without_noise_do_not_please_by_noise(heads, vae) -> None:
+def test_images_without_noise_do_not_please_by_noise(heads, vae) -> None:
     scenes = exam.held_out_scenes()[:32]
     images = exam.render(scenes, vae, 1)
     noisy = degradations(vae)["noise"](images, torch.full((32,), 0.5), Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_pictures_without_noise_do_not_please_by_noise(heads, vae) -> None:
 
 @pytest.fixture(scope="module")
 def siblings(pipeline, heads):
-    """Prompts, of each five pictures in a row; their latents, pixels and scores in float32."""
+    """Prompts, of each five images in a row; their latents, pixels and scores in float32."""
     prompts = [prompt for prompt in prompt_sets()[1][::18] for _ in range(5)]
     latents = pipeline(
         prompts,
@@ -216,7 +216,7 @@ def test_degradations_spoil_by_degrees(vae) -> None:
         assert errors[0] < 0.25 * errors[-1], name
 
 
-def test_each_picture_is_spoilt_in_its_own_way(vae) -> None:
+def test_each_image_is_spoilt_in_its_own_way(vae) -> None:
     ways = list(degradations(vae).values())[:3]
     images = exam.render(all_signs(["HAT"])[:4], vae, 0)
     strengths = torch.tensor([0.5, 0.5, 0.5, 0.0])
@@ -224,7 +224,7 @@ def test_each_picture_is_spoilt_in_its_own_way(vae) -> None:
     spoilt = spoil(images, strengths, kinds, ways, Generator().manual_seed(0))
     blurred = ways[0](images[1:2], strengths[1:2], Generator())
     assert torch.equal(spoilt[1], blurred[0])
-    # A strength of 0 leaves a picture as it is, but for what a blend rounds in float32; half of it
+    # A strength of 0 leaves an image as it is, but for what a blend rounds in float32; half of it
     # changes pixels by up to 0.5.
     assert torch.allclose(spoilt[3], images[3], atol=1e-5)
     assert all(not torch.allclose(a, b) for a, b in zip(spoilt[:3], images[:3], strict=True))
@@ -291,7 +291,7 @@ def test_stocks_are_the_same_for_the_same_seed(vae) -> None:
     assert ratings.min() >= 1
 
 
-def test_looks_vary_and_stay_pictures() -> None:
+def test_looks_vary_and_stay_images() -> None:
     images = torch.rand(5, 3, 64, 64, generator=Generator().manual_seed(0))
     varied = vary(images, Generator().manual_seed(1))
     assert varied.shape == images.shape

@@ -35,7 +35,7 @@ def pipeline():
 
 
 def draw(pipeline, prompts: list[str], **options) -> np.ndarray:
-    """Pictures `[N, 64, 64, 3]` in 0 to 1 from seed 0."""
+    """Images `[N, 64, 64, 3]` in 0 to 1 from seed 0."""
     options = {"guidance_scale": 1.0, "max_sequence_length": 16} | options
     generator = torch.Generator().manual_seed(0)
     return pipeline(

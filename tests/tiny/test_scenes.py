@@ -33,7 +33,7 @@ def test_scenes_are_distinct() -> None:
     assert len(set(prompts)) == len(prompts) == 280 + 8 * len(TRAIN_WORDS + HELD_OUT_WORDS)
 
 
-def test_equal_seeds_draw_equal_pictures() -> None:
+def test_equal_seeds_draw_equal_images() -> None:
     for scene in (all_shapes()[17], all_signs()[3]):
         first, again, other = (np.asarray(draw(scene, random.Random(s))) for s in (1, 1, 2))
         assert first.shape == (SIZE, SIZE, 3)
@@ -43,16 +43,16 @@ def test_equal_seeds_draw_equal_pictures() -> None:
 
 @pytest.mark.parametrize("scene", all_shapes()[::9], ids=lambda scene: scene.prompt)
 def test_shapes_have_their_colours(scene: Shape) -> None:
-    picture = np.asarray(draw(scene, random.Random(0))).astype(int)
-    middle = np.median(picture[28:36, 28:36].reshape(-1, 3), axis=0)
+    image = np.asarray(draw(scene, random.Random(0))).astype(int)
+    middle = np.median(image[28:36, 28:36].reshape(-1, 3), axis=0)
     assert np.abs(middle - COLOURS[scene.colour]).max() <= 6
-    assert np.abs(picture[1, 1] - COLOURS[scene.background]).max() <= 6
+    assert np.abs(image[1, 1] - COLOURS[scene.background]).max() <= 6
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_signs_have_their_colour_and_contrasting_letters(colour: str) -> None:
-    picture = np.asarray(draw(Sign(colour=colour, word="STOP"), random.Random(0))).astype(int)
-    plate = picture[16:48, 8:56].reshape(-1, 3)
+    image = np.asarray(draw(Sign(colour=colour, word="STOP"), random.Random(0))).astype(int)
+    plate = image[16:48, 8:56].reshape(-1, 3)
     assert np.abs(np.median(plate, axis=0) - COLOURS[colour]).max() <= 6
     assert np.ptp(plate.sum(axis=1)) > 250
 

@@ -28,7 +28,7 @@ from moa_diffusion.types import Request, Rollout
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
 SMALL = {"resolution": 16, "steps": 4, "max_sequence_length": 16, "lora_rank": 4}
-# 16 tokens of a picture and 32 of its prompt; a block of each kind: with the second attention, and
+# 16 tokens of an image and 32 of its prompt; a block of each kind: with the second attention, and
 # the last one.
 SIZES = replace(
     SMALLEST,

@@ -153,7 +153,7 @@ def make(
     parameters = list(policy.trainable().values())
     comm = comm or LocalComm()
     cloning = Cloning(
-        policy=policy,  # type: ignore[arg-type]  # what needs no pictures
+        policy=policy,  # type: ignore[arg-type]  # what needs no images
         stepper=Stepper(
             policy=policy,  # type: ignore[arg-type]
             optimizer=torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),

@@ -59,13 +59,13 @@ def test_what_it_shows_is_the_table(tmp_path: Path):
         place = data["images"][e][p][s]
         original = target.parent / unquote(data["originals"][place])
         assert original.samefile(table.images[e][p][s])
-        with Image.open(io.BytesIO(base64.b64decode(small[place]))) as picture:
-            assert (picture.format, picture.size) == ("WEBP", (40, 40))
+        with Image.open(io.BytesIO(base64.b64decode(small[place]))) as image:
+            assert (image.format, image.size) == ("WEBP", (40, 40))
     assert data["images"][2][3][1] != data["images"][0][0][0]
     assert list(target.parent.iterdir()) == [target], "no partial file is left"
 
 
-def test_texts_stand_in_the_place_of_pictures(tmp_path: Path):
+def test_texts_stand_in_the_place_of_images(tmp_path: Path):
     table = table_of(random_values(2, 1, 2, 2), None)
     page = Page(write_report(table, short_summary(table), {}, tmp_path / "report.html"))
     data = page.json("data")

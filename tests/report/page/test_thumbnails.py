@@ -29,21 +29,21 @@ def test_thumbnails_shrink_until_the_page_fits(tmp_path: Path):
         path = write_report(table, summary, {}, tmp_path / "page.html", budget=least + room)
         assert path.stat().st_size <= least + room
         small = Page(path).json("thumbnails")[0]
-        with Image.open(io.BytesIO(base64.b64decode(small))) as picture:
-            sides.append(picture.width)
+        with Image.open(io.BytesIO(base64.b64decode(small))) as image:
+            sides.append(image.width)
     assert sides == sorted(sides, reverse=True)
     assert sides[0] == 256
     assert sides[-1] < 128
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"budget: .*24 pictures of 64 pixels\. Found 100\. Eval"):
+    with pytest.raises(ConfigError, match=r"budget: .*24 images of 64 pixels\. Found 100\. Eval"):
         write_report(table, summary, {}, path, budget=least + 100)
     with pytest.raises(ConfigError, match="Found 0"):
         write_report(table, summary, {}, path, budget=1000)
     assert path.read_bytes() == before
 
 
-def test_a_few_large_pictures_among_small_ones_still_fit(tmp_path: Path):
-    """The estimate looks at some pictures; here it sees only the small ones."""
+def test_a_few_large_images_among_small_ones_still_fit(tmp_path: Path):
+    """The estimate looks at some images; here it sees only the small ones."""
     paths = []
     for i in range(2 * thumbnails.TRIED):
         paths.append(tmp_path / f"{i}.png")
@@ -53,7 +53,7 @@ def test_a_few_large_pictures_among_small_ones_still_fit(tmp_path: Path):
     assert len(json.dumps(found, separators=(",", ":"))) <= room
 
 
-def test_a_picture_that_is_shown_twice_is_kept_once(tmp_path: Path):
+def test_an_image_that_is_shown_twice_is_kept_once(tmp_path: Path):
     table = table_of(random_values(2, 1, 3, 2), tmp_path)
     same = dataclasses.replace(table, images=(table.images[0], table.images[0]))
     page = Page(write_report(same, short_summary(same), {}, tmp_path / "report.html"))
@@ -62,10 +62,10 @@ def test_a_picture_that_is_shown_twice_is_kept_once(tmp_path: Path):
     assert data["images"][0] == data["images"][1]
 
 
-def test_a_missing_picture_is_named(tmp_path: Path):
+def test_a_missing_image_is_named(tmp_path: Path):
     table = table_of(random_values(2, 1, 2, 1), tmp_path)
     table.images[1][1][0].unlink()
-    with pytest.raises(ConfigError, match=r"1-1-0 #\.png` should be a picture .*Evaluate again"):
+    with pytest.raises(ConfigError, match=r"1-1-0 #\.png` should be an image .*Evaluate again"):
         write_report(table, short_summary(table), {}, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
@@ -74,7 +74,7 @@ def test_a_missing_picture_is_named(tmp_path: Path):
 def test_a_large_evaluation_of_noise_keeps_its_budget(tmp_path: Path):
     """A quarter of 64 prompts x 6 models x 4 seeds, the hardest to compress.
 
-    So is its share of the usual 18 MB beside the plotting library. Of 256 pixels: larger pictures
+    So is its share of the usual 18 MB beside the plotting library. Of 256 pixels: larger images
     of noise are greyer, and so smaller, as thumbnails.
     """
     one = table_of(random_values(1, 1, 8, 1), tmp_path, side=256)
@@ -94,5 +94,5 @@ def test_a_large_evaluation_of_noise_keeps_its_budget(tmp_path: Path):
     assert path.stat().st_size < 8_000_000
     small = Page(path).json("thumbnails")
     assert len(small) == 384
-    with Image.open(io.BytesIO(base64.b64decode(small[-1]))) as picture:
-        assert picture.width >= 96, "they should still be worth looking at"
+    with Image.open(io.BytesIO(base64.b64decode(small[-1]))) as image:
+        assert image.width >= 96, "they should still be worth looking at"

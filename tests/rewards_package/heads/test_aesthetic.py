@@ -80,7 +80,7 @@ def folder(tmp_path_factory) -> str:
 
 
 def in_open_clip_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The picture half of a transformers CLIP as open_clip stores it."""
+    """The image half of a transformers CLIP as open_clip stores it."""
     vision = {
         name.removeprefix("vision_model."): tensor
         for name, tensor in tensors.items()
@@ -303,7 +303,7 @@ def test_wrong_layers(tmp_path, tensors, message):
 
 def test_a_head_of_another_width_is_told(folder, tmp_path):
     head = save_head(tmp_path, layers(EMBEDDING + 1, 1))
-    with pytest.raises(RewardError, match=r"reads 25 numbers, and .* makes 24 of a picture"):
+    with pytest.raises(RewardError, match=r"reads 25 numbers, and .* makes 24 of an image"):
         create("aesthetic", model=folder, predictor=head, predictor_sha256=None)(batch())
 
 

@@ -399,7 +399,7 @@ def test_wrong_options_without_the_registry(folders: Any) -> None:
             Classifier(folders("bert")[0], **{option: "middle"})
 
 
-def test_pictures_are_refused_before_anything_is_loaded(folders: Any) -> None:
+def test_images_are_refused_before_anything_is_loaded(folders: Any) -> None:
     scored = head(folders("bert")[0])
     with pytest.raises(RewardError, match=r"This head scores texts\. Found a batch of images"):
         scored(RewardBatch(prompts=["a"], images=torch.zeros(1, 3, 8, 8)))

@@ -48,7 +48,7 @@ def batch(*texts: str) -> RewardBatch:
     return RewardBatch(prompts=["a long prompt that no head here counts"] * len(texts), texts=texts)
 
 
-def pictures(count: int = 1) -> RewardBatch:
+def image_batch(count: int = 1) -> RewardBatch:
     return RewardBatch(prompts=["?"] * count, images=torch.zeros(count, 3, 8, 8))
 
 
@@ -246,13 +246,13 @@ def test_a_wrong_batch_is_refused_before_the_head_sees_it() -> None:
     head = Texts()
     for count in (0, 1):
         with pytest.raises(RewardError, match=r'"Texts" .*scores texts\. Found a batch of images'):
-            head(pictures(count))
+            head(image_batch(count))
     with pytest.raises(RewardError, match="scores texts"):
         head.expect("images")
     head.expect("texts")
     for kind in ("images", "texts"):
         RemoteHead("http://localhost:1", "x").expect(kind)  # which it does not know yet
-    assert (pictures().kind, batch("a").kind) == ("images", "texts")
+    assert (image_batch().kind, batch("a").kind) == ("images", "texts")
 
 
 def test_a_head_cannot_claim_to_score_something_else(own_registry: None) -> None:
@@ -282,7 +282,7 @@ def test_a_head_cannot_claim_to_score_something_else(own_registry: None) -> None
 def test_the_first_parameter_of_a_function_says_what_it_scores(function: Any, kind: str) -> None:
     head = FunctionHead(function, name="f")
     assert head.scores == kind
-    for name, given in (("images", pictures()), ("texts", batch("a"))):
+    for name, given in (("images", image_batch()), ("texts", batch("a"))):
         if kind not in (name, "both"):
             with pytest.raises(RewardError, match=f'"f" failed: This head scores {kind}'):
                 head(given)
@@ -308,7 +308,7 @@ def test_functions_of_texts(own_registry: None) -> None:
         assert found.values.tolist() == [1.0, 1.5]
         assert head.scores == available()[name].scores == "texts"
         with pytest.raises(RewardError, match=r"scores texts\. Found a batch of images"):
-            head(pictures())
+            head(image_batch())
         head.close()
     assert found.extra == {"seen": ["Ab", "ABCd"]}
 
@@ -350,10 +350,10 @@ def test_a_served_head_says_what_it_scores_and_how_long_a_text_may_be(monkeypatc
         torch.testing.assert_close(remote(batch(*texts)), create("length")(batch(*texts)))
         assert remote.scores == "texts"
         with pytest.raises(RewardError, match=r"scores texts\. Found a batch of images"):
-            remote(pictures())
+            remote(image_batch())
         # A client that has not asked is told by the server.
         with pytest.raises(RewardError, match=r'wrong_kind\): The head "length" scores texts'):
-            RemoteHead(url, "length")(pictures())
+            RemoteHead(url, "length")(image_batch())
         with pytest.raises(RewardError, match=r'"sharpness" scores images. Found texts'):
             RemoteHead(url, "sharpness")(batch("a"))
         loaded = RemoteHead(url, "sharpness")

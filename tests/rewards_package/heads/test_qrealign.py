@@ -124,7 +124,7 @@ def change(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
     save_file(kept, file, metadata={"format": "pt"})
 
 
-def pictures(height: int, width: int) -> list[Image.Image]:
+def random_images(height: int, width: int) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     rough = rng.integers(0, 256, size=(3, 5, 5, 3), dtype=np.uint8)
     return [Image.fromarray(array).resize((width, height)) for array in rough]
@@ -138,7 +138,7 @@ def batch(images: list[Image.Image]) -> RewardBatch:
 
 @torch.no_grad()
 def direct(folder: Path, image: Image.Image) -> torch.Tensor:
-    """Shares of the levels as the authors' quick start computes them, one picture at a time."""
+    """Shares of the levels as the authors' quick start computes them, one image at a time."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     question = "How would you rate the quality of this image?"
@@ -157,7 +157,7 @@ def direct(folder: Path, image: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
 def test_the_head_scores_as_the_quick_start_does(folder, height, width):
     head = create("qrealign", model=str(folder), dtype="float32", device="cpu", batch_size=2)
-    images = pictures(height, width)
+    images = random_images(height, width)
     found = head.evaluate(batch(images))
     shares = torch.stack([direct(folder, image) for image in images])
     expected = shares @ torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
@@ -172,7 +172,7 @@ def test_the_head_scores_as_the_quick_start_does(folder, height, width):
 def test_the_published_precision_is_the_default(folder):
     head = create("qrealign", model=str(folder), device="cpu")
     exact = create("qrealign", model=str(folder), device="cpu", dtype="float32")
-    images = batch(pictures(32, 32))
+    images = batch(random_images(32, 32))
     # Scores in [0, 1]: some dozen roundings to bfloat16, whose eps is 0.008, walk by 0.0034.
     torch.testing.assert_close(head(images), exact(images), rtol=0, atol=0.02)
     assert head.provenance()["dtype"] == "bfloat16"

@@ -15,7 +15,7 @@ from rewards.heads.simple import COLOURS, named_colours, oklab
 RED, BLUE, WHITE = COLOURS["red"], COLOURS["blue"], COLOURS["white"]
 
 
-def picture(seed: int, height: int = 24, width: int = 32) -> np.ndarray:
+def noisy_ramp(seed: int, height: int = 24, width: int = 32) -> np.ndarray:
     """A smooth ramp with noise, `[H, W, 3]` uint8."""
     generator = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, width)[None, :, None] * np.array([1.0, 0.5, 0.2])
@@ -40,7 +40,7 @@ def batch(arrays, prompts=None) -> RewardBatch:
 
 
 def test_jpeg_compressibility_is_minus_the_file_size():
-    arrays = [picture(0), picture(1)]
+    arrays = [noisy_ramp(0), noisy_ramp(1)]
     expected = []
     for array in arrays:
         file = io.BytesIO()
@@ -54,7 +54,7 @@ def test_jpeg_compressibility_is_minus_the_file_size():
 
 
 def test_colourfulness_is_the_published_formula():
-    arrays = [picture(0), picture(1)]
+    arrays = [noisy_ramp(0), noisy_ramp(1)]
     expected = []
     for array in arrays:
         r, g, b = (array[..., i].astype(float) for i in range(3))
@@ -72,7 +72,7 @@ def test_colourfulness_of_flat_colours():
 
 
 def test_sharpness_is_the_variance_of_the_laplacian():
-    arrays = [picture(0), picture(1)]
+    arrays = [noisy_ramp(0), noisy_ramp(1)]
     expected = []
     for array in arrays:
         y = array.astype(float) @ [0.299, 0.587, 0.114]
@@ -87,18 +87,18 @@ def test_sharpness_is_the_variance_of_the_laplacian():
 
 
 def test_sharpness_falls_with_blur_and_needs_an_inner_pixel():
-    sharp = picture(0)
+    sharp = noisy_ramp(0)
     soft = np.asarray(Image.fromarray(sharp).resize((8, 6)).resize((32, 24)))
     a, b, c = create("sharpness")(batch([sharp, soft, np.full_like(sharp, 200)])).tolist()
     assert a > b > c
     assert c == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(RewardError, match="3 x 3"):
-        create("sharpness")(batch([picture(0, 2, 5)]))
+        create("sharpness")(batch([noisy_ramp(0, 2, 5)]))
 
 
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "colourfulness", "sharpness"])
 def test_a_batch_scores_like_its_samples(name):
-    head, arrays = create(name), [picture(i) for i in range(4)]
+    head, arrays = create(name), [noisy_ramp(i) for i in range(4)]
     together = head(batch(arrays))
     alone = torch.cat([head(batch([array])) for array in arrays])
     torch.testing.assert_close(together, alone)
@@ -168,7 +168,7 @@ def test_words_that_look_like_colours_are_told():
 
 
 NEGATED = [
-    "a picture without any red",
+    "an image without any red",
     "a car, no red",
     "a room with no trace of blue or green",
     "a cat that isn't white",
@@ -201,12 +201,12 @@ WANTED = [
 
 def test_a_prompt_that_wants_a_colour_away_does_not_apply():
     head = create("prompt_colour")
-    arrays = [picture(0)] * len(NEGATED + WANTED)
+    arrays = [noisy_ramp(0)] * len(NEGATED + WANTED)
     found = head(batch(arrays, NEGATED + WANTED)).isnan().tolist()
     assert found == [True] * len(NEGATED) + [False] * len(WANTED)
     (remark,) = head.remarks([*WANTED, *NEGATED])
     assert remark == (
-        "16 of 26 prompts name a colour that should not be there, first 'a picture without any "
+        "16 of 26 prompts name a colour that should not be there, first 'an image without any "
         "red': they score NaN."
     )
     assert head.remarks(WANTED) == []
@@ -242,7 +242,7 @@ def test_every_colour_is_told_from_every_other(name):
 
 
 def test_the_arrangement_of_pixels_is_not_seen():
-    array = picture(3)
+    array = noisy_ramp(3)
     shuffled = np.random.default_rng(0).permutation(array.reshape(-1, 3)).reshape(array.shape)
     prompt = "a red and brown leaf"
     assert colour(shuffled, prompt) == pytest.approx(colour(array, prompt), rel=1e-5)
@@ -264,7 +264,7 @@ def test_the_score_grows_with_the_area_up_to_the_share_and_with_closeness():
 
 
 def test_frozen_number_by_hand():
-    array = picture(5)
+    array = noisy_ramp(5)
     rgb = array.reshape(-1, 3) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
@@ -298,7 +298,7 @@ def test_frozen_number_by_hand():
 
 
 def test_prompts_with_different_numbers_of_colours_share_a_batch(monkeypatch):
-    arrays = [picture(i) for i in range(4)]
+    arrays = [noisy_ramp(i) for i in range(4)]
     prompts = ["red", "nothing", "red, blue and white", "blue"]
     head = create("prompt_colour")
     together = head(batch(arrays, prompts))

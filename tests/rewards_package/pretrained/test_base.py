@@ -183,7 +183,7 @@ def test_a_model_that_does_not_fit_goes_back_to_the_cpu(folder, monkeypatch):
 def test_no_memory_for_a_batch_is_an_error_that_says_what_to_do(folder):
     head = ToyHead(folder, batch_size=2)
     head.fail = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RewardError, match=r"for 2 pictures at once\. Lower `batch_size`") as caught:
+    with pytest.raises(RewardError, match=r"for 2 images at once\. Lower `batch_size`") as caught:
         head(batch())
     assert [index for index, _ in caught.value.samples] == [0, 1]
 
@@ -206,7 +206,7 @@ def test_a_wrong_number_of_scores_is_an_error(folder):
         def _score_batch(self, module, images, prompts):
             return torch.zeros(len(images) + 1)
 
-    with pytest.raises(RewardError, match=r"one score per picture \(5\). Found the shape \[6\]"):
+    with pytest.raises(RewardError, match=r"one score per image \(5\). Found the shape \[6\]"):
         Broken(folder)(batch())
 
 

@@ -35,7 +35,7 @@ SIZES = [
 ]
 
 
-def pictures(height: int, width: int, n: int = 2) -> torch.Tensor:
+def random_images(height: int, width: int, n: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(height * 1000 + width)
     return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -48,7 +48,7 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
 def test_equal_to_transformers_pil_processor_to_the_bit(size):
     from transformers import CLIPImageProcessorPil
 
-    images = pictures(*size)
+    images = random_images(*size)
     reference = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)
     wanted = reference(to_pil(images), return_tensors="pt").pixel_values
     found = Preprocessing(side=56, crop=56)(images)
@@ -61,7 +61,7 @@ def test_equal_to_torchvision_as_open_clip_composes_it_to_the_bit(size):
     # open_clip itself, which composes the same, is compared in test_aesthetic.py.
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
-    images = pictures(*size)
+    images = random_images(*size)
     reference = Compose([Resize(56, InterpolationMode.BICUBIC), CenterCrop(56), ToTensor()])
     wanted = torch.stack([reference(image) for image in to_pil(images)])
     even = crop_centre(resize_shorter(images, 56), 56, "even")
@@ -86,7 +86,7 @@ def test_every_step_of_255_is_normalised_as_in_float32():
 
 
 def test_a_larger_side_than_the_crop():
-    images = pictures(100, 140)
+    images = random_images(100, 140)
     found = Preprocessing(side=64, crop=32)(images)
     inner = Preprocessing(side=64, crop=64)(images)[..., 16:48, 16:48]
     assert torch.equal(found, inner)
@@ -94,9 +94,9 @@ def test_a_larger_side_than_the_crop():
 
 def test_padding_centres_on_the_mean_colour():
     colour = [int(255 * mean) for mean in CLIP_MEAN]
-    images = pictures(4, 9)
-    for picture, turned in ((images, False), (images.transpose(-1, -2), True)):
-        padded = pad_to_square(picture, colour)
+    images = random_images(4, 9)
+    for batch, turned in ((images, False), (images.transpose(-1, -2), True)):
+        padded = pad_to_square(batch, colour)
         assert padded.shape == (2, 3, 9, 9)
         if turned:
             padded = padded.transpose(-1, -2)
@@ -107,7 +107,7 @@ def test_padding_centres_on_the_mean_colour():
 
 
 def test_resizing_to_the_same_size_changes_nothing():
-    images = pictures(12, 15)
+    images = random_images(12, 15)
     assert torch.equal(resize(images, 12, 15), images)
 
 

@@ -117,7 +117,7 @@ def serving(token: str = "", limits: Limits | None = None, **heads: RewardHead) 
         assert not thread.is_alive()
 
 
-def pictures(seeds, side: int = 8) -> torch.Tensor:
+def noise_images(seeds, side: int = 8) -> torch.Tensor:
     """Noise of 8 bits per channel, another for every seed, `[N, 3, side, side]`."""
     drawn = [
         torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(seed))
@@ -140,19 +140,19 @@ def asked(url: str, path: str, body: bytes | None = None, headers: dict | None =
 
 
 def request(head: str = "mean", prompts: int = 1, side: int = 8) -> bytes:
-    batch = RewardBatch(prompts=["colour"] * prompts, images=pictures(range(prompts), side))
+    batch = RewardBatch(prompts=["colour"] * prompts, images=noise_images(range(prompts), side))
     return wire.pack(head, batch, batch.arrays(), range(prompts))
 
 
 def test_scores_survive_the_journey() -> None:
     prompts = ["a colour", "nothing", "ünï ☃ colour \ud800", "colour\n" * 50, "colour"]
     metadata = [{"note": {"deep": [1, None]}}, {}, {"note": "☃"}, {}, {"note": 1.5}]
-    batch = RewardBatch(prompts=prompts, metadata=metadata, images=pictures(range(5)))
+    batch = RewardBatch(prompts=prompts, metadata=metadata, images=noise_images(range(5)))
     local = MeanColour().evaluate(batch)
     with serving(mean=MeanColour()) as url:
         head = RemoteHead(url, "mean", batch_size=2)
         scores = head.evaluate(batch)
-        again = head(RewardBatch(prompts=prompts[:1], images=pictures([0])))
+        again = head(RewardBatch(prompts=prompts[:1], images=noise_images([0])))
     assert scores.values.tolist()[0] == local.values.tolist()[0] == float(again[0])  # to the bit
     torch.testing.assert_close(scores.values, local.values, rtol=0, atol=0, equal_nan=True)
     assert scores.values.isnan().tolist() == [False, True, False, False, False]
@@ -167,13 +167,13 @@ def test_texts_travel_too() -> None:
     with serving(words=Words()) as url:
         assert RemoteHead(url, "words", batch_size=2)(batch).tolist() == [1, 2, 4]
         with pytest.raises(RewardError, match="Found a batch of images"):
-            RemoteHead(url, "words")(RewardBatch(prompts=["?"], images=pictures([0])))
+            RemoteHead(url, "words")(RewardBatch(prompts=["?"], images=noise_images([0])))
 
 
-def test_64_clients_and_2000_pictures_each_get_their_own_scores(monkeypatch) -> None:
+def test_64_clients_and_2000_images_each_get_their_own_scores(monkeypatch) -> None:
     mean = Held()
     limits = Limits(max_queue=2048)
-    images = pictures(range(2000))
+    images = noise_images(range(2000))
     digests = [hashlib.sha256(a.tobytes()).hexdigest() for a in RewardBatch(
         prompts=[""] * 2000, images=images).arrays()]  # fmt: skip
     means = (images.double().mean(dim=(1, 2, 3)) * 1000).float()
@@ -207,7 +207,7 @@ def test_64_clients_and_2000_pictures_each_get_their_own_scores(monkeypatch) -> 
 
 def samples(batch: RewardBatch) -> wire.Samples:
     """The batch as it comes over the wire."""
-    return wire.Samples(prompts=batch.prompts, metadata=batch.metadata, pictures=batch.uint8())
+    return wire.Samples(prompts=batch.prompts, metadata=batch.metadata, images=batch.uint8())
 
 
 def holding() -> tuple[Held, Batcher]:
@@ -216,7 +216,7 @@ def holding() -> tuple[Held, Batcher]:
     held.name = "mean"
     batcher = Limits(max_batch=64, max_queue=64).batcher(held)
     batcher.admit(1, 64)
-    batcher.submit(samples(RewardBatch(prompts=["colour"], images=pictures([0]))))
+    batcher.submit(samples(RewardBatch(prompts=["colour"], images=noise_images([0]))))
     assert held.entered.wait(HANG)
     return held, batcher
 
@@ -224,7 +224,7 @@ def holding() -> tuple[Held, Batcher]:
 def test_a_closed_batcher_fails_what_waits() -> None:
     held, batcher = holding()
     batcher.admit(1, 64)
-    future = batcher.submit(samples(RewardBatch(prompts=["colour"], images=pictures([0]))))
+    future = batcher.submit(samples(RewardBatch(prompts=["colour"], images=noise_images([0]))))
     closing = threading.Thread(target=batcher.close)
     closing.start()
     with pytest.raises(Overloaded, match="stopping"):
@@ -240,9 +240,9 @@ def test_a_closed_batcher_fails_what_waits() -> None:
 def test_a_poisoned_sample_fails_its_own_request_alone() -> None:
     held, batcher = holding()
     batches = {
-        "good": RewardBatch(prompts=["colour"] * 3, images=pictures(range(3))),
-        "bad": RewardBatch(prompts=["colour", "poison"], images=pictures([3, 4])),
-        "late": RewardBatch(prompts=["colour"], images=pictures([5])),
+        "good": RewardBatch(prompts=["colour"] * 3, images=noise_images(range(3))),
+        "bad": RewardBatch(prompts=["colour", "poison"], images=noise_images([3, 4])),
+        "late": RewardBatch(prompts=["colour"], images=noise_images([5])),
     }
     batcher.admit(6, 6 * 64)
     futures = {name: batcher.submit(samples(batch)) for name, batch in batches.items()}
@@ -256,16 +256,16 @@ def test_a_poisoned_sample_fails_its_own_request_alone() -> None:
     batcher.close()
     with serving(mean=MeanColour()) as url, pytest.raises(RewardError, match="poisoned") as caught:
         RemoteHead(url, "mean", batch_size=2)(
-            RewardBatch(prompts=["colour"] * 3 + ["poison"], images=pictures(range(4)))
+            RewardBatch(prompts=["colour"] * 3 + ["poison"], images=noise_images(range(4)))
         )
     assert caught.value.samples == ((3, "poison"),)  # counted within the whole batch
     assert url in caught.value.cause
 
 
-def test_pictures_of_different_sizes_and_texts_do_not_share_a_batch() -> None:
+def test_images_of_different_sizes_and_texts_do_not_share_a_batch() -> None:
     held, batcher = holding()
     batches = [
-        RewardBatch(prompts=["colour"], images=pictures([0], side)) for side in (8, 9, 8, 9, 10)
+        RewardBatch(prompts=["colour"], images=noise_images([0], side)) for side in (8, 9, 8, 9, 10)
     ]
     batcher.admit(len(batches), sum(batch.require_images()[0, 0].numel() for batch in batches))
     futures = [batcher.submit(samples(batch)) for batch in batches]
@@ -290,7 +290,7 @@ def test_100_mb_are_refused_unread() -> None:
         head = RemoteHead(url, "mean", timeout=HANG)
         head.load()  # now it knows, and sends no body that would be cut off with the reason
         with pytest.raises(RewardError, match=r"at most 1000 bytes\. Found .*Lower `batch_size`"):
-            head(RewardBatch(prompts=["colour"], images=pictures([0], 64)))
+            head(RewardBatch(prompts=["colour"], images=noise_images([0], 64)))
         head.close()
 
 
@@ -353,7 +353,7 @@ MALFORMED = {
     ),
     "no prompts": (forged({"format": 1, "head": "mean", "prompts": []}), "at least 1 item"),
     "number": (one(png(8, 8), prompts=[3]), "`prompts.0` is wrong: Input should be a valid string"),
-    "short": (one(png(8, 8))[:-1], "end with the last picture"),
+    "short": (one(png(8, 8))[:-1], "end with the last image"),
     "negative": (
         one(png(8, 8), images=[-5]),
         "`images.0` is wrong: Input should be greater than 0",
@@ -398,11 +398,11 @@ def test_what_is_malformed_is_refused_with_the_reason() -> None:
         assert post(url, request())[0] == 200  # and it is still well
 
 
-def test_pictures_are_counted_before_they_are_decompressed(monkeypatch) -> None:
+def test_images_are_counted_before_they_are_decompressed(monkeypatch) -> None:
     decoded: list[int] = []
     decode = wire.checked_png.decode
     monkeypatch.setattr(wire.checked_png, "decode", lambda file: decoded.append(1) or decode(file))
-    monkeypatch.setattr("rewards.serving.server._PICTURES", 1)
+    monkeypatch.setattr("rewards.serving.server._FULL_REQUESTS", 1)
     limits = Limits(max_pixels=128)
     gate = Gate()
     with serving(limits=limits, gate=gate) as url, ThreadPoolExecutor(1) as pool:
@@ -417,15 +417,15 @@ def test_pictures_are_counted_before_they_are_decompressed(monkeypatch) -> None:
         assert gate.entered.wait(HANG)
         status, content, _ = post(url, request("gate", 2))  # 128 are under way, 64 are left
         assert (status, content["error"]["kind"]) == (503, "overloaded")
-        assert "Pictures of 128 pixels wait already" in content["error"]["cause"]
+        assert "Images of 128 pixels wait already" in content["error"]["cause"]
         assert len(decoded) == 2
         gate.opened.set()
         assert first.result(HANG)[0] == 200
         assert post(url, request("gate", 2))[0] == 200  # the room has been given back
 
 
-def test_room_is_given_back_after_a_damaged_picture(monkeypatch) -> None:
-    monkeypatch.setattr("rewards.serving.server._PICTURES", 1)
+def test_room_is_given_back_after_a_damaged_image(monkeypatch) -> None:
+    monkeypatch.setattr("rewards.serving.server._FULL_REQUESTS", 1)
     limits = Limits(max_pixels=64)
     with serving(limits=limits, mean=MeanColour()) as url:
         for _ in range(3):
@@ -437,7 +437,7 @@ def test_a_batch_of_the_head_is_bounded_in_pixels() -> None:
     held = Held()
     held.name = "mean"
     batcher = Limits(max_pixels=128).batcher(held)
-    batches = [RewardBatch(prompts=["colour"], images=pictures([seed])) for seed in range(4)]
+    batches = [RewardBatch(prompts=["colour"], images=noise_images([seed])) for seed in range(4)]
     batcher.admit(4, 4 * 64)
     futures = [batcher.submit(samples(batches[0]))]
     assert held.entered.wait(HANG)
@@ -530,7 +530,7 @@ def test_an_overloaded_server_says_so_and_the_client_waits(monkeypatch) -> None:
         status, content, headers = post(url, request("gate", 2))
         assert (status, content["error"]["kind"]) == (503, "overloaded")
         assert headers["retry-after"] == "1"
-        batch = RewardBatch(prompts=["p"] * 2, images=pictures([0, 1]))
+        batch = RewardBatch(prompts=["p"] * 2, images=noise_images([0, 1]))
         second = pool.submit(RemoteHead(url, "gate", retries=0, timeout=HANG), batch)
         assert refused.wait(HANG)
         assert not second.done()
@@ -547,7 +547,7 @@ def test_what_nobody_waits_for_any_more_is_not_scored(monkeypatch) -> None:
         first = pool.submit(post, url, request("gate", 2))
         assert gate.entered.wait(HANG)
         for earlier in range(1, 4):  # more than there is room for
-            batch = RewardBatch(prompts=["late"] * 2, images=pictures([0, 1]))
+            batch = RewardBatch(prompts=["late"] * 2, images=noise_images([0, 1]))
             for seconds in DEADLINES:
                 with pytest.raises(RewardError, match=f"within {seconds:g} s") as caught:
                     RemoteHead(url, "gate", timeout=seconds)(batch)
@@ -568,7 +568,7 @@ def test_columns_that_are_not_json_are_an_error() -> None:
             return Scores(values=torch.ones(len(batch)), extra={"x": [float("nan")] * len(batch)})
 
     with serving(odd=Odd()) as url, pytest.raises(RewardError, match="should hold JSON values"):
-        RemoteHead(url, "odd")(RewardBatch(prompts=["p"], images=pictures([0])))
+        RemoteHead(url, "odd")(RewardBatch(prompts=["p"], images=noise_images([0])))
 
 
 def test_the_identity_changes_with_what_changes_the_scores() -> None:

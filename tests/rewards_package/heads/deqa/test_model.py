@@ -123,7 +123,7 @@ def write(
     return folder
 
 
-def pictures(height: int, width: int) -> np.ndarray:
+def random_arrays(height: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(height)
     rough = rng.integers(0, 256, size=(4, 6, 6, 3), dtype=np.uint8)
     size = (width, height)
@@ -173,7 +173,7 @@ def test_the_levels_are_words_of_the_whole_vocabulary(model):
 
 
 @torch.no_grad()
-def test_a_picture_is_read_alike_alone_and_among_others(model):
+def test_an_image_is_read_alike_alone_and_among_others(model):
     alone = torch.cat([model(PIXELS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(alone, model(PIXELS), rtol=0, atol=ROUNDING)
 
@@ -209,7 +209,7 @@ def test_the_full_size_has_as_many_numbers_as_the_published_weights():
     assert sum(tensor.numel() for tensor in tensors.values()) == 8_204_550_144
     logits = full(torch.empty(2, 3, 448, 448, device="meta"))
     assert logits.shape == (2, 5)
-    assert full.config.picture == slice(15, 80)
+    assert full.config.image_tokens == slice(15, 80)
     assert len(full.config.before) + 65 + len(full.config.after) == 92
 
 
@@ -318,7 +318,7 @@ def test_a_model_of_another_geometry_learns_in_all_its_parts():
         losses.append(loss.item())
         optimizer.step()
     still = [key for key, value in model.named_parameters() if not value.grad.abs().sum() > 0]
-    # Nothing reads what the last layer makes of the picture's own positions.
+    # Nothing reads what the last layer makes of the image's own positions.
     assert still == ["model.layers.1.post_attention_layernorm.multiway.1.weight"]
     assert losses[-1] < 0.2 < 1.2 < losses[0]
 
@@ -330,7 +330,7 @@ def test_a_model_of_another_geometry_is_saved_and_scores(tmp_path):
     halves = {key: value.half() for key, value in module.state_dict().items()}
     module.load_state_dict({key: value.float() for key, value in halves.items()})
     head = create("deqa", model=str(write(tmp_path, halves, config=SMALL)), dtype="float32")
-    arrays = pictures(64, 64)
+    arrays = random_arrays(64, 64)
     shown = torch.stack([seen(array, side=64) for array in arrays])
     expected = module(shown).softmax(1) @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     assert expected.std() > 10 * ROUNDING  # there is something to be wrong about
@@ -341,7 +341,7 @@ def test_a_model_of_another_geometry_is_saved_and_scores(tmp_path):
 @torch.no_grad()
 def test_the_head_scores_what_the_published_preprocessing_shows(folder, model, height, width):
     head = create("deqa", model=str(folder), dtype="float32", device="cpu", batch_size=3)
-    arrays = pictures(height, width)
+    arrays = random_arrays(height, width)
     found = head.evaluate(batch(arrays))
     shares = model(torch.stack([seen(array) for array in arrays])).softmax(1)
     expected = shares @ torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
@@ -353,7 +353,7 @@ def test_the_head_scores_what_the_published_preprocessing_shows(folder, model, h
 
 
 def test_scores_do_not_depend_on_the_batch_size(folder):
-    arrays = pictures(64, 64)
+    arrays = random_arrays(64, 64)
     results = [
         create("deqa", model=str(folder), dtype="float32", device="cpu", batch_size=size)(
             batch(arrays)
@@ -366,7 +366,7 @@ def test_scores_do_not_depend_on_the_batch_size(folder):
 
 def test_the_published_precision_is_the_default_and_is_recorded(folder):
     head = create("deqa", model=str(folder), device="cpu")
-    assert head(batch(pictures(64, 64))).isfinite().all()
+    assert head(batch(random_arrays(64, 64))).isfinite().all()
     provenance = head.provenance()
     assert provenance["dtype"] == "float16"
     assert provenance["sha256"] == find_weights(str(folder)).digest()
@@ -381,4 +381,4 @@ def test_no_library_of_models_is_needed(folder, monkeypatch):
     for library in ("transformers", "diffusers", "huggingface_hub", "tokenizers"):
         monkeypatch.setitem(sys.modules, library, None)  # importing it fails
     head = create("deqa", model=str(folder), device="cpu", batch_size=1)
-    assert head(batch(pictures(20, 30))).isfinite().all()
+    assert head(batch(random_arrays(20, 30))).isfinite().all()

@@ -94,7 +94,7 @@ def test_tesseract_is_called_with_one_thread_and_the_exact_pixels(fake, detect, 
 
 
 @posix
-def test_tesseract_sees_small_pictures_enlarged(fake):
+def test_tesseract_sees_small_images_enlarged(fake):
     options = {"program": str(fake)}
     head = create("ocr", engine="tesseract", engine_options=options, workers=0)
     head(batch((np.full((32, 64, 3), 9, np.uint8), "GO")))

@@ -129,13 +129,13 @@ def test_on_a_gpu_easyocr_stays_on_the_one_it_is_given_and_leaves_it_on_request(
 
     monkeypatch.setattr("easyocr.Reader", Reader)
     engine = EasyOcr(detect=True, device="cuda:1")
-    picture = np.zeros((8, 8, 3), np.uint8)
-    assert engine.read(picture) == ["GO"]
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert engine.read(image) == ["GO"]
     assert moves == []
     engine.offload()
     engine.offload()
     assert moves == [("recognizer", "cpu"), ("detector", "cpu")]
-    engine.read(picture)
+    engine.read(image)
     assert moves[2:] == [("recognizer", "cuda:1"), ("detector", "cuda:1")]
 
 

@@ -58,7 +58,7 @@ def test_drawn_words_are_read(head, side):
     assert rewards.tolist() == [1.0] * len(WORDS)
 
 
-def test_a_wrong_word_scores_less_and_a_blank_picture_nothing(head):
+def test_a_wrong_word_scores_less_and_a_blank_image_nothing(head):
     arrays = [
         sign("STOP", COLOURS[2]),
         sign("STOP", COLOURS[2]),

@@ -24,7 +24,7 @@ from waiting import DEADLINES, HANG, running, wait_until
 ROOT = Path(__file__).parents[4]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-# What an engine does is told by the first pixel of a picture.
+# What an engine does is told by the first pixel of an image.
 ENGINE = """
     import glob, os, time
 
@@ -47,7 +47,7 @@ ENGINE = """
                 raise ValueError(f"cannot read {value}")
             if what == 4:
                 open(f"{__file__}.{os.getpid()}", "w").close()
-                while len(glob.glob(f"{__file__}.*")) < 2:  # until both workers have a picture
+                while len(glob.glob(f"{__file__}.*")) < 2:  # until both workers have an image
                     time.sleep(0.01)
                 time.sleep(0.02 * (value % 3))
             if what == 5:
@@ -71,7 +71,7 @@ def pool(file):
     pool.close()
 
 
-def pictures(*what: int, side: int = 4) -> list[np.ndarray]:
+def scripted_images(*what: int, side: int = 4) -> list[np.ndarray]:
     images = [np.zeros((side, side + 1, 3), np.uint8) for _ in what]
     for i, image in enumerate(images):
         image[0, 0] = (what[i], i, 0)
@@ -93,22 +93,22 @@ def gone(pids: Iterable[int]) -> bool:
 
 
 def test_answers_come_in_order_and_from_all_workers(pool):
-    answers = pool.read(pictures(*[UNEVEN] * 30), HANG)
+    answers = pool.read(scripted_images(*[UNEVEN] * 30), HANG)
     assert [answer[0] for answer in answers] == [str(i) for i in range(30)]
     assert len({answer[1] for answer in answers}) == 2
 
 
 def test_processes_start_with_the_first_batch_and_stay(pool):
     assert pids(pool) == []
-    pool.read(pictures(READ), HANG)
-    (first,) = pids(pool)  # one picture needs one worker
-    pool.read(pictures(*[READ] * 4), HANG)
+    pool.read(scripted_images(READ), HANG)
+    (first,) = pids(pool)  # one image needs one worker
+    pool.read(scripted_images(*[READ] * 4), HANG)
     assert pids(pool)[0] == first
     assert len(pids(pool)) == 2
 
 
-def test_large_pictures_pass_the_pipe(pool):
-    assert len(pool.read(pictures(*[READ] * 3, side=1024), HANG)) == 3
+def test_large_images_pass_the_pipe(pool):
+    assert len(pool.read(scripted_images(*[READ] * 3, side=1024), HANG)) == 3
 
 
 def test_an_empty_batch(pool):
@@ -118,57 +118,57 @@ def test_an_empty_batch(pool):
 @pytest.mark.parametrize(
     ("what", "cause"), [(EXIT, "ended with exit status 7"), (KILLED, "killed by signal 9")]
 )
-def test_a_crash_names_the_picture_and_the_next_batch_works(pool, what, cause):
+def test_a_crash_names_the_image_and_the_next_batch_works(pool, what, cause):
     with pytest.raises(PoolError, match=cause) as caught:
-        pool.read(pictures(READ, READ, what, READ), HANG)
+        pool.read(scripted_images(READ, READ, what, READ), HANG)
     assert caught.value.indices == (2,)
-    assert [answer[0] for answer in pool.read(pictures(READ, READ), HANG)] == ["0", "1"]
+    assert [answer[0] for answer in pool.read(scripted_images(READ, READ), HANG)] == ["0", "1"]
 
 
-def test_a_failure_of_the_engine_names_the_pictures_and_spares_the_workers(pool):
-    pool.read(pictures(READ, READ), HANG)
+def test_a_failure_of_the_engine_names_the_images_and_spares_the_workers(pool):
+    pool.read(scripted_images(READ, READ), HANG)
     before = pids(pool)
     with pytest.raises(
         PoolError, match=r"ValueError: cannot read 1.*ValueError: cannot read 3"
     ) as e:
-        pool.read(pictures(READ, RAISE, READ, RAISE), HANG)
+        pool.read(scripted_images(READ, RAISE, READ, RAISE), HANG)
     assert e.value.indices == (1, 3)
     assert pids(pool) == before
 
 
 def test_a_deadline_names_what_was_not_read_and_the_next_batch_works(pool):
     for seconds in DEADLINES:
-        pool.read(pictures(READ, READ), HANG)
-        with pytest.raises(PoolError, match=rf"4 pictures were not read within {seconds:g} s") as e:
-            pool.read(pictures(READ, STUCK, READ, READ), seconds)
+        pool.read(scripted_images(READ, READ), HANG)
+        with pytest.raises(PoolError, match=rf"4 images were not read within {seconds:g} s") as e:
+            pool.read(scripted_images(READ, STUCK, READ, READ), seconds)
         assert 1 in e.value.indices
         if e.value.indices == (1,):
             break
-    assert e.value.cause.startswith("1 of 4 pictures were not read")
-    assert len(pool.read(pictures(READ, READ), HANG)) == 2
+    assert e.value.cause.startswith("1 of 4 images were not read")
+    assert len(pool.read(scripted_images(READ, READ), HANG)) == 2
 
 
 def test_an_engine_that_does_not_start_says_why(file):
     pool = WorkerPool(file, "Scripted", {"detection_side": 666}, 1)
     with pytest.raises(PoolError, match="did not start: RuntimeError: no models"):
-        pool.read(pictures(READ), HANG)
+        pool.read(scripted_images(READ), HANG)
     assert pids(pool) == []
 
 
 @linux
 def test_close_ends_the_processes_and_may_be_repeated(pool):
-    pool.read(pictures(READ, READ), HANG)
+    pool.read(scripted_images(READ, READ), HANG)
     before = pids(pool)
     pool.close()
     pool.close()
     assert gone(before)  # it has waited for them
-    assert len(pool.read(pictures(READ), HANG)) == 1
+    assert len(pool.read(scripted_images(READ), HANG)) == 1
 
 
 @linux
 def test_a_dropped_pool_ends_its_processes(file):
     pool = WorkerPool(file, "Scripted", {}, 1)
-    pool.read(pictures(READ), HANG)
+    pool.read(scripted_images(READ), HANG)
     (pid,) = pids(pool)
     del pool
     wait_until(lambda: gone([pid]), "the worker did not end")
@@ -176,12 +176,12 @@ def test_a_dropped_pool_ends_its_processes(file):
 
 @linux
 def test_workers_leave_signals_to_the_parent(pool):
-    pool.read(pictures(READ, READ), HANG)
+    pool.read(scripted_images(READ, READ), HANG)
     before = pids(pool)
     for pid in before:
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
-    assert len(pool.read(pictures(READ, READ), HANG)) == 2
+    assert len(pool.read(scripted_images(READ, READ), HANG)) == 2
     assert pids(pool) == before
 
 
@@ -241,9 +241,9 @@ def test_interpreter_exit_neither_hangs_nor_leaves_workers(file):
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_worker_outlives_its_parent_even_in_the_middle_of_a_picture(file, number):
+def test_no_worker_outlives_its_parent_even_in_the_middle_of_an_image(file, number):
     with parent(file, STUCK) as (process, workers):
-        wait_until(Path(f"{file}.hangs").exists, "no picture was begun")
+        wait_until(Path(f"{file}.hangs").exists, "no image was begun")
         process.send_signal(number)
         process.communicate(timeout=HANG)
         assert process.returncode != 0
@@ -310,7 +310,7 @@ def test_the_head_turns_positions_into_samples(file, monkeypatch):
     monkeypatch.setitem(ENGINES, "scripted", module.Scripted)
 
     prompts = ["no target", 'a "0"', 'a "1"', "none", 'a "2"']
-    first_pixels = pictures(READ, READ, EXIT, READ, RAISE)
+    first_pixels = scripted_images(READ, READ, EXIT, READ, RAISE)
     pixels = torch.from_numpy(np.stack(first_pixels)).permute(0, 3, 1, 2).float() / 255
     batch = RewardBatch(prompts=prompts, images=pixels.contiguous())
     head = create("ocr", engine="scripted", workers=1)

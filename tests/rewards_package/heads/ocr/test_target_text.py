@@ -166,7 +166,7 @@ def test_levenshtein_is_a_metric():
         ("9-5", "9\u20135", False, 1.0),
         ("\uff0d5 \u2014 x", "\u22125 \u2011 x", False, 1.0),
         ("dont", "don\u2019t", False, 0.8),
-        # Letters that no picture tells apart: a stop sign in Cyrillic, hotel in Greek capitals.
+        # Letters that no image tells apart: a stop sign in Cyrillic, hotel in Greek capitals.
         ("CTO\u041f", "\u0421\u0422\u041e\u041f", False, 1.0),
         ("\u0421\u0422\u041e\u041f", "CTO\u041f", False, 1.0),
         (
