@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +181,25 @@ def test_what_was_measured_outlives_an_end_in_the_middle(
     assert report["stage"] == "sweep"
     assert report["images_per_second"] > 0
     assert measured(tmp_path / "gpu.json", GPUS["h100"]).keys() == {"sample", "update"}
+
+
+def test_the_recipes_own_policy_has_left_before_others_are_built(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card holds one of them beside what the update takes."""
+    models: list[weakref.ref[Any]] = []
+    build = gpu_sweep.trainer_on
+
+    def built(pipeline: Any, *given: Any) -> Any:
+        assert [model for model in models if model() is not None] == []
+        models.append(weakref.ref(pipeline.transformer))
+        return build(pipeline, *given)
+
+    monkeypatch.setattr(gpu, "trainer_on", built)
+    monkeypatch.setattr(gpu_sweep, "trainer_on", built)
+    status, report = measure(cells=2)
+    assert (status, len(models)) == (0, 3)
+    assert report["sweep"][1]["status"] == "measured"
 
 
 def test_a_judge_that_does_not_load_gets_a_stand_in(

@@ -22,7 +22,7 @@ from benchmarks import random_judges
 from benchmarks.gpu_report import Report, clock_of, described, matrix_rate, peak_bytes, versions
 from benchmarks.gpu_rollouts import BUILD, LOAD, PREPARE, Operations, Rollouts
 from benchmarks.gpu_summary import summary
-from benchmarks.gpu_sweep import Sweep
+from benchmarks.gpu_sweep import Embeddings, Sweep
 from benchmarks.phases import Phases
 from benchmarks.pipelines import SIZES, Sizes, parameter_count, random_pipeline, trainer_on
 from benchmarks.precision import measure_precision
@@ -175,14 +175,6 @@ def _rollouts(
             run, trainer = trainer_on(pipeline, tolerant, f"{folder}/run", settings.rewards)
         stack.callback(run.close)
         assert isinstance(trainer.policy, SD3Policy)
-        sweep = Sweep(
-            settings,
-            sizes,
-            device=device,
-            encode=trainer.policy.encode,
-            rewards=random_judges.cheap({name: {} for name in settings.rewards}),
-            geometry=trainer.geometry,
-        )
         prompts = [prompt.text for prompt in trainer.sampler.prompts]
         report.begin(PREPARE)
         with phases.phase(PREPARE):
@@ -195,8 +187,15 @@ def _rollouts(
         measuring = Rollouts(run, trainer, settings, phases, report, operations)
         with report.stage("training steps"):
             measuring.measure(rollouts, until=until)
-        sweep.geometry = trainer.geometry  # of batches that fit
-        return sweep
+        drawn = [request.prompt for request in trainer.sampler.requests(0)]
+        return Sweep(
+            settings,
+            sizes,
+            device=device,
+            encode=Embeddings(trainer.policy.encode, ["", *drawn], device),
+            rewards=random_judges.cheap({name: {} for name in settings.rewards}),
+            geometry=trainer.geometry,  # of batches that fit
+        )
 
 
 def _load(trainer: Trainer, settings: Config, report: Report, device: str) -> None:

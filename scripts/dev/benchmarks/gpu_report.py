@@ -79,7 +79,7 @@ class Report:
             raise
         except Exception as error:  # on a card that nobody here has seen, anything may fail
             self.problem(name, error)
-            traceback.clear_frames(error.__traceback__)  # they hold memory of the card
+            forget(error)
 
 
 def described(error: BaseException) -> str:
@@ -94,6 +94,13 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def forget(error: BaseException | None) -> None:
+    """Clear the frames that an error and what caused it went through: they hold a card's memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def versions(root: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report import Report, described, out_of_memory
+from benchmarks.gpu_report import Report, described, forget, out_of_memory
 from benchmarks.phases import REST, Label, Phases
 from moa_diffusion import assembly
 from moa_diffusion.config import Config
@@ -101,7 +100,7 @@ class Rollouts:
                 if not out_of_memory(error):
                     self.report.add(interrupted={"phase": phase, "seconds": self.phases.take()})
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what memory ran out for
+                forget(error)
             else:
                 return {
                     "seconds": self.phases.take(),

@@ -7,15 +7,22 @@ import gc
 import io
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_report import Report, clock_of, described, out_of_memory, peak_bytes
+from benchmarks.gpu_report import (
+    Report,
+    clock_of,
+    described,
+    forget,
+    out_of_memory,
+    peak_bytes,
+)
 from benchmarks.pipelines import Sizes, random_pipeline, trainer_on
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PolicyConfig
@@ -93,6 +100,27 @@ def cells(settings: Config, micro_batch: int, *, device: str) -> tuple[Cell, ...
     return tuple(dict.fromkeys(chosen))
 
 
+class Embeddings:
+    """Embeddings of some prompts, in main memory; nothing of the encoders is kept.
+
+    Args:
+        encode: Computes them, as a policy does.
+        prompts: The prompts.
+        device: Where they are wanted.
+    """
+
+    def __init__(self, encode: Any, prompts: Sequence[str], device: str) -> None:
+        self._known = {
+            prompt: tuple(part[0].cpu() for part in encode([prompt])) for prompt in set(prompts)
+        }
+        self._device = device
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return embeddings ``[n, L, D]`` and pooled ones ``[n, E]``, on the device."""
+        embeds, pooled = zip(*(self._known[prompt] for prompt in prompts), strict=True)
+        return torch.stack(embeds).to(self._device), torch.stack(pooled).to(self._device)
+
+
 class Sweep:
     """Measures cells one after the other until the time is up.
 
@@ -104,7 +132,7 @@ class Sweep:
         settings: The recipe.
         sizes: Sizes of the pipeline.
         device: 'cuda' or 'cpu'.
-        encode: Embeddings of the prompts, as the recipe's own policy has them.
+        encode: Returns embeddings of the prompts of the first rollout.
         rewards: Rewards without a model, as many as the recipe has.
         geometry: How the recipe's rollouts were cut.
     """
@@ -115,13 +143,15 @@ class Sweep:
         sizes: Sizes,
         *,
         device: str,
-        encode: Any,
+        encode: Embeddings,
         rewards: Mapping[str, Any],
         geometry: Geometry,
     ) -> None:
         self.settings, self.sizes, self.device = settings, sizes, device
         self.encode, self.rewards, self.geometry = encode, rewards, geometry
         self.clock: Callable[[], float] = clock_of(device)
+        self._stack = ExitStack()
+        self._at: tuple[Cell, Trainer, Rollout, float] | None = None  # the last, ready for more
 
     def measure(self, report: Report, *, until: float) -> None:
         """Measure as many cells as there is time for; the others are named.
@@ -133,49 +163,51 @@ class Sweep:
         plan = cells(self.settings, self.geometry.micro_batch, device=self.device)
         rows: list[dict[str, Any]] = []
         left: list[dict[str, Any]] = [dataclasses.asdict(cell) for cell in plan]
-        with ExitStack() as stack:
-            current, trainer, drawn = None, None, None
+        report.add(sweep=rows, not_reached=left)
+        with self._stack:
             for cell in plan:
                 if time.monotonic() >= until:
                     break
                 row = left.pop(0)
                 try:
-                    if trainer is None or current != replace(cell, micro_batch=1):
-                        stack.close()
-                        trainer = drawn = None
-                        current = replace(cell, micro_batch=1)
-                        trainer = stack.enter_context(self._variant(cell))
-                        drawn = self._draw(trainer)
-                    assert drawn is not None
-                    rollout, sampling = drawn
-                    row |= {"status": "measured", "sample_seconds": sampling}
-                    row |= self._update(trainer, rollout, cell.micro_batch)
+                    row |= {"status": "measured", **self._cell(cell)}
                 except Exception as error:  # kernels and compilers raise anything; others follow
                     status = "out of memory" if out_of_memory(error) else "failed"
                     row |= {"status": status, "error": described(error)}
-                    traceback.clear_frames(error.__traceback__)
                     if status == "failed":
                         report.problem(f"sweep {cell}", error)
+                    forget(error)
                 if row["status"] != "measured":  # what is left of it is not to be used again
-                    stack.close()
-                    trainer = drawn = None
+                    self._leave()
                 rows.append(row)
                 report.add(sweep=rows, not_reached=left)
-        report.add(sweep=rows, not_reached=left)
+            self._at = None
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        """Measure a cell, with the policy of the one before if that has the same settings."""
+        alike = replace(cell, micro_batch=1)
+        if self._at is None or self._at[0] != alike:
+            self._leave()
+            trainer = self._stack.enter_context(self._variant(cell))
+            self._at = (alike, trainer, *self._draw(trainer))
+        _, trainer, rollout, sampling = self._at
+        return {"sample_seconds": sampling} | self._update(trainer, rollout, cell.micro_batch)
+
+    def _leave(self) -> None:
+        self._at = None
+        self._stack.close()
 
     @contextmanager
     def _variant(self, cell: Cell) -> Iterator[Trainer]:
         """Return a trainer of a policy that is built with a cell's settings."""
         settings = cell.applied(self.settings)
-        policy = settings.policy
-        cut = {
-            "sample_batch": self.geometry.sample_batch,
-            "micro_batch": self.geometry.micro_batch,
-        }
+        policy, cut = settings.policy, self.geometry
         settings = replace(
             settings,
             loss=replace(settings.loss, ratio_tolerance=1e9),
-            trainer=replace(settings.trainer, **cut),
+            trainer=replace(
+                settings.trainer, sample_batch=cut.sample_batch, micro_batch=cut.micro_batch
+            ),
         )
         pipeline = random_pipeline(
             self.sizes,
@@ -188,7 +220,7 @@ class Sweep:
             with redirect_stdout(io.StringIO()):  # assembly says how rollouts are cut
                 run, trainer = trainer_on(pipeline, settings, folder, self.rewards)
             assert isinstance(trainer.policy, SD3Policy)
-            trainer.policy.encode = self.encode
+            trainer.policy.encode = self.encode  # type: ignore[assignment]
             trainer.stepper.lr = lambda count: 0.0
             try:
                 yield trainer
@@ -205,7 +237,7 @@ class Sweep:
         """Return a batch, repeated for the largest micro-batch, and the seconds of an image."""
         size = self.geometry.sample_batch
         requests = trainer.sampler.requests(0)[:size]
-        trainer.policy.sample(requests[:size], step=0)  # warms up
+        trainer.policy.sample(requests, step=0)  # warms up
         start = self.clock()
         rollout = trainer.policy.sample(requests, step=0)
         seconds = (self.clock() - start) / len(requests)
