@@ -85,8 +85,7 @@ def main() -> int:
         elif options.command == "ocr":
             report = measure_ocr(options.images)
         elif options.command == "remote":
-            sizes = {"images": options.images, "rounds": options.rounds}
-            report = measure_remote(**sizes, against=options.against)
+            report = measure_remote(options.images, rounds=options.rounds, against=options.against)
         else:
             measure = {"train": measure_training, "methods": measure_methods}[options.command]
             report = measure(options.pipeline, rounds=options.rounds)

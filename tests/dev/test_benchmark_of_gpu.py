@@ -164,7 +164,9 @@ def test_a_phase_that_fails_is_named_and_the_rest_goes_on(
     assert "gradients" in report
     assert report["sweep"][0]["status"] == "measured"
     assert report["finished"]
-    assert "FAILED: training steps: ValueError: no such kernel" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FAILED: training steps: ValueError: no such kernel" in said
+    assert "A rollout ended in statistics, after" in said
 
 
 def test_what_was_measured_outlives_an_end_in_the_middle(

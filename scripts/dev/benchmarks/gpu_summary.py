@@ -22,6 +22,7 @@ def summary(report: Mapping[str, Any], file: Path) -> str:
         _machine(report),
         _judges(report),
         _phases(report) if "images" in report else "No rollout was measured.",
+        _interrupted(report),
         _batches(report),
         _precision(report),
         _cells(report),
@@ -114,6 +115,16 @@ def _phases(report: Mapping[str, Any]) -> str:
         f"{'held' if gap['held'] else 'NOT HELD'}.",
     ]
     return "\n\n".join(lines)
+
+
+def _interrupted(report: Mapping[str, Any]) -> str:
+    if "interrupted" not in report:
+        return ""
+    spent = report["interrupted"]["seconds"].items()
+    return (
+        f"A rollout ended in {report['interrupted']['phase']}, after "
+        f"{', '.join(f'{seconds:.3f} s in {name}' for name, seconds in spent)}."
+    )
 
 
 def _batches(report: Mapping[str, Any]) -> str:
