@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +61,16 @@ def pretended_card(*, real_inputs: bool = False) -> Iterator[HostReads]:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)
         with FakeTensorMode(allow_non_fake_inputs=real_inputs), HostReads() as reads:
             yield reads
+
+
+class NumberedScheduler:
+    """Noise levels as numbers: those of the library's scheduler are tensors with data."""
+
+    config = FrozenDict({"num_train_timesteps": 1000})
+
+    def set_timesteps(self, steps: int, **options: Any) -> None:
+        times = np.linspace(1, 1 / steps, steps)
+        self.sigmas = np.append(3 * times / (1 + 2 * times), 0.0)
 
 
 def moved(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:

@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from card import CARD, CPU, HostReads, pretended_card
-from diffusers.configuration_utils import FrozenDict
+from card import CARD, CPU, HostReads, NumberedScheduler, pretended_card
 from fixed_objectives import FixedObjectives
 from sections import sd3_policy
 from torch import Tensor
@@ -37,16 +35,6 @@ from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe
 from moa_diffusion.types import Request
 
 SAMPLES, MICRO, STEPS, TRAINED = 4, 2, 3, 1
-
-
-class Scheduler:
-    """Noise levels as numbers: those of the library's scheduler are tensors with data."""
-
-    config = FrozenDict({"num_train_timesteps": 1000})
-
-    def set_timesteps(self, steps: int, **options: Any) -> None:
-        times = np.linspace(1, 1 / steps, steps)
-        self.sigmas = np.append(3 * times / (1 + 2 * times), 0.0)
 
 
 @pytest.fixture
@@ -87,7 +75,7 @@ def medium(device: torch.device, dtype: str, **options: Any) -> SD3Policy:
             },
         ),
         vae_scale_factor=8,
-        scheduler=Scheduler(),
+        scheduler=NumberedScheduler(),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
     )
     sampling = {"resolution": 512, "steps": STEPS, "window": TRAINED, "window_mode": "first"}

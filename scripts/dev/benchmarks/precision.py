@@ -8,7 +8,6 @@ of them in a deeper and wider model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,9 +104,8 @@ def _policies(
         "caption_projection_dim": 64 * heads,
         "dual_attention_layers": tuple(range(layers // 2)),
     }
-    pipeline = random_pipeline(replace(SMALLEST, transformer=shape))
+    pipeline, other = (random_pipeline(replace(SMALLEST, transformer=shape)) for _ in range(2))
     pipeline.transformer.type(dtype).float()  # numbers that both types have
-    other = copy.deepcopy(pipeline)
     other.transformer.type(dtype)
     made = []
     for part in (pipeline, other):
