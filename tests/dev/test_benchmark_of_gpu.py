@@ -300,6 +300,7 @@ def test_a_report_is_whole_after_every_addition(tmp_path: Path) -> None:
     failure = RuntimeError()
     failure.__cause__ = torch.OutOfMemoryError()
     assert out_of_memory(failure)
+    assert out_of_memory(RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED"))
     assert not out_of_memory(ValueError())
 
 

@@ -159,7 +159,9 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
     # The norm, the loss scale and whether the gradients held; and the sums at the end.
     assert len(host.waits) == (4 if dtype == "float16" else 2), host.waits
     assert policy.generate(requests()).device == CPU
+    host.waits.clear()
     drift.statistics(rollout.images, device=CARD, batch=MICRO)
+    assert len(host.waits) == 1, host.waits
 
 
 @pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])

@@ -79,7 +79,7 @@ def measure_gpu(
     )
     configured = ("groups", "group_size", "updates", "sample_batch", "micro_batch")
     report.add(
-        machine={"device": device} | versions(ROOT),
+        machine=versions(ROOT, device),
         size=size,
         dtype=dtype,
         vae_dtype=settings.policy.vae_dtype,

@@ -21,6 +21,7 @@ from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import ConfigError
 
 LIBRARIES = ("moa-diffusion", "diffusers", "transformers", "peft", "accelerate")
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")  # of CUDA itself, and of cuBLAS and cuDNN
 LONGEST = 500  # characters of an error that are kept
 
 
@@ -88,9 +89,14 @@ def described(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, is that the device has no memory left."""
+    """Return whether an error, or what caused it, is that the device has no memory left.
+
+    Libraries beneath torch say it in words.
+    """
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        words = str(error)
+        in_words = isinstance(error, RuntimeError) and any(said in words for said in NO_MEMORY)
+        if isinstance(error, torch.OutOfMemoryError) or in_words:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -103,13 +109,15 @@ def forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def versions(root: Path) -> dict[str, Any]:
+def versions(root: Path, device: str) -> dict[str, Any]:
     """Return the machine, the card, and the versions of what computes.
 
     Args:
         root: The checkout whose commit is named, if it is one.
+        device: 'cuda' or 'cpu'.
     """
     found: dict[str, Any] = machine() | {
+        "device": device,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -120,7 +128,7 @@ def versions(root: Path) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:  # run from a checkout that is not installed
             found[name] = None
-    if torch.cuda.is_available():
+    if device == "cuda":
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"device": card.name, "memory_bytes": card.total_memory}
         found |= {"capability": f"{card.major}.{card.minor}"}
@@ -154,9 +162,9 @@ def clock_of(device: str) -> Any:
 def peak_bytes() -> dict[str, int]:
     """Return the card's peaks since the last call, in bytes: of tensors, and of all that is kept.
 
-    Without a card there are none.
+    Where torch has no card to itself there are none.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         return {}
     peaks = {
         "allocated": torch.cuda.max_memory_allocated(),

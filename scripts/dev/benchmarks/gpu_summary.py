@@ -34,14 +34,15 @@ def summary(report: Mapping[str, Any], file: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of Markdown; the first column is text, the others are numbers.
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> str:
+    """Return a table of Markdown.
 
     Args:
         columns: The names of the columns.
         rows: Cells, a list for each row.
+        texts: How many columns are text; those after them are numbers.
     """
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    lines = [columns, ["---"] * texts + ["---:"] * (len(columns) - texts), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -67,13 +68,13 @@ def _judges(report: Mapping[str, Any]) -> str:
         [
             judge["name"],
             judge["kind"],
+            judge["note"],
             f"{judge['bytes'] / 1e9:.2f}" if "bytes" in judge else "",
             f"{seconds[judge['name']] / report['images']:.4f}" if judge["name"] in seconds else "",
-            judge["note"],
         ]
         for judge in report["judges"]
     ]
-    return table(["reward", "what it is", "GB", "s/image", ""], rows)
+    return table(["reward", "what it is", "", "GB", "s/image"], rows, texts=3)
 
 
 def _phases(report: Mapping[str, Any]) -> str:
@@ -176,6 +177,6 @@ def _cells(report: Mapping[str, Any]) -> str:
     left = len(report["not_reached"])
     return (
         "Updates with other settings, without judges on the card:\n\n"
-        + table(columns, rows)
+        + table(columns, rows, texts=2)
         + (f"\n\n{left} further settings were not reached in the time." if left else "")
     )
