@@ -74,6 +74,7 @@ def measure_gpu(
     )
     settings = replace(
         settings,
+        policy=replace(settings.policy, shard=False, adapter=None),  # one process, no files
         sampling=replace(settings.sampling, resolution=min(settings.sampling.resolution, largest)),
         trainer=replace(settings.trainer, groups=groups),
     )
