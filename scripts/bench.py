@@ -1,11 +1,9 @@
 """Measure what training costs: on the CPU, or on a GPU.
 
-On the CPU: `train`, `gradients`, `methods`, `ocr`, `remote`; and how far gradients in float16 are
-from those in float32 (`precision`, half an hour).
+On the CPU `train`, `gradients`, `methods`, `ocr`, `remote`, and `precision` (of gradients in
+float16; half an hour); on a GPU `gpu`, once and for ten minutes.
 
-python scripts/bench.py train --pipeline base
-python scripts/bench.py gradients; python scripts/bench.py ocr --images 100
-python scripts/bench.py methods --pipeline wide
+python scripts/bench.py train --pipeline base; python scripts/bench.py methods --pipeline wide
 python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
 """
 
@@ -18,16 +16,17 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Measure, print, and return the exit status: 2 for a bad configuration or a missing GPU."""
+    """Measure, print, and return the exit status: 1 if a part failed, 2 if nothing can begin."""
     recipe = Path(__file__).parents[1] / "configs" / "sd35_medium_dual_stage.yaml"
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
     train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
-    gpu = commands.add_parser("gpu", help="images/s and memory of SD3.5-Medium, random weights")
+    gpu = commands.add_parser("gpu", help="time and memory of SD3.5-Medium, random weights")
     gpu.add_argument("--config", type=Path, default=recipe, help="further --key value override it")
     gpu.add_argument("--scale", type=int, default=2, help="groups per rollout, on this one card")
     gpu.add_argument("--rollouts", type=int, default=2, help="measured, after a warm-up")
+    gpu.add_argument("--minutes", type=float, default=10.0, help="about how long it takes")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
     gpu.add_argument("--size", choices=("medium", "base", "tiny"), default="medium")
     gradients = commands.add_parser("gradients", help="CPU seconds of K gradients / one backward")
@@ -47,6 +46,7 @@ def main() -> int:
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for all numbers")
+    gpu.set_defaults(json=Path("bench-gpu.json"))
     options, overrides = parser.parse_known_args()
     if overrides and options.command != "gpu":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -74,9 +74,10 @@ def main() -> int:
     try:
         if options.command == "gpu":
             settings = config.load(options.config, overrides)
-            scale = {"groups": options.scale, "rollouts": options.rollouts}
-            report = measure_gpu(settings, size=options.size, device=options.device, **scale)
-        elif options.command == "gradients":
+            chosen = {name: vars(options)[name] for name in ("size", "device", "rollouts")}
+            chosen |= {"groups": options.scale, "minutes": options.minutes}
+            return measure_gpu(settings, options.json.expanduser(), **chosen)
+        if options.command == "gradients":
             report = measure_gradients(options.dtype, rounds=options.rounds)
         elif options.command == "precision":
             shape = {name: getattr(options, name) for name in ("layers", "heads", "side")}
@@ -84,8 +85,7 @@ def main() -> int:
         elif options.command == "ocr":
             report = measure_ocr(options.images)
         elif options.command == "remote":
-            sizes = {"images": options.images, "rounds": options.rounds}
-            report = measure_remote(**sizes, against=options.against)
+            report = measure_remote(options.images, rounds=options.rounds, against=options.against)
         else:
             measure = {"train": measure_training, "methods": measure_methods}[options.command]
             report = measure(options.pipeline, rounds=options.rounds)

@@ -33,7 +33,9 @@ def statistics(
     if not isinstance(outputs, Tensor):
         return of_texts(outputs)
     parts = [of_images(part.to(device or part.device)) for part in outputs.split(batch)]
-    return {name: torch.cat([part[name].cpu().double() for part in parts]) for name in parts[0]}
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    table = torch.stack(list(rows.values())).cpu().double()  # waits for the device once
+    return dict(zip(rows, table, strict=True))
 
 
 def of_images(images: Tensor) -> dict[str, Tensor]:

@@ -8,21 +8,17 @@ pass on a card that is not there: it runs on the same tensors in main memory.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers.configuration_utils import FrozenDict
+from card import CARD, CPU, HostReads, NumberedScheduler, pretended_card
 from fixed_objectives import FixedObjectives
 from sections import sd3_policy
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from benchmarks.pipelines import MEDIUM
 from moa_diffusion.config.schema import GradientsConfig, LossConfig
@@ -38,67 +34,13 @@ from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.update import NoProbe, PlainUpdate, Probe
 from moa_diffusion.types import Request
 
-CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 SAMPLES, MICRO, STEPS, TRAINED = 4, 2, 3, 1
-aten = torch.ops.aten
-
-
-class HostReads(TorchDispatchMode):
-    """Answers what the host asks of numbers that are not there, and keeps where it asked a card."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
-            self._asked(args[0])
-            return True if args[0].dtype == torch.bool else 1
-        if func is aten._to_copy.default and kwargs.get("device") == CPU:
-            self._asked(args[0])
-        return func(*args, **kwargs)
-
-    def _asked(self, tensor: Tensor) -> None:
-        if tensor.device.type == CARD.type:
-            places = [f for f in traceback.extract_stack() if "/moa_diffusion/" in f.filename]
-            last = places[-1] if places else traceback.extract_stack()[0]
-            self.waits.append(f"{last.filename.rpartition('/')[2]}: {last.line}")
-
-
-def moved(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    """``nn.Module._apply``, which cannot replace parameters without data in place."""
-    for child in module.children():
-        moved(child, fn)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            new = fn(parameter.detach())
-            module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = fn(buffer)
-    return module
-
-
-class Scheduler:
-    """Noise levels as numbers: those of the library's scheduler are tensors with data."""
-
-    config = FrozenDict({"num_train_timesteps": 1000})
-
-    def set_timesteps(self, steps: int, **options: Any) -> None:
-        times = np.linspace(1, 1 / steps, steps)
-        self.sigmas = np.append(3 * times / (1 + 2 * times), 0.0)
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
+def host() -> Iterator[HostReads]:
     """All tensors within a test have no data."""
-    monkeypatch.setattr(nn.Module, "_apply", moved)
-    # Autocast and the loss scale ask whether there is a card.
-    for module in (torch.amp.autocast_mode, torch.amp.grad_scaler, torch.cuda.amp.common):
-        monkeypatch.setattr(module, "amp_definitely_not_available", lambda: False, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *given: True)
-    with FakeTensorMode(), HostReads() as reads:
+    with pretended_card() as reads:
         yield reads
 
 
@@ -133,7 +75,7 @@ def medium(device: torch.device, dtype: str, **options: Any) -> SD3Policy:
             },
         ),
         vae_scale_factor=8,
-        scheduler=Scheduler(),
+        scheduler=NumberedScheduler(),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
     )
     sampling = {"resolution": 512, "steps": STEPS, "window": TRAINED, "window_mode": "first"}
@@ -219,7 +161,9 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
     # The norm, the loss scale and whether the gradients held; and the sums at the end.
     assert len(host.waits) == (4 if dtype == "float16" else 2), host.waits
     assert policy.generate(requests()).device == CPU
+    host.waits.clear()
     drift.statistics(rollout.images, device=CARD, batch=MICRO)
+    assert len(host.waits) == 1, host.waits
 
 
 @pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])

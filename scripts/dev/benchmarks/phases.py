@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,20 +19,28 @@ class Phases:
 
     Args:
         clock: Function that returns the time, in seconds.
-        peak: Reads the peak memory since the last reading, in bytes, and starts anew.
+        peak: Reads peaks of memory since the last reading, in bytes by name, and starts anew.
+
+    Attributes:
+        seconds: By phase, since they were taken.
+        peaks: Bytes by phase and name, the largest over all of the phase's visits.
+        interrupted: The innermost phase that an exception has left since seconds were taken.
     """
 
-    def __init__(self, clock: Callable[[], float], peak: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float], peak: Callable[[], Mapping[str, int]] | None = None
+    ) -> None:
         self._clock, self._peak = clock, peak
         self._open = [REST]
         self._mark = clock()
         self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}  # bytes, over all of the phase's visits
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.interrupted: str | None = None
 
     def take(self) -> dict[str, float]:
         """Return the seconds by phase since the last call."""
         self._account()
-        seconds, self.seconds = self.seconds, {}
+        seconds, self.seconds, self.interrupted = self.seconds, {}, None
         return seconds
 
     def inside(self, label: str) -> bool:
@@ -46,6 +54,9 @@ class Phases:
         self._open.append(label)
         try:
             yield
+        except BaseException:
+            self.interrupted = self.interrupted or label
+            raise
         finally:
             self._account()
             self._open.pop()
@@ -76,7 +87,9 @@ class Phases:
         self.seconds[label] = self.seconds.get(label, 0.0) + now - self._mark
         self._mark = now
         if self._peak is not None:
-            self.peaks[label] = max(self.peaks.get(label, 0), self._peak())
+            peaks = self.peaks.setdefault(label, {})
+            for name, size in self._peak().items():
+                peaks[name] = max(peaks.get(name, 0), size)
 
 
 def machine() -> dict[str, Any]:

@@ -94,6 +94,7 @@ def random_pipeline(
     dtype: torch.dtype = torch.float32,
     vae_dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    encoders: bool = True,
 ) -> Any:
     """Return a ``StableDiffusion3Pipeline`` with untrained weights, made where and as it is used.
 
@@ -105,6 +106,7 @@ def random_pipeline(
         dtype: Data type of the transformer and the text encoders.
         vae_dtype: Data type of the VAE.
         seed: Seed of the weights; the global generators are left alone.
+        encoders: Whether it has text encoders; the other parts are the same without.
     """
     from diffusers import (
         AutoencoderKL,
@@ -118,7 +120,8 @@ def random_pipeline(
         tokenizer.model_max_length = sizes.clip_tokens
     with made_as(device, dtype, seed):
         transformer = SD3Transformer2DModel(**sizes.transformer)
-        clip, clip_2, t5 = _encoders(sizes, tokenizers)
+        clip, clip_2, t5 = _encoders(sizes, tokenizers) if encoders else (None, None, None)
+    transformer.pos_embed.to(dtype)  # its table is made in float32, and loaded as the rest
     with made_as(device, vae_dtype, seed):
         vae = AutoencoderKL(**sizes.vae)
     pipeline = StableDiffusion3Pipeline(

@@ -1,4 +1,4 @@
-"""On the CPU: how far gradients in float16 are from those in float32, by loss scale.
+"""How far gradients in half precision are from those in float32, by loss scale.
 
 The loss divides by the decisions of a minibatch, and a log-probability is a mean over the numbers
 of a latent: what the backward pass starts from is about ``1e-3 / 65,536`` at 512 pixels. Without a
@@ -8,7 +8,6 @@ of them in a deeper and wider model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from moa_diffusion.config.schema import (
     PolicyConfig,
     SamplingConfig,
 )
-from moa_diffusion.policies.sd3 import SD3Policy
+from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
 from moa_diffusion.training.stepper import first_scale
 from moa_diffusion.types import Request
 
@@ -42,6 +41,8 @@ def measure_precision(
     side: int,
     steps: Sequence[int] = range(STEPS - 1),
     scales: Sequence[float] = (),
+    dtype: str = "float16",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure relative errors of the LoRA gradient of a decision, as a minibatch weighs it.
 
@@ -52,13 +53,15 @@ def measure_precision(
         steps: Denoising steps, from 0 to 8; all nine make the row "nine together" as well.
         scales: Loss scales; by default the one that GradScaler starts from and the one that
             training starts from.
+        dtype: The half precision: 'float16' or 'bfloat16'.
+        device: Where both are computed.
 
     Returns:
         A list ``rows``: trained steps per rollout, size of the advantages, scale, step (None: the
         sum over the nine), relative ``error`` and ``cosine``; NaN where the gradient overflows.
     """
     torch.set_num_threads(1)
-    exact, half = _policies(layers=layers, heads=heads, side=side)
+    exact, half = _policies(layers, heads, side, DTYPES[dtype], torch.device(device))
     dimensions = half.dimensions
     scales = tuple(scales) or (2.0**16, first_scale(dimensions))
     rollout = exact.sample([Request(prompt=PROMPT, seed=0)], step=0)
@@ -82,13 +85,16 @@ def measure_precision(
         "hidden": half.transformer.inner_dim,
         "dimensions": dimensions,
         "samples": SAMPLES,
+        "dtype": dtype,
         "machine": machine(),
         "rows": rows,
     }
 
 
-def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Policy]:
-    """Return the same numbers in float32 and in float16, with an adapter whose B is not zero."""
+def _policies(
+    layers: int, heads: int, side: int, dtype: torch.dtype, device: torch.device
+) -> tuple[SD3Policy, SD3Policy]:
+    """Return the same numbers in float32 and in a half, with an adapter whose B is not zero."""
     shape = {
         **SMALLEST.transformer,
         "sample_size": side,
@@ -98,10 +104,9 @@ def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Poli
         "caption_projection_dim": 64 * heads,
         "dual_attention_layers": tuple(range(layers // 2)),
     }
-    pipeline = random_pipeline(replace(SMALLEST, transformer=shape))
-    pipeline.transformer.half().float()  # numbers that both types have
-    other = copy.deepcopy(pipeline)
-    other.transformer.half()
+    pipeline, other = (random_pipeline(replace(SMALLEST, transformer=shape)) for _ in range(2))
+    pipeline.transformer.type(dtype).float()  # numbers that both types have
+    other.transformer.type(dtype)
     made = []
     for part in (pipeline, other):
         policy = SD3Policy(
@@ -114,14 +119,15 @@ def _policies(*, layers: int, heads: int, side: int) -> tuple[SD3Policy, SD3Poli
             ),
             evaluation=EvaluationConfig(),
             loss=LossConfig(),
-            device=torch.device("cpu"),
+            device=device,
             seed=0,
         )
         policy.prepare([PROMPT])
         source = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in policy.trainable().values():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=source))
+                noise = torch.randn(parameter.shape, generator=source)
+                parameter.add_(0.01 * noise.to(device))
         made.append(policy)
     made[1].encode = made[0].encode  # the same embeddings
     return made[0], made[1]
@@ -137,7 +143,7 @@ def _gradient(policy: SD3Policy, rollout: Any, step: int, seeds: Sequence[float]
         parts = torch.autograd.grad(
             seed * log_probs.sum(), parameters, retain_graph=again, materialize_grads=True
         )
-        found.append(torch.cat([part.flatten() for part in parts]).double() / seed)
+        found.append(torch.cat([part.flatten() for part in parts]).double().cpu() / seed)
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import BUILD, PREPARE
 from benchmarks.train import COLUMNS, GUIDANCE, STEPS
 
 
@@ -55,44 +54,6 @@ def _training_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
         shares = [row["phases"][column] / unit for column in COLUMNS]
         parts.add_row(row["name"], batch, *(f"{s:.3f}" if s else "" for s in shares))
     return ratios, parts
-
-
-def print_gpu(report: Mapping[str, Any]) -> None:
-    """Print seconds, peak memory and share of the matrix rate by phase."""
-    machine, flops = report["machine"], report["flops"]
-    limits = ", ".join(f"{name} {value}" for name, value in report["configured"].items())
-    _print(
-        f"{machine['device']}, torch {machine['torch']}: {report['matrix_rate'] / 1e12:.4g} "
-        f"TFLOP/s in a large bf16 product. {report['size']} pipeline with random weights, "
-        f"{report['parameters'] / 1e9:.4g} B parameters in transformer and encoders, "
-        f"{report['dtype']}.",
-        f"{report['geometry']}. The configuration has {limits}. "
-        f"{report['resolution']} px, {report['trained_steps']} trained steps; "
-        f"{report['rollouts']} rollouts after a warm-up. Rewards: {', '.join(report['rewards'])}; "
-        f"left out: {', '.join(report['left_out']) or 'none'}.",
-        _gpu_table(report),
-        f"{report['images_per_second']:.3g} images/s sampled, scored and trained. One denoising "
-        f"step takes {flops['forward'] / 1e12:.4g} TFLOP per image, one trained decision "
-        f"{flops['trained_decision'] / 1e12:.4g}. {report['prompts_encoded']} prompts encoded. "
-        f"On-policy check: {report['on_policy'] or 'passed'}.",
-    )
-
-
-def _gpu_table(report: Mapping[str, Any]) -> Table:
-    table = Table(title="Per rollout (medians)")
-    for column in ("phase", "seconds", "s/image", "peak GB", "share of bf16 rate"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for name, seconds in report["seconds"].items():
-        once = name in (BUILD, PREPARE)
-        peak, share = report["peak_bytes"].get(name), report["share"].get(name)
-        table.add_row(
-            f"{name} (once)" if once else name,
-            f"{seconds:.3f}",
-            "" if once else f"{seconds / report['images']:.4f}",
-            "" if peak is None else f"{peak / 1e9:.1f}",
-            "" if share is None else f"{share:.1%}",
-        )
-    return table
 
 
 def print_gradients(report: Mapping[str, Any]) -> None:
@@ -230,7 +191,6 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "train": print_training,
     "gradients": print_gradients,
     "methods": print_methods,
-    "gpu": print_gpu,
     "ocr": print_ocr,
     "precision": print_precision,
     "remote": print_remote,
