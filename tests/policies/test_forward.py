@@ -18,9 +18,10 @@ from sections import sd3_policy
 from torch import Tensor, nn
 
 from moa_diffusion import tiny
-from moa_diffusion.policies.forward import AddedForward, JointAttention, MergedForward
+from moa_diffusion.policies.forward import AddedForward, MergedForward
 from moa_diffusion.policies.lora import disabled, layers
 from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
+from moa_diffusion.policies.sd3.attention import JointAttention
 from moa_diffusion.types import Request, Rollout
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
@@ -231,7 +232,7 @@ def policy_in(dtype: torch.dtype, *, libraries: bool = False, **options: Any) ->
         for parameter in policy.trainable().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=source))
     if libraries:
-        for layer in policy._adapted:
+        for layer in policy._velocity.adapted:
             del layer.forward
         for module in policy.transformer.modules():
             if isinstance(module, Attention):
@@ -289,7 +290,7 @@ def test_log_probs_are_those_of_sampling_to_the_bit(
 def kept_bytes(policy: SD3Policy, call: Callable[[], object]) -> tuple[int, int]:
     """Conversions of a call, and bytes that it keeps for the backward pass, weights aside."""
     own = [*policy.transformer.parameters()]
-    for layer in policy._adapted:
+    for layer in policy._velocity.adapted:
         own += (isinstance(layer.forward, AddedForward) and layer.forward._factors) or ()
     weights = {t.untyped_storage().data_ptr() for t in own}
     kept: dict[int, int] = {}
@@ -314,7 +315,7 @@ def test_factors_are_cast_once_per_update(dtype: torch.dtype) -> None:
         kept_bytes(policy, lambda policy=policy: policy.log_probs(rollout, slice(0, 1)))
         for policy in (own, library)
     )
-    assert expected[0] - found[0] == 2 * len(own._adapted)
+    assert expected[0] - found[0] == 2 * len(own._velocity.adapted)
     assert found[1] < expected[1]
 
 
