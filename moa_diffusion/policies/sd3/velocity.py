@@ -12,7 +12,9 @@ from torch import Tensor
 from moa_diffusion.config.schema import PolicyConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies import lora
+from moa_diffusion.policies.forward import LoraForward
 from moa_diffusion.policies.sd3.attention import attend
+from moa_diffusion.policies.sd3.compiled import compile_blocks
 from moa_diffusion.processes.sharding import shard_frozen
 
 
@@ -21,7 +23,8 @@ class Velocity:
 
     Args:
         pipeline: A ``StableDiffusion3Pipeline``, whose transformer is changed in place.
-        settings: The section ``policy``: the adapter, the attention, checkpointing and sharding.
+        settings: The section ``policy``: the adapter, the attention, checkpointing,
+            sharding and compiling.
         device: Where the transformer lives.
         seed: Decides the adapter's initial values.
 
@@ -58,6 +61,10 @@ class Velocity:
             shard_frozen(self.transformer, self.transformer.transformer_blocks, device)
         self.trainable = lora.parameters(self.transformer)
         self.adapted = lora.layers(self.transformer)
+        self._kept: list[LoraForward] = []  # what compiled blocks cannot look after
+        if settings.compile == "blocks":
+            compile_blocks(self.transformer.transformer_blocks)
+            self._kept = [own for layer in self.adapted if (own := lora.own_forward(layer))]
 
     def __call__(
         self, x: Tensor, s: Tensor, embeds: tuple[Tensor, Tensor], guidance: float
@@ -74,6 +81,8 @@ class Velocity:
         guided = guidance > 1
         if guided:
             x, s = torch.cat([x, x]), torch.cat([s, s])
+        for own in self._kept:
+            own.refresh()
         with self._autocast():
             v: Tensor = self.transformer(
                 hidden_states=x.to(self._dtype),
