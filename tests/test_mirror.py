@@ -102,6 +102,18 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
             "moa_diffusion.training.gradient_check",
         ),
     ),
+    "policies/sd3/test_policy.py": (
+        "a policy's parts, each by what the policy gives",
+        (
+            "moa_diffusion.policies.sd3.pipeline",
+            "moa_diffusion.policies.sd3.schedule",
+            "moa_diffusion.policies.sd3.velocity",
+        ),
+    ),
+    "policies/test_forward.py": (
+        "forward passes of our own, of layers and in a transformer",
+        ("moa_diffusion.policies.sd3.attention",),
+    ),
     "policies/test_lora_files.py": (
         "files of LoRA weights are read into adapters",
         ("moa_diffusion.policies.adapters", "moa_diffusion.policies.hub"),
@@ -167,6 +179,8 @@ USED_BY = {
     "moa_diffusion.policies.base": ".log_probs(",
     "moa_diffusion.policies.hub": "huggingface_hub.HfApi.model_info",
     "moa_diffusion.policies.toy": "from toy_runs import",
+    "moa_diffusion.policies.sd3.schedule": "policy._schedule.sigmas",
+    "moa_diffusion.policies.sd3.velocity": "policy._velocity(",
     "moa_diffusion.report.grid": "grid.png",
     "moa_diffusion.report.page.payload": "write_report(",
     "moa_diffusion.report.pareto_plot": "pareto.png",

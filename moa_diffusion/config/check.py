@@ -101,6 +101,20 @@ def _check_numbers(config: Config) -> None:
         lambda value: value == "native" or config.policy.name == "sd3",
         f"native for policy.name {config.policy.name}: only transformers of images have a choice",
     )
+    _require(
+        config,
+        "policy.compile",
+        lambda value: value == "off" or config.policy.name == "sd3",
+        f"off for policy.name {config.policy.name}: only transformers of images are compiled",
+    )
+    _require(
+        config,
+        "policy.compile",
+        lambda value: value == "off" or not config.policy.shard or config.policy.dtype != "float32",
+        "off with policy.shard and policy.dtype float32: those layers note in their backward pass, "
+        "outside of a graph, what the objectives' gradients are made of (float16 and bfloat16 have "
+        "layers that do not)",
+    )
     writes = config.policy.name == "causal_lm"
     _require(
         config,

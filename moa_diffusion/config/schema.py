@@ -68,6 +68,9 @@ class PolicyConfig:
         attention: Attention backend of diffusers: native (torch's own choice), or a kernel that
             has to be installed, such as flash, _flash_3 or flash_hub. Those round otherwise, and
             most take half precision alone.
+        compile: What torch.compile takes: off (nothing), or blocks, each block of an image model's
+            transformer as a whole. The first passes take minutes more, the others less. Kernels of
+            sampling and of training then round differently: policy/ratio_gap says by how much.
         max_sequence_length: Number of T5 tokens that are read of each prompt.
         step_batch: Number of trained steps of a sample in one forward pass; more is faster on
             small models.
@@ -92,6 +95,7 @@ class PolicyConfig:
     gradient_checkpointing: Switch = False
     shard: Switch = False
     attention: str = "native"
+    compile: Literal["off", "blocks"] = "off"
     max_sequence_length: Count = 128
     step_batch: Count = 1
     vae_batch: Count = 8

@@ -25,8 +25,8 @@ from moa_diffusion.config.schema import (
 )
 from moa_diffusion.planning.counting import Counts
 from moa_diffusion.planning.shapes import Shape, make_encoder, make_transformer, make_vae
-from moa_diffusion.policies.prompt_encoder import ENCODERS
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
+from moa_diffusion.policies.sd3.prompt_encoder import ENCODERS
 from moa_diffusion.types import Request, Rollout
 
 # Two sizes of pass tell what a row costs. A pass of a single row is spared some copies.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from moa_diffusion.policies.prompt_encoder import ENCODERS
 from moa_diffusion.policies.sd3 import latent_shape
+from moa_diffusion.policies.sd3.prompt_encoder import ENCODERS
 from moa_diffusion.types import ConfigError
 
 Sizes = Mapping[str, Any]  # arguments of a part, as its config.json has them

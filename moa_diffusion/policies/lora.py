@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,10 +77,11 @@ def attach(
         base = layer.base_layer
         if not isinstance(base, nn.Linear):
             continue
+        # A method: of other objects, torch.compile would make a graph for each.
         if base.weight.dtype in AddedForward.dtypes:
-            layer.forward = AddedForward(layer)
+            layer.forward = AddedForward(layer).__call__
         elif merge and base.weight.dtype in MergedForward.dtypes:
-            layer.forward = MergedForward(layer)
+            layer.forward = MergedForward(layer).__call__
 
 
 def check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
@@ -127,6 +129,12 @@ def layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def own_forward(layer: Any) -> LoraForward | None:
+    """Return what computes an adapted layer in the place of peft, if anything does."""
+    own = layer.forward.__self__ if inspect.ismethod(layer.forward) else None
+    return own if isinstance(own, LoraForward) else None
 
 
 def adapts(target_modules: Sequence[str], name: str) -> bool:
@@ -212,8 +220,8 @@ def tapped(adapted: Sequence[Any]) -> list[LoraForward | TappedLinear]:
     """
     layers: list[LoraForward | TappedLinear] = []
     for layer in adapted:
-        if isinstance(layer.forward, LoraForward):
-            layers.append(layer.forward)
+        if (own := own_forward(layer)) is not None:
+            layers.append(own)
             continue
         for linear in (layer.lora_A["default"], layer.lora_B["default"]):
             if not isinstance(linear.forward, TappedLinear):

@@ -220,11 +220,12 @@ class ObjectiveGradients:
         for i in chosen:
             self._layers[i].record = partial(record, i)
         try:
-            torch.autograd.backward(
+            torch.autograd.grad(  # whose results, if any, are not wanted
                 log_probs,
-                seed.to(log_probs.dtype),
+                [leaf for i in chosen for leaf in self._layers[i].leaves],
+                grad_outputs=seed.to(log_probs.dtype),
                 retain_graph=True,  # some layers may turn out to need passes of their own
-                inputs=[leaf for i in chosen for leaf in self._layers[i].leaves],
+                allow_unused=True,
             )
         finally:
             for i in chosen:

@@ -18,9 +18,10 @@ from sections import sd3_policy
 from torch import Tensor, nn
 
 from moa_diffusion import tiny
-from moa_diffusion.policies.forward import AddedForward, JointAttention, MergedForward
-from moa_diffusion.policies.lora import disabled, layers
+from moa_diffusion.policies.forward import AddedForward, MergedForward
+from moa_diffusion.policies.lora import disabled, layers, own_forward
 from moa_diffusion.policies.sd3 import SD3Policy, check_fit, load_pipeline
+from moa_diffusion.policies.sd3.attention import JointAttention
 from moa_diffusion.types import Request, Rollout
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
@@ -55,7 +56,7 @@ def ours(model: nn.Module) -> nn.Module:
     found = copy.deepcopy(model)
     for layer in layers(found):
         merges = layer.base_layer.weight.dtype == torch.float32
-        layer.forward = MergedForward(layer) if merges else AddedForward(layer)
+        layer.forward = (MergedForward if merges else AddedForward)(layer).__call__
     return found
 
 
@@ -189,7 +190,7 @@ def test_passes_in_flight_know_nothing_of_each_other(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", KINDS)
 def test_what_is_handed_over_makes_the_gradients(dtype: torch.dtype) -> None:
     own, x = ours(adapted(dtype)), torch.randn(3, 5, 12)
-    layer = own[0].forward
+    layer = own_forward(own[0])
     expected = gradients(own, x)
     found: dict[int, Tensor] = {}
 
@@ -231,7 +232,7 @@ def policy_in(dtype: torch.dtype, *, libraries: bool = False, **options: Any) ->
         for parameter in policy.trainable().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=source))
     if libraries:
-        for layer in policy._adapted:
+        for layer in policy._velocity.adapted:
             del layer.forward
         for module in policy.transformer.modules():
             if isinstance(module, Attention):
@@ -289,8 +290,9 @@ def test_log_probs_are_those_of_sampling_to_the_bit(
 def kept_bytes(policy: SD3Policy, call: Callable[[], object]) -> tuple[int, int]:
     """Conversions of a call, and bytes that it keeps for the backward pass, weights aside."""
     own = [*policy.transformer.parameters()]
-    for layer in policy._adapted:
-        own += (isinstance(layer.forward, AddedForward) and layer.forward._factors) or ()
+    for layer in policy._velocity.adapted:
+        forward = own_forward(layer)
+        own += forward._factors if isinstance(forward, AddedForward) else ()
     weights = {t.untyped_storage().data_ptr() for t in own}
     kept: dict[int, int] = {}
     tensors = []  # so that no storage takes the place of another
@@ -314,7 +316,7 @@ def test_factors_are_cast_once_per_update(dtype: torch.dtype) -> None:
         kept_bytes(policy, lambda policy=policy: policy.log_probs(rollout, slice(0, 1)))
         for policy in (own, library)
     )
-    assert expected[0] - found[0] == 2 * len(own._adapted)
+    assert expected[0] - found[0] == 2 * len(own._velocity.adapted)
     assert found[1] < expected[1]
 
 

@@ -186,7 +186,7 @@ def test_planted_faults_are_seen(host: HostReads, monkeypatch: pytest.MonkeyPatc
     """A table left in main memory, a factor of another type, and a number read in the loop."""
     policy = medium(CARD, "float16", guidance=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "_sigma", policy._sigma.cpu())
+        patch.setattr(policy._schedule, "sigma", policy._schedule.sigma.cpu())
         rollout = policy.sample(requests(), step=0)
         with pytest.raises(Exception, match="same device, but found at least two devices"):
             policy.log_probs(rollout, slice(0, 1))
@@ -200,7 +200,7 @@ def test_planted_faults_are_seen(host: HostReads, monkeypatch: pytest.MonkeyPatc
     assert len(host.waits) == 2 + STEPS
     table = policy.transformer.pos_embed.proj.weight
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "_autocast", lambda: torch.autocast("cuda", enabled=False))
+        patch.setattr(velocity, "_autocast", lambda: torch.autocast("cuda", enabled=False))
         patch.setattr(table, "data", table.data.float())
         with pytest.raises(RuntimeError, match="should be the same"):
             policy.sample(requests(), step=0)

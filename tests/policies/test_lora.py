@@ -30,7 +30,7 @@ def test_inputs_are_not_cast_to_float32_and_back(dtype: str, tapped: bool) -> No
         lora_rank=4,
     )
     policy.prepare(PROMPTS)
-    for layer in policy._adapted:
+    for layer in policy._velocity.adapted:
         del layer.forward
     if tapped:
         policy.tapped()

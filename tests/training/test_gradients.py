@@ -244,7 +244,7 @@ def test_under_autocast_the_error_is_that_of_bfloat16() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_forward_pass_of_peft_is_exact_in_float32(pipeline: Any, checkpointing: bool) -> None:
     policy = policy_on(pipeline, gradient_checkpointing=checkpointing)
-    for layer in policy._adapted:
+    for layer in policy._velocity.adapted:
         del layer.forward  # the merged one
     rollout = policy.sample(requests(4), step=0)
     coefficients = random_coefficients(4, 3)
@@ -267,7 +267,7 @@ def test_parameters_outside_the_layers_are_differentiated_one_by_one() -> None:
 def test_both_kinds_of_parameters_together(pipeline: Any) -> None:
     policy = policy_on(pipeline)
     bias = policy.transformer.proj_out.bias.requires_grad_()
-    policy._trainable["proj_out.bias"] = bias
+    policy._velocity.trainable["proj_out.bias"] = bias
     rollout = policy.sample(requests(2), step=0)
     coefficients = random_coefficients(2, 3)
     found = together(policy, rollout, coefficients, micro=2)
@@ -278,7 +278,7 @@ def test_both_kinds_of_parameters_together(pipeline: Any) -> None:
 def test_a_scale_that_is_a_power_of_two_changes_nothing(pipeline: Any, name: str) -> None:
     policy = policy_on(pipeline)
     if name == "peft":
-        for layer in policy._adapted:
+        for layer in policy._velocity.adapted:
             del layer.forward
     rollout = policy.sample(requests(2), step=0)
     coefficients = random_coefficients(2, 3)

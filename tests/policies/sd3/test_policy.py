@@ -64,7 +64,7 @@ def assert_log_probs_close(policy: SD3Policy, found: Any, expected: Any, steps: 
     eps = torch.finfo(torch.float32).eps
     gain = 2 * policy.sampling.guidance - 1
     for column, index in enumerate(steps):
-        step = policy._stochastic_step(policy._sigmas[index], policy._sigmas[index + 1])
+        step = policy._stochastic[index : index + 1]
         allowed = 32 * eps * (gain * abs(step.v) / step.std + 1)
         difference = (found[:, column] - expected[:, column]).abs().max()
         assert difference <= allowed, (index, float(difference), allowed)
@@ -158,10 +158,10 @@ def test_gaussian_kl_is_that_of_the_two_means(make: Any) -> None:
     embeds = policy._embeds(
         [request.prompt for request in rollout.requests], policy.sampling.guidance
     )
-    s, s_next = policy._sigmas[1], policy._sigmas[2]
+    s, s_next = policy._schedule.sigmas[1], policy._schedule.sigmas[2]
     with torch.no_grad():
         v = policy._velocity(x, torch.full((2,), s), embeds, policy.sampling.guidance)
-        with lora.disabled(policy._adapted):
+        with lora.disabled(policy._velocity.adapted):
             v_ref = policy._velocity(x, torch.full((2,), s), embeds, policy.sampling.guidance)
     g2 = policy.sampling.noise_level**2 * s / (1 - s)
     factor = (1 + g2 * (1 - s) / (2 * s)) * (s_next - s)

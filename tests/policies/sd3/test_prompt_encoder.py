@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_diffusion.policies.prompt_encoder import ENCODERS, PromptEncoder
+from moa_diffusion.policies.sd3.prompt_encoder import ENCODERS, PromptEncoder
 
 DEVICE = torch.device("cpu")
 ONE = 4 * (3 * 2 + 2)  # bytes of a prompt's embeddings
