@@ -250,7 +250,7 @@ def disabled(adapted: Sequence[Any]) -> Iterator[None]:
 def folded_state(model: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Return the adapter with ``alpha / rank`` multiplied into B, and metadata with alpha = rank.
 
-    Loaders that ignore the metadata assume alpha = rank: folded, they draw the same picture.
+    Loaders that ignore the metadata assume alpha = rank: folded, they draw the same image.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -1,6 +1,6 @@
 """A policy small enough to reason about: a Gaussian walk on a plane, for tests and examples.
 
-The "picture" is one pixel whose three channels are the final point squashed into [0, 1]. A prompt
+The "image" is one pixel whose three channels are the final point squashed into [0, 1]. A prompt
 shifts nothing: what is learned is the mean of each step.
 """
 
@@ -66,7 +66,7 @@ class ToyPolicy:
             log_probs=recorded,
             mask=torch.ones_like(recorded, dtype=torch.bool),
             trace={"points": torch.stack(points, dim=1)},  # [n, T + 1, 3]
-            images=self._picture(x),
+            images=self._image(x),
         )
 
     def trained_steps(self, step: int) -> range:
@@ -89,7 +89,7 @@ class ToyPolicy:
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
         """Return the image at the end of a walk without noise."""
-        return self._picture(self.drift.sum(0).expand(len(requests), 3))
+        return self._image(self.drift.sum(0).expand(len(requests), 3))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Return the drift ``[T, 3]`` of all steps."""
@@ -125,5 +125,5 @@ class ToyPolicy:
         (folder / "drift.json").write_text(text, encoding="utf-8")
 
     @staticmethod
-    def _picture(x: Tensor) -> Tensor:
+    def _image(x: Tensor) -> Tensor:
         return torch.sigmoid(x)[:, :, None, None]  # [n, 3, 1, 1]

@@ -1,4 +1,4 @@
-"""The OCR benchmark: its pictures are what they say, and it reports every engine."""
+"""The OCR benchmark: its images are what they say, and it reports every engine."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_renderings_are_seeded_and_lie_inside(side):
     again = renderings(6, side=side, noise=0, seed=1)
     noisy = renderings(6, side=side, noise=0.1, seed=1)
     other = renderings(6, side=side, noise=0, seed=2)
-    assert [picture.text for picture in clean] == [picture.text for picture in noisy]
-    assert [picture.text for picture in clean] != [picture.text for picture in other]
+    assert [image.text for image in clean] == [image.text for image in noisy]
+    assert [image.text for image in clean] != [image.text for image in other]
     for one, same, grainy in zip(clean, again, noisy, strict=True):
         assert one.pixels.shape == (side, side, 3)
         assert (one.pixels == same.pixels).all()

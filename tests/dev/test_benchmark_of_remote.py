@@ -26,7 +26,7 @@ def test_both_ways_are_measured_and_shown(tmp_path: Path, capsys: pytest.Capture
     assert local["client"] > 0
     show("remote", report, tmp_path / "remote.json")
     said = capsys.readouterr().out
-    assert "batches of 4 pictures" in said
+    assert "batches of 4 images" in said
     assert f"{through['per_second']:.2f}" in said
 
 

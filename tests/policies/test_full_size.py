@@ -148,7 +148,7 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
     assert rollout.images.shape == (SAMPLES, 3, 512, 512)
     assert rollout.images.device == CPU
     assert {rollout.log_probs.device, rollout.trace["latents"].device} == {CARD}
-    # The pictures, and the norms of their latents: nothing within the steps.
+    # The images, and the norms of their latents: nothing within the steps.
     assert len(host.waits) == 2, host.waits
 
     steps = steps_of(policy, kl_weight=0.01, half=dtype == "float16")

@@ -369,10 +369,10 @@ def settings_of(tmp_path: Path, **policy: object):
     )
 
 
-def test_training_starts_with_the_pictures_of_the_adapter(tmp_path: Path, transformer):
+def test_training_starts_with_the_images_of_the_adapter(tmp_path: Path, transformer):
     """As diffusers draws them with the folder loaded, or with peft's scale folded into B."""
     layers = read_sd3_adapter(peft_folder(tmp_path / "peft", transformer), transformer).layers
-    small = {name: (0.05 * a, b) for name, (a, b) in layers.items()}  # a picture, not noise
+    small = {name: (0.05 * a, b) for name, (a, b) in layers.items()}  # an image, not noise
     save_file(
         {
             f"transformer.{name}.lora_{part}.weight": tensor.contiguous()

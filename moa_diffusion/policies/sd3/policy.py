@@ -304,8 +304,8 @@ class SD3Policy:
         """Return images ``[n, 3, H, W]`` float32 in [0, 1] on the CPU."""
         config = self.vae.config
         scaled = latents / config.scaling_factor + config.shift_factor
-        pictures = [
+        images = [
             self.vae.decode(part, return_dict=False)[0].float()
             for part in scaled.to(self.vae.dtype).split(self.settings.vae_batch)
         ]
-        return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).cpu()
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1).cpu()

@@ -28,8 +28,8 @@ from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PolicyConfig
 from moa_diffusion.objectives.normalize import GDPO
 from moa_diffusion.objectives.static import Static
-from moa_diffusion.policies.forward import backend
 from moa_diffusion.policies.sd3 import DTYPES, SD3Policy
+from moa_diffusion.policies.sd3.attention import backend
 from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.trainer import Trainer

@@ -34,22 +34,22 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """A picture of known text."""
+    """An image of known text."""
 
     text: str
     pixels: np.ndarray  # [side, side, 3] uint8, RGB
 
 
 def measure_ocr(images: int, *, seed: int = 0) -> dict[str, Any]:
-    """Read the same pictures with every engine that is installed, in this process.
+    """Read the same images with every engine that is installed, in this process.
 
     Args:
-        images: Pictures per side and level of noise.
+        images: Images per side and level of noise.
         seed: Seed of texts, fonts' sizes, colours, positions and noise.
 
     Returns:
         A list ``rows`` with the shares that were read ``exact``, the ``mean`` score of the
-        reward and the CPU ``milliseconds`` per picture, subprocesses included; and by engine its
+        reward and the CPU ``milliseconds`` per image, subprocesses included; and by engine its
         ``provenance``, or in ``absent`` why it was left out.
     """
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def measure_ocr(images: int, *, seed: int = 0) -> dict[str, Any]:
             absent[engine] = str(error)
             continue
         with closing(head):
-            rows += [_row(head, engine, *case, pictures) for case, pictures in sets.items()]
+            rows += [_row(head, engine, *case, drawn) for case, drawn in sets.items()]
             provenance[engine] = head.provenance()
     return {
         "images": images,
@@ -81,11 +81,11 @@ def measure_ocr(images: int, *, seed: int = 0) -> dict[str, Any]:
 
 
 def renderings(count: int, *, side: int, noise: float, seed: int) -> list[Rendering]:
-    """Return one or two words each, anywhere in a picture of one colour, in Pillow's own font.
+    """Return one or two words each, anywhere in an image of one colour, in Pillow's own font.
 
     Args:
-        count: Number of pictures.
-        side: Side of the square pictures, a key of ``HEIGHTS``.
+        count: Number of images.
+        side: Side of the square images, a key of ``HEIGHTS``.
         noise: Standard deviation of Gaussian noise, in units of full scale.
         seed: Seed of everything random; the words do not depend on the noise.
     """
@@ -124,25 +124,25 @@ def _colours(source: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def _row(
-    head: OcrHead, engine: str, side: int, noise: float, pictures: Sequence[Rendering]
+    head: OcrHead, engine: str, side: int, noise: float, images: Sequence[Rendering]
 ) -> dict[str, Any]:
-    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
     batch = RewardBatch(
-        prompts=[f'a sign that says "{picture.text}"' for picture in pictures],
+        prompts=[f'a sign that says "{image.text}"' for image in images],
         images=pixels.permute(0, 3, 1, 2).float() / 255,
     )
     start = _cpu_seconds()
     scores = head.evaluate(batch)
     seconds = _cpu_seconds() - start
-    pairs = zip(scores.extra["read"], pictures, strict=True)
-    exact = [legibility(read, picture.text, substring_ok=False) == 1 for read, picture in pairs]
+    pairs = zip(scores.extra["read"], images, strict=True)
+    exact = [legibility(read, image.text, substring_ok=False) == 1 for read, image in pairs]
     return {
         "engine": engine,
         "side": side,
         "noise": noise,
         "exact": float(np.mean(exact)),
         "mean": float(scores.values.mean()),
-        "milliseconds": 1e3 * seconds / len(pictures),
+        "milliseconds": 1e3 * seconds / len(images),
         "target": TARGETS.get((engine, side, noise)),
     }
 

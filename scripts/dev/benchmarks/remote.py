@@ -1,4 +1,4 @@
-"""What it costs to have pictures scored by a reward server on the same machine."""
+"""What it costs to have images scored by a reward server on the same machine."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def measure_remote(images: int, *, rounds: int, against: Path | None = None) -> dict[str, Any]:
-    """Score pictures in a process and through a server, interleaved.
+    """Score images in a process and through a server, interleaved.
 
     Args:
-        images: Number of pictures in a batch.
+        images: Number of images in a batch.
         rounds: Measured rounds, after one that warms up.
         against: Another checkout, measured in turns with this one.
 
     Returns:
         A list ``rows`` by ``tree`` and ``way``, ``local`` or ``remote``, with medians of the
-        pictures ``per_second`` and of the CPU milliseconds per picture of the process that asks,
+        images ``per_second`` and of the CPU milliseconds per image of the process that asks,
         ``client``, and of the server's, ``server``.
 
     Raises:

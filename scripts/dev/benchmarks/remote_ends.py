@@ -2,7 +2,7 @@
 
 ``serve`` runs the tree's ``scripts/heads.py serve`` and answers each line on its standard input
 with ``cpu`` and the CPU seconds of its process so far. ``score`` reads the server's address, then
-scores its pictures for each line, ``local`` or ``remote``, and answers with ``took``, the seconds
+scores its images for each line, ``local`` or ``remote``, and answers with ``took``, the seconds
 and the CPU seconds that it took.
 """
 
@@ -31,10 +31,10 @@ def serve(script: str) -> None:
 
 
 def score(images: int, side: int) -> None:
-    """Score the same pictures again and again.
+    """Score the same images again and again.
 
     Args:
-        images: Number of pictures.
+        images: Number of images.
         side: Their side in pixels.
     """
     import torch

@@ -132,7 +132,7 @@ def print_ocr(report: Mapping[str, Any]) -> None:
             target,
         )
     _print(
-        f"{report['images']} pictures per row, one or two words each; Gaussian noise in units of "
+        f"{report['images']} images per row, one or two words each; Gaussian noise in units of "
         f"full scale. One thread; load {machine['load']:.1f} on {machine['cores']} cores.",
         table,
         *(f"Without {engine}: {reason}" for engine, reason in report["absent"].items()),
@@ -166,14 +166,14 @@ def print_remote(report: Mapping[str, Any]) -> None:
     """Print the throughput and the CPU time of both processes."""
     machine = report["machine"]
     table = Table(title="Scoring")
-    for column in ("checkout", "head", "pictures/s", "client, CPU ms/picture", "server"):
+    for column in ("checkout", "head", "images/s", "client, CPU ms/image", "server"):
         table.add_column(column, justify="right" if "/" in column else "left")
     for row in report["rows"]:
         numbers = (f"{row[name]:.2f}" for name in ("per_second", "client", "server"))
         table.add_row(row["tree"], row["way"], *numbers)
     _print(
         f'Head "{report["head"]}", in the client and behind a reward server on the same machine; '
-        f"batches of {report['images']} pictures of {report['side']} px. One thread; medians of "
+        f"batches of {report['images']} images of {report['side']} px. One thread; medians of "
         f"{report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
         f"{machine['cores']} cores.",
         table,

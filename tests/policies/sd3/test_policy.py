@@ -186,7 +186,7 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
         output_type="pt",
     ).images
     # The same passes in the same batch: the update of the latents alone is written otherwise, and
-    # six of them and the decoder made 2.7e-6 of that. The bound is that of pictures above.
+    # six of them and the decoder made 2.7e-6 of that. The bound is that of images above.
     torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
 
 
@@ -201,7 +201,7 @@ def test_decoder_is_channels_last_and_decodes_as_a_plain_one(make: Any, pipeline
     last = torch.channels_last
     assert policy.vae.decoder.conv_in.weight.is_contiguous(memory_format=last)
     assert policy.vae.decode(scaled).sample.is_contiguous(memory_format=last)
-    # Sums in another order: pixels in [-1, 1] were 1e-5 apart. The bound is that of pictures above.
+    # Sums in another order: pixels in [-1, 1] were 1e-5 apart. The bound is that of images above.
     torch.testing.assert_close(found, (raw / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
 
 
@@ -233,9 +233,9 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
     mine = policy.generate(asked)
     # By 0.8.
-    assert (base - mine).abs().max() > 0.05, "the adapter should change the picture"
+    assert (base - mine).abs().max() > 0.05, "the adapter should change the image"
     # Pixels in [0, 1]: peft adds B A x where the policy has B A in the weight, rounded otherwise
-    # (1.7e-6 apart); a tenth of what a picture of 8 bits could show is 4e-4.
+    # (1.7e-6 apart); a tenth of what an image of 8 bits could show is 4e-4.
     assert (drawn - mine).abs().max() < 1e-4
 
 
