@@ -276,6 +276,7 @@ def _policy(
     with _nothing_moves():
         policy = SD3Policy(
             pipeline,
+            # Operations are seen as they are called; no compiler takes what only counts them.
             settings=replace(settings, embeds_dir=None, shard=False, compile="off"),
             sampling=SamplingConfig(resolution=resolution, steps=2, guidance=1.0),
             evaluation=EvaluationConfig(steps=2),

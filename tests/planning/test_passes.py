@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moa_diffusion import tiny
 from moa_diffusion.config.schema import (
@@ -43,6 +44,13 @@ def flash_again(shape: Shape, resolution: int, text: int = 205) -> float:
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     joint = 2 * width * (side**2 + text) ** 2 * sizes["num_layers"]
     return float(joint + 2 * width * side**4 * len(sizes["dual_attention_layers"]))
+
+
+def test_a_compiled_run_is_counted_as_one_that_is_not() -> None:
+    settings = PolicyConfig(compile="blocks", **OPTIONS)
+    with FakeTensorMode():
+        policy = passes._policy(TINY, settings, 64, [True, False])
+    assert all(block._compiled_call_impl is None for block in policy.transformer.transformer_blocks)
 
 
 @pytest.mark.slow
