@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,25 @@ def check_offline(settings: config.Config) -> None:
 
 def test_there_are_configurations() -> None:
     assert len(CONFIGS) >= 4
+
+
+def test_the_recipe_of_ddpo_has_what_trls_trainer_had() -> None:
+    """The defaults of its last ``DDPOConfig``, by the keys of docs/ddpo.md."""
+    rows = re.findall(
+        r"^\| (.+?) \| (.*?) \|", (ROOT / "docs" / "ddpo.md").read_text(), re.MULTILINE
+    )
+    keys = {key for _, there in rows for key in re.findall(r"`([a-z_.]+)`", there)}
+    known = {
+        ".".join(key.split(".")[:n]) for key in assembly.flat(config.Config()) for n in (1, 2, 3)
+    }
+    options = {"objectives.normalizer.size", "objectives.normalizer.min_count"}
+    assert {key for key in keys if "." in key} - known == options
+    recipe = config.load(ROOT / "configs" / "sd35_medium_ddpo.yaml")
+    assert recipe.loss.clip_range == 1e-4
+    assert recipe.loss.advantage_clip == 5.0
+    assert (recipe.optimizer.lr, recipe.optimizer.betas) == (3e-4, [0.9, 0.999])
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.eps) == (1e-4, 1e-8)
+    assert recipe.optimizer.max_grad_norm == 1.0
+    assert recipe.checkpoint.keep == 5
+    assert recipe.objectives.method == "ddpo"
+    assert recipe.objectives.normalizer["min_count"] == 16
