@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.samplers import Steps, generators, noise
 from moa_diffusion.types import Request, Rollout
 
@@ -73,9 +74,7 @@ class ToyPolicy:
         """Return the numbers of all steps."""
         return range(self.steps)
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def log_probs(self, rollout: Rollout, steps: slice, *, with_kl: bool = False) -> Terms:
         """Return the Gaussian log-probs ``[n, t]`` of the points that were reached."""
         log_probs, kls = [], []
         for i in range(*steps.indices(self.steps)):
@@ -84,7 +83,8 @@ class ToyPolicy:
             if with_kl:
                 drift = self.drift[i].expand_as(x)
                 kls.append(self._gaussian.kl(drift, torch.zeros_like(x), self.kl))
-        return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
+        kl = torch.stack(kls, dim=1) if with_kl else None
+        return Terms(torch.stack(log_probs, dim=1), kl)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:

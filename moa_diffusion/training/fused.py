@@ -84,7 +84,7 @@ class _ObjectiveRows:
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
-            new, kl = policy.log_probs(part, chunk, with_kl=with_kl)
+            new, kl, _ = policy.log_probs(part, chunk, with_kl=with_kl)
             coefficients = surrogate_coefficients(new, old, advantages, clip_range)
             coefficients = torch.where(mask, coefficients, 0.0)  # [K, m, t]
             self._rows.backward(

@@ -170,7 +170,7 @@ class RolloutSteps:
         part = rollout.select(torch.arange(self.geometry.micro_batch), outputs=False)
         gap = torch.zeros(count, device=part.log_probs.device)  # [T]
         for steps in chunks:
-            again, _ = self.policy.log_probs(part, steps)
+            again = self.policy.log_probs(part, steps).log_probs
             gap[steps] = ((again - part.log_probs[:, steps]).abs() * part.mask[:, steps]).amax(0)
         worst = float(gap.max()) if gap.isfinite().all() else math.inf
         worst = float(self.comm.gather(torch.tensor([worst])).max())

@@ -235,7 +235,7 @@ class Probe:
             part = rollout.select(micro, outputs=False)
             micro_advantages = share * take(advantages.T, micro.tolist()).T  # [K, m]
             for chunk in policy.step_chunks(part.log_probs.shape[1]):
-                new, _ = policy.log_probs(part, chunk)
+                new = policy.log_probs(part, chunk).log_probs
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
                 coefficients = -micro_advantages[:, :, None]  # [K, m, 1]
                 coefficients = torch.where(part.mask[:, chunk], coefficients, 0.0)  # [K, m, t]
@@ -340,7 +340,7 @@ class _Surrogate:
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
-            new, kl = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
+            new, kl, _ = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
             chunk_advantage = advantage if advantage.ndim == 1 else advantage[:, chunk]
             losses = clipped_surrogate(new, old, chunk_advantage, settings.clip_range)  # [m, t]
             if kl is not None:

@@ -199,7 +199,7 @@ def test_the_gramian_is_that_of_separate_backward_passes(policy: Any) -> None:
     for advantage in advantages:
         total = torch.zeros(())
         for steps in policy.step_chunks(rollout.log_probs.shape[1]):
-            log_probs, _ = policy.log_probs(rollout, steps)
+            log_probs = policy.log_probs(rollout, steps).log_probs
             total = total - (advantage.float()[:, None] * log_probs).sum()
         gradients = torch.autograd.grad(total / rollout.mask.sum(), parameters)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
