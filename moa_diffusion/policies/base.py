@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.types import Outputs, Request, Rollout
 
 
@@ -35,6 +36,8 @@ class Policy(Protocol):
     row_copies: int  # all stand there so often, one set after the other: 2 with guidance
     # Whether each forward and backward pass is a collective operation: all ranks make as many.
     lockstep: bool
+    # Copies of the trainable parameters that follow them, once per rollout, by name.
+    copies: Mapping[str, AdapterCopy]
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies import lora
 from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.chat import Dialogue
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.policies.language_model import (
     check_forward,
@@ -60,6 +62,7 @@ class CausalLMPolicy:
     """
 
     row_per_sample, row_copies, lockstep = True, 1, False
+    copies: Mapping[str, AdapterCopy] = MappingProxyType({})
     dimensions = 1
 
     def __init__(

@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moa_diffusion.policies.base import Terms
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.samplers import Steps, generators, noise
 from moa_diffusion.types import Request, Rollout
 
@@ -31,6 +33,7 @@ class ToyPolicy:
 
     dtype = torch.float32
     row_per_sample, row_copies, lockstep = False, 1, False
+    copies: Mapping[str, AdapterCopy] = MappingProxyType({})
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:

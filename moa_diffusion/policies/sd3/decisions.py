@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moa_diffusion.policies import samplers
 from moa_diffusion.policies.base import Terms
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.types import Request, Rollout
 
 # Of a batch's prompts, and pooled ones; with guidance those of the empty prompt come first.
@@ -28,6 +29,8 @@ class Drawn:
 
 class Decisions(Protocol):
     """A kind of decision: steps of the reverse process, or images that are noised again."""
+
+    copies: Mapping[str, AdapterCopy]  # of the adapter, which drawing or training needs
 
     def trained_steps(self, step: int) -> Sequence[int]:
         """Return the numbers of the decisions of rollout ``step``: see ``Policy``."""

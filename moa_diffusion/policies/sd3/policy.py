@@ -26,6 +26,7 @@ from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.sd3.decisions import Decisions, initial_noise
 from moa_diffusion.policies.sd3.pipeline import latent_shape
 from moa_diffusion.policies.sd3.prompt_encoder import PromptEncoder
+from moa_diffusion.policies.sd3.renoised import RenoisedImages
 from moa_diffusion.policies.sd3.reverse import ReverseSteps
 from moa_diffusion.policies.sd3.schedule import Schedule
 from moa_diffusion.policies.sd3.velocity import Velocity
@@ -104,15 +105,17 @@ class SD3Policy:
         tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         schedule = partial(Schedule, pipeline.scheduler, tokens=tokens, device=device)
         self._schedule, self._eval_schedule = schedule(sampling.steps), schedule(evaluation.steps)
-        self._decisions: Decisions = ReverseSteps(
+        kind: Any = partial(ReverseSteps, sampler=self.sampler, seed=seed)
+        if loss.kind == "forward":
+            kind = RenoisedImages
+        self._decisions: Decisions = kind(
             self._velocity,
             self._schedule,
             sampling=sampling,
             loss=loss,
-            sampler=self.sampler,
             shape=self.latent_shape,
-            seed=seed,
         )
+        self.copies = self._decisions.copies
         self._embedded: tuple[tuple[str, ...], tuple[Tensor, Tensor]] | None = None  # the last
 
     # ------------------------------------------------------------------ the Policy protocol

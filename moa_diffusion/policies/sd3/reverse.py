@@ -7,7 +7,7 @@ step, its log-probability a Gaussian's. Outside the trained window the steps are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from moa_diffusion.config.schema import LossConfig, SamplingConfig
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.policies import samplers
 from moa_diffusion.policies.base import Terms
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.sd3.decisions import Drawn, Embeds, initial_noise
 from moa_diffusion.policies.sd3.schedule import Schedule
 from moa_diffusion.policies.sd3.velocity import Velocity
@@ -54,6 +55,7 @@ class ReverseSteps:
         self._velocity, self._schedule, self.sampling = velocity, schedule, sampling
         self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
         self._shape, self._seed, self._device = shape, seed, schedule.sigma.device
+        self.copies: Mapping[str, AdapterCopy] = {}
         self.stochastic = schedule.stochastic(sampler, sampling.noise_level)
 
     def trained_steps(self, step: int) -> range:
