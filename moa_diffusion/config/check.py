@@ -10,6 +10,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
+from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.config.schema import (
     SAMPLERS,
     Config,
@@ -180,6 +181,7 @@ def _check_numbers(config: Config) -> None:
 
 def _check_forward(config: Config) -> None:
     """Check what images that are noised again do not have, and what would have no effect."""
+    forward_rules(config.loss.forward)
     _require(
         config,
         "sampling.guidance",
@@ -192,6 +194,12 @@ def _check_forward(config: Config) -> None:
         lambda value: value in (None, "velocity"),
         "velocity or null for loss.kind forward",
     )
+    _require(
+        config,
+        "sampling.shared_start",
+        lambda value: not value,
+        "false for loss.kind forward, where samples of a group that start alike end alike",
+    )
     steps = "for loss.kind forward, where no step of sampling is trained"
     for key, neutral, reason in (
         ("loss.clip_range", LossConfig().clip_range, "for loss.kind forward, which has no ratios"),
@@ -200,7 +208,8 @@ def _check_forward(config: Config) -> None:
         ("sampling.window", 0, steps),
         ("sampling.sampler", SamplingConfig().sampler, steps),
     ):
-        _require(config, key, partial(eq, neutral), f"{neutral} (the default) {reason}")
+        expected = "null" if neutral is None else neutral
+        _require(config, key, partial(eq, neutral), f"{expected} (the default) {reason}")
 
 
 def _check_distinct(key: str, files: Sequence[PromptFileConfig], column: str) -> None:

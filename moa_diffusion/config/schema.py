@@ -292,7 +292,7 @@ class GradientsConfig:
 
 @dataclass(config=_STRICT)
 class CopyConfig:
-    """A copy of the adapter that follows it, once per rollout.
+    """A copy of the adapter that follows it, once per rollout; null is the preset's, or none.
 
     Of the copy a share stays: ``decay_rate`` times the optimizer steps since ``decay_after``, at
     most ``decay_limit``. Without a rate it is the adapter as it was when the rollout began.
@@ -304,10 +304,10 @@ class CopyConfig:
         decay_after: Number of optimizer steps after which the share begins to grow.
     """
 
-    weight: NotNegative = 0.0
-    decay_rate: NotNegative = 0.0
-    decay_limit: Decay = 0.5
-    decay_after: Natural = 0
+    weight: NotNegative | None = None
+    decay_rate: NotNegative | None = None
+    decay_limit: Decay | None = None
+    decay_after: Natural | None = None
 
 
 @dataclass(config=_STRICT)
@@ -334,8 +334,8 @@ class ForwardConfig:
         beta: Distance of the two sides from the velocity of old, for branches; a smaller one learns
             faster and less steadily.
         draws_with: Which adapter draws the images: the one that is trained (current), or old.
-        old: A copy of the adapter, which branches needs; null for none.
-        average: A second copy; null for none.
+        old: The copy of the adapter that branches and draws_with look at.
+        average: A second copy.
     """
 
     preset: Literal["nft", "awm", "ram"] | None = None
@@ -348,8 +348,8 @@ class ForwardConfig:
     by_time: Switch | None = None
     beta: Positive | None = None
     draws_with: Literal["current", "old"] | None = None
-    old: CopyConfig | None = None
-    average: CopyConfig | None = None
+    old: CopyConfig = field(default_factory=CopyConfig)
+    average: CopyConfig = field(default_factory=CopyConfig)
 
 
 @dataclass(config=_STRICT)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_diffusion.config.schema import CopyConfig
+from moa_diffusion.config.presets import CopyRules
 
 
 class AdapterCopy:
@@ -24,7 +24,7 @@ class AdapterCopy:
         settings: How the share grows.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: CopyConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: CopyRules) -> None:
         self.parameters, self.settings = dict(parameters), settings
         self.values: dict[str, Tensor] = {}
         self.restart()

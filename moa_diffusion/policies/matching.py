@@ -13,9 +13,9 @@ linear in A, so that advantages, their weights and the gradients of single objec
 are for log-probabilities. Where ``v`` is ``v_old``, the first term's gradient is A times that of a
 weighted flow-matching loss, and the pull's is 0.
 
-- ``mse``: ``-mean((v - u)^2)``. With a pull to the reference it is regression towards ``v_ref + A
-  (u - v_ref)``, up to a term that only rescales the distance: RAM (arXiv 2605.10759; equation as
-  quoted in a survey, code not seen).
+- ``mse``: ``-mean((v - u)^2)``. With a pull of weight 1 to the reference the gradient is that of
+  regression towards ``v_ref + A (u - v)``, held constant: RAM (arXiv 2605.10759; equation as quoted
+  in a survey, code not seen).
 - ``huber``: ``-(e^p - eps^p) / p`` with ``e = mean((v - u)^2) + eps``, p = 1/4: AWM (arXiv
   2509.25050), times t there.
 - ``branches``: DiffusionNFT (arXiv 2509.16117). Its loss is ``5 (r e_plus + (1 - r) e_minus) /

@@ -72,6 +72,7 @@ class _ObjectiveRows:
         advantages = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
         self._advantages = advantages.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(advantages))
+        self._pulled = False  # whether there is a pull to copies of the adapter
         self.weights: list[Tensor] = []  # [K] of each optimizer step
         self.gramian: Tensor | None = None  # [K, K], the last one that was finite
 
@@ -98,6 +99,7 @@ class _ObjectiveRows:
             )
             held = [self._beta * kl] if kl is not None else []
             held += [pull] if pull is not None else []
+            self._pulled = pull is not None
             if held:
                 weighted = torch.where(mask, sum(held), 0.0).sum() / decisions
                 torch.autograd.backward(stepper.scaler.scale(weighted))
@@ -118,7 +120,7 @@ class _ObjectiveRows:
             count = len(gramian)
             self.weights.append(torch.full((count,), 1 / count, dtype=torch.float64))
         factor = self._scalarization.kl_scale()
-        if factor != 1 and self._steps.policy.copies:
+        if factor != 1 and self._pulled:
             raise TrainingError(
                 "loss.forward: a pull to copies of the adapter has the unit of normalized "
                 "advantages. Found a normalizer that keeps the unit of the rewards, with weights "

@@ -121,6 +121,7 @@ class RolloutSteps:
         totals = torch.cat([table[:, :3], table[:, 4:]], dim=1).double().sum(0)
         self.comm.sum_([totals])
         decisions, clipped, kl, pull = totals.tolist()
+        decisions = max(decisions, 1.0)  # there are none where no sample has a reward
         if self.settings.kind == "forward":
             own = {"policy/pull": pull / decisions} if self.policy.copies else {}
         else:

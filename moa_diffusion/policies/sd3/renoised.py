@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moa_diffusion.config.schema import CopyConfig, ForwardConfig, LossConfig, SamplingConfig
+from moa_diffusion.config.presets import forward_rules
+from moa_diffusion.config.schema import LossConfig, SamplingConfig
 from moa_diffusion.data.seeds import generator
 from moa_diffusion.policies import matching, samplers
 from moa_diffusion.policies.base import Terms
@@ -23,74 +22,9 @@ from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.sd3.decisions import Drawn, Embeds, initial_noise
 from moa_diffusion.policies.sd3.schedule import Schedule
 from moa_diffusion.policies.sd3.velocity import Velocity
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import ConfigError, Request, Rollout
 
 SHIFT = 3.0  # of the logit-normal noise levels, as Stable Diffusion 3 was pretrained with
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """A ``ForwardConfig`` with nothing left open."""
-
-    match: Literal["mse", "huber", "branches"] = "mse"
-    times: Literal["grid", "strata", "uniform", "logit_normal"] = "uniform"
-    draws: int = 4
-    first: float = 0.0
-    last: float = 1.0
-    scale: float = 1.0
-    by_time: bool = False
-    beta: float = 1.0
-    draws_with: Literal["current", "old"] = "current"
-    old: CopyConfig | None = None
-    average: CopyConfig | None = None
-
-
-# The weights of the pulls to the reference, which all three have, are `loss.kl_weight`.
-PRESETS = {
-    # DiffusionNFT (arXiv 2509.16117), its code's settings for several rewards but for beta, which
-    # is 0.1 there and for legible text, and 1 elsewhere.
-    "nft": Rules(
-        match="branches",
-        times="grid",
-        draws=9,
-        draws_with="old",
-        old=CopyConfig(weight=5.0, decay_rate=0.001, decay_limit=0.5),
-    ),
-    # AWM (arXiv 2509.25050), its code's settings. Advantages are clipped at 5 and divided by it.
-    "awm": Rules(
-        match="huber",
-        times="strata",
-        draws=6,
-        first=0.1,
-        scale=0.2,
-        by_time=True,
-        average=CopyConfig(weight=1.0, decay_rate=0.001, decay_limit=0.3),
-    ),
-    # RAM (arXiv 2605.10759), after its equation; its code was not seen.
-    "ram": Rules(),
-}
-
-
-def rules_of(settings: ForwardConfig) -> Rules:
-    """Return the preset's rules, with what the settings say instead.
-
-    Raises:
-        ValueError: If they do not go together.
-    """
-    rules = PRESETS[settings.preset] if settings.preset else Rules()
-    given = {name: getattr(settings, name) for name in Rules.__dataclass_fields__}
-    rules = replace(rules, **{name: value for name, value in given.items() if value is not None})
-    needs = rules.match == "branches" or rules.draws_with == "old"
-    if needs and rules.old is None:
-        raise ValueError(
-            "loss.forward.old: should be given (`old: {}` is the adapter as it was when the "
-            f"rollout began) for match {rules.match} and draws_with {rules.draws_with}. Found null."
-        )
-    if not rules.first < rules.last:
-        raise ValueError(
-            f"loss.forward.first: should be less than last, {rules.last}. Found {rules.first}."
-        )
-    return rules
 
 
 class RenoisedImages:
@@ -104,7 +38,7 @@ class RenoisedImages:
         shape: Shape ``(C, h, w)`` of the latents.
 
     Raises:
-        ValueError: If there is guidance, or the rules do not go together.
+        ConfigError: If there is guidance, or the rules do not go together, or with the schedule.
 
     Attributes:
         copies: The copies of the adapter, ``old`` and ``average`` as far as there are any.
@@ -120,26 +54,25 @@ class RenoisedImages:
         shape: tuple[int, int, int],
     ) -> None:
         if sampling.guidance > 1:
-            raise ValueError(
+            raise ConfigError(
                 "sampling.guidance: should be at most 1 for loss.kind forward, whose images and "
                 f"training passes have none. Found {sampling.guidance:g}."
             )
         self._velocity, self._schedule, self._shape = velocity, schedule, shape
-        self._device, self._rules = schedule.sigma.device, rules_of(loss.forward)
+        self._device, self._rules = schedule.sigma.device, forward_rules(loss.forward)
         rules = self._rules
         self._levels = [s for s in schedule.sigmas[:-1] if rules.first <= s <= rules.last]
         if rules.times in ("grid", "strata") and rules.draws > len(self._levels):
-            raise ValueError(
+            raise ConfigError(
                 f"loss.forward.draws: should be at most {len(self._levels)}, the noise levels of "
                 f"sampling from {rules.first:g} to {rules.last:g}, for times {rules.times}. Found "
                 f"{rules.draws}."
             )
-        settings = {"old": rules.old, "average": rules.average}
         self.copies: Mapping[str, AdapterCopy] = {
-            name: AdapterCopy(velocity.trainable, chosen)
-            for name, chosen in settings.items()
-            if chosen is not None
+            name: AdapterCopy(velocity.trainable, chosen) for name, chosen in rules.copies.items()
         }
+        # Those whose velocities training needs; others only draw.
+        self._anchors = [name for name, chosen in rules.copies.items() if chosen.weight]
 
     def trained_steps(self, step: int) -> Sequence[int]:
         """Return none: there are no log-probabilities that sampling and training share."""
@@ -168,10 +101,9 @@ class RenoisedImages:
         rules, chosen = self._rules, range(*steps.indices(self._rules.draws))
         n, t = len(rollout), len(chosen)
         levels = rollout.trace["levels"][:, chosen.start : chosen.stop].flatten()  # [n t]
-        noise = torch.stack(
-            [self._noise(request.seed, d) for request in rollout.requests for d in chosen]
-        )
-        levels, noise = levels.to(self._device), noise.to(self._device)
+        levels = levels.to(self._device)
+        sources = [generator(one.seed, "renoise", d) for one in rollout.requests for d in chosen]
+        noise = samplers.noise(sources, self._shape, self._device)  # [n t, C, h, w]
         image = rollout.trace["latents"].repeat_interleave(t, 0)  # [n t, C, h, w]
         part = levels[:, None, None, None]
         x, u = (1 - part) * image + part * noise, noise - image
@@ -181,8 +113,8 @@ class RenoisedImages:
 
         anchors: dict[str, Tensor] = {}
         with torch.no_grad():  # first: parameters may not change below a graph
-            for name, copy in self.copies.items():
-                with copy.applied():
+            for name in self._anchors:
+                with self.copies[name].applied():
                     anchors[name] = velocity()
             if with_kl:
                 with self._velocity.reference():
@@ -190,16 +122,11 @@ class RenoisedImages:
         v = velocity()
         match = self._match(v, u, levels, anchors)
         score = rules.scale * match.score * (levels if rules.by_time else 1.0)
-        pulls = [
-            copy.settings.weight
-            * (
-                match.pull
-                if name == "old" and match.pull is not None
-                else matching.distance(v, anchors[name])
-            )
-            for name, copy in self.copies.items()
-            if copy.settings.weight
-        ]
+        pulls = []
+        for name in self._anchors:
+            own = match.pull if name == "old" else None
+            pull = matching.distance(v, anchors[name]) if own is None else own
+            pulls.append(self.copies[name].settings.weight * pull)
         kl = matching.distance(v, anchors["reference"]) if with_kl else None
         return Terms(
             score.view(n, t),
@@ -223,16 +150,13 @@ class RenoisedImages:
         if rules.times == "grid":
             order = torch.randperm(len(self._levels), generator=source)[:count]
             return torch.tensor(self._levels)[order]
-        place = torch.rand(count, generator=source)
+        place = torch.arange(count) + torch.rand(count, generator=source, dtype=torch.float64)
         if rules.times == "strata":  # one of each of `count` parts of the noise levels
-            rows = ((torch.arange(count) + place) * len(self._levels) / count).long()
+            last = len(self._levels) - 1
+            rows = (place * len(self._levels) / count).long().clamp(max=last)  # where it rounds up
             return torch.tensor(self._levels)[rows]
-        place = (torch.arange(count) + place) / count  # stratified in (0, 1)
+        place = place / count  # stratified in [0, 1]
         if rules.times == "logit_normal":
-            sigma = torch.special.ndtri(place.double()).sigmoid()
-            place = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).float()
-        return rules.first + (rules.last - rules.first) * place
-
-    def _noise(self, seed: int, draw: int) -> Tensor:
-        """Return the noise ``[C, h, w]`` of one of a sample's draws, on the CPU."""
-        return torch.randn(self._shape, generator=generator(seed, "renoise", draw))
+            sigma = torch.special.ndtri(place).sigmoid()
+            place = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+        return (rules.first + (rules.last - rules.first) * place).float()
