@@ -181,7 +181,14 @@ def _check_numbers(config: Config) -> None:
 
 def _check_forward(config: Config) -> None:
     """Check what images that are noised again do not have, and what would have no effect."""
-    forward_rules(config.loss.forward)
+    copies = forward_rules(config.loss.forward).copies.values()
+    _require(
+        config,
+        "loss.kl_weight",
+        lambda value: value > 0 or any(copy.weight > 0 for copy in copies),
+        "positive for loss.kind forward where no copy has a weight (RAM's is 1): nothing else "
+        "bounds how far velocities go",
+    )
     _require(
         config,
         "sampling.guidance",

@@ -220,7 +220,10 @@ def test_one_file_may_stand_twice_with_two_columns(tmp_path):
     assert len(loaded(tmp_path, mixed(train=both)).prompts.train) == 2
 
 
-FORWARD = BASE | {"loss": {"kind": "forward"}, "sampling": {"guidance": 1.0}}
+FORWARD = BASE | {
+    "loss": {"kind": "forward", "forward": {"preset": "ram"}, "kl_weight": 1.0},
+    "sampling": {"guidance": 1.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +236,7 @@ FORWARD = BASE | {"loss": {"kind": "forward"}, "sampling": {"guidance": 1.0}}
         ({"loss.clip_range": 1e-5}, r"loss\.clip_range: should be 0\.0001 .* has no ratios"),
         ({"loss.ratio_tolerance": 1e-3}, r"loss\.ratio_tolerance: should be null .* no ratios"),
         ({"loss.steps": "equal"}, r"loss\.steps: should be plain .* no step of sampling"),
+        ({"loss.kl_weight": 0.0}, r"loss\.kl_weight: should be positive .* Found 0"),
         ({"loss.kl": "gaussian"}, r"loss\.kl: should be velocity or null .* Found 'gaussian'"),
         ({"policy.name": "toy"}, r"loss\.kind: should be grpo for policy\.name toy.* noised again"),
         ({"policy.name": "causal_lm"}, r"loss\.kind: should be grpo for policy\.name causal_lm"),

@@ -18,7 +18,7 @@ def test_a_preset_alone_is_what_was_published(preset: str) -> None:
             "rewards": {"red": {}},
             "prompts": {"heldout": "tiny"},
             "sampling": {"guidance": 1.0},
-            "loss": {"kind": "forward", "forward": {"preset": preset}},
+            "loss": {"kind": "forward", "kl_weight": 1e-4, "forward": {"preset": preset}},
         }
     )
     check(config)

@@ -92,6 +92,7 @@ def test_a_reward_improves(tmp_path: Path, pipeline: Any, preset: str) -> None:
         preset=preset,
         policy={"lora": {"rank": 4, "target_modules": ["proj_out"]}},
         rewards=("redness",),
+        loss={"kl_weight": 0.02 if preset == "ram" else 0.0},  # RAM of 50 times the advantage
         optimizer={"lr": 0.02},
         trainer={"steps": 8, "group_size": 8, "updates": 1, "micro_batch": 8},
     )
@@ -174,7 +175,7 @@ def test_a_rollout_that_fails_at_its_end_takes_the_copies_back(
 
 def test_a_checkpoint_without_the_copies_is_refused(tmp_path: Path, pipeline: Any) -> None:
     options: dict[str, Any] = {"trainer": {"steps": 1, "groups": 2, "group_size": 4}}
-    make(tmp_path / "run", pipeline, preset="ram", **options).run()
+    make(tmp_path / "run", pipeline, preset="ram", loss={"kl_weight": 1.0}, **options).run()
     with pytest.raises(ValueError, match=r"resume: loss\.forward has other copies .* lacks old"):
         make(tmp_path / "run", pipeline, resume="latest", **options)
 

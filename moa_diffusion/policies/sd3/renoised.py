@@ -87,13 +87,11 @@ class RenoisedImages:
             for i, s in enumerate(self._schedule.sigmas[:-1]):
                 v = self._velocity(x, x.new_full((len(x),), s), embeds, 1.0)
                 x = self._schedule.deterministic[i : i + 1].mean(x, v)
+        levels = torch.stack([self._times(request.seed) for request in requests])  # [n, T]
         return Drawn(
             latents=x,
-            log_probs=x.new_zeros(len(requests), self._rules.draws),
-            trace={
-                "latents": x,
-                "levels": torch.stack([self._times(request.seed) for request in requests]),
-            },
+            log_probs=x.new_zeros(levels.shape),
+            trace={"latents": x, "levels": levels.to(self._device)},
         )
 
     def terms(self, rollout: Rollout, steps: slice, embeds: Embeds, *, with_kl: bool) -> Terms:
@@ -101,7 +99,6 @@ class RenoisedImages:
         rules, chosen = self._rules, range(*steps.indices(self._rules.draws))
         n, t = len(rollout), len(chosen)
         levels = rollout.trace["levels"][:, chosen.start : chosen.stop].flatten()  # [n t]
-        levels = levels.to(self._device)
         sources = [generator(one.seed, "renoise", d) for one in rollout.requests for d in chosen]
         noise = samplers.noise(sources, self._shape, self._device)  # [n t, C, h, w]
         image = rollout.trace["latents"].repeat_interleave(t, 0)  # [n t, C, h, w]
