@@ -9,6 +9,7 @@ import torch
 
 from moa_diffusion.config.schema import (
     EvaluationConfig,
+    ForwardConfig,
     GenerationConfig,
     LoraConfig,
     LossConfig,
@@ -22,12 +23,20 @@ CPU = torch.device("cpu")
 
 
 def sd3_policy(pipeline: Any, *, device: torch.device = CPU, seed: int = 0, **flat: Any) -> Any:
-    """``lora_rank`` goes to ``policy.lora.rank``, ``eval_steps`` to ``evaluation.steps``."""
+    """``lora_rank`` goes to ``policy.lora.rank``, ``eval_steps`` to ``evaluation.steps``.
+
+    With settings of ``forward``, images are noised again as decisions.
+    """
     return SD3Policy(
         pipeline,
         sampling=SamplingConfig(**_of(SamplingConfig, flat)),
         evaluation=EvaluationConfig(**_of(EvaluationConfig, flat, "eval_")),
-        loss=LossConfig(kl=flat.pop("kl", None), steps=flat.pop("loss_steps", "plain")),
+        loss=LossConfig(
+            kind="forward" if "forward" in flat else "grpo",
+            forward=ForwardConfig(**flat.pop("forward", {})),
+            kl=flat.pop("kl", None),
+            steps=flat.pop("loss_steps", "plain"),
+        ),
         settings=_policy(flat),
         device=device,
         seed=seed,

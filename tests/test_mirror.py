@@ -105,7 +105,9 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     "policies/sd3/test_policy.py": (
         "a policy's parts, each by what the policy gives",
         (
+            "moa_diffusion.policies.sd3.decisions",
             "moa_diffusion.policies.sd3.pipeline",
+            "moa_diffusion.policies.sd3.reverse",
             "moa_diffusion.policies.sd3.schedule",
             "moa_diffusion.policies.sd3.velocity",
         ),
@@ -179,6 +181,8 @@ USED_BY = {
     "moa_diffusion.policies.base": ".log_probs(",
     "moa_diffusion.policies.hub": "huggingface_hub.HfApi.model_info",
     "moa_diffusion.policies.toy": "from toy_runs import",
+    "moa_diffusion.policies.sd3.decisions": "policy._decisions.",
+    "moa_diffusion.policies.sd3.reverse": "policy._decisions.stochastic",
     "moa_diffusion.policies.sd3.schedule": "policy._schedule.sigmas",
     "moa_diffusion.policies.sd3.velocity": "policy._velocity(",
     "moa_diffusion.report.grid": "grid.png",

@@ -172,7 +172,7 @@ def broken_log_probs(trainer: Run, change: Callable[[torch.Tensor], torch.Tensor
     log_probs = trainer.policy.log_probs
 
     def wrapped(rollout, steps, *, with_kl=False):
-        values, kl = log_probs(rollout, steps, with_kl=with_kl)
-        return change(values), kl
+        terms = log_probs(rollout, steps, with_kl=with_kl)
+        return terms._replace(log_probs=change(terms.log_probs))
 
     trainer.policy.log_probs = wrapped

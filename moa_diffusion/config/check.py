@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.config.schema import SAMPLERS, Config, PromptFileConfig
+from moa_diffusion.config.presets import forward_rules
+from moa_diffusion.config.schema import (
+    SAMPLERS,
+    Config,
+    ForwardConfig,
+    LossConfig,
+    PromptFileConfig,
+    SamplingConfig,
+)
 from moa_diffusion.types import ConfigError
 from rewards.suggestions import did_you_mean
 
@@ -125,9 +135,24 @@ def _check_numbers(config: Config) -> None:
     _require(
         config,
         "loss.kind",
-        lambda value: value == "grpo" or writes,
+        lambda value: value != "ppo" or writes,
         f"grpo for policy.name {config.policy.name}: value heads read language models",
     )
+    _require(
+        config,
+        "loss.kind",
+        lambda value: value != "forward" or config.policy.name == "sd3",
+        f"grpo for policy.name {config.policy.name}: only images are noised again",
+    )
+    if config.loss.kind == "forward":
+        _check_forward(config)
+    else:
+        _require(
+            config,
+            "loss.forward",
+            partial(eq, ForwardConfig()),
+            f"left out for loss.kind {config.loss.kind}",
+        )
     _require(
         config,
         "loss.steps",
@@ -152,6 +177,46 @@ def _check_numbers(config: Config) -> None:
             lambda value: value is not None,
             "a prompt file while evaluation.every is not 0",
         )
+
+
+def _check_forward(config: Config) -> None:
+    """Check what images that are noised again do not have, and what would have no effect."""
+    copies = forward_rules(config.loss.forward).copies.values()
+    _require(
+        config,
+        "loss.kl_weight",
+        lambda value: value > 0 or any(copy.weight > 0 for copy in copies),
+        "positive for loss.kind forward where no copy has a weight (RAM's is 1): nothing else "
+        "bounds how far velocities go",
+    )
+    _require(
+        config,
+        "sampling.guidance",
+        lambda value: value <= 1,
+        "at most 1 for loss.kind forward, whose training passes have no guidance",
+    )
+    _require(
+        config,
+        "loss.kl",
+        lambda value: value in (None, "velocity"),
+        "velocity or null for loss.kind forward",
+    )
+    _require(
+        config,
+        "sampling.shared_start",
+        lambda value: not value,
+        "false for loss.kind forward, where samples of a group that start alike end alike",
+    )
+    steps = "for loss.kind forward, where no step of sampling is trained"
+    for key, neutral, reason in (
+        ("loss.clip_range", LossConfig().clip_range, "for loss.kind forward, which has no ratios"),
+        ("loss.ratio_tolerance", None, "for loss.kind forward, which has no ratios"),
+        ("loss.steps", "plain", steps),
+        ("sampling.window", 0, steps),
+        ("sampling.sampler", SamplingConfig().sampler, steps),
+    ):
+        expected = "null" if neutral is None else neutral
+        _require(config, key, partial(eq, neutral), f"{expected} (the default) {reason}")
 
 
 def _check_distinct(key: str, files: Sequence[PromptFileConfig], column: str) -> None:

@@ -291,12 +291,76 @@ class GradientsConfig:
 
 
 @dataclass(config=_STRICT)
+class CopyConfig:
+    """A copy of the adapter that follows it, once per rollout; null is the preset's, or none.
+
+    Of the copy a share stays: ``decay_rate`` times the optimizer steps since ``decay_after``, at
+    most ``decay_limit``. Without a rate it is the adapter as it was when the rollout began.
+
+    Args:
+        weight: Weight of the pull of velocities towards the copy's; 0 is none.
+        decay_rate: Growth of the share that stays, per optimizer step.
+        decay_limit: Largest share that stays.
+        decay_after: Number of optimizer steps after which the share begins to grow.
+    """
+
+    weight: NotNegative | None = None
+    decay_rate: NotNegative | None = None
+    decay_limit: Decay | None = None
+    decay_after: Natural | None = None
+
+
+@dataclass(config=_STRICT)
+class ForwardConfig:
+    """Losses along the forward process, for ``loss.kind: forward``.
+
+    Images are drawn deterministically, noised again, and velocities move towards those that lead to
+    images with positive advantages and away from those that lead to the others.
+
+    Args:
+        preset: Published settings of all that is null here: nft (DiffusionNFT), awm (Advantage
+            Weighted Matching) or ram.
+        match: What an advantage is multiplied with: mse, minus the squared distance of the velocity
+            from the one that leads to the image; huber, its fourth root; or branches, the
+            difference of both sides of the velocity of old (DiffusionNFT).
+        times: How the noise levels of an image's draws lie: grid (those of sampling, each once at
+            most), strata (one from each of as many parts of those of sampling), uniform or
+            logit_normal (both stratified).
+        draws: Number of noisy versions of each image.
+        first: Smallest noise level, from 0 (the image) to 1 (noise).
+        last: Largest noise level.
+        scale: Factor of the advantage.
+        by_time: Whether the match counts in proportion to the noise level.
+        beta: Distance of the two sides from the velocity of old, for branches; a smaller one learns
+            faster and less steadily.
+        draws_with: Which adapter draws the images: the one that is trained (current), or old.
+        old: The copy of the adapter that branches and draws_with look at.
+        average: A second copy.
+    """
+
+    preset: Literal["nft", "awm", "ram"] | None = None
+    match: Literal["mse", "huber", "branches"] | None = None
+    times: Literal["grid", "strata", "uniform", "logit_normal"] | None = None
+    draws: Count | None = None
+    first: Annotated[float, Strict(), Interval(ge=0, lt=1)] | None = None
+    last: Annotated[float, Strict(), Interval(gt=0, le=1)] | None = None
+    scale: Positive | None = None
+    by_time: Switch | None = None
+    beta: Positive | None = None
+    draws_with: Literal["current", "old"] | None = None
+    old: CopyConfig = field(default_factory=CopyConfig)
+    average: CopyConfig = field(default_factory=CopyConfig)
+
+
+@dataclass(config=_STRICT)
 class LossConfig:
     """The policy-gradient surrogate.
 
     Args:
-        kind: ``grpo`` (one advantage per sample, from its siblings) or ``ppo`` (one per decision,
-            from value heads: see critic; language models only).
+        kind: ``grpo`` (one advantage per sample, from its siblings), ``ppo`` (one per decision,
+            from value heads: see critic; language models only) or ``forward`` (of noisy versions of
+            the images instead of the steps that drew them: see forward; images only).
+        forward: Settings of ``forward``.
         clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
             are means over latent dimensions, so useful values are about 1e-4.
         advantage_clip: Largest absolute advantage; what is beyond is cut to it.
@@ -313,7 +377,8 @@ class LossConfig:
             stops; those by which float16 finds its loss scale do not count.
     """
 
-    kind: Literal["grpo", "ppo"] = "grpo"
+    kind: Literal["grpo", "ppo", "forward"] = "grpo"
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
     clip_range: Positive = 1e-4
     advantage_clip: Positive = 5.0
     steps: Literal["plain", "equal"] = "plain"

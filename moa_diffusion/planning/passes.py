@@ -222,7 +222,7 @@ def _counted(
         state = _state(policy.transformer)
         training, sampling = Counts(state), Counts(state)
         with training:
-            log_probs, _ = policy.log_probs(rollout, slice(0, 1))
+            log_probs = policy.log_probs(rollout, slice(0, 1)).log_probs
             saved, flops, moved = training.live, training.flops, training.moved
             torch.autograd.backward(log_probs.sum())
         del log_probs

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.types import Outputs, Request, Rollout
+
+
+class Terms(NamedTuple):
+    """What the loss of decisions ``[n, t]`` is made of, with gradient."""
+
+    log_probs: Tensor  # what advantages are multiplied with
+    kl: Tensor | None = None  # to the reference; None if it was not asked for
+    pull: Tensor | None = None  # towards copies of the adapter, weighted; None if there are none
 
 
 class Policy(Protocol):
@@ -27,6 +36,8 @@ class Policy(Protocol):
     row_copies: int  # all stand there so often, one set after the other: 2 with guidance
     # Whether each forward and backward pass is a collective operation: all ranks make as many.
     lockstep: bool
+    # Copies of the trainable parameters that follow them, once per rollout, by name.
+    copies: Mapping[str, AdapterCopy]
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Do once what depends on the prompts alone; called before the first rollout."""
@@ -56,9 +67,7 @@ class Policy(Protocol):
         """
         ...
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def log_probs(self, rollout: Rollout, steps: slice, *, with_kl: bool = False) -> Terms:
         """Return log-probabilities ``[n, t]`` of the decisions in ``steps``, with gradient.
 
         Args:

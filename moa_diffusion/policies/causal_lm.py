@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch.nn import functional
 from moa_diffusion.config.schema import GenerationConfig, PolicyConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.policies import lora
+from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.chat import Dialogue
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.gumbel import GumbelNoise
 from moa_diffusion.policies.language_model import (
     check_forward,
@@ -59,6 +62,7 @@ class CausalLMPolicy:
     """
 
     row_per_sample, row_copies, lockstep = True, 1, False
+    copies: Mapping[str, AdapterCopy] = MappingProxyType({})
     dimensions = 1
 
     def __init__(
@@ -155,19 +159,17 @@ class CausalLMPolicy:
         """Return the places of all tokens that a response may have."""
         return range(self.max_new_tokens)
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def log_probs(self, rollout: Rollout, steps: slice, *, with_kl: bool = False) -> Terms:
         """Do as the protocol says; the KL is Schulman's k3: ``exp(d) - 1 - d``, d = ref - new."""
         response, mask = rollout.trace["response"], rollout.mask
         p, t = self._columns(rollout)
         new = self._score(rollout.requests, response, mask, p, t)[:, steps]
         if not with_kl:
-            return new, None
+            return Terms(new)
         with torch.no_grad(), self.reference():
             reference = self._score(rollout.requests, response, mask, p, t)[:, steps]
         gap = reference - new
-        return new, torch.expm1(gap) - gap
+        return Terms(new, torch.expm1(gap) - gap)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:

@@ -10,11 +10,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moa_diffusion.policies.base import Terms
+from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.samplers import Steps, generators, noise
 from moa_diffusion.types import Request, Rollout
 
@@ -30,6 +33,7 @@ class ToyPolicy:
 
     dtype = torch.float32
     row_per_sample, row_copies, lockstep = False, 1, False
+    copies: Mapping[str, AdapterCopy] = MappingProxyType({})
     dimensions = 3
 
     def __init__(self, *, steps: int = 2, std: float = 0.3, kl: str = "gaussian") -> None:
@@ -73,9 +77,7 @@ class ToyPolicy:
         """Return the numbers of all steps."""
         return range(self.steps)
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def log_probs(self, rollout: Rollout, steps: slice, *, with_kl: bool = False) -> Terms:
         """Return the Gaussian log-probs ``[n, t]`` of the points that were reached."""
         log_probs, kls = [], []
         for i in range(*steps.indices(self.steps)):
@@ -84,7 +86,8 @@ class ToyPolicy:
             if with_kl:
                 drift = self.drift[i].expand_as(x)
                 kls.append(self._gaussian.kl(drift, torch.zeros_like(x), self.kl))
-        return torch.stack(log_probs, dim=1), torch.stack(kls, dim=1) if with_kl else None
+        kl = torch.stack(kls, dim=1) if with_kl else None
+        return Terms(torch.stack(log_probs, dim=1), kl)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:

@@ -17,7 +17,8 @@ from moa_diffusion.objectives.metrics import cosine_metrics
 from moa_diffusion.training.gradient_check import GradientCheck
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import surrogate_coefficients
-from moa_diffusion.training.steps import RolloutSteps, pass_sums
+from moa_diffusion.training.stepper import TrainingError
+from moa_diffusion.training.steps import RolloutSteps, old_log_probs, pass_sums
 from moa_diffusion.training.update import Improvement, Scalarization
 from moa_diffusion.types import Rollout, take
 
@@ -71,6 +72,7 @@ class _ObjectiveRows:
         advantages = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
         self._advantages = advantages.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(advantages))
+        self._pulled = False  # whether there is a pull to copies of the adapter
         self.weights: list[Tensor] = []  # [K] of each optimizer step
         self.gramian: Tensor | None = None  # [K, K], the last one that was finite
 
@@ -83,8 +85,9 @@ class _ObjectiveRows:
         nonzero = advantages != 0  # [K, m]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
-            mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
-            new, kl = policy.log_probs(part, chunk, with_kl=with_kl)
+            mask = part.mask[:, chunk]
+            new, kl, pull = policy.log_probs(part, chunk, with_kl=with_kl)
+            old = old_log_probs(self._steps.settings, part, chunk, new)
             coefficients = surrogate_coefficients(new, old, advantages, clip_range)
             coefficients = torch.where(mask, coefficients, 0.0)  # [K, m, t]
             self._rows.backward(
@@ -92,16 +95,19 @@ class _ObjectiveRows:
                 coefficients / decisions,
                 tokens=policy.row_tokens(part),
                 scale=stepper.loss_scale,
-                retain_graph=with_kl,
+                retain_graph=kl is not None or pull is not None,
             )
-            if kl is not None:
-                weighted = self._beta * torch.where(mask, kl, 0.0).sum() / decisions
+            held = [self._beta * kl] if kl is not None else []
+            held += [pull] if pull is not None else []
+            self._pulled = pull is not None
+            if held:
+                weighted = torch.where(mask, sum(held), 0.0).sum() / decisions
                 torch.autograd.backward(stepper.scaler.scale(weighted))
             unclipped = (coefficients != 0).sum(0) / nonzero.sum(0).clamp(min=1)[:, None]
             # [m, t], the share of the objectives with an advantage that are clipped
             clipped = torch.where(nonzero.any(0)[:, None], 1 - unclipped, 0.0)
-            sums.append(pass_sums(mask, new.detach() - old, clipped, kl))
-            del new, kl  # and the graph, before the next one is made
+            sums.append(pass_sums(mask, new.detach() - old, clipped, kl, pull))
+            del new, kl, pull  # and the graph, before the next one is made
         return torch.stack(sums)
 
     def finish(self) -> None:
@@ -113,9 +119,16 @@ class _ObjectiveRows:
         else:  # the step will be skipped, and counted
             count = len(gramian)
             self.weights.append(torch.full((count,), 1 / count, dtype=torch.float64))
-        if self._beta > 0:  # so far there is nothing but the KL's gradient
+        factor = self._scalarization.kl_scale()
+        if factor != 1 and self._pulled:
+            raise TrainingError(
+                "loss.forward: a pull to copies of the adapter has the unit of normalized "
+                "advantages. Found a normalizer that keeps the unit of the rewards, with weights "
+                "from every optimizer step's gradients."
+            )
+        if self._beta > 0 and factor != 1:  # so far there is nothing but the KL's gradient
             for parameter in self._steps.stepper.parameters:
                 assert parameter.grad is not None
-                parameter.grad.mul_(self._scalarization.kl_scale())
+                parameter.grad.mul_(factor)
         self._rows.write(self.weights[-1] * self._steps.stepper.loss_scale)
         self._rows.clear()

@@ -12,6 +12,7 @@ import torch
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.training.ema import EMA
+from moa_diffusion.types import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Stepper:
         max_skipped: int,
     ) -> None:
         self.policy, self.optimizer, self.lr = policy, optimizer, lr
+        for copy in policy.copies.values():
+            copy.restart()
         self.scaler, self.ema = scaler, ema
         self.max_grad_norm, self.max_skipped = max_grad_norm, max_skipped
         self.updates = 0  # optimizer steps taken
@@ -110,6 +113,11 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def finish_rollout(self) -> None:
+        """Have the policy's copies follow its parameters, after the last step of a rollout."""
+        for copy in self.policy.copies.values():
+            copy.follow(self.updates)
+
     def step_metrics(self, norms: Sequence[float]) -> dict[str, float]:
         """Return what the optimizer steps of a round tell.
 
@@ -147,6 +155,7 @@ class Stepper:
             "updates": self.updates,
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict(),
+            "copies": {name: copy.state_dict() for name, copy in self.policy.copies.items()},
             "skipped_in_a_row": self.skipped_in_a_row,
             "proven_scale": self.proven_scale,
         }
@@ -175,5 +184,13 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"] | own)
         self._scale = None
         self.ema.load_state_dict(state["ema"])
+        saved = state.get("copies", {})  # older ones lack it
+        if missing := set(self.policy.copies) - set(saved):
+            raise ConfigError(
+                "resume: loss.forward has other copies than the checkpoint, which lacks "
+                f"{', '.join(sorted(missing))}."
+            )
+        for name, copy in self.policy.copies.items():
+            copy.load_state_dict(saved[name])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.proven_scale = state.get("proven_scale", USUAL_SCALE)  # older ones lack it

@@ -34,7 +34,7 @@ class MinibatchLoss(Protocol):
                 device.
 
         Returns:
-            ``pass_sums`` of each forward pass, ``[passes, 4]`` on the device.
+            ``pass_sums`` of each forward pass, ``[passes, 5]`` on the device.
         """
         ...
 
@@ -94,6 +94,7 @@ class RolloutSteps:
             [take(counts, index.flatten().tolist()).sum() for index in minibatches]
         )
         self.comm.sum_([decisions])  # [updates], over all processes
+        decisions.clamp_(min=1)  # where no sample has a reward
         sums: list[Tensor] = []
         norms, gradients = [], GradientSum(self.stepper.parameters)
         passes = self.geometry.updates * self.geometry.accumulation
@@ -109,20 +110,25 @@ class RolloutSteps:
                 gradients.write(self.comm)
                 loss.finish()
                 norms.append(self.stepper.optimizer_step())
+        self.stepper.finish_rollout()
         return self._metrics(torch.cat(sums), norms)
 
     def _metrics(self, sums: Tensor, norms: Sequence[float]) -> dict[str, float]:
-        """Return metrics from the sums of all passes ``[passes, 4]`` and the norms of all steps."""
+        """Return metrics from the sums of all passes ``[passes, 5]`` and the norms of all steps."""
         table = sums.cpu()  # waits for the device
         before = len(table) // self.geometry.updates  # passes before the first optimizer step
         gap = float(self.comm.gather(table[:before, 3].max()[None]).max())
-        totals = table[:, :3].double().sum(0)
+        totals = torch.cat([table[:, :3], table[:, 4:]], dim=1).double().sum(0)
         self.comm.sum_([totals])
-        decisions, clipped, kl = totals.tolist()
-        self._report_gap(gap)
+        decisions, clipped, kl, pull = totals.tolist()
+        decisions = max(decisions, 1.0)  # there are none where no sample has a reward
+        if self.settings.kind == "forward":
+            own = {"policy/pull": pull / decisions} if self.policy.copies else {}
+        else:
+            self._report_gap(gap)
+            own = {"policy/clip_fraction": clipped / decisions, "policy/ratio_gap": gap}
         return {
-            "policy/clip_fraction": clipped / decisions,
-            "policy/ratio_gap": gap,
+            **own,
             **({"policy/kl": kl / decisions} if self.settings.kl_weight else {}),
             **self.stepper.step_metrics(norms),
         }
@@ -170,7 +176,7 @@ class RolloutSteps:
         part = rollout.select(torch.arange(self.geometry.micro_batch), outputs=False)
         gap = torch.zeros(count, device=part.log_probs.device)  # [T]
         for steps in chunks:
-            again, _ = self.policy.log_probs(part, steps)
+            again = self.policy.log_probs(part, steps).log_probs
             gap[steps] = ((again - part.log_probs[:, steps]).abs() * part.mask[:, steps]).amax(0)
         worst = float(gap.max()) if gap.isfinite().all() else math.inf
         worst = float(self.comm.gather(torch.tensor([worst])).max())
@@ -187,7 +193,21 @@ class RolloutSteps:
         self._checked.update(decisions or ())
 
 
-def pass_sums(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | None) -> Tensor:
+def old_log_probs(settings: LossConfig, part: Rollout, chunk: slice, new: Tensor) -> Tensor:
+    """Return what ratios are taken to: log-probs ``[m, t]`` of sampling.
+
+    Along the forward process nothing was sampled that has a probability: the ratio is 1 always.
+    """
+    return new.detach() if settings.kind == "forward" else part.log_probs[:, chunk]
+
+
+def pass_sums(
+    mask: Tensor,
+    log_ratio: Tensor,
+    clipped: Tensor,
+    kl: Tensor | None,
+    pull: Tensor | None = None,
+) -> Tensor:
     """Sum over the decisions of one forward pass, for the metrics.
 
     Args:
@@ -195,15 +215,23 @@ def pass_sums(mask: Tensor, log_ratio: Tensor, clipped: Tensor, kl: Tensor | Non
         log_ratio: Log ratios ``[m, t]``, new minus old log-probability.
         clipped: Clipping ``[m, t]``, whether the clip acts, or for which share of the objectives.
         kl: KL of each decision, ``[m, t]``; None if it is not computed.
+        pull: Weighted pull to copies of the adapter, ``[m, t]``; None if there is none.
 
     Returns:
-        ``[4]``: the number of decisions, the sums of ``clipped`` and ``kl``, and the largest
-        ``|log_ratio|``.
+        ``[5]``: the number of decisions, the sums of ``clipped`` and ``kl``, the largest
+        ``|log_ratio|``, and the sum of ``pull``.
     """
+
+    def total(values: Tensor | None) -> Tensor:
+        if values is None:
+            return mask.new_zeros((), dtype=torch.float32)
+        return torch.where(mask, values.float(), 0.0).sum()
+
     parts = [
         mask.sum().float(),
-        torch.where(mask, clipped.float(), 0.0).sum(),
-        mask.new_zeros((), dtype=torch.float32) if kl is None else torch.where(mask, kl, 0.0).sum(),
+        total(clipped),
+        total(kl),
         torch.where(mask, log_ratio.abs(), 0.0).max(),
+        total(pull),
     ]
     return torch.stack(parts).detach()

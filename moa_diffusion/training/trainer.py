@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -93,6 +94,7 @@ class Trainer:
         requests = self.sampler.requests(number)  # N
         self.draw_references(requests)
         rollout, rewards = self.draw(requests)  # n samples of this process; [K, N] of all
+        rollout = self.judged(rollout, rewards)
         credit = self.assign_credit(rollout, rewards)  # [K, N], or of decisions [K, D]
         advantages = self.normalizer.per_objective(credit.matrix)  # [K, N] or [K, D]
         scalarization = self.scalarization(credit, advantages)
@@ -214,6 +216,19 @@ class Trainer:
         self.progress.note_seconds({f"score_{name}": spent for name, spent in seconds})
         self._report_silence(rewards)
         return rewards
+
+    def judged(self, rollout: Rollout, rewards: RewardMatrix) -> Rollout:
+        """Return the rollout without the decisions of samples that no reward applies to.
+
+        They say nothing about what is better. Along the reverse process they take part in the KL
+        all the same, as in the papers; along the forward process they would be pulled to the old
+        adapter, as if they were neither good nor bad.
+        """
+        if self.steps.settings.kind != "forward":
+            return rollout
+        applies = ~rewards.values.isnan().all(0)  # [N]
+        mine = local_slice(applies, self.comm).to(rollout.mask.device)
+        return replace(rollout, mask=rollout.mask & mine[:, None])
 
     def assign_credit(self, rollout: Rollout, rewards: RewardMatrix) -> Credit:
         """Return what advantages are computed from.

@@ -24,7 +24,7 @@ from moa_diffusion.training.gradient_check import GradientCheck
 from moa_diffusion.training.gradients import ObjectiveGradients
 from moa_diffusion.training.loss import clip_fraction, clipped_surrogate
 from moa_diffusion.training.stepper import TrainingError
-from moa_diffusion.training.steps import RolloutSteps, pass_sums
+from moa_diffusion.training.steps import RolloutSteps, old_log_probs, pass_sums
 from moa_diffusion.types import ObjectiveStats, Rollout, take
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Probe:
             part = rollout.select(micro, outputs=False)
             micro_advantages = share * take(advantages.T, micro.tolist()).T  # [K, m]
             for chunk in policy.step_chunks(part.log_probs.shape[1]):
-                new, _ = policy.log_probs(part, chunk)
+                new = policy.log_probs(part, chunk).log_probs
                 # The policy is the one that sampled: the ratio is 1, and nothing is clipped.
                 coefficients = -micro_advantages[:, :, None]  # [K, m, 1]
                 coefficients = torch.where(part.mask[:, chunk], coefficients, 0.0)  # [K, m, t]
@@ -339,15 +339,18 @@ class _Surrogate:
         advantage = take(self._advantage, index)  # [m], or [m, T]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
-            mask, old = part.mask[:, chunk], part.log_probs[:, chunk]
-            new, kl = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
+            mask = part.mask[:, chunk]
+            new, kl, pull = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
+            old = old_log_probs(settings, part, chunk, new)
             chunk_advantage = advantage if advantage.ndim == 1 else advantage[:, chunk]
             losses = clipped_surrogate(new, old, chunk_advantage, settings.clip_range)  # [m, t]
             if kl is not None:
                 losses = losses + self._beta * kl
+            if pull is not None:
+                losses = losses + pull
             torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
             clipped = clip_fraction(new.detach(), old, chunk_advantage, settings.clip_range)
-            sums.append(pass_sums(mask, new - old, clipped, kl))
+            sums.append(pass_sums(mask, new - old, clipped, kl, pull))
         return torch.stack(sums)
 
     def finish(self) -> None:

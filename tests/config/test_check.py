@@ -218,3 +218,40 @@ def test_wrong_lists_name_the_entry(tmp_path, key, value, message):
 def test_one_file_may_stand_twice_with_two_columns(tmp_path):
     both = ["a.csv", {"path": "a.csv", "column": "caption"}]
     assert len(loaded(tmp_path, mixed(train=both)).prompts.train) == 2
+
+
+FORWARD = BASE | {
+    "loss": {"kind": "forward", "forward": {"preset": "ram"}, "kl_weight": 1.0},
+    "sampling": {"guidance": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sampling.guidance": 4.5}, r"sampling\.guidance: should be at most 1 .* Found 4\.5"),
+        ({"sampling.window": 2}, r"sampling\.window: should be 0 \(the default\) .* Found 2"),
+        ({"sampling.sampler": "cps"}, r"sampling\.sampler: should be flow_sde .* Found 'cps'"),
+        ({"sampling.shared_start": True}, r"sampling\.shared_start: should be false .* end alike"),
+        ({"loss.clip_range": 1e-5}, r"loss\.clip_range: should be 0\.0001 .* has no ratios"),
+        ({"loss.ratio_tolerance": 1e-3}, r"loss\.ratio_tolerance: should be null .* no ratios"),
+        ({"loss.steps": "equal"}, r"loss\.steps: should be plain .* no step of sampling"),
+        ({"loss.kl_weight": 0.0}, r"loss\.kl_weight: should be positive .* Found 0"),
+        ({"loss.kl": "gaussian"}, r"loss\.kl: should be velocity or null .* Found 'gaussian'"),
+        ({"policy.name": "toy"}, r"loss\.kind: should be grpo for policy\.name toy.* noised again"),
+        ({"policy.name": "causal_lm"}, r"loss\.kind: should be grpo for policy\.name causal_lm"),
+    ],
+)
+def test_what_images_that_are_noised_again_do_not_have(tmp_path, overrides, message):
+    loaded(tmp_path, FORWARD)
+    options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        loaded(tmp_path, FORWARD, *options)
+
+
+def test_settings_of_another_kind_of_loss_are_refused(tmp_path):
+    values = BASE | {"loss": {"forward": {"old": {"weight": 1.0}}}}
+    with pytest.raises(
+        ConfigError, match=r"^loss\.forward: should be left out for loss\.kind grpo"
+    ):
+        loaded(tmp_path, values)

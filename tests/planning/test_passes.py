@@ -83,7 +83,7 @@ def test_a_real_pass_saves_as_much() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        log_probs, _ = policy.log_probs(rollout, slice(0, 1))
+        log_probs = policy.log_probs(rollout, slice(0, 1)).log_probs
     known = {tensor.untyped_storage().data_ptr() for tensor in policy.transformer.parameters()}
     saved = sum(size for pointer, size in kept.items() if pointer not in known)
     assert cost.saved.at(3) == pytest.approx(saved, rel=0.1)

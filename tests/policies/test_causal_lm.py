@@ -257,7 +257,7 @@ def test_log_probs_are_those_of_transformers(family: str, side: str, pad: bool) 
         expected = by_transformers(policy.model, policy, rollout)
     torch.testing.assert_close(rollout.log_probs, expected, atol=ROUNDING, rtol=0)
     part = rollout.select(torch.tensor([2, 1]))
-    new, kl = policy.log_probs(part, slice(0, T))
+    new, kl, _ = policy.log_probs(part, slice(0, T))
     assert kl is None
     torch.testing.assert_close(new.detach(), expected[[2, 1]], atol=ROUNDING, rtol=0)
 
@@ -269,7 +269,7 @@ def test_the_first_ratio_is_one_and_gradients_are_those_of_transformers(
 ) -> None:
     policy = policy_on(family, gradient_checkpointing=checkpointing)
     rollout = policy.sample(requests(4), step=0)
-    new, _ = policy.log_probs(rollout, slice(0, T))
+    new = policy.log_probs(rollout, slice(0, T)).log_probs
     assert torch.equal(new.detach(), rollout.log_probs)
     weights = torch.randn(4, T, generator=torch.Generator().manual_seed(3)) * rollout.mask
     parameters = list(policy.trainable().values())
@@ -300,8 +300,8 @@ def test_slices_of_the_decisions_are_parts_of_the_whole() -> None:
     policy = policy_on()
     assert policy.step_chunks(T) == [slice(0, T)]
     rollout = policy.sample(requests(4), step=0)
-    whole, kls = policy.log_probs(rollout, slice(0, T), with_kl=True)
-    part, kl = policy.log_probs(rollout, slice(2, 5), with_kl=True)
+    whole, kls, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    part, kl, _ = policy.log_probs(rollout, slice(2, 5), with_kl=True)
     assert torch.equal(part, whole[:, 2:5])
     assert torch.equal(kl, kls[:, 2:5])
 
@@ -310,10 +310,10 @@ def test_slices_of_the_decisions_are_parts_of_the_whole() -> None:
 def test_kl_is_k3_against_the_model_without_its_adapter(family: str) -> None:
     fresh = policy_on(family, size=0)
     rollout = fresh.sample(requests(4), step=0)
-    assert not fresh.log_probs(rollout, slice(0, T), with_kl=True)[1].any()
+    assert not fresh.log_probs(rollout, slice(0, T), with_kl=True).kl.any()
     policy = policy_on(family)
     rollout = policy.sample(requests(4), step=0)
-    new, kl = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    new, kl, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
     with torch.no_grad():
         ref = by_transformers(model(family), policy, rollout)
     gap = ref - new.detach()
@@ -325,7 +325,7 @@ def test_kl_is_k3_against_the_model_without_its_adapter(family: str) -> None:
     expected = torch.autograd.grad(
         (-(gap.exp() - 1) * new).sum(), list(policy.trainable().values())
     )
-    _, kl = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    kl = policy.log_probs(rollout, slice(0, T), with_kl=True).kl
     found = torch.autograd.grad(kl.sum(), list(policy.trainable().values()))
     for one, other in zip(found, expected, strict=True):
         # Gradients of up to 7, each a sum of some 30 terms: 8e-6 apart.
@@ -358,15 +358,15 @@ def test_half_precision_keeps_adapter_and_log_probs_in_float32(family: str, dtyp
     assert policy.model.dtype == kind
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     assert rollout.log_probs.dtype == rollout.trace["features"].dtype == torch.float32
-    new, kl = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    new, kl, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
     assert new.dtype == kl.dtype == torch.float32
     assert torch.equal(new.detach(), rollout.log_probs)
-    full = policy_on(family).log_probs(rollout, slice(0, T))[0]
+    full = policy_on(family).log_probs(rollout, slice(0, T)).log_probs
     rounding = (new - full).abs().max()
     assert 0 < rounding < 0.2  # 0.11 in bfloat16, 0.011 in float16
     for rows in ([1, 3], [2], [1]):  # narrower than the whole, or as wide
         part = rollout.select(torch.tensor(rows))
-        again, _ = policy.log_probs(part, slice(0, T))
+        again = policy.log_probs(part, slice(0, T)).log_probs
         # Either is off by the rounding to half precision, and kernels of other shapes may round
         # in another order.
         assert (again - part.log_probs).abs().max() < 2 * rounding
@@ -536,14 +536,14 @@ def test_gradients_of_objectives_are_those_of_separate_passes(family: str, kind:
     coefficients, most = coefficients_of(kind, rollout)
     parameters = policy.trainable()
     rows = ObjectiveGradients(parameters, policy.tapped(), 3, whole=policy.row_per_sample)
-    log_probs = policy.log_probs(rollout, slice(0, T))[0]
+    log_probs = policy.log_probs(rollout, slice(0, T)).log_probs
     passes: list[int] = []
     log_probs.register_hook(lambda gradient: passes.append(1))
     rows.backward(log_probs, coefficients)
     separate = 3 if family == "gpt2" else 0  # passes for the layers that cannot be tapped
     assert len(passes) <= most + separate
     for k in range(3):
-        loss = (coefficients[k] * policy.log_probs(rollout, slice(0, T))[0]).sum()
+        loss = (coefficients[k] * policy.log_probs(rollout, slice(0, T)).log_probs).sum()
         expected = torch.autograd.grad(loss, list(parameters.values()))
         for (name, found), gradient in zip(rows.rows.items(), expected, strict=True):
             # Sums of some hundred products of float32 in another order: up to 1.0e-6.

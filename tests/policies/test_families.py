@@ -128,10 +128,10 @@ def worst_error(policy: Any, rollout: Rollout, coefficients: Tensor, **options: 
     """Of the rows against K ordinary backward passes, by tensor and relative to its norm."""
     parameters = policy.trainable()
     rows = ObjectiveGradients(parameters, policy.tapped(), K, whole=policy.row_per_sample)
-    rows.backward(policy.log_probs(rollout, slice(0, T))[0], coefficients, **options)
+    rows.backward(policy.log_probs(rollout, slice(0, T)).log_probs, coefficients, **options)
     worst = 0.0
     for k in range(K):
-        loss = (coefficients[k] * policy.log_probs(rollout, slice(0, T))[0]).sum()
+        loss = (coefficients[k] * policy.log_probs(rollout, slice(0, T)).log_probs).sum()
         expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for found, gradient in zip(rows.rows.values(), expected, strict=True):
             if gradient is None or not gradient.any():
@@ -171,7 +171,7 @@ def test_only_what_cannot_be_told_apart_takes_separate_passes(
     rollout = draw(policy, 3)
     coefficients = coefficients_of(rollout, clipped=False)
     rows = ObjectiveGradients(policy.trainable(), policy.tapped(), K, whole=True)
-    log_probs = policy.log_probs(rollout, slice(0, T))[0]
+    log_probs = policy.log_probs(rollout, slice(0, T)).log_probs
     passes: list[int] = []
     log_probs.register_hook(lambda gradient: passes.append(1))
     rows.backward(log_probs, coefficients, tokens=policy.row_tokens(rollout))

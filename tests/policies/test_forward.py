@@ -246,7 +246,7 @@ def drawn(policy: SD3Policy) -> Rollout:
 
 def learned(policy: SD3Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """Log-probs and all gradients."""
-    log_probs, _ = policy.log_probs(rollout, slice(0, 3))
+    log_probs = policy.log_probs(rollout, slice(0, 3)).log_probs
     parameters = list(policy.trainable().values())
     found = torch.autograd.grad(log_probs.sum(), parameters, materialize_grads=True)
     return log_probs.detach(), torch.cat([t.flatten() for t in found])
@@ -281,7 +281,7 @@ def test_log_probs_are_those_of_sampling_to_the_bit(
     policy = policy_in(dtype, gradient_checkpointing=checkpointing)
     rollout = drawn(policy)
     for i in range(3):
-        log_probs, _ = policy.log_probs(rollout, slice(i, i + 1))
+        log_probs = policy.log_probs(rollout, slice(i, i + 1)).log_probs
         assert torch.equal(log_probs, rollout.log_probs[:, i : i + 1])
     plain = policy_in(dtype)
     assert torch.equal(learned(policy, rollout)[1], learned(plain, rollout)[1])

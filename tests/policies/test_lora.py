@@ -47,7 +47,7 @@ def test_inputs_are_not_cast_to_float32_and_back(dtype: str, tapped: bool) -> No
         for layer in adapted if enabled else ():
             layer.cast_input_dtype_enabled = True
         with Casts() as casts:
-            log_probs, _ = policy.log_probs(rollout, slice(0, 1))
+            log_probs = policy.log_probs(rollout, slice(0, 1)).log_probs
         gradients = torch.autograd.grad(log_probs.sum(), parameters, allow_unused=True)
         found.append((casts.count, log_probs, gradients))
     (few, one, mine), (many, other, peft) = found

@@ -118,7 +118,7 @@ def separately(policy: Any, rollout: Rollout, coefficients: Tensor) -> Rows:
     parameters = policy.trainable()
     rows = {name: torch.zeros(K, *p.shape) for name, p in parameters.items()}
     for t in range(coefficients.shape[2]):
-        log_probs, _ = policy.log_probs(rollout, slice(t, t + 1))
+        log_probs = policy.log_probs(rollout, slice(t, t + 1)).log_probs
         for k in range(K):
             loss = (coefficients[k, :, t : t + 1] * log_probs).sum()
             found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
@@ -135,7 +135,7 @@ def together(
     for index in torch.arange(len(rollout)).split(micro):
         part = rollout.select(index)
         for steps in policy.step_chunks(rollout.log_probs.shape[1]):
-            log_probs, _ = policy.log_probs(part, steps)
+            log_probs = policy.log_probs(part, steps).log_probs
             found.backward(log_probs, coefficients[:, index][:, :, steps], **options)
     return found
 
@@ -352,7 +352,7 @@ def test_rows_of_two_ranks_are_summed_once_before_the_gramian(pipeline: Any) -> 
     first.clear()
     assert not any(rows.any() for rows in first.rows.values())
     for t in range(3):
-        log_probs, _ = policy.log_probs(rollout, slice(t, t + 1))
+        log_probs = policy.log_probs(rollout, slice(t, t + 1)).log_probs
         first.backward(log_probs, coefficients[:, :, t : t + 1])
     assert_close(first.rows, whole.rows)
 
@@ -365,14 +365,14 @@ def test_a_kl_term_goes_through_the_same_graph(dtype: str, checkpointing: bool) 
     parameters = list(policy.trainable().values())
 
     def parts() -> tuple[Tensor, Tensor]:
-        log_probs, kl = policy.log_probs(rollout, slice(0, 1), with_kl=True)
+        log_probs, kl, _ = policy.log_probs(rollout, slice(0, 1), with_kl=True)
         assert kl is not None
         return log_probs, kl.sum()
 
     expected = torch.autograd.grad(parts()[1], parameters, allow_unused=True)
     alone = ObjectiveGradients(policy.trainable(), policy.tapped(), K)
     coefficients = random_coefficients(2, 1)
-    log_probs, _ = policy.log_probs(rollout, slice(0, 1))
+    log_probs = policy.log_probs(rollout, slice(0, 1)).log_probs
     alone.backward(log_probs, coefficients)
 
     found = ObjectiveGradients(policy.trainable(), policy.tapped(), K)
@@ -395,7 +395,7 @@ def test_ordinary_training_stays_the_same_to_the_bit(dtype: str, checkpointing: 
     rollout = policy.sample(requests(2), step=0)
 
     def train() -> tuple[Tensor, list[Tensor | None]]:
-        log_probs, _ = policy.log_probs(rollout, slice(1, 2))
+        log_probs = policy.log_probs(rollout, slice(1, 2)).log_probs
         log_probs.sum().backward()
         found = [p.grad for p in policy.trainable().values()]
         for parameter in policy.trainable().values():

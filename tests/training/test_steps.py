@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from moa_diffusion.policies.base import Terms
 from moa_diffusion.training.stepper import TrainingError
 from toy_runs import (
     broken_log_probs,
@@ -32,9 +33,8 @@ def test_log_probs_that_differ_from_sampling_stop_the_run_at_once(tmp_path, chan
 def test_the_on_policy_check_looks_at_every_decision(tmp_path):
     trainer = make(tmp_path / "run", sampling__steps=3, loss__ratio_tolerance=1e-4)
     log_probs = trainer.policy.log_probs
-    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: (
-        log_probs(rollout, steps)[0] + (5e-3 if steps.start == 2 else 0.0),
-        None,
+    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: Terms(
+        log_probs(rollout, steps).log_probs + (5e-3 if steps.start == 2 else 0.0)
     )
     with pytest.raises(TrainingError, match=r"By decision.*'0.0e\+00', '0.0e\+00', '5.0e-03'"):
         trainer.run()
@@ -49,7 +49,7 @@ def test_a_decision_is_checked_when_a_rollout_first_has_it(tmp_path):
         number = windows[trainer.completed][steps.start]
         if not torch.is_grad_enabled():
             asked.append((trainer.completed, number))
-        return log_probs(rollout, steps)[0] + (5e-3 if number == 7 else 0.0), None
+        return Terms(log_probs(rollout, steps).log_probs + (5e-3 if number == 7 else 0.0))
 
     windows = {0: (0, 1, 2), 1: (1, 2, 3), 2: (0, 1, 2), 3: (2, 3, 7)}
     trainer.policy.log_probs = wrapped
@@ -63,9 +63,8 @@ def test_a_decision_is_checked_when_a_rollout_first_has_it(tmp_path):
 def test_the_gap_before_any_update_is_logged_and_said_once(tmp_path, caplog):
     trainer = make(tmp_path / "run", loss__ratio_tolerance=1e-4)
     log_probs = trainer.policy.log_probs
-    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: (
-        log_probs(rollout, steps)[0] + (2e-3 if torch.is_grad_enabled() else 0.0),
-        None,
+    trainer.policy.log_probs = lambda rollout, steps, with_kl=False: Terms(
+        log_probs(rollout, steps).log_probs + (2e-3 if torch.is_grad_enabled() else 0.0)
     )
     trainer.run()
     for row in rows(tmp_path / "run"):

@@ -135,7 +135,7 @@ def test_the_update_of_mopo_climbs_its_lagrangian(tmp_path):
     with torch.no_grad():
         policy.drift.copy_(before)
     policy.drift.grad = None
-    log_probs, kl = policy.log_probs(rollout, slice(0, 2), with_kl=True)
+    log_probs, kl, _ = policy.log_probs(rollout, slice(0, 2), with_kl=True)
     (-(score[:, None] * log_probs).mean() + 0.5 * kl.mean()).backward()
     expected = policy.drift.grad
     kl_alone = 0.5 * before / policy.std**2 / 6

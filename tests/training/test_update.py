@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -48,11 +49,18 @@ def pipeline() -> Any:
     )
 
 
+FORWARD = {  # images that are noised again, with pulls to copies
+    "nft": {"preset": "nft", "draws": 3},
+    "awm": {"preset": "awm", "draws": 3, "old": {"weight": 0.5}},
+}
+
+
 @pytest.fixture(params=["toy", "sd3"])
 def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
-    """Two policies: one whose rows come from K backward passes, one from its LoRA layers."""
+    """One whose rows come from K backward passes, and others from their LoRA layers."""
     if request.param == "toy":
         return ToyPolicy(steps=2)
+    forward = FORWARD.get(request.param)
     made = sd3_policy(
         copy.deepcopy(pipeline),
         resolution=16,  # 16 tokens
@@ -61,6 +69,7 @@ def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
         max_sequence_length=16,
         lora_rank=4,
         step_batch=2,
+        **({} if forward is None else {"forward": forward}),
     )
     made.prepare(PROMPTS)
     source = torch.Generator().manual_seed(1)
@@ -80,17 +89,21 @@ def steps_of(
 ) -> RolloutSteps:
     comm = comm or LocalComm()
     parameters = list(policy.trainable().values())
+    stepper = Stepper(
+        policy=policy,
+        optimizer=torch.optim.SGD(parameters, lr=LR),  # Adam would hide the step's length
+        lr=lambda count: LR,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        ema=EMA(policy.trainable(), decay=0.9, every=1),
+        max_grad_norm=1e9,
+        max_skipped=3,
+    )
+    for one in policy.copies.values():  # so that they pull
+        for behind in one.values.values():
+            behind.mul_(0.5)
     return RolloutSteps(
         policy=policy,
-        stepper=Stepper(
-            policy=policy,
-            optimizer=torch.optim.SGD(parameters, lr=LR),  # Adam would hide the step's length
-            lr=lambda count: LR,
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-            ema=EMA(policy.trainable(), decay=0.9, every=1),
-            max_grad_norm=1e9,
-            max_skipped=3,
-        ),
+        stepper=stepper,
         geometry=Geometry.solve(
             groups=2,
             group_size=4,
@@ -99,7 +112,12 @@ def steps_of(
             max_sample_batch=8,
             max_micro_batch=micro,
         ),
-        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1e-4),
+        settings=LossConfig(
+            kind="forward" if policy.copies else "grpo",
+            clip_range=0.05,
+            kl_weight=kl_weight,
+            ratio_tolerance=1e-4,
+        ),
         progress=Progress(comm, bars=False),
         seed=0,
     )
@@ -140,8 +158,14 @@ def values(policy: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.trainable().values()]).clone()
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize(
+    ("policy", "kl_weight", "micro"),
+    [
+        *product(["toy", "sd3"], [0.0, 0.5], [2, 8]),
+        ("nft", 0.5, 2),
+    ],
+    indirect=["policy"],
+)
 def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
     policy: Any, kl_weight: float, micro: int
 ) -> None:
@@ -191,23 +215,34 @@ def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("policy", ["nft"], indirect=True)
+def test_a_fused_steps_pull_has_no_other_unit(policy: Any) -> None:
+    """One sum of gradients holds it and the KL's."""
+    rollout, advantages = draw(policy)
+    with pytest.raises(TrainingError, match=r"^loss\.forward: a pull to copies .* unit"):
+        fused(steps_of(policy), rollout, advantages, kl_unit=lambda: 0.5)
+
+
+@pytest.mark.parametrize("policy", ["toy", "sd3", *FORWARD], indirect=True)
 def test_the_gramian_is_that_of_separate_backward_passes(policy: Any) -> None:
     """Also what a probe measures on all samples, and in any micro-batch."""
     rollout, advantages = draw(policy)
+    optimizer_steps = steps_of(policy)
     parameters = list(policy.trainable().values())
     rows = []
     for advantage in advantages:
-        total = torch.zeros(())
+        row = torch.zeros(())
         for steps in policy.step_chunks(rollout.log_probs.shape[1]):
-            log_probs, _ = policy.log_probs(rollout, steps)
-            total = total - (advantage.float()[:, None] * log_probs).sum()
-        gradients = torch.autograd.grad(total / rollout.mask.sum(), parameters)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+            log_probs = policy.log_probs(rollout, steps).log_probs
+            total = -(advantage.float()[:, None] * log_probs).sum() / rollout.mask.sum()
+            gradients = torch.autograd.grad(total, parameters)
+            row = row + torch.cat([gradient.flatten() for gradient in gradients]).double()
+        rows.append(row)
     expected = torch.stack(rows) @ torch.stack(rows).T
 
     seen: list[torch.Tensor] = []
     fused(
-        steps_of(policy),
+        optimizer_steps,
         rollout,
         advantages,
         lambda gramian: seen.append(gramian) or WEIGHTS,  # type: ignore[func-returns-value]
@@ -308,8 +343,15 @@ class ThreadComm(LocalComm):
         self._barrier.wait()
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-@pytest.mark.parametrize("way", ["plain", "fused", "probe"])
+@pytest.mark.parametrize(
+    ("policy", "way", "kl_weight"),
+    [
+        *product(["toy", "sd3"], ["plain", "fused", "probe"], [0.0, 0.5]),
+        ("nft", "fused", 0.5),
+        ("awm", "plain", 0.0),
+    ],
+    indirect=["policy"],
+)
 def test_any_number_of_processes_ends_in_the_same_bits(
     policy: Any, way: str, kl_weight: float
 ) -> None:
@@ -330,7 +372,7 @@ def test_any_number_of_processes_ends_in_the_same_bits(
         return values(mine)
 
     expected = improved(0, LocalComm())
-    for world_size in (2, 4):
+    for world_size in (2,) if policy.copies else (2, 4):  # those passes are dear
         posted: list[Any] = [None] * world_size
         barrier = threading.Barrier(world_size)
         comms = [ThreadComm(rank, posted, barrier) for rank in range(world_size)]

@@ -1,8 +1,6 @@
 """Stable Diffusion 3 and 3.5 (any size) with LoRA as a policy.
 
-Denoising is a Markov decision process (DDPO, arXiv 2305.13301): a decision is one stochastic
-step, its log-probability a Gaussian's. Outside the trained window the steps are deterministic
-(Flow-GRPO's "fast" variant, MixGRPO, arXiv 2507.21802).
+What its decisions are is the business of ``Decisions``: see ``reverse.py``.
 """
 
 from __future__ import annotations
@@ -23,10 +21,13 @@ from moa_diffusion.config.schema import (
     PolicyConfig,
     SamplingConfig,
 )
-from moa_diffusion.data.seeds import generator
 from moa_diffusion.policies import lora, samplers
+from moa_diffusion.policies.base import Terms
+from moa_diffusion.policies.sd3.decisions import Decisions, initial_noise
 from moa_diffusion.policies.sd3.pipeline import latent_shape
 from moa_diffusion.policies.sd3.prompt_encoder import PromptEncoder
+from moa_diffusion.policies.sd3.renoised import RenoisedImages
+from moa_diffusion.policies.sd3.reverse import ReverseSteps
 from moa_diffusion.policies.sd3.schedule import Schedule
 from moa_diffusion.policies.sd3.velocity import Velocity
 from moa_diffusion.types import Request, Rollout, take
@@ -44,9 +45,7 @@ class SD3Policy:
         sampling: The section ``sampling``: how rollouts are drawn.
         evaluation: The section ``evaluation``, of which the steps and the guidance of ``generate``
             are taken.
-        loss: The section ``loss``, of which the kind of KL is taken, and whether log-probs give way
-            to ``samplers.Steps.even_score``: log ratios and gradients of all steps are then of one
-            size.
+        loss: The section ``loss``, which says what decisions are and how they are scored.
         device: Where the transformer and the VAE live.
         seed: Decides the adapter's initial values and the windows.
         source: Names the weights in the disk cache of prompt embeddings.
@@ -82,8 +81,7 @@ class SD3Policy:
                 f"{', '.join(samplers.SAMPLERS)}. Found {sampling.sampler!r}."
             )
         self.sampler = samplers.SAMPLERS[sampling.sampler] if sampler is None else sampler
-        self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
-        self.device, self.dtype, self.seed = device, pipeline.transformer.dtype, seed
+        self.device, self.dtype = device, pipeline.transformer.dtype
         self.row_copies = 2 if sampling.guidance > 1 else 1  # the unconditional rows come first
 
         self._velocity = Velocity(pipeline, settings=settings, device=device, seed=seed)
@@ -107,7 +105,17 @@ class SD3Policy:
         tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
         schedule = partial(Schedule, pipeline.scheduler, tokens=tokens, device=device)
         self._schedule, self._eval_schedule = schedule(sampling.steps), schedule(evaluation.steps)
-        self._stochastic = self._schedule.stochastic(self.sampler, sampling.noise_level)
+        kind: Any = partial(ReverseSteps, sampler=self.sampler, seed=seed)
+        if loss.kind == "forward":
+            kind = RenoisedImages
+        self._decisions: Decisions = kind(
+            self._velocity,
+            self._schedule,
+            sampling=sampling,
+            loss=loss,
+            shape=self.latent_shape,
+        )
+        self.copies = self._decisions.copies
         self._embedded: tuple[tuple[str, ...], tuple[Tensor, Tensor]] | None = None  # the last
 
     # ------------------------------------------------------------------ the Policy protocol
@@ -122,73 +130,36 @@ class SD3Policy:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], *, step: int) -> Rollout:
-        """Draw images with noise in the steps of the window, and keep what trains them."""
-        window = self.trained_steps(step)
+        """Draw images, and keep what trains them."""
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
-        sources = samplers.generators([request.seed for request in requests])
-        x = self._before(window[0], requests, sources, embeds)
-        latents, noises, log_probs = [], [], []
-        for i in range(window[0], self.sampling.steps):
-            v = self._predict(i, x, embeds)
-            if i not in window:
-                x = self._schedule.deterministic[i : i + 1].mean(x, v)
-                continue
-            steps = self._stochastic[i : i + 1]
-            mean = steps.mean(x, v)
-            latents.append(x)
-            noises.append(samplers.noise(sources, self.latent_shape, self.device))
-            x = mean + steps.std * noises[-1]
-            even = self.even_steps
-            log_probs.append(steps.even_score(v, noises[-1]) if even else steps.log_prob(x, mean))
-            if i == window[-1]:
-                latents.append(x)
-        recorded = torch.stack(log_probs, dim=1)  # [n, T]
+        drawn = self._decisions.draw(requests, embeds, step=step)
+        x = drawn.latents
         return Rollout(
             requests=tuple(requests),
-            log_probs=recorded,
-            mask=torch.ones_like(recorded, dtype=torch.bool),
-            trace={
-                "latents": torch.stack(latents, dim=1),  # [n, T + 1, C, h, w]
-                "first_step": torch.full((len(requests),), window[0]),  # [n], on the CPU
-                # [n, T, C, h, w]
-                **({"noise": torch.stack(noises, dim=1)} if self.even_steps else {}),
-            },
+            log_probs=drawn.log_probs,
+            mask=torch.ones_like(drawn.log_probs, dtype=torch.bool),
+            trace=drawn.trace,
             images=self._decode(x),
             statistics={"latent_norm": x.flatten(1).square().mean(1).sqrt().cpu()},
         )
 
-    def log_probs(
-        self, rollout: Rollout, steps: slice, *, with_kl: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return log-probs ``[n, t]`` of denoising steps, recomputed from the latents kept."""
-        n, chosen = len(rollout), range(*steps.indices(rollout.log_probs.shape[1]))
-        first, latents = int(rollout.trace["first_step"][0]), rollout.trace["latents"]
-        here = slice(chosen.start, chosen.stop)
-        x = latents[:, here].flatten(0, 1)  # [n t, C, h, w], sample by sample
-        numbers = slice(first + chosen.start, first + chosen.stop)
-        coefficients = self._stochastic[numbers].repeat(n)
-        s = self._schedule.sigma[numbers].repeat(n)
+    def trained_steps(self, step: int) -> Sequence[int]:
+        """Return the numbers of the decisions trained in rollout ``step``: equal on all ranks."""
+        return self._decisions.trained_steps(step)
+
+    def log_probs(self, rollout: Rollout, steps: slice, *, with_kl: bool = False) -> Terms:
+        """Return log-probs ``[n, t]`` of decisions, with gradient, and what goes with them."""
         embeds = self._embeds([r.prompt for r in rollout.requests], self.sampling.guidance)
-        if (t := len(chosen)) > 1:
+        if (t := len(range(*steps.indices(rollout.log_probs.shape[1])))) > 1:
             embeds = embeds[0].repeat_interleave(t, 0), embeds[1].repeat_interleave(t, 0)
-        v = self._velocity(x, s, embeds, self.sampling.guidance)
-        if self.even_steps:
-            log_probs = coefficients.even_score(v, rollout.trace["noise"][:, here].flatten(0, 1))
-        else:
-            x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
-            log_probs = coefficients.log_prob(x_next, coefficients.mean(x, v))
-        log_probs = log_probs.view(n, -1)
-        if not with_kl:
-            return log_probs, None
-        with torch.no_grad(), self.reference():
-            v_ref = self._velocity(x, s, embeds, self.sampling.guidance)
-        return log_probs, coefficients.kl(v, v_ref, self.kl).view(n, -1)
+        return self._decisions.terms(rollout, steps, embeds, with_kl=with_kl)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> Tensor:
         """Draw images ``[n, 3, H, W]`` deterministically, with the settings of evaluations."""
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
-        x = self._start(requests, samplers.generators([request.seed for request in requests]))
+        sources = samplers.generators([request.seed for request in requests])
+        x = initial_noise(requests, sources, self.latent_shape, self.device)
         for i, s in enumerate(self._eval_schedule.sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.evaluation.guidance)
             x = self._eval_schedule.deterministic[i : i + 1].mean(x, v)
@@ -220,71 +191,6 @@ class SD3Policy:
         self._velocity.save(folder)
 
     # ------------------------------------------------------------------ parts
-
-    def trained_steps(self, step: int) -> range:
-        """Return the denoising steps trained in rollout ``step``: equal on all ranks.
-
-        The last step is never trained: its noise is so small that the likelihood overflows.
-        """
-        sampling = self.sampling
-        eligible, window = sampling.steps - 1, sampling.window
-        if window == 0:
-            return range(eligible)
-        places, first = eligible - window + 1, 0
-        if sampling.window_mode == "random":
-            draws = generator(self.seed, "window", step)
-            first = int(torch.randint(places, (), generator=draws))
-        elif sampling.window_mode == "slide":
-            first = (step // sampling.window_stay) % places
-        return range(first, first + window)
-
-    def _before(
-        self,
-        first: int,
-        requests: Sequence[Request],
-        sources: Sequence[torch.Generator],
-        embeds: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Return the latents ``[n, C, h, w]`` that the first trained step starts from.
-
-        The steps before it add no noise, so samples of one prompt that start from the same noise
-        are the same until then: they are drawn once and copied. Trained steps are made for all n,
-        as in training: kernels round by the number of rows.
-
-        Args:
-            first: Number of the first trained step.
-            requests: The n samples to draw.
-            sources: One generator per sample.
-            embeds: The batch's embeddings, with guidance those of the empty prompt first.
-        """
-        starts = [
-            row if request.start_seed is None else (request.prompt, request.start_seed)
-            for row, request in enumerate(requests)
-        ]
-        distinct = list(dict.fromkeys(starts))
-        rows, n = [starts.index(start) for start in distinct], len(requests)
-        if first and len(rows) < n:
-            chosen = [n * part + row for part in range(self.row_copies) for row in rows]
-            embeds = take(embeds[0], chosen), take(embeds[1], chosen)
-        x = self._start([requests[row] for row in rows], [sources[row] for row in rows])
-        for i in range(first):
-            x = self._schedule.deterministic[i : i + 1].mean(x, self._predict(i, x, embeds))
-        return take(x, [distinct.index(start) for start in starts])
-
-    def _predict(self, i: int, x: Tensor, embeds: tuple[Tensor, Tensor]) -> Tensor:
-        """Predict the velocity ``[n, C, h, w]`` of a rollout's step ``i``, of all samples."""
-        s = x.new_full((len(x),), self._schedule.sigmas[i])
-        return self._velocity(x, s, embeds, self.sampling.guidance)
-
-    def _start(self, requests: Sequence[Request], sources: Sequence[torch.Generator]) -> Tensor:
-        """Return the initial noise ``[n, C, h, w]``, of the sample's own seed or its group's."""
-        starts = [
-            source
-            if request.start_seed is None
-            else torch.Generator("cpu").manual_seed(request.start_seed)
-            for request, source in zip(requests, sources, strict=True)
-        ]
-        return samplers.noise(starts, self.latent_shape, self.device)
 
     def _embeds(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the batch; with guidance the empty prompt's come first.

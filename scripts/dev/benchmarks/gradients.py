@@ -64,7 +64,7 @@ def measure_gradients(dtype: str, *, rounds: int) -> dict[str, Any]:
     }
 
     def forward() -> Tensor:
-        return policy.log_probs(rollout, slice(0, 1))[0]
+        return policy.log_probs(rollout, slice(0, 1)).log_probs
 
     def ordinary(log_probs: Tensor) -> None:
         torch.autograd.backward((coefficients[0] * log_probs).sum())

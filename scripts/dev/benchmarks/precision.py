@@ -135,7 +135,7 @@ def _policies(
 
 def _gradient(policy: SD3Policy, rollout: Any, step: int, seeds: Sequence[float]) -> list[Tensor]:
     """Return flat gradients of ``seed * log p`` in float32, over the seed; one for each seed."""
-    log_probs, _ = policy.log_probs(rollout, slice(step, step + 1))
+    log_probs = policy.log_probs(rollout, slice(step, step + 1)).log_probs
     parameters = list(policy.trainable().values())
     found = []
     for number, seed in enumerate(seeds):

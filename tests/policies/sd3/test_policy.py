@@ -64,7 +64,7 @@ def assert_log_probs_close(policy: SD3Policy, found: Any, expected: Any, steps: 
     eps = torch.finfo(torch.float32).eps
     gain = 2 * policy.sampling.guidance - 1
     for column, index in enumerate(steps):
-        step = policy._stochastic[index : index + 1]
+        step = policy._decisions.stochastic[index : index + 1]
         allowed = 32 * eps * (gain * abs(step.v) / step.std + 1)
         difference = (found[:, column] - expected[:, column]).abs().max()
         assert difference <= allowed, (index, float(difference), allowed)
@@ -93,7 +93,7 @@ def test_cps_trains_every_step(make: Any) -> None:
     parameters = [p for name, p in policy.trainable().items() if ".lora_B." in name]
     norms = []
     for i in range(9):
-        log_probs, _ = policy.log_probs(rollout, slice(i, i + 1))
+        log_probs = policy.log_probs(rollout, slice(i, i + 1)).log_probs
         found = torch.autograd.grad(
             (log_probs * torch.tensor([[1], [-1], [1], [-1]])).sum(), parameters
         )
@@ -131,7 +131,7 @@ def test_window_in_the_middle_is_on_policy(make: Any) -> None:
     policy = make(steps=8, window=2)
     step = next(step for step in range(50) if policy.trained_steps(step)[0] == 4)
     rollout = policy.sample(requests(2), step=step)
-    new, _ = policy.log_probs(rollout, slice(0, 2))
+    new = policy.log_probs(rollout, slice(0, 2)).log_probs
     assert_log_probs_close(policy, new.detach(), rollout.log_probs, policy.trained_steps(step))
 
 
@@ -139,11 +139,11 @@ def test_window_in_the_middle_is_on_policy(make: Any) -> None:
 def test_kl_is_zero_at_first_and_grows(make: Any, kind: str) -> None:
     policy = make(kl=kind)
     rollout = policy.sample(requests(2), step=0)
-    _, kl = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    kl = policy.log_probs(rollout, slice(0, 3), with_kl=True).kl
     assert kl.shape == (2, 3)
     assert torch.equal(kl, torch.zeros(2, 3))
     disturb(policy)
-    _, kl = policy.log_probs(rollout, slice(0, 3), with_kl=True)
+    kl = policy.log_probs(rollout, slice(0, 3), with_kl=True).kl
     assert (kl > 0).all()
     assert kl.requires_grad
     assert all(p.requires_grad for p in policy.trainable().values())
@@ -153,7 +153,7 @@ def test_gaussian_kl_is_that_of_the_two_means(make: Any) -> None:
     policy = make(steps=4)
     disturb(policy)
     rollout = policy.sample(requests(2), step=0)
-    _, kl = policy.log_probs(rollout, slice(1, 2), with_kl=True)
+    kl = policy.log_probs(rollout, slice(1, 2), with_kl=True).kl
     x = rollout.trace["latents"][:, 1]
     embeds = policy._embeds(
         [request.prompt for request in rollout.requests], policy.sampling.guidance
@@ -245,7 +245,7 @@ def test_checkpointing_changes_memory_not_gradients(make: Any) -> None:
         policy = make(gradient_checkpointing=checkpointing)
         disturb(policy)
         rollout = policy.sample(requests(2), step=0)
-        policy.log_probs(rollout, slice(0, 1))[0].sum().backward()
+        policy.log_probs(rollout, slice(0, 1)).log_probs.sum().backward()
         gradients.append([p.grad for p in policy.trainable().values()])
     for plain, checkpointed in zip(*gradients, strict=True):
         # The same kernels run again on the same numbers; threads may add up in another order.
@@ -261,7 +261,9 @@ def test_half_precision_keeps_adapter_latents_and_log_probs_in_float32(pipeline:
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     assert rollout.log_probs.dtype == rollout.trace["latents"].dtype == torch.float32
     chunks = policy.step_chunks(3)
-    new = torch.cat([policy.log_probs(rollout, steps, with_kl=True)[0] for steps in chunks], dim=1)
+    new = torch.cat(
+        [policy.log_probs(rollout, steps, with_kl=True).log_probs for steps in chunks], dim=1
+    )
     assert new.dtype == torch.float32
     # Passes of the batch that sampling had; of another they may differ by bfloat16's eps, 0.008.
     assert torch.equal(new, rollout.log_probs)
@@ -362,7 +364,7 @@ def test_siblings_of_one_start_are_drawn_once_until_the_window(make: Any, guidan
         assert torch.equal(latents[0, 0], latents[sibling, 0])
         assert not torch.equal(latents[0, 1], latents[sibling, 1])
     assert len({latents[i, 0].sum().item() for i in (0, 2, 4, 5, 6)}) == 5
-    new, _ = policy.log_probs(together, slice(0, 2))
+    new = policy.log_probs(together, slice(0, 2)).log_probs
     steps = policy.trained_steps(step)
     assert_log_probs_close(policy, new.detach(), together.log_probs, steps)
     alone = concatenate([policy.sample([one], step=step) for one in asked])
@@ -381,7 +383,7 @@ def test_even_steps_are_on_policy_and_of_one_size(make: Any) -> None:
         rollout = policy.sample(requests(4), step=0)
         norms = []
         for step in policy.step_chunks(9):
-            log_probs, _ = policy.log_probs(rollout, step)
+            log_probs = policy.log_probs(rollout, step).log_probs
             assert_log_probs_close(
                 policy, log_probs.detach(), rollout.log_probs[:, step], range(9)[step]
             )
