@@ -55,6 +55,11 @@ class Planner:
             raise ConfigError(
                 f"policy.name: should be sd3: other models are not planned. Found {policy.name!r}."
             )
+        if settings.loss.kind == "forward":
+            raise ConfigError(
+                "loss.kind: should be grpo: what images that are noised again cost is not planned "
+                "yet. Found 'forward'."
+            )
         self.settings, self.gpus = settings, gpus
         self.shape = read_shape(model_path(settings), policy.revision)
         texts = {prompt.text for prompt in train_prompts(settings).prompts}

@@ -145,3 +145,9 @@ def test_what_is_not_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     wrong = Planner(config.from_dict({**TINY, "policy": lora}), gpus=1)
     with pytest.raises(ConfigError, match=r"policy: .*nothing"):
         wrong.forecast()
+
+
+def test_losses_along_the_forward_process_are_not_planned() -> None:
+    settings = config.from_dict(TINY | {"loss": {"kind": "forward", "forward": {"preset": "nft"}}})
+    with pytest.raises(ConfigError, match=r"loss\.kind: should be grpo.*not planned yet"):
+        Planner(settings, gpus=1)
