@@ -194,7 +194,9 @@ def test_planted_faults_are_seen(host: HostReads, monkeypatch: pytest.MonkeyPatc
     velocity = policy._velocity
     with monkeypatch.context() as patch:
         patch.setattr(
-            policy, "_velocity", lambda *given: velocity(*given) * velocity(*given).max().item()
+            policy._decisions,
+            "_velocity",
+            lambda *given: velocity(*given) * velocity(*given).max().item(),
         )
         policy.sample(requests(), step=0)
     assert len(host.waits) == 2 + STEPS

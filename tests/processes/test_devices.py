@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -175,6 +176,8 @@ def test_learning_from_preferences(pretended: Pretended) -> None:
 
     class Policy:
         """Every token is as likely as any other."""
+
+        copies: Mapping[str, Any] = MappingProxyType({})
 
         def tokens_of(self, texts: Any) -> list[list[int]]:
             return [[0, 1] for _ in texts]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ QUICK = OfflineSettings(tau=0.2, eta=0.5, lag=0)
 
 class Table:
     """A logit for each response of each prompt; a response is one token."""
+
+    copies: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, data: Preferences, base: Tensor | None = None) -> None:
         self.places = {
