@@ -183,6 +183,7 @@ def evaluation(
                 chosen.guidance,
                 settings.sampling.resolution,
                 vars(settings.generation),
+                *([] if chosen.solver == "euler" else [chosen.solver]),
             ]
         ),
         policy=policy,

@@ -18,6 +18,7 @@ from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.batches import solve_geometry, unequal_batches
 from moa_diffusion.assembly.construct import construct
+from moa_diffusion.assembly.learning_rate import learning_rate
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
@@ -340,12 +341,13 @@ def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Steppe
     """Return what every optimizer step needs: AdamW, its rate, the loss scale and EMA.
 
     Args:
-        settings: The run's configuration: ``optimizer``, ``ema``, ``policy.dtype`` and
-            ``loss.max_skipped``.
+        settings: The run's configuration: ``optimizer``, ``ema``, ``policy.dtype``,
+            ``loss.max_skipped``, and the number of optimizer steps.
         model: The policy whose trainable parameters are optimized.
         accelerator: Says on which device gradients are scaled.
     """
-    options, warmup = settings.optimizer, settings.optimizer.warmup
+    options = settings.optimizer
+    each = 1 if settings.preferences.given else settings.trainer.updates
     return Stepper(
         policy=model,
         optimizer=torch.optim.AdamW(
@@ -355,7 +357,7 @@ def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Steppe
             betas=(options.betas[0], options.betas[1]),
             weight_decay=options.weight_decay,
         ),
-        lr=lambda count: options.lr * min(1.0, (count + 1) / (warmup + 1)),
+        lr=learning_rate(options, settings.trainer.steps * each),
         scaler=torch.amp.GradScaler(
             accelerator.device.type,
             init_scale=first_scale(model.dimensions),

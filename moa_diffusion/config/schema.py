@@ -116,6 +116,8 @@ class SamplingConfig:
         sampler: Kind of stochastic step: flow_sde, cps, or the import path of a function, such as
             "mine.py:my_step" (see docs/methods.md). The log-prob of cps is the published code's,
             not the density (samplers.py); loss.clip_range goes with it (Flow-CPS's recipes: 1e-5).
+        solver: How the steps without noise are taken: euler, as deployment takes them, or
+            multistep, of second order, which needs fewer of them.
         noise_level: Size of the noise that a stochastic step adds; at most 1 for cps.
         shared_start: Whether the samples of a group start from the same noise. Those that stand in
             one batch then share the steps before the window, too.
@@ -130,6 +132,7 @@ class SamplingConfig:
     steps: Annotated[int, Strict(), Ge(2)] = 10
     guidance: NotNegative = 4.5
     sampler: str = "flow_sde"
+    solver: Literal["euler", "multistep"] = "euler"
     noise_level: Positive = 0.7
     shared_start: Switch = False
     window: Natural = 0
@@ -430,6 +433,8 @@ class OptimizerConfig:
         weight_decay: AdamW's weight decay.
         max_grad_norm: Norm to which longer gradients are cut.
         warmup: Number of optimizer steps over which the learning rate rises from 0.
+        schedule: What the learning rate does after that, until the run's last optimizer step:
+            constant, or it falls to 0 (linear, cosine).
     """
 
     lr: Positive = 3e-4
@@ -438,6 +443,7 @@ class OptimizerConfig:
     weight_decay: NotNegative = 1e-4
     max_grad_norm: Positive = 1.0
     warmup: Natural = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
 
 
 @dataclass(config=_STRICT)
@@ -504,6 +510,7 @@ class EvaluationConfig:
         images_per_prompt: Number of images of each held-out prompt.
         prompts: Largest number of held-out prompts; 0 takes all.
         steps: Number of denoising steps.
+        solver: How they are taken: euler, as diffusers takes them, or multistep, of second order.
         guidance: Scale of classifier-free guidance.
         seed: Seed of the initial noise, any integer; equal for all runs, so that images can be
             compared.
@@ -517,6 +524,7 @@ class EvaluationConfig:
     images_per_prompt: Count = 1
     prompts: Natural = 0
     steps: Count = 40
+    solver: Literal["euler", "multistep"] = "euler"
     guidance: NotNegative = 4.5
     seed: Whole = 0
     pictures: Natural = 16

@@ -36,7 +36,7 @@ class ImageSettings:
     vae_dtype: str
     max_sequence_length: int  # T5 tokens
     negative_prompt: str = ""
-    kind: str = "ode"  # deterministic
+    kind: str = "ode"  # deterministic, by Euler's steps if no solver is named
 
     @classmethod
     def of(cls, settings: Config, path: str) -> ImageSettings:
@@ -57,6 +57,7 @@ class ImageSettings:
             dtype=settings.policy.dtype,
             vae_dtype=settings.policy.vae_dtype,
             max_sequence_length=settings.policy.max_sequence_length,
+            kind="ode" if settings.evaluation.solver == "euler" else "ode, multistep",
         )
 
 
@@ -107,6 +108,7 @@ class Images:
         "sampling.resolution": "--resolution",
         "evaluation.steps": "--steps",
         "evaluation.guidance": "--guidance",
+        "evaluation.solver": "--evaluation.solver",
     }
     weights = DIFFUSERS
 

@@ -28,7 +28,7 @@ from moa_diffusion.policies.sd3.pipeline import latent_shape
 from moa_diffusion.policies.sd3.prompt_encoder import PromptEncoder
 from moa_diffusion.policies.sd3.renoised import RenoisedImages
 from moa_diffusion.policies.sd3.reverse import ReverseSteps
-from moa_diffusion.policies.sd3.schedule import Schedule
+from moa_diffusion.policies.sd3.schedule import Schedule, Walk
 from moa_diffusion.policies.sd3.velocity import Velocity
 from moa_diffusion.types import Request, Rollout, take
 
@@ -160,9 +160,10 @@ class SD3Policy:
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = initial_noise(requests, sources, self.latent_shape, self.device)
+        walk = Walk(self._eval_schedule, self.evaluation.solver)
         for i, s in enumerate(self._eval_schedule.sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.evaluation.guidance)
-            x = self._eval_schedule.deterministic[i : i + 1].mean(x, v)
+            x = walk(i, x, v)
         return self._decode(x)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -20,7 +20,7 @@ from moa_diffusion.policies import matching, samplers
 from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.sd3.decisions import Drawn, Embeds, initial_noise
-from moa_diffusion.policies.sd3.schedule import Schedule
+from moa_diffusion.policies.sd3.schedule import Schedule, Walk
 from moa_diffusion.policies.sd3.velocity import Velocity
 from moa_diffusion.types import ConfigError, Request, Rollout
 
@@ -33,7 +33,7 @@ class RenoisedImages:
     Args:
         velocity: The transformer with its adapter.
         schedule: The noise levels of sampling.
-        sampling: The section ``sampling``: the number of steps.
+        sampling: The section ``sampling``, of which the solver is taken.
         loss: The section ``loss``: the rules in ``forward``.
         shape: Shape ``(C, h, w)`` of the latents.
 
@@ -59,6 +59,7 @@ class RenoisedImages:
                 f"training passes have none. Found {sampling.guidance:g}."
             )
         self._velocity, self._schedule, self._shape = velocity, schedule, shape
+        self._solver = sampling.solver
         self._device, self._rules = schedule.sigma.device, forward_rules(loss.forward)
         rules = self._rules
         self._levels = [s for s in schedule.sigmas[:-1] if rules.first <= s <= rules.last]
@@ -83,10 +84,11 @@ class RenoisedImages:
         sources = samplers.generators([request.seed for request in requests])
         x = initial_noise(requests, sources, self._shape, self._device)
         old = self._rules.draws_with == "old"
+        walk = Walk(self._schedule, self._solver)
         with self.copies["old"].applied() if old else nullcontext():
             for i, s in enumerate(self._schedule.sigmas[:-1]):
                 v = self._velocity(x, x.new_full((len(x),), s), embeds, 1.0)
-                x = self._schedule.deterministic[i : i + 1].mean(x, v)
+                x = walk(i, x, v)
         levels = torch.stack([self._times(request.seed) for request in requests])  # [n, T]
         return Drawn(
             latents=x,

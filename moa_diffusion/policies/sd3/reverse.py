@@ -18,7 +18,7 @@ from moa_diffusion.policies import samplers
 from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.sd3.decisions import Drawn, Embeds, initial_noise
-from moa_diffusion.policies.sd3.schedule import Schedule
+from moa_diffusion.policies.sd3.schedule import Schedule, Walk
 from moa_diffusion.policies.sd3.velocity import Velocity
 from moa_diffusion.types import Request, Rollout, take
 
@@ -80,11 +80,12 @@ class ReverseSteps:
         window = self.trained_steps(step)
         sources = samplers.generators([request.seed for request in requests])
         x = self._before(window[0], requests, sources, embeds)
+        walk = Walk(self._schedule, self.sampling.solver)  # behind the window
         latents, noises, log_probs = [], [], []
         for i in range(window[0], self.sampling.steps):
             v = self._predict(i, x, embeds)
             if i not in window:
-                x = self._schedule.deterministic[i : i + 1].mean(x, v)
+                x = walk(i, x, v)
                 continue
             steps = self.stochastic[i : i + 1]
             mean = steps.mean(x, v)
@@ -162,8 +163,9 @@ class ReverseSteps:
             self._shape,
             self._device,
         )
+        walk = Walk(self._schedule, self.sampling.solver)
         for i in range(first):
-            x = self._schedule.deterministic[i : i + 1].mean(x, self._predict(i, x, embeds))
+            x = walk(i, x, self._predict(i, x, embeds))
         return take(x, [distinct.index(start) for start in starts])
 
     def _predict(self, i: int, x: Tensor, embeds: Embeds) -> Tensor:

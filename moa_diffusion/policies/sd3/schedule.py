@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from moa_diffusion.policies.samplers import Step, Steps, StochasticSampler, ode
 
@@ -49,6 +50,38 @@ class Schedule:
                 )
             steps.append(step)
         return Steps.of(steps, self.sigma.device)
+
+
+class Walk:
+    """Deterministic steps, one after the other.
+
+    ``multistep`` is of second order: it takes the velocity in the middle of a step, extrapolated
+    from the step before (the Adams-Bashforth method for steps of any length). Where there is none
+    it is Euler's step.
+
+    Args:
+        schedule: The noise levels.
+        solver: ``euler`` or ``multistep``.
+    """
+
+    def __init__(self, schedule: Schedule, solver: Literal["euler", "multistep"]) -> None:
+        self._schedule, self._multistep = schedule, solver == "multistep"
+        self._last: tuple[int, Tensor] | None = None  # the step before, and its velocity
+
+    def __call__(self, i: int, x: Tensor, v: Tensor) -> Tensor:
+        """Return the latents ``[n, C, h, w]`` after step ``i``.
+
+        Args:
+            i: Number of the step.
+            x: Latents before it.
+            v: Velocities there.
+        """
+        middle = v
+        if self._multistep and self._last is not None and self._last[0] == i - 1:
+            before, here, after = self._schedule.sigmas[i - 1 : i + 2]
+            middle = v + (here - after) / (before - here) / 2 * (v - self._last[1])
+        self._last = i, v
+        return self._schedule.deterministic[i : i + 1].mean(x, middle)
 
 
 def _sigmas(scheduler: Any, steps: int, tokens: int) -> list[float]:
