@@ -29,6 +29,7 @@ def check_together(config: Config) -> None:
     Raises:
         ConfigError: For the first value that does not go with another.
     """
+    _check_policy(config)
     _check_numbers(config)
     if config.preferences.given:
         _check_preferences(config)
@@ -84,15 +85,8 @@ def _check_preferences(config: Config) -> None:
         )
 
 
-def _check_numbers(config: Config) -> None:
-    """Check values whose range depends on another value."""
-    steps = config.sampling.steps
-    _require(
-        config,
-        "sampling.window",
-        lambda value: value < steps,
-        f"less than sampling.steps = {steps} (the last step is not trained)",
-    )
+def _check_policy(config: Config) -> None:
+    """Check what only some kinds of policy have."""
     _require(
         config,
         "policy.adapter",
@@ -124,6 +118,17 @@ def _check_numbers(config: Config) -> None:
         "off with policy.shard and policy.dtype float32: those layers note in their backward pass, "
         "outside of a graph, what the objectives' gradients are made of (float16 and bfloat16 have "
         "layers that do not)",
+    )
+
+
+def _check_numbers(config: Config) -> None:
+    """Check values whose range depends on another value."""
+    steps = config.sampling.steps
+    _require(
+        config,
+        "sampling.window",
+        lambda value: value < steps,
+        f"less than sampling.steps = {steps} (the last step is not trained)",
     )
     writes = config.policy.name == "causal_lm"
     _require(
