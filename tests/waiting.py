@@ -95,7 +95,9 @@ def python() -> str:
     if sys.platform != "linux":
         return sys.executable
     program = Path(os.environ.get(WARM) or warm_python())
-    wait_until((program.parent / "socket").exists, "the server did not start")
+    socket, failed = (program.parent / name for name in ("socket", "failed"))
+    wait_until(lambda: socket.exists() or failed.exists(), "the server did not start")
+    assert not failed.exists(), "the process that tests fork could not import: see its traceback"
     return str(program)
 
 

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 IMPORTED = (
@@ -175,10 +176,15 @@ def end(command: dict[str, Any], path: list[str]) -> None:
 if __name__ == "__main__":
     here = sys.path[1:]
     gc.disable()  # a tenth of the time of importing, and it finds nothing
-    for name in IMPORTED:
-        importlib.import_module(name)
-    # It compiles a thousand patterns when it is first asked.
-    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
+    try:
+        for name in IMPORTED:
+            importlib.import_module(name)
+        # It compiles a thousand patterns when it is first asked.
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        mapping.get_checkpoint_conversion_mapping("")
+    except BaseException:  # whoever waits may be no parent that could ask how this process is
+        Path(sys.argv[1]).with_name("failed").touch()
+        raise
     gc.freeze()  # no collection in a fork looks at what it shares, which would copy it
     gc.enable()
     end(serve(sys.argv[1]), here)

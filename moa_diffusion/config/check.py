@@ -186,11 +186,17 @@ def _check_numbers(config: Config) -> None:
 
 def _check_forward(config: Config) -> None:
     """Check what images that are noised again do not have, and what would have no effect."""
-    copies = forward_rules(config.loss.forward).copies.values()
+    rules, steps = forward_rules(config.loss.forward), config.sampling.steps
+    # Between `first` and `last` there may be fewer: the pipeline's scheduler knows.
+    if rules.times in ("grid", "strata") and rules.draws > steps:
+        raise ConfigError(
+            f"loss.forward.draws: should be at most sampling.steps = {steps} for times "
+            f"{rules.times}, which takes the noise levels of sampling. Found {rules.draws}."
+        )
     _require(
         config,
         "loss.kl_weight",
-        lambda value: value > 0 or any(copy.weight > 0 for copy in copies),
+        lambda value: value > 0 or any(copy.weight > 0 for copy in rules.copies.values()),
         "positive for loss.kind forward where no copy has a weight (RAM's is 1): nothing else "
         "bounds how far velocities go",
     )
@@ -212,13 +218,13 @@ def _check_forward(config: Config) -> None:
         lambda value: not value,
         "false for loss.kind forward, where samples of a group that start alike end alike",
     )
-    steps = "for loss.kind forward, where no step of sampling is trained"
+    untrained = "for loss.kind forward, where no step of sampling is trained"
     for key, neutral, reason in (
         ("loss.clip_range", LossConfig().clip_range, "for loss.kind forward, which has no ratios"),
         ("loss.ratio_tolerance", None, "for loss.kind forward, which has no ratios"),
-        ("loss.steps", "plain", steps),
-        ("sampling.window", 0, steps),
-        ("sampling.sampler", SamplingConfig().sampler, steps),
+        ("loss.steps", "plain", untrained),
+        ("sampling.window", 0, untrained),
+        ("sampling.sampler", SamplingConfig().sampler, untrained),
     ):
         expected = "null" if neutral is None else neutral
         _require(config, key, partial(eq, neutral), f"{expected} (the default) {reason}")

@@ -230,6 +230,10 @@ FORWARD = BASE | {
     ("overrides", "message"),
     [
         ({"sampling.guidance": 4.5}, r"sampling\.guidance: should be at most 1 .* Found 4\.5"),
+        (
+            {"loss.forward.preset": "nft", "sampling.steps": 6},
+            r"loss\.forward\.draws: should be at most sampling\.steps = 6 .* grid.* Found 9",
+        ),
         ({"sampling.window": 2}, r"sampling\.window: should be 0 \(the default\) .* Found 2"),
         ({"sampling.sampler": "cps"}, r"sampling\.sampler: should be flow_sde .* Found 'cps'"),
         ({"sampling.shared_start": True}, r"sampling\.shared_start: should be false .* end alike"),

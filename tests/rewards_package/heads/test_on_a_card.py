@@ -1,6 +1,6 @@
 """Every head that comes with the package, at full width on a GPU that is not there.
 
-Pictures come from main memory, where Pillow resamples them. What follows runs on tensors that have
+Images come from main memory, where Pillow resamples them. What follows runs on tensors that have
 shapes, types and a device, and no data: an operation on two devices, or on two types, raises as it
 would on a GPU. Two layers stand for all of a model, which are alike.
 """
@@ -60,7 +60,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
 
 
 def batch() -> RewardBatch:
-    """A batch as a policy hands it over: pictures in main memory."""
+    """A batch as a policy hands it over: images in main memory."""
     with unset_fake_temporarily():
         images = torch.rand(SAMPLES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         return RewardBatch(prompts=PROMPTS, images=images)
@@ -116,7 +116,7 @@ def test_every_head_is_tested_here_or_has_no_part_on_a_card() -> None:
         ("deqa", "float16", (1, 1)),
     ],
 )
-def test_pictures_are_scored_at_their_real_size(
+def test_images_are_scored_at_their_real_size(
     host: HostReads, tmp_path: Path, name: str, dtype: str, waits: tuple[int, int]
 ) -> None:
     head = on_card(judge(tmp_path, name, dtype=dtype))
@@ -199,11 +199,11 @@ def test_qrealign_hands_over_and_reads_on_the_card(host: HostReads, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_pictures_may_lie_on_the_card(host: HostReads, name: str) -> None:
-    """Heads without a model score where the pictures are."""
-    pictures = batch()
-    object.__setattr__(pictures, "images", pictures.require_images().to(CARD))
-    scores = create(name).score(pictures)
+def test_images_may_lie_on_the_card(host: HostReads, name: str) -> None:
+    """Heads without a model score where the images are."""
+    samples = batch()
+    object.__setattr__(samples, "images", samples.require_images().to(CARD))
+    scores = create(name).score(samples)
     assert scores.shape == (SAMPLES,)
 
 
@@ -212,19 +212,19 @@ def test_planted_faults_are_seen(
 ) -> None:
     """Pixels that stay in main memory, pixels of another type, and a number read in between."""
     head: Any = on_card(judge(tmp_path, "deqa", dtype="float16"))
-    pictures, shared = batch(), head._loaded()
+    samples, shared = batch(), head._loaded()
     monkeypatch.setattr(shared, "move", lambda device: None)
     with monkeypatch.context() as patch:
         patch.setattr(head, "device", CPU)
         with pytest.raises(RuntimeError, match=r"at least two devices|two different devices"):
-            head.score(pictures)
+            head.score(samples)
     with monkeypatch.context() as patch:
         patch.setattr(head, "dtype", torch.float32)
         with pytest.raises(RuntimeError, match="expected scalar type Float but found Half"):
-            head.score(pictures)
+            head.score(samples)
     whole = shared.module.forward
     host.waits.clear()
     with monkeypatch.context() as patch:
         patch.setattr(shared.module, "forward", lambda pixels: whole(pixels) * pixels.max().item())
-        head.score(pictures)
+        head.score(samples)
     assert len(host.waits) == 2, host.waits
