@@ -36,6 +36,7 @@ def sd3_policy(pipeline: Any, *, device: torch.device = CPU, seed: int = 0, **fl
             forward=ForwardConfig(**flat.pop("forward", {})),
             kl=flat.pop("kl", None),
             steps=flat.pop("loss_steps", "plain"),
+            clip=flat.pop("loss_clip", "ratio"),
         ),
         settings=_policy(flat),
         device=device,

@@ -72,11 +72,13 @@ def _check_preferences(config: Config) -> None:
     for key, value, neutral in (
         ("loss.kind", config.loss.kind, "grpo"),
         ("loss.kl_weight", config.loss.kl_weight, 0.0),
+        ("loss.kl_target", config.loss.kl_target, None),
     ):
         if value != neutral:
             raise ConfigError(
-                f"{key}: should be {neutral} (the default) with preferences, where MOPO's `tau` "
-                f"holds the policy back and nothing is estimated. Found {value!r}."
+                f"{key}: should be {'null' if neutral is None else neutral} (the default) with "
+                "preferences, where MOPO's `tau` holds the policy back and nothing is estimated. "
+                f"Found {value!r}."
             )
     if config.policy.name != "causal_lm":
         raise ConfigError(
@@ -164,6 +166,22 @@ def _check_numbers(config: Config) -> None:
         lambda value: value == "plain" or config.policy.name == "sd3",
         f"plain for policy.name {config.policy.name}: there are no denoising steps",
     )
+    if config.policy.name != "sd3":
+        without = f"for policy.name {config.policy.name}: there are no velocities"
+        _require(config, "loss.clip", partial(eq, "ratio"), f"ratio {without}")
+        _require(config, "loss.norm_weight", partial(eq, 0), f"0 {without}")
+    _require(
+        config,
+        "loss.clip",
+        lambda value: value != "normalized" or config.loss.steps != "equal",
+        "ratio with loss.steps equal, whose ratios are normalized already",
+    )
+    _require(
+        config,
+        "loss.kl_target",
+        lambda value: value is None or config.loss.kl_weight > 0,
+        "null while loss.kl_weight, which it starts from, is 0",
+    )
     for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
         if isinstance(files, list):
             _check_distinct(f"prompts.{name}", files, config.prompts.column)
@@ -220,6 +238,7 @@ def _check_forward(config: Config) -> None:
     )
     untrained = "for loss.kind forward, where no step of sampling is trained"
     for key, neutral, reason in (
+        ("loss.clip", "ratio", "for loss.kind forward, which has no ratios"),
         ("loss.clip_range", LossConfig().clip_range, "for loss.kind forward, which has no ratios"),
         ("loss.ratio_tolerance", None, "for loss.kind forward, which has no ratios"),
         ("loss.steps", "plain", untrained),

@@ -364,14 +364,25 @@ class LossConfig:
             from value heads: see critic; language models only) or ``forward`` (of noisy versions of
             the images instead of the steps that drew them: see forward; images only).
         forward: Settings of ``forward``.
+        clip: What the clip looks at: ratio (PPO's, of new and old probabilities), normalized (that
+            ratio, brought to one size and centred for all denoising steps, as GRPO-Guard has it) or
+            divergence (the KL to the policy that sampled: Flow-DPPO's mask). The last two are for
+            images, where the ratio of early steps never reaches the clip.
         clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
-            are means over latent dimensions, so useful values are about 1e-4.
+            are means over latent dimensions, so useful values are about 1e-4. For divergence it is
+            the KL from which a decision that moved as it should is left alone; 1e-5 is published.
         advantage_clip: Largest absolute advantage; what is beyond is cut to it.
-        steps: ``plain``, or ``equal``: log ratios and losses of all denoising steps are brought to
+        steps: ``plain``; ``equal``: log ratios and losses of all denoising steps are brought to
             one size (as GRPO-Guard's ratio normalisation does), so that early steps train as late
-            ones do and the clip acts on each; useful clip ranges are then other ones. Images only.
+            ones do and the clip acts on each; or ``noise``: they are weighed by a step's noise over
+            the mean of all (as TempFlow-GRPO does), which moves weight from late steps to early
+            ones. Useful clip ranges are then other ones. Images only.
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out. With the method
             mopo it is in win rates per unit of KL: it is divided by what divides the win rates.
+        kl_target: The KL per decision that the weight is adapted to, by at most a fifth of it per
+            rollout, beginning with kl_weight; null keeps the weight. policy/kl_weight follows it.
+        norm_weight: Weight of the penalty on velocities that are longer than the base model's: the
+            squared relative excess (NormGuard). Images only.
         kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text. Null takes gaussian
             for images and k3 for text.
         ratio_tolerance: Largest absolute log ratio of the on-policy check, which looks at each
@@ -382,10 +393,13 @@ class LossConfig:
 
     kind: Literal["grpo", "ppo", "forward"] = "grpo"
     forward: ForwardConfig = field(default_factory=ForwardConfig)
+    clip: Literal["ratio", "normalized", "divergence"] = "ratio"
     clip_range: Positive = 1e-4
     advantage_clip: Positive = 5.0
-    steps: Literal["plain", "equal"] = "plain"
+    steps: Literal["plain", "equal", "noise"] = "plain"
     kl_weight: NotNegative = 0.0
+    kl_target: Positive | None = None
+    norm_weight: NotNegative = 0.0
     kl: Literal["gaussian", "dt_free", "velocity", "k3"] | None = None
     ratio_tolerance: Positive | None = None
     max_skipped: Count = 5
@@ -512,6 +526,9 @@ class EvaluationConfig:
         steps: Number of denoising steps.
         solver: How they are taken: euler, as diffusers takes them, or multistep, of second order.
         guidance: Scale of classifier-free guidance.
+        resolution: Side of the square images, in pixels; null takes that of sampling. With another
+            one, what training does to images of that size is seen, by rewards and alarm.drift;
+            they are not compared with rollouts (alarm.gap).
         seed: Seed of the initial noise, any integer; equal for all runs, so that images can be
             compared.
         pictures: Number of images of the sheet in samples/; 0 draws none.
@@ -526,6 +543,7 @@ class EvaluationConfig:
     steps: Count = 40
     solver: Literal["euler", "multistep"] = "euler"
     guidance: NotNegative = 4.5
+    resolution: Count | None = None
     seed: Whole = 0
     pictures: Natural = 16
     rollout_images: Natural = 8
@@ -638,3 +656,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def deployed_resolution(self) -> int:
+        """The side of the images of evaluations, in pixels."""
+        return self.evaluation.resolution or self.sampling.resolution

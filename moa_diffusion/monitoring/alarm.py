@@ -249,8 +249,8 @@ class Watch:
 
     def _drifted(self, evaluation: Evaluation) -> list[Alarm]:
         alarms = []
-        for name, row in evaluation.statistics.items():
-            mean, std = self._base["statistics"][name]
+        for name, (mean, std) in self._base["statistics"].items():
+            row = evaluation.statistics[name]
             moved = (float(row.mean()) - mean) / std if std > 0 else 0.0
             if self._is_new(f"drift {name}", 0 < self.rules.drift < abs(moved)):
                 alarms.append(

@@ -33,7 +33,8 @@ class Evaluation:
     names: tuple[str, ...]  # K, objectives and rewards that are not trained on
     values: Tensor  # [K, M] float64, NaN: does not apply
     prompts: Tensor  # [M] int64, the prompt of each sample, equal for equal texts
-    statistics: Mapping[str, Tensor]  # [M] by name, of the outputs
+    # By name: [M] of the outputs, and what the policy knows of those drawn as rollouts.
+    statistics: Mapping[str, Tensor]
     gaps: Mapping[str, float]  # deployed minus rollout, same prompts and seeds, by objective
     metrics: Mapping[str, float]
 
@@ -44,7 +45,8 @@ class HeldOut:
     Args:
         requests: M samples to draw; their seeds fix the outputs.
         settings: The section ``evaluation``; of what is drawn, the first outputs are shown, and
-            the first are also drawn as rollouts draw them.
+            the first are also drawn as rollouts draw them. With a resolution, which is not that of
+            rollouts, the two are not compared.
         drawing: Names the settings that outputs depend on beside the requests and the weights.
         policy: The policy that draws the outputs.
         scorer: The K reward heads, those that are not trained on included.
@@ -153,10 +155,11 @@ class HeldOut:
                 scored.outputs, device=self._device, batch=self.batch
             ).items()
         }
+        gaps, inside = self._as_rollouts(step, values, before_batch)
+        statistics |= inside
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
         means["diversity"] = self._diversity(scored.outputs, shards, siblings)
         metrics |= drift.prefixed("eval_", scored.outputs, means)
-        gaps = self._gaps(step, values, before_batch)
         return Evaluation(
             step=step,
             names=self.scorer.names,
@@ -167,17 +170,29 @@ class HeldOut:
             metrics=metrics | {f"eval_gap/{name}": gap for name, gap in gaps.items()},
         )
 
-    def _gaps(
+    def _as_rollouts(
         self, step: int, values: Tensor, before_batch: Callable[[], None]
-    ) -> dict[str, float]:
-        """Return the mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Draw the first requests as rollouts are drawn.
+
+        Returns:
+            By objective the mean reward of deployed outputs minus that of rollouts, prompt by
+            prompt; and the numbers about each rollout that the policy alone knows.
+        """
         requests = self.requests[: self.settings.rollout_images]
         if not requests:
-            return {}
+            return {}, {}
         self._expect(requests)
+        known: list[Mapping[str, Tensor]] = []
+
+        def draw(batch: Sequence[Request]) -> Outputs:
+            rollout = self.policy.sample(batch, step=step)
+            known.append(rollout.statistics)
+            return rollout.outputs
+
         scored = self.training.draw_and_score(
             requests,
-            lambda batch: self.policy.sample(batch, step=step).outputs,
+            draw,
             batch=self.batch,
             title="as rollouts",
             before_batch=before_batch,
@@ -186,7 +201,13 @@ class HeldOut:
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(requests)] - scored.values).nanmean(1)  # [objectives]
-        return dict(zip(self.training.names, gaps.tolist(), strict=True))
+        compared = dict(zip(self.training.names, gaps.tolist(), strict=True))
+        shards = shard(len(requests), self.batch, self.comm)
+        statistics = {
+            name: gather_shards(torch.cat([part[name] for part in known]), shards, self.comm)
+            for name in known[0]
+        }
+        return {} if self.settings.resolution else compared, statistics
 
     def _expect(self, requests: Sequence[Request]) -> None:
         """Let the policy make ready for this process's shard of the requests."""

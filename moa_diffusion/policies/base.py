@@ -20,6 +20,8 @@ class Terms(NamedTuple):
     log_probs: Tensor  # what advantages are multiplied with
     kl: Tensor | None = None  # to the reference; None if it was not asked for
     pull: Tensor | None = None  # towards copies of the adapter, weighted; None if there are none
+    norm: Tensor | None = None  # of the velocity over the reference's; None if it was not asked for
+    seen: Tensor | None = None  # what the clip looks at, constant; None if that is the log ratio
 
 
 class Policy(Protocol):
@@ -73,7 +75,7 @@ class Policy(Protocol):
         Args:
             rollout: N samples that ``sample`` drew.
             steps: Part of the T decisions, as ``step_chunks`` cuts them.
-            with_kl: Whether to return the KL to the reference ``[n, t]`` (with gradient) as well.
+            with_kl: Whether to compare with the reference as well: the KL, and of images the norm.
         """
         ...
 

@@ -123,6 +123,22 @@ class Steps:
         """
         return (self.v.sign() * v * noise).flatten(1).mean(1)
 
+    def drift(self, mean: Tensor, x_next: Tensor, noise: Tensor, clip: str) -> Tensor:
+        """Return how far a step has moved from the policy that drew it, as a clip sees it: ``[N]``.
+
+        Args:
+            mean: Mean ``[N, C, H, W]`` under the policy as it is.
+            x_next: Latents that were drawn.
+            noise: Noise that they were drawn with.
+            clip: ``divergence``, the KL of the two Gaussians, averaged over CHW, with which
+                Flow-DPPO (arXiv 2606.11025) bounds the policy; or ``normalized``, the log ratio
+                without its negative mean and of one size for all steps: see ``even_score``.
+        """
+        moved = mean - (x_next - self.std * noise)
+        if clip == "divergence":
+            return (moved / self.std).square().flatten(1).mean(1) / 2
+        return (moved * noise / self.v.abs()).flatten(1).mean(1)
+
     def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
         """Return the KL of the policy's step to the reference's, averaged over CHW: ``[N]``, >= 0.
 
@@ -152,6 +168,11 @@ class Steps:
                 else torch.where(self.unscaled, 1.0, self.length)
             )
         return factor.flatten() * gap
+
+
+def norm(v: Tensor) -> Tensor:
+    """Return the root mean square ``[N]`` of velocities ``[N, C, H, W]``."""
+    return v.square().flatten(1).mean(1).sqrt()
 
 
 def ode(s: float, s_next: float) -> Step:

@@ -67,47 +67,47 @@ class _ObjectiveRows:
 
     def __init__(self, steps: RolloutSteps, scalarization: Scalarization, kl_scale: float) -> None:
         self._steps, self._scalarization = steps, scalarization
-        self._beta = steps.settings.kl_weight * kl_scale
+        self._beta = steps.reference.kl_weight * kl_scale
         clip = scalarization.clip
         advantages = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
         self._advantages = advantages.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(advantages))
-        self._pulled = False  # whether there is a pull to copies of the adapter
+        self._fixed = False  # whether there are losses that are weighted already
         self.weights: list[Tensor] = []  # [K] of each optimizer step
         self.gramian: Tensor | None = None  # [K, K], the last one that was finite
 
     def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
         """Add every objective's gradient to its own row, and that of the KL to ``.grad``."""
         policy, stepper = self._steps.policy, self._steps.stepper
-        clip_range = self._steps.settings.clip_range
+        clip, reference = self._steps.clip, self._steps.reference
         advantages = take(self._advantages, index).T  # [K, m]
-        with_kl = self._beta > 0
         nonzero = advantages != 0  # [K, m]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask = part.mask[:, chunk]
-            new, kl, pull = policy.log_probs(part, chunk, with_kl=with_kl)
+            terms = policy.log_probs(part, chunk, with_kl=reference.compares)
+            new, kl, fixed = terms.log_probs, reference.of_kl(terms), reference.fixed(terms)
             old = old_log_probs(self._steps.settings, part, chunk, new)
-            coefficients = surrogate_coefficients(new, old, advantages, clip_range)
+            coefficients = surrogate_coefficients(new, old, advantages, clip, terms.seen)
             coefficients = torch.where(mask, coefficients, 0.0)  # [K, m, t]
             self._rows.backward(
                 new,
                 coefficients / decisions,
                 tokens=policy.row_tokens(part),
                 scale=stepper.loss_scale,
-                retain_graph=kl is not None or pull is not None,
+                retain_graph=kl is not None or fixed is not None,
             )
             held = [self._beta * kl] if kl is not None else []
-            held += [pull] if pull is not None else []
-            self._pulled = pull is not None
+            held += [fixed] if fixed is not None else []
+            self._fixed = fixed is not None
             if held:
                 weighted = torch.where(mask, sum(held), 0.0).sum() / decisions
                 torch.autograd.backward(stepper.scaler.scale(weighted))
             unclipped = (coefficients != 0).sum(0) / nonzero.sum(0).clamp(min=1)[:, None]
             # [m, t], the share of the objectives with an advantage that are clipped
             clipped = torch.where(nonzero.any(0)[:, None], 1 - unclipped, 0.0)
-            sums.append(pass_sums(mask, new.detach() - old, clipped, kl, pull))
-            del new, kl, pull  # and the graph, before the next one is made
+            sums.append(pass_sums(mask, new.detach() - old, clipped, terms))
+            del terms, new, kl, fixed  # and the graph, before the next one is made
         return torch.stack(sums)
 
     def finish(self) -> None:
@@ -120,9 +120,9 @@ class _ObjectiveRows:
             count = len(gramian)
             self.weights.append(torch.full((count,), 1 / count, dtype=torch.float64))
         factor = self._scalarization.kl_scale()
-        if factor != 1 and self._pulled:
+        if factor != 1 and self._fixed:
             raise TrainingError(
-                "loss.forward: a pull to copies of the adapter has the unit of normalized "
+                "loss: norm_weight and pulls to copies of the adapter have the unit of normalized "
                 "advantages. Found a normalizer that keeps the unit of the rewards, with weights "
                 "from every optimizer step's gradients."
             )

@@ -1,4 +1,4 @@
-"""The policy-gradient surrogate, as a function of ``[N, T]`` log-probabilities.
+"""The policy-gradient surrogate of ``[N, T]`` log-probabilities, and what holds it back.
 
 PPO's clipped objective (Schulman et al., arXiv 1707.06347, eq. 7) as GRPO (arXiv 2402.03300) and
 Flow-GRPO (arXiv 2505.05470, eq. 4) use it: one advantage per sample, shared by its decisions.
@@ -7,38 +7,92 @@ Deviation: the mean is over all decisions of a minibatch. For images, which all 
 that is the papers' mean. Of texts, GRPO takes the mean over the tokens of a response first and then
 over responses; here each token counts the same, so a long response counts more (as in DAPO, arXiv
 2503.14476).
+
+Which decisions the clip takes from the gradient is a choice, as their size is one of the policy:
+see ``Clip``. Of images, early steps have log ratios so small that PPO's clip never acts on them.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
+from moa_diffusion.config.schema import LossConfig
+from moa_diffusion.policies.base import Terms
+
+KL_STEP = 0.2  # share by which the weight of the KL changes per rollout, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Which decisions no longer add to the gradient: those that have moved far enough.
+
+    - ``ratio``: a ratio beyond ``1 + range`` where the advantage is positive, below ``1 - range``
+      where it is negative (PPO, arXiv 1707.06347, eq. 7).
+    - ``normalized``: the same of the ratio that ``samplers.Steps.drift`` normalises, after the idea
+      of GRPO-Guard (arXiv 2510.22319); the gradient stays that of the ratio.
+    - ``divergence``: a KL of at least ``range`` to the policy that sampled, where the ratio has
+      moved as the advantage asks (the mask of Flow-DPPO, arXiv 2606.11025).
+
+    Args:
+        range: The distance, positive: of ratios averaged over latent dimensions about 1e-4.
+        kind: What is looked at.
+    """
+
+    range: float
+    kind: Literal["ratio", "normalized", "divergence"] = "ratio"
+
+    def cuts(self, log_ratio: Tensor, advantage: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return which decisions ``[n, t]`` the clip cuts off from the gradient (bool).
+
+        Args:
+            log_ratio: New minus old log-probs ``[n, t]``.
+            advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own.
+            seen: What the clip looks at, ``[n, t]``, for another kind than ``ratio``: see
+                ``Terms``.
+        """
+        log_ratio, sign = log_ratio.detach(), _by_decision(advantage).sign()
+        if self.kind == "divergence":
+            assert seen is not None
+            return (seen >= self.range) & (sign * log_ratio > 0)
+        if self.kind == "normalized":
+            assert seen is not None
+            log_ratio = seen
+        ratio = torch.exp(log_ratio)
+        return ((sign > 0) & (ratio > 1 + self.range)) | ((sign < 0) & (ratio < 1 - self.range))
+
 
 def clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip_range: float
+    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, cut: Tensor
 ) -> Tensor:
-    """Return the loss of each decision.
+    """Return the loss of each decision: ``-A r`` with ``r = exp(new - old)``, constant if cut.
 
-    It is ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(new - old)``.
+    With a ``ratio`` clip its gradient is that of ``max(-A r, -A clip(r, 1 - e, 1 + e))``.
 
     Args:
         log_probs: Log-probs ``[n, t]`` under the policy being trained, with gradient.
         old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
         advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own; constant.
-        clip_range: ``e`` > 0. Log-probs averaged over latent dimensions want about 1e-4.
+        cut: Which decisions the clip has cut off, ``[n, t]`` bool: see ``Clip``.
 
     Returns:
         ``[n, t]``; its mean is minimised.
     """
     ratio = torch.exp(log_probs - old_log_probs)
-    advantage = _by_decision(advantage).to(ratio.dtype)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped)
+    ratio = torch.where(cut, ratio.detach(), ratio)
+    return -_by_decision(advantage).to(ratio.dtype) * ratio
 
 
 def surrogate_coefficients(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip: Clip,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Return the derivative of ``clipped_surrogate`` by the log-prob, for K sets of advantages.
 
@@ -46,42 +100,82 @@ def surrogate_coefficients(
     clip mask. With it, objective k's gradient is ``sum c_knt grad log p_nt``.
 
     A weighted sum of these gradients is not the gradient of the clipped surrogate of the weighted
-    advantage. Once the ratio of a sample is above ``1 + clip_range``, the objectives that ask for
-    more of it are silent, and those that ask for less go on: the sample is pushed down, also where
-    the weighted advantage is positive and its own surrogate would leave it alone (below ``1 -
-    clip_range`` the other way round). The objectives that oppose a step thus hold it to the clip.
+    advantage. Once the ratio of a sample is above ``1 + range``, the objectives that ask for more
+    of it are silent, and those that ask for less go on: the sample is pushed down, also where the
+    weighted advantage is positive and its own surrogate would leave it alone (below ``1 - range``
+    the other way round). The objectives that oppose a step thus hold it to the clip.
 
     Args:
         log_probs: Log-probs ``[n, t]`` under the policy being trained; no gradient is kept.
         old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
         advantages: Advantages ``[K, n]`` of the K objectives.
-        clip_range: As for ``clipped_surrogate``.
+        clip: Cuts decisions off.
+        seen: What the clip looks at, as ``Clip.cuts`` has it.
 
     Returns:
         ``[K, n, t]``.
     """
-    ratio = torch.exp(log_probs.detach() - old_log_probs)
-    rows = []
-    for advantage in advantages.to(ratio.dtype):
-        clipped = clip_fraction(log_probs.detach(), old_log_probs, advantage, clip_range)
-        rows.append(torch.where(clipped, 0.0, -advantage[:, None] * ratio))
+    log_ratio = log_probs.detach() - old_log_probs
+    ratio = torch.exp(log_ratio)
+    rows = [
+        torch.where(clip.cuts(log_ratio, advantage, seen), 0.0, -advantage[:, None] * ratio)
+        for advantage in advantages.to(ratio.dtype)
+    ]
     return torch.stack(rows)
 
 
-def clip_fraction(
-    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clip_range: float
-) -> Tensor:
-    """Return which decisions ``[n, t]`` the clip has cut off from the gradient (bool).
+class ReferencePull:
+    """What holds the policy to the reference: the KL, whose weight may follow a target, and a norm.
+
+    The penalty on the norm is NormGuard's (arXiv 2606.27771): training inflates velocities beyond
+    the reference's, which spoils images before rewards tell. It acts only where they are longer.
+    Only the paper's abstract was read; the form, a squared relative excess, is ours. It is at most
+    ``|v - v_ref|^2 / |v_ref|^2``: it lets velocities turn.
 
     Args:
-        log_probs: Log-probs ``[n, t]`` under the policy being trained.
-        old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
-        advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own.
-        clip_range: As for ``clipped_surrogate``.
+        settings: The section ``loss``: the weights, and the KL's target.
+
+    Attributes:
+        kl_weight: The weight of the KL as it is.
     """
-    ratio = torch.exp(log_probs - old_log_probs)
-    sign = _by_decision(advantage).sign()
-    return ((sign > 0) & (ratio > 1 + clip_range)) | ((sign < 0) & (ratio < 1 - clip_range))
+
+    def __init__(self, settings: LossConfig) -> None:
+        self.kl_weight, self._target = settings.kl_weight, settings.kl_target
+        self._norm_weight = settings.norm_weight
+        self.compares = settings.kl_weight > 0 or settings.norm_weight > 0
+
+    def of_kl(self, terms: Terms) -> Tensor | None:
+        """Return the KL ``[n, t]``; None if it has no weight."""
+        return terms.kl if self.kl_weight else None
+
+    def fixed(self, terms: Terms) -> Tensor | None:
+        """Return the losses ``[n, t]`` that are weighted already: of the norm, and of copies."""
+        parts = [] if terms.pull is None else [terms.pull]
+        if self._norm_weight:
+            if terms.norm is None:
+                raise ValueError(
+                    "`Policy.log_probs` should return `norm` where `loss.norm_weight` is positive."
+                )
+            parts.append(self._norm_weight * torch.relu(terms.norm - 1).square())
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def follow(self, kl: float) -> None:
+        """Change the KL's weight by what a rollout's KL was, equal on every process.
+
+        ``weight <- weight (1 + clip(kl / target - 1, -0.2, 0.2))``: the proportional controller of
+        Ziegler et al. (arXiv 1909.08593), whose horizon is one rollout here.
+        """
+        if self._target is not None and math.isfinite(kl):
+            self.kl_weight *= 1 + min(max(kl / self._target - 1, -KL_STEP), KL_STEP)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weight of the KL if it follows a target."""
+        return {} if self._target is None else {"kl_weight": self.kl_weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved weight; without a target it is the configuration's."""
+        if self._target is not None and "kl_weight" in state:
+            self.kl_weight = state["kl_weight"]
 
 
 def _by_decision(advantage: Tensor) -> Tensor:

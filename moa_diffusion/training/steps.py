@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moa_diffusion.config.schema import LossConfig
 from moa_diffusion.monitoring.progress import Progress
-from moa_diffusion.policies.base import Policy
+from moa_diffusion.policies.base import Policy, Terms
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradient_sum import GradientSum
+from moa_diffusion.training.loss import Clip, ReferencePull
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import Rollout, take
 
@@ -34,7 +35,7 @@ class MinibatchLoss(Protocol):
                 device.
 
         Returns:
-            ``pass_sums`` of each forward pass, ``[passes, 5]`` on the device.
+            ``pass_sums`` of each forward pass, ``[passes, 6]`` on the device.
         """
         ...
 
@@ -50,7 +51,8 @@ class RolloutSteps:
         policy: The policy, which gives log-probabilities.
         stepper: Takes one optimizer step on summed gradients.
         geometry: How a rollout is cut into minibatches and micro-batches.
-        settings: The section ``loss``; its tolerance is that of the on-policy check.
+        settings: The section ``loss``: the clip, what holds the policy to the reference, and the
+            tolerance of the on-policy check.
         progress: How far the run is; the number of the rollout decides the order of the samples.
         seed: The run's seed, which the order of the samples depends on.
     """
@@ -67,6 +69,8 @@ class RolloutSteps:
     ) -> None:
         self.policy, self.stepper, self.geometry = policy, stepper, geometry
         self.settings, self.progress, self.seed = settings, progress, seed
+        self.clip = Clip(settings.clip_range, settings.clip)
+        self.reference = ReferencePull(settings)
         self.comm = progress.comm
         self._checked: set[int] = set()  # decisions that were on-policy when first drawn
         self._off_policy = False  # whether a rollout that was not on-policy has been reported
@@ -114,14 +118,20 @@ class RolloutSteps:
         return self._metrics(torch.cat(sums), norms)
 
     def _metrics(self, sums: Tensor, norms: Sequence[float]) -> dict[str, float]:
-        """Return metrics from the sums of all passes ``[passes, 5]`` and the norms of all steps."""
+        """Return metrics from the sums of all passes ``[passes, 6]`` and the norms of all steps."""
         table = sums.cpu()  # waits for the device
         before = len(table) // self.geometry.updates  # passes before the first optimizer step
         gap = float(self.comm.gather(table[:before, 3].max()[None]).max())
         totals = torch.cat([table[:, :3], table[:, 4:]], dim=1).double().sum(0)
         self.comm.sum_([totals])
-        decisions, clipped, kl, pull = totals.tolist()
+        decisions, clipped, kl, pull, norm = totals.tolist()
         decisions = max(decisions, 1.0)  # there are none where no sample has a reward
+        compared: dict[str, float] = {}
+        if self.settings.kl_weight:
+            compared = {"policy/kl": kl / decisions, "policy/kl_weight": self.reference.kl_weight}
+            self.reference.follow(kl / decisions)
+        if self.reference.compares and norm:
+            compared["policy/velocity_norm"] = norm / decisions
         if self.settings.kind == "forward":
             own = {"policy/pull": pull / decisions} if self.policy.copies else {}
         else:
@@ -129,7 +139,7 @@ class RolloutSteps:
             own = {"policy/clip_fraction": clipped / decisions, "policy/ratio_gap": gap}
         return {
             **own,
-            **({"policy/kl": kl / decisions} if self.settings.kl_weight else {}),
+            **compared,
             **self.stepper.step_metrics(norms),
         }
 
@@ -201,25 +211,18 @@ def old_log_probs(settings: LossConfig, part: Rollout, chunk: slice, new: Tensor
     return new.detach() if settings.kind == "forward" else part.log_probs[:, chunk]
 
 
-def pass_sums(
-    mask: Tensor,
-    log_ratio: Tensor,
-    clipped: Tensor,
-    kl: Tensor | None,
-    pull: Tensor | None = None,
-) -> Tensor:
+def pass_sums(mask: Tensor, log_ratio: Tensor, clipped: Tensor, terms: Terms) -> Tensor:
     """Sum over the decisions of one forward pass, for the metrics.
 
     Args:
         mask: Which decisions there are, ``[m, t]`` bool.
         log_ratio: Log ratios ``[m, t]``, new minus old log-probability.
         clipped: Clipping ``[m, t]``, whether the clip acts, or for which share of the objectives.
-        kl: KL of each decision, ``[m, t]``; None if it is not computed.
-        pull: Weighted pull to copies of the adapter, ``[m, t]``; None if there is none.
+        terms: What the policy returned.
 
     Returns:
-        ``[5]``: the number of decisions, the sums of ``clipped`` and ``kl``, the largest
-        ``|log_ratio|``, and the sum of ``pull``.
+        ``[6]``: the number of decisions, the sums of ``clipped`` and of the KL, the largest
+        ``|log_ratio|``, and the sums of the pull to copies and of the norm.
     """
 
     def total(values: Tensor | None) -> Tensor:
@@ -230,8 +233,9 @@ def pass_sums(
     parts = [
         mask.sum().float(),
         total(clipped),
-        total(kl),
+        total(terms.kl),
         torch.where(mask, log_ratio.abs(), 0.0).max(),
-        total(pull),
+        total(terms.pull),
+        total(terms.norm),
     ]
     return torch.stack(parts).detach()

@@ -354,6 +354,7 @@ class Trainer:
         """Return optimizer, normalizer, weighting, critic, and what the update remembers."""
         return {
             "updater": self.stepper.state_dict(),
+            "reference": self.steps.reference.state_dict(),
             "normalizer": self.normalizer.state_dict(),
             "weighting": self.weighting.state_dict(),
             **self.update.state_dict(),
@@ -363,6 +364,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved state, part by part."""
         self.stepper.load_state_dict(state["updater"])
+        self.steps.reference.load_state_dict(state.get("reference", {}))  # older ones lack it
         with _fitting("objectives.normalizer"):
             self.normalizer.load_state_dict(state["normalizer"])
         with _fitting("objectives.weighting"):

@@ -22,7 +22,7 @@ from moa_diffusion.objectives.metrics import cosine_metrics
 from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.gradient_check import GradientCheck
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loss import clip_fraction, clipped_surrogate
+from moa_diffusion.training.loss import clipped_surrogate
 from moa_diffusion.training.stepper import TrainingError
 from moa_diffusion.training.steps import RolloutSteps, old_log_probs, pass_sums
 from moa_diffusion.types import ObjectiveStats, Rollout, take
@@ -330,27 +330,28 @@ class _Surrogate:
     """The clipped surrogate of one advantage, plus KL: a ``MinibatchLoss``."""
 
     def __init__(self, steps: RolloutSteps, advantage: Tensor, kl_scale: float) -> None:
-        self._steps, self._beta = steps, steps.settings.kl_weight * kl_scale
+        self._steps, self._beta = steps, steps.reference.kl_weight * kl_scale
         self._advantage = advantage.to(steps.stepper.device, torch.float32)
 
     def backward(self, part: Rollout, index: Sequence[int], decisions: Tensor) -> Tensor:
-        policy, settings = self._steps.policy, self._steps.settings
+        policy, clip, reference = self._steps.policy, self._steps.clip, self._steps.reference
         scaler = self._steps.stepper.scaler
         advantage = take(self._advantage, index)  # [m], or [m, T]
         sums = []
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask = part.mask[:, chunk]
-            new, kl, pull = policy.log_probs(part, chunk, with_kl=settings.kl_weight > 0)
-            old = old_log_probs(settings, part, chunk, new)
+            terms = policy.log_probs(part, chunk, with_kl=reference.compares)
+            new = terms.log_probs
+            old = old_log_probs(self._steps.settings, part, chunk, new)
             chunk_advantage = advantage if advantage.ndim == 1 else advantage[:, chunk]
-            losses = clipped_surrogate(new, old, chunk_advantage, settings.clip_range)  # [m, t]
-            if kl is not None:
+            cut = clip.cuts(new - old, chunk_advantage, terms.seen)
+            losses = clipped_surrogate(new, old, chunk_advantage, cut)  # [m, t]
+            if (kl := reference.of_kl(terms)) is not None:
                 losses = losses + self._beta * kl
-            if pull is not None:
-                losses = losses + pull
+            if (fixed := reference.fixed(terms)) is not None:
+                losses = losses + fixed
             torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
-            clipped = clip_fraction(new.detach(), old, chunk_advantage, settings.clip_range)
-            sums.append(pass_sums(mask, new - old, clipped, kl, pull))
+            sums.append(pass_sums(mask, new - old, cut, terms))
         return torch.stack(sums)
 
     def finish(self) -> None:

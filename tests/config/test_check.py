@@ -238,6 +238,7 @@ FORWARD = BASE | {
         ({"sampling.sampler": "cps"}, r"sampling\.sampler: should be flow_sde .* Found 'cps'"),
         ({"sampling.shared_start": True}, r"sampling\.shared_start: should be false .* end alike"),
         ({"loss.clip_range": 1e-5}, r"loss\.clip_range: should be 0\.0001 .* has no ratios"),
+        ({"loss.clip": "divergence"}, r"loss\.clip: should be ratio .* has no ratios"),
         ({"loss.ratio_tolerance": 1e-3}, r"loss\.ratio_tolerance: should be null .* no ratios"),
         ({"loss.steps": "equal"}, r"loss\.steps: should be plain .* no step of sampling"),
         ({"loss.kl_weight": 0.0}, r"loss\.kl_weight: should be positive .* Found 0"),
@@ -251,6 +252,25 @@ def test_what_images_that_are_noised_again_do_not_have(tmp_path, overrides, mess
     options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     with pytest.raises(ConfigError, match=f"^{message}"):
         loaded(tmp_path, FORWARD, *options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"loss.clip": "divergence", "policy.name": "toy"}, r"loss\.clip: should be ratio .* toy"),
+        ({"loss.norm_weight": 0.1, "policy.name": "causal_lm"}, r"loss\.norm_weight: should be 0 "),
+        (
+            {"loss.clip": "normalized", "loss.steps": "equal"},
+            r"loss\.clip: should be ratio with loss\.steps equal.* Found 'normalized'",
+        ),
+        ({"loss.kl_target": 0.1}, r"loss\.kl_target: should be null while .* Found 0\.1"),
+        ({"loss.kl_target": 0.0}, r"loss\.kl_target: "),
+    ],
+)
+def test_guards_that_have_nothing_to_guard_are_refused(tmp_path, overrides, message):
+    options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        loaded(tmp_path, BASE, *options)
 
 
 def test_settings_of_another_kind_of_loss_are_refused(tmp_path):

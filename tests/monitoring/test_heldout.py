@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,3 +52,35 @@ def test_heldout_requests_do_not_depend_on_the_runs_seed(tmp_path):
     assert requests == assembly.heldout_requests(two)
     assert [request.prompt for request in requests] == ["a", "b", "c"] * 2
     assert len({request.seed for request in requests}) == 6
+
+
+def test_what_the_policy_knows_of_rollouts_is_watched_for_drift(tmp_path, caplog):
+    """Statistics that grow past three deviations of the start are told, by name."""
+    trainer = make(tmp_path / "run", evaluation__every=2, evaluation__images_per_prompt=4)
+    sample, scale = trainer.policy.sample, 1.0
+
+    def longer(requests, *, step):
+        spread = torch.tensor([1.0 + 0.01 * request.seed % 0.1 for request in requests])
+        return replace(sample(requests, step=step), statistics={"velocity_norm": scale * spread})
+
+    trainer.policy.sample = longer
+    first = trainer.evaluate()
+    assert first["eval_image/velocity_norm"] == pytest.approx(1.05, abs=0.05)
+    scale = 1.01
+    assert not (tmp_path / "run" / "alarms.jsonl").exists()
+    trainer.evaluate()
+    assert not (tmp_path / "run" / "alarms.jsonl").exists()
+    scale = 1.3
+    assert trainer.evaluate()["eval_image/velocity_norm"] > 1.2
+    (alarm,) = (tmp_path / "run" / "alarms.jsonl").read_text().splitlines()
+    assert json.loads(alarm)["name"] == "velocity_norm"
+
+
+def test_images_of_another_size_are_not_compared_with_rollouts(tmp_path):
+    other = make(tmp_path / "other", evaluation__every=2, evaluation__resolution=1024)
+    assert not any(name.startswith("eval_gap/") for name in other.evaluate())
+    same = make(tmp_path / "same", evaluation__every=2, evaluation__resolution=512)
+    assert any(name.startswith("eval_gap/") for name in same.evaluate())
+    assert same.heldout.identity != other.heldout.identity
+    plain = make(tmp_path / "plain", evaluation__every=2)
+    assert plain.heldout.identity == same.heldout.identity

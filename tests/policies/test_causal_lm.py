@@ -37,7 +37,7 @@ from moa_diffusion.policies.language_model import check_fit, load_model
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.loss import Clip, surrogate_coefficients
 from moa_diffusion.training.stepper import Stepper
 from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.update import NoProbe, PlainUpdate
@@ -257,7 +257,7 @@ def test_log_probs_are_those_of_transformers(family: str, side: str, pad: bool) 
         expected = by_transformers(policy.model, policy, rollout)
     torch.testing.assert_close(rollout.log_probs, expected, atol=ROUNDING, rtol=0)
     part = rollout.select(torch.tensor([2, 1]))
-    new, kl, _ = policy.log_probs(part, slice(0, T))
+    new, kl, *_ = policy.log_probs(part, slice(0, T))
     assert kl is None
     torch.testing.assert_close(new.detach(), expected[[2, 1]], atol=ROUNDING, rtol=0)
 
@@ -300,8 +300,8 @@ def test_slices_of_the_decisions_are_parts_of_the_whole() -> None:
     policy = policy_on()
     assert policy.step_chunks(T) == [slice(0, T)]
     rollout = policy.sample(requests(4), step=0)
-    whole, kls, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
-    part, kl, _ = policy.log_probs(rollout, slice(2, 5), with_kl=True)
+    whole, kls, *_ = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    part, kl, *_ = policy.log_probs(rollout, slice(2, 5), with_kl=True)
     assert torch.equal(part, whole[:, 2:5])
     assert torch.equal(kl, kls[:, 2:5])
 
@@ -313,7 +313,7 @@ def test_kl_is_k3_against_the_model_without_its_adapter(family: str) -> None:
     assert not fresh.log_probs(rollout, slice(0, T), with_kl=True).kl.any()
     policy = policy_on(family)
     rollout = policy.sample(requests(4), step=0)
-    new, kl, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    new, kl, *_ = policy.log_probs(rollout, slice(0, T), with_kl=True)
     with torch.no_grad():
         ref = by_transformers(model(family), policy, rollout)
     gap = ref - new.detach()
@@ -358,7 +358,7 @@ def test_half_precision_keeps_adapter_and_log_probs_in_float32(family: str, dtyp
     assert policy.model.dtype == kind
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
     assert rollout.log_probs.dtype == rollout.trace["features"].dtype == torch.float32
-    new, kl, _ = policy.log_probs(rollout, slice(0, T), with_kl=True)
+    new, kl, *_ = policy.log_probs(rollout, slice(0, T), with_kl=True)
     assert new.dtype == kl.dtype == torch.float32
     assert torch.equal(new.detach(), rollout.log_probs)
     full = policy_on(family).log_probs(rollout, slice(0, T)).log_probs
@@ -523,7 +523,7 @@ def coefficients_of(kind: str, rollout: Rollout) -> tuple[torch.Tensor, int]:
     if kind == "random":
         return torch.randn(3, n, T, generator=generator) * rollout.mask, 3
     new, passes = (moved, 3) if kind == "clipped" else (rollout.log_probs, 1)
-    found = surrogate_coefficients(new, rollout.log_probs, advantages, 0.2)
+    found = surrogate_coefficients(new, rollout.log_probs, advantages, Clip(0.2))
     return found * rollout.mask, passes
 
 

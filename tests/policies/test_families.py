@@ -33,7 +33,7 @@ from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
 from moa_diffusion.training.gradient_check import TOLERANCE, relative_errors
 from moa_diffusion.training.gradients import ObjectiveGradients
-from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.loss import Clip, surrogate_coefficients
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.update import Probe
@@ -121,7 +121,7 @@ def coefficients_of(rollout: Rollout, *, clipped: bool) -> Tensor:
     advantages = torch.randn(K, len(rollout), generator=source)
     noise = 0.3 * torch.randn(rollout.log_probs.shape, generator=source)
     new = rollout.log_probs + noise if clipped else rollout.log_probs
-    return surrogate_coefficients(new, rollout.log_probs, advantages, 0.2) * rollout.mask
+    return surrogate_coefficients(new, rollout.log_probs, advantages, Clip(0.2)) * rollout.mask
 
 
 def worst_error(policy: Any, rollout: Rollout, coefficients: Tensor, **options: Any) -> float:

@@ -279,3 +279,27 @@ def test_even_scores_differ_by_the_normalised_log_ratio():
         moved.append(found)
     for later in moved[1:]:  # all steps have one scale
         torch.testing.assert_close(later, moved[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("make", [flow_sde, cps])
+def test_how_far_a_step_has_moved(make):
+    """The divergence is the KL of two normals; the other one is what even scores differ by."""
+    source = torch.Generator().manual_seed(0)
+    x, v, other, z = torch.randn(4, 2, 3, 4, 4, generator=source)
+    step = make(0.8, 0.6, noise_level=0.7, s_second=0.9)
+    steps = Steps.of([step], CPU)
+    old, new = steps.mean(x, v), steps.mean(x, other)
+    x_next = old + steps.std * z
+    expected = kl_divergence(Normal(new, step.std), Normal(old, step.std)).flatten(1).mean(1)
+    # The old mean is what is left of x_next without its noise: eps of about 3 over the std of 0.2
+    # is 2e-6 of a shift of some std; sums of 48 squares stay within torch's default of the rest.
+    torch.testing.assert_close(
+        steps.drift(new, x_next, z, "divergence"), expected, rtol=1e-5, atol=1e-7
+    )
+    torch.testing.assert_close(
+        steps.drift(new, x_next, z, "normalized"),
+        steps.even_score(other, z) - steps.even_score(v, z),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert steps.drift(old, x_next, z, "divergence").abs().max() < 1e-10

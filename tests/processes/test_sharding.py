@@ -106,7 +106,7 @@ def learn(policy: SD3Policy, **options: Any) -> dict[str, Any]:
         Request(prompt=PROMPTS[i % 2], group=i % 2, sibling=i // 2, seed=100 + i) for i in range(4)
     ]
     rollout = policy.sample(requests, step=0)
-    log_probs, kl, _ = policy.log_probs(rollout, slice(0, 2), with_kl=True)
+    log_probs, kl, *_ = policy.log_probs(rollout, slice(0, 2), with_kl=True)
     assert kl is not None
     weights = torch.linspace(-1, 1, 8).view(4, 2)
     torch.autograd.backward((weights * log_probs).sum() + kl.sum())

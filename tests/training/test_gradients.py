@@ -365,7 +365,7 @@ def test_a_kl_term_goes_through_the_same_graph(dtype: str, checkpointing: bool) 
     parameters = list(policy.trainable().values())
 
     def parts() -> tuple[Tensor, Tensor]:
-        log_probs, kl, _ = policy.log_probs(rollout, slice(0, 1), with_kl=True)
+        log_probs, kl, *_ = policy.log_probs(rollout, slice(0, 1), with_kl=True)
         assert kl is not None
         return log_probs, kl.sum()
 

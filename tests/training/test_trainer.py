@@ -67,6 +67,29 @@ def test_kl_holds_the_policy_back(tmp_path):
     assert ends[0] > ends[1] > ends[2]
 
 
+def test_the_kl_is_brought_near_its_target(tmp_path):
+    """From weights that are too small and too large, while it passes 20 targets by itself.
+
+    It swings, by some factor: the policy answers to a weight some rollouts later.
+    """
+    options: dict[str, object] = {"loss__kl_target": 0.5, "trainer__steps": 60}
+    for weight in (0.05, 5.0):
+        folder = tmp_path / f"{weight}"
+        make(folder, **options, loss__kl_weight=weight).run()
+        kls = [row["policy/kl"] for row in rows(folder)]
+        weights = [row["policy/kl_weight"] for row in rows(folder)]
+        assert weights[0] == weight
+        for before, after, kl in zip(weights, weights[1:], kls, strict=False):
+            assert after == pytest.approx(before * (1 + min(max(kl / 0.5 - 1, -0.2), 0.2)))
+        assert 0.2 < sum(kls[-30:]) / 30 / 0.5 < 5
+    make(tmp_path / "free", loss__kl_weight=0.05, trainer__steps=60).run()
+    assert rows(tmp_path / "free")[-1]["policy/kl"] > 10
+
+    make(tmp_path / "half", **options | {"trainer__steps": 30}, loss__kl_weight=5.0).run()
+    make(tmp_path / "half", **options, loss__kl_weight=5.0, resume="latest").run()
+    assert rows(tmp_path / "half")[-1] == rows(tmp_path / "5.0")[-1]
+
+
 def test_a_negative_weight_minimises(tmp_path):
     options = rewards("red", "green")
     options["green"]["weight"] = -1.0

@@ -28,7 +28,7 @@ from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.ema import EMA
 from moa_diffusion.training.fused import FusedUpdate
 from moa_diffusion.training.geometry import Geometry
-from moa_diffusion.training.loss import surrogate_coefficients
+from moa_diffusion.training.loss import Clip, surrogate_coefficients
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.training.steps import RolloutSteps
 from moa_diffusion.training.update import Improvement, NoProbe, PlainUpdate, Probe, Scalarization
@@ -85,6 +85,7 @@ def steps_of(
     micro: int = 4,
     updates: int = 1,
     kl_weight: float = 0.0,
+    norm_weight: float = 0.0,
     comm: Comm | None = None,
 ) -> RolloutSteps:
     comm = comm or LocalComm()
@@ -116,6 +117,7 @@ def steps_of(
             kind="forward" if policy.copies else "grpo",
             clip_range=0.05,
             kl_weight=kl_weight,
+            norm_weight=norm_weight,
             ratio_tolerance=1e-4,
         ),
         progress=Progress(comm, bars=False),
@@ -191,6 +193,30 @@ def test_on_policy_a_fused_step_is_the_step_on_the_weighted_advantages(
     assert found["policy/grad_norm"] == pytest.approx(told["policy/grad_norm"], rel=1e-4)
     if kl_weight:
         assert found["policy/kl"] == pytest.approx(told["policy/kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["sd3", "nft"], indirect=True)
+def test_a_fused_step_holds_the_norm_as_a_plain_one_does(policy: Any) -> None:
+    """Also where the KL has no weight; the penalty moves the step."""
+    rollout, advantages = draw(policy)
+    ends: dict[tuple[float, bool], torch.Tensor] = {}
+    before = copy.deepcopy(steps_of(policy).stepper.state_dict())
+    for weight, fuse in ((50.0, False), (50.0, True), (0.0, True)):
+        steps = steps_of(policy, norm_weight=weight)
+        steps.stepper.load_state_dict(before)
+        start = values(policy)
+        if fuse:
+            found = fused(steps, rollout, advantages).metrics
+        else:
+            found = plain(steps).descend(rollout, WEIGHTS @ advantages)
+        assert ("policy/velocity_norm" in found) == (weight > 0)
+        assert "policy/kl" not in found
+        ends[weight, fuse] = values(policy) - start
+    moved = ends[50.0, False].abs().max()
+    # As above: the same terms in another order.
+    rounding = 2 * torch.finfo(torch.float32).eps * start.abs().max()
+    assert (ends[50.0, True] - ends[50.0, False]).abs().max() < 1e-5 * moved + rounding
+    assert (ends[0.0, True] - ends[50.0, True]).abs().max() > 0.01 * moved
 
 
 def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy: Any) -> None:
@@ -282,16 +308,16 @@ def test_a_gradient_that_is_not_finite_skips_the_step(policy: Any) -> None:
 
 
 def test_after_the_first_step_every_objective_has_its_own_clip() -> None:
-    """Coefficients are the derivative of each objective's own clipped surrogate."""
-    from moa_diffusion.training.loss import clipped_surrogate
-
+    """Coefficients are the derivative of PPO's surrogate, of each objective by itself."""
     source = torch.Generator().manual_seed(0)
     old = torch.randn(6, 4, generator=source)
     new = (old + 0.1 * torch.randn(6, 4, generator=source)).requires_grad_()
     advantages = torch.randn(3, 6, generator=source)
-    found = surrogate_coefficients(new, old, advantages, 0.05)
+    found = surrogate_coefficients(new, old, advantages, Clip(0.05))
     for k, advantage in enumerate(advantages):
-        (expected,) = torch.autograd.grad(clipped_surrogate(new, old, advantage, 0.05).sum(), new)
+        ratio, gain = (new - old).exp(), -advantage[:, None]
+        losses = torch.maximum(gain * ratio, gain * ratio.clamp(1 - 0.05, 1 + 0.05))
+        (expected,) = torch.autograd.grad(losses.sum(), new)
         # A few operations in float32: torch's default is 1.3e-6.
         torch.testing.assert_close(found[k], expected)
     assert 0 < (found == 0).float().mean() < 1

@@ -43,8 +43,8 @@ class SD3Policy:
         settings: The section ``policy``: the adapter, batches and caches; what loads the pipeline
             (path, revision and dtypes) is not looked at.
         sampling: The section ``sampling``: how rollouts are drawn.
-        evaluation: The section ``evaluation``, of which the steps and the guidance of ``generate``
-            are taken.
+        evaluation: The section ``evaluation``, of which the steps, the guidance and the resolution
+            of ``generate`` are taken.
         loss: The section ``loss``, which says what decisions are and how they are scored.
         device: Where the transformer and the VAE live.
         seed: Decides the adapter's initial values and the windows.
@@ -101,10 +101,24 @@ class SD3Policy:
         config = self.transformer.config
         self.latent_shape = latent_shape(config, pipeline.vae_scale_factor, sampling.resolution)
         self.dimensions = math.prod(self.latent_shape)
-        patch = config.patch_size
-        tokens = (self.latent_shape[1] // patch) * (self.latent_shape[2] // patch)
-        schedule = partial(Schedule, pipeline.scheduler, tokens=tokens, device=device)
-        self._schedule, self._eval_schedule = schedule(sampling.steps), schedule(evaluation.steps)
+        self._eval_shape = latent_shape(
+            config,
+            pipeline.vae_scale_factor,
+            evaluation.resolution or sampling.resolution,
+            key="evaluation.resolution",
+        )
+        self._schedule, self._eval_schedule = (
+            Schedule(
+                pipeline.scheduler,
+                steps,
+                tokens=(shape[1] // config.patch_size) * (shape[2] // config.patch_size),
+                device=device,
+            )
+            for steps, shape in (
+                (sampling.steps, self.latent_shape),
+                (evaluation.steps, self._eval_shape),
+            )
+        )
         kind: Any = partial(ReverseSteps, sampler=self.sampler, seed=seed)
         if loss.kind == "forward":
             kind = RenoisedImages
@@ -134,13 +148,14 @@ class SD3Policy:
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         drawn = self._decisions.draw(requests, embeds, step=step)
         x = drawn.latents
+        norms = torch.stack([samplers.norm(x), drawn.velocity_norm]).cpu()  # waits for the device
         return Rollout(
             requests=tuple(requests),
             log_probs=drawn.log_probs,
             mask=torch.ones_like(drawn.log_probs, dtype=torch.bool),
             trace=drawn.trace,
             images=self._decode(x),
-            statistics={"latent_norm": x.flatten(1).square().mean(1).sqrt().cpu()},
+            statistics={"latent_norm": norms[0], "velocity_norm": norms[1]},
         )
 
     def trained_steps(self, step: int) -> Sequence[int]:
@@ -159,7 +174,7 @@ class SD3Policy:
         """Draw images ``[n, 3, H, W]`` deterministically, with the settings of evaluations."""
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         sources = samplers.generators([request.seed for request in requests])
-        x = initial_noise(requests, sources, self.latent_shape, self.device)
+        x = initial_noise(requests, sources, self._eval_shape, self.device)
         walk = Walk(self._eval_schedule, self.evaluation.solver)
         for i, s in enumerate(self._eval_schedule.sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.evaluation.guidance)

@@ -84,16 +84,18 @@ class RenoisedImages:
         sources = samplers.generators([request.seed for request in requests])
         x = initial_noise(requests, sources, self._shape, self._device)
         old = self._rules.draws_with == "old"
-        walk = Walk(self._schedule, self._solver)
+        walk, norms = Walk(self._schedule, self._solver), []
         with self.copies["old"].applied() if old else nullcontext():
             for i, s in enumerate(self._schedule.sigmas[:-1]):
                 v = self._velocity(x, x.new_full((len(x),), s), embeds, 1.0)
+                norms.append(samplers.norm(v))
                 x = walk(i, x, v)
         levels = torch.stack([self._times(request.seed) for request in requests])  # [n, T]
         return Drawn(
             latents=x,
             log_probs=x.new_zeros(levels.shape),
             trace={"latents": x, "levels": levels.to(self._device)},
+            velocity_norm=torch.stack(norms).mean(0),
         )
 
     def terms(self, rollout: Rollout, steps: slice, embeds: Embeds, *, with_kl: bool) -> Terms:
@@ -126,12 +128,13 @@ class RenoisedImages:
             own = match.pull if name == "old" else None
             pull = matching.distance(v, anchors[name]) if own is None else own
             pulls.append(self.copies[name].settings.weight * pull)
-        kl = matching.distance(v, anchors["reference"]) if with_kl else None
-        return Terms(
-            score.view(n, t),
-            None if kl is None else kl.view(n, t),
-            torch.stack(pulls).sum(0).view(n, t) if pulls else None,
-        )
+        terms = {"log_probs": score}
+        if pulls:
+            terms["pull"] = torch.stack(pulls).sum(0)
+        if with_kl:
+            terms["kl"] = matching.distance(v, anchors["reference"])
+            terms["norm"] = samplers.norm(v) / samplers.norm(anchors["reference"])
+        return Terms(**{name: term.view(n, t) for name, term in terms.items()})
 
     def _match(
         self, v: Tensor, u: Tensor, levels: Tensor, anchors: Mapping[str, Tensor]

@@ -30,9 +30,9 @@ class ReverseSteps:
         velocity: The transformer with its adapter.
         schedule: The noise levels of sampling.
         sampling: The section ``sampling``: the window, its noise and the guidance.
-        loss: The section ``loss``, of which the kind of KL is taken, and whether log-probs give way
-            to ``samplers.Steps.even_score``: log ratios and gradients of all steps are then of one
-            size.
+        loss: The section ``loss``, of which the kind of KL is taken, what the clip looks at, and
+            whether log-probs give way to ``samplers.Steps.even_score``, so that log ratios and
+            gradients of all steps are of one size, or are weighed by the steps' noise.
         sampler: The kind of stochastic step.
         shape: Shape ``(C, h, w)`` of the latents.
         seed: Decides the windows.
@@ -53,7 +53,9 @@ class ReverseSteps:
         seed: int,
     ) -> None:
         self._velocity, self._schedule, self.sampling = velocity, schedule, sampling
-        self.kl, self.even_steps = loss.kl or "gaussian", loss.steps == "equal"
+        self.kl, self._scale, self._clip = loss.kl or "gaussian", loss.steps, loss.clip
+        # What the trace keeps besides the latents.
+        self._with_noise = self._scale == "equal" or self._clip != "ratio"
         self._shape, self._seed, self._device = shape, seed, schedule.sigma.device
         self.copies: Mapping[str, AdapterCopy] = {}
         self.stochastic = schedule.stochastic(sampler, sampling.noise_level)
@@ -81,9 +83,10 @@ class ReverseSteps:
         sources = samplers.generators([request.seed for request in requests])
         x = self._before(window[0], requests, sources, embeds)
         walk = Walk(self._schedule, self.sampling.solver)  # behind the window
-        latents, noises, log_probs = [], [], []
+        latents, noises, log_probs, norms = [], [], [], []
         for i in range(window[0], self.sampling.steps):
             v = self._predict(i, x, embeds)
+            norms.append(samplers.norm(v))
             if i not in window:
                 x = walk(i, x, v)
                 continue
@@ -92,8 +95,7 @@ class ReverseSteps:
             latents.append(x)
             noises.append(samplers.noise(sources, self._shape, self._device))
             x = mean + steps.std * noises[-1]
-            even = self.even_steps
-            log_probs.append(steps.even_score(v, noises[-1]) if even else steps.log_prob(x, mean))
+            log_probs.append(self._score(steps, x, mean, v, noises[-1]))
             if i == window[-1]:
                 latents.append(x)
         return Drawn(
@@ -103,8 +105,9 @@ class ReverseSteps:
                 "latents": torch.stack(latents, dim=1),  # [n, T + 1, C, h, w]
                 "first_step": torch.full((len(requests),), window[0]),  # [n], on the CPU
                 # [n, T, C, h, w]
-                **({"noise": torch.stack(noises, dim=1)} if self.even_steps else {}),
+                **({"noise": torch.stack(noises, dim=1)} if self._with_noise else {}),
             },
+            velocity_norm=torch.stack(norms).mean(0),
         )
 
     def terms(self, rollout: Rollout, steps: slice, embeds: Embeds, *, with_kl: bool) -> Terms:
@@ -117,17 +120,39 @@ class ReverseSteps:
         coefficients = self.stochastic[numbers].repeat(n)
         s = self._schedule.sigma[numbers].repeat(n)
         v = self._velocity(x, s, embeds, self.sampling.guidance)
-        if self.even_steps:
-            log_probs = coefficients.even_score(v, rollout.trace["noise"][:, here].flatten(0, 1))
-        else:
-            x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
-            log_probs = coefficients.log_prob(x_next, coefficients.mean(x, v))
-        log_probs = log_probs.view(n, -1)
-        if not with_kl:
-            return Terms(log_probs)
-        with torch.no_grad(), self._velocity.reference():
-            v_ref = self._velocity(x, s, embeds, self.sampling.guidance)
-        return Terms(log_probs, coefficients.kl(v, v_ref, self.kl).view(n, -1))
+        mean = coefficients.mean(x, v)
+        x_next = latents[:, chosen.start + 1 : chosen.stop + 1].flatten(0, 1)
+        noise = rollout.trace["noise"][:, here].flatten(0, 1) if self._with_noise else None
+        terms = {"log_probs": self._score(coefficients, x_next, mean, v, noise)}
+        if self._clip != "ratio":
+            assert noise is not None
+            terms["seen"] = coefficients.drift(mean.detach(), x_next, noise, self._clip)
+        if with_kl:
+            with torch.no_grad(), self._velocity.reference():
+                v_ref = self._velocity(x, s, embeds, self.sampling.guidance)
+            terms["kl"] = coefficients.kl(v, v_ref, self.kl)
+            terms["norm"] = samplers.norm(v) / samplers.norm(v_ref)
+        return Terms(**{name: term.view(n, -1) for name, term in terms.items()})
+
+    def _score(
+        self, steps: samplers.Steps, x_next: Tensor, mean: Tensor, v: Tensor, noise: Tensor | None
+    ) -> Tensor:
+        """Return what advantages are multiplied with ``[N]``: log-probs, or what stands for them.
+
+        Args:
+            steps: Coefficients of the N steps.
+            x_next: Latents that were drawn.
+            mean: Their mean, as the policy has it.
+            v: The policy's velocity.
+            noise: Noise that they were drawn with; needed where steps are of one size.
+        """
+        if self._scale == "equal":
+            assert noise is not None
+            return steps.even_score(v, noise)
+        log_prob = steps.log_prob(x_next, mean)
+        if self._scale == "noise":
+            return log_prob * (steps.std / self.stochastic.std.mean()).flatten()
+        return log_prob
 
     def _before(
         self,

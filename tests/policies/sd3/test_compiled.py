@@ -85,7 +85,7 @@ def passes(policy: SD3Policy, *, with_kl: bool) -> Iterator[Tensor]:
     for step in range(2):
         rollout = policy.sample(requests, step=step)
         yield rollout.images
-        log_probs, kl, _ = policy.log_probs(rollout, slice(0, 1), with_kl=with_kl)
+        log_probs, kl, *_ = policy.log_probs(rollout, slice(0, 1), with_kl=with_kl)
         assert torch.equal(log_probs.detach(), rollout.log_probs[:, :1])
         if kl is not None:
             yield flat(torch.autograd.grad(kl.sum(), parameters, retain_graph=True))

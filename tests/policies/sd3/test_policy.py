@@ -374,6 +374,72 @@ def test_siblings_of_one_start_are_drawn_once_until_the_window(make: Any, guidan
     torch.testing.assert_close(together.images, alone.images, atol=allowed, rtol=0)
 
 
+@pytest.mark.parametrize("clip", ["divergence", "normalized"])
+def test_what_a_clip_sees_is_how_far_the_velocity_has_moved(make: Any, clip: str) -> None:
+    """Nothing at first; then by hand, from velocities before and after."""
+    policy = make(guidance=1.0, loss_clip=clip, step_batch=3)
+    disturb(policy)
+    rollout = policy.sample(requests(2), step=0)
+    before = policy.log_probs(rollout, slice(0, 3))
+    # 32 roundings of the velocity, as in `assert_log_probs_close`, over the std of 0.2 and more.
+    assert before.seen.abs().max() < (2e-5 if clip == "normalized" else 1e-8)
+
+    watched, calls = policy._velocity, []
+    policy._decisions._velocity = lambda *given: calls.append(watched(*given)) or calls[-1]
+    policy.log_probs(rollout, slice(0, 3))
+    disturb(policy)
+    found = policy.log_probs(rollout, slice(0, 3)).seen
+    old, new = (part.detach().view(2, 3, *part.shape[1:]) for part in calls)
+    assert not found.requires_grad
+    for i in range(3):
+        step = policy._decisions.stochastic[i : i + 1]
+        moved = step.v * (new[:, i] - old[:, i])
+        if clip == "divergence":
+            expected = (moved / step.std).square().flatten(1).mean(1) / 2
+        else:
+            expected = (moved * rollout.trace["noise"][:, i] / step.v.abs()).flatten(1).mean(1)
+        # The old mean is what is left of the latents without their noise: eps of 3 in 0.2.
+        torch.testing.assert_close(found[:, i], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_are_weighed_by_their_noise(make: Any) -> None:
+    """Gradients of a step are those of a plain one, times its noise over the mean of all."""
+    found = {}
+    for kind in ("plain", "noise"):
+        policy = make(guidance=1.0, loss_steps=kind)
+        disturb(policy)
+        rollout = policy.sample(requests(2), step=0)
+        log_probs = policy.log_probs(rollout, slice(0, 3)).log_probs
+        assert_log_probs_close(policy, log_probs.detach(), rollout.log_probs, range(3))
+        found[kind] = log_probs.detach()
+    std = policy._decisions.stochastic.std.flatten()
+    torch.testing.assert_close(found["noise"], found["plain"] * std / std.mean())
+
+
+def test_the_norm_is_that_of_the_velocity_over_the_references(make: Any) -> None:
+    policy = make(guidance=1.0, step_batch=2)
+    rollout = policy.sample(requests(2), step=0)
+    terms = policy.log_probs(rollout, slice(0, 2), with_kl=True)
+    assert torch.equal(terms.norm, torch.ones(2, 2))  # the adapter begins with nothing
+    disturb(policy)
+    terms = policy.log_probs(rollout, slice(0, 2), with_kl=True)
+    gradients = torch.autograd.grad(terms.norm.sum(), list(policy.trainable().values()))
+    assert any(part.abs().max() > 0 for part in gradients)
+    rows = rollout.statistics["velocity_norm"]
+    assert rows.shape == (2,)
+    assert (rows > 0).all()
+
+
+def test_evaluations_may_draw_another_size(make: Any) -> None:
+    """The same images as a policy that also trains on that size; rollouts keep theirs."""
+    other = make(eval_resolution=64, eval_steps=2, eval_guidance=1.0)
+    assert other.sample(requests(1), step=0).images.shape == (1, 3, 32, 32)
+    whole = make(resolution=64, eval_steps=2, eval_guidance=1.0)
+    assert torch.equal(other.generate(requests(1)), whole.generate(requests(1)))
+    with pytest.raises(ConfigError, match=r"^evaluation\.resolution: should be a multiple of 16"):
+        make(eval_resolution=40)
+
+
 def test_even_steps_are_on_policy_and_of_one_size(make: Any) -> None:
     """Gradients of plain steps differ 20-fold on this schedule; those of even ones do not."""
     ends = []
