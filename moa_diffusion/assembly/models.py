@@ -66,7 +66,10 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
             check_fit(
                 path,
                 revision=model.revision,
-                resolution=sampling.resolution,
+                resolutions={
+                    "sampling.resolution": sampling.resolution,
+                    "evaluation.resolution": settings.deployed_resolution,
+                },
                 target_modules=model.lora.target_modules,
                 attention=model.attention,
             )

@@ -174,6 +174,8 @@ def evaluation(
     chosen = settings.evaluation
     if settings.preferences.given:  # nothing is drawn as rollouts are
         chosen = dataclasses.replace(chosen, rollout_images=0)
+    if chosen.resolution == settings.sampling.resolution:
+        chosen = dataclasses.replace(chosen, resolution=None)
     return HeldOut(
         scorers.heldout,
         settings=chosen,
@@ -181,7 +183,7 @@ def evaluation(
             [
                 chosen.steps,
                 chosen.guidance,
-                settings.sampling.resolution,
+                settings.deployed_resolution,
                 vars(settings.generation),
                 *([] if chosen.solver == "euler" else [chosen.solver]),
             ]

@@ -121,7 +121,7 @@ class Images:
         check_fit(
             self.path,
             revision=self.revision,
-            resolution=self.settings.sampling.resolution,
+            resolutions={"sampling.resolution": self.settings.sampling.resolution},
             target_modules=None,
         )
 

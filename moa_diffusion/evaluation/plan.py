@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
                 given += [f"--{key}", options[option]]
     runs = named_folders("--run", options["run"])
     loras = named_folders("--lora", options["lora"], files=True)
-    each = _configurations(options, runs, given)
+    each = {
+        name: _drawn_as_deployed(one, options["resolution"] is not None)
+        for name, one in _configurations(options, runs, given).items()
+    }
     kind = medium_of(next(iter(each.values())))
     settings = choose_rewards(shared_settings(each, kind), _words("--rewards", options["rewards"]))
     _check_options(settings, kind, options)
@@ -117,6 +121,16 @@ def _configurations(
     line += ["--policy.name", _policy_name(options["pipeline"])]
     line += ["--rewards", json.dumps({name: {} for name in names}), *overrides]
     return {options["pipeline"]: config.parse(line)}
+
+
+def _drawn_as_deployed(settings: Config, told: bool) -> Config:
+    """Return the configuration with one resolution: that of its evaluations, unless one is told."""
+    side = settings.sampling.resolution if told else settings.deployed_resolution
+    return dataclasses.replace(
+        settings,
+        sampling=dataclasses.replace(settings.sampling, resolution=side),
+        evaluation=dataclasses.replace(settings.evaluation, resolution=None),
+    )
 
 
 def _policy_name(path: str) -> str:

@@ -80,7 +80,7 @@ def model_card(
 
 def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
     """Return metadata, and the code that draws as the evaluation does."""
-    sampler, section = settings.sampling, settings.evaluation
+    side, section = settings.deployed_resolution, settings.evaluation
     head: dict[str, object] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -92,8 +92,7 @@ def _of_images(settings: Config, name: str) -> tuple[dict[str, object], str]:
         f'"{_public_name(settings.policy.path)}")\n'
         f'pipeline.load_lora_weights("{name}")\n'
         f"image = pipeline(\n    prompt, num_inference_steps={section.steps}, "
-        f"guidance_scale={section.guidance:g},\n    height={sampler.resolution}, "
-        f"width={sampler.resolution},\n    "
+        f"guidance_scale={section.guidance:g},\n    height={side}, width={side},\n    "
         f"max_sequence_length={settings.policy.max_sequence_length},\n).images[0]"
     )
 

@@ -547,6 +547,17 @@ def test_a_folder_of_lora_weights_needs_no_run(runs: Path, tmp_path: Path):
     )
 
 
+def test_the_resolution_is_that_of_the_runs_evaluations(runs: Path, tmp_path: Path):
+    """Of rollouts where the run says no other; an option wins over both."""
+
+    def side(*overrides: str, resolution: str | None = None) -> int:
+        given = OPTIONS | {"run": [str(runs / "b")], "output": tmp_path, "resolution": resolution}
+        return plan_evaluation(given, overrides).medium.deployment(torch.device("cpu")).resolution
+
+    larger = ("--evaluation.resolution", "64")
+    assert [side(), side(*larger), side(*larger, resolution="48")] == [32, 64, 48]
+
+
 # ---------------------------------------------------------------------- bad input
 
 

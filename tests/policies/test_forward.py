@@ -419,7 +419,7 @@ def test_a_backend_that_is_not_there_is_refused_before_weights_are_read(
         check_fit(
             str(tiny.PIPELINE_PATH),
             revision=None,
-            resolution=64,
+            resolutions={"sampling.resolution": 64},
             target_modules=None,
             attention=name,
         )

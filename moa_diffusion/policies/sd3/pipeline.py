@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def check_fit(
     path: str,
     *,
     revision: str | None,
-    resolution: int,
+    resolutions: Mapping[str, int],
     target_modules: Sequence[str] | None,
     attention: str = "native",
 ) -> None:
@@ -51,7 +51,7 @@ def check_fit(
     Args:
         path: Folder or hub id.
         revision: Revision of a hub id.
-        resolution: Side of the square images, in pixels.
+        resolutions: Sides of the square images, in pixels, by the keys that name them.
         target_modules: Suffixes of the linear layers that get an adapter.
         attention: The attention backend.
 
@@ -74,16 +74,21 @@ def check_fit(
         transformer = SD3Transformer2DModel.from_config(shape)
     lora.check_targets(transformer, target_modules or lora.ATTENTION)
     backend(attention)
-    latent_shape(transformer.config, 2 ** (len(vae["block_out_channels"]) - 1), resolution)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    for key, resolution in resolutions.items():
+        latent_shape(transformer.config, factor, resolution, key=key)
 
 
-def latent_shape(config: Any, factor: int, resolution: int) -> tuple[int, int, int]:
+def latent_shape(
+    config: Any, factor: int, resolution: int, *, key: str = "sampling.resolution"
+) -> tuple[int, int, int]:
     """Return the shape ``(C, h, w)`` of the latents of a square image.
 
     Args:
         config: Config of the transformer.
         factor: Pixels per latent along a side.
         resolution: Side of the image, in pixels.
+        key: What names it, for messages.
 
     Raises:
         ConfigError: If the transformer cannot draw it.
@@ -92,8 +97,7 @@ def latent_shape(config: Any, factor: int, resolution: int) -> tuple[int, int, i
     largest = config.pos_embed_max_size * multiple
     if resolution % multiple or not 0 < resolution <= largest:
         raise ConfigError(
-            f"sampling.resolution: should be a multiple of {multiple}, at most {largest}. "
-            f"Found {resolution}."
+            f"{key}: should be a multiple of {multiple}, at most {largest}. Found {resolution}."
         )
     return (config.in_channels, resolution // factor, resolution // factor)
 
