@@ -1,7 +1,7 @@
 """Measure what training costs: on the CPU, or on a GPU.
 
-On the CPU `train`, `gradients`, `methods`, `ocr`, `remote`, and `precision` (of gradients in
-float16; half an hour); on a GPU `gpu`, once and for ten minutes.
+On the CPU `train`, `gradients`, `methods`, `guards`, `ocr`, `remote`, and `precision` (of gradients
+in float16; half an hour); on a GPU `gpu`, once and for ten minutes.
 
 python scripts/bench.py train --pipeline base; python scripts/bench.py methods --pipeline wide
 python scripts/bench.py gpu --config configs/sd35_medium_dual_stage.yaml
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -33,6 +34,8 @@ def main() -> int:
     gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     methods = commands.add_parser("methods", help="CPU seconds of a step with each method")
     methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
+    guards = commands.add_parser("guards", help="CPU seconds of a step with each guard of the loss")
+    guards.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
     ocr = commands.add_parser("ocr", help="accuracy and CPU ms per image of the OCR engines")
     ocr.add_argument("--images", type=int, default=50, help="per size and level of noise")
     remote = commands.add_parser("remote", help="images/s and CPU ms of a head behind a server")
@@ -42,7 +45,7 @@ def main() -> int:
     precision.add_argument("--layers", type=int, default=6)
     precision.add_argument("--heads", type=int, default=4, help="of 64: the transformer's width")
     precision.add_argument("--side", type=int, default=64, help="of the latents; 64 is 512 px")
-    for command in (train, gradients, methods, remote):
+    for command in (train, gradients, methods, guards, remote):
         command.add_argument("--rounds", type=int, default=9, help="interleaved, for medians")
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for all numbers")
@@ -61,7 +64,7 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent / "dev"))  # what measures is not installed
     from benchmarks.gpu import measure_gpu
     from benchmarks.gradients import measure_gradients
-    from benchmarks.methods import measure_methods
+    from benchmarks.methods import measure_guards, measure_methods
     from benchmarks.ocr import measure_ocr
     from benchmarks.precision import measure_precision
     from benchmarks.remote import measure_remote
@@ -87,7 +90,11 @@ def main() -> int:
         elif options.command == "remote":
             report = measure_remote(options.images, rounds=options.rounds, against=options.against)
         else:
-            measure = {"train": measure_training, "methods": measure_methods}[options.command]
+            measure: Any = {
+                "train": measure_training,
+                "methods": measure_methods,
+                "guards": measure_guards,
+            }[options.command]
             report = measure(options.pipeline, rounds=options.rounds)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

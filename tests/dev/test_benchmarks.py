@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pipelines, train
+from benchmarks import methods, pipelines, train
 from benchmarks.phases import REST, Phases
 from benchmarks.pipelines import MEDIUM, SMALLEST, random_pipeline
 from benchmarks.precision import PAMA, measure_precision
@@ -157,6 +157,20 @@ def test_train_reports_what_it_measures(
         assert ("reference" in spent) == (case["kl_weight"] > 0)
         assert case["name"] in said
     assert report["plain"]["phases"]["encode"] > 0
+
+
+def test_guards_reports_steps_with_and_without(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {name: methods.GUARDS[name] for name in ("no guard", "KL and norm")}
+    monkeypatch.setattr(methods, "GUARDS", some)
+    status, said = bench("guards", "--rounds", "1", "--json", str(tmp_path / "guards.json"))
+    assert status == 0
+    report = json.loads((tmp_path / "guards.json").read_text())
+    assert [row["name"] for row in report["methods"]] == list(some)
+    assert report["methods"][0]["step_ratio"] == 1
+    assert all(0 < row["update"] < row["step"] for row in report["methods"])
+    assert "x no guard" in said
 
 
 def test_gpu_without_a_gpu_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""On the CPU: what each method costs, a whole training step and its objective layer alone."""
+"""On the CPU: what each method costs, a whole step and its objective layer; and each guard."""
 
 from __future__ import annotations
 
 import io
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from statistics import median
@@ -16,7 +16,7 @@ import torch
 from benchmarks.phases import machine
 from benchmarks.pipelines import SIZES, random_pipeline, trainer_on
 from moa_diffusion import assembly, tiny
-from moa_diffusion.config import Config, SamplingConfig, TrainerConfig
+from moa_diffusion.config import Config, LossConfig, SamplingConfig, TrainerConfig
 from moa_diffusion.objectives.base import combine
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.training.loop import Run
@@ -29,6 +29,18 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 METHODS = ("static", "gdpo", "dual_stage", "apex", "pama", "mopo", "chebyshev", "upgrad", "mgda")
 COMPARED = ("static", "upgrad")
+# What a guard is compared with comes first: the loss without it.
+GUARDS: dict[str, dict[str, Any]] = {
+    "no guard": {},
+    "clip: divergence": {"clip": "divergence"},
+    "clip: normalized": {"clip": "normalized"},
+    "steps: equal": {"steps": "equal"},
+    "steps: noise": {"steps": "noise"},
+    "KL": {"kl_weight": 0.01},
+    "KL with a target": {"kl_weight": 0.01, "kl_target": 0.1},
+    "KL and norm": {"kl_weight": 0.01, "norm_weight": 1.0},
+    "norm": {"norm_weight": 1.0},
+}
 TARGET = 1.15  # what a step with UPGrad may cost, in steps with static weights
 GROUPS, GROUP_SIZE = 2, 4  # those of the training step
 LARGE = (48, 24)  # groups and group size of the objective layer: N = 1152
@@ -63,45 +75,72 @@ def measure_methods(
         raise ConfigError(f"methods: should be among {known}. Found {', '.join(unknown)}.")
     if METHODS[0] not in methods:
         raise ConfigError(f"methods: should hold `{METHODS[0]}`, the unit. Found {methods}.")
+    report = _measured(
+        name, {method: (method, {}) for method in methods}, unit=METHODS[0], rounds=rounds
+    )
+    for row in report["methods"]:
+        row["layer"] = _layer(row["name"])
+        row["target"] = TARGET if row["name"] == "upgrad" else None
+    return report
+
+
+def measure_guards(name: str, *, rounds: int) -> dict[str, Any]:
+    """Measure a step with each of ``GUARDS``, interleaved, as ``measure_methods`` does.
+
+    Args:
+        name: 'tiny', or a key of ``SIZES`` for random weights.
+        rounds: Measured rounds, after one that warms up.
+
+    Returns:
+        As ``measure_methods``, in steps without a guard; there is no ``layer``.
+    """
+    ways = {guard: ("dual_stage", loss) for guard, loss in GUARDS.items()}
+    return _measured(name, ways, unit=next(iter(GUARDS)), rounds=rounds)
+
+
+def _measured(
+    name: str, ways: Mapping[str, tuple[str, dict[str, Any]]], *, unit: str, rounds: int
+) -> dict[str, Any]:
+    """Measure steps in turns: of methods, each with settings of the section ``loss``."""
     torch.set_num_threads(1)
     load: Callable[[], Any] = partial(load_pipeline, str(tiny.PIPELINE_PATH))
     if name != "tiny":
         load = partial(random_pipeline, SIZES[name])
-    steps: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
+    steps: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         runs = {}
-        for method in methods:
-            runs[method] = _prepared(load(), method, f"{folder}/{method}", rounds)
-            stack.callback(runs[method][0].close)
+        for number, (way, (method, loss)) in enumerate(ways.items()):
+            runs[way] = _prepared(load(), method, loss, f"{folder}/{number}", rounds)
+            stack.callback(runs[way][0].close)
         for turn in range(rounds + 1):
-            for method, (run, trainer) in runs.items():
+            for way, (run, trainer) in runs.items():
                 seconds = _step(run, trainer)
                 if turn:
-                    steps[method].append(seconds)
-    layers = {method: _layer(method) for method in methods}
+                    steps[way].append(seconds)
     rows: list[dict[str, Any]] = [
         {
-            "name": method,
-            "step": median(step for step, _ in steps[method]),
-            "update": median(update for _, update in steps[method]),
-            "layer": layers[method],
-            "target": TARGET if method == "upgrad" else None,
+            "name": way,
+            "step": median(step for step, _ in taken),
+            "update": median(update for _, update in taken),
         }
-        for method in methods
+        for way, taken in steps.items()
     ]
-    unit = rows[methods.index(METHODS[0])]
+    one = next(row for row in rows if row["name"] == unit)
     for row in rows:
-        row |= {f"{part}_ratio": row[part] / unit[part] for part in ("step", "update")}
+        row |= {f"{part}_ratio": row[part] / one[part] for part in ("step", "update")}
     return {
         "pipeline": name,
         "samples": GROUPS * GROUP_SIZE,
         "rounds": rounds,
         "machine": machine(),
+        "unit": unit,
         "methods": rows,
     }
 
 
-def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> tuple[Run, Trainer]:
+def _prepared(
+    pipeline: Any, method: str, loss: dict[str, Any], folder: str, rounds: int
+) -> tuple[Run, Trainer]:
     settings = Config(
         sampling=SamplingConfig(
             resolution=pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,
@@ -109,6 +148,7 @@ def _prepared(pipeline: Any, method: str, folder: str, rounds: int) -> tuple[Run
             guidance=1.0,
             window=3,
         ),
+        loss=LossConfig(**loss),
         trainer=TrainerConfig(
             groups=GROUPS, group_size=GROUP_SIZE, updates=1, sample_batch=4, micro_batch=4
         ),

@@ -86,26 +86,27 @@ def print_gradients(report: Mapping[str, Any]) -> None:
 
 
 def print_methods(report: Mapping[str, Any]) -> None:
-    """Print ratios to the same step with static weights."""
-    machine = report["machine"]
+    """Print ratios to the same step in the unit: with static weights, or without a guard."""
+    machine, unit = report["machine"], f"x {report['unit']}"
+    layers = "layer" in report["methods"][0]
     table = Table(title="CPU seconds per training step")
-    for column in ("", "step", "x static", "target", "update", "x static", "objectives, ms"):
+    last = ("target", "objectives, ms") if layers else ()
+    for column in ("", "step", unit, "update", unit, *last):
         table.add_column(column, justify="right" if column else "left")
     for row in report["methods"]:
-        verdict = "met" if row["target"] and row["step_ratio"] <= row["target"] else "missed"
-        table.add_row(
-            row["name"],
-            f"{row['step']:.3f}",
-            f"{row['step_ratio']:.3f}",
-            f"<= {row['target']}: {verdict}" if row["target"] else "",
-            f"{row['update']:.3f}",
-            f"{row['update_ratio']:.3f}",
-            f"{1e3 * row['layer']:.2f}",
-        )
+        cells = [row["name"]]
+        for part in ("step", "update"):
+            cells += [f"{row[part]:.3f}", f"{row[f'{part}_ratio']:.3f}"]
+        if layers:
+            verdict = "met" if row["target"] and row["step_ratio"] <= row["target"] else "missed"
+            cells += [f"<= {row['target']}: {verdict}" if row["target"] else ""]
+            cells += [f"{1e3 * row['layer']:.2f}"]
+        table.add_row(*cells)
+    explained = "Objectives: normalise, weigh and combine 4 x 1152 rewards." if layers else ""
     _print(
         f"Pipeline {report['pipeline']}, {report['samples']} samples, K = 4 rewards, one thread; "
         f"medians of {report['rounds']} interleaved rounds; load {machine['load']:.1f} on "
-        f"{machine['cores']} cores. Objectives: normalise, weigh and combine 4 x 1152 rewards.",
+        f"{machine['cores']} cores. {explained}",
         table,
     )
 
@@ -191,6 +192,7 @@ PRINT: dict[str, Callable[[Mapping[str, Any]], None]] = {  # by sub-command
     "train": print_training,
     "gradients": print_gradients,
     "methods": print_methods,
+    "guards": print_methods,
     "ocr": print_ocr,
     "precision": print_precision,
     "remote": print_remote,
