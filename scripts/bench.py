@@ -22,7 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="CPU seconds per trained image / plain image")
-    train.add_argument("--pipeline", default="tiny", help="tiny, base (random weights), or a path")
+    pipeline: dict[str, Any] = {"dest": "name", "default": "tiny"}
+    train.add_argument("--pipeline", **pipeline, help="tiny, base (random weights), or a path")
     gpu = commands.add_parser("gpu", help="time and memory of SD3.5-Medium, random weights")
     gpu.add_argument("--config", type=Path, default=recipe, help="further --key value override it")
     gpu.add_argument("--scale", type=int, default=2, help="groups per rollout, on this one card")
@@ -33,9 +34,9 @@ def main() -> int:
     gradients = commands.add_parser("gradients", help="CPU seconds of K gradients / one backward")
     gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     methods = commands.add_parser("methods", help="CPU seconds of a step with each method")
-    methods.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
     guards = commands.add_parser("guards", help="CPU seconds of a step with each guard of the loss")
-    guards.add_argument("--pipeline", default="tiny", choices=("tiny", "base", "wide"))
+    for command in (methods, guards):
+        command.add_argument("--pipeline", **pipeline, choices=("tiny", "base", "wide"))
     ocr = commands.add_parser("ocr", help="accuracy and CPU ms per image of the OCR engines")
     ocr.add_argument("--images", type=int, default=50, help="per size and level of noise")
     remote = commands.add_parser("remote", help="images/s and CPU ms of a head behind a server")
@@ -62,14 +63,9 @@ def main() -> int:
     from moa_diffusion.types import ConfigError
 
     sys.path.insert(0, str(Path(__file__).parent / "dev"))  # what measures is not installed
+    from benchmarks.commands import MEASURE
     from benchmarks.gpu import measure_gpu
-    from benchmarks.gradients import measure_gradients
-    from benchmarks.methods import measure_guards, measure_methods
-    from benchmarks.ocr import measure_ocr
-    from benchmarks.precision import measure_precision
-    from benchmarks.remote import measure_remote
     from benchmarks.tables import show
-    from benchmarks.train import measure_training
 
     if not cpu and not torch.cuda.is_available():
         print("error: `gpu` needs a CUDA device. Found none; nothing was measured.")
@@ -80,22 +76,9 @@ def main() -> int:
             chosen = {name: vars(options)[name] for name in ("size", "device", "rollouts")}
             chosen |= {"groups": options.scale, "minutes": options.minutes}
             return measure_gpu(settings, options.json.expanduser(), **chosen)
-        if options.command == "gradients":
-            report = measure_gradients(options.dtype, rounds=options.rounds)
-        elif options.command == "precision":
-            shape = {name: getattr(options, name) for name in ("layers", "heads", "side")}
-            report = measure_precision(**shape)
-        elif options.command == "ocr":
-            report = measure_ocr(options.images)
-        elif options.command == "remote":
-            report = measure_remote(options.images, rounds=options.rounds, against=options.against)
-        else:
-            measure: Any = {
-                "train": measure_training,
-                "methods": measure_methods,
-                "guards": measure_guards,
-            }[options.command]
-            report = measure(options.pipeline, rounds=options.rounds)
+        given = vars(options).items()
+        own = {name: value for name, value in given if name not in ("command", "json")}
+        report = MEASURE[options.command](**own)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
