@@ -17,10 +17,12 @@ from moa_diffusion.assembly import (
     train_prompts,
 )
 from moa_diffusion.config import Config
+from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.planning.forecast import Forecast, Phase, Work
 from moa_diffusion.planning.judges import Judge, judge
 from moa_diffusion.planning.passes import (
     PROMPTS,
+    PartCost,
     TransformerCost,
     decoder_cost,
     encoder_cost,
@@ -54,11 +56,6 @@ class Planner:
         if policy.name != "sd3":
             raise ConfigError(
                 f"policy.name: should be sd3: other models are not planned. Found {policy.name!r}."
-            )
-        if settings.loss.kind == "forward":
-            raise ConfigError(
-                "loss.kind: should be grpo: what images that are noised again cost is not planned "
-                "yet. Found 'forward'."
             )
         self.settings, self.gpus = settings, gpus
         self.shape = read_shape(model_path(settings), policy.revision)
@@ -113,7 +110,17 @@ class _Variant:
         policy, sampling = settings.policy, settings.sampling
         self.model = planner.transformer(sampling.resolution, policy.gradient_checkpointing)
         self.vae = planner.decoder(sampling.resolution)
+        deployed = settings.deployed_resolution  # of evaluations
+        self.deployed = planner.transformer(deployed, policy.gradient_checkpointing)
+        self.deployed_vae = planner.decoder(deployed)
+        compares = settings.loss.kl_weight > 0 or settings.loss.norm_weight > 0
         self.decisions = sampling.window or sampling.steps - 1
+        self.adapters = 0  # copies of the LoRA beside its average
+        self.anchors = int(compares)  # passes beside the trained one, without gradient
+        if settings.loss.kind == "forward":
+            rules = forward_rules(settings.loss.forward)
+            self.decisions, self.adapters = rules.draws, len(rules.copies)
+            self.anchors += sum(copy.weight > 0 for copy in rules.copies.values())
         self.copies = _copies(sampling.guidance)
         steps = min(policy.step_batch, self.decisions)
         self.rows = cut.micro_batch * steps * self.copies  # rows of a training pass
@@ -140,22 +147,25 @@ class _Variant:
         # With overlap heads score a batch while the next one is drawn.
         drawing = card | rollout | judges | (busy if settings.scoring.overlap else {})
         draw = {"activations": self.model.forward_peak.at(cut.sample_batch * self.copies)}
-        decode = {"activations": self._decode_peak()}
+        decode = {"activations": self._decode_peak(self.vae, settings.sampling.resolution)}
         encode = {"text encoders": float(planner.encoders.weights)}
         encode |= {"activations": planner.encoders.peak.at(PROMPTS)}
         encode |= judges if self.encoders_stay else {}
         guided = cut.sample_batch * _copies(settings.evaluation.guidance)
-        generate = max(self.model.forward_peak.at(guided), self._decode_peak())
+        generate = max(
+            self.deployed.forward_peak.at(guided),
+            self._decode_peak(self.deployed_vae, settings.deployed_resolution),
+        )
         evaluate = {"judges": _weights(self.everyone)} | busy | {"activations": generate}
         training = rollout | self._training() | ({} if offload else judges)
         n, m = cut.per_rank, planner.references / cut.world_size
-        drawn = (self._draw(n, steps, self.copies),)
+        drawn = (self._draw(n, steps, self.copies, self.model),)
         largest = max(draw["activations"], decode["activations"])
         rows: list[tuple[str, float, Sizes, tuple[Work, ...]]] = [
             (LOAD, 1, card, (self._load(),)),
             (ENCODE, rounds if self.encoders_stay else 1, card | encode, (self._encode(),)),
             (SAMPLE, rounds, drawing | draw, drawn),
-            (DECODE, rounds, drawing | decode, (self._decode(n),)),
+            (DECODE, rounds, drawing | decode, (self._decode(n, self.vae),)),
             (SCORE, rounds, card | rollout | judges | busy, _score(self.judges, n)),
             (UPDATE, rounds, card | training, (self._train(),)),
             (EVALUATE, self._evaluations(), card | evaluate, self._evaluate()),
@@ -178,18 +188,23 @@ class _Variant:
             whole, part = self.model.blocks_bytes, self.model.blocks_bytes / self.planner.gpus
             frozen_bytes -= whole - min(whole, part + 2 * self.model.block_bytes)
         frozen = {"transformer": frozen_bytes, "VAE": float(self.vae.weights)}
-        return frozen | {"LoRA": trained, "EMA": trained, "optimizer": 2 * trained}
+        copies = {"LoRA copies": self.adapters * trained} if self.adapters else {}
+        return frozen | {"LoRA": trained, "EMA": trained, "optimizer": 2 * trained} | copies
 
     def _rollout(self) -> float:
         """Return the bytes of the latents, and of their noise where it is kept."""
-        kept = self.decisions + 1 + (self.decisions if self.settings.loss.steps == "equal" else 0)
+        loss = self.settings.loss
+        with_noise = loss.steps == "equal" or loss.clip != "ratio"
+        kept = self.decisions + 1 + (self.decisions if with_noise else 0)
+        if loss.kind == "forward":
+            kept = 1
         shape = self.planner.shape.latent(self.settings.sampling.resolution)
         return FLOAT * self.cut.per_rank * kept * math.prod(shape)
 
-    def _decode_peak(self) -> float:
+    def _decode_peak(self, vae: PartCost, resolution: int) -> float:
         images = min(self.settings.policy.vae_batch, self.cut.sample_batch)
-        values = self.cut.sample_batch * 3 * self.settings.sampling.resolution**2
-        return self.vae.peak.at(images) + 2 * FLOAT * values  # the parts, and all joined
+        values = self.cut.sample_batch * 3 * resolution**2
+        return vae.peak.at(images) + 2 * FLOAT * values  # the parts, and all joined
 
     def _scoring_peak(self) -> float:
         peaks = [judge.peak for judge in self.everyone]
@@ -222,44 +237,43 @@ class _Variant:
         moved = prompts * cost.moved.each
         return Work(kind=ENCODE, flops=prompts * cost.flops, moved=moved, dtype=dtype)
 
-    def _draw(self, images: float, steps: int, copies: int) -> Work:
+    def _draw(self, images: float, steps: int, copies: int, model: TransformerCost) -> Work:
         rows, batch = images * steps * copies, self.cut.sample_batch * copies
         return Work(
             kind=SAMPLE,
-            flops=rows * self.model.forward_flops,
-            moved=rows / batch * self.model.forward_moved.at(batch),
+            flops=rows * model.forward_flops,
+            moved=rows / batch * model.forward_moved.at(batch),
             dtype=self.settings.policy.dtype,
         )
 
-    def _decode(self, images: float) -> Work:
+    def _decode(self, images: float, vae: PartCost) -> Work:
         batch, dtype = self.settings.policy.vae_batch, self.settings.policy.vae_dtype
-        flops, moved = images * self.vae.flops, images / batch * self.vae.moved.at(batch)
+        flops, moved = images * vae.flops, images / batch * vae.moved.at(batch)
         return Work(kind=DECODE, flops=flops, moved=moved, dtype=dtype, convolutions=True)
 
     def _train(self) -> Work:
         model, probe = self.model, self.settings.gradients
         rows = self.cut.per_rank * self.decisions * self.copies
         passes = 1 + (probe.share / probe.every if self.planner.probed else 0)
-        reference = 1 if self.settings.loss.kl_weight > 0 else 0
         moved = passes * model.training_moved.at(self.rows)
-        moved += reference * model.forward_moved.at(self.rows)
+        moved += self.anchors * model.forward_moved.at(self.rows)
         return Work(
             kind=UPDATE,
-            flops=rows * (passes * model.training_flops + reference * model.forward_flops),
+            flops=rows * (passes * model.training_flops + self.anchors * model.forward_flops),
             moved=rows / self.rows * moved,
             dtype=self.settings.policy.dtype,
         )
 
     def _rollout_work(self, images: float) -> tuple[Work, ...]:
-        drawn = self._draw(images, self.settings.sampling.steps, self.copies)
-        return (drawn, self._decode(images), *_score(self.judges, images))
+        drawn = self._draw(images, self.settings.sampling.steps, self.copies, self.model)
+        return (drawn, self._decode(images, self.vae), *_score(self.judges, images))
 
     def _evaluate(self) -> tuple[Work, ...]:
         chosen, world = self.settings.evaluation, self.cut.world_size
         images = self.planner.evaluated / world
         return (
-            self._draw(images, chosen.steps, _copies(chosen.guidance)),
-            self._decode(images),
+            self._draw(images, chosen.steps, _copies(chosen.guidance), self.deployed),
+            self._decode(images, self.deployed_vae),
             *_score(self.everyone, images),
             *self._rollout_work(min(chosen.rollout_images, self.planner.evaluated) / world),
         )
@@ -275,8 +289,9 @@ class _Variant:
         options = self.settings.checkpoint
         written = math.ceil(self.settings.trainer.steps / options.every) if options.every else 1
         kept = min(written, (options.keep or written) + options.front)
-        # state.pt has the LoRA, its average and two moments; loaders get the LoRA and the average.
-        checkpoints = kept * 6 * FLOAT * self.model.trained
+        # state.pt has the LoRA, its average, two moments and copies; loaders get the LoRA and the
+        # average.
+        checkpoints = kept * (6 + self.adapters) * FLOAT * self.model.trained
         embeddings = self.embeddings if self.on_disk else 0
         return {"checkpoints": checkpoints, "prompt embeddings": embeddings}
 

@@ -57,10 +57,11 @@ def variants(planner: Planner) -> Iterator[Variant]:
     own = Variant(changes=(), settings=planner.settings, geometry=planner.geometry)
     sampling, policy = planner.settings.sampling, planner.settings.policy
     yield own
-    for window in (0, WINDOW):
-        if window != sampling.window and window < sampling.steps:
-            yield own.changed("sampling", window=window)
-    yield own.changed("sampling", guidance=1.0 if sampling.guidance > 1 else GUIDANCE)
+    if planner.settings.loss.kind != "forward":  # which has neither windows nor guidance
+        for window in (0, WINDOW):
+            if window != sampling.window and window < sampling.steps:
+                yield own.changed("sampling", window=window)
+        yield own.changed("sampling", guidance=1.0 if sampling.guidance > 1 else GUIDANCE)
     yield own.changed("policy", gradient_checkpointing=not policy.gradient_checkpointing)
     if planner.gpus > 1:
         yield own.changed("policy", shard=not policy.shard)

@@ -147,7 +147,34 @@ def test_what_is_not_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         wrong.forecast()
 
 
-def test_losses_along_the_forward_process_are_not_planned() -> None:
-    settings = config.from_dict(TINY | {"loss": {"kind": "forward", "forward": {"preset": "nft"}}})
-    with pytest.raises(ConfigError, match=r"loss\.kind: should be grpo.*not planned yet"):
-        Planner(settings, gpus=1)
+def test_images_that_are_noised_again_take_draws_and_anchors(planner: Planner) -> None:
+    """Of nft: the old copy's pass and the reference's, for each draw; one latent per image."""
+    own, cost = planner.settings, planner.transformer(64, False)
+    loss = {"kind": "forward", "forward": {"preset": "nft", "draws": 3}, "kl_weight": 1e-4}
+    forward = config.from_dict(TINY | {"loss": loss, "sampling": {**TINY["sampling"], "window": 0}})
+    phases = {phase.name: phase for phase in planner.forecast(forward).phases}
+    trained = 8 * 3 * (cost.training_flops + 2 * cost.forward_flops)
+    assert phases["update"].work[0].flops == trained
+    assert phases["update"].memory["LoRA copies"] == 4 * cost.trained
+    latent = 16 * 8 * 8 * 4
+    assert phases["update"].memory["rollout"] == 8 * latent
+    plain = {phase.name: phase for phase in planner.forecast().phases}
+    assert "LoRA copies" not in plain["update"].memory
+    assert plain["update"].memory["rollout"] == 8 * 3 * latent  # before, between and after two
+    assert phases["sample"].work[0].flops == plain["sample"].work[0].flops
+    assert planner.forecast(forward).disk["checkpoints"] == 3 * 28 * cost.trained
+    noisy = replace(own, loss=replace(own.loss, clip="divergence", norm_weight=1.0))
+    guarded = {phase.name: phase for phase in planner.forecast(noisy).phases}["update"]
+    assert guarded.memory["rollout"] == 8 * 5 * latent
+    assert guarded.work[0].flops == 8 * 2 * (cost.training_flops + cost.forward_flops)
+
+
+def test_larger_evaluations_take_more(planner: Planner) -> None:
+    own = planner.settings
+    larger = replace(own, evaluation=replace(own.evaluation, resolution=128))
+    plain, more = (
+        {phase.name: phase for phase in planner.forecast(one).phases} for one in (own, larger)
+    )
+    assert more["evaluate"].work[0].flops == 4 * plain["evaluate"].work[0].flops
+    assert more["evaluate"].memory["activations"] > 3 * plain["evaluate"].memory["activations"]
+    assert more["sample"] == plain["sample"]
