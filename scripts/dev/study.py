@@ -24,7 +24,7 @@ import yaml
 from moa_diffusion import config
 from moa_diffusion.comparison import results
 from moa_diffusion.comparison.execute import execute
-from moa_diffusion.comparison.plan import PlannedRun
+from moa_diffusion.comparison.plan import PlannedRun, method_settings
 from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.config.schema import Config
 from moa_diffusion.files.writing import write_text
@@ -91,11 +91,15 @@ def planned(study: Mapping[str, Any], output: Path) -> dict[str, list[PlannedRun
 
 
 def settings(recipe: str, options: Mapping[str, Any], seed: int, folder: Path) -> Config:
-    """Return a recipe's configuration with dotted options."""
+    """Return a recipe's configuration with dotted options; ``method`` drops those of others."""
     given = []
     for key, value in options.items():
-        given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    made = config.load(recipe, given)
+        if key != "method":
+            given += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    if "method" in options:
+        made, _ = method_settings(recipe, given, options["method"])
+    else:
+        made = config.load(recipe, given)
     return dataclasses.replace(made, seed=seed, output_dir=str(folder))
 
 

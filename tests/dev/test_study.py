@@ -9,6 +9,7 @@ import pytest
 import study
 import yaml
 
+from moa_diffusion import assembly
 from moa_diffusion.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,8 @@ def test_every_run_of_a_study_can_be_made(path: Path, tmp_path: Path) -> None:
     for of_set in runs.values():
         assert len({run.folder for run in of_set}) == len(of_set)
         assert len(of_set) == len(values["seeds"]) * len(values["ways"])
+        for run in of_set:
+            assembly.objectives(run.settings)
         # Gains are compared on the same samples, in the same unit.
         assert len({run.settings.evaluation.seed for run in of_set}) == 1
         assert len({str(run.settings.prompts) for run in of_set}) == 1
