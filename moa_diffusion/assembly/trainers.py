@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from moa_diffusion.assembly.models import (
     policy,
     starting_adapter,
 )
+from moa_diffusion.assembly.outline import commands, outline, processes
 from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
 from moa_diffusion.assembly.run_folder import flat, run_folder, run_log, start_over, write_config
 from moa_diffusion.assembly.scorers import RunScorers, evaluation, scorers, watcher
@@ -36,6 +38,7 @@ from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
 from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.console import Console, Facts
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
@@ -118,12 +121,11 @@ class _Beginning:
     heldout: tuple[Request, ...]  # what evaluations draw
     watch: Watch
 
-    def check_same(self, contents: Mapping[str, Any], line: str) -> None:
-        """Check that all processes have read the same, and say once what begins.
+    def check_same(self, contents: Mapping[str, Any]) -> None:
+        """Check that all processes have read the same.
 
         Args:
             contents: What was read, by the name that errors give it.
-            line: What the run is, after the processes it is on.
 
         Raises:
             ConfigError: If the processes differ.
@@ -132,10 +134,8 @@ class _Beginning:
         shared = facts(self.settings, self.resumed, contents)
         self.agree()
         check_same(self.comm, shared)
-        if self.comm.rank == 0:
-            if options := unused(self.settings.policy.dtype):
-                logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
-            print(f"{processes(self.comm, self.accelerator.device)} {line}")
+        if self.comm.rank == 0 and (options := unused(self.settings.policy.dtype)):
+            logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
 
 
 def _begin(
@@ -175,16 +175,13 @@ def _trainer(begun: _Beginning) -> Run:
         texts = [prompt.text for prompt in prompts.prompts]
         check_prompts(settings, [*texts, *(request.prompt for request in begun.heldout)])
     geometry = solve_geometry(settings, comm.world_size)
-    begun.check_same({"prompts.train": prompts.sets, **own_code(settings)}, geometry.describe())
-    if comm.rank == 0:
-        if len(prompts.sets) > 1:
-            print(prompts.describe())
-        if (problem := unequal_batches(settings, geometry)) is not None:
-            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
+    begun.check_same({"prompts.train": prompts.sets, **own_code(settings)})
+    if comm.rank == 0 and (problem := unequal_batches(settings, geometry)) is not None:
+        logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     scoring = scorers(settings, comm, trained=prompts.prompts, heldout=begun.heldout)
     model = policy(settings, accelerator.device, begun.pipeline)
     log = run_log(settings, accelerator)
-    progress = Progress(comm, bars=accelerator.is_main_process)
+    progress = Progress(comm, bars=accelerator.is_main_process and sys.stderr.isatty())
     learner = Trainer(
         scorer=scoring.training,
         sampler=GroupSampler(
@@ -201,7 +198,10 @@ def _trainer(begun: _Beginning) -> Run:
         log=log,
         critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    return _run(begun, learner, scoring, log, geometry.sample_batch)
+    learned = [("Rollout", geometry.describe())]
+    if len(prompts.sets) > 1:
+        learned.append(("Prompts", prompts.describe()))
+    return _run(begun, learner, scoring, log, geometry.sample_batch, learned)
 
 
 def _offline_trainer(begun: _Beginning) -> Run:
@@ -216,11 +216,7 @@ def _offline_trainer(begun: _Beginning) -> Run:
         mopo = constrained(data, primary, bounds, chosen)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    begun.check_same(
-        {"preferences": data.digest()},
-        f"{len(data.prompts)} prompts with {len(data.rows())} responses; "
-        f"{settings.preferences.batch} per step.",
-    )
+    begun.check_same({"preferences": data.digest()})
     scoring = scorers(settings, comm, trained=(), heldout=begun.heldout)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
@@ -233,21 +229,36 @@ def _offline_trainer(begun: _Beginning) -> Run:
             micro_batch=settings.trainer.micro_batch,
         ),
         mopo=mopo,
-        progress=Progress(comm, bars=accelerator.is_main_process),
+        progress=Progress(comm, bars=accelerator.is_main_process and sys.stderr.isatty()),
         seed=settings.seed,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
     )
-    return _run(begun, learner, scoring, log, settings.trainer.sample_batch)
+    learned = [
+        (
+            "Preferences",
+            f"{len(data.prompts)} prompts with {len(data.rows())} responses; "
+            f"{settings.preferences.batch} per step",
+        )
+    ]
+    return _run(begun, learner, scoring, log, settings.trainer.sample_batch, learned)
 
 
-def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, batch: int) -> Run:
+def _run(
+    begun: _Beginning,
+    learner: Learner,
+    scoring: RunScorers,
+    log: RunLog,
+    batch: int,
+    learned: Facts,
+) -> Run:
     """Return the run around a learner, its state loaded and its folder written.
 
-    Evaluations draw ``batch`` samples at a time.
+    Evaluations draw ``batch`` samples at a time; ``learned`` says what is learned from.
     """
     settings = begun.settings
+    console = Console(shown=begun.accelerator.is_main_process, commands=commands(settings))
     run = Run(
         learner,
         length=settings.trainer,
@@ -263,6 +274,7 @@ def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, 
         ),
         watch=begun.watch,
         log=log,
+        console=console,
         folder=Path(settings.output_dir),
         seed=settings.seed,
     )
@@ -279,6 +291,17 @@ def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, 
         log.start_trackers(flat(settings))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
+    console.begin(
+        outline(
+            settings,
+            model=learner.policy,
+            heads=scoring.everyone.heads,
+            learned=learned,
+            heldout=len(begun.heldout),
+            placed=processes(begun.comm, begun.accelerator.device),
+            completed=run.completed,
+        )
+    )
     return run
 
 
@@ -368,13 +391,6 @@ def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Steppe
         max_grad_norm=options.max_grad_norm,
         max_skipped=settings.loss.max_skipped,
     )
-
-
-def processes(comm: Comm, device: torch.device) -> str:
-    """Return what a run is on; on CPUs also the number of threads, which changes rounding."""
-    threads = torch.get_num_threads()
-    each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
-    return f"Processes: {comm.world_size} ({device.type}{each})."
 
 
 def check_trackers(names: Sequence[str]) -> None:
