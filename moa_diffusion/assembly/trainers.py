@@ -19,6 +19,7 @@ from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.batches import solve_geometry, unequal_batches
 from moa_diffusion.assembly.construct import construct
+from moa_diffusion.assembly.defaults import BOUNDS, flat, with_defaults
 from moa_diffusion.assembly.learning_rate import learning_rate
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
@@ -30,7 +31,7 @@ from moa_diffusion.assembly.models import (
 )
 from moa_diffusion.assembly.outline import commands, outline, processes
 from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
-from moa_diffusion.assembly.run_folder import flat, run_folder, run_log, start_over, write_config
+from moa_diffusion.assembly.run_folder import run_folder, run_log, start_over, write_config
 from moa_diffusion.assembly.scorers import RunScorers, evaluation, scorers, watcher
 from moa_diffusion.config import Config
 from moa_diffusion.data.preference_files import read_pairs, read_preferences
@@ -210,7 +211,8 @@ def _offline_trainer(begun: _Beginning) -> Run:
     data = preferences(settings)
     check_prompts(settings, [*data.prompts, *(request.prompt for request in begun.heldout)])
     options = dict(settings.objectives.weighting)
-    primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
+    primary, bounds = options.pop("primary", None), options.pop("bounds", BOUNDS)
+    primary = data.objectives[0] if primary is None else primary
     chosen = construct(OfflineSettings, "objectives.weighting", options, {})
     try:
         mopo = constrained(data, primary, bounds, chosen)
@@ -286,9 +288,10 @@ def _run(
         return run
     if begun.resumed is None:
         start_over(run.folder)
-    write_config(settings)
+    used = with_defaults(settings)
+    write_config(used)
     try:
-        log.start_trackers(flat(settings))
+        log.start_trackers(flat(used))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
     console.begin(

@@ -280,14 +280,12 @@ def _check_unchanged(run: PlannedRun) -> None:
                 "config.yaml in it."
             )
         return
-    before = assembly.flat(config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))))
-    now = assembly.flat(run.settings)
-    for key in sorted((before.keys() | now.keys()) - {"resume", "output_dir"}):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}: should be {before.get(key)}, as `{run.folder}` began. Found "
-                f"{now.get(key)}. Another --output starts anew."
-            )
+    before = config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    for key, (was, now) in assembly.changes(before, run.settings).items():
+        raise ConfigError(
+            f"{key}: should be {was}, as `{run.folder}` began. Found {now}. Another --output "
+            "starts anew."
+        )
 
 
 def _is_file(method: str) -> bool:

@@ -29,7 +29,7 @@ def test_a_run_begins_with_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"Run: {tmp_path}/run" in said
     parameters = sum(one.numel() for one in trainer.policy.trainable().values())
     assert f"Policy: toy 'tiny', float32: {parameters:,} trainable parameters" in said
-    assert "Rewards: red (no unit); small (kB; weight -2)" in said
+    assert "Rewards: red (no unit); small (-kB; weight -2)" in said
     assert "Held out: blue (no unit)" in said
     assert "Method: static (Raw, Static)" in said
     (rollout,) = [line for line in said if line.startswith("Rollout: ")]
