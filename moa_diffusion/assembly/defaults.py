@@ -73,7 +73,8 @@ def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     Raises:
         ConfigError: As ``with_defaults``, for the settings.
     """
-    was, given, used = flat(before), flat(now), flat(with_defaults(now))
+    was, given = flat(before), flat(now)
+    used = flat(with_defaults(now)) if was.keys() - given.keys() else given
     keys = sorted((was.keys() | given.keys()) - {"resume", "output_dir"})
     return {key: (was.get(key), used.get(key)) for key in keys if was.get(key) != used.get(key)}
 

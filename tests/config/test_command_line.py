@@ -42,7 +42,8 @@ def test_of_several_processes_none_leaves_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "status", "shown"),
     [
-        (["--help"], 0, "--trainer.group_size VALUE"),
+        (["--help"], 0, "--trainer.*"),
+        (["--help", "all"], 0, "--trainer.group_size VALUE"),
         (
             ["--config", "configs/tiny_apex.yaml", "--trainer.stepz", "3"],
             2,
