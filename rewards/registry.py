@@ -180,6 +180,31 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
     return _create_function(name, entry, options)
 
 
+def target_of(name: str, path: str | None = None) -> tuple[Target, dict[str, inspect.Parameter]]:
+    """Return the class or function behind a head, and its options with types and defaults.
+
+    Of a function these are its further parameters: those without a default are keys of the
+    prompts' metadata as a rule.
+
+    Args:
+        name: As for ``create``.
+        path: As for ``create``.
+
+    Raises:
+        ValueError: If the name or the path is wrong.
+        ImportError: As ``create``.
+    """
+    _, entry = _named(name, path)
+    if _is_head_class(entry.target):
+        return entry.target, options_of(entry.target)
+    further = parameters_of(entry.target).further
+    options = {key: one for key, one in options_of(entry.target).items() if key in further}
+    if entry.per_image is None:
+        own = inspect.signature(FunctionHead).parameters["per_image"]
+        options["per_image"] = own.replace(annotation=bool)
+    return entry.target, options
+
+
 def defaults_of(name: str, path: str | None = None) -> dict[str, Any]:
     """Return the options of a head that have a default, with it, as a YAML file holds them.
 
@@ -194,10 +219,9 @@ def defaults_of(name: str, path: str | None = None) -> dict[str, Any]:
         ValueError: If the name or the path is wrong.
         ImportError: As ``create``.
     """
-    _, entry = _named(name, path)
-    if not _is_head_class(entry.target):
-        return {"per_image": False} if entry.per_image is None else {}
-    defaults = {key: option.default for key, option in options_of(entry.target).items()}
+    target, options = target_of(name, path)
+    own = options if _is_head_class(target) else options.keys() & {"per_image"}
+    defaults = {key: options[key].default for key in own}
     return {key: _plain(value) for key, value in defaults.items() if _is_plain(value)}
 
 

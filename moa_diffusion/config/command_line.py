@@ -5,7 +5,6 @@ That import takes longer than everything that can be wrong with a command line.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -29,8 +28,6 @@ def read_command_line() -> Config | ConfigError:
     main_process = os.environ.get("RANK", "0") == "0"
     if not (main_process and sys.stderr.isatty()):
         os.environ["TQDM_DISABLE"] = "1"  # bars of libraries that load models, in files too
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a name that it cannot write ends no run
     logging.basicConfig(
         level=logging.INFO if main_process else logging.ERROR,
         format="%(levelname)s %(name)s: %(message)s",

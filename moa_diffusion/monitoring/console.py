@@ -212,13 +212,17 @@ class Console:
             )
         )
 
-    def _line(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
-
     def _rich(self, table: Table) -> None:
+        terminal = Terminal()
+        with terminal.capture() as captured:
+            terminal.print(table)
+        self._line(captured.get().removesuffix("\n"))
+
+    def _line(self, text: str) -> None:
+        """Print a text; a character that stdout cannot write is no reason to end a run."""
+        encoding = sys.stdout.encoding or "utf-8"
         with tqdm.external_write_mode(file=sys.stdout):
-            Terminal().print(table)
+            print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _cells(one: Standing, *, interval: bool) -> tuple[str, str, str, str]:

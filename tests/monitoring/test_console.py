@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -80,6 +81,13 @@ def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None
     assert "ocr 0.5613 -> 0.6127, gain -\n" in capsys.readouterr().out
     console.evaluated(3, [standing("ocr", error=math.nan)])  # a single prompt
     assert "gain +0.31\n" in capsys.readouterr().out
+
+
+def test_what_stdout_cannot_write_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    Console(shown=True).evaluated(1, [standing("größe")])
+    assert b"gr??e 0.5613 -> 0.6127, gain +0.31 ? 0.08" in written.getvalue()
 
 
 def test_other_processes_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
