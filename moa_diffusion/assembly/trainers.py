@@ -24,6 +24,7 @@ from moa_diffusion.assembly.learning_rate import learning_rate
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
+    check_model,
     check_prompts,
     critic,
     policy,
@@ -153,6 +154,7 @@ def _begin(
         settings = dataclasses.replace(settings, resume=None)
     heldout = heldout_requests(settings)
     check_trackers(settings.log.trackers)
+    check_model(settings, pipeline)
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     return _Beginning(
         settings=settings,
