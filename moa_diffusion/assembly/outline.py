@@ -27,6 +27,7 @@ def outline(
     heldout: int,
     placed: str,
     completed: int,
+    title: str,
 ) -> Facts:
     """Return the facts about a run that its console begins with.
 
@@ -38,26 +39,30 @@ def outline(
         heldout: The number of samples of an evaluation.
         placed: What the run is on.
         completed: The number of rounds that are done already.
+        title: What a round is called, in the plural.
     """
     policy, counts = settings.policy, [p.numel() for p in model.trainable().values()]
     adapter = "" if policy.name == "toy" else f", LoRA of rank {policy.lora.rank}"
     if policy.adapter is not None:
         adapter += f" from {policy.adapter}"
     facts = [
-        ("Run", f"{settings.output_dir}{f', after {completed} rounds' if completed else ''}"),
+        ("Run", f"{settings.output_dir}{f', after {completed} {title}' if completed else ''}"),
         (
             "Policy",
             f"{policy.name} {policy.path!r}, {policy.dtype}: {sum(counts):,} trainable parameters"
             f"{adapter}",
         ),
     ]
-    for title, chosen in (("Rewards", settings.rewards), ("Held out", settings.evaluation.rewards)):
-        shown = [_reward(name, heads[name], chosen[name]) for name in chosen if name in heads]
-        facts += [(title, "; ".join(shown))] if shown else []
+    watched = settings.evaluation.rewards
+    for kind, chosen in (("Rewards", settings.rewards), ("Held out", watched)):
+        shown = [_reward(name, heads[name], chosen[name]) for name in chosen]
+        facts += [(kind, "; ".join(shown))] if shown else []
     facts += [("Method", _method(settings)), *learned, ("Processes", placed)]
     if heldout:
         every = settings.evaluation.every
-        facts.append(("Evaluation", f"every {every} rounds, {heldout} samples of held-out prompts"))
+        facts.append(
+            ("Evaluation", f"every {every} {title}, {heldout} samples of held-out prompts")
+        )
     return facts
 
 

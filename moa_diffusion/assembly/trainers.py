@@ -305,6 +305,7 @@ def _run(
             heldout=len(begun.heldout),
             placed=processes(begun.comm, begun.accelerator.device),
             completed=run.completed,
+            title=learner.title,
         )
     )
     return run

@@ -34,7 +34,7 @@ def test_a_run_begins_with_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Method: static (Raw, Static)" in said
     (rollout,) = [line for line in said if line.startswith("Rollout: ")]
     assert rollout.startswith("Rollout: 4 groups x 4 siblings = 16 samples per rollout")
-    assert "Evaluation: every 2 rounds, 6 samples of held-out prompts" in said
+    assert "Evaluation: every 2 rollouts, 6 samples of held-out prompts" in said
     assert len(said) == len(set(said))
     trainer.close()
 

@@ -394,7 +394,7 @@ def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder:
         ([], {"methods": ["typo.yaml"]}, "`typo.yaml`: objectives.metod: unknown key"),
         ([], {"methods": ["empty.yaml"]}, "should have at least one of the sections"),
         ([], {"methods": ["own.yaml"]}, "objectives.weighting.depth: unknown option of Static"),
-        ([], {"seeds": "0"}, r"--seeds: should be a number of seeds.* The seed 0 alone is `0,`"),
+        ([], {"seeds": "0"}, "Found '0'. The seed 0 alone is `0,`."),
         ([], {"parallel": 0}, "--parallel: should be at least 1. Found 0"),
         ([], {"minutes": 0.0}, "--minutes-per-run: should be positive. Found 0"),
         (["--evaluation.every", "0"], {}, "evaluation.every: should be at least 1"),
