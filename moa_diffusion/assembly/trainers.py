@@ -262,7 +262,12 @@ def _run(
     Evaluations draw ``batch`` samples at a time; ``learned`` says what is learned from.
     """
     settings = begun.settings
-    console = Console(shown=begun.accelerator.is_main_process, commands=commands(settings))
+    console = Console(
+        shown=begun.accelerator.is_main_process,
+        title=learner.title,
+        total=settings.trainer.steps,
+        commands=commands(settings),
+    )
     run = Run(
         learner,
         length=settings.trainer,

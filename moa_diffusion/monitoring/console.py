@@ -33,15 +33,19 @@ class Console:
 
     Args:
         shown: Whether this process says anything.
+        title: What a round is called, in the plural.
+        total: The number of rounds of the whole run.
         commands: What may be done after the run, ready to be copied.
     """
 
-    def __init__(self, *, shown: bool, commands: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, shown: bool, title: str, total: int, commands: Sequence[str] = ()
+    ) -> None:
         self.shown, self.commands = shown, tuple(commands)
+        self._title, self._total = title, total
         self._standings: Sequence[Standing] = ()
         self._weights: dict[str, float] = {}
         self._words = ""
-        self._total, self._title = 0, ""
         self._bar: tqdm[Any] | None = None
 
     @property
@@ -54,28 +58,26 @@ class Console:
             self._facts(facts)
 
     @contextmanager
-    def rounds(self, *, completed: int, total: int, title: str, bar: bool) -> Iterator[None]:
+    def rounds(self, *, completed: int, bar: bool) -> Iterator[None]:
         """Show how far the run is within the block; log messages do not tear the bar.
 
         With a bar there are no lines of rounds, unless they go elsewhere.
 
         Args:
             completed: The number of rounds finished before.
-            total: The number of rounds of the whole run.
-            title: What a round is called, in the plural.
             bar: Whether there is a progress bar, on stderr.
         """
-        self._total, self._title = total, title
         if not (self.shown and bar):
             yield
             return
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=total, initial=completed, desc=title, bar_format=BAR) as self._bar,
-        ):
+        shown = tqdm(total=self._total, initial=completed, desc=self._title, bar_format=BAR)
+        with logging_redirect_tqdm(), shown:
+            self._bar = shown
             self._refresh()
-            yield
-        self._bar = None
+            try:
+                yield
+            finally:
+                self._bar = None
 
     def round(
         self, completed: int, objectives: Sequence[str], metrics: Mapping[str, float], words: str
@@ -143,12 +145,7 @@ class Console:
         """Take over the last evaluation of a run that goes on."""
         self._standings = standings
 
-    def end(
-        self,
-        said: str,
-        standings: Sequence[Standing],
-        facts: Facts,
-    ) -> None:
+    def end(self, said: str, standings: Sequence[Standing], facts: Facts) -> None:
         """Say how the run ended, where everything is, and what may be done with it.
 
         Args:

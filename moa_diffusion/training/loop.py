@@ -208,12 +208,7 @@ class Run:
                 is saved, and what is there stays whole.
             Exception: Any other, perhaps of this process alone, after it has saved the state.
         """
-        rounds = self.console.rounds(
-            completed=self.completed,
-            total=self.length.steps,
-            title=self.learner.title,
-            bar=self.progress.bars,
-        )
+        rounds = self.console.rounds(completed=self.completed, bar=self.progress.bars)
         with self.progress.stop.listening(), rounds:
             self._forget_lost_checkpoints()
             with self.progress.stop.at_once():
@@ -258,6 +253,7 @@ class Run:
             said = f"Ended {reason}: {done}, {spent}."
         alarms = [
             f"{row['kind']} ({row['name']}) after {row['step']} {self.learner.title}"
+            + ("" if row["to_step"] is None else f", back to those after {row['to_step']}")
             for row in read_metrics(self.folder / ALARMS)
         ]
         kept = [str(path) for path in checkpoint.list_checkpoints(self.folder)]

@@ -10,7 +10,7 @@ import pty
 import re
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,10 +39,14 @@ STANDINGS = (standing("ocr"), standing("jpeg", gain=-0.001), standing("watched")
 METRICS = {"weight/ocr": 0.7, "weight/jpeg": 0.3, "seconds/total": 1.23}
 
 
+def console_of(*, shown: bool = True, commands: Sequence[str] = ()) -> Console:
+    return Console(shown=shown, title="rollouts", total=2, commands=commands)
+
+
 def tell(console: Console, *, bar: bool) -> None:
     """All that a run says, with a message of the log in the middle."""
     console.begin([("Run", "runs/mine"), ("Policy", "sd3: 1,234 trainable parameters [all]")])
-    with console.rounds(completed=0, total=2, title="rollouts", bar=bar):
+    with console.rounds(completed=0, bar=bar):
         console.evaluated(0, STANDINGS)
         console.round(1, ("ocr", "jpeg"), METRICS, "")
         logging.getLogger("moa_diffusion.test").warning("Beware of it.")
@@ -52,7 +56,7 @@ def tell(console: Console, *, bar: bool) -> None:
 
 
 def test_a_file_gets_plain_lines_once(capsys: pytest.CaptureFixture[str]) -> None:
-    tell(Console(shown=True, commands=["python scripts/export.py --run runs/mine"]), bar=False)
+    tell(console_of(commands=["python scripts/export.py --run runs/mine"]), bar=False)
     assert capsys.readouterr().out.splitlines() == [
         "Run: runs/mine",
         "Policy: sd3: 1,234 trainable parameters [all]",
@@ -76,7 +80,7 @@ def test_a_file_gets_plain_lines_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(shown=True)
+    console = console_of()
     console.evaluated(3, [standing("ocr", gain=math.nan, error=math.nan)])
     assert "ocr 0.5613 -> 0.6127, gain -\n" in capsys.readouterr().out
     console.evaluated(3, [standing("ocr", error=math.nan)])  # a single prompt
@@ -86,12 +90,12 @@ def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None
 def test_what_stdout_cannot_write_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    Console(shown=True).evaluated(1, [standing("größe")])
+    console_of().evaluated(1, [standing("größe")])
     assert b"gr??e 0.5613 -> 0.6127, gain +0.31 ? 0.08" in written.getvalue()
 
 
 def test_other_processes_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    tell(Console(shown=False, commands=["never"]), bar=True)
+    tell(console_of(shown=False, commands=["never"]), bar=True)
     assert "ocr" not in "".join(capfd.readouterr())
 
 
@@ -125,7 +129,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
 
 def test_a_terminal_gets_tables_and_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(shown=True, commands=["python scripts/export.py --run runs/mine"])
+    console = console_of(commands=["python scripts/export.py --run runs/mine"])
     with terminal(monkeypatch) as read:
         tell(console, bar=True)
         said = read()

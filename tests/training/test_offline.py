@@ -187,7 +187,7 @@ def make(
         heldout=None,
         watch=Watch(data.objectives, ()),
         log=RunLog(folder, main=comm.rank == 0),
-        console=Console(shown=False),
+        console=Console(shown=False, title=learner.title, total=steps),
         folder=folder,
         seed=seed,
     )
