@@ -223,9 +223,9 @@ class Console:
 
 
 def _cells(one: Standing, *, interval: bool) -> tuple[str, str, str, str]:
-    gain = "-"
-    if _known(one):
-        gain = one.interval.text("+z.2f") if interval else _gain(one)
+    gain = _gain(one) if _known(one) else "-"
+    if interval and not math.isnan(one.interval.value):
+        gain = one.interval.text("+z.2f")
     return _label(one), _number(one.base), _number(one.now), gain
 
 

@@ -12,6 +12,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,9 @@ def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None
     assert "ocr 0.5613 -> 0.6127, gain -\n" in capsys.readouterr().out
     console.evaluated(3, [standing("ocr", error=math.nan)])  # a single prompt
     assert "gain +0.31\n" in capsys.readouterr().out
+    unknown = Estimate(value=math.nan, low=math.nan, high=math.nan)
+    console.end("Done.", [replace(standing("ocr"), interval=unknown)], [])
+    assert "0.6127  +0.31 ± 0.08\n" in capsys.readouterr().out
 
 
 def test_what_stdout_cannot_write_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
