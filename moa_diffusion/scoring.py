@@ -22,8 +22,17 @@ from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
 from rewards.blame import cause_of
 from rewards.option_types import UnknownOption
+from rewards.registry import defaults_of as defaults_of_head
 
-__all__ = ["RewardError", "RewardHead", "Scorer", "UnknownOption", "cause_of", "create_head"]
+__all__ = [
+    "RewardError",
+    "RewardHead",
+    "Scorer",
+    "UnknownOption",
+    "cause_of",
+    "create_head",
+    "defaults_of_head",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from rewards.base import RewardHead, Scored
+from rewards.functions import FunctionHead
+from rewards.option_types import options_of
+from rewards.parameters import OWN_OPTIONS
 from rewards.source import source_of_class
 
 
@@ -32,17 +35,26 @@ class Identity(BaseModel, frozen=True):
         Args:
             name: The head's registered name, or the objective's where it has an import path.
             head: The loaded head, which tells its unit and provenance.
-            options: The options that it was built with; those in ``neutral_options`` do not count.
+            options: The options that it was built with; those in ``neutral_options`` do not count,
+                nor those that are as they are by default.
         """
         known = {**source_of_class(type(head)), **head.provenance()}
         provenance = {str(key): str(value) for key, value in known.items()}
-        relevant = {key: options[key] for key in options if key not in head.neutral_options}
+        defaults = {key: option.default for key, option in options_of(type(head)).items()}
+        if isinstance(head, FunctionHead):  # others of the name are the function's
+            defaults = {key: defaults[key] for key in OWN_OPTIONS}
+        relevant = {
+            key: value
+            for key, value in options.items()
+            if key not in head.neutral_options
+            and not (key in defaults and _text(value) == _text(defaults[key]))
+        }
         try:
             version = importlib.metadata.version("moa-diffusion")
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"  # run from a checkout
         kind = type(head).__qualname__
-        essence = json.dumps([kind, provenance, version, relevant], sort_keys=True, default=str)
+        essence = _text([kind, provenance, version, relevant])
         return cls(
             head=name,
             unit=head.unit,
@@ -52,3 +64,7 @@ class Identity(BaseModel, frozen=True):
             digest=hashlib.sha256(essence.encode()).hexdigest(),
             scores=head.scores,
         )
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -115,7 +115,7 @@ def check_types(head: str, target: Callable[..., Any], options: Mapping[str, Any
         expected = known[option].annotation
         if not _fits(value, expected):
             raise ValueError(
-                f'Option `{option}` of the reward head "{head}" should be {_words(expected)}. '
+                f'Option `{option}` of the reward head "{head}" should be {words_of(expected)}. '
                 f"Found `{option} = {value!r}`, {_kind_of(value)}.{_hint(value, expected)}"
             )
 
@@ -177,20 +177,21 @@ def _each_fits(values: Sequence[Any], kind: Any, inner: tuple[Any, ...]) -> bool
     return all(_fits(value, inner[0]) for value in values) if inner else True
 
 
-def _words(expected: Any) -> str:
+def words_of(expected: Any) -> str:
+    """Return in words what a type stands for, to follow "should be"."""
     origin, inner = get_origin(expected), get_args(expected)
     if origin is Annotated:
-        return _words(inner[0])
+        return words_of(inner[0])
     if origin is Union or origin is types.UnionType:
-        return " or ".join(_words(kind) for kind in inner)
+        return " or ".join(words_of(kind) for kind in inner)
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     kind = origin or expected
     if kind in (list, tuple, Sequence):
-        kinds = dict.fromkeys(_words(one) for one in inner if one is not Ellipsis)
+        kinds = dict.fromkeys(words_of(one) for one in inner if one is not Ellipsis)
         return f"a list (of {', '.join(kinds)})" if kinds else "a list"
     if kind in (dict, Mapping):
-        cells = _words(inner[1]) if inner else "anything"
+        cells = words_of(inner[1]) if inner else "anything"
         return f"a mapping (to {cells})"
     return _WORDS.get(kind, "anything" if kind is Any else inspect.formatannotation(kind))
 

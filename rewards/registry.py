@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any, TypeGuard, TypeVar, get_args
@@ -168,9 +168,7 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         ValueError: If the name, the path or an option is wrong; the message lists what is valid.
         ImportError: If the head needs a package that is not installed.
     """
-    if path is None and ":" in name:
-        name, path = name.rsplit(":", 1)[1], name
-    entry = _lookup(name) if path is None else _describe(import_target(path))
+    name, entry = _named(name, path)
     if _is_head_class(entry.target):
         named = {key: option.default for key, option in options_of(entry.target).items()}
         check_names(name, named, options)
@@ -180,6 +178,72 @@ def create(name: str, path: str | None = None, **options: Any) -> RewardHead:
         head.name = name
         return head
     return _create_function(name, entry, options)
+
+
+def target_of(name: str, path: str | None = None) -> tuple[Target, dict[str, inspect.Parameter]]:
+    """Return the class or function behind a head, and its options with types and defaults.
+
+    Of a function these are its further parameters: those without a default are keys of the
+    prompts' metadata as a rule.
+
+    Args:
+        name: As for ``create``.
+        path: As for ``create``.
+
+    Raises:
+        ValueError: If the name or the path is wrong.
+        ImportError: As ``create``.
+    """
+    _, entry = _named(name, path)
+    if _is_head_class(entry.target):
+        return entry.target, options_of(entry.target)
+    further = parameters_of(entry.target).further
+    options = {key: one for key, one in options_of(entry.target).items() if key in further}
+    if entry.per_image is None:
+        own = inspect.signature(FunctionHead).parameters["per_image"]
+        options["per_image"] = own.replace(annotation=bool)
+    return entry.target, options
+
+
+def defaults_of(name: str, path: str | None = None) -> dict[str, Any]:
+    """Return the options of a head that have a default, with it, as a YAML file holds them.
+
+    Parameters of a function are left out: metadata of the prompts may fill them. So is a default
+    that no YAML file can hold.
+
+    Args:
+        name: As for ``create``.
+        path: As for ``create``.
+
+    Raises:
+        ValueError: If the name or the path is wrong.
+        ImportError: As ``create``.
+    """
+    target, options = target_of(name, path)
+    own = options if _is_head_class(target) else options.keys() & {"per_image"}
+    defaults = {key: options[key].default for key in own}
+    return {key: _plain(value) for key, value in defaults.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(one) for one in (*value.keys(), *value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _named(name: str, path: str | None) -> tuple[str, _Entry]:
+    """Return the name that a head gets, and what stands behind it."""
+    if path is None and ":" in name:
+        name, path = name.rsplit(":", 1)[1], name
+    return name, _lookup(name) if path is None else _describe(import_target(path))
 
 
 def _create_function(name: str, entry: _Entry, options: dict[str, Any]) -> FunctionHead:

@@ -26,7 +26,7 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file of a training run")
     parser.add_argument("--methods", required=True, help="names or YAML files, comma-separated")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per method (default 3)")
+    parser.add_argument("--seeds", default="3", help="how many (default 3), or which: 0,1,2")
     parser.add_argument("--minutes-per-run", type=float, help="of training, at most (wall time)")
     parser.add_argument("--output", type=place, default=Path("runs/compare"), help="folder")
     parser.add_argument("--parallel", type=int, default=1, help="runs that share the machine")

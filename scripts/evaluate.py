@@ -34,7 +34,7 @@ def main() -> int:
     add("--every", type=int, help="checkpoints whose number of rollouts is a multiple of this")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     add("--prompts", type=place, help=".txt, .jsonl, .csv, .tsv; the run's held-out ones if none")
-    add("--seeds", default="0,1,2,3", help="of the noise (default 0,1,2,3)")
+    add("--seeds", default="4", help="of the noise: how many (default 4), or which: 0,1,2")
     add("--rewards", help="names, comma-separated; the run's if none")
     add("--steps", help="of images: denoising steps; as the run evaluates if none")
     add("--guidance", help="of images: classifier-free guidance scale, likewise")

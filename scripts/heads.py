@@ -1,6 +1,7 @@
 """Reward heads: which there are, whether they work here, scores of images or texts, a server.
 
 python scripts/heads.py list
+python scripts/heads.py list ocr
 python scripts/heads.py check ocr --option engine=rapidocr
 python scripts/heads.py score ocr --images images --prompts prompts.txt --output scores.csv
 python scripts/heads.py serve --heads ocr,sharpness --port 8000
@@ -28,7 +29,8 @@ def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="a table of all heads")
+    listed = commands.add_parser("list", help="a table of all heads, or of one head's options")
+    listed.add_argument("name", nargs="?", help="a head, or my_module:my_reward")
     check = commands.add_parser("check", help="load a head and score two samples")
     check.add_argument("--texts", action="store_true", help="have it score texts if it scores both")
     score = commands.add_parser("score", help="score a folder of images, or texts")
@@ -54,7 +56,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.command == "list":
-            cli.list_heads(Console(width=None if sys.stdout.isatty() else 160))
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            cli.show_head(console, options.name) if options.name else cli.list_heads(console)
         elif options.command == "check":
             cli.check_head(options.name, cli.parse_options(options.option), texts=options.texts)
         elif options.command == "score":

@@ -66,6 +66,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
             "rewards.commands.check_head",
             "rewards.commands.cli",
             "rewards.commands.head_cards",
+            "rewards.commands.head_options",
             "rewards.commands.score_folder",
         ),
     ),

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moa_diffusion.assembly.run_folder import flat
+from moa_diffusion.assembly.defaults import flat
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import Comm
 from moa_diffusion.storage import checkpoint

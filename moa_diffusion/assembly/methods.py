@@ -156,8 +156,7 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
     )
     weights = [float(options.get("weight", 1.0)) for options in settings.rewards.values()]
     fixed = {"objectives": names, **chosen.options}
-    accepted = inspect.signature(chosen.weighting).parameters
-    if "weights" in accepted:
+    if "weights" in inspect.signature(chosen.weighting).parameters:
         fixed["weights"] = weights
     else:
         for name, weight in zip(names, weights, strict=True):
@@ -167,17 +166,28 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
                     "used.",
                     *(method, name, weight),
                 )
-    options: dict[str, Any] = settings.objectives.weighting
-    if settings.objectives.calibration is not None:
-        levels = _calibrated(Path(settings.objectives.calibration), names, accepted, options)
-        for key, values in levels.items():
-            given = options.get(key, {})
-            if isinstance(given, Mapping):  # not one number for all
-                options = {**options, key: {**values, **given}}
     if len(names) == 1 and not issubclass(chosen.weighting, Static):
         logger.warning("objectives.method %s has a single reward to weigh.", method)
+    options = weighting_options(settings)
     weighting = construct(chosen.weighting, "objectives.weighting", options, fixed)
     return normalizer, weighting
+
+
+def weighting_options(settings: Config) -> dict[str, Any]:
+    """Return the weighting's options, with those that a calibration file supplies.
+
+    Raises:
+        ConfigError: If the file cannot be used, or lacks an objective.
+    """
+    options = dict(settings.objectives.weighting)
+    if settings.objectives.calibration is not None:
+        accepted = inspect.signature(method_of(settings).weighting).parameters
+        path, names = Path(settings.objectives.calibration), tuple(settings.rewards)
+        for key, values in _calibrated(path, names, accepted, options).items():
+            given = {} if options.get(key) is None else options[key]
+            if isinstance(given, Mapping):  # not one number for all
+                options[key] = {**values, **given}
+    return options
 
 
 def _calibrated(
@@ -198,7 +208,7 @@ def _calibrated(
     base = {n: measured[n].base for n in names if math.isfinite(measured[n].base)}
     # A reward without any spread has nothing to aim at.
     target = {n: measured[n].target for n in base if measured[n].target > measured[n].base}
-    secondary = [name for name in base if name != options.get("primary", names[0])]
+    secondary = [name for name in base if name != (options.get("primary") or names[0])]
     in_units = options.get("units") == "reward"
     bounds = {n: measured[n].base if in_units else measured[n].bound for n in secondary}
     levels = {"base": base, "targets": target, "ideal": target, "bounds": bounds}

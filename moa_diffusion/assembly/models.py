@@ -27,7 +27,7 @@ from moa_diffusion.policies.adapters import (
 )
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.policies.causal_lm import CausalLMPolicy
-from moa_diffusion.policies.hub import check_place
+from moa_diffusion.policies.hub import check_place, check_reachable
 from moa_diffusion.policies.sd3 import SD3Policy, check_fit, check_pipeline, load_pipeline
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.critic import Critic
@@ -97,6 +97,22 @@ def policy(settings: Config, device: torch.device, pipeline: Any = None) -> Poli
     if start is not None:
         lora.start_from(built.transformer, start.layers)
     return built
+
+
+def check_model(settings: Config, pipeline: Any = None) -> None:
+    """Find out at once whether the model can be had, before anything that takes longer.
+
+    Args:
+        settings: The run's configuration.
+        pipeline: In the place of ``policy.path``, as for ``policy``.
+
+    Raises:
+        ConfigError: If there is no such folder, no such model on the hub, or no way to the hub.
+    """
+    chosen = settings.policy
+    if pipeline is None and chosen.name != "toy":
+        file = "config.json" if chosen.name == "causal_lm" else "model_index.json"
+        check_reachable(model_path(settings), file, revision=chosen.revision)
 
 
 def starting_adapter(

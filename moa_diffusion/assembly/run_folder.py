@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
 from moa_diffusion import config
+from moa_diffusion.assembly.defaults import changes
 from moa_diffusion.config import Config
 from moa_diffusion.files import writing as storage
 from moa_diffusion.files.writing import write_text
@@ -95,31 +94,10 @@ def check_folder(key: str, folder: Path) -> None:
 
 def _report_changes(saved: Path, settings: Config) -> None:
     """Say which settings differ from those that the run began with."""
-    if not saved.is_file():
-        return
-    before = flat(config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))))
-    now = flat(settings)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in ("resume", "output_dir"):
-            logger.warning(
-                "Resuming with another %s: %s, was %s.", key, now.get(key), before.get(key)
-            )
-
-
-def flat(settings: Config) -> dict[str, str | int | float | bool]:
-    """Return plain values by dotted key, for trackers."""
-    rows: dict[str, str | int | float | bool] = {}
-
-    def walk(values: Mapping[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-            else:
-                plain = isinstance(value, (str, int, float, bool))
-                rows[f"{prefix}{name}"] = value if plain else str(value)
-
-    walk(dataclasses.asdict(settings), "")
-    return rows
+    if saved.is_file():
+        before = config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        for key, (was, now) in changes(before, settings).items():
+            logger.warning("Resuming with another %s: %s, was %s.", key, now, was)
 
 
 def run_log(settings: Config, accelerator: Accelerator) -> RunLog:

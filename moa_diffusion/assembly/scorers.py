@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moa_diffusion.config import Config
 from moa_diffusion.data.prompt_files import Prompt
@@ -22,6 +24,7 @@ from moa_diffusion.scoring import (
     UnknownOption,
     cause_of,
     create_head,
+    defaults_of_head,
 )
 from moa_diffusion.storage.log import RunLog
 from moa_diffusion.types import ConfigError, Request
@@ -43,23 +46,9 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
     built = {}
     chosen = settings.rewards if section == "rewards" else settings.evaluation.rewards
     for name, options in chosen.items():
-        if "head" in options and "path" in options:
-            raise ConfigError(f"{section}.{name}: should have `head` or `path`. Found both.")
         rest = {key: value for key, value in options.items() if key not in _COMMON}
-        try:
-            head = create_head(options.get("head", name), options.get("path"), **rest)
-        except UnknownOption as error:
-            valid = (*error.valid, *_COMMON)
-            raise ConfigError(
-                f"{section}.{name}: unknown option {error.option!r}."
-                f"{did_you_mean(error.option, valid)} Valid: {', '.join(valid)}."
-            ) from error
-        except ImportError:  # it names the package, and is no fault of the configuration
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{section}.{name}: {error}") from error
-        except Exception as error:  # the constructor of a user's class may raise anything
-            raise ConfigError(f"{section}.{name}: {cause_of(error)}") from error
+        with _errors_of(f"{section}.{name}"):
+            head = create_head(*_place(name, options), **rest)
         wanted = "texts" if settings.policy.name == "causal_lm" else "images"
         if head.scores not in (wanted, "both"):
             raise ConfigError(
@@ -69,6 +58,47 @@ def heads(settings: Config, section: str = "rewards") -> dict[str, RewardHead]:
         head.name = name
         built[name] = head
     return built
+
+
+def all_options(key: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward's options with the defaults of its head; those of a function as they are.
+
+    Args:
+        key: Dotted key of the reward, for errors.
+        name: Name of the reward.
+        options: The options that are given.
+
+    Raises:
+        ConfigError: Naming the key, for an unknown head or import path.
+    """
+    with _errors_of(key):
+        return {**defaults_of_head(*_place(name, options)), **options}
+
+
+def _place(name: str, options: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return name and import path of a reward's head."""
+    if "head" in options and "path" in options:
+        raise ValueError("should have `head` or `path`. Found both.")
+    return options.get("head", name), options.get("path")
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """Report what is wrong with a reward under its key."""
+    try:
+        yield
+    except UnknownOption as error:
+        valid = (*error.valid, *_COMMON)
+        raise ConfigError(
+            f"{key}: unknown option {error.option!r}.{did_you_mean(error.option, valid)} "
+            f"Valid: {', '.join(valid)}."
+        ) from error
+    except ImportError:  # it names the package, and is no fault of the configuration
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except Exception as error:  # the code of a user may raise anything
+        raise ConfigError(f"{key}: {cause_of(error)}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

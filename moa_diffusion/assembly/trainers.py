@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,20 @@ from moa_diffusion import tiny
 from moa_diffusion.assembly.agreement import check_same, facts
 from moa_diffusion.assembly.batches import solve_geometry, unequal_batches
 from moa_diffusion.assembly.construct import construct
+from moa_diffusion.assembly.defaults import BOUNDS, flat, with_defaults
 from moa_diffusion.assembly.learning_rate import learning_rate
 from moa_diffusion.assembly.methods import check_ppo, is_fused, objectives, own_code
 from moa_diffusion.assembly.models import (
     causal_lm,
+    check_model,
     check_prompts,
     critic,
     policy,
     starting_adapter,
 )
+from moa_diffusion.assembly.outline import commands, outline, processes
 from moa_diffusion.assembly.prompts import heldout_requests, train_prompts
-from moa_diffusion.assembly.run_folder import flat, run_folder, run_log, start_over, write_config
+from moa_diffusion.assembly.run_folder import run_folder, run_log, start_over, write_config
 from moa_diffusion.assembly.scorers import RunScorers, evaluation, scorers, watcher
 from moa_diffusion.config import Config
 from moa_diffusion.data.preference_files import read_pairs, read_preferences
@@ -36,6 +40,7 @@ from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.data.sampling import GroupSampler
 from moa_diffusion.distributed import AccelerateComm, Comm, agreed
 from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.console import Console, Facts
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
@@ -118,12 +123,11 @@ class _Beginning:
     heldout: tuple[Request, ...]  # what evaluations draw
     watch: Watch
 
-    def check_same(self, contents: Mapping[str, Any], line: str) -> None:
-        """Check that all processes have read the same, and say once what begins.
+    def check_same(self, contents: Mapping[str, Any]) -> None:
+        """Check that all processes have read the same.
 
         Args:
             contents: What was read, by the name that errors give it.
-            line: What the run is, after the processes it is on.
 
         Raises:
             ConfigError: If the processes differ.
@@ -132,10 +136,8 @@ class _Beginning:
         shared = facts(self.settings, self.resumed, contents)
         self.agree()
         check_same(self.comm, shared)
-        if self.comm.rank == 0:
-            if options := unused(self.settings.policy.dtype):
-                logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
-            print(f"{processes(self.comm, self.accelerator.device)} {line}")
+        if self.comm.rank == 0 and (options := unused(self.settings.policy.dtype)):
+            logger.warning("Of `accelerate launch` is not used: %s.", "; ".join(options))
 
 
 def _begin(
@@ -152,6 +154,7 @@ def _begin(
         settings = dataclasses.replace(settings, resume=None)
     heldout = heldout_requests(settings)
     check_trackers(settings.log.trackers)
+    check_model(settings, pipeline)
     starting_adapter(settings, pipeline, tell=False)  # read once more where it is needed
     return _Beginning(
         settings=settings,
@@ -175,16 +178,13 @@ def _trainer(begun: _Beginning) -> Run:
         texts = [prompt.text for prompt in prompts.prompts]
         check_prompts(settings, [*texts, *(request.prompt for request in begun.heldout)])
     geometry = solve_geometry(settings, comm.world_size)
-    begun.check_same({"prompts.train": prompts.sets, **own_code(settings)}, geometry.describe())
-    if comm.rank == 0:
-        if len(prompts.sets) > 1:
-            print(prompts.describe())
-        if (problem := unequal_batches(settings, geometry)) is not None:
-            logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
+    begun.check_same({"prompts.train": prompts.sets, **own_code(settings)})
+    if comm.rank == 0 and (problem := unequal_batches(settings, geometry)) is not None:
+        logger.warning("%s `policy/ratio_gap` shows by how much.", problem)
     scoring = scorers(settings, comm, trained=prompts.prompts, heldout=begun.heldout)
     model = policy(settings, accelerator.device, begun.pipeline)
     log = run_log(settings, accelerator)
-    progress = Progress(comm, bars=accelerator.is_main_process)
+    progress = Progress(comm, bars=accelerator.is_main_process and sys.stderr.isatty())
     learner = Trainer(
         scorer=scoring.training,
         sampler=GroupSampler(
@@ -201,7 +201,10 @@ def _trainer(begun: _Beginning) -> Run:
         log=log,
         critic=critic(settings, model, comm, accelerator.device, geometry.sample_batch),
     )
-    return _run(begun, learner, scoring, log, geometry.sample_batch)
+    learned = [("Rollout", geometry.describe())]
+    if len(prompts.sets) > 1:
+        learned.append(("Prompts", prompts.describe()))
+    return _run(begun, learner, scoring, log, geometry.sample_batch, learned)
 
 
 def _offline_trainer(begun: _Beginning) -> Run:
@@ -210,17 +213,14 @@ def _offline_trainer(begun: _Beginning) -> Run:
     data = preferences(settings)
     check_prompts(settings, [*data.prompts, *(request.prompt for request in begun.heldout)])
     options = dict(settings.objectives.weighting)
-    primary, bounds = options.pop("primary", data.objectives[0]), options.pop("bounds", 0.5)
+    primary, bounds = options.pop("primary", None), options.pop("bounds", BOUNDS)
+    primary = data.objectives[0] if primary is None else primary
     chosen = construct(OfflineSettings, "objectives.weighting", options, {})
     try:
         mopo = constrained(data, primary, bounds, chosen)
     except ValueError as error:
         raise ConfigError(f"objectives.weighting: {error}") from error
-    begun.check_same(
-        {"preferences": data.digest()},
-        f"{len(data.prompts)} prompts with {len(data.rows())} responses; "
-        f"{settings.preferences.batch} per step.",
-    )
+    begun.check_same({"preferences": data.digest()})
     scoring = scorers(settings, comm, trained=(), heldout=begun.heldout)
     model = causal_lm(settings, accelerator.device)
     log = run_log(settings, accelerator)
@@ -233,21 +233,41 @@ def _offline_trainer(begun: _Beginning) -> Run:
             micro_batch=settings.trainer.micro_batch,
         ),
         mopo=mopo,
-        progress=Progress(comm, bars=accelerator.is_main_process),
+        progress=Progress(comm, bars=accelerator.is_main_process and sys.stderr.isatty()),
         seed=settings.seed,
         batch=settings.preferences.batch,
         level_prompts=settings.preferences.level_prompts,
         from_adapter=settings.policy.adapter is not None,
     )
-    return _run(begun, learner, scoring, log, settings.trainer.sample_batch)
+    learned = [
+        (
+            "Preferences",
+            f"{len(data.prompts)} prompts with {len(data.rows())} responses; "
+            f"{settings.preferences.batch} per step",
+        )
+    ]
+    return _run(begun, learner, scoring, log, settings.trainer.sample_batch, learned)
 
 
-def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, batch: int) -> Run:
+def _run(
+    begun: _Beginning,
+    learner: Learner,
+    scoring: RunScorers,
+    log: RunLog,
+    batch: int,
+    learned: Facts,
+) -> Run:
     """Return the run around a learner, its state loaded and its folder written.
 
-    Evaluations draw ``batch`` samples at a time.
+    Evaluations draw ``batch`` samples at a time; ``learned`` says what is learned from.
     """
     settings = begun.settings
+    console = Console(
+        shown=begun.accelerator.is_main_process,
+        title=learner.title,
+        total=settings.trainer.steps,
+        commands=commands(settings),
+    )
     run = Run(
         learner,
         length=settings.trainer,
@@ -263,6 +283,7 @@ def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, 
         ),
         watch=begun.watch,
         log=log,
+        console=console,
         folder=Path(settings.output_dir),
         seed=settings.seed,
     )
@@ -274,11 +295,24 @@ def _run(begun: _Beginning, learner: Learner, scoring: RunScorers, log: RunLog, 
         return run
     if begun.resumed is None:
         start_over(run.folder)
-    write_config(settings)
+    used = with_defaults(settings)
+    write_config(used)
     try:
-        log.start_trackers(flat(settings))
+        log.start_trackers(flat(used))
     except TrackerError as error:
         raise ConfigError(f"log.trackers: {error}") from error
+    console.begin(
+        outline(
+            settings,
+            model=learner.policy,
+            heads=scoring.everyone.heads,
+            learned=learned,
+            heldout=len(begun.heldout),
+            placed=processes(begun.comm, begun.accelerator.device),
+            completed=run.completed,
+            title=learner.title,
+        )
+    )
     return run
 
 
@@ -368,13 +402,6 @@ def stepper(settings: Config, model: Policy, accelerator: Accelerator) -> Steppe
         max_grad_norm=options.max_grad_norm,
         max_skipped=settings.loss.max_skipped,
     )
-
-
-def processes(comm: Comm, device: torch.device) -> str:
-    """Return what a run is on; on CPUs also the number of threads, which changes rounding."""
-    threads = torch.get_num_threads()
-    each = f", {threads} thread{'s' if threads > 1 else ''} each" if device.type == "cpu" else ""
-    return f"Processes: {comm.world_size} ({device.type}{each})."
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import yaml
 from moa_diffusion import assembly, config
 from moa_diffusion.comparison.read import RunData, read_run, training_seconds
 from moa_diffusion.config import Config
+from moa_diffusion.data.seeds import read_seeds
 from moa_diffusion.files.paths import expanded, split_list
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
@@ -87,7 +88,7 @@ def plan_comparison(
     overrides: Sequence[str],
     *,
     methods: str | Sequence[str],
-    seeds: int,
+    seeds: str,
     output: Path,
     minutes: float | None = None,
     parallel: int = 1,
@@ -98,7 +99,8 @@ def plan_comparison(
         base: YAML file of a training run.
         overrides: Dotted options of all runs (``["--trainer.steps", "20"]``).
         methods: Names of ``assembly.METHODS`` or YAML files; or these in one text, with commas.
-        seeds: Runs per method; the first has the configuration's own seed.
+        seeds: Seeds of each method's runs, as ``read_seeds`` has them; a number of them begins with
+            the configuration's own.
         output: Folder of all runs.
         minutes: The minutes of training after which a run ends; None takes the configuration's.
         parallel: Runs at a time.
@@ -110,9 +112,8 @@ def plan_comparison(
     methods = _methods(methods)
     labels = [Path(method).stem if _is_file(method) else method for method in methods]
     _check_call(labels, methods, overrides, minutes=minutes)
-    for option, count in (("seeds", seeds), ("parallel", parallel)):
-        if count < 1:
-            raise ConfigError(f"--{option}: should be at least 1. Found {count}.")
+    if parallel < 1:
+        raise ConfigError(f"--parallel: should be at least 1. Found {parallel}.")
     runs, notes = [], []
     names: tuple[str, ...] = ()
     for label, method in zip(labels, methods, strict=True):
@@ -123,7 +124,7 @@ def plan_comparison(
             settings = dataclasses.replace(settings, trainer=limited)
         _check_settings(settings)
         names = tuple(settings.rewards)
-        for seed in range(settings.seed, settings.seed + seeds):
+        for seed in read_seeds(seeds, first=settings.seed):
             folder = output / f"{label}-{seed}"
             run = PlannedRun(
                 method=label,
@@ -280,14 +281,12 @@ def _check_unchanged(run: PlannedRun) -> None:
                 "config.yaml in it."
             )
         return
-    before = assembly.flat(config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8"))))
-    now = assembly.flat(run.settings)
-    for key in sorted((before.keys() | now.keys()) - {"resume", "output_dir"}):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}: should be {before.get(key)}, as `{run.folder}` began. Found "
-                f"{now.get(key)}. Another --output starts anew."
-            )
+    before = config.from_dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    for key, (was, now) in assembly.changes(before, run.settings).items():
+        raise ConfigError(
+            f"{key}: should be {was}, as `{run.folder}` began. Found {now}. Another --output "
+            "starts anew."
+        )
 
 
 def _is_file(method: str) -> bool:

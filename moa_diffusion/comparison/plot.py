@@ -92,7 +92,7 @@ def _gains(figure: Any, comparison: Comparison, style: Mapping[str, tuple[str, s
     panels[0].set_ylim(len(comparison.methods) - 0.4, -0.6)
     figure.supxlabel(
         f"gain over the start of training (0) with a {LEVEL:.0%} bootstrap interval, filled where "
-        "that leaves 0 out; worst: mean over runs of the smallest gain",
+        "that leaves 0 out (with several runs); worst: mean over runs of the smallest gain",
         fontsize=9,
     )
 
@@ -116,7 +116,7 @@ def _rows(
         line = "black" if bars else colour
         panel.plot([one.low, one.high], [row, row], color=line, linewidth=1.2 if bars else 2.2)
         if not bars:
-            clear = one.low > 0 or one.high < 0
+            clear = method.tells_of_seeds and (one.low > 0 or one.high < 0)
             panel.plot(
                 one.value,
                 row,

@@ -77,8 +77,15 @@ class MethodSummary:
         name = max(known, key=lambda key: known[key], default="")
         return name, known.get(name, math.nan)
 
+    @property
+    def tells_of_seeds(self) -> bool:
+        """Whether its intervals are over several runs, so that something may be claimed."""
+        return len(self.seeds) > 1
+
     def below(self) -> list[str]:
-        """Return the objectives whose whole interval lies below the start."""
+        """Return the objectives whose whole interval lies below the start; none with one run."""
+        if not self.tells_of_seeds:
+            return []
         return [name for name, gain in self.gains.items() if gain.high < 0]
 
 
@@ -342,9 +349,14 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
     sentences = [
         f"Gains over the start of training, in units of its spread within a prompt; "
         f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
-        f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts: too narrow with few "
-        "runs, and one run says nothing about other seeds."
+        f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts, too narrow with few "
+        "runs."
     ]
+    if alone := [one.method for one in comparison.methods if not one.tells_of_seeds]:
+        sentences.append(
+            f"With one run the interval is over prompts alone and says nothing about other seeds, "
+            f"so nothing is claimed of {', '.join(alone)}."
+        )
     for method in comparison.methods:
         if below := method.below():
             gains = ", ".join(f"{name} {method.gains[name].text('+.2f')}" for name in below)

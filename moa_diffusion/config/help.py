@@ -1,4 +1,6 @@
-"""What ``--help`` prints: every key, and the options of the method and the heads that are chosen.
+"""What ``--help`` and ``--help all`` print: the sections, or every key and the chosen options.
+
+Chosen options are those of the method and of the reward heads.
 
 The texts are those of docs/configuration.md; scripts/dev/configuration.py writes both. Reading them
 from a file spares the import of everything that they describe.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,22 +19,30 @@ from typing import Any
 Rows = Sequence[Mapping[str, str]]
 
 ABOUT = """\
-A key is set in a YAML file or by its dotted path; later files and options override earlier ones.
+A key is set in a YAML file or by its dotted path (--trainer.steps 200); later files and options
+override earlier ones.
+"""
+SHORT = """\
+--help all explains every key, and the options of the method and of the rewards that the given
+files and options choose. `scripts/heads.py list` shows all rewards.
+"""
+LONG = """\
 Options of the method and of the rewards are those that the given files and options choose.
 """
 
 
-def help_text(values: Mapping[str, Any]) -> str:
+def help_text(values: Mapping[str, Any], *, everything: bool) -> str:
     """Return the help, as wide as the terminal.
 
     Args:
         values: What files and options set, nested, before it is checked.
+        everything: Whether to explain every key, instead of naming the sections.
     """
     known = json.loads(files("moa_diffusion.config").joinpath("options.json").read_text("utf-8"))
     script = Path(sys.argv[0]).name
     parser = ArgumentParser(
-        usage=f"{script} [--config FILE] [--KEY VALUE ...] [--print_config] [--help]",
-        description=ABOUT,
+        usage=f"{script} [--config FILE] [--KEY VALUE ...] [--print_config] [--help [all]]",
+        description=ABOUT + (LONG if everything else SHORT),
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -41,9 +51,14 @@ def help_text(values: Mapping[str, Any]) -> str:
         ("--config", "YAML file; later options override it."),
         ("--print_config", "Print the whole configuration and exit."),
         *_dry_run(script),
-        ("--help", "Print this and exit."),
+        ("--help", "Print the sections and exit; with `all`, every key."),
     ):
         general.add_argument(option, help=meaning, metavar="FILE" if option == "--config" else "")
+    if not everything:
+        sections = parser.add_argument_group("sections of keys")
+        for title, meaning, rows in known["sections"]:
+            _add_section(sections, title, meaning, rows)
+        return parser.format_help()
     for title, meaning, rows in known["sections"]:
         _add(parser, title, meaning, rows, prefix="")
     for title, meaning, rows, prefix in _chosen(known, values):
@@ -86,6 +101,20 @@ def _inside(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a section as it was written; an empty one if it is none."""
     value = values.get(name)
     return value if isinstance(value, Mapping) else {}
+
+
+def _add_section(group: _ArgumentGroup, title: str, meaning: str, rows: Rows) -> None:
+    """Add a section as a line: its pattern, the first paragraph about it, its keys' names."""
+    inside = not rows or "." in rows[0]["name"]
+    parts = [row["name"].removeprefix(f"{title}.").split(".") for row in rows]
+    keys = dict.fromkeys(f"{part[0]}.*" if part[1:] else part[0] for part in parts)
+    about = meaning.partition("\n\n")[0] or f"{title}."
+    text = f"{about} ({' '.join(keys)})" if keys else about
+    group.add_argument(
+        f"--{title}.*" if inside else "--*",
+        metavar="",
+        help=text.replace("`", "").replace("%", "%%"),
+    )
 
 
 def _add(parser: ArgumentParser, title: str, meaning: str, rows: Rows, *, prefix: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_origin
@@ -23,20 +24,26 @@ from moa_diffusion.files.paths import expanded
 from moa_diffusion.files.text import check_encodable
 from moa_diffusion.types import ConfigError
 
+HELP = ("-h", "--help")
+
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line (``sys.argv`` by default), check every key and value.
 
     Raises:
         ConfigError: Naming the key, what was expected, and what was found.
-        SystemExit: For ``--help`` and ``--print_config``.
+        SystemExit: For ``--help``, ``--help all`` and ``--print_config``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     check_encodable("command line", arguments)
-    asked = {option for option in arguments if option in ("-h", "--help", "--print_config")}
-    values, source = _gather([option for option in arguments if option not in asked])
-    if asked & {"-h", "--help"}:
-        print(help_text(values), end="")
+    asked: set[str] = set()
+    rest: list[str] = []
+    for before, option in pairwise(["", *arguments]):
+        whole = before in HELP and option == "all"
+        (asked.add if whole or option in (*HELP, "--print_config") else rest.append)(option)
+    values, source = _gather(rest)
+    if asked.intersection(HELP):
+        print(help_text(values, everything="all" in asked), end="")
         raise SystemExit(0)
     config = from_dict(values)
     expand_homes(config)

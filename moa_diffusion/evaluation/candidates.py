@@ -117,7 +117,12 @@ def shared_settings(settings: Mapping[str, Config], medium: type[Medium]) -> Con
                     )
                 )
         for reward, options in _all_rewards(other).items():
-            if rewards.setdefault(reward, options) != options:
+            mine = rewards.setdefault(reward, options)
+            # Only with the defaults, which older runs did not write down, are they comparable.
+            key = f"rewards.{reward}"
+            if mine != options and assembly.all_options(key, reward, mine) != assembly.all_options(
+                key, reward, options
+            ):
                 raise ConfigError(
                     f"rewards.{reward}: should have the same options in all runs. Found "
                     f"{rewards[reward]} in {first_name} and {options} in {name}."

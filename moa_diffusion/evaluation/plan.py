@@ -12,6 +12,7 @@ from typing import Any
 from moa_diffusion import assembly, config
 from moa_diffusion.config import Config
 from moa_diffusion.data.prompt_files import Prompt, read_prompts
+from moa_diffusion.data.seeds import read_seeds
 from moa_diffusion.evaluation.candidates import (
     Candidate,
     candidates,
@@ -72,9 +73,7 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
     prompts = chosen_prompts(settings, options["prompts"])
     medium = kind(settings)
     medium.check([prompt.text for prompt in prompts])
-    seeds = _numbers("--seeds", options["seeds"])
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"--seeds: should be different whole numbers from 0. Found {seeds}.")
+    seeds = read_seeds(options["seeds"])
     if options["shown"] < 1:
         raise ConfigError(f"--shown: should be at least 1. Found {options['shown']}.")
     models = candidates(
@@ -162,15 +161,6 @@ def _words(option: str, text: str | None) -> list[str] | None:
     if not all(words) or len(set(words)) < len(words):
         raise ConfigError(f"{option}: should be different names, comma-separated. Found {text!r}.")
     return words
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"{option}: should be whole numbers, comma-separated. Found {text!r}."
-        ) from None
 
 
 def chosen_prompts(settings: Config, file: str | None) -> tuple[Prompt, ...]:

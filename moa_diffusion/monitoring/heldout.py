@@ -18,6 +18,7 @@ from moa_diffusion.files import png
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
 from moa_diffusion.monitoring.progress import Progress
+from moa_diffusion.monitoring.standing import Standing, standings
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.statistics.groups import mean_and_error, same_prompt, spread_within
@@ -81,6 +82,8 @@ class HeldOut:
         self.identity = blake2b(text.encode(), digest_size=8).hexdigest()
         # [K], of the policy as training starts from it: mean, and spread within a prompt.
         self.base = self.unit = torch.full((len(scorer.names),), torch.nan, dtype=torch.float64)
+        # [K, M], the rewards of the start and of the last evaluation; NaN before.
+        self.start = self.latest = self.base[:, None].repeat(1, len(self.requests))
 
     @torch.no_grad()
     def try_rewards(self) -> None:
@@ -137,11 +140,12 @@ class HeldOut:
             self.log.write_evaluation(
                 step, self.requests, self.scorer.names, values, scored.extra, texts
             )
-        prompts = same_prompt([request.prompt for request in self.requests])
+        prompts = self._prompts()
         siblings = torch.tensor([request.group for request in self.requests])
         if step == 0:
-            self.base = values.nanmean(1)
+            self.base, self.start = values.nanmean(1), values
             self.unit = spread_within(values, siblings)
+        self.latest = values
         gains = (values.nanmean(1) - self.base) / self.unit
         metrics: dict[str, float] = {}
         for name, row, gain in zip(self.scorer.names, values, gains.tolist(), strict=True):
@@ -169,6 +173,21 @@ class HeldOut:
             gaps=gaps,
             metrics=metrics | {f"eval_gap/{name}": gap for name, gap in gaps.items()},
         )
+
+    def standings(self) -> tuple[Standing, ...]:
+        """Return where each reward stood in the last evaluation; NaN before the first."""
+        return standings(
+            self.scorer.names,
+            self.training.names,
+            base=self.base,
+            unit=self.unit,
+            start=self.start,
+            latest=self.latest,
+            prompts=self._prompts(),
+        )
+
+    def _prompts(self) -> Tensor:
+        return same_prompt([request.prompt for request in self.requests])
 
     def _as_rollouts(
         self, step: int, values: Tensor, before_batch: Callable[[], None]
@@ -244,9 +263,18 @@ class HeldOut:
         return drift.diversity(gather_shard_objects(prints, shards, self.comm), siblings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what gains are measured against, and what it was measured on."""
-        return {"base": self.base, "unit": self.unit, "identity": self.identity}
+        """Return what gains are measured against, what it was measured on, and the last rewards."""
+        return {
+            "base": self.base,
+            "unit": self.unit,
+            "identity": self.identity,
+            "start": self.start,
+            "latest": self.latest,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to the saved start and unit of the gains."""
         self.base, self.unit = state["base"], state["unit"]
+        # Checkpoints of earlier versions have no samples: errors of gains then stay unknown.
+        self.start = state.get("start", self.start)
+        self.latest = state.get("latest", self.latest)

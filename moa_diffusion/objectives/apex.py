@@ -23,6 +23,11 @@ prompts; before that, and with more prompts, it still does, the less the more of
 also moves with the decisions that have noise: at the same policy, a rollout in a late window of
 denoising steps scores unlike one in an early window. ``cos`` is the exact cosine of the objectives'
 LoRA gradients, or the correlation of their advantages, which costs nothing.
+
+An importance of one's own is ours as well. ``p_k``, over the mean of all, scales the need to
+``p_k N_k``, or beyond the target, where it is negative, to ``N_k / p_k``. So a larger importance
+never gives a smaller weight; an objective of twice the importance is wanted as much when half as
+far from its target; and equal ones change nothing.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ class Apex(Weighting):
 
     Args:
         objectives: Names of the K objectives.
+        weights: K positive finite numbers, the importance of each objective; equal by default.
         potential: Weight ``a_L`` of the learning potential, at least 0; 0 switches the term off.
         conflict: What conflicts are measured on: ``gradients`` (needs the Gramian),
             ``advantages``, or ``off``.
@@ -79,6 +85,7 @@ class Apex(Weighting):
         self,
         objectives: Sequence[str],
         *,
+        weights: Sequence[float] | None = None,
         potential: float = 0.5,
         conflict: Conflict = "advantages",
         penalty: float = 1.0,
@@ -116,6 +123,7 @@ class Apex(Weighting):
             raise ValueError(
                 f"Parameter `floor` should be in [0, 1 / K = {1 / count:.3g}]. Found {floor}."
             )
+        self.importance = self._importance(weights, need)  # [K], 1 on average
         self.needs_gramian = conflict == "gradients"
         self.potential, self.penalty, self.need = potential, penalty, need
         self.conflict, self.temperature, self.floor = conflict, temperature, floor
@@ -158,7 +166,8 @@ class Apex(Weighting):
             raise ValueError("Parameter `stats` should have a `gramian`. Found None.")
         conflict = conflicts.get(self.conflict, torch.zeros_like(need))  # zeros for "off"
         if self.seen > self.warmup:
-            priority = self.potential * learning - self.penalty * conflict + self.need * need
+            wanted = torch.where(need > 0, need * self.importance, need / self.importance)
+            priority = self.potential * learning - self.penalty * conflict + self.need * wanted
             q = torch.softmax(priority / self.temperature, 0)
             q = (1 - len(q) * self.floor) * q + self.floor
             self.weights = self.decay * self.weights + (1 - self.decay) * q
@@ -185,6 +194,22 @@ class Apex(Weighting):
         self.latest = state
 
     # ------------------------------------------------------------------ parts
+
+    def _importance(self, weights: Sequence[float] | None, need: float) -> Tensor:
+        """Return the importance of each objective, over the mean of all."""
+        values = [1.0] * len(self.objectives) if weights is None else list(weights)
+        if len(values) != len(self.objectives) or not all(0 < one < math.inf for one in values):
+            raise ValueError(
+                "Parameter `weights` should have a positive finite entry per objective "
+                f"{self.objectives}. Found {values}."
+            )
+        if need == 0 and len(set(values)) > 1:
+            raise ValueError(
+                "Parameter `weights` should have equal entries where `need` is 0, since they scale "
+                f"the need. Found {values}."
+            )
+        importance = torch.tensor(values, dtype=torch.float64)
+        return importance / importance.mean()
 
     def _look(self, rewards: RewardMatrix) -> None:
         """Take the rollout in: spreads, and the running mean."""

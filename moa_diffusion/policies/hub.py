@@ -7,7 +7,7 @@ from pathlib import Path
 from moa_diffusion.files.paths import names_a_place
 from moa_diffusion.types import ConfigError
 
-SECONDS = 10.0  # to wait for the hub's answer
+SECONDS = 4.0  # to reach the hub, and again for its answer: below ten in all
 
 
 def check_place(path: str) -> None:
@@ -65,5 +65,5 @@ def check_reachable(path: str, file: str, *, revision: str | None = None) -> Non
         raise ConfigError(
             f"{expected} Found {path!r}: {local}, it is not in the local cache, and the hub does "
             f"not answer ({type(error).__name__}: {error}). With network, `hf download {path}` "
-            "fetches it."
+            "fetches it, after `hf auth login` if it is private or gated; or name a local folder."
         ) from error

@@ -3,6 +3,7 @@
 from moa_diffusion.statistics.bootstrap import (
     Estimate,
     estimate,
+    means_over_prompts,
     prompt_sums,
     resample,
     resampled_means,
@@ -26,6 +27,7 @@ __all__ = [
     "group_moments",
     "hypervolumes",
     "mean_and_error",
+    "means_over_prompts",
     "nondominated",
     "prompt_sums",
     "resample",

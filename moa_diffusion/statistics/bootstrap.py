@@ -95,6 +95,24 @@ def estimate_one(own: float, resampled: Array) -> Estimate:
     return Estimate(value=float(own), **_interval(resampled))
 
 
+def means_over_prompts(
+    values: Array, prompts: NDArray[numpy.int64], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Estimate]:
+    """Return the mean of each of K rewards, with the interval of a bootstrap over prompts.
+
+    Args:
+        values: Values ``[K, M]``; NaN does not count.
+        prompts: Prompt of each value, ``[M]``.
+        resamples: The number of resamples.
+        seed: The seed of the draws.
+    """
+    sums, counts = prompt_sums(values[None], prompts)  # [1, K, P]
+    number = sums.shape[-1]
+    own = resampled_means(sums, counts, numpy.ones((1, number)))[0, 0]  # [K]
+    drawn = resampled_means(sums, counts, resample(number, resamples=resamples, seed=seed))[:, 0]
+    return [estimate_one(mean, again) for mean, again in zip(own, drawn.T, strict=True)]
+
+
 def _interval(drawn: Array) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is known, NaN says so

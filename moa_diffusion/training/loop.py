@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
 from moa_diffusion.data.seeds import derive_seed
 from moa_diffusion.distributed import ProcessError, agreed, share_telling
 from moa_diffusion.monitoring.alarm import Alarm, Watch
+from moa_diffusion.monitoring.console import Console, Facts
 from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.policies.base import Policy
@@ -26,7 +25,7 @@ from moa_diffusion.processes.randomness import seed_globally
 from moa_diffusion.processes.stopping import Interrupted
 from moa_diffusion.scoring import RewardError
 from moa_diffusion.storage import checkpoint, front
-from moa_diffusion.storage.log import RunLog
+from moa_diffusion.storage.log import ALARMS, METRICS, RunLog, read_metrics
 from moa_diffusion.storage.saving import Saver
 from moa_diffusion.training.stepper import Stepper, TrainingError
 from moa_diffusion.types import ConfigError
@@ -78,7 +77,7 @@ class Learner(Protocol):
         ...
 
     def headline(self, metrics: Mapping[str, float]) -> str:
-        """Return a few words about a round for the progress bar."""
+        """Return what is to be said of a round beside its gains and weights; perhaps nothing."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -119,6 +118,7 @@ class Run:
         heldout: The evaluation; None for none.
         watch: Looks at the evaluations for a reward that is being gamed.
         log: Where metrics and scores go.
+        console: What a person sees.
         folder: The run's folder.
         seed: The run's seed.
     """
@@ -133,13 +133,14 @@ class Run:
         heldout: HeldOut | None,
         watch: Watch,
         log: RunLog,
+        console: Console,
         folder: Path,
         seed: int,
     ) -> None:
         self.learner, self.progress = learner, learner.progress
         self.length, self.checkpoints, self.evaluate_every = length, checkpoints, evaluate_every
         self.heldout, self.watch = heldout, watch
-        self.log, self.folder, self.seed = log, folder, seed
+        self.log, self.console, self.folder, self.seed = log, console, folder, seed
         self.comm = learner.progress.comm
         self.seconds = 0.0  # that the rounds finished took
         self.torn = False  # a failure has left the state between two rounds
@@ -171,6 +172,8 @@ class Run:
             return metrics
         with self.progress.timed("evaluate"), self.learner.stepper.ema.applied():
             evaluation = self.heldout(self.completed, before_batch=self.progress.leave_if_stopped)
+        if self.console.shown:
+            self.console.evaluated(self.completed, self.heldout.standings())
         seconds = self.heldout.scorer.seconds.items()
         self.progress.note_seconds({f"evaluate_{name}": spent for name, spent in seconds})
         alarms = self.watch.look(evaluation)
@@ -205,20 +208,15 @@ class Run:
                 is saved, and what is there stays whole.
             Exception: Any other, perhaps of this process alone, after it has saved the state.
         """
-        bar = tqdm(
-            total=self.length.steps,
-            initial=self.completed,
-            desc=self.learner.title,
-            disable=not self.progress.bars,
-        )
-        with self.progress.stop.listening(), bar:
+        rounds = self.console.rounds(completed=self.completed, bar=self.progress.bars)
+        with self.progress.stop.listening(), rounds:
             self._forget_lost_checkpoints()
             with self.progress.stop.at_once():
                 self._prepare()  # if it fails, nothing has happened that would have to be saved
             try:
                 self.progress.leave_if_stopped()
                 if self._row is not None:
-                    self._finish_round(bar)
+                    self._finish_round()
                 elif self.completed == 0 and (metrics := self.evaluate()):
                     with agreed(self.comm, as_one=True):
                         self.log.write(0, metrics | self.progress.take_seconds())
@@ -232,7 +230,7 @@ class Run:
                     )
                 while not self._last():
                     self.progress.leave_if_stopped()
-                    self._round(bar)
+                    self._round()
             except (RewardError, TrainingError, ProcessError, Interrupted) as error:
                 share_telling(self.comm, error)
                 error.add_note(self._rescue(error, alone=False))
@@ -242,6 +240,33 @@ class Run:
                 raise
             finally:
                 self.learner.finish()
+        if self.console.shown:
+            self._say_the_end()
+
+    def _say_the_end(self) -> None:
+        """Say how the run ended, and where everything is."""
+        done = f"{self.completed} of {self.length.steps} {self.learner.title}"
+        spent = f"{self.seconds:.0f} s of training"
+        said = f"Done: {done}, {spent}."
+        if self.completed < self.length.steps:
+            reason = "by an alarm" if self.watch.over else "at the limit of trainer.minutes"
+            said = f"Ended {reason}: {done}, {spent}."
+        alarms = [
+            f"{row['kind']} ({row['name']}) after {row['step']} {self.learner.title}"
+            + ("" if row["to_step"] is None else f", back to those after {row['to_step']}")
+            for row in read_metrics(self.folder / ALARMS)
+        ]
+        kept = [str(path) for path in checkpoint.list_checkpoints(self.folder)]
+        count = f" (the last of {len(kept)})" if kept[1:] else ""
+        facts: Facts = [
+            ("Alarms", f"{'; '.join(alarms)}, see {self.folder / ALARMS}" if alarms else "none"),
+            *([("Checkpoint", f"{kept[-1]}{count}; averaged weights in its ema/")] if kept else []),
+            ("Metrics", str(self.folder / METRICS)),
+        ]
+        if self.heldout:
+            shown = f"{self.folder / 'evaluation'}, sheets in {self.folder / 'samples'}"
+            facts = [*facts, ("Held out", shown)]
+        self.console.end(said, self.heldout.standings() if self.heldout else (), facts)
 
     def _prepare(self) -> None:
         """Do once what precedes the first round, and write what the scores depend on."""
@@ -250,7 +275,7 @@ class Run:
             with agreed(self.comm):
                 self.log.write_heads(self.completed, heads)
 
-    def _round(self, bar: tqdm[Any]) -> None:
+    def _round(self) -> None:
         """Make one step with what belongs to it: metrics, evaluation, checkpoint."""
         # For heads and libraries that use the global generators; nothing here does.
         seed_globally(derive_seed(self.seed, "global", self.completed) % 2**32)
@@ -264,11 +289,13 @@ class Run:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         self._row = metrics | self.progress.take_seconds() | {"seconds/total": seconds}
-        self._finish_round(bar)
+        self._finish_round()
 
-    def _finish_round(self, bar: tqdm[Any]) -> None:
+    def _finish_round(self) -> None:
         """Evaluate if it is due, write the row, save. Cut short, it is made up after a resume."""
         assert self._row is not None
+        words = self.learner.headline(self._row)
+        self.console.round(self.completed, self.learner.objectives, self._row, words)
         evaluated = any(name.startswith("eval_") for name in self._row)
         if not evaluated and (self._last() or self._due(self.evaluate_every)):
             start = time.perf_counter()
@@ -276,9 +303,7 @@ class Run:
             self._row["seconds/total"] += time.perf_counter() - start
         with agreed(self.comm, as_one=True):
             self.log.write(self.completed, self._row)
-        metrics, self._row = self._row, None
-        bar.update()
-        bar.set_postfix_str(self.learner.headline(metrics))
+        self._row = None
         self.learner.stepper.check_health()
         due = self._due(self.checkpoints.every) or self._may_be_wanted()
         if self._last() or due:
@@ -395,6 +420,7 @@ class Run:
         if self.heldout and state["heldout"]:  # empty: the run has not evaluated so far
             if state["heldout"]["identity"] == self.heldout.identity:
                 self.heldout.load_state_dict(state["heldout"])
+                self.console.resume(self.heldout.standings())
                 self.watch.load_state_dict(state["watch"])
             else:
                 logger.warning(

@@ -341,9 +341,8 @@ class Trainer:
         return True
 
     def headline(self, metrics: Mapping[str, float]) -> str:
-        """Return the mean rewards of the rollout, and the weighting's own words."""
-        means = [f"{name} {metrics[f'reward_mean/{name}']:.3g}" for name in self.objectives]
-        return " ".join([*means, self.weighting.headline()]).rstrip()
+        """Return the weighting's own words."""
+        return self.weighting.headline()
 
     def facts(self) -> dict[str, Any]:
         """Return the classes of normalizer, weighting and critic."""

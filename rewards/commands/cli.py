@@ -19,6 +19,7 @@ from rich.text import Text
 from rewards.base import RewardHead
 from rewards.commands.check_head import prepare, try_head
 from rewards.commands.head_cards import CARDS
+from rewards.commands.head_options import about
 from rewards.commands.score_folder import ScoreTable, match, score_pairs, summary, texts_of
 from rewards.identity import Identity
 from rewards.registry import available
@@ -60,6 +61,33 @@ def list_heads(console: Console) -> None:
         needs = ", ".join(info.requires) or "-"
         cells = (name, info.unit or "-", facts[0], needs, *facts[1:], packages, info.scores)
         table.add_row(*map(Text, cells))  # not as markup: a unit may have brackets
+    console.print(table)
+
+
+def show_head(console: Console, name: str) -> None:
+    """Print what a head is, and its options with types, defaults and ranges.
+
+    Args:
+        console: Where to print.
+        name: See ``rewards.create``.
+
+    Raises:
+        ValueError: If there is no such head.
+        ImportError: If it needs a package that is not installed.
+    """
+    sentence, options = about(name)
+    console.print(Text(f"{name}: {sentence}" if sentence else name))
+    if name in CARDS:
+        card, info = CARDS[name], available()[name]
+        console.print(Text(f"unit {info.unit}; range {card.range}; weights {card.weights}"))
+    if not options:
+        console.print(Text("It has no options."))
+        return
+    table = Table()
+    for column in ("option", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold", no_wrap=column == "option")
+    for one in options:
+        table.add_row(*map(Text, (one.name, one.kind, one.default, one.meaning)))
     console.print(table)
 
 

@@ -63,7 +63,8 @@ REWARD = [  # name, type, default, meaning
         "number",
         "`1`",
         "Weight of the objective in methods with fixed weights, any number; a negative one "
-        "minimises the reward.",
+        "minimises the reward. With `apex` and `chebyshev` its importance, positive; other methods "
+        "do not use it.",
     ),
     (
         "head",

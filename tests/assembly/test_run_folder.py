@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_diffusion.assembly.run_folder import flat, run_folder, start_over, write_config
+from moa_diffusion.assembly.run_folder import run_folder, start_over, write_config
 from moa_diffusion.config import from_dict
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
@@ -68,10 +68,3 @@ def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^output_dir: should be a folder\. Found the file"):
         run_folder(settings_in(tmp_path / "file" / "run"))
-
-
-def test_keys_are_dotted_and_values_plain():
-    rows = flat(settings_in(Path("runs/a")))
-    assert rows["trainer.steps"] == settings_in(Path("runs/a")).trainer.steps
-    assert rows["resume"] == "None"
-    assert all(isinstance(value, str | int | float | bool) for value in rows.values())

@@ -247,8 +247,18 @@ def test_the_most_opposed_objectives_are_found(tmp_path: Path) -> None:
     assert opposed(two) == ("a", "b")  # the first: two runs say nothing
 
 
-def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
+def test_of_one_run_nothing_is_claimed(tmp_path: Path) -> None:
     found = compared(tmp_path, {"bad": [[gain(-1.0, 3.0)]], "good": [[gain(1.0, 1.0)]]})
+    assert [method.below() for method in found.methods] == [[], []]
+    said = table(found, {})
+    assert "significant" not in said
+    assert "nothing is claimed of good, bad." in said
+    several = table(compared(tmp_path / "more", {"good": [[gain(1.0, 1.0)]] * 2}), {})
+    assert "nothing is claimed" not in several
+
+
+def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
+    found = compared(tmp_path, {"bad": [[gain(-1.0, 3.0)]] * 2, "good": [[gain(1.0, 1.0)]]})
     said = table(found, {"good-1": "error: out of paint"})
     lines = said.splitlines()
     assert lines[0].split("|")[1:5] == [
@@ -260,6 +270,10 @@ def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
     assert lines[3].endswith("| 0.000 [0.000, 0.000] |       80% ocr |       15 |     0.8 |")
     assert "bad ends significantly below the start: ocr -1.00 [-1.00, -1.00]." in said
     assert "good ends" not in said
+    assert (
+        "over prompts alone and says nothing about other seeds, so nothing is claimed of good."
+        in said
+    )
     assert "Not in the table: good-1 died: error: out of paint" in said
     json.dumps(as_json(found), allow_nan=False)
 
@@ -338,12 +352,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(*overrides: str, methods: Sequence[str] = ("static",), **options: Any) -> Any:
-    options = {"seeds": 1, "output": Path("out")} | options
+    options = {"seeds": "1", "output": Path("out")} | options
     return plan_comparison("fast.yaml", overrides, methods=methods, **options)
 
 
 def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder: Path) -> None:
-    found = planned(methods=["dual_stage", "static", "mild.yaml"], seeds=2, minutes=1.5)
+    found = planned(methods=["dual_stage", "static", "mild.yaml"], seeds="2", minutes=1.5)
     assert [run.name for run in found.runs] == [
         *("dual_stage-0", "dual_stage-1", "static-0", "static-1", "mild-0", "mild-1")
     ]
@@ -360,7 +374,8 @@ def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder:
     settings, notes = method_settings("fast.yaml", ["--loss.kl_weight", "0.5"], "mild.yaml")
     assert settings.loss.kl_weight == 0.5  # options are for every run
     assert len(notes) == 2
-    assert planned("--seed", "7", seeds=2).runs[1].seed == 8
+    assert planned("--seed", "7", seeds="2").runs[1].seed == 8
+    assert [run.seed for run in planned("--seed", "7", seeds="5,0").runs] == [5, 0]
     # What the name of a method fixes is no option of it.
     weighting = ("--objectives.weighting.aggregator", "mgda")
     settings, notes = method_settings("fast.yaml", weighting, "upgrad")
@@ -379,7 +394,7 @@ def test_a_method_changes_its_sections_alone_and_says_what_it_leaves_out(folder:
         ([], {"methods": ["typo.yaml"]}, "`typo.yaml`: objectives.metod: unknown key"),
         ([], {"methods": ["empty.yaml"]}, "should have at least one of the sections"),
         ([], {"methods": ["own.yaml"]}, "objectives.weighting.depth: unknown option of Static"),
-        ([], {"seeds": 0}, "--seeds: should be at least 1. Found 0"),
+        ([], {"seeds": "0"}, "Found '0'. The seed 0 alone is `0,`."),
         ([], {"parallel": 0}, "--parallel: should be at least 1. Found 0"),
         ([], {"minutes": 0.0}, "--minutes-per-run: should be positive. Found 0"),
         (["--evaluation.every", "0"], {}, "evaluation.every: should be at least 1"),
@@ -407,7 +422,7 @@ def test_one_objective_or_a_changed_configuration_is_an_error(folder: Path) -> N
     one = FAST | {"rewards": {"colourfulness": {}}}
     (folder / "one.yaml").write_text(yaml.safe_dump(one))
     with pytest.raises(ConfigError, match=r"at least two objectives.*Found colourfulness"):
-        plan_comparison("one.yaml", [], methods=["static"], seeds=1, output=folder / "out")
+        plan_comparison("one.yaml", [], methods=["static"], seeds="1", output=folder / "out")
     (run,) = planned().runs
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(config.to_yaml(run.settings))
@@ -464,7 +479,7 @@ time.sleep(1e6)
 def test_a_reward_without_spread_ends_the_comparison_at_once(folder: Path) -> None:
     (folder / "fake.py").write_text(FAKE)
     with pytest.raises(ValueError, match=r"Objective `mine` should vary within a prompt.*Found 0"):
-        execute(planned(seeds=2).runs, script=folder / "fake.py", parallel=1)
+        execute(planned(seeds="2").runs, script=folder / "fake.py", parallel=1)
     assert not (folder / "out" / "static-1").exists()
 
 
@@ -535,7 +550,7 @@ def test_two_methods_twice_one_dies_and_is_continued(folder: Path, here: Here) -
     assert {tuple(method["seeds"]) for method in result["methods"]} == {(0, 1)}
     assert (folder / "out" / "static-0.log").stat().st_mtime_ns == kept
 
-    runs = planned(methods=["static", "mild.yaml"], seeds=2).runs
+    runs = planned(methods=["static", "mild.yaml"], seeds="2").runs
     assert execute(runs, script=folder / "nothing.py", parallel=2) == {}  # nothing is started
 
 

@@ -415,14 +415,14 @@ def test_the_images_show_every_model(evaluated: tuple[Path, ScoredSamples]):
 
 def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine images in batches of four: one process has more than the other."""
-    options = {"run": [str(runs / "a")], "seeds": "0"}
+    options = {"run": [str(runs / "a")], "seeds": "1"}
     plan = ask(runs, tmp_path / "one", **options)
     write_results(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
             *(*torchrun, "--nproc_per_node", "2", "--", "scripts/evaluate.py"),
-            *("--run", str(runs / "a"), "--prompts", str(runs / "three.txt"), "--seeds", "0"),
+            *("--run", str(runs / "a"), "--prompts", str(runs / "three.txt"), "--seeds", "1"),
             *("--output", str(tmp_path / "two")),
         ],
         cwd=ROOT,
@@ -582,7 +582,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         ({"run": [a, a]}, "--run: should have another name than base, a"),
         ({"run": [a, str(other)]}, "policy.path: should be the same for all models"),
         ({"prompts": str(tmp_path / "empty.txt")}, "should hold at least one prompt. Found none"),
-        ({"seeds": "one"}, "--seeds: should be whole numbers"),
+        ({"seeds": "one"}, "--seeds: should be a number of seeds"),
         ({"rewards": "sharpness,"}, "--rewards: should be different names"),
         ({"run": [a, b], "soup": "a,c"}, "unknown model 'c'. Known: a, a/step-1, a/step-2, b"),
         ({"soup": "a"}, "--soup: should name at least two"),
@@ -611,7 +611,7 @@ def test_bad_input_is_told_before_anything_is_drawn(runs: Path, tmp_path: Path):
         run(ask(runs, tmp_path / "out", target, run=[a]))
     with pytest.raises(ConfigError, match='Unknown reward head "sharpnes"'):
         run(ask(runs, tmp_path / "out", run=[a], rewards="sharpnes"))
-    with pytest.raises(ConfigError, match="--seeds: should be different"):
+    with pytest.raises(ConfigError, match=r"--seeds: .* or different seeds"):
         run(ask(runs, tmp_path / "out", run=[a], seeds="1,1"))
     assert not (tmp_path / "out").exists()
 
@@ -635,10 +635,10 @@ def test_prompts_with_metadata_reach_the_function(runs: Path, tmp_path: Path):
     prompts.write_text("\n".join(json.dumps(row) for row in rows))
     target = f"--rewards.target.path={runs}/mine.py:target"
     options = {"run": [str(runs / "a")], "checkpoints": "base", "prompts": str(prompts)}
-    found = run(ask(runs, tmp_path, target, **options, seeds="0", rewards="target"))
+    found = run(ask(runs, tmp_path, target, **options, seeds="1", rewards="target"))
     assert [score.value for score in found.scores["target"]] == [3.0, 5.0]
     prompts.write_text(prompts.read_text().replace("5", "6"))
-    found = run(ask(runs, tmp_path, target, **options, seeds="0", rewards="target"))
+    found = run(ask(runs, tmp_path, target, **options, seeds="1", rewards="target"))
     assert (found.drawn, found.scored) == (0, 1), "the score of other metadata is another one"
 
 

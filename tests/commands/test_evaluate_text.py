@@ -198,7 +198,7 @@ def greedy(model: Any, prompt: str) -> str:
 
 def test_completions_are_those_of_plain_peft(runs: Path, tmp_path: Path):
     """Also of weights with another rank and scale than those that share the policy with them."""
-    found = run(ask(runs, tmp_path, temperature="0", seeds="0"))
+    found = run(ask(runs, tmp_path, temperature="0", seeds="1"))
     texts = found.outputs.read([sample.key for sample in found.samples])
     assert len(set(texts)) > 6, "models differ, and prompts"
     expected = []
@@ -366,13 +366,13 @@ def test_a_cell_shows_a_text_as_it_is(text: str, cell: str):
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(runs: Path, tmp_path: Path):
     """Nine completions in batches of four: one process has more than the other."""
-    plan = ask(runs, tmp_path / "one", run=[str(runs / "a")], seeds="0")
+    plan = ask(runs, tmp_path / "one", run=[str(runs / "a")], seeds="1")
     write_results(run(plan), plan.output, shown=12, runs=plan.runs)
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [
             *(*torchrun, "--nproc_per_node", "2", "--", "scripts/evaluate.py"),
-            *("--run", str(runs / "a"), "--seeds", "0", "--output", str(tmp_path / "two")),
+            *("--run", str(runs / "a"), "--seeds", "1", "--output", str(tmp_path / "two")),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -409,7 +409,7 @@ def test_a_soup_is_exact_at_its_ends_and_the_mean_in_the_middle(
     states = [one.state_dict() for one in merged]
     middle = llama()
     middle.load_state_dict({key: (states[0][key] + states[1][key]) / 2 for key in states[0]})
-    found = run(ask(runs, tmp_path, soup="a,b", checkpoints="2", temperature="0", seeds="0"))
+    found = run(ask(runs, tmp_path, soup="a,b", checkpoints="2", temperature="0", seeds="1"))
     drawn = [s.key for s in found.samples if s.candidate == len(found.candidates) - 1]
     assert found.outputs.read(drawn) == tuple(greedy(middle, prompt) for prompt in PROMPTS)
 

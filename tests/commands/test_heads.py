@@ -23,11 +23,13 @@ from rewards import RewardBatch, RewardError, available, create, register, regis
 from rewards.commands import cli
 from rewards.commands.check_head import PROMPT, prepare, try_head
 from rewards.commands.head_cards import CARDS
+from rewards.commands.head_options import about
 from rewards.commands.score_folder import ScoreTable, match
 from rewards.serving.server import listen
 from waiting import HANG
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "heads.py"
+OPTIONS = SCRIPT.parents[1] / "moa_diffusion" / "config" / "options.json"
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -129,6 +131,47 @@ def test_list_names_the_packages_that_are_missing(run: Run, monkeypatch) -> None
         cli.importlib.util, "find_spec", lambda name: None if name == "rapidocr" else found(name)
     )
     assert "missing: rapidocr" in run("list")[1]
+
+
+def cells_of(printed: str) -> dict[str, list[str]]:
+    """Cells of a table by the first of the row; those of lines that go on are joined."""
+    rows: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if "│" in line:
+            cells = [cell.strip() for cell in line.split("│")[1:-1]]
+            name = cells[0] or list(rows)[-1]
+            before = rows.get(name, [""] * len(cells))
+            rows[name] = [f"{a} {b}".strip() for a, b in zip(before, cells, strict=True)]
+    return rows
+
+
+def test_list_shows_the_options_of_a_head(run: Run) -> None:
+    status, printed, _ = run("list", "prompt_colour")
+    assert status == 0
+    assert printed.startswith("prompt_colour: ")
+    assert "unit share of named colours; range 0 to 1; weights none" in printed
+    rows = cells_of(printed)
+    assert list(rows) == ["share", "tolerance"]
+    assert rows["share"][1:3] == ["a number", "0.15"]
+    assert rows["share"][3].startswith("Part of the pixels")
+    assert "in (0, 1]" in rows["share"][3]
+
+
+def test_list_of_what_has_no_options_or_is_none(run: Run, grey: str) -> None:
+    assert "It has no options." in run("list", "sharpness")[1]
+    assert cells_of(run("list", grey)[1])["limit"][1:3] == ["a number", "300.0"]
+    status, _, error = run("list", "sharpnes")
+    assert status == 2
+    assert "Did you mean 'sharpness'?" in error
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_every_option_of_a_built_in_head_is_explained_as_in_the_documentation(name: str) -> None:
+    known = json.loads(OPTIONS.read_text(encoding="utf-8"))
+    sentence, options = about(name)
+    assert sentence == known["heads"][name]["meaning"]
+    said = {one.name: one.meaning for one in options}
+    assert said == {row["name"]: row["meaning"] for row in known["heads"][name]["options"]}
 
 
 def test_check_scores_the_fitting_image_higher(run: Run) -> None:

@@ -141,6 +141,9 @@ def test_a_run_leaves_what_the_readme_promises(config: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert "Processes: 1" in done.stdout
+    assert done.stdout.count("Evaluation after 2 rollouts: ") == 1
+    assert done.stdout.count("Done: 2 of 2 rollouts, ") == 1
+    assert "\r" not in done.stdout + done.stderr  # no bars in a file, not even of libraries
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
     names = {name for row in rows for name in row}
@@ -221,6 +224,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     # A launcher may silently start one process: then the tests would check nothing.
     assert done.stdout.count("Processes: 2 ") == len(COMPARED)
+    assert done.stdout.count(f"Done: {ROLLOUTS} of {ROLLOUTS} rollouts, ") == len(COMPARED)
     return folder
 
 

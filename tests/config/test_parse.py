@@ -144,13 +144,14 @@ def test_an_override_takes_a_list_away(tmp_path):
 # ---------------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize("option", ["--print_config", "--help"])
-def test_printing_options_exit_with_zero(tmp_path, capsys, option):
+@pytest.mark.parametrize("options", ["--print_config", "--help", "--help all"])
+def test_printing_options_exit_with_zero(tmp_path, capsys, options):
     with pytest.raises(SystemExit) as caught:
-        parse(["--config", written(tmp_path, BASE), "--trainer.steps", "7", option])
+        parse(["--config", written(tmp_path, BASE), "--trainer.steps", "7", *options.split()])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert "group_size" in printed
-    if option == "--print_config":
+    assert ("--trainer.group_size VALUE" in printed) == (options == "--help all")
+    if options == "--print_config":
         assert yaml.safe_load(printed)["trainer"]["steps"] == 7
         assert yaml.safe_load(printed)["rewards"] == BASE["rewards"]

@@ -367,12 +367,15 @@ def test_raise_kl_reaches_weights_solved_at_every_step(tmp_path):
     assert drift(ten)[:, 1:].abs().sum() < drift(one)[:, 1:].abs().sum()
 
 
-def test_rollback_goes_back_and_ends_at_the_best_weights(tmp_path):
+def test_rollback_goes_back_and_ends_at_the_best_weights(tmp_path, capsys):
     """The held-out reward is best before training, so that is where every alarm goes back to."""
     folder = tmp_path / "run"
     trainer = make(folder, alarm__action="rollback", alarm__limit=1, trainer__steps=9)
     trainer.run()
     assert steps(folder) == [0, 1, 2, 3, 4]  # the second alarm is one more than the limit
+    said = capsys.readouterr().out
+    assert "\nEnded by an alarm: 4 of 9 rollouts, " in said
+    assert ") after 2 rollouts, back to those after 0; reward_hack (" in said
     assert [(row["step"], row["to_step"]) for row in told(folder)] == [(2, 0), (4, 0)]
     assert torch.equal(drift(trainer), torch.zeros(2, 3))
     assert trainer.learner.stepper.updates == 0

@@ -19,7 +19,7 @@ from moa_diffusion.comparison.read import RunData
 from moa_diffusion.comparison.results import base_units, compare
 from moa_diffusion.config.schema import EvaluationConfig
 from moa_diffusion.distributed import LocalComm
-from moa_diffusion.monitoring.heldout import Evaluation, HeldOut
+from moa_diffusion.monitoring.heldout import HeldOut
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.report.summary import base_spread, summarise
 from moa_diffusion.report.table import Column, Table
@@ -64,11 +64,15 @@ class Drawn:
 
 
 @pytest.fixture
-def evaluate(tmp_path: Path) -> Callable[..., list[Evaluation]]:
+def evaluate(tmp_path: Path) -> Callable[..., Any]:
     def run(
-        prompts: Sequence[str], groups: Sequence[int], evaluations: Sequence[Sequence[float]]
-    ) -> list[Evaluation]:
-        """Evaluations in which sample i scores ``evaluations[step][i]``."""
+        prompts: Sequence[str],
+        groups: Sequence[int],
+        evaluations: Sequence[Sequence[float]],
+        *,
+        whole: bool = False,
+    ) -> Any:
+        """Evaluations in which sample i scores ``evaluations[step][i]``; or ``HeldOut`` too."""
         policy, comm = Drawn(), LocalComm()
         scorer = Scorer({"red": Red()}, comm)
         heldout = HeldOut(
@@ -90,7 +94,7 @@ def evaluate(tmp_path: Path) -> Callable[..., list[Evaluation]]:
             policy.red = dict(enumerate(values))
             found.append(heldout(step, before_batch=lambda: None))
         scorer.close()
-        return found
+        return (heldout, found) if whole else found
 
     return run
 
@@ -158,6 +162,24 @@ def test_all_gains_have_the_same_unit(evaluate, size, missing):
     described = describe(noise.flatten().double(), torch.tensor(groups))["std_within"]
     # Float64, as all below, whose sums go in another order.
     assert [compared, summed, described] == pytest.approx([unit] * 3, rel=1e-6)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_gains_without_errors(evaluate):
+    """It has mean and spread of the start, and no samples."""
+    draws = torch.Generator().manual_seed(0)
+    before = (0.5 * torch.rand(6, generator=draws)).tolist()
+    after = [value + 0.1 * i for i, value in enumerate(before)]
+    (heldout, _) = evaluate(["a"] * 3 + ["b"] * 3, [0] * 3 + [1] * 3, [before, after], whole=True)
+    (now,) = heldout.standings()
+    state = heldout.state_dict()
+    del state["start"]
+    heldout.start = torch.full_like(heldout.start, NAN)
+    heldout.load_state_dict(state)
+    (old,) = heldout.standings()
+    assert now.error > 0
+    assert old.gain == now.gain
+    assert math.isnan(old.error)
+    assert math.isnan(old.interval.value)
 
 
 def test_a_prompt_held_out_twice_is_one_prompt(evaluate, tmp_path):

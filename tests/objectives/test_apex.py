@@ -206,9 +206,55 @@ def test_toy_the_objective_that_moves_most_easily_does_not_take_over(method):
         assert level.min() > 0.3  # 0.83
 
 
+def test_equal_importance_changes_nothing_and_only_ratios_count():
+    means = [[0.05 * e, 0.0, -0.02 * e] for e in range(6)]
+
+    def found(weights: list[float] | None) -> Tensor:
+        apex = Apex(NAMES, warmup=1, weights=weights)
+        return torch.stack([apex(rollout(mean, step=e)) for e, mean in enumerate(means)])
+
+    assert torch.equal(found([1.0, 1.0, 1.0]), found(None))
+    torch.testing.assert_close(found([7.0, 7.0, 7.0]), found(None))
+    torch.testing.assert_close(found([2.0, 1.0, 4.0]), found([1.0, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_larger_importance_never_gives_a_smaller_weight(seed):
+    """Whatever the state: before the base, between, and beyond the target."""
+    draws = torch.Generator().manual_seed(seed)
+    count = 2 + seed % 2
+    history = torch.randn(5, count, generator=draws, dtype=torch.float64).mul(0.3).tolist()
+    weights = (0.1 + 3 * torch.rand(count, generator=draws, dtype=torch.float64)).tolist()
+    larger = float(1 + 3 * torch.rand((), generator=draws))
+    k = seed % count
+    raised = [w * larger if i == k else w for i, w in enumerate(weights)]
+    options = {"warmup": 1, "potential": 0.5 * (seed % 3), "need": 0.5 + seed % 4, "decay": 0.5}
+    before = Apex(NAMES[:count], weights=weights, **options)
+    after = Apex(NAMES[:count], weights=raised, **options)
+    for e, means in enumerate(history):
+        low, high = (apex(rollout(means, step=e)) for apex in (before, after))
+        assert high[k] >= low[k] - 1e-12  # sums of float64
+    assert high[k] > low[k]
+
+
+def test_toy_what_is_more_important_ends_nearer_to_its_target():
+    """Two objectives of equal ease that share the step by their weights."""
+    apex = Apex(("a", "b"), warmup=1, potential=0, conflict="off", weights=[3.0, 1.0])
+    level = torch.zeros(2).double()
+    for e in range(80):
+        weights = apex(rollout(level.tolist(), step=e, spread=1.0))
+        level += 0.02 * weights - 0.005  # each falls by itself
+    needs = [apex.report()[f"apex_need/{name}"] for name in ("a", "b")]
+    assert needs[0] < 0.5 * needs[1]
+    assert level.min() > 0  # and the other is not given up
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"weights": [1.0, -1.0, 1.0]}, r"`weights` should have a positive .* Found \[1.0, -1.0"),
+        ({"weights": [1.0, 1.0]}, r"an? positive finite entry per objective"),
+        ({"weights": [1.0, 2.0, 1.0], "need": 0}, "equal entries where `need` is 0"),
         ({"conflict": "gradient"}, "one of .*'gradients'.* Found 'gradient'"),
         ({"floor": 0.4}, r"in \[0, 1 / K = 0.333\]. Found 0.4"),
         ({"temperature": 0}, "`temperature` should be positive"),

@@ -541,8 +541,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 ):
     asked = []
 
-    def model_info(self, *arguments: object, **options: object) -> None:
+    def model_info(self, *arguments: object, timeout: float, **options: object) -> None:
         asked.append(arguments)
+        assert 2 * timeout < 10  # to connect, and to read: seconds
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
@@ -550,3 +551,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     with pytest.raises(ConfigError, match=r"policy\.path: .*there is no folder .*does not answer"):
         assembly.policy(settings_of(tmp_path, path="owner/name", name=name), CPU)
     assert asked == [("owner/name",)]
+    # A run asks before it makes heads, which may load models of their own.
+    monkeypatch.setattr("moa_diffusion.assembly.trainers.scorers", None)
+    train = assembly.text_trainer if name == "causal_lm" else assembly.trainer
+    with pytest.raises(ConfigError, match=r"`hf auth login` if it is private or gated; or name a"):
+        train(settings_of(tmp_path, path="owner/name", name=name))
+    assert len(asked) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rewards import create
+from rewards import FunctionHead, create
 from rewards.identity import Identity
 
 HEAD = create("sharpness")
@@ -19,6 +19,17 @@ def test_options_count_unless_the_head_says_that_they_do_not(monkeypatch):
     assert Identity.of("sharp", HEAD, {"option": 2}).digest != IDENTITY.digest
     monkeypatch.setattr(type(HEAD), "neutral_options", ("device",))
     assert Identity.of("sharp", HEAD, {"option": 1, "device": "cuda"}).digest == IDENTITY.digest
+
+
+def test_an_option_as_it_is_by_default_is_as_if_left_out():
+    head, function = create("prompt_colour"), FunctionHead(lambda images, unit: [0.0])
+    for one, options, others in (
+        (head, {"share": 0.15, "tolerance": 0.1}, {"share": 0.2}),
+        (function, {"per_image": False}, {"unit": ""}),  # the function's own, not the head's
+    ):
+        without = Identity.of("a", one, {}).digest
+        assert Identity.of("a", one, options).digest == without
+        assert Identity.of("a", one, others).digest != without
 
 
 def test_the_name_on_a_server_is_not_part_of_the_digest():

@@ -13,6 +13,7 @@ import torch
 
 from rewards import FunctionHead, RewardBatch, RewardHead, available, create, register, registry
 from rewards.option_types import options_of
+from rewards.registry import defaults_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,3 +275,27 @@ def test_importing_and_listing_loads_nothing_heavy():
         assert not found, found
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+def test_defaults_are_those_that_a_yaml_file_holds() -> None:
+    assert defaults_of("prompt_colour") == {"share": 0.15, "tolerance": 0.1}
+    assert defaults_of("sharpness") == {}
+    model = defaults_of("deqa")
+    assert model["batch_size"] == 16  # of all heads with a model
+    assert model["sha256"] is None
+    place = f"{Path(__file__).parents[1]}/toy_runs.py:tagged"
+    assert defaults_of("any", place) == defaults_of(place) == {"per_image": False}
+
+
+def test_defaults_of_no_yaml_file_are_left_out() -> None:
+    known, device = {"a": (3,)}, torch.device("cpu")
+
+    class Odd(RewardHead):
+        def __init__(self, sizes=(1, 2), names=known, where=device) -> None:
+            pass
+
+        def score(self, batch):
+            return torch.zeros(len(batch))
+
+    register("odd")(Odd)
+    assert defaults_of("odd") == {"sizes": [1, 2], "names": {"a": [3]}}

@@ -26,6 +26,7 @@ from moa_diffusion.config.schema import CheckpointConfig, TrainerConfig
 from moa_diffusion.data.preferences import Preferences
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.alarm import Watch
+from moa_diffusion.monitoring.console import Console
 from moa_diffusion.monitoring.heldout import Evaluation
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.mopo_offline import OfflineSettings
@@ -186,6 +187,7 @@ def make(
         heldout=None,
         watch=Watch(data.objectives, ()),
         log=RunLog(folder, main=comm.rank == 0),
+        console=Console(shown=False, title=learner.title, total=steps),
         folder=folder,
         seed=seed,
     )

@@ -97,7 +97,7 @@ class PromptEncoder:
             for start in tqdm(
                 [*starts[first:], *starts[:first]],
                 desc="encode prompts",
-                disable=len(missing) <= 200,
+                disable=True if len(missing) <= 200 or self._turn[0] else None,  # None: in a file
             ):
                 self._encode(self._missing(wanted[start : start + self._batch_size]))
             self._drop()  # here, so that nothing is copied back first
