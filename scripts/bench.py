@@ -34,7 +34,7 @@ def main() -> int:
     gradients = commands.add_parser("gradients", help="CPU seconds of K gradients / one backward")
     gradients.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     methods = commands.add_parser("methods", help="CPU seconds of a step with each method")
-    guards = commands.add_parser("guards", help="CPU seconds of a step with each guard of the loss")
+    guards = commands.add_parser("guards", help="CPU seconds of a step with each loss and guard")
     for command in (methods, guards):
         command.add_argument("--pipeline", **pipeline, choices=("tiny", "base", "wide"))
     ocr = commands.add_parser("ocr", help="accuracy and CPU ms per image of the OCR engines")

@@ -162,7 +162,7 @@ def test_train_reports_what_it_measures(
 def test_guards_reports_steps_with_and_without(
     tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = {name: methods.GUARDS[name] for name in ("no guard", "KL and norm")}
+    some = {name: methods.GUARDS[name] for name in ("no guard", "KL and norm", "nft")}
     monkeypatch.setattr(methods, "GUARDS", some)
     status, said = bench("guards", "--rounds", "1", "--json", str(tmp_path / "guards.json"))
     assert status == 0

@@ -205,7 +205,7 @@ def on_device(device: Pretended, pipeline: Any, **options: Any) -> SD3Policy:
 
 
 def steps_of(
-    policy: SD3Policy, *, micro: int, updates: int, kl_weight: float, half: bool
+    policy: SD3Policy, *, micro: int, updates: int, kl_weight: float, half: bool, **loss: Any
 ) -> RolloutSteps:
     return RolloutSteps(
         policy=policy,
@@ -226,7 +226,7 @@ def steps_of(
             max_sample_batch=4,
             max_micro_batch=micro,
         ),
-        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1.0),
+        settings=LossConfig(clip_range=0.05, kl_weight=kl_weight, ratio_tolerance=1.0, **loss),
         progress=Progress(LocalComm(), bars=False),
         seed=0,
     )
@@ -286,6 +286,38 @@ def test_an_update_waits_once_per_optimizer_step_and_once_at_its_end(
     assert device.count("wait") == each * updates + 1, device.events
     # Embeddings and pooled embeddings of a micro-batch; the advantages; weights of the rows.
     assert device.count("send") <= 2 * SAMPLES // micro + 1 + fused * updates, device.events
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ({"clip": "divergence", "norm_weight": 1.0, "kl_target": 0.1}, {"loss_clip": "divergence"}),
+        ({"kind": "forward", "norm_weight": 1.0}, {"forward": {"preset": "nft", "draws": 2}}),
+    ],
+    ids=["guards", "nft"],
+)
+def test_guards_and_draws_do_not_wait(
+    pipeline: Any, fused: bool, loss: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """As often as without them; a pass of draws is sent its noise."""
+    device, passes = Pretended(), SAMPLES // 2 * TRAINED
+    with device:
+        policy = on_device(device, pipeline, guidance=1.0, **options)
+        rollout = draw(policy)
+        steps = steps_of(policy, micro=2, updates=1, kl_weight=0.1, half=False, **loss)
+    advantages = torch.stack([torch.linspace(-1, 1, SAMPLES), torch.linspace(1, -2, SAMPLES)])
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    objectives: Any = FixedObjectives(advantages, lambda _: weights)
+    plain = PlainUpdate(steps, NoProbe())
+    update = FusedUpdate(steps)
+    if fused:
+        after_one(device, lambda: update.improve(rollout, objectives))
+    else:
+        after_one(device, lambda: plain.descend(rollout, advantages[0]))
+    assert device.count("wait") == 1 + fused + 1, device.events
+    noise = passes if "forward" in options else 0
+    assert device.count("send") <= SAMPLES + 1 + fused + noise, device.events
 
 
 def test_a_probe_waits_for_its_gramian_alone(pipeline: Any) -> None:

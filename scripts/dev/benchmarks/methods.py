@@ -1,4 +1,4 @@
-"""On the CPU: what each method costs, a whole step and its objective layer; and each guard."""
+"""On the CPU: what each method costs, a whole step and its objective layer; and each loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from benchmarks.phases import machine
 from benchmarks.pipelines import SIZES, random_pipeline, trainer_on
@@ -40,6 +41,10 @@ GUARDS: dict[str, dict[str, Any]] = {
     "KL with a target": {"kl_weight": 0.01, "kl_target": 0.1},
     "KL and norm": {"kl_weight": 0.01, "norm_weight": 1.0},
     "norm": {"norm_weight": 1.0},
+    # Other losses, of two noisy versions of each image in the place of three steps.
+    "ram": {"kind": "forward", "kl_weight": 0.1, "forward": {"preset": "ram", "draws": 2}},
+    "nft": {"kind": "forward", "forward": {"preset": "nft", "draws": 2}},
+    "awm": {"kind": "forward", "forward": {"preset": "awm", "draws": 2}},
 }
 TARGET = 1.15  # what a step with UPGrad may cost, in steps with static weights
 GROUPS, GROUP_SIZE = 2, 4  # those of the training step
@@ -146,9 +151,9 @@ def _prepared(
             resolution=pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,
             steps=6,
             guidance=1.0,
-            window=3,
+            window=0 if loss.get("kind") == "forward" else 3,
         ),
-        loss=LossConfig(**loss),
+        loss=TypeAdapter(LossConfig).validate_python(loss),
         trainer=TrainerConfig(
             groups=GROUPS, group_size=GROUP_SIZE, updates=1, sample_batch=4, micro_batch=4
         ),
