@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -17,9 +18,10 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # what tests compare to the bit is th
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
-from waiting import WARM, warm_python
+from waiting import WARM, python, warm_python
+
+REAL_PYTHON = "real_python"
 
 # No test of this process survives a power cut, and waiting for the disk costs milliseconds a call.
 # What is left of the call is that the file has to be open.
@@ -28,13 +30,25 @@ os.fsync = os.fstat  # type: ignore[assignment]
 # Shells start background jobs with SIGINT ignored, and what ignores it passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("zoo",)  # its fixtures
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers share one process that their tests' processes are forks of."""
-    if config.getoption("numprocesses", None) and sys.platform == "linux":
+    """Workers, and the processes that their tests start, are forks of one that has imported torch.
+
+    Who only hands out tests imports neither torch nor what needs it.
+    """
+    if config.getoption("dist", "no") == "no" or config.option.collectonly:
+        config.pluginmanager.import_plugin("zoo")  # its fixtures
+    elif sys.platform == "linux":
         os.environ[WARM] = str(warm_python())
+        config.option.tx = [f"popen//python={python()}"] * len(config.option.tx)
+    if REAL_PYTHON in (given := getattr(config, "workerinput", {})):
+        sys.executable = given[REAL_PYTHON]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A worker that is such a fork learns which program Python itself is."""
+    node.workerinput[REAL_PYTHON] = sys.executable
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -57,6 +71,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def keep_threads() -> Iterator[None]:
     """What measures or builds sets a number of threads; the next test has that of the others."""
+    import torch
+
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:

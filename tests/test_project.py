@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import house
+from waiting import python
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -61,7 +62,7 @@ def test_runs_and_the_environment_are_ignored_by_git() -> None:
 def test_scripts_import_the_package_rewards_and_not_the_script_of_that_name() -> None:
     code = "import rewards.base as b, rewards as r; print(r.RewardHead, b.__name__, r.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
+        [python(), "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "rewards.base.RewardHead" in done.stdout

@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 HANG = 1200.0  # seconds; what takes longer hangs, however busy the machine is
 # Seconds for tests of a deadline that some work has to meet: where the first is too short on a busy
 # machine, the next is tried.
@@ -106,6 +104,8 @@ def two_processes(script: str, folder: Path) -> list[str]:
 
     The store where they meet is this process's: a port that is free now may soon be another's.
     """
+    from torch.distributed import TCPStore  # not by who hands out tests, who imports this module
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = (
         os.environ

@@ -22,7 +22,7 @@ def main(python: str, address: str, called: str, *arguments: str) -> None:
         called: This program, which starts like Python.
         arguments: Of Python.
     """
-    if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-c", "-m", "-u")):
+    if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-c", "-m", "-P", "-u")):
         os.execv(python, [python, *arguments])
     command = {
         "argv": arguments,

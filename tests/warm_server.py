@@ -26,6 +26,7 @@ from typing import Any
 IMPORTED = (
     *("accelerate", "matplotlib.pyplot", "pandas", "peft", "safetensors.torch", "tensorboard"),
     *("torch", "torch.distributed.run", "torch.utils.tensorboard"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor"),  # `torch.testing` imports the latter
     *("diffusers.loaders.peft", "diffusers.models.autoencoders.autoencoder_kl"),
     *("diffusers.models.transformers.transformer_sd3", "diffusers.schedulers"),
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
@@ -130,19 +131,21 @@ def run(command: dict[str, Any], path: list[str]) -> None:
     if arguments[0] == "-u":
         sys.stdout.reconfigure(write_through=True)
         arguments = arguments[1:]
+    safe = arguments[0] == "-P"
+    arguments = arguments[safe:]
     what, rest = arguments[0], arguments[1:]
     if what in ("-c", "-m"):
         what, rest = arguments[1], arguments[2:]
     sys.argv = [what if arguments[0] != "-c" else "-c", *rest]
     first = os.path.dirname(os.path.abspath(what)) if arguments[0] == what else ""
     asked = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:] = [first, *asked, *path]
+    sys.path[:] = [*([] if safe else [first]), *asked, *path]
     if arguments[0] == "-c":
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
         exec(compile(what, "<string>", "exec"), main.__dict__)
     elif arguments[0] == "-m":
-        sys.path[0] = os.getcwd()
+        sys.path[:1] = sys.path[:1] if safe else [os.getcwd()]
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(what, run_name="__main__")

@@ -26,7 +26,7 @@ from rewards.commands.head_cards import CARDS
 from rewards.commands.head_options import about
 from rewards.commands.score_folder import ScoreTable, match
 from rewards.serving.server import listen
-from waiting import HANG
+from waiting import HANG, python
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "heads.py"
 OPTIONS = SCRIPT.parents[1] / "moa_diffusion" / "config" / "options.json"
@@ -442,7 +442,7 @@ def test_score_refuses_other_formats(run: Run, folder: Path, tmp_path: Path, mon
 
 def test_serve_in_a_process_of_its_own() -> None:
     options = json.dumps({"sharpness": None, "prompt_colour": {"share": 0.5}})
-    command = [sys.executable, str(SCRIPT), "serve", "--port", "0", "--options", options]
+    command = [python(), str(SCRIPT), "serve", "--port", "0", "--options", options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -114,8 +114,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 KINDS: dict[str, dict[str, Any]] = {
     "pama": {},
-    "ppo": {"loss": {"kind": "ppo"}},
-    "ppo_sample": {"loss": {"kind": "ppo"}, "critic": {"granularity": "sample"}},
+    "ppo": {"loss": {"kind": "ppo"}},  # value heads have the same state for whole samples
     "apex_gradients": {"objectives": {"method": "apex", "weighting": {"conflict": "gradients"}}},
     "upgrad": {"objectives": {"method": "upgrad"}},
     "mopo": {"objectives": {"method": "mopo", "normalizer": {"pool_size": 4}}},
@@ -127,6 +126,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, kind: str) -> None:
     """From what a run left that was killed before its last checkpoint."""
     changes = preferences(tmp_path / "pairs.jsonl") if kind == "offline" else KINDS[kind]
     changes = merged({"trainer": {"steps": 2}}, changes)
+    if kind != "pama":  # evaluations are the same for all
+        changes = merged({"evaluation": {"every": 0}}, changes)
     steps = changes["trainer"]["steps"]
     make(tmp_path / "straight", **changes).run()
     shutil.copytree(tmp_path / "straight", tmp_path / "run")

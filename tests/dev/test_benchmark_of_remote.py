@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.remote import ROOT, measure_remote
 from benchmarks.tables import show
+from waiting import python
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(autouse=True)
+def _forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way and each server is a process, which need not import PyTorch anew."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 def test_both_ways_are_measured_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 
 from moa_diffusion.files.neighbours import check_neighbour
+from waiting import python
 
 ROOT = Path(__file__).parents[2]
 FILE, PACKAGE, FOLDER = "rewards.py", "rewards/__init__.py", "rewards/mine.py"
 
 
-def run(script: Path, code: str, *, path: str = str(ROOT)) -> subprocess.CompletedProcess[str]:
+def run(
+    script: Path, code: str, *, path: str = str(ROOT), program: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     script.write_text(code)
     return subprocess.run(
-        [sys.executable, str(script)],
+        [program, str(script)],
         cwd=script.parent,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -54,7 +57,8 @@ def test_the_message_names_both_and_the_way_out(tmp_path: Path, own: str, code: 
 def test_a_folder_of_reward_files_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / FOLDER).parent.mkdir()
     (tmp_path / FOLDER).write_text("")
-    done = run(tmp_path / "my_script.py", "import moa_diffusion, rewards; rewards.create")
+    code = "import moa_diffusion, rewards; rewards.create"
+    done = run(tmp_path / "my_script.py", code, program=python())
     assert done.returncode == 0, done.stderr
 
 

@@ -103,7 +103,7 @@ def by_solver(pbar: Tensor, qbar: Tensor, log_ref: Tensor, tau: float, bounds: T
     return torch.from_numpy(found.x.reshape(p.shape))
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", range(24))
 def test_closed_form_and_dual_reach_the_constrained_optimum(seed):
     pbar, qbar, log_ref, tau, bounds = problem(seed)
     pi, lambdas = by_dual(pbar, qbar, log_ref, tau, bounds)
@@ -118,8 +118,8 @@ def test_closed_form_and_dual_reach_the_constrained_optimum(seed):
 
 
 def test_most_bounds_of_these_problems_bind():
-    binding = [bool((by_dual(*problem(seed)[:5])[1] > 0).any()) for seed in range(1, 48, 4)]
-    assert sum(binding) >= 10
+    binding = [bool((by_dual(*problem(seed)[:5])[1] > 0).any()) for seed in range(1, 24, 4)]
+    assert sum(binding) >= 5
 
 
 def test_tilt_is_a_density_for_every_prompt():

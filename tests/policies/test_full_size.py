@@ -166,12 +166,13 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
     assert len(host.waits) == 1, host.waits
 
 
-@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])
-def test_backward_passes_have_the_shapes_and_types(
-    host: HostReads, dtype: str, checkpointing: bool
-) -> None:
-    """Plain, fused and as a probe, at full width; of one micro-batch."""
-    policy = medium(CPU, dtype, guidance=1.0, gradient_checkpointing=checkpointing)
+def test_backward_passes_have_the_shapes_and_types(host: HostReads) -> None:
+    """Plain, fused and as a probe, at full width; of one micro-batch.
+
+    In bfloat16, since in float32 no type can be wrong, and with checkpointing, whose passes go
+    through all that others go through, and again.
+    """
+    policy = medium(CPU, "bfloat16", guidance=1.0, gradient_checkpointing=True)
     rollout = policy.sample(requests(MICRO), step=0)
     steps = steps_of(policy, kl_weight=0.01, half=False, samples=MICRO)
     advantages = torch.tensor([[-1.0, 1.0], [1.0, -2.0]])

@@ -17,8 +17,7 @@ from moa_diffusion.types import Request
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize(("dtype", "tapped"), [("bfloat16", False), ("float16", True)])
 def test_inputs_are_not_cast_to_float32_and_back(dtype: str, tapped: bool) -> None:
     """Where peft's forward stays, and without any effect on log-probs and gradients, to the bit."""
     policy = sd3_policy(

@@ -27,7 +27,7 @@ from moa_diffusion.types import Request
 from waiting import HANG, two_processes
 
 PROMPTS = ['a red sign that says "GO"', "a blue circle on a white background"]
-SMALL = {"resolution": 16, "steps": 4, "window": 2, "guidance": 1.0, "lora_rank": 4}
+SMALL = {"resolution": 16, "steps": 3, "window": 2, "guidance": 1.0, "lora_rank": 4}
 SMALL |= {"max_sequence_length": 16, "eval_steps": 2, "eval_guidance": 1.0}
 # Without and with checkpointing.
 CASES = (("float32", False), ("bfloat16", True))
@@ -65,8 +65,8 @@ def train(folder: Path, objectives: dict[str, Any], *, shard: bool) -> dict[str,
             "trainer": {
                 "steps": 1,
                 "groups": 2,
-                "group_size": 4,
-                "updates": 2,
+                "group_size": 2,
+                "updates": 1,
                 "sample_batch": 2,
                 "micro_batch": 1,
             },
@@ -83,7 +83,11 @@ def train(folder: Path, objectives: dict[str, Any], *, shard: bool) -> dict[str,
 
 @functools.cache
 def loaded(dtype: str) -> Any:
-    return load_pipeline(str(tiny.PIPELINE_PATH), dtype=dtype)
+    """The shipped model with two of its blocks: one with both attentions, and the last."""
+    pipeline = load_pipeline(str(tiny.PIPELINE_PATH), dtype=dtype)
+    first, *_, last = pipeline.transformer.transformer_blocks
+    pipeline.transformer.transformer_blocks = torch.nn.ModuleList([first, last])
+    return pipeline
 
 
 def pipeline_in(dtype: str) -> Any:
@@ -102,13 +106,11 @@ def policy_in(dtype: str, **options: Any) -> SD3Policy:
 
 def learn(policy: SD3Policy, **options: Any) -> dict[str, Any]:
     """What a policy draws, and the gradients of its log-probs and KL."""
-    requests = [
-        Request(prompt=PROMPTS[i % 2], group=i % 2, sibling=i // 2, seed=100 + i) for i in range(4)
-    ]
+    requests = [Request(prompt=PROMPTS[i], group=i, seed=100 + i) for i in range(2)]
     rollout = policy.sample(requests, step=0)
     log_probs, kl, *_ = policy.log_probs(rollout, slice(0, 2), with_kl=True)
     assert kl is not None
-    weights = torch.linspace(-1, 1, 8).view(4, 2)
+    weights = torch.linspace(-1, 1, 4).view(2, 2)
     torch.autograd.backward((weights * log_probs).sum() + kl.sum())
     return {
         "images": rollout.images,
@@ -166,7 +168,7 @@ def test_a_split_transformer_does_what_a_whole_one_does(
     assert set(found["trained"]) == {torch.nn.Parameter}
     whole, split = found["whole"], found["split"]
     gradients = whole.pop("gradients"), split.pop("gradients")
-    assert sum(bool(gradient.any()) for gradient in gradients[0].values()) > 50
+    assert sum(bool(gradient.any()) for gradient in gradients[0].values()) > 25
     for one, other in ((whole, split), gradients):
         assert one.keys() == other.keys()
         for name, values in one.items():

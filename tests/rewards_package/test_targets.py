@@ -12,6 +12,7 @@ import pytest
 
 from rewards import RewardBatch, available, create, register, registry
 from rewards.targets import GROUP, declared
+from waiting import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,7 +180,7 @@ def test_an_installed_package_is_found_by_a_new_process(tmp_path):
         assert "gone" in infos["broken_head"].problem, infos
         assert [name for name, info in infos.items() if info.problem] == ["broken_head"], infos
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+    subprocess.run([python(), "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
 
 
 def test_nothing_is_declared_by_the_packages_of_these_tests():

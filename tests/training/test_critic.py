@@ -43,12 +43,12 @@ def matrix(values: list[list[float]]) -> RewardMatrix:
     )
 
 
-def critic(**changes) -> Critic:
+def critic(batch: int = 4, **changes) -> Critic:
     seed = changes.pop("seed", 0)
     device = torch.device("cpu")
     settings = CriticConfig(**changes)
     return Critic(
-        ("a", "b"), settings, width=D, comm=LocalComm(), device=device, seed=seed, batch=4
+        ("a", "b"), settings, width=D, comm=LocalComm(), device=device, seed=seed, batch=batch
     )
 
 
@@ -121,7 +121,7 @@ def test_a_sample_may_count_as_a_whole():
 
 def test_heads_learn_what_features_say_whatever_the_unit_of_a_reward():
     """The reward is a feature; once that is known, nothing is better than expected."""
-    small, large = critic(epochs=30, lr=1e-2), critic(epochs=30, lr=1e-2)
+    small, large = (critic(batch=32, epochs=30, lr=1e-2) for _ in range(2))
     losses, spreads = [], []
     for step in range(12):
         drawn = rollout(32, seed=step)

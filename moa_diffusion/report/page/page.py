@@ -6,9 +6,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.report.page.cards import cards, worst_gain
@@ -21,6 +22,9 @@ from moa_diffusion.report.page.training_charts import training_charts
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import LEVEL
+
+if TYPE_CHECKING:
+    import jinja2
 
 NAME = "report.html"
 HERE = Path(__file__).parent / "assets"
@@ -100,22 +104,28 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def _render(parts: Mapping[str, Any], small: Sequence[str]) -> str:
+@cache
+def _environment() -> jinja2.Environment:
+    """Return where the templates are, which are compiled once."""
     import jinja2
-    import plotly.offline
-    from markupsafe import Markup
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _render(parts: Mapping[str, Any], small: Sequence[str]) -> str:
+    import plotly.offline
+    from markupsafe import Markup
+
     # A block of its own: nothing of it becomes a global name.
     own = f'"use strict";\n{{\n{_joined(SCRIPTS)}}}\n'
     scripts = (plotly.offline.get_plotlyjs(), own)
-    template = environment.get_template("page.html.j2")
+    template = _environment().get_template("page.html.j2")
     return template.render(
         {
             **parts,
