@@ -245,7 +245,7 @@ def test_a_fused_steps_kl_has_the_unit_that_was_settled_with_the_weights(policy:
 def test_a_fused_steps_pull_has_no_other_unit(policy: Any) -> None:
     """One sum of gradients holds it and the KL's."""
     rollout, advantages = draw(policy)
-    with pytest.raises(TrainingError, match=r"^loss\.forward: a pull to copies .* unit"):
+    with pytest.raises(TrainingError, match=r"^loss: norm_weight and pulls to copies .* unit"):
         fused(steps_of(policy), rollout, advantages, kl_unit=lambda: 0.5)
 
 
