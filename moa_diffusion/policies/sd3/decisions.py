@@ -25,7 +25,7 @@ class Drawn:
     latents: Tensor  # [n, C, h, w] float32
     log_probs: Tensor  # [n, T]
     trace: Mapping[str, Tensor]  # leading axis n
-    velocity_norm: Tensor  # [n], mean over the steps that are made for all n
+    velocity_norm: Tensor  # [n], mean over all steps
 
 
 class Decisions(Protocol):

@@ -81,9 +81,9 @@ class ReverseSteps:
         """Draw with noise in the steps of the window, and keep what trains them."""
         window = self.trained_steps(step)
         sources = samplers.generators([request.seed for request in requests])
-        x = self._before(window[0], requests, sources, embeds)
+        x, norms = self._before(window[0], requests, sources, embeds)
         walk = Walk(self._schedule, self.sampling.solver)  # behind the window
-        latents, noises, log_probs, norms = [], [], [], []
+        latents, noises, log_probs = [], [], []
         for i in range(window[0], self.sampling.steps):
             v = self._predict(i, x, embeds)
             norms.append(samplers.norm(v))
@@ -160,8 +160,10 @@ class ReverseSteps:
         requests: Sequence[Request],
         sources: Sequence[torch.Generator],
         embeds: Embeds,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the latents ``[n, C, h, w]`` that the first trained step starts from.
+
+        Beside them stand the norms ``[n]`` of the velocities on the way there.
 
         The steps before it add no noise, so samples of one prompt that start from the same noise
         are the same until then: they are drawn once and copied. Trained steps are made for all n,
@@ -188,10 +190,13 @@ class ReverseSteps:
             self._shape,
             self._device,
         )
-        walk = Walk(self._schedule, self.sampling.solver)
+        walk, norms = Walk(self._schedule, self.sampling.solver), []
         for i in range(first):
-            x = walk(i, x, self._predict(i, x, embeds))
-        return take(x, [distinct.index(start) for start in starts])
+            v = self._predict(i, x, embeds)
+            norms.append(samplers.norm(v))
+            x = walk(i, x, v)
+        places = [distinct.index(start) for start in starts]
+        return take(x, places), [take(norm, places) for norm in norms]
 
     def _predict(self, i: int, x: Tensor, embeds: Embeds) -> Tensor:
         """Predict the velocity ``[n, C, h, w]`` of a rollout's step ``i``, of all samples."""

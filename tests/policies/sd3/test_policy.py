@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -425,9 +426,24 @@ def test_the_norm_is_that_of_the_velocity_over_the_references(make: Any) -> None
     terms = policy.log_probs(rollout, slice(0, 2), with_kl=True)
     gradients = torch.autograd.grad(terms.norm.sum(), list(policy.trainable().values()))
     assert any(part.abs().max() > 0 for part in gradients)
-    rows = rollout.statistics["velocity_norm"]
-    assert rows.shape == (2,)
-    assert (rows > 0).all()
+
+
+def test_the_norm_of_a_rollout_is_of_all_its_steps(make: Any) -> None:
+    """Also those before a late window, which siblings of one start share."""
+    policy = make(guidance=1.0, window=1, window_mode="slide", window_stay=1, shared_start=True)
+    asked = [replace(one, start_seed=one.group) for one in requests(4)]
+    watched, norms = policy._velocity, []
+
+    def velocity(x: Any, *given: Any) -> Any:
+        v = watched(x, *given)
+        norms.append(v.square().flatten(1).mean(1).sqrt())
+        return v
+
+    policy._decisions._velocity = velocity
+    found = policy.sample(asked, step=2).statistics["velocity_norm"]
+    assert [len(step) for step in norms] == [2, 2, 4, 4]  # two starts, then all
+    steps = [step[[0, 1, 0, 1]] if len(step) == 2 else step for step in norms]
+    assert torch.equal(found, torch.stack(steps).mean(0))
 
 
 def test_evaluations_may_draw_another_size(make: Any) -> None:
