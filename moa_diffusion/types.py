@@ -118,6 +118,14 @@ class Rollout:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What a policy draws as deployment would: n outputs, and nothing that trains it."""
+
+    outputs: Outputs
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # [n], as those of a rollout
+
+
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
     """Take ``values[rows]`` of numbers that the host knows, without an index sent to the device."""
     import torch

@@ -134,7 +134,7 @@ def plan_comparison(
                     settings, seed=seed, output_dir=str(folder), resume=None
                 ),
             )
-            _check_unchanged(run)
+            check_unchanged(run)
             runs.append(run)
     return ComparisonPlan(runs=tuple(runs), notes=tuple(notes), names=names)
 
@@ -270,7 +270,7 @@ def _check_settings(settings: Config) -> None:
     assembly.check_trackers(settings.log.trackers)
 
 
-def _check_unchanged(run: PlannedRun) -> None:
+def check_unchanged(run: PlannedRun) -> None:
     """Compare with what an earlier call began."""
     saved = run.folder / "config.yaml"
     if not saved.is_file():

@@ -182,6 +182,31 @@ def _check_numbers(config: Config) -> None:
         lambda value: value is None or config.loss.kl_weight > 0,
         "null while loss.kl_weight, which it starts from, is 0",
     )
+    _require(
+        config,
+        "loss.kl_target",
+        lambda value: value is None or config.alarm.action in ("warn", "stop"),
+        f"null with alarm.action {config.alarm.action}, whose factor it would take back",
+    )
+    _require(
+        config,
+        "loss.kl_target",
+        lambda value: value is None or _even_kl(config),
+        "null with loss.kl gaussian or dt_free and a window that moves, whose KL differs a "
+        "hundredfold between its places: take loss.kl velocity, or sampling.window_mode first",
+    )
+    _require(
+        config,
+        "loss.steps",
+        lambda value: value != "noise" or config.sampling.sampler != "cps",
+        "plain or equal for sampling.sampler cps, whose log-prob is weighed by its noise already",
+    )
+    _require(
+        config,
+        "evaluation.resolution",
+        lambda value: value is None or config.policy.name == "sd3",
+        f"null for policy.name {config.policy.name}, which draws no images",
+    )
     for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
         if isinstance(files, list):
             _check_distinct(f"prompts.{name}", files, config.prompts.column)
@@ -200,6 +225,15 @@ def _check_numbers(config: Config) -> None:
             lambda value: value is not None,
             "a prompt file while evaluation.every is not 0",
         )
+
+
+def _even_kl(config: Config) -> bool:
+    """Return whether the KL of one rollout can be compared with that of another."""
+    sampling, loss = config.sampling, config.loss
+    moves = sampling.window > 0 and sampling.window_mode != "first"
+    return (
+        config.policy.name != "sd3" or loss.kind == "forward" or loss.kl == "velocity" or not moves
+    )
 
 
 def _check_forward(config: Config) -> None:
@@ -243,6 +277,9 @@ def _check_forward(config: Config) -> None:
         ("loss.ratio_tolerance", None, "for loss.kind forward, which has no ratios"),
         ("loss.steps", "plain", untrained),
         ("sampling.window", 0, untrained),
+        ("sampling.window_mode", SamplingConfig().window_mode, untrained),
+        ("sampling.window_stay", SamplingConfig().window_stay, untrained),
+        ("sampling.noise_level", SamplingConfig().noise_level, untrained),
         ("sampling.sampler", SamplingConfig().sampler, untrained),
     ):
         expected = "null" if neutral is None else neutral

@@ -371,6 +371,7 @@ class LossConfig:
         clip_range: Distance from 1 at which the probability ratio is clipped. Log-probs of images
             are means over latent dimensions, so useful values are about 1e-4. For divergence it is
             the KL from which a decision that moved as it should is left alone; 1e-5 is published.
+            Log ratios that are normalized are another number: see policy/clip_fraction.
         advantage_clip: Largest absolute advantage; what is beyond is cut to it.
         steps: ``plain``; ``equal``: log ratios and losses of all denoising steps are brought to
             one size (as GRPO-Guard's ratio normalisation does), so that early steps train as late
@@ -380,13 +381,15 @@ class LossConfig:
         kl_weight: Weight of the KL to the base model; 0 leaves the base model out. With the method
             mopo it is in win rates per unit of KL: it is divided by what divides the win rates.
         kl_target: The KL per decision that the weight is adapted to, by at most a fifth of it per
-            rollout, beginning with kl_weight; null keeps the weight. policy/kl_weight follows it.
+            rollout; it begins with kl_weight, and stays within a hundred times and a hundredth of
+            it. Null keeps the weight. policy/kl_weight shows it.
         norm_weight: Weight of the penalty on velocities that are longer than the base model's: the
             squared relative excess (NormGuard). Images only.
         kl: Kind of KL: gaussian, dt_free or velocity for images, k3 for text. Null takes gaussian
             for images and k3 for text.
         ratio_tolerance: Largest absolute log ratio of the on-policy check, which looks at each
-            decision when it is first drawn. Null takes half the clip range.
+            decision when it is first drawn. Null takes half the clip range, or 5e-5 where that is
+            not one of log ratios as they are (clip divergence and normalized).
         max_skipped: Number of consecutive updates with non-finite gradients after which the run
             stops; those by which float16 finds its loss scale do not count.
     """
@@ -406,12 +409,14 @@ class LossConfig:
 
     @property
     def tolerance(self) -> float:
-        """The limit of the on-policy check: ``ratio_tolerance``, or half the clip range if None.
+        """The limit of the on-policy check: ``ratio_tolerance``, or half of a clip range if None.
 
         Before a rollout's first update, log-probabilities as trained may differ from those of
         sampling by as much.
         """
-        return 0.5 * self.clip_range if self.ratio_tolerance is None else self.ratio_tolerance
+        if self.ratio_tolerance is not None:
+            return self.ratio_tolerance
+        return 0.5 * (self.clip_range if self.clip == "ratio" else LossConfig.clip_range)
 
 
 @dataclass(config=_STRICT)
@@ -532,7 +537,8 @@ class EvaluationConfig:
         seed: Seed of the initial noise, any integer; equal for all runs, so that images can be
             compared.
         pictures: Number of images of the sheet in samples/; 0 draws none.
-        rollout_images: Number of images that are also drawn as rollouts draw them, for alarm.gap.
+        rollout_images: Number of images that are also drawn as rollouts draw them, for alarm.gap;
+            none with a resolution of its own.
         rewards: Held-out reward heads, written as in rewards: they are asked here alone and never
             trained on, so that alarm can tell when the trained rewards are being gamed.
     """
@@ -564,7 +570,8 @@ class AlarmConfig:
         kl_factor: Factor by which the KL's weight grows each time.
         limit: Number of alarms that are acted upon before the next ends the run.
         drift: Number of standard deviations of the outputs before training by which the mean of an
-            output statistic moves before a warning; 0 gives none.
+            output statistic moves before a warning; 0 gives none. Of the velocities' norm 5 % count
+            as three.
         gap: Number of standard deviations, of the evaluation before training, by which deployed
             outputs score above rollouts before a warning; 0 gives none.
     """

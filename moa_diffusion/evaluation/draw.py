@@ -97,6 +97,6 @@ def generate(policy: Policy, candidate: Candidate, requests: Sequence[Request]) 
         requests: The n samples to draw, as deployment would.
     """
     if candidate.adapter is not None:
-        return policy.generate(requests)
+        return policy.generate(requests).outputs
     with policy.reference():
-        return policy.generate(requests)
+        return policy.generate(requests).outputs

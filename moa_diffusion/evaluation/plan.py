@@ -27,6 +27,8 @@ from moa_diffusion.files.text import check_encodable
 from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
 from moa_diffusion.types import ConfigError
 
+SIDE = "--sampling.resolution"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
@@ -64,7 +66,7 @@ def plan_evaluation(options: Mapping[str, Any], overrides: Sequence[str]) -> Eva
     runs = named_folders("--run", options["run"])
     loras = named_folders("--lora", options["lora"], files=True)
     each = {
-        name: _drawn_as_deployed(one, options["resolution"] is not None)
+        name: _drawn_as_deployed(one, any(part.startswith(SIDE) for part in given))
         for name, one in _configurations(options, runs, given).items()
     }
     kind = medium_of(next(iter(each.values())))

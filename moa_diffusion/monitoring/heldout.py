@@ -34,8 +34,9 @@ class Evaluation:
     names: tuple[str, ...]  # K, objectives and rewards that are not trained on
     values: Tensor  # [K, M] float64, NaN: does not apply
     prompts: Tensor  # [M] int64, the prompt of each sample, equal for equal texts
-    # By name: [M] of the outputs, and what the policy knows of those drawn as rollouts.
-    statistics: Mapping[str, Tensor]
+    statistics: Mapping[
+        str, Tensor
+    ]  # [M] by name, of the outputs and what the policy knows of them
     gaps: Mapping[str, float]  # deployed minus rollout, same prompts and seeds, by objective
     metrics: Mapping[str, float]
 
@@ -97,7 +98,7 @@ class HeldOut:
             requests = self.requests[: min(2, self.batch)]
             with agreed(self.comm):
                 self.policy.expect([request.prompt for request in requests])
-                drawn = self.policy.generate(requests)
+                drawn = self.policy.generate(requests).outputs
             self.scorer.try_out(requests, drawn, names=watched)
 
     @torch.no_grad()
@@ -118,9 +119,16 @@ class HeldOut:
             RewardError, ProcessError: On all processes, if a head fails or nothing can be written.
         """
         self._expect(self.requests)
+        known: list[Mapping[str, Tensor]] = []
+
+        def draw(batch: Sequence[Request]) -> Outputs:
+            generated = self.policy.generate(batch)
+            known.append(generated.statistics)
+            return generated.outputs
+
         scored = self.scorer.draw_and_score(
             self.requests,
-            self.policy.generate,
+            draw,
             batch=self.batch,
             title="evaluate",
             before_batch=before_batch,
@@ -155,15 +163,15 @@ class HeldOut:
                 metrics[f"eval_gain/{name}"] = gain
         statistics = {
             name: gather_shards(numbers, shards, self.comm)
-            for name, numbers in drift.statistics(
-                scored.outputs, device=self._device, batch=self.batch
-            ).items()
+            for name, numbers in {
+                **drift.statistics(scored.outputs, device=self._device, batch=self.batch),
+                **{name: torch.cat([part[name] for part in known]) for name in known[0]},
+            }.items()
         }
-        gaps, inside = self._as_rollouts(step, values, before_batch)
-        statistics |= inside
         means = {name: float(numbers.mean()) for name, numbers in statistics.items()}
         means["diversity"] = self._diversity(scored.outputs, shards, siblings)
         metrics |= drift.prefixed("eval_", scored.outputs, means)
+        gaps = self._gaps(step, values, before_batch)
         return Evaluation(
             step=step,
             names=self.scorer.names,
@@ -189,29 +197,17 @@ class HeldOut:
     def _prompts(self) -> Tensor:
         return same_prompt([request.prompt for request in self.requests])
 
-    def _as_rollouts(
+    def _gaps(
         self, step: int, values: Tensor, before_batch: Callable[[], None]
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Draw the first requests as rollouts are drawn.
-
-        Returns:
-            By objective the mean reward of deployed outputs minus that of rollouts, prompt by
-            prompt; and the numbers about each rollout that the policy alone knows.
-        """
+    ) -> dict[str, float]:
+        """Return the mean rewards of deployed outputs minus those of rollouts, prompt by prompt."""
         requests = self.requests[: self.settings.rollout_images]
-        if not requests:
-            return {}, {}
+        if not requests or self.settings.resolution:
+            return {}
         self._expect(requests)
-        known: list[Mapping[str, Tensor]] = []
-
-        def draw(batch: Sequence[Request]) -> Outputs:
-            rollout = self.policy.sample(batch, step=step)
-            known.append(rollout.statistics)
-            return rollout.outputs
-
         scored = self.training.draw_and_score(
             requests,
-            draw,
+            lambda batch: self.policy.sample(batch, step=step).outputs,
             batch=self.batch,
             title="as rollouts",
             before_batch=before_batch,
@@ -220,13 +216,7 @@ class HeldOut:
         )
         rows = [self.scorer.names.index(name) for name in self.training.names]
         gaps = (values[rows, : len(requests)] - scored.values).nanmean(1)  # [objectives]
-        compared = dict(zip(self.training.names, gaps.tolist(), strict=True))
-        shards = shard(len(requests), self.batch, self.comm)
-        statistics = {
-            name: gather_shards(torch.cat([part[name] for part in known]), shards, self.comm)
-            for name in known[0]
-        }
-        return {} if self.settings.resolution else compared, statistics
+        return dict(zip(self.training.names, gaps.tolist(), strict=True))
 
     def _expect(self, requests: Sequence[Request]) -> None:
         """Let the policy make ready for this process's shard of the requests."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_diffusion.policies.copies import AdapterCopy
-from moa_diffusion.types import Outputs, Request, Rollout
+from moa_diffusion.types import Generated, Request, Rollout
 
 
 class Terms(NamedTuple):
@@ -79,8 +79,8 @@ class Policy(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Request]) -> Outputs:
-        """Return the outputs as deployment would draw them: without exploration noise."""
+    def generate(self, requests: Sequence[Request]) -> Generated:
+        """Draw as deployment would: without exploration noise."""
         ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -32,7 +32,7 @@ from moa_diffusion.policies.language_model import (
     stop_tokens,
 )
 from moa_diffusion.policies.token_log_probs import token_log_probs
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import Generated, Request, Rollout
 
 
 class CausalLMPolicy:
@@ -172,9 +172,10 @@ class CausalLMPolicy:
         return Terms(new, torch.expm1(gap) - gap)
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> tuple[str, ...]:
+    def generate(self, requests: Sequence[Request]) -> Generated:
         """Draw texts at the temperature of evaluations; 0 takes the likeliest token."""
-        return self._texts(requests, *self._draw(requests, self.generation.eval_temperature))
+        drawn = self._draw(requests, self.generation.eval_temperature)
+        return Generated(outputs=self._texts(requests, *drawn))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Return A and B of every LoRA layer."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moa_diffusion.policies.base import Terms
 from moa_diffusion.policies.copies import AdapterCopy
 from moa_diffusion.policies.samplers import Steps, generators, noise
-from moa_diffusion.types import Request, Rollout
+from moa_diffusion.types import Generated, Request, Rollout
 
 
 class ToyPolicy:
@@ -90,9 +90,9 @@ class ToyPolicy:
         return Terms(torch.stack(log_probs, dim=1), kl)
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> Tensor:
+    def generate(self, requests: Sequence[Request]) -> Generated:
         """Return the image at the end of a walk without noise."""
-        return self._image(self.drift.sum(0).expand(len(requests), 3))
+        return Generated(outputs=self._image(self.drift.sum(0).expand(len(requests), 3)))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Return the drift ``[T, 3]`` of all steps."""

@@ -25,6 +25,7 @@ from moa_diffusion.config.schema import LossConfig
 from moa_diffusion.policies.base import Terms
 
 KL_STEP = 0.2  # share by which the weight of the KL changes per rollout, at most
+KL_RANGE = 100  # factor by which it may leave what it began with
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ class ReferencePull:
     """
 
     def __init__(self, settings: LossConfig) -> None:
-        self.kl_weight, self._target = settings.kl_weight, settings.kl_target
+        self.kl_weight = self._start = settings.kl_weight
+        self._target = settings.kl_target
         self._norm_weight = settings.norm_weight
         self.compares = settings.kl_weight > 0 or settings.norm_weight > 0
 
@@ -163,18 +165,24 @@ class ReferencePull:
         """Change the KL's weight by what a rollout's KL was, equal on every process.
 
         ``weight <- weight (1 + clip(kl / target - 1, -0.2, 0.2))``: the proportional controller of
-        Ziegler et al. (arXiv 1909.08593), whose horizon is one rollout here.
+        Ziegler et al. (arXiv 1909.08593), whose horizon is one rollout here. It stays within
+        ``KL_RANGE`` of what it began with: what takes long to fall takes long to rise again.
         """
         if self._target is not None and math.isfinite(kl):
-            self.kl_weight *= 1 + min(max(kl / self._target - 1, -KL_STEP), KL_STEP)
+            weight = self.kl_weight * (1 + min(max(kl / self._target - 1, -KL_STEP), KL_STEP))
+            self.kl_weight = min(max(weight, self._start / KL_RANGE), self._start * KL_RANGE)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weight of the KL if it follows a target."""
-        return {} if self._target is None else {"kl_weight": self.kl_weight}
+        adapted = {"kl_weight": self.kl_weight, "start": self._start}
+        return {} if self._target is None else adapted
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved weight; without a target it is the configuration's."""
-        if self._target is not None and "kl_weight" in state:
+        """Go back to a saved weight.
+
+        Without a target it is the configuration's, or if that has been changed since.
+        """
+        if self._target is not None and state.get("start") == self._start:
             self.kl_weight = state["kl_weight"]
 
 

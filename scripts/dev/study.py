@@ -24,7 +24,7 @@ import yaml
 from moa_diffusion import config
 from moa_diffusion.comparison import results
 from moa_diffusion.comparison.execute import execute
-from moa_diffusion.comparison.plan import PlannedRun, method_settings
+from moa_diffusion.comparison.plan import PlannedRun, check_unchanged, method_settings
 from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.config.schema import Config
 from moa_diffusion.files.writing import write_text
@@ -52,18 +52,21 @@ def main() -> int:
     everything = [run for of_seed in zip(*runs.values(), strict=True) for run in of_seed]
     failures: dict[str, str] = {}
     try:
+        for run in everything:
+            check_unchanged(run)
         if not options.tables:
-            failures = execute(
-                sorted(everything, key=lambda run: run.seed),
-                script=SCRIPT,
-                parallel=options.parallel,
-            )
+            everything.sort(key=lambda run: run.seed)
+            failures = execute(everything, script=SCRIPT, parallel=options.parallel)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
         return 130
     for name, of_set in runs.items():
         if finished := [run for run in of_set if run.finished()]:
-            write_table(name, finished, failures, options.output / name)
+            died = {run.name: failures[run.name] for run in of_set if run.name in failures}
+            write_table(name, finished, died, options.output / name)
     return 1 if failures else 0
 
 
@@ -79,7 +82,7 @@ def planned(study: Mapping[str, Any], output: Path) -> dict[str, list[PlannedRun
             PlannedRun(
                 method=way,
                 seed=seed,
-                folder=(folder := output / name / f"{way.replace(' ', '_')}-{seed}"),
+                folder=(folder := output / f"{name}-{way.replace(' ', '_')}-{seed}"),
                 settings=settings(
                     study["recipes"][name], study["common"] | chosen | own, seed, folder
                 ),
@@ -120,7 +123,7 @@ def write_table(
     """Write ``table.md`` and ``results.json``, and print the table."""
     compared = results.compare([run.read() for run in runs])
     costs = {run.method: passes(run.settings) for run in runs}
-    table = results.table(compared, {key: failures[key] for key in failures})
+    table = results.table(compared, failures)
     forwards = ", ".join(f"{way} {count}" for way, count in costs.items())
     table += f"\nForward passes of the transformer per image: {forwards}.\n"
     versions = {library: version(library) for library in LIBRARIES}

@@ -235,6 +235,8 @@ FORWARD = BASE | {
             r"loss\.forward\.draws: should be at most sampling\.steps = 6 .* grid.* Found 9",
         ),
         ({"sampling.window": 2}, r"sampling\.window: should be 0 \(the default\) .* Found 2"),
+        ({"sampling.window_mode": "first"}, r"sampling\.window_mode: should be random .* trained"),
+        ({"sampling.noise_level": 0.3}, r"sampling\.noise_level: should be 0\.7 .* trained"),
         ({"sampling.sampler": "cps"}, r"sampling\.sampler: should be flow_sde .* Found 'cps'"),
         ({"sampling.shared_start": True}, r"sampling\.shared_start: should be false .* end alike"),
         ({"loss.clip_range": 1e-5}, r"loss\.clip_range: should be 0\.0001 .* has no ratios"),
@@ -265,12 +267,42 @@ def test_what_images_that_are_noised_again_do_not_have(tmp_path, overrides, mess
         ),
         ({"loss.kl_target": 0.1}, r"loss\.kl_target: should be null while .* Found 0\.1"),
         ({"loss.kl_target": 0.0}, r"loss\.kl_target: "),
+        (
+            {"loss.kl_target": 0.1, "loss.kl_weight": 0.1, "sampling.window": 2},
+            r"loss\.kl_target: should be null with loss\.kl gaussian .* Found 0\.1",
+        ),
+        (
+            {"loss.kl_target": 0.1, "loss.kl_weight": 0.1, "alarm.action": "raise_kl"},
+            r"loss\.kl_target: should be null with alarm\.action raise_kl",
+        ),
+        (
+            {"loss.steps": "noise", "sampling.sampler": "cps"},
+            r"loss\.steps: should be plain or equal for sampling\.sampler cps",
+        ),
+        (
+            {"evaluation.resolution": 64, "policy.name": "causal_lm"},
+            r"evaluation\.resolution: should be null for policy\.name causal_lm",
+        ),
     ],
 )
 def test_guards_that_have_nothing_to_guard_are_refused(tmp_path, overrides, message):
     options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     with pytest.raises(ConfigError, match=f"^{message}"):
         loaded(tmp_path, BASE, *options)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"loss.kl": "velocity", "sampling.window": 2},
+        {"sampling.window": 2, "sampling.window_mode": "first"},
+        {"sampling.window": 0},
+    ],
+)
+def test_a_kl_that_can_be_compared_between_rollouts_may_have_a_target(tmp_path, overrides):
+    given = {"loss.kl_target": 0.1, "loss.kl_weight": 0.1} | overrides
+    options = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    assert loaded(tmp_path, BASE, *options).loss.kl_target == 0.1
 
 
 def test_settings_of_another_kind_of_loss_are_refused(tmp_path):

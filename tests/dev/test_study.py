@@ -58,6 +58,8 @@ def test_passes_are_those_of_sampling_of_training_and_of_what_it_compares_with()
         "loss.kl_weight": 0.1,
         "loss.forward.draws": 2,
         "sampling.window": 0,
+        "sampling.window_mode": "random",
+        "sampling.noise_level": 0.7,
         "sampling.shared_start": False,
     }
     found = [

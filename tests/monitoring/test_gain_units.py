@@ -25,7 +25,7 @@ from moa_diffusion.report.summary import base_spread, summarise
 from moa_diffusion.report.table import Column, Table
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.storage.log import RunLog
-from moa_diffusion.types import Request
+from moa_diffusion.types import Generated, Request
 from rewards import RewardBatch, RewardHead
 
 NAN = math.nan
@@ -56,11 +56,11 @@ class Drawn:
     def expect(self, prompts: Sequence[str]) -> None:
         pass
 
-    def generate(self, requests: Sequence[Request]) -> Tensor:
+    def generate(self, requests: Sequence[Request]) -> Generated:
         red = torch.tensor([self.red[request.seed] for request in requests])
         known = ~red.isnan()
         pixel = torch.stack([red.nan_to_num(nan=0.0), torch.zeros(len(red)), known.float()], 1)
-        return pixel[:, :, None, None]
+        return Generated(outputs=pixel[:, :, None, None])
 
 
 @pytest.fixture

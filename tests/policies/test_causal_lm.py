@@ -224,8 +224,8 @@ def test_statistics_are_those_of_the_tokens_there_are() -> None:
 
 def test_generate_takes_the_likeliest_tokens_or_draws() -> None:
     policy = policy_on()
-    greedy = policy.generate(requests(4))
-    assert greedy == policy.generate([Request(prompt=p, seed=9) for p in PROMPTS])
+    greedy = policy.generate(requests(4)).outputs
+    assert greedy == policy.generate([Request(prompt=p, seed=9) for p in PROMPTS]).outputs
     for text, prompt in zip(greedy, PROMPTS, strict=True):
         ids = policy.dialogue.prompt(prompt)
         found: list[int] = []
@@ -235,9 +235,9 @@ def test_generate_takes_the_likeliest_tokens_or_draws() -> None:
         row = policy.dialogue.pad([found], T, left=False)
         assert (text,) == policy.dialogue.texts([prompt], *row)
     warm = policy_on(temperature=0.3, eval_temperature=1.0)
-    drawn = warm.generate(requests(4))
+    drawn = warm.generate(requests(4)).outputs
     assert drawn == policy_on(temperature=1.0).sample(requests(4), step=0).texts
-    assert drawn == tuple(warm.generate([request])[0] for request in requests(4))
+    assert drawn == tuple(warm.generate([request]).outputs[0] for request in requests(4))
 
 
 # ---------------------------------------------------------------- log-probabilities
@@ -331,7 +331,10 @@ def test_kl_is_k3_against_the_model_without_its_adapter(family: str) -> None:
         # Gradients of up to 7, each a sum of some 30 terms: 8e-6 apart.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     with policy.reference():
-        assert policy.generate(requests(4)) == policy_on(family, size=0).generate(requests(4))
+        assert (
+            policy.generate(requests(4)).outputs
+            == policy_on(family, size=0).generate(requests(4)).outputs
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

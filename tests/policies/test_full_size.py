@@ -160,7 +160,7 @@ def test_a_rollout_is_drawn_checked_learnt_from_and_evaluated_on_a_card(
         plain.descend(rollout, torch.linspace(-1, 1, SAMPLES))
     # The norm, the loss scale and whether the gradients held; and the sums at the end.
     assert len(host.waits) == (4 if dtype == "float16" else 2), host.waits
-    assert policy.generate(requests()).device == CPU
+    assert policy.generate(requests()).outputs.device == CPU
     host.waits.clear()
     drift.statistics(rollout.images, device=CARD, batch=MICRO)
     assert len(host.waits) == 1, host.waits

@@ -398,15 +398,15 @@ def test_training_starts_with_the_images_of_the_adapter(tmp_path: Path, transfor
     policy = assembly.policy(settings_of(tmp_path, adapter=place, lora=lora), CPU)
     policy.prepare(["a red square"])
     request = [Request(prompt="a red square", seed=3)]
-    images = policy.generate(request)
+    images = policy.generate(request).outputs
     # Both are in [0, 1]; sums of float32 in another order differ by a few of its last places,
     # relative 6e-8, grown by two denoising steps and the VAE.
     torch.testing.assert_close(images, expected.float(), rtol=0, atol=1e-4)
     with policy.reference():  # the KL is to the base model, without an adapter
-        base = policy.generate(request)
+        base = policy.generate(request).outputs
     plain = assembly.policy(settings_of(tmp_path), CPU)
     plain.prepare(["a red square"])
-    assert torch.equal(base, plain.generate(request))
+    assert torch.equal(base, plain.generate(request).outputs)
     assert (base - images).abs().max() > 0.05
     # All of the adapter can be trained: where B is zero A is not.
     for name, a in policy.trainable().items():

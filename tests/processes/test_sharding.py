@@ -119,7 +119,7 @@ def learn(policy: SD3Policy, **options: Any) -> dict[str, Any]:
         "log_probs": log_probs.detach(),
         "kl": kl.detach(),
         "gradients": {name: p.grad for name, p in policy.trainable().items()},
-        "evaluated": policy.generate(requests),
+        "evaluated": policy.generate(requests).outputs,
     }
 
 

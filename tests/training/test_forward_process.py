@@ -100,9 +100,9 @@ def test_a_reward_improves(tmp_path: Path, pipeline: Any, preset: str) -> None:
     policy._decode = lambda latents: latents[:, :3].sigmoid()
     policy.prepare(["a red circle", "a blue circle"])
     requests = [Request(prompt="a red circle", seed=i) for i in range(16)]
-    before = redness(policy.generate(requests), [])
+    before = redness(policy.generate(requests).outputs, [])
     run.run()
-    after = redness(policy.generate(requests), [])
+    after = redness(policy.generate(requests).outputs, [])
     assert (after - before).min() > 2 * before.std()
     row = rows(tmp_path / "run")[-1]
     assert ("policy/pull" in row) == (preset != "ram")

@@ -98,6 +98,13 @@ def test_a_divergence_cuts_off_what_has_gone_far_enough_the_way_it_should():
     assert Clip(2.0, "divergence").cuts(log_ratio, advantages, far)[0, 0]  # at the bound
 
 
+@pytest.mark.parametrize("kind", ["normalized", "divergence"])
+def test_the_on_policy_check_keeps_the_unit_of_log_ratios(kind):
+    assert LossConfig(clip=kind, clip_range=1e-2).tolerance == LossConfig().tolerance == 5e-5
+    assert LossConfig(clip_range=1e-2).tolerance == 5e-3
+    assert LossConfig(clip=kind, ratio_tolerance=0.1).tolerance == 0.1
+
+
 def test_a_normalized_clip_looks_at_the_ratio_that_it_is_given():
     new, old, advantages = draw()
     seen = new - old
@@ -171,6 +178,13 @@ def test_the_weight_of_the_kl_follows_its_target():
     again = pull(kl_weight=0.5, kl_target=0.1)
     again.load_state_dict(held.state_dict())
     assert again.kl_weight == held.kl_weight
+    anew = pull(kl_weight=0.7, kl_target=0.1)  # with another weight than the saved run's
+    anew.load_state_dict(held.state_dict())
+    assert anew.kl_weight == 0.7
+    for kl, bound in ((0.0, 0.005), (9.0, 50.0)):
+        for _ in range(60):
+            again.follow(kl)
+        assert again.kl_weight == bound
     fixed = pull(kl_weight=0.5)
     fixed.follow(9.0)
     fixed.load_state_dict(held.state_dict())

@@ -30,7 +30,7 @@ from moa_diffusion.policies.sd3.renoised import RenoisedImages
 from moa_diffusion.policies.sd3.reverse import ReverseSteps
 from moa_diffusion.policies.sd3.schedule import Schedule, Walk
 from moa_diffusion.policies.sd3.velocity import Velocity
-from moa_diffusion.types import Request, Rollout, take
+from moa_diffusion.types import Generated, Request, Rollout, take
 
 
 class SD3Policy:
@@ -148,14 +148,13 @@ class SD3Policy:
         embeds = self._embeds([request.prompt for request in requests], self.sampling.guidance)
         drawn = self._decisions.draw(requests, embeds, step=step)
         x = drawn.latents
-        norms = torch.stack([samplers.norm(x), drawn.velocity_norm]).cpu()  # waits for the device
         return Rollout(
             requests=tuple(requests),
             log_probs=drawn.log_probs,
             mask=torch.ones_like(drawn.log_probs, dtype=torch.bool),
             trace=drawn.trace,
             images=self._decode(x),
-            statistics={"latent_norm": norms[0], "velocity_norm": norms[1]},
+            statistics=_norms(x, drawn.velocity_norm),
         )
 
     def trained_steps(self, step: int) -> Sequence[int]:
@@ -170,16 +169,17 @@ class SD3Policy:
         return self._decisions.terms(rollout, steps, embeds, with_kl=with_kl)
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> Tensor:
+    def generate(self, requests: Sequence[Request]) -> Generated:
         """Draw images ``[n, 3, H, W]`` deterministically, with the settings of evaluations."""
         embeds = self._embeds([request.prompt for request in requests], self.evaluation.guidance)
         sources = samplers.generators([request.seed for request in requests])
         x = initial_noise(requests, sources, self._eval_shape, self.device)
-        walk = Walk(self._eval_schedule, self.evaluation.solver)
+        walk, norms = Walk(self._eval_schedule, self.evaluation.solver), []
         for i, s in enumerate(self._eval_schedule.sigmas[:-1]):
             v = self._velocity(x, x.new_full((len(x),), s), embeds, self.evaluation.guidance)
+            norms.append(samplers.norm(v))
             x = walk(i, x, v)
-        return self._decode(x)
+        return Generated(outputs=self._decode(x), statistics=_norms(x, torch.stack(norms).mean(0)))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Return A and B of every LoRA layer of the transformer."""
@@ -231,3 +231,9 @@ class SD3Policy:
             for part in scaled.to(self.vae.dtype).split(self.settings.vae_batch)
         ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def _norms(latents: Tensor, velocity_norm: Tensor) -> dict[str, Tensor]:
+    """Return what only the policy knows of samples, ``[n]`` each; waits for the device once."""
+    norms = torch.stack([samplers.norm(latents), velocity_norm]).cpu()
+    return dict(zip(("latent_norm", "velocity_norm"), norms, strict=True))

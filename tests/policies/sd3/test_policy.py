@@ -188,7 +188,7 @@ def test_generate_draws_what_plain_diffusers_draws(make: Any, pipeline: Any) -> 
     ).images
     # The same passes in the same batch: the update of the latents alone is written otherwise, and
     # six of them and the decoder made 2.7e-6 of that. The bound is that of images above.
-    torch.testing.assert_close(policy.generate(asked), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.generate(asked).outputs, expected, atol=1e-4, rtol=0)
 
 
 def test_decoder_is_channels_last_and_decodes_as_a_plain_one(make: Any, pipeline: Any) -> None:
@@ -232,7 +232,7 @@ def test_saved_adapter_draws_the_same_in_plain_diffusers(
     }
     drawn = plain(**call, generator=generators([request.seed for request in asked])).images
     base = pipeline(**call, generator=generators([request.seed for request in asked])).images
-    mine = policy.generate(asked)
+    mine = policy.generate(asked).outputs
     # By 0.8.
     assert (base - mine).abs().max() > 0.05, "the adapter should change the image"
     # Pixels in [0, 1]: peft adds B A x where the policy has B A in the weight, rounded otherwise
@@ -451,7 +451,7 @@ def test_evaluations_may_draw_another_size(make: Any) -> None:
     other = make(eval_resolution=64, eval_steps=2, eval_guidance=1.0)
     assert other.sample(requests(1), step=0).images.shape == (1, 3, 32, 32)
     whole = make(resolution=64, eval_steps=2, eval_guidance=1.0)
-    assert torch.equal(other.generate(requests(1)), whole.generate(requests(1)))
+    assert torch.equal(other.generate(requests(1)).outputs, whole.generate(requests(1)).outputs)
     with pytest.raises(ConfigError, match=r"^evaluation\.resolution: should be a multiple of 16"):
         make(eval_resolution=40)
 

@@ -185,7 +185,8 @@ def test_images_are_drawn_by_the_adapter_that_is_asked_for(make: Any) -> None:
     assert not torch.equal(images["current"], images["old"])
     # Without noise in between: an evaluation of as many steps draws the same.
     torch.testing.assert_close(
-        make(forward={}, eval_steps=STEPS, eval_guidance=1.0).generate(asked), images["current"]
+        make(forward={}, eval_steps=STEPS, eval_guidance=1.0).generate(asked).outputs,
+        images["current"],
     )
 
 

@@ -77,7 +77,7 @@ def test_fewer_steps_draw_the_same_images() -> None:
             eval_solver=solver,
         )
         policy.prepare(prompts)
-        return policy.generate(requests)
+        return policy.generate(requests).outputs
 
     exact = drawn(60, "multistep")
     ten, twenty, second = (
