@@ -77,7 +77,7 @@ def export(
     scores = (
         ""
         if table is not None
-        else (" The card has no scores: scripts/evaluate.py measures them, then export again.")
+        else (" The card has no scores: the command evaluate measures them, then export again.")
     )
     return f"Written: {output / medium.weights} (rank {adapter.rank}), {output / CARD}.{scores}"
 

@@ -55,7 +55,7 @@ def main() -> int:
         if not options.tables:
             failures = execute(
                 sorted(everything, key=lambda run: run.seed),
-                script=SCRIPT,
+                program=[sys.executable, str(SCRIPT)],
                 parallel=options.parallel,
             )
     except KeyboardInterrupt:
