@@ -10,12 +10,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import house
+import moa_diffusion
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PROJECT = tomllib.loads(PYPROJECT)["project"]
+SETUP = tomllib.loads(PYPROJECT)["tool"]["setuptools"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -52,6 +55,24 @@ def test_every_bound_has_a_reason() -> None:
     bounds = [line for line in PYPROJECT.splitlines() if re.search(r'"[^"]*[<>=!~]=?[\d.]+', line)]
     assert len(bounds) > 5
     assert [line for line in bounds if not re.search(r"#\s*\w", line)] == []
+
+
+def test_every_package_is_installed() -> None:
+    """They are listed by name, since the recipes are installed as one and lie elsewhere."""
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("moa_diffusion", "rewards")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert {*SETUP["packages"]} == {*folders, "moa_diffusion.recipes"}
+
+
+def test_the_version_is_that_of_the_newest_entry() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", changes, re.M).groups()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert version == moa_diffusion.__version__ == citation["version"]
+    assert date == str(citation["date-released"])
 
 
 def test_runs_and_the_environment_are_ignored_by_git() -> None:
