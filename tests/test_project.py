@@ -76,7 +76,7 @@ def test_the_version_is_that_of_the_newest_entry() -> None:
 
 
 def test_runs_and_the_environment_are_ignored_by_git() -> None:
-    assert {"runs/", ".venv"} <= set((ROOT / ".gitignore").read_text().splitlines())
+    assert {"runs/", "exported/", ".venv"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
 def test_scripts_import_the_package_rewards_and_not_the_script_of_that_name() -> None:

@@ -14,7 +14,7 @@ from moa_diffusion.files.paths import expanded as place
 
 
 def main() -> int:
-    """Read, write, print; 0, 2 for bad input."""
+    """Read, write, print; 0, 1 if it cannot be written or sent, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog=program.name(),
         description=program.described(__doc__, "export"),
@@ -28,12 +28,17 @@ def main() -> int:
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
     add("--output", type=place, required=True, help="a new folder")
     add("--evaluation", type=place, help="of the command evaluate; RUN/evaluate if that is there")
+    add("--push_to_hub", metavar="REPO", help="a repository of the hub that it is sent to as well")
+    add("--private", action="store_true", help="make that repository a private one if it is new")
     options = parser.parse_args()
 
     from moa_diffusion.export.export import export
+    from moa_diffusion.export.upload import check_repository, upload
     from moa_diffusion.types import ConfigError
 
     try:
+        if options.push_to_hub is not None:
+            check_repository(options.push_to_hub)
         message = export(
             options.run,
             checkpoint=options.checkpoint,
@@ -49,4 +54,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(message)
+    if options.push_to_hub is not None:
+        try:
+            print(f"Sent: {upload(options.output, options.push_to_hub, private=options.private)}")
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
