@@ -19,7 +19,6 @@ PACKAGES = ("moa_diffusion", "rewards")
 # a folder with all that is in it, `scoring` a module.
 LAYERS = (
     ("__main__", "train_sd", "train_lm"),
-    ("moa_diffusion",),
     ("commands/*",),
     ("export/*",),
     ("evaluation/*", "comparison/*", "calibration/*", "planning/*"),
@@ -29,6 +28,7 @@ LAYERS = (
     ("policies/*", "objectives/*", "storage/*", "scoring"),
     ("data/*", "config/*", "statistics/*"),
     ("distributed", "processes/*"),
+    ("moa_diffusion",),
     ("files/*",),
     ("types", "tiny/*"),
     ("rewards",),

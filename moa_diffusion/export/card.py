@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from moa_diffusion import assembly
+from moa_diffusion import __version__, assembly
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.texts import TextSettings
@@ -181,13 +181,16 @@ def _training(
 def _settings(each: Mapping[str, Config], *, images: bool) -> str:
     """Return the main settings of each run, and the versions that wrote this."""
     section, names = ("sampling", OF_IMAGES) if images else ("generation", OF_TEXTS)
-    values = {run: assembly.flat(settings) for run, settings in each.items()}
+    values = {
+        run: assembly.flat(one) | {"policy.lora.alpha": one.policy.lora.numerator}
+        for run, one in each.items()
+    }
     keys = [*SETTINGS, *(f"{section}.{name}" for name in names)]
     rows = [["setting", *values], *([key, *(str(v[key]) for v in values.values())] for key in keys)]
     libraries = ("torch", "diffusers" if images else "transformers", "peft")
-    versions = ", ".join([f"{name} {version(name)}" for name in libraries])
+    versions = [f"moa-diffusion {__version__}", *(f"{name} {version(name)}" for name in libraries)]
     files = "`config.yaml` has" if len(each) == 1 else "`config-RUN.yaml` have"
-    return f"{markdown(rows)}\n\n{files} all of them. Exported with {versions}."
+    return f"{markdown(rows)}\n\n{files} all of them. Exported with {', '.join(versions)}."
 
 
 def _scores(table: Table, summary: Summary, shown: str) -> list[str]:
