@@ -2,6 +2,6 @@
 
 from moa_diffusion.files.neighbours import check_neighbour
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 check_neighbour("rewards")

@@ -1,54 +1,8 @@
-"""Write a checkpoint, or a soup of several runs, as LoRA weights with a model card.
+"""Write a checkpoint for others: ``moa-diffusion export``."""
 
-python scripts/export.py --run runs/tiny_apex --checkpoint latest --output exported
-python scripts/export.py --run runs/a --run runs/b --weights 0.25,0.75 --output exported
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 
-
-def main() -> int:
-    """Read, write, print; 0, 2 for bad input."""
-    from moa_diffusion.files.paths import expanded as place
-
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--run", action="append", required=True, help="folder of training; repeated for a soup")
-    add("--checkpoint", default="latest", help="of each run: latest (default) or step-20")
-    add("--weights", help="of a soup's runs, comma-separated, which sum to 1")
-    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights")
-    add("--output", type=place, required=True, help="a new folder")
-    add("--evaluation", type=place, help="of scripts/evaluate.py; RUN/evaluate if that is there")
-    options = parser.parse_args()
-
-    from moa_diffusion.export.export import export
-    from moa_diffusion.types import ConfigError
-
-    try:
-        message = export(
-            options.run,
-            checkpoint=options.checkpoint,
-            weights=options.weights,
-            ema=options.ema,
-            output=options.output,
-            evaluation=options.evaluation,
-        )
-    except (ConfigError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, say: nothing of the output is left
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(message)
-    return 0
-
+from moa_diffusion.commands.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

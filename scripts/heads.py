@@ -1,80 +1,8 @@
-"""Reward heads: which there are, whether they work here, scores of images or texts, a server.
+"""List, check, score with and serve rewards: ``moa-diffusion rewards``."""
 
-python scripts/heads.py list
-python scripts/heads.py list ocr
-python scripts/heads.py check ocr --option engine=rapidocr
-python scripts/heads.py score ocr --images images --prompts prompts.txt --output scores.csv
-python scripts/heads.py serve --heads ocr,sharpness --port 8000
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-
-def main() -> int:
-    """Run one command; return 1 if a head cannot be used or fails, 2 if the arguments are wrong."""
-    from rich.console import Console
-
-    from moa_diffusion.data.prompt_files import read_prompts
-    from moa_diffusion.files.paths import expanded as place
-    from rewards import RewardError
-    from rewards.commands import cli, score_folder
-    from rewards.commands.check_head import Unusable
-    from rewards.serving.server import Limits
-
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    listed = commands.add_parser("list", help="a table of all heads, or of one head's options")
-    listed.add_argument("name", nargs="?", help="a head, or my_module:my_reward")
-    check = commands.add_parser("check", help="load a head and score two samples")
-    check.add_argument("--texts", action="store_true", help="have it score texts if it scores both")
-    score = commands.add_parser("score", help="score a folder of images, or texts")
-    score.add_argument("--images", type=place, help="folder, in natural order; else column `text`")
-    score.add_argument("--prompts", type=place, required=True, help="in order, or by column `file`")
-    score.add_argument("--output", type=place, default=Path("scores.parquet"), help=".csv, .jsonl")
-    score.add_argument("--batch_size", type=int, default=16, help="samples at once")
-    for command in (check, score):
-        command.add_argument("name", help="a head, or my_module:my_reward")
-        command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
-    serve = commands.add_parser("serve", help="serve heads over HTTP, for the head `remote`")
-    serve.add_argument("--heads", help="separated by commas; by default all that have options")
-    source = serve.add_mutually_exclusive_group()
-    source.add_argument("--config", type=place, help="YAML: {head: {option: value}}")
-    source.add_argument("--options", help="the same as JSON")
-    serve.add_argument("--host", default="127.0.0.1", help="beyond loopback a token is needed")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    serve.add_argument("--token_file", type=place, help=f"or the variable {cli.TOKEN_VARIABLE}")
-    for name, size in (sizes := asdict(Limits())).items():
-        serve.add_argument(
-            f"--{name}", type=int, default=size, help="see rewards.serving.server.Limits"
-        )
-    options = parser.parse_args()
-    try:
-        if options.command == "list":
-            console = Console(width=None if sys.stdout.isatty() else 160)
-            cli.show_head(console, options.name) if options.name else cli.list_heads(console)
-        elif options.command == "check":
-            cli.check_head(options.name, cli.parse_options(options.option), texts=options.texts)
-        elif options.command == "score":
-            prompts = [(prompt.text, prompt.metadata) for prompt in read_prompts(options.prompts)]
-            score_folder.refuse_blank_lines(options.prompts)
-            given = (options.name, cli.parse_options(options.option), options.images, prompts)
-            cli.score_samples(*given, output=options.output, batch_size=options.batch_size)
-        else:
-            limits = Limits(**{name: vars(options)[name] for name in sizes})
-            heads = cli.chosen_heads(options.heads, options.config, options.options)
-            token = cli.read_token(options.token_file)
-            cli.serve(heads, host=options.host, port=options.port, token=token, limits=limits)
-    except (Unusable, RewardError, ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Unusable | RewardError) else 2
-    return 0
-
+from moa_diffusion.commands.heads import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,29 +1,8 @@
-"""Fine-tune a Stable Diffusion 3.5 pipeline with LoRA on several rewards at once.
-
-accelerate launch scripts/train_sd.py --config configs/tiny_apex.yaml
-
-With --dry_run it says what the run needs and how long it takes, as scripts/plan.py does.
-"""
-
-from __future__ import annotations
+"""Fine-tune a Stable Diffusion 3.5 pipeline: ``moa-diffusion train-sd``."""
 
 import sys
 
-
-def main() -> int:
-    """Train; return the exit status: see ``launch``."""
-    if "--dry_run" in sys.argv:
-        from moa_diffusion.planning import plan
-
-        return plan([option for option in sys.argv[1:] if option != "--dry_run"])
-    from moa_diffusion.config.command_line import read_command_line
-
-    settings = read_command_line()
-    from moa_diffusion import assembly
-    from moa_diffusion.training.launch import launch
-
-    return launch(assembly.trainer, settings)
-
+from moa_diffusion.train_sd import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,6 +19,9 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 SHELL = "bash"
+# A command within a sentence, and not only its name.
+BEGINNINGS = ("accelerate launch ", "python ", "scripts/", "make ", "moa-diffusion ")
+WHOLE = r"scripts/\w+\.py \S|make |moa-diffusion [a-z-]+ [a-z-]"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def commands() -> list[tuple[str, str]]:
         found += [(block.page, " ".join(line.split())) for line in lines if line.strip()]
     for page, text in PAGES.items():
         for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
-            begins = code.startswith(("accelerate launch ", "python scripts/", "scripts/", "make "))
-            if (begins and re.search(r"scripts/\w+\.py \S|make ", code)) or "pip install" in code:
+            begins = code.startswith(BEGINNINGS)
+            if (begins and re.search(WHOLE, code)) or "pip install" in code:
                 found.append((page, code))
     return list(dict.fromkeys(found))

@@ -5,7 +5,6 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -202,6 +201,7 @@ def check_disagreement(folder: Path) -> None:
 def check_launch(folder: Path) -> None:
     """The scripts' exit status is 2 on both if the command line is wrong on one."""
     from moa_diffusion import assembly
+    from moa_diffusion.commands import evaluate
     from moa_diffusion.config.command_line import read_command_line
     from moa_diffusion.training.launch import launch
 
@@ -214,11 +214,6 @@ def check_launch(folder: Path) -> None:
     assert launch(assembly.trainer, read_command_line()) == 2
     sys.argv = ["train_sd.py", "--config", str(folder / "absent.yaml")]
     assert launch(assembly.trainer, read_command_line()) == 2
-    place = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    assert place is not None
-    assert place.loader is not None
-    evaluate = importlib.util.module_from_spec(place)
-    place.loader.exec_module(evaluate)
     sys.argv = ["evaluate.py", "--pipeline", "tiny", "--checkpoints", "base"]
     sys.argv += ["--rewards", "jpeg_compressibility", "--output", str(folder / "evaluate")]
     sys.argv += ["--prompts", str(folder / ("missing.txt" if rank else "prompts.txt"))]

@@ -18,6 +18,7 @@ import yaml
 
 from moa_diffusion import assembly, config
 from moa_diffusion.assembly.methods import check_ppo
+from moa_diffusion.commands import COMMANDS
 from moa_diffusion.storage.log import read_metrics
 from pages import BLOCKS, PAGES, ROOT, SHELL, Block, blocks, commands, files
 from rewards import registry
@@ -26,6 +27,7 @@ SHOWN = ("json", "text")  # languages of blocks that are looked at and not run
 # What a command may begin with that is no script of this project, and why it is not run.
 OUTSIDE = {
     ".": "activates the environment that `make setup` makes",
+    "cd": "goes to a folder that another command makes",
     "apt-get": "installs into the system",
     "brew": "installs into the system",
     "hf": "downloads from the hub",
@@ -108,9 +110,13 @@ def test_a_command_is_one(
     words = shlex.split(command, comments=True)
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         del words[0]
+    words = as_script(words)
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{word}:", makefile, re.M) for word in words[1:])
+    elif words[0] == "recipes":
+        assert words[1:2] in ([], ["copy"])
+        assert all((ROOT / "configs" / f"{word}.yaml").is_file() for word in words[2:3])
     elif words[:2] == ["pip", "install"]:
         check_packages(words[2:])
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -122,6 +128,19 @@ def test_a_command_is_one(
         (place,) = [i for i, word in enumerate(words) if re.match(r"scripts/[\w/]+\.py$", word)]
         assert (ROOT / words[place]).is_file()
         check_script(words[place], words[place + 1 :], parsed)
+
+
+def as_script(words: list[str]) -> list[str]:
+    """A command of the installed program, or of a module, as that of its script."""
+    pattern = r"(?:moa-diffusion|.* -m moa_diffusion)[ .]([\w-]+) ?(.*)"
+    if not (found := re.match(pattern, shlex.join(words))):
+        return words
+    command, rest = found[1].replace("_", "-"), shlex.split(found[2])
+    assert command in COMMANDS
+    if command == "recipes":
+        return [command, *rest]
+    script = {"rewards": "heads"}.get(command, command.replace("-", "_"))
+    return ["python", f"scripts/{script}.py", *rest]
 
 
 def check_packages(words: Sequence[str]) -> None:

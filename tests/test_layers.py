@@ -18,7 +18,8 @@ PACKAGES = ("moa_diffusion", "rewards")
 # From the top down. A module imports only from lower rows, or from its own room: `policies/*` names
 # a folder with all that is in it, `scoring` a module.
 LAYERS = (
-    ("moa_diffusion",),
+    ("__main__", "train_sd", "train_lm"),
+    ("commands/*",),
     ("export/*",),
     ("evaluation/*", "comparison/*", "calibration/*", "planning/*"),
     ("assembly/*",),
@@ -27,6 +28,7 @@ LAYERS = (
     ("policies/*", "objectives/*", "storage/*", "scoring"),
     ("data/*", "config/*", "statistics/*"),
     ("distributed", "processes/*"),
+    ("moa_diffusion",),
     ("files/*",),
     ("types", "tiny/*"),
     ("rewards",),
@@ -40,6 +42,7 @@ LAYERS = (
 
 # The only modules that import the package `rewards` (scripts may too).
 USERS_OF_REWARDS = {
+    "moa_diffusion.commands.heads",  # the command of rewards
     "moa_diffusion.assembly.methods",  # import paths of weightings, as rewards have them
     "moa_diffusion.scoring",
     "moa_diffusion.planning.judges",  # what a head's model takes, by the head's class
@@ -50,7 +53,7 @@ FOR_EVERYONE = "rewards.suggestions"  # no part of what scores: a function of wo
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
-# Not among what everything loads: the commands of scripts/heads.py, the head `remote` and what
+# Not among what everything loads: the commands of rewards, the head `remote` and what
 # serves heads, and who a head is.
 LATER = {
     "rewards.commands.cli",
@@ -314,12 +317,14 @@ def test_a_folder_without_its_init_is_found(tmp_path: Path) -> None:
     assert loose(tmp_path / "package") == [tmp_path / "package" / "room"]
 
 
-def test_the_root_holds_three_modules_and_a_folder_fifteen() -> None:
+def test_the_root_holds_three_modules_beside_the_programs_and_a_folder_fifteen() -> None:
     counts: dict[Path, int] = {}
     for path in MODULES.values():
         if path.name != "__init__.py":
             counts[path.parent] = counts.get(path.parent, 0) + 1
-    assert counts[ROOT / "moa_diffusion"] <= 3
+    programs = {"moa_diffusion.__main__", "moa_diffusion.train_sd", "moa_diffusion.train_lm"}
+    assert programs <= MODULES.keys()  # what `python -m` and launchers name
+    assert counts[ROOT / "moa_diffusion"] - len(programs) <= 3
     assert {str(path): count for path, count in counts.items() if count > 15} == {}
 
 

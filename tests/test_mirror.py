@@ -77,7 +77,16 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
             "moa_diffusion.assembly.scorers",
             "moa_diffusion.assembly.trainers",
             "moa_diffusion.comparison.curves",
+            "moa_diffusion.train_sd",
         ),
+    ),
+    "commands/test_train_lm.py": (
+        "a program is what runs when it is started",
+        ("moa_diffusion.train_lm",),
+    ),
+    "commands/test_wheel.py": (
+        "what is installed is started from elsewhere",
+        ("moa_diffusion.__main__",),
     ),
     "data/test_prompt_files.py": (
         "what a text file or a table may hold shows in the files that are read",
@@ -85,7 +94,11 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "planning/test_command.py": (
         "what is printed, and other settings, are of a whole plan",
-        ("moa_diffusion.planning.present", "moa_diffusion.planning.variants"),
+        (
+            "moa_diffusion.commands.plan",
+            "moa_diffusion.planning.present",
+            "moa_diffusion.planning.variants",
+        ),
     ),
     "planning/test_planner.py": (
         "a forecast is what a planner makes",
@@ -165,10 +178,18 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
 UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}
 # Modules that their test file does not import, each with the words by which it uses them.
 USED_BY = {
+    "moa_diffusion.__main__": '"-m", "moa_diffusion"',
     "moa_diffusion.adapters.diffusers": "evaluate(",
     "moa_diffusion.assembly.models": "assembly.trainer(",
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
+    **{
+        f"moa_diffusion.{module}": f'"{module.rpartition(".")[2]}.py"'  # by its script
+        for module in (
+            *("train_sd", "train_lm", "commands.evaluate", "commands.export", "commands.demo"),
+            *("commands.calibrate", "commands.compare", "commands.heads"),
+        )
+    },
     "moa_diffusion.config.messages": "whole number",
     "moa_diffusion.config.yaml_files": "should be YAML",
     "moa_diffusion.data.prompt_tables": "read_prompts",
@@ -249,6 +270,8 @@ def test_a_listed_file_tests_what_it_is_listed_for(name: str) -> None:
 # Stems that several modules have, each with the reason; any other tells a module from all others.
 SHARED_STEMS = {
     "base": "the contract that the other modules of a room keep",
+    "evaluate": "a command, and the function that does it",
+    "export": "a command, and the function that does it",
     "head": "a reward head that has a folder of its own",
     "plan": "what a command will do, checked before anything is loaded",
     "plot": "the figure of a command that has one",

@@ -10,13 +10,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import house
+import moa_diffusion
 from waiting import python
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 PROJECT = tomllib.loads(PYPROJECT)["project"]
+SETUP = tomllib.loads(PYPROJECT)["tool"]["setuptools"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -55,8 +58,26 @@ def test_every_bound_has_a_reason() -> None:
     assert [line for line in bounds if not re.search(r"#\s*\w", line)] == []
 
 
+def test_every_package_is_installed() -> None:
+    """They are listed by name, since the recipes are installed as one and lie elsewhere."""
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("moa_diffusion", "rewards")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert {*SETUP["packages"]} == {*folders, "moa_diffusion.recipes"}
+
+
+def test_the_version_is_that_of_the_newest_entry() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", changes, re.M).groups()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert version == moa_diffusion.__version__ == citation["version"]
+    assert date == str(citation["date-released"])
+
+
 def test_runs_and_the_environment_are_ignored_by_git() -> None:
-    assert {"runs/", ".venv"} <= set((ROOT / ".gitignore").read_text().splitlines())
+    assert {"runs/", "exported/", ".venv"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
 def test_scripts_import_the_package_rewards_and_not_the_script_of_that_name() -> None:
@@ -90,8 +111,10 @@ def test_the_package_alone_loads_not_even_torch() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_is_short_and_has_a_main(script: Path) -> None:
     source = script.read_text()
-    functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
-    assert "main" in functions
+    body = ast.parse(source).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    names += [one.name for node in body if isinstance(node, ast.ImportFrom) for one in node.names]
+    assert "main" in names
     assert len(source.splitlines()) <= 100
 
 
@@ -117,6 +140,6 @@ def test_no_function_that_returns_nothing_says_that_it_returns_something() -> No
 
 def test_the_sizes_of_the_house_are_counted() -> None:
     report = house.report(ROOT)
-    assert report["modules in the root of moa_diffusion"] == 3
+    assert report["modules in the root of moa_diffusion"] == 6  # three of them programs
     rooms, arrows = report["rooms, arrows: inside rewards"]
     assert 0 < rooms <= arrows < rooms**2

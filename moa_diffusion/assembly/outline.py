@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from moa_diffusion.assembly.methods import method_of
 from moa_diffusion.config import Config
 from moa_diffusion.distributed import Comm
+from moa_diffusion.files import program
 from moa_diffusion.monitoring.console import Facts
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.scoring import RewardHead
@@ -67,18 +66,12 @@ def outline(
 
 
 def commands(settings: Config) -> list[str]:
-    """Return the commands that usually follow a run, as its folder and the scripts lie here."""
-    scripts = Path(sys.argv[0]).parent
-    if not (scripts / "export.py").is_file():  # a notebook, or a program of somebody's own
-        scripts = Path("scripts")
+    """Return the commands that usually follow a run, as this process was started."""
     folder = shlex.quote(settings.output_dir)
     exported = shlex.quote(f"{settings.output_dir.rstrip('/')}/exported")
-    follow = [
-        f"python {shlex.quote(str(scripts / 'export.py'))} --run {folder} --output {exported}"
-    ]
+    follow = [f"{program.words('export')} --run {folder} --output {exported}"]
     if settings.prompts.heldout is not None:
-        script = shlex.quote(str(scripts / "evaluate.py"))
-        follow.insert(0, f"python {script} --run {folder} --checkpoints base,latest")
+        follow.insert(0, f"{program.words('evaluate')} --run {folder} --checkpoints base,latest")
     return follow
 
 

@@ -24,7 +24,7 @@ from moa_diffusion.storage import checkpoint
 POLL = 0.3  # seconds between two looks at the processes
 
 
-def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[str, str]:
+def execute(runs: Sequence[PlannedRun], *, program: Sequence[str], parallel: int) -> dict[str, str]:
     """Run what is not finished, at most ``parallel`` at a time.
 
     On Ctrl-C, or another signal that asks to end, the processes save their state and end; a second
@@ -32,7 +32,7 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
 
     Args:
         runs: All runs of the comparison.
-        script: Path of ``train_sd.py``.
+        program: What starts a training: the words before its options.
         parallel: Processes at a time.
 
     Returns:
@@ -55,7 +55,7 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
             while waiting or active:
                 while waiting and len(active) < parallel:
                     run = waiting.pop(0)
-                    active.append((run, _start(run, script)))
+                    active.append((run, _start(run, program)))
                 time.sleep(POLL)
                 for run, process in list(active):
                     if process.poll() is None:
@@ -80,7 +80,7 @@ def execute(runs: Sequence[PlannedRun], *, script: Path, parallel: int) -> dict[
     return failures
 
 
-def _start(run: PlannedRun, script: Path) -> subprocess.Popen[bytes]:
+def _start(run: PlannedRun, program: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start or continue one run, out of reach of the terminal's Ctrl-C; its log is beside it.
 
     The process holds a lock on its log, also when the comparison that started it was killed.
@@ -98,7 +98,7 @@ def _start(run: PlannedRun, script: Path) -> subprocess.Popen[bytes]:
         recipe = run.folder.with_name(f"{run.name}.yaml")
         recipe.write_text(config.to_yaml(run.settings), encoding="utf-8")
         command = [
-            *(sys.executable, str(script), "--config", str(recipe)),
+            *(*program, "--config", str(recipe)),
             *("--objectives.method", run.settings.objectives.method, "--seed", str(run.seed)),
             *("--output_dir", str(run.folder)),
             *(("--resume", "latest") if saved else ()),

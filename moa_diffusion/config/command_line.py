@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moa_diffusion.config.parse import parse
 from moa_diffusion.config.schema import Config
+from moa_diffusion.files import program
 from moa_diffusion.types import ConfigError
 
 
@@ -56,12 +57,16 @@ def _arguments() -> list[str]:
     """
     if len(sys.argv) > 1:
         return sys.argv[1:]
-    script = Path(sys.argv[0])
-    prefix = "lm_" if script.stem == "train_lm" else ""
-    recipes = sorted((script.resolve().parent.parent / "configs").glob(f"{prefix}*.yaml"))
-    shown = [os.path.relpath(file) for file in recipes if prefix or not file.stem.startswith("lm_")]
+    texts = "train_lm" in program.name().replace("-", "_")
+    files = sorted(program.recipes().glob("*.yaml"))
+    names = [file.stem for file in files if file.stem.startswith("lm_") == texts]
+    first = "lm_tiny_pama" if texts else "tiny_apex"
+    recipe = Path(os.path.relpath(program.recipes())) / f"{first}.yaml"
+    copied = ""
+    if program.recipes().name != "configs":  # inside an installed package
+        recipe = Path("configs") / recipe.name
+        copied = f"{program.words('recipes')} copy {first}\nand then "
     raise ConfigError(
-        f"config: should name a recipe. Try: {script} --config {shown[0] if shown else 'FILE.yaml'}"
-        + (f"\nRecipes: {', '.join(shown)}." if shown else "")
-        + f"\n{script} --help explains every option."
+        f"config: should name a recipe. Try: {copied}{sys.argv[0]} --config {recipe}\n"
+        f"Recipes: {', '.join(names)}.\n{sys.argv[0]} --help explains every option."
     )

@@ -9,12 +9,12 @@ from a file spares the import of everything that they describe.
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
+
+from moa_diffusion.files import program
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -24,7 +24,7 @@ override earlier ones.
 """
 SHORT = """\
 --help all explains every key, and the options of the method and of the rewards that the given
-files and options choose. `scripts/heads.py list` shows all rewards.
+files and options choose. `{rewards} list` shows all rewards.
 """
 LONG = """\
 Options of the method and of the rewards are those that the given files and options choose.
@@ -39,10 +39,11 @@ def help_text(values: Mapping[str, Any], *, everything: bool) -> str:
         everything: Whether to explain every key, instead of naming the sections.
     """
     known = json.loads(files("moa_diffusion.config").joinpath("options.json").read_text("utf-8"))
-    script = Path(sys.argv[0]).name
+    script = program.name()
+    about = LONG if everything else SHORT.format(rewards=program.words("rewards"))
     parser = ArgumentParser(
         usage=f"{script} [--config FILE] [--KEY VALUE ...] [--print_config] [--help [all]]",
-        description=ABOUT + (LONG if everything else SHORT),
+        description=ABOUT + about,
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -68,8 +69,8 @@ def help_text(values: Mapping[str, Any], *, everything: bool) -> str:
 
 def _dry_run(script: str) -> list[tuple[str, str]]:
     """Return an option that one script has, and what it means."""
-    meaning = "Print what the run needs and how long it takes, and exit; see scripts/plan.py."
-    return [("--dry_run", meaning)] if script == "train_sd.py" else []
+    meaning = "Print what the run needs and how long it takes, and exit, as the command plan."
+    return [("--dry_run", meaning)] if "train_sd" in script.replace("-", "_") else []
 
 
 def _chosen(

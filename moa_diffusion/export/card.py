@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 
-from moa_diffusion import assembly
+from moa_diffusion import __version__, assembly
 from moa_diffusion.config import Config
 from moa_diffusion.evaluation.candidates import Candidate
 from moa_diffusion.evaluation.texts import TextSettings
@@ -20,6 +21,19 @@ from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import LEVEL
 
 LISTED = 20  # prompts in the card
+STABILITY_AI = "stable-diffusion-3"  # in the names of models that have its licence
+SETTINGS = (  # of the configuration, that the card names; all of them are in config.yaml
+    *("policy.lora.rank", "policy.lora.alpha", "policy.dtype", "optimizer.lr", "ema.decay"),
+    *("trainer.groups", "trainer.group_size", "trainer.updates"),
+    *("loss.kind", "loss.clip_range", "loss.kl_weight", "seed"),
+)
+OF_IMAGES = ("resolution", "steps", "guidance", "sampler", "noise_level", "window")
+OF_TEXTS = ("max_new_tokens", "temperature")
+COMFYUI = (
+    "ComfyUI loads the same file (Load LoRA): it knows diffusers' names of the layers of Stable "
+    "Diffusion 3. The scale is in the weights, so its strength is 1. Programs that want the names "
+    "of kohya-ss, with queries, keys and values in one layer, do not read it."
+)
 STABILITY = (
     "Stable Diffusion 3 and 3.5 are under the Stability AI Community License, which holds for "
     "what is derived from them too."
@@ -37,6 +51,7 @@ def model_card(
     noun: str,
     name: str,
     shown: str | None,
+    gallery: Mapping[str, str],
 ) -> str:
     """Return the card in Markdown, with the metadata that model hubs read in front.
 
@@ -50,19 +65,28 @@ def model_card(
         noun: What the model draws, in the plural.
         name: The model's name.
         shown: The file beside the card with samples of both, if they were evaluated.
+        gallery: Files of the model's images beside the card, by prompt.
     """
     base = settings.policy.path
     head, usage = _of_texts(settings, name) if noun == "completions" else _of_images(settings, name)
     if not Path(assembly.model_path(settings)).is_dir():
         head["base_model"] = base
+    if STABILITY_AI in base:
+        head |= {"license": "other", "license_name": "stabilityai-ai-community"}
+        head["license_link"] = "https://stability.ai/license"
+    if gallery:
+        head["widget"] = [{"text": text, "output": {"url": url}} for text, url in gallery.items()]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
         f"LoRA weights (rank {adapter.rank}) for the base model `{Path(base).name}`, trained with "
         "moa-diffusion on several rewards at once.",
+        *(["<Gallery />"] if gallery else []),
         f"```python\n{usage}\n```",
+        *([COMFYUI] if noun != "completions" else []),
         "## Training",
         _training(each, members, shares),
+        _settings(each, images=noun != "completions"),
         "## Scores",
         *(
             _scores(table, summarise(table), shown)
@@ -73,7 +97,7 @@ def model_card(
         "An adapter is made for one base model and is of use only with it: the licence of the base "
         f"model holds for it, and for its {noun} as far as it says so. The rewards above may be "
         "models with terms of their own on what is trained with them; look them up before you "
-        "publish or sell." + (f" {STABILITY}" if "stable-diffusion-3" in base else ""),
+        "publish or sell." + (f" {STABILITY}" if STABILITY_AI in base else ""),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -152,6 +176,21 @@ def _training(
             ]
         )
     return markdown(rows)
+
+
+def _settings(each: Mapping[str, Config], *, images: bool) -> str:
+    """Return the main settings of each run, and the versions that wrote this."""
+    section, names = ("sampling", OF_IMAGES) if images else ("generation", OF_TEXTS)
+    values = {
+        run: assembly.flat(one) | {"policy.lora.alpha": one.policy.lora.numerator}
+        for run, one in each.items()
+    }
+    keys = [*SETTINGS, *(f"{section}.{name}" for name in names)]
+    rows = [["setting", *values], *([key, *(str(v[key]) for v in values.values())] for key in keys)]
+    libraries = ("torch", "diffusers" if images else "transformers", "peft")
+    versions = [f"moa-diffusion {__version__}", *(f"{name} {version(name)}" for name in libraries)]
+    files = "`config.yaml` has" if len(each) == 1 else "`config-RUN.yaml` have"
+    return f"{markdown(rows)}\n\n{files} all of them. Exported with {', '.join(versions)}."
 
 
 def _scores(table: Table, summary: Summary, shown: str) -> list[str]:

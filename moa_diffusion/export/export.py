@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from moa_diffusion.adapters.soup import mix
 from moa_diffusion.config import Config
+from moa_diffusion.config.places import NAME as CONFIG
 from moa_diffusion.evaluation.candidates import (
     Candidate,
     candidates,
@@ -19,6 +24,7 @@ from moa_diffusion.evaluation.candidates import (
 from moa_diffusion.evaluation.medium import Medium, medium_of
 from moa_diffusion.export.card import model_card
 from moa_diffusion.policies.adapters import Adapter
+from moa_diffusion.report.grid import shown_prompts
 from moa_diffusion.report.libraries import TABLES_AND_PLOTS, check_libraries
 from moa_diffusion.report.shown import write_shown
 from moa_diffusion.report.table import NAME, Table, read_table
@@ -26,6 +32,7 @@ from moa_diffusion.storage import checkpoint
 from moa_diffusion.types import ConfigError
 
 CARD = "README.md"
+GALLERY = "images"
 SHOWN = 8  # prompts beside the card
 
 
@@ -38,7 +45,9 @@ def export(
     output: Path,
     evaluation: Path | None = None,
 ) -> str:
-    """Write the weights, ``README.md`` and, if evaluated, samples of the model and its base.
+    """Write the weights, ``README.md``, ``config.yaml`` and, if evaluated, samples.
+
+    The samples are of the model and its base beside each other, and a gallery of the model's.
 
     The weights are what diffusers loads, or, of a language model, what peft does.
 
@@ -77,7 +86,7 @@ def export(
     scores = (
         ""
         if table is not None
-        else (" The card has no scores: scripts/evaluate.py measures them, then export again.")
+        else (" The card has no scores: the command evaluate measures them, then export again.")
     )
     return f"Written: {output / medium.weights} (rank {adapter.rank}), {output / CARD}.{scores}"
 
@@ -143,6 +152,10 @@ def _write(
             medium.copy_adapter(folder / ("ema" if single[0].ema else ""), partial)
         else:
             medium.write_adapter(adapter, partial)
+        for name, run in runs.items():
+            public = _public(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+            file = CONFIG if len(runs) == 1 else f"config-{name}.yaml"
+            (partial / file).write_text(yaml.safe_dump(public, sort_keys=False), encoding="utf-8")
         shown = None if table is None else write_shown(table, partial, shown=SHOWN)
         card = model_card(
             settings,
@@ -154,5 +167,29 @@ def _write(
             noun=medium.noun,
             name=output.resolve().name,
             shown=shown,
+            gallery={} if table is None else _gallery(table, partial),
         )
         (partial / CARD).write_text(card, encoding="utf-8")
+
+
+def _public(value: Any) -> Any:
+    """Return options of which files and folders of this machine are named by their last part."""
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_public(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value
+
+
+def _gallery(table: Table, folder: Path) -> dict[str, str]:
+    """Copy an image of the model for some prompts; return their files by prompt."""
+    if table.images is None:
+        return {}
+    (folder / GALLERY).mkdir()
+    files = {}
+    for p in shown_prompts(len(table.prompts), SHOWN):
+        files[table.prompts[p]] = f"{GALLERY}/{p}.png"
+        shutil.copyfile(table.images[1][p][0], folder / GALLERY / f"{p}.png")
+    return files

@@ -56,7 +56,9 @@ def main() -> int:
             check_unchanged(run)
         if not options.tables:
             everything.sort(key=lambda run: run.seed)
-            failures = execute(everything, script=SCRIPT, parallel=options.parallel)
+            failures = execute(
+                everything, program=[sys.executable, str(SCRIPT)], parallel=options.parallel
+            )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

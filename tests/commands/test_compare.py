@@ -474,12 +474,13 @@ lines = [json.dumps(row | {"sibling": i}) for i in range(2)]
 (folder / "metrics.jsonl").write_text('{"step": 0}\\n')
 time.sleep(1e6)
 """
+FAKE_PROGRAM = [sys.executable, "fake.py"]
 
 
 def test_a_reward_without_spread_ends_the_comparison_at_once(folder: Path) -> None:
     (folder / "fake.py").write_text(FAKE)
     with pytest.raises(ValueError, match=r"Objective `mine` should vary within a prompt.*Found 0"):
-        execute(planned(seeds="2").runs, script=folder / "fake.py", parallel=1)
+        execute(planned(seeds="2").runs, program=FAKE_PROGRAM, parallel=1)
     assert not (folder / "out" / "static-1").exists()
 
 
@@ -492,7 +493,7 @@ def test_a_run_that_still_goes_on_is_left_alone(folder: Path) -> None:
         log.write("at work")
         log.flush()
         with pytest.raises(ValueError, match="Another process is at work on `out/static-0`"):
-            execute([run], script=folder / "fake.py", parallel=1)
+            execute([run], program=FAKE_PROGRAM, parallel=1)
     assert run.log.read_text() == "at work"
 
 
@@ -551,7 +552,7 @@ def test_two_methods_twice_one_dies_and_is_continued(folder: Path, here: Here) -
     assert (folder / "out" / "static-0.log").stat().st_mtime_ns == kept
 
     runs = planned(methods=["static", "mild.yaml"], seeds="2").runs
-    assert execute(runs, script=folder / "nothing.py", parallel=2) == {}  # nothing is started
+    assert execute(runs, program=["nothing"], parallel=2) == {}  # nothing is started
 
 
 def test_sigterm_ends_the_runs_and_the_next_call_continues(folder: Path) -> None:

@@ -597,14 +597,14 @@ def test_an_exported_adapter_writes_as_its_card_says(
     output = tmp_path / "exported"
     said = export([str(runs / "a")], output=output, evaluation=evaluated[0])
     assert f"{output / PEFT} (rank 3)" in said
-    names = ["README.md", CONFIG, PEFT, "completions.md"]
+    names = ["README.md", CONFIG, PEFT, "completions.md", "config.yaml"]
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
     assert (output / PEFT).read_bytes() == (ema(runs, "a") / PEFT).read_bytes()
     card = (output / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "peft"
     assert "base_model" not in head
-    for name in ("README.md", CONFIG, "completions.md"):
+    for name in ("README.md", CONFIG, "completions.md", "config.yaml"):
         assert str(runs) not in (output / name).read_text(), "no folder of this machine"
     for words in ("vowels x 2, short", "3 prompts x 2 seeds; temperature 1", "](completions.md)"):
         assert words in card

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,13 +12,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 
 from moa_diffusion import assembly
 from moa_diffusion.adapters.diffusers import write_adapter
+from moa_diffusion.commands.export import main
 from moa_diffusion.config import from_dict
 from moa_diffusion.evaluation.evaluate import evaluate
 from moa_diffusion.evaluation.plan import plan_evaluation
 from moa_diffusion.evaluation.write import write_results
+from moa_diffusion.export.card import model_card
 from moa_diffusion.export.export import export
 from moa_diffusion.policies.adapters import Adapter, read_sd3_adapter, sd3_skeleton
 from moa_diffusion.policies.lora_files import DIFFUSERS
@@ -80,7 +85,13 @@ def test_a_checkpoint_is_copied_with_a_card(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
     assert ended.value.code == 0
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "grid.png", DIFFUSERS]
+    assert {path.name for path in output.iterdir()} == {
+        *("README.md", "config.yaml", "grid.png", "images", DIFFUSERS)
+    }
+    probe = tmp_path / "usual"
+    probe.touch()
+    for path in output.rglob("*.*"):
+        assert path.stat().st_mode == probe.stat().st_mode, "others can read it, if the umask lets"
     source = checkpoint.step_folder(runs / "a", 3) / "ema" / DIFFUSERS
     assert (output / DIFFUSERS).read_bytes() == source.read_bytes()
     card = (output / "README.md").read_text()
@@ -88,6 +99,16 @@ def test_a_checkpoint_is_copied_with_a_card(
     assert head["library_name"] == "diffusers"
     assert "base_model" not in head, "no folder of the machine it was trained on"
     assert str(tmp_path) not in card
+    assert [Path(shown["output"]["url"]) for shown in head["widget"]] == [
+        Path("images") / f"{p}.png" for p in range(2)
+    ]
+    with Image.open(output / head["widget"][0]["output"]["url"]) as image:
+        assert image.size == (32, 32)
+    assert re.search(r"\| trainer.group_size +\| +2 \|", card)
+    assert f"torch {torch.__version__.partition('+')[0]}" in card
+    trained = yaml.safe_load((output / "config.yaml").read_text())
+    assert trained["output_dir"] == "a"  # and no folder of this machine
+    assert trained["trainer"] == yaml.safe_load((runs / "a" / "config.yaml").read_text())["trainer"]
     for said in ("colourfulness x 2, sharpness", "2 prompts x 2 seeds", "## Licence", "says"):
         assert said in card
     summary = (evaluation / "summary.md").read_text()
@@ -106,6 +127,9 @@ def test_a_soup_is_written_as_it_was_evaluated(runs: Path, evaluation: Path, tmp
         evaluation=evaluation,
     )
     assert "(rank 4)" in said
+    assert {path.name for path in (tmp_path / "soup").glob("*.yaml")} == {
+        *("config-a.yaml", "config-b.yaml")
+    }
     card = (tmp_path / "soup" / "README.md").read_text()
     assert card.count("|   0.5 |") + card.count("|    0.5 |") == 2
     transformer = sd3_skeleton(str(PIPELINE_PATH))
@@ -138,6 +162,60 @@ def test_ranks_that_differ_are_padded(runs: Path, tmp_path: Path):
         before = mixed.layers[name]
         # Ranks of zeros add nothing, but may cut sums otherwise: torch's 1.3e-6 is 20 roundings.
         torch.testing.assert_close(high @ low, before[1] @ before[0])
+
+
+# Layers of Stable Diffusion 3 that ComfyUI knows by diffusers' names, after `transformer.`.
+COMFYUI = (
+    r"transformer\.transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|"
+    r"attn2\.(to_[qkv]|to_out\.0)|ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
+    r"\.lora_[AB]\.weight"
+)
+
+
+def test_comfyui_finds_every_layer_and_needs_no_scale(runs: Path, tmp_path: Path):
+    """It reads names like these with scale 1, and says `lora key not loaded` of any other."""
+    export([str(runs / "a")], output=tmp_path / "out")
+    with safe_open(tmp_path / "out" / DIFFUSERS, "pt") as file:
+        names = list(file.keys())
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert len(names) > 20
+    assert [name for name in names if not re.fullmatch(COMFYUI, name)] == []
+    assert metadata["transformer.lora_alpha"] == metadata["transformer.r"]
+
+
+def test_it_is_sent_after_it_is_written(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    sent = []
+
+    def send(folder: Path, name: str, *, private: bool) -> str:
+        assert (folder / "README.md").is_file()
+        sent.append((name, private))
+        if len(sent) > 1:
+            raise ConfigError("--push_to_hub: no")
+        return "https://hub/me/mine"
+
+    monkeypatch.setattr("moa_diffusion.export.upload.upload", send)
+    for number, (name, status) in enumerate((("me/mine", 0), ("me/mine", 1), ("a/b/c", 2))):
+        options = ["--run", str(runs / "a"), "--output", str(tmp_path / f"out-{number}")]
+        options += ["--push_to_hub", name, "--private"]
+        monkeypatch.setattr(sys, "argv", ["export.py", *options])
+        assert main() == status
+        assert (tmp_path / f"out-{number}").is_dir() == (status < 2)
+    assert sent == [("me/mine", True)] * 2
+    assert "Sent: https://hub/me/mine" in capsys.readouterr().out
+
+
+def test_the_licence_of_the_base_model_is_named_for_the_hub() -> None:
+    settings = from_dict({"policy": {"path": "stabilityai/stable-diffusion-3.5-medium"}})
+    a, b = torch.ones(2, 3), torch.ones(3, 2)
+    one = Adapter(layers={"layer": (a, b)}, digest="")
+    options = {"noun": "images", "name": "mine", "shown": None, "gallery": {}}
+    card = model_card(settings, {"a": settings}, [], [], one, None, **options)
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == settings.policy.path
+    assert (head["license"], head["license_name"]) == ("other", "stabilityai-ai-community")
+    assert "Stability AI Community License" in card
 
 
 def test_without_an_evaluation_the_card_says_so(runs: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moa_diffusion import config
-from moa_diffusion.planning.command import main, measured, plan
+from moa_diffusion.commands.plan import measured, plan
 from moa_diffusion.planning.gpus import GPUS
 from moa_diffusion.planning.planner import Planner
 from moa_diffusion.planning.present import Plan
@@ -147,17 +147,6 @@ def test_a_bad_option_is_named(
     rewards = ["--config", str(ROOT / "configs" / "tiny_static.yaml")]
     assert plan([*rewards, *options]) == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_the_installed_command_has_one_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["moa-diffusion"])
-    assert main() == 2
-    assert "moa-diffusion plan --config FILE" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["moa-diffusion", "plan", "--nodes", "0"])
-    assert main() == 2
-    assert "--nodes: should be at least 1. Found 0" in capsys.readouterr().err
 
 
 def test_one_process_of_several_prints(

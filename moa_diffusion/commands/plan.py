@@ -1,4 +1,7 @@
-"""The command ``plan``: what a run needs, and how long it takes, before anything is loaded."""
+"""Say what a run needs and how long it takes, without weights, network or GPU.
+
+moa-diffusion plan --config configs/sd35_medium_apex.yaml --gpus 8 --card h100
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moa_diffusion import config
+from moa_diffusion.files import program
 from moa_diffusion.files.paths import expanded
-from moa_diffusion.files.writing import write_text
-from moa_diffusion.planning.gpus import GPUS, Gpu, gpu
-from moa_diffusion.planning.planner import SAMPLE, UPDATE, Planner
-from moa_diffusion.planning.present import Plan
-from moa_diffusion.scoring import RewardError
 from moa_diffusion.types import ConfigError
+
+if TYPE_CHECKING:
+    from moa_diffusion.planning.gpus import Gpu
 
 
 def main() -> int:
-    """Run ``moa-diffusion``, whose only command is ``plan``; see ``plan``."""
-    if sys.argv[1:2] != ["plan"]:
-        print("usage: moa-diffusion plan --config FILE (--help explains it)", file=sys.stderr)
-        return 2
-    return plan(sys.argv[2:])
+    """Print the plan; return 2 for bad input."""
+    return plan(sys.argv[1:])
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -35,12 +34,13 @@ def plan(arguments: Sequence[str]) -> int:
         arguments: Options of the command; those that it does not know are of the configuration.
     """
     parser = argparse.ArgumentParser(
-        prog="plan",
-        description="What a run needs and how long it takes: computed without weights, network "
-        "or GPU. Other options (--dotted.key value) override the configuration.",
+        prog=program.name(),
+        description=f"{program.described(__doc__, 'plan')}\n"
+        "Other options (--dotted.key value) override the configuration.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--card", help=f"one of {', '.join(GPUS)}; by default all are compared")
+    parser.add_argument("--card", help="such as h100; by default all that it knows are compared")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     parser.add_argument("--gpus", type=int, default=world, help="of a node (default 1)")
     parser.add_argument("--nodes", type=int, default=1, help="default 1")
@@ -49,6 +49,14 @@ def plan(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if os.environ.get("RANK", "0") != "0":  # another process prints it
         return 0
+
+    from moa_diffusion import config
+    from moa_diffusion.files.writing import write_text
+    from moa_diffusion.planning.gpus import gpu
+    from moa_diffusion.planning.planner import Planner
+    from moa_diffusion.planning.present import Plan
+    from moa_diffusion.scoring import RewardError
+
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         for name in ("gpus", "nodes"):
@@ -78,6 +86,8 @@ def measured(file: Path, card: Gpu | None) -> dict[str, float]:
     Raises:
         ConfigError: If no card is named, or the file is no such report.
     """
+    from moa_diffusion.planning.planner import SAMPLE, UPDATE
+
     if card is None:
         raise ConfigError("--card: should name the card that --bench was measured on. Found none.")
     try:
