@@ -16,13 +16,12 @@ from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.report.grid import shown_prompts
+from moa_diffusion.report.palette import marks
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.statistics.groups import mean_and_error, same_prompt
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import Request
-
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 
 
 def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
@@ -102,14 +101,17 @@ def draw_and_score(
 def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
     """Draw one panel per objective: its change over the base model on the same seeds."""
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    style = marks(runs)
     for name, panel in zip(names, panels, strict=True):
-        for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
+        for label, folder in runs.items():
             steps, mean, error = changes(folder, name)
-            panel.plot(steps, mean, color=colour, marker="o", label=label)
+            colour = style[label].colour
+            panel.plot(steps, mean, color=colour, marker=style[label].marker, label=label)
             panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
         panel.axhline(0, color="grey", linestyle=":", linewidth=1)
         panel.set_title(name)
         panel.set_xlabel("rollouts")
+        panel.locator_params(axis="x", integer=True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("change over the base model")
     panels[0].legend(frameon=False)

@@ -12,16 +12,13 @@ import torch
 
 from moa_diffusion.report.grid import score_text
 from moa_diffusion.report.page.figures import INK, PAPER, SOFT, figure, plain
+from moa_diffusion.report.palette import Mark
 from moa_diffusion.report.pareto_plot import CROWDED
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Column, Table
 from moa_diffusion.statistics.bootstrap import Array
 from moa_diffusion.statistics.pareto import nondominated
 
-SYMBOLS = (
-    *("circle", "square", "diamond", "triangle-down"),
-    *("triangle-up", "cross", "star", "x"),
-)
 # Pixels between the outermost points, across and up: on a phone and on a screen.
 SIZES = numpy.array([[240, 370], [780, 370]])
 BESIDE = 36  # pixels beyond the outermost points, up to the edge of the chart
@@ -54,22 +51,22 @@ class FrontChart:
     views: Sequence[Sequence[View]]  # [K][K], by the reward across and the reward up
 
 
-def front_chart(table: Table, summary: Summary, colours: Mapping[str, str]) -> FrontChart:
+def front_chart(table: Table, summary: Summary, marks: Mapping[str, Mark]) -> FrontChart:
     """Return the chart of E models in K rewards.
 
     Args:
         table: The E models with their scores in K rewards.
         summary: The means of that table and their intervals.
-        colours: Colours by series.
+        marks: Marks by series.
     """
-    points = _points(table, summary, colours)
+    points = _points(table, summary, marks)
     if len(table.rewards) == 1:
         return _rows(table, summary, points)
-    return _plane(table, summary, points, colours)
+    return _plane(table, summary, points, marks)
 
 
 def _plane(
-    table: Table, summary: Summary, points: Mapping[str, Any], colours: Mapping[str, str]
+    table: Table, summary: Summary, points: Mapping[str, Any], marks: Mapping[str, Mark]
 ) -> FrontChart:
     import plotly.graph_objects as go
 
@@ -92,7 +89,10 @@ def _plane(
     line = {"mode": "lines", "hoverinfo": "skip"}
     traces = [
         go.Scatter(**line, line={"dash": "dash", "width": 1, "color": SOFT}),
-        *(go.Scatter(**line, opacity=0.8, line={"width": 1, "color": colours[n]}) for n in paths),
+        *(
+            go.Scatter(**line, opacity=0.8, line={"width": 1, "color": marks[n].colour})
+            for n in paths
+        ),
         go.Scatter(**points, mode="markers+text", text=[plain(name) for name in names]),
     ]
     return _chart(traces, views, views[0][1], {})
@@ -162,10 +162,9 @@ def _chart(
     return FrontChart(figure=figure(traces, layout), views=views)
 
 
-def _points(table: Table, summary: Summary, colours: Mapping[str, str]) -> dict[str, Any]:
+def _points(table: Table, summary: Summary, marks: Mapping[str, Mark]) -> dict[str, Any]:
     """Return what the points of all models have in common, whatever the axes."""
-    series = list(colours)
-    own = [colours.get(model.series, INK) for model in table.models]
+    own = [marks[model.series].colour if model.series else INK for model in table.models]
     better = [one.nondominated for one in summary.models]
     return {
         "hovertext": [_hover(table, summary, e) for e in range(len(table.models))],
@@ -173,7 +172,7 @@ def _points(table: Table, summary: Summary, colours: Mapping[str, str]) -> dict[
         "cliponaxis": False,
         "marker": {
             "symbol": [
-                SYMBOLS[series.index(model.series) % len(SYMBOLS)] if model.series else "cross-thin"
+                marks[model.series].symbol if model.series else "cross-thin"
                 for model in table.models
             ],
             "color": [c if filled else PAPER for c, filled in zip(own, better, strict=True)],

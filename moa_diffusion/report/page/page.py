@@ -12,12 +12,12 @@ from typing import Any
 
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.report.page.cards import cards, worst_gain
-from moa_diffusion.report.page.figures import colours
 from moa_diffusion.report.page.front_chart import front_chart
 from moa_diffusion.report.page.payload import distinct, page_data, rounded
 from moa_diffusion.report.page.runs import Training, read_training
 from moa_diffusion.report.page.thumbnails import thumbnails
 from moa_diffusion.report.page.training_charts import training_charts
+from moa_diffusion.report.palette import PLUS, marks
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import LEVEL
@@ -56,12 +56,12 @@ def write_report(
     files = distinct(table)
     headline = cards(table, summary, trainings)
     evaluated = list(dict.fromkeys(model.series for model in table.models if model.series))
-    colour = colours(list(dict.fromkeys([*evaluated, *trainings])))
-    front = front_chart(table, summary, colour)
+    mark = marks([*evaluated, *trainings])
+    front = front_chart(table, summary, mark)
     content = page_data(
         table,
         front,
-        colour,
+        mark,
         files,
         folder=target.parent,
         first=headline[0].model if headline else 0,
@@ -73,9 +73,10 @@ def write_report(
         "summary": summary,
         "runs": trainings,
         "evaluated": evaluated,
-        "colours": colour,
+        "marks": mark,
+        "plus": PLUS,
         "front": front.figure,
-        "training": training_charts(list(trainings.values()), table.units, colour),
+        "training": training_charts(list(trainings.values()), table.units, mark),
         "pooled": max((run.pooled for run in trainings.values()), default=1),
         "versions": versions(),
         "level": f"{LEVEL:.0%}",

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from moa_diffusion.report.page.figures import INK, template
 from moa_diffusion.report.page.front_chart import FrontChart
+from moa_diffusion.report.palette import PLUS, Mark
 from moa_diffusion.report.table import Table
 
 DIGITS = 6  # significant ones
@@ -20,7 +21,7 @@ DIGITS = 6  # significant ones
 def page_data(
     table: Table,
     front: FrontChart,
-    colours: Mapping[str, str],
+    marks: Mapping[str, Mark],
     files: Sequence[Path],
     *,
     folder: Path,
@@ -31,7 +32,7 @@ def page_data(
     Args:
         table: The table of E models, P prompts, S seeds, K rewards.
         front: The chart of the front.
-        colours: Colours by series.
+        marks: Marks by series.
         files: The different files among the table's images.
         folder: The folder that links to them start from.
         first: The model that is selected at first.
@@ -39,7 +40,11 @@ def page_data(
     place = {path: i for i, path in enumerate(files)}
     return {
         "models": [
-            {"label": model.label, "colour": colours.get(model.series, INK)}
+            {
+                "label": model.label,
+                "colour": marks[model.series].colour if model.series else INK,
+                "outline": marks[model.series].outline if model.series else PLUS,
+            }
             for model in table.models
         ],
         "first": first,

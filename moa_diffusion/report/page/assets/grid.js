@@ -9,7 +9,7 @@ function buildGrid() {
     const button = element(
       "button",
       { type: "button", class: "head choose", "data-model": String(e), "aria-pressed": "false" },
-      element("span", { class: "swatch", style: `background: ${model.colour}` }),
+      swatch(model),
       model.label,
     );
     button.addEventListener("click", () => select(e));
@@ -27,6 +27,13 @@ function buildGrid() {
   cells.append(element("table", title, element("thead", {}, head), body));
   cells.classList.toggle("texts", Boolean(data.texts));
   cells.querySelector(".cell").tabIndex = 0;
+}
+
+function swatch({ colour, outline }) {
+  const made = find(".swatch").cloneNode(true);
+  made.firstElementChild.setAttribute("fill", colour);
+  made.firstElementChild.setAttribute("d", outline);
+  return made;
 }
 
 function emptyCell(e, p) {
