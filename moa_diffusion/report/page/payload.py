@@ -24,6 +24,7 @@ def page_data(
     marks: Mapping[str, Mark],
     files: Sequence[Path],
     *,
+    noise: Mapping[str, float],
     folder: Path,
     first: int,
 ) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def page_data(
         front: The chart of the front.
         marks: Marks by series.
         files: The different files among the table's images.
+        noise: The base model's standard deviation within a prompt by reward; NaN: unknown.
         folder: The folder that links to them start from.
         first: The model that is selected at first.
     """
@@ -50,7 +52,11 @@ def page_data(
         "first": first,
         "prompts": table.prompts,
         "seeds": table.seeds,
-        "rewards": [{"name": name, "unit": table.units[name]} for name in table.rewards],
+        # Noise is the base model's standard deviation within a prompt; None with one seed.
+        "rewards": [
+            {"name": name, "unit": table.units[name], "noise": noise[name]}
+            for name in table.rewards
+        ],
         "values": table.values.tolist(),
         "images": None
         if table.images is None
