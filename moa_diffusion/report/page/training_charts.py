@@ -22,6 +22,7 @@ CONFLICTS = {
     "cosine": "cosines of the gradients",
     "correlation": "correlations of the advantages",
 }
+FEW = 8  # rollouts up to which there would be ticks between them
 POINTS = 21  # points that an alarm's line is drawn of
 PARTS = {  # shares of training, from and to
     "the last quarter of training": (0.75, 1.0),
@@ -135,19 +136,25 @@ def _panel(
         if error is not None:
             traces.append(_band(curve, error, marks[run.name].colour))
         traces.append(_line(run, group, name, marks[run.name]))
-    marks, shaded = _alarms(runs, name, marks)
+    lines, shaded = _alarms(runs, name, marks)
     yaxis: dict[str, Any] = {"rangemode": "tozero" if zero else "normal"}
     if whole:
         # Where objectives oppose each other a share lies outside.
         values = [value for *_, known in curves for value in known]
         yaxis = {"range": [min(0, *values) - 0.03, max(1, *values) + 0.03]}
     layout = {
-        "xaxis": {"title": {"text": "rollouts", "standoff": 4}, "rangemode": "tozero"},
+        "xaxis": _rollouts(max(curve.steps[-1] for _, _, curve, _ in curves)),
         "yaxis": yaxis,
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
         "shapes": shaded,
     }
-    return Panel(title=title(name), words="; ".join(ends), figure=figure([*traces, *marks], layout))
+    return Panel(title=title(name), words="; ".join(ends), figure=figure([*traces, *lines], layout))
+
+
+def _rollouts(last: float) -> dict[str, Any]:
+    """Return the axis of rollouts, whose ticks are whole numbers also of a short run."""
+    axis = {"title": {"text": "rollouts", "standoff": 4}, "rangemode": "tozero"}
+    return axis | ({"dtick": 1} if last < FEW else {})
 
 
 def _line(run: Training, group: str, name: str, mark: Mark) -> Any:

@@ -69,8 +69,8 @@ function scores(e, p, s) {
       element("span", {}, name),
       element(
         "span",
-        { class: e === 0 ? "" : side(change) },
-        short(data.values[e][k][p][s]) + arrow(change),
+        { class: e === 0 ? "" : side(change, k) },
+        short(data.values[e][k][p][s]) + arrow(change, k),
       ),
     );
   });
@@ -138,6 +138,7 @@ function markColumn(e) {
 
 function goToColumn(e) {
   select(e);
+  unfold(find("#grid"));
   find("#grid").scrollIntoView();
   const head = cells.querySelector(`thead th[data-model="${e}"]`);
   const corner = cells.querySelector("thead th");
@@ -146,6 +147,7 @@ function goToColumn(e) {
 }
 
 buildGrid();
+watched.observe(cells.firstElementChild);
 listeners.push(markColumn);
 cells.addEventListener("keydown", move);
 cells.addEventListener("focusin", (event) => event.target.matches(".cell") && rove(event.target));
