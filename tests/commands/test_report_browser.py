@@ -358,6 +358,11 @@ def test_a_click_on_the_front_leads_to_the_column(browser: Any, report: Path):
         page.wait_for_selector("#front-plot .points path")
         page.locator("#front-x").select_option("colour")
         page.locator("#front-y").select_option("text")
+        until(
+            page,
+            """document.querySelector('#front-plot').layout.xaxis.title.text.startsWith('colour')
+                && document.querySelector('#front-plot').layout.yaxis.title.text === 'text'""",
+        )
         place = page.evaluate(
             """() => {
                 const plot = document.querySelector('#front-plot');

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from moa_diffusion.report.grid import score_text
+from moa_diffusion.files.captions import score_text
 from moa_diffusion.report.page.figures import INK, PAPER, SOFT, figure, plain
 from moa_diffusion.report.palette import Mark
 from moa_diffusion.report.pareto_plot import CROWDED

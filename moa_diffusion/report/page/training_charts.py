@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from moa_diffusion.report.grid import score_text
+from moa_diffusion.files.captions import score_text
 from moa_diffusion.report.page.figures import PANEL, Panel, figure, plain
 from moa_diffusion.report.page.runs import Curve, Training
 from moa_diffusion.report.palette import Mark
