@@ -51,8 +51,9 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
     shown = len(requests)
     rows = draw_and_score(runs, first, requests)
 
-    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
+    lower = (1.6 + 0.13 * len(names)) * len(rows)
+    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + lower), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, lower])
     _curves(parts[0], runs, names)
     _images(parts[1], rows, requests, names)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,15 +161,17 @@ def _images(
             panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="bicubic")
             panel.set_xticks([])
             panel.set_yticks([])
-            panel.set_xlabel(
-                "  ".join(_score_text(score) for score in scores[:, i].tolist()), fontsize=8
-            )
+            lines = [
+                f"{name} {_score_text(score)}"
+                for name, score in zip(names, scores[:, i].tolist(), strict=True)
+            ]
+            panel.set_xlabel("\n".join(lines), fontsize=7)
             if number == 0:
                 words = requests[i].prompt.split()
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)
-    figure.supxlabel(f"under each image: {', '.join(names)}; - does not apply", fontsize=9)
+    figure.supxlabel("under each image its rewards; - does not apply", fontsize=9)
 
 
 def _score_text(score: float) -> str:
