@@ -30,6 +30,8 @@ def test_small_images_are_enlarged_to_whole_squares_above_the_words():
     words = cell[:, 96:]
     assert words.min() < 0.5
     assert (words[:, -LINE // 4 :] == 1).all()
+    large = captioned(Image.new("RGB", (4 * SIDE, 8), "white"), "words", [])
+    assert large.shape[1] - 8 > 1.8 * (captioned(image, "words", []).shape[1] - 96)
     other = captioned(image, "another " * 40, ["ocr 0.500", "sharpness -"])
     assert other.shape == cell.shape, "cells of a sheet are of one size"
 

@@ -63,7 +63,7 @@ def test_a_sheet_has_prompts_and_scores_and_goes_to_trackers(tmp_path, monkeypat
     assert sheet.shape == (3, down, across)
     width = -(-captions.SIDE // size[0]) * size[0]
     assert across == 2 * width + 2
-    assert down > width + 6 * captions.LINE, "four lines of the prompt, two of scores"
+    assert down > width + 5 * captions.LINE, "three lines of the prompt, two of scores"
 
 
 def test_evaluation_of_a_single_prompt(tmp_path):
