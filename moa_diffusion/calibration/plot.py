@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy
 
+from moa_diffusion.report.palette import colours
 from moa_diffusion.statistics.groups import group_centred
 from moa_diffusion.storage.calibration_file import HIJACK, Calibration
 from moa_diffusion.types import RewardMatrix
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#6d597a", "#8d6b4f", "#4a6fa5", "#9a9a9a")
 RECIPES = {
     "raw rewards,\nconfigured weights": "share_static",
     "gdpo,\nequal weights": "share_gdpo",
@@ -66,6 +66,7 @@ def _histograms(
         panel.set_axis_off()
     centred, _ = group_centred(rewards)  # [K, N]
     applies = ~rewards.values.isnan()
+    colour = colours(calibration.objectives)
     for k, (name, objective) in enumerate(calibration.objectives.items()):
         panel = panels[k]
         panel.set_title(name)
@@ -77,7 +78,7 @@ def _histograms(
             continue
         reach = float(centred[k].abs().max()) or 1.0
         edges = numpy.linspace(-reach, reach, 32)
-        panel.hist(centred[k][applies[k]].numpy(), edges, color=COLOURS[k % len(COLOURS)])
+        panel.hist(centred[k][applies[k]].numpy(), edges, color=colour[name])
         if objective.std_within > 0:
             panel.axvspan(
                 -objective.std_within, objective.std_within, color="black", alpha=0.08, zorder=0
@@ -94,11 +95,12 @@ def _histograms(
 def _shares(panel: Any, calibration: Calibration) -> None:
     """Draw bars of each recipe, one per objective; above the dashed line one decides alone."""
     count = len(calibration.objectives)
+    colour = colours(calibration.objectives)
     width = 0.84 / count
     for k, (name, objective) in enumerate(calibration.objectives.items()):
         heights = [getattr(objective, field) for field in RECIPES.values()]
         places = [i + (k - (count - 1) / 2) * width for i in range(len(RECIPES))]
-        bars = panel.bar(places, heights, 0.94 * width, color=COLOURS[k % len(COLOURS)], label=name)
+        bars = panel.bar(places, heights, 0.94 * width, color=colour[name], label=name)
         panel.bar_label(bars, [f"{round(100 * h)}%" for h in heights], fontsize=8, padding=2)
     fields = RECIPES.values()
     shares = [

@@ -16,13 +16,12 @@ from moa_diffusion.distributed import LocalComm
 from moa_diffusion.policies.samplers import generators
 from moa_diffusion.policies.sd3 import load_pipeline
 from moa_diffusion.report.grid import shown_prompts
+from moa_diffusion.report.palette import marks
 from moa_diffusion.scoring import Scorer
 from moa_diffusion.statistics.groups import mean_and_error, same_prompt
 from moa_diffusion.storage import checkpoint
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import Request
-
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 
 
 def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> None:
@@ -52,8 +51,9 @@ def plot_curves(runs: Mapping[str, Path], target: Path, *, shown: int = 9) -> No
     shown = len(requests)
     rows = draw_and_score(runs, first, requests)
 
-    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + 1.75 * len(rows)), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, 1.75 * len(rows)])
+    lower = (1.6 + 0.13 * len(names)) * len(rows)
+    figure = pyplot.figure(figsize=(1.5 * shown, 3.6 + lower), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.6, lower])
     _curves(parts[0], runs, names)
     _images(parts[1], rows, requests, names)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,14 +102,17 @@ def draw_and_score(
 def _curves(figure: Any, runs: Mapping[str, Path], names: Sequence[str]) -> None:
     """Draw one panel per objective: its change over the base model on the same seeds."""
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    style = marks(runs)
     for name, panel in zip(names, panels, strict=True):
-        for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
+        for label, folder in runs.items():
             steps, mean, error = changes(folder, name)
-            panel.plot(steps, mean, color=colour, marker="o", label=label)
+            colour = style[label].colour
+            panel.plot(steps, mean, color=colour, marker=style[label].marker, label=label)
             panel.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2)
         panel.axhline(0, color="grey", linestyle=":", linewidth=1)
         panel.set_title(name)
         panel.set_xlabel("rollouts")
+        panel.locator_params(axis="x", integer=True)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("change over the base model")
     panels[0].legend(frameon=False)
@@ -158,15 +161,17 @@ def _images(
             panel.imshow(images[i].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="bicubic")
             panel.set_xticks([])
             panel.set_yticks([])
-            panel.set_xlabel(
-                "  ".join(_score_text(score) for score in scores[:, i].tolist()), fontsize=8
-            )
+            lines = [
+                f"{name} {_score_text(score)}"
+                for name, score in zip(names, scores[:, i].tolist(), strict=True)
+            ]
+            panel.set_xlabel("\n".join(lines), fontsize=7)
             if number == 0:
                 words = requests[i].prompt.split()
                 half = (len(words) + 1) // 2
                 panel.set_title(f"{' '.join(words[:half])}\n{' '.join(words[half:])}", fontsize=8)
         row[0].set_ylabel(label, fontsize=10)
-    figure.supxlabel(f"under each image: {', '.join(names)}; - does not apply", fontsize=9)
+    figure.supxlabel("under each image its rewards; - does not apply", fontsize=9)
 
 
 def _score_text(score: float) -> str:

@@ -350,7 +350,8 @@ def _sentences(comparison: Comparison, failures: Mapping[str, str]) -> list[str]
         f"Gains over the start of training, in units of its spread within a prompt; "
         f"{comparison.prompts} held-out prompts, {comparison.images} samples, {seeds} {runs} each. "
         f"In brackets {LEVEL:.0%} bootstrap intervals over runs and prompts, too narrow with few "
-        "runs."
+        "runs. The hypervolume is that between the start and what the evaluations of a run "
+        "dominate; it is 0 where none has all objectives above the start."
     ]
     if alone := [one.method for one in comparison.methods if not one.tells_of_seeds]:
         sentences.append(

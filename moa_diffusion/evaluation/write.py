@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moa_diffusion.evaluation.records import ScoredSamples
-from moa_diffusion.files.writing import replaced
+from moa_diffusion.files.writing import replaced, write_text
+from moa_diffusion.report.csv_table import csv_text
 from moa_diffusion.report.page.page import NAME as REPORT
 from moa_diffusion.report.page.page import write_report
 from moa_diffusion.report.pareto_plot import write_pareto
@@ -41,10 +42,11 @@ def write_results(
     write_table(scored, output)
     table = read_table(output)
     summary = write_summary(table, output)
+    write_text(output / "summary.csv", csv_text(table, summary))
     shown_in = write_shown(table, output, shown=shown)
     write_pareto(table, summary, output / "pareto.png")
     write_report(table, summary, runs, output / REPORT)
-    files = (NAME, "summary.md", "summary.json", shown_in, "pareto.png", REPORT)
+    files = (NAME, "summary.md", "summary.json", "summary.csv", shown_in, "pareto.png", REPORT)
     return (
         f"{text(table, summary)}\n"
         f"Drawn: {scored.drawn} of {len(scored.samples)} {scored.noun}; "

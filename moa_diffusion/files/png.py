@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from moa_diffusion.files.writing import write_bytes
@@ -28,11 +29,14 @@ def grid(images: Tensor, *, columns: int, gap: int = 2) -> Tensor:
     return sheet
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write ``[3, H, W]`` in [0, 1] as a PNG; a reader never sees half a file."""
-    from PIL import Image
+def to_image(pixels: Tensor) -> Image.Image:
+    """Return ``[3, H, W]`` in [0, 1] as an image of eight bits."""
+    eight_bits = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(eight_bits.cpu().numpy())
 
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+def save_png(pixels: Tensor, path: Path) -> None:
+    """Write ``[3, H, W]`` in [0, 1] as a PNG; a reader never sees half a file."""
     file = io.BytesIO()  # PIL forgets why a file could not be written
-    Image.fromarray(pixels.cpu().numpy()).save(file, format="PNG")
+    to_image(pixels).save(file, format="PNG")
     write_bytes(path, file.getbuffer())

@@ -15,6 +15,7 @@ from torch import Tensor
 from moa_diffusion.config.schema import EvaluationConfig
 from moa_diffusion.distributed import agreed, gather_shard_objects, gather_shards, shard
 from moa_diffusion.files import png
+from moa_diffusion.files.captions import captioned, score_text
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.monitoring import drift
 from moa_diffusion.monitoring.progress import Progress
@@ -138,7 +139,7 @@ class HeldOut:
         shards = shard(len(self.requests), self.batch, self.comm)
         texts: Sequence[str] = ()
         if isinstance(scored.outputs, Tensor):
-            self._show_images(step, scored.outputs, shards)
+            self._show_images(step, scored.outputs, scored.values, shards)
         else:
             texts = gather_shard_objects(scored.outputs, shards, self.comm)
             with agreed(self.comm, as_one=True):
@@ -223,15 +224,30 @@ class HeldOut:
         own = shard(len(requests), self.batch, self.comm)[self.comm.rank] or [0]
         self.policy.expect([requests[i].prompt for i in own])
 
-    def _show_images(self, step: int, images: Tensor, shards: Sequence[Sequence[int]]) -> None:
-        """Write a sheet of the first images."""
+    def _show_images(
+        self, step: int, images: Tensor, values: Tensor, shards: Sequence[Sequence[int]]
+    ) -> None:
+        """Write a sheet of the first images, with prompt and rewards ``[K, M]`` under each."""
         if shown := min(self.settings.pictures, len(self.requests)):
             wanted = [[i for i in items if i < shown] for items in shards]
             first = gather_shards(images, wanted, self.comm)
             with agreed(self.comm, as_one=True):
                 if self.comm.rank == 0:
-                    sheet = png.grid(first, columns=math.ceil(math.sqrt(shown)))
-                    png.save_png(sheet, self.log.folder / "samples" / f"step-{step:06d}.png")
+                    cells = [
+                        captioned(png.to_image(picture), request.prompt, self._scores(rewards))
+                        for picture, request, rewards in zip(
+                            first, self.requests, values.T.tolist(), strict=False
+                        )
+                    ]
+                    columns = math.ceil(math.sqrt(shown))
+                    self.log.write_sheet(step, png.grid(torch.stack(cells), columns=columns))
+
+    def _scores(self, rewards: Sequence[float]) -> list[str]:
+        """Return the K rewards of a sample in words."""
+        return [
+            f"{name} {score_text(reward)}"
+            for name, reward in zip(self.scorer.names, rewards, strict=True)
+        ]
 
     def _show_texts(self, step: int, texts: Sequence[str]) -> None:
         """Write the first texts under their prompts."""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from moa_diffusion.files.captions import score_text
 from moa_diffusion.files.writing import write_text
-from moa_diffusion.report.grid import score_text, shown_prompts
+from moa_diffusion.report.grid import shown_prompts
 from moa_diffusion.report.table import Table
 
 _MARKUP = re.compile(r"[\\`*_{}\[\]|~#$!]")

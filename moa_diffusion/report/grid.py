@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from moa_diffusion.files import png
+from moa_diffusion.files.captions import (
+    LINE,
+    MARGIN,
+    SIDE,
+    score_text,
+    shortened,
+    text_width,
+    wrap,
+    written,
+)
 from moa_diffusion.files.writing import replaced
 from moa_diffusion.report.table import Table
-
-SIDE = 192  # a thumbnail's side in pixels
-SIZE = 13  # the letters' size in pixels
-LINE = 17  # from one line of text to the next
-MARGIN = 4
 
 
 def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None = None) -> None:
@@ -33,7 +36,7 @@ def write_grid(table: Table, target: Path, *, shown: int = 12, seed: int | None 
     assert table.images is not None
     s = 0 if seed is None else table.seeds.index(seed)
     prompts = shown_prompts(len(table.prompts), shown)
-    width = max(SIDE, *(_width(f"{name} -0.0000") + 2 * MARGIN for name in table.rewards))
+    width = max(SIDE, *(text_width(f"{name} -0.0000") + 2 * MARGIN for name in table.rewards))
     height = SIDE + LINE * len(table.rewards) + 2 * MARGIN
     # A column for the prompts, then one per model.
     head = [_words([f"seed {table.seeds[s]}"], width, 2 * LINE + MARGIN)]
@@ -67,29 +70,6 @@ def shown_prompts(prompts: int, shown: int) -> list[int]:
     return [i * prompts // count for i in range(count)]
 
 
-def score_text(score: float) -> str:
-    """Return a score in few characters; a dash where the reward does not apply."""
-    if math.isnan(score):
-        return "-"
-    return f"{score:.3f}" if abs(score) < 10 else f"{score:.4g}"
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Cut a text into lines of at most so many pixels; a longer word is cut inside."""
-    lines, room = [""], width - 2 * MARGIN
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if _width(joined) <= room:
-            lines[-1] = joined
-            continue
-        lines.append("")
-        for letter in word:
-            if _width(lines[-1] + letter) > room:
-                lines.append("")
-            lines[-1] += letter
-    return [line for line in lines if line]
-
-
 def _cell(file: Path, lines: Sequence[str], width: int, height: int) -> Tensor:
     canvas = Image.new("RGB", (width, height), "white")
     with Image.open(file) as image:
@@ -97,31 +77,9 @@ def _cell(file: Path, lines: Sequence[str], width: int, height: int) -> Tensor:
         nearest = image.width < SIDE and SIDE % image.width == 0
         way = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
         canvas.paste(image.convert("RGB").resize((SIDE, SIDE), way), ((width - SIDE) // 2, 0))
-    return _written(canvas, lines, SIDE + MARGIN)
+    return written(canvas, lines, SIDE + MARGIN)
 
 
 def _words(lines: Sequence[str], width: int, height: int) -> Tensor:
-    fitting = list(lines[: (height - MARGIN) // LINE])
-    if len(fitting) < len(lines):
-        fitting[-1] = f"{fitting[-1][:-1]}…"
-    return _written(Image.new("RGB", (width, height), "white"), fitting, MARGIN)
-
-
-def _written(canvas: Image.Image, lines: Sequence[str], top: int) -> Tensor:
-    drawing = ImageDraw.Draw(canvas)
-    for i, line in enumerate(lines):
-        drawing.text((MARGIN, top + i * LINE), line, "black", _font())
-    return torch.from_numpy(numpy.array(canvas)).permute(2, 0, 1).float() / 255
-
-
-def _width(text: str) -> int:
-    return math.ceil(_font().getlength(text))
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    """Return the font that comes with matplotlib: it knows more scripts than Pillow's own."""
-    import matplotlib
-
-    return ImageFont.truetype(
-        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", SIZE
-    )
+    fitting = shortened(lines, (height - MARGIN) // LINE)
+    return written(Image.new("RGB", (width, height), "white"), fitting, MARGIN)

@@ -11,14 +11,12 @@ import numpy
 import torch
 
 from moa_diffusion.files.writing import replaced
-from moa_diffusion.report.summary import Summary
+from moa_diffusion.report.palette import Mark, marks
+from moa_diffusion.report.summary import RewardSummary, Summary
 from moa_diffusion.report.table import Table
-from moa_diffusion.statistics.bootstrap import Array
+from moa_diffusion.statistics.bootstrap import LEVEL, Array
 from moa_diffusion.statistics.pareto import nondominated
 
-# Okabe and Ito's colours: told apart with any colour vision, and by markers besides.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vP*X"
 COLUMNS = 3
 CROWDED = 16  # models beyond which only those of the front are named
 
@@ -26,7 +24,8 @@ CROWDED = 16  # models beyond which only those of the front are named
 def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     """Write a PNG: a panel per pair of rewards, means of the samples.
 
-    Filled: not dominated by any model in all rewards together. Dashed: the front of the pair.
+    Filled: not dominated by any model in all rewards together. Dashed: the front of the pair. Bars:
+    intervals of the gain over the base model's samples of the same prompts and seeds.
 
     Args:
         table: The table of E models and K rewards.
@@ -65,7 +64,7 @@ def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     figure.suptitle(
         f"Mean rewards of {len(table.models)} models: {len(table.prompts)} prompts x "
         f"{len(table.seeds)} seeds. Filled: dominated by none in all rewards; "
-        "dashed: front of the pair",
+        f"dashed: front of the pair; bars: {LEVEL:.0%} intervals of the gain over the base model",
         fontsize=10,
         wrap=True,
     )
@@ -74,12 +73,13 @@ def write_pareto(table: Table, summary: Summary, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _style(table: Table) -> dict[str, tuple[str, str]]:
-    series = list(dict.fromkeys(model.series for model in table.models if model.series))
-    return {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        for i, name in enumerate(series)
-    }
+def _ends(one: RewardSummary) -> Array:
+    """Return how far error bars reach below and above a mean: ``[2, 1]``."""
+    return numpy.array([[one.gain.value - one.gain.low], [one.gain.high - one.gain.value]])
+
+
+def _style(table: Table) -> dict[str, Mark]:
+    return marks(model.series for model in table.models if model.series)
 
 
 def _panel(panel: Any, table: Table, summary: Summary, x: int, y: int) -> None:
@@ -90,22 +90,25 @@ def _panel(panel: Any, table: Table, summary: Summary, x: int, y: int) -> None:
     front = points[nondominated(torch.from_numpy(points))]
     front = front[numpy.argsort(front[:, 0])]
     panel.plot(front[:, 0], front[:, 1], "--", color="0.7", linewidth=1, zorder=1)
-    for series, (colour, marker) in _style(table).items():
+    for series, mark in _style(table).items():
         mine = [e for e, model in enumerate(table.models) if model.series == series]
+        panel.plot([], [], mark.marker, color=mark.colour, markersize=7, label=series)
         path = points[_order(table, mine)]
-        panel.plot(path[:, 0], path[:, 1], color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+        panel.plot(path[:, 0], path[:, 1], color=mark.colour, linewidth=0.8, alpha=0.5, zorder=2)
         for e in mine:
+            across, up = (_ends(summary.models[e].rewards[name]) for name in names)
+            panel.errorbar(
+                *points[e], up, across, ecolor=mark.colour, elinewidth=0.8, alpha=0.6, zorder=2
+            )
             panel.plot(
                 *points[e],
-                marker,
-                color=colour,
-                markerfacecolor=colour if summary.models[e].nondominated else "white",
+                mark.marker,
+                color=mark.colour,
+                markerfacecolor=mark.colour if summary.models[e].nondominated else "white",
                 markersize=7,
-                label=series if e == mine[0] else None,
                 zorder=3,
             )
-    mark = "P" if summary.models[0].nondominated else "+"
-    panel.plot(*points[0], mark, color="black", markersize=10, label="base model", zorder=4)
+    panel.plot(*points[0], "+", color="black", markersize=10, label="base model", zorder=4)
     _label(panel, table, summary, points)
     panel.axvline(points[0, 0], color="0.9", linewidth=0.8, zorder=0)
     panel.axhline(points[0, 1], color="0.9", linewidth=0.8, zorder=0)
@@ -148,8 +151,11 @@ def _single(panel: Any, table: Table, summary: Summary) -> None:
     style = _style(table)
     for row, (model, one) in enumerate(zip(table.models, summary.models, strict=True)):
         mean = one.rewards[name].mean
-        colour, marker = style.get(model.series, ("black", "+"))
-        panel.plot([mean.low, mean.high], [row, row], color=colour, linewidth=2)
+        below, above = (float(end[0]) for end in _ends(one.rewards[name]))
+        colour, marker = "black", "+"
+        if model.series:
+            colour, marker = style[model.series].colour, style[model.series].marker
+        panel.plot([mean.value - below, mean.value + above], [row, row], color=colour, linewidth=2)
         panel.plot(mean.value, row, marker, color=colour, markersize=7)
     panel.set_yticks(range(len(table.models)), [model.label for model in table.models])
     panel.invert_yaxis()

@@ -36,6 +36,9 @@ class RewardSummary:
     mean: Estimate  # over the samples it applies to
     gain: Estimate  # over the base model's sample of the same prompt and seed, in the reward's unit
     gain_in_stds: Estimate  # in the base model's standard deviations within a prompt
+    # Share of the samples that score more than the base model's of the same prompt and seed; ties
+    # count half. 0.5 is no difference, also of the base model itself.
+    win_rate: Estimate
     improved: float  # share of the prompts whose mean is above the base model's; NaN: none
     samples: int  # it applies to
 
@@ -87,6 +90,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
 
     mean, mean_again = means(values)  # [E, K], [B, E, K]
     gain, gain_again = means(values - values[:1])
+    win, win_again = means((numpy.sign(values - values[:1]) + 1) / 2)
     stds, stds_again = gain / units, gain_again / units
     varied = [k for k in range(rewards) if units[k] > 0 and not numpy.isnan(mean[:, k]).any()]
 
@@ -114,6 +118,7 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
                         mean=estimate_one(mean[e, k], mean_again[:, e, k]),
                         gain=estimate_one(gain[e, k], gain_again[:, e, k]),
                         gain_in_stds=estimate_one(stds[e, k], stds_again[:, e, k]),
+                        win_rate=estimate_one(win[e, k], win_again[:, e, k]),
                         improved=_improved(averages[e, k], averages[0, k]),
                         samples=int(counts[e, k].sum()),
                     )
@@ -129,6 +134,34 @@ def summarise(table: Table, *, resamples: int = RESAMPLES, seed: int = 0) -> Sum
         units=dict(zip(table.rewards, units.tolist(), strict=True)),
         volume_of=tuple(table.rewards[k] for k in varied),
     )
+
+
+def worst_gain(model: ModelSummary, summary: Summary) -> tuple[str, float] | None:
+    """Return name and size, in stds, of a model's smallest gain; None where nothing varies."""
+    gains = {name: model.rewards[name].gain_in_stds.value for name in summary.volume_of}
+    return min(gains.items(), key=lambda pair: pair[1]) if gains else None
+
+
+def best_of(models: Sequence[int], summary: Summary) -> int:
+    """Return the model with the largest worst gain; the last, where there are no stds."""
+    if not summary.volume_of:
+        return models[-1]
+
+    def size(e: int) -> float:
+        worst = worst_gain(summary.models[e], summary)
+        return -math.inf if worst is None else worst[1]
+
+    return max(models, key=size)
+
+
+def last_of(table: Table, models: Sequence[int]) -> list[int]:
+    """Return the last model of a run's; none of a soup, whose order is none of training."""
+    return [e for e in models[-1:] if table.models[e].step is not None]
+
+
+def members(table: Table, series: str) -> list[int]:
+    """Return the places of a series' models in a table, in order."""
+    return [e for e, model in enumerate(table.models) if model.series == series]
 
 
 def base_spread(table: Table) -> Array:
@@ -167,11 +200,14 @@ def text(table: Table, summary: Summary) -> str:
     one, several = ("image", "images") if table.texts is None else ("completion", "completions")
     parts = [
         "# Evaluation",
+        _overview(table, summary),
         f"{len(table.models)} models, {len(table.prompts)} prompts, {len(table.seeds)} {several} "
         f"each (seeds {', '.join(map(str, table.seeds))}); {drawn(table)}.",
         f"In brackets {LEVEL:.0%} bootstrap intervals over prompts. A gain is the mean difference "
         f"to the base model's {one} of the same prompt and seed; std is the base model's standard "
-        f"deviation within a prompt. Improved: prompts whose {several} score more on average than "
+        f"deviation within a prompt. Won: {several} that score more than the base model's of the "
+        "same prompt and seed, ties half. The best checkpoint is that of the largest worst gain, "
+        f"chosen on these prompts. Improved: prompts whose {several} score more on average than "
         "the base model's.",
     ]
     for name in table.rewards:
@@ -201,6 +237,38 @@ def text(table: Table, summary: Summary) -> str:
             parts.append(f"One std is {spread:.4g}.")
     parts += ["## Front", *_front(table, summary)]
     return "\n\n".join(parts) + "\n"
+
+
+def _overview(table: Table, summary: Summary) -> str:
+    """Return the table that says which checkpoint to take: the best and the last of each series."""
+    rows = [["", "model", *table.rewards, "worst gain"]]
+    for series in summary.series:
+        mine = members(table, series)
+        best, last = best_of(mine, summary), last_of(table, mine)
+        for e in dict.fromkeys((best, *last)):
+            words = [word for word, is_so in (("best", e == best), ("last", e in last)) if is_so]
+            model = summary.models[e]
+            worst = worst_gain(model, summary)
+            rows.append(
+                [
+                    " and ".join(words) if len(mine) > 1 else "",
+                    model.label,
+                    *(_gained(model.rewards[name]) for name in table.rewards),
+                    "-" if worst is None else f"{worst[1]:+.2f} ({worst[0]})",
+                ]
+            )
+    if len(rows) == 1:
+        return "Only the base model was evaluated."
+    return markdown(rows)
+
+
+def _gained(one: RewardSummary) -> str:
+    """Return a gain, in stds where there are any, and how often it is one."""
+    if one.samples == 0:
+        return "-"
+    known = not math.isnan(one.gain_in_stds.value)
+    gain = one.gain_in_stds.text("+.2f") if known else one.gain.text("+.4g")
+    return f"{gain}, won {one.win_rate.value:.0%}"
 
 
 def drawn(table: Table) -> str:

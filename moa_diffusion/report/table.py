@@ -28,6 +28,7 @@ class Column:
     weights: Mapping[str, float] | None  # the parts of a soup, by label
     model_digest: str  # with the base model
     adapter_digest: str  # empty for the base model
+    ema: bool | None = None  # whether a run's weights are averaged over optimizer steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +93,7 @@ def read_table(folder: Path) -> Table:
                 weights=None if row["weights"] is None else json.loads(row["weights"]),
                 model_digest=row["model_digest"],
                 adapter_digest=row["adapter_digest"],
+                ema=row["ema"],
             )
             for label, row in models.items()
         ),

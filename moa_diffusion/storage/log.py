@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moa_diffusion.files.png import save_png
 from moa_diffusion.files.writing import append_text, write_text
 from moa_diffusion.types import Request, RewardMatrix
 
@@ -142,6 +143,18 @@ class RunLog:
         if self._main:
             columns = _reward_columns(names, values)
             _write_samples(self.folder / "evaluation", step, requests, columns, extra, texts)
+
+    def write_sheet(self, step: int, sheet: Tensor) -> None:
+        """Write a sheet ``[3, H, W]`` of held-out images to ``samples/``, and give it to trackers.
+
+        Raises:
+            StorageError: If it cannot be written.
+            TrackerError: If a tracker fails; the file is then written.
+        """
+        if self._main:
+            save_png(sheet, self.folder / "samples" / f"step-{step:06d}.png")
+        if self._trackers is not None:
+            self._trackers.log_image(step, "samples/heldout", sheet)
 
     def write_heads(self, step: int, heads: Mapping[str, Mapping[str, Any]]) -> None:
         """Note in ``rewards.json`` what scores depend on (weights, digests) after ``step``.

@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from accelerate.tracking import GeneralTracker
+import numpy
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
 
+from moa_diffusion.files.png import to_image
 from moa_diffusion.processes.launcher import make_accelerator
 
 PROJECT = "moa_diffusion"
@@ -101,10 +104,31 @@ class Trackers:
             for name, value in values.items()
             if math.isfinite(value)
         }
+        self._hand(step, lambda tracker: tracker.log(finite, step=step))
+
+    def log_image(self, step: int, name: str, pixels: Tensor) -> None:
+        """Hand ``[3, H, W]`` in [0, 1] to TensorBoard and wandb; others take numbers alone.
+
+        Raises:
+            TrackerError: Naming the tracker that failed.
+        """
+        image = numpy.asarray(to_image(pixels))  # [H, W, 3]
+        fitted = self._names(name)
+
+        def give(tracker: GeneralTracker) -> None:
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.log_images({fitted: image[None]}, step, dataformats="NHWC")
+            elif isinstance(tracker, WandBTracker):
+                tracker.log_images({fitted: [image]}, step)
+
+        self._hand(step, give)
+
+    def _hand(self, step: int, give: Callable[[GeneralTracker], None]) -> None:
+        """Call a function with every tracker, and name the one that fails."""
         for name, trackers in self._started.items():
             try:
                 for tracker in trackers:
-                    tracker.log(finite, step=step)
+                    give(tracker)
             except (Exception, SystemExit) as error:
                 raise TrackerError(
                     f"Tracker {name} failed after {step} rounds: {_cause(error)}. The numbers are "

@@ -21,7 +21,7 @@ from PIL import Image
 from moa_diffusion import config
 from moa_diffusion.comparison.execute import cause_of_death, execute
 from moa_diffusion.comparison.plan import PlannedRun, method_settings, plan_comparison
-from moa_diffusion.comparison.plot import mean_path, plot_comparison
+from moa_diffusion.comparison.plot import OUTLIER, mean_path, plot_comparison, window
 from moa_diffusion.comparison.read import read_run, training_seconds
 from moa_diffusion.comparison.results import (
     Comparison,
@@ -276,6 +276,18 @@ def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
     )
     assert "Not in the table: good-1 died: error: out of paint" in said
     json.dumps(as_json(found), allow_nan=False)
+
+
+def test_an_axis_leaves_outliers_out_and_holds_all_others() -> None:
+    ends = numpy.array([[-0.5, 0.1], [-0.2, 1.0], [0.3, 0.9], [-30.0, -10.0], [math.nan] * 2])
+    low, high = window(ends)
+    assert -0.6 < low < -0.5
+    assert 1.0 < high < 1.1
+    near = ends[:3] * [[1], [1], [OUTLIER / 2]]
+    low, high = window(near)
+    assert low < near.min()
+    assert high > near.max(), "within so many medians there is no outlier"
+    assert window(ends[4:]) == window(numpy.zeros((2, 2))) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize(("methods", "objectives"), [(10, 4), (1, 2)])

@@ -270,6 +270,67 @@ def test_a_choice_shows_other_panels(shown: Any):
         assert page.locator(f"#{section} .panel:visible").count() == count
 
 
+def test_the_export_command_is_copied(shown: Any):
+    page = shown
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    card = page.locator("#summary .card").first
+    card.get_by_role("button", name="Copy the export of a/step-").click()
+    command = card.locator("code").text_content()
+    assert "scripts/export.py --run " in command
+    until(page, "document.querySelector('.command [role=status]').textContent === 'Copied.'")
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    assert download.value.suggested_filename == "summary.csv"
+    lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 2 * len(MODELS)
+
+
+def test_it_is_whole_without_scrolling(browser: Any, report: Path):
+    with opened(browser, report) as page:
+        until(
+            page,
+            """[...document.querySelectorAll('.plot')]
+                .every((one) => one.querySelector('.main-svg') || !one.checkVisibility())
+                && [...document.querySelectorAll('.cell')].every((one) => one.firstChild)""",
+        )
+        page.evaluate("document.querySelectorAll('.fold').forEach((one) => (one.open = false))")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator(".fold:not([open])").count() == 0
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator(".fold[open]").count() == 0
+
+
+def test_a_table_that_is_cut_off_says_so(browser: Any, report: Path):
+    for width, hidden in ((390, False), (1600, True)):
+        with opened(browser, report, viewport={"width": width, "height": 800}) as page:
+            sign = page.locator("#front .more").first
+            until(page, f"document.querySelector('#front .more').hidden === {str(hidden).lower()}")
+            assert sign.is_visible() is not hidden
+
+
+def test_what_lies_within_noise_has_no_arrow(shown: Any):
+    page = shown
+    found = page.evaluate(
+        """(() => {
+            const data = JSON.parse(document.getElementById('data').textContent);
+            const wrong = [];
+            for (const cell of document.querySelectorAll('.cell')) {
+                const [e, p] = [Number(cell.dataset.model), Number(cell.dataset.prompt)];
+                [...cell.querySelectorAll('.score')].forEach((score, k) => {
+                    const [here, base] = [data.values[e][k][p][0], data.values[0][k][p][0]];
+                    const far = Math.abs(here - base) > data.rewards[k].noise;
+                    if (/[▲▼]/.test(score.textContent) !== (e > 0 && far)) wrong.push([e, p, k]);
+                });
+            }
+            return [document.querySelectorAll('.cell .up, .cell .down').length > 0, wrong];
+        })()"""
+    )
+    assert found == [True, []]
+    assert page.locator("#samples .label").first.text_content() == "before"
+    assert page.locator("#samples .sample").first.text_content().count("text: before") == 1
+
+
 def test_the_seed_switch_changes_the_images(shown: Any):
     page = shown
     page.locator("#cells .cell").first.scroll_into_view_if_needed()
@@ -297,6 +358,11 @@ def test_a_click_on_the_front_leads_to_the_column(browser: Any, report: Path):
         page.wait_for_selector("#front-plot .points path")
         page.locator("#front-x").select_option("colour")
         page.locator("#front-y").select_option("text")
+        until(
+            page,
+            """document.querySelector('#front-plot').layout.xaxis.title.text.startsWith('colour')
+                && document.querySelector('#front-plot').layout.yaxis.title.text === 'text'""",
+        )
         place = page.evaluate(
             """() => {
                 const plot = document.querySelector('#front-plot');
@@ -401,6 +467,13 @@ def test_prompts_can_be_found(shown: Any):
 def test_a_phone_shows_all_of_it(browser: Any, report: Path):
     size = {"width": 390, "height": 844}
     with opened(browser, report, viewport=size, is_mobile=True, has_touch=True) as page:
+        # Folded, but for what answers at once.
+        assert page.locator("#summary .card").count() == 2
+        assert page.locator(".fold[open]").count() == 1
+        assert page.evaluate("document.documentElement.scrollHeight") < 6000
+        page.get_by_role("link", name="1 alarm").tap()
+        assert page.get_by_text(MESSAGE).first.is_visible()
+        page.evaluate("document.querySelectorAll('.fold').forEach((one) => (one.open = true))")
         see_everything(page)
         wide = "document.scrollingElement.scrollWidth <= innerWidth && innerWidth === 390"
         assert page.evaluate(wide)

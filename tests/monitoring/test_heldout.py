@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from moa_diffusion import assembly
+from moa_diffusion.files import captions
+from moa_diffusion.monitoring import heldout
 from toy_runs import (
     drift,
     make,
@@ -35,6 +39,31 @@ def test_evaluation_uses_the_average_and_gives_the_weights_back(tmp_path):
         "step-000000.png",
         "step-000003.png",
     ]
+
+
+def test_a_sheet_has_prompts_and_scores_and_goes_to_trackers(tmp_path, monkeypatch):
+    drawn, sheets = [], []
+
+    def captioned(picture, prompt, scores):
+        drawn.append((picture.size, prompt, scores))
+        return captions.captioned(picture, prompt, scores)
+
+    monkeypatch.setattr(heldout, "captioned", captioned)
+    trainer = make(tmp_path / "run", evaluation__every=2, evaluation__pictures=2)
+    taken = SimpleNamespace(log_image=lambda *given: sheets.append(given))
+    monkeypatch.setattr(trainer.log, "_trackers", taken)
+    trainer.evaluate()
+    (size, prompt, scores), _ = drawn
+    assert prompt == "a"
+    assert scores == ["red 0.500", "green 0.500"]
+    ((step, name, sheet),) = sheets
+    assert (step, name) == (0, "samples/heldout")
+    with Image.open(tmp_path / "run" / "samples" / "step-000000.png") as written:
+        across, down = written.size
+    assert sheet.shape == (3, down, across)
+    width = -(-captions.SIDE // size[0]) * size[0]
+    assert across == 2 * width + 2
+    assert down > width + 5 * captions.LINE, "three lines of the prompt, two of scores"
 
 
 def test_evaluation_of_a_single_prompt(tmp_path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
-from accelerate.tracking import get_available_trackers
+import torch
+from accelerate.tracking import WandBTracker, get_available_trackers
 from accelerate.utils import LoggerType
+from PIL import Image
 
 from moa_diffusion.processes import launcher
 from moa_diffusion.storage.trackers import MAX_NAME, MAX_TEXT, Names, TrackerError, Trackers
@@ -92,6 +97,43 @@ def test_numbers_that_are_not_finite_stay_out(tmp_path):
     found = recording(tmp_path, one=one)
     found.log(3, {"a/b": math.nan, "a/c": math.inf, "a/d": -math.inf, "a/e~f": 1})
     assert one.rows == [(3, {"a/e-f": 1.0})]
+
+
+def test_tensorboard_takes_an_image(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = Trackers(["tensorboard"], tmp_path)
+    found.start({})
+    pixels = torch.zeros(3, 4, 5)
+    pixels[0] = 1.0
+    found.log_image(7, "samples/heldout", pixels)
+    found.finish()
+    (place,) = {
+        path.parent for path in tmp_path.rglob("events*") if b"heldout" in path.read_bytes()
+    }
+    events = EventAccumulator(str(place)).Reload()
+    (event,) = events.Images("samples/heldout")
+    assert (event.step, event.height, event.width) == (7, 4, 5)
+    shown = numpy.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert (shown[..., :3] == [255, 0, 0]).all()
+
+
+def test_wandb_takes_an_image(tmp_path, monkeypatch):
+    """Through accelerate's tracker, with a package of the same name in wandb's place."""
+    logged: list[tuple[dict, int]] = []
+    run = SimpleNamespace(log=lambda values, step, **_: logged.append((values, step)))
+    fake = SimpleNamespace(init=lambda **_: run, Image=lambda pixels: ("image", pixels))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = WandBTracker("project")
+    tracker.start()
+    found = Trackers(["wandb", "other"], tmp_path)
+    found._started = {"wandb": [tracker], "other": [Recorder("log")]}
+    found.log_image(7, "samples/heldout", torch.ones(3, 4, 5))
+    (values, step), *more = logged
+    assert (step, list(values), more) == (7, ["samples/heldout"], [])
+    ((kind, pixels),) = values["samples/heldout"]
+    assert kind == "image"
+    assert (pixels.shape, pixels.dtype, pixels.min()) == ((4, 5, 3), numpy.uint8, 255)
 
 
 @pytest.mark.parametrize("moment", ["log", "finish"])

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moa_diffusion.report.pareto_plot import COLOURS
-
 # Variables of the style sheet: they differ between a light and a dark page.
 INK, SOFT, LINE, PAPER, PANEL = (
     f"var(--{name})" for name in ("ink", "soft", "line", "paper", "panel")
@@ -68,12 +66,6 @@ def template() -> dict[str, Any]:
 
     made: dict[str, Any] = go.layout.Template(layout=LOOK).to_plotly_json()
     return made
-
-
-def colours(series: Sequence[str]) -> dict[str, str]:
-    """Return a colour by series; black would vanish on a dark page, so it is that of the text."""
-    palette = [INK if colour == "#000000" else colour for colour in COLOURS]
-    return {name: palette[i % len(palette)] for i, name in enumerate(series)}
 
 
 def plain(text: str) -> str:

@@ -10,18 +10,15 @@ from typing import Any
 import numpy
 import torch
 
-from moa_diffusion.report.grid import score_text
+from moa_diffusion.files.captions import score_text
 from moa_diffusion.report.page.figures import INK, PAPER, SOFT, figure, plain
+from moa_diffusion.report.palette import Mark
 from moa_diffusion.report.pareto_plot import CROWDED
 from moa_diffusion.report.summary import Summary
 from moa_diffusion.report.table import Column, Table
 from moa_diffusion.statistics.bootstrap import Array
 from moa_diffusion.statistics.pareto import nondominated
 
-SYMBOLS = (
-    *("circle", "square", "diamond", "triangle-down"),
-    *("triangle-up", "cross", "star", "x"),
-)
 # Pixels between the outermost points, across and up: on a phone and on a screen.
 SIZES = numpy.array([[240, 370], [780, 370]])
 BESIDE = 36  # pixels beyond the outermost points, up to the edge of the chart
@@ -43,7 +40,7 @@ class View:
     known: bool  # whether any model has a mean of both
     words: str  # what is read out in place of the chart
     titles: tuple[str, str]  # those of the axis across and of the axis up
-    traces: Sequence[Mapping[str, Sequence[Any]]]  # arrays of each trace of the figure
+    traces: Sequence[Mapping[str, Any]]  # what each trace of the figure has of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +51,22 @@ class FrontChart:
     views: Sequence[Sequence[View]]  # [K][K], by the reward across and the reward up
 
 
-def front_chart(table: Table, summary: Summary, colours: Mapping[str, str]) -> FrontChart:
+def front_chart(table: Table, summary: Summary, marks: Mapping[str, Mark]) -> FrontChart:
     """Return the chart of E models in K rewards.
 
     Args:
         table: The E models with their scores in K rewards.
         summary: The means of that table and their intervals.
-        colours: Colours by series.
+        marks: Marks by series.
     """
-    points = _points(table, summary, colours)
+    points = _points(table, summary, marks)
     if len(table.rewards) == 1:
         return _rows(table, summary, points)
-    return _plane(table, summary, points, colours)
+    return _plane(table, summary, points, marks)
 
 
 def _plane(
-    table: Table, summary: Summary, points: Mapping[str, Any], colours: Mapping[str, str]
+    table: Table, summary: Summary, points: Mapping[str, Any], marks: Mapping[str, Mark]
 ) -> FrontChart:
     import plotly.graph_objects as go
 
@@ -85,14 +82,19 @@ def _plane(
     means = numpy.array(
         [[one.rewards[name].mean.value for name in table.rewards] for one in summary.models]
     )  # [E, K]
+    bars = [_bars(summary, name) for name in table.rewards]
+    count = len(table.rewards)
     views = [
-        [_pair(table, means, (across, up), paths.values(), names) for up in range(means.shape[1])]
-        for across in range(means.shape[1])
+        [_pair(table, means, bars, (across, up), paths.values(), names) for up in range(count)]
+        for across in range(count)
     ]
     line = {"mode": "lines", "hoverinfo": "skip"}
     traces = [
         go.Scatter(**line, line={"dash": "dash", "width": 1, "color": SOFT}),
-        *(go.Scatter(**line, opacity=0.8, line={"width": 1, "color": colours[n]}) for n in paths),
+        *(
+            go.Scatter(**line, opacity=0.8, line={"width": 1, "color": marks[n].colour})
+            for n in paths
+        ),
         go.Scatter(**points, mode="markers+text", text=[plain(name) for name in names]),
     ]
     return _chart(traces, views, views[0][1], {})
@@ -101,6 +103,7 @@ def _plane(
 def _pair(
     table: Table,
     means: Array,
+    bars: Sequence[Mapping[str, Any]],
     axes: tuple[int, int],
     paths: Iterable[Sequence[int]],
     names: Sequence[str],
@@ -113,11 +116,16 @@ def _pair(
     shown = [front, *(pair[path] for path in paths), pair]
     traces = [{"x": one[:, 0].tolist(), "y": one[:, 1].tolist()} for one in shown]
     across, up = (table.rewards[k] for k in axes)
+    own = {
+        "textposition": _positions(pair, names),
+        "error_x": bars[axes[0]],
+        "error_y": bars[axes[1]],
+    }
     return View(
         known=bool(known.any()),
         words=f"Means of {across} and {up} for every model; the table below has the same numbers.",
         titles=(_title(table, across), _title(table, up)),
-        traces=[*traces[:-1], traces[-1] | {"textposition": _positions(pair, names)}],
+        traces=[*traces[:-1], traces[-1] | own],
     )
 
 
@@ -127,12 +135,7 @@ def _rows(table: Table, summary: Summary, points: Mapping[str, Any]) -> FrontCha
 
     (name,) = table.rewards
     means = [one.rewards[name].mean for one in summary.models]
-    errors = {
-        "symmetric": False,
-        "array": [mean.high - mean.value for mean in means],
-        "arrayminus": [mean.value - mean.low for mean in means],
-        "color": SOFT,
-    }
+    errors = _bars(summary, name)
     places = list(range(len(means)))
     view = View(
         known=any(math.isfinite(mean.value) for mean in means),
@@ -146,6 +149,23 @@ def _rows(table: Table, summary: Summary, points: Mapping[str, Any]) -> FrontCha
         "autorange": "reversed",
     }
     return _chart([go.Scatter(**points, mode="markers", error_x=errors)], [[view]], view, rows)
+
+
+def _bars(summary: Summary, reward: str) -> dict[str, Any]:
+    """Return error bars of a reward: intervals of the gain, which pairs samples with the base's.
+
+    Those of the means would be wider, by how much prompts differ, which all models share.
+    """
+    gains = [one.rewards[reward].gain for one in summary.models]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [gain.high - gain.value for gain in gains],
+        "arrayminus": [gain.value - gain.low for gain in gains],
+        "color": SOFT,
+        "thickness": 1,
+        "width": 3,
+    }
 
 
 def _chart(
@@ -162,10 +182,9 @@ def _chart(
     return FrontChart(figure=figure(traces, layout), views=views)
 
 
-def _points(table: Table, summary: Summary, colours: Mapping[str, str]) -> dict[str, Any]:
+def _points(table: Table, summary: Summary, marks: Mapping[str, Mark]) -> dict[str, Any]:
     """Return what the points of all models have in common, whatever the axes."""
-    series = list(colours)
-    own = [colours.get(model.series, INK) for model in table.models]
+    own = [marks[model.series].colour if model.series else INK for model in table.models]
     better = [one.nondominated for one in summary.models]
     return {
         "hovertext": [_hover(table, summary, e) for e in range(len(table.models))],
@@ -173,7 +192,7 @@ def _points(table: Table, summary: Summary, colours: Mapping[str, str]) -> dict[
         "cliponaxis": False,
         "marker": {
             "symbol": [
-                SYMBOLS[series.index(model.series) % len(SYMBOLS)] if model.series else "cross-thin"
+                marks[model.series].symbol if model.series else "cross-thin"
                 for model in table.models
             ],
             "color": [c if filled else PAPER for c, filled in zip(own, better, strict=True)],
@@ -190,12 +209,12 @@ def _hover(table: Table, summary: Summary, e: int) -> str:
     lines = []
     for name in table.rewards:
         mean = summary.models[e].rewards[name].mean
-        stds = summary.models[e].rewards[name].gain_in_stds.value
+        gain = summary.models[e].rewards[name].gain_in_stds
         if math.isnan(mean.value):
             lines.append(f"{name}: does not apply")
             continue
         value, low, high = map(score_text, (mean.value, mean.low, mean.high))
-        gained = f", {stds:+.3f} stds" if e and math.isfinite(stds) else ""
+        gained = f", gain {gain.text('+.2f')} stds" if e and math.isfinite(gain.value) else ""
         lines.append(f"{name}: {value} [{low}, {high}]{gained}")
     return "<br>".join([f"<b>{plain(table.models[e].label)}</b>", *map(plain, lines)])
 

@@ -10,16 +10,18 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from moa_diffusion.files.writing import write_text
-from moa_diffusion.report.page.cards import cards, worst_gain
-from moa_diffusion.report.page.figures import colours
+from moa_diffusion.report.csv_table import csv_text
+from moa_diffusion.report.page.cards import Card, cards
 from moa_diffusion.report.page.front_chart import front_chart
 from moa_diffusion.report.page.payload import distinct, page_data, rounded
 from moa_diffusion.report.page.runs import Training, read_training
 from moa_diffusion.report.page.thumbnails import thumbnails
 from moa_diffusion.report.page.training_charts import training_charts
-from moa_diffusion.report.summary import Summary
+from moa_diffusion.report.palette import PLUS, marks
+from moa_diffusion.report.summary import Summary, best_of, worst_gain
 from moa_diffusion.report.table import Table
 from moa_diffusion.statistics.bootstrap import LEVEL
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 NAME = "report.html"
 HERE = Path(__file__).parent / "assets"
 STYLES = ("page.css", "images.css")
-SCRIPTS = ("page.js", "dialog.js", "grid.js", "samples.js", "charts.js", "front.js")
+SCRIPTS = ("page.js", "summary.js", "dialog.js", "grid.js", "samples.js", "charts.js", "front.js")
 PACKAGES = ("moa-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -58,28 +60,31 @@ def write_report(
     """
     trainings = {name: read_training(name, folder) for name, folder in runs.items()}
     files = distinct(table)
-    headline = cards(table, summary, trainings)
+    headline = cards(table, summary, trainings, runs, target.parent)
     evaluated = list(dict.fromkeys(model.series for model in table.models if model.series))
-    colour = colours(list(dict.fromkeys([*evaluated, *trainings])))
-    front = front_chart(table, summary, colour)
+    mark = marks([*evaluated, *trainings])
+    front = front_chart(table, summary, mark)
     content = page_data(
         table,
         front,
-        colour,
+        mark,
         files,
+        noise=summary.units,
         folder=target.parent,
-        first=headline[0].model if headline else 0,
+        first=_first(headline, summary),
     )
     parts = {
         "cards": headline,
+        "csv": f"data:text/csv;charset=utf-8,{quote(csv_text(table, summary))}",
         "models": _models(table, summary, trainings),
         "table": table,
         "summary": summary,
         "runs": trainings,
         "evaluated": evaluated,
-        "colours": colour,
+        "marks": mark,
+        "plus": PLUS,
         "front": front.figure,
-        "training": training_charts(list(trainings.values()), table.units, colour),
+        "training": training_charts(list(trainings.values()), table.units, mark),
         "pooled": max((run.pooled for run in trainings.values()), default=1),
         "versions": versions(),
         "level": f"{LEVEL:.0%}",
@@ -91,6 +96,11 @@ def write_report(
     small = thumbnails(files, budget - len(without.encode()))
     write_text(target, _render(parts, small))
     return target
+
+
+def _first(headline: Sequence[Card], summary: Summary) -> int:
+    """Return the model that is selected at first: the best of all series."""
+    return best_of([card.best.model for card in headline], summary) if headline else 0
 
 
 def versions() -> dict[str, str]:
@@ -179,7 +189,6 @@ def _models(table: Table, summary: Summary, runs: Mapping[str, Training]) -> lis
                 "label": column.label,
                 "means": [one.rewards[name].mean.text(".4g") for name in table.rewards],
                 "worst": "-" if base or worst is None else f"{worst[1]:+.2f} ({worst[0]})",
-                "volume": "-" if base else one.hypervolume.text(".3g"),
                 "front": one.nondominated,
                 "kept": ", ".join(kept),
             }

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from moa_diffusion.report.page.figures import INK, template
 from moa_diffusion.report.page.front_chart import FrontChart
+from moa_diffusion.report.palette import PLUS, Mark
 from moa_diffusion.report.table import Table
 
 DIGITS = 6  # significant ones
@@ -20,9 +21,10 @@ DIGITS = 6  # significant ones
 def page_data(
     table: Table,
     front: FrontChart,
-    colours: Mapping[str, str],
+    marks: Mapping[str, Mark],
     files: Sequence[Path],
     *,
+    noise: Mapping[str, float],
     folder: Path,
     first: int,
 ) -> dict[str, Any]:
@@ -31,21 +33,30 @@ def page_data(
     Args:
         table: The table of E models, P prompts, S seeds, K rewards.
         front: The chart of the front.
-        colours: Colours by series.
+        marks: Marks by series.
         files: The different files among the table's images.
+        noise: The base model's standard deviation within a prompt by reward; NaN: unknown.
         folder: The folder that links to them start from.
         first: The model that is selected at first.
     """
     place = {path: i for i, path in enumerate(files)}
     return {
         "models": [
-            {"label": model.label, "colour": colours.get(model.series, INK)}
+            {
+                "label": model.label,
+                "colour": marks[model.series].colour if model.series else INK,
+                "outline": marks[model.series].outline if model.series else PLUS,
+            }
             for model in table.models
         ],
         "first": first,
         "prompts": table.prompts,
         "seeds": table.seeds,
-        "rewards": [{"name": name, "unit": table.units[name]} for name in table.rewards],
+        # Noise is the base model's standard deviation within a prompt; None with one seed.
+        "rewards": [
+            {"name": name, "unit": table.units[name], "noise": noise[name]}
+            for name in table.rewards
+        ],
         "values": table.values.tolist(),
         "images": None
         if table.images is None

@@ -39,6 +39,8 @@ class Training:
     alarms: tuple[Mapping[str, Any], ...]  # as in alarms.jsonl
     front: tuple[Mapping[str, Any], ...]  # the checkpoints of front.json
     files: Mapping[str, str]  # text by file name
+    rollouts: int = 0  # finished
+    seconds: float = 0.0  # of wall time that they took, evaluations included
 
 
 def read_training(name: str, folder: Path) -> Training:
@@ -73,6 +75,8 @@ def read_training(name: str, folder: Path) -> Training:
             for file in FILES
             if (folder / file).is_file()
         },
+        rollouts=max((row["step"] for row in rows), default=0),
+        seconds=sum(row.get("seconds/total") or 0.0 for row in rows),
     )
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from moa_diffusion.report.grid import score_text
+from moa_diffusion.files.captions import score_text
 from moa_diffusion.report.page.figures import PANEL, Panel, figure, plain
 from moa_diffusion.report.page.runs import Curve, Training
+from moa_diffusion.report.palette import Mark
 
 Charts = Mapping[str, Mapping[str, Sequence[Panel]]]
 
@@ -21,6 +22,7 @@ CONFLICTS = {
     "cosine": "cosines of the gradients",
     "correlation": "correlations of the advantages",
 }
+FEW = 8  # rollouts up to which there would be ticks between them
 POINTS = 21  # points that an alarm's line is drawn of
 PARTS = {  # shares of training, from and to
     "the last quarter of training": (0.75, 1.0),
@@ -30,14 +32,14 @@ PARTS = {  # shares of training, from and to
 
 
 def training_charts(
-    runs: Sequence[Training], units: Mapping[str, str], colours: Mapping[str, str]
+    runs: Sequence[Training], units: Mapping[str, str], marks: Mapping[str, Mark]
 ) -> Charts:
     """Return the panels of all sections.
 
     Args:
         runs: The curves of each run, by group and name.
         units: Units by reward, of those that are known.
-        colours: Colours by run.
+        marks: Marks by run.
 
     Returns:
         Panels by section, and by what the reader chooses to see in it; in sections without a choice
@@ -45,7 +47,7 @@ def training_charts(
     """
 
     def panels(groups: Sequence[str], names: Iterable[str], **options: Any) -> list[Panel]:
-        made = [_panel(runs, groups, name, colours, **options) for name in names]
+        made = [_panel(runs, groups, name, marks, **options) for name in names]
         return [panel for panel in made if panel is not None]
 
     objectives = list(dict.fromkeys(name for run in runs for name in run.objectives))
@@ -101,7 +103,7 @@ def _panel(
     runs: Sequence[Training],
     groups: Sequence[str],
     name: str,
-    colours: Mapping[str, str],
+    marks: Mapping[str, Mark],
     *,
     title: Callable[[str], str] = str,
     zero: bool = False,
@@ -113,7 +115,7 @@ def _panel(
         runs: The curves of each run, by group and name.
         groups: The groups, from the back to the front.
         name: The curves' name in these groups, such as that of a reward.
-        colours: Colours by run.
+        marks: Marks by run.
         title: What the panel of a name is called.
         zero: Whether the axis starts at 0.
         whole: Whether the axis goes from 0 to 1, and a little beyond.
@@ -132,24 +134,30 @@ def _panel(
         ends.append(f"{run.name}: from {score_text(known[0])} to {score_text(known[-1])}")
         error = run.curves.get("eval_sem", {}).get(name) if group == "eval_mean" else None
         if error is not None:
-            traces.append(_band(curve, error, colours[run.name]))
-        traces.append(_line(run, group, name, colours[run.name]))
-    marks, shaded = _alarms(runs, name, colours)
+            traces.append(_band(curve, error, marks[run.name].colour))
+        traces.append(_line(run, group, name, marks[run.name]))
+    lines, shaded = _alarms(runs, name, marks)
     yaxis: dict[str, Any] = {"rangemode": "tozero" if zero else "normal"}
     if whole:
         # Where objectives oppose each other a share lies outside.
         values = [value for *_, known in curves for value in known]
         yaxis = {"range": [min(0, *values) - 0.03, max(1, *values) + 0.03]}
     layout = {
-        "xaxis": {"title": {"text": "rollouts", "standoff": 4}, "rangemode": "tozero"},
+        "xaxis": _rollouts(max(curve.steps[-1] for _, _, curve, _ in curves)),
         "yaxis": yaxis,
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
         "shapes": shaded,
     }
-    return Panel(title=title(name), words="; ".join(ends), figure=figure([*traces, *marks], layout))
+    return Panel(title=title(name), words="; ".join(ends), figure=figure([*traces, *lines], layout))
 
 
-def _line(run: Training, group: str, name: str, colour: str) -> Any:
+def _rollouts(last: float) -> dict[str, Any]:
+    """Return the axis of rollouts, whose ticks are whole numbers also of a short run."""
+    axis = {"title": {"text": "rollouts", "standoff": 4}, "rangemode": "tozero"}
+    return axis | ({"dtick": 1} if last < FEW else {})
+
+
+def _line(run: Training, group: str, name: str, mark: Mark) -> Any:
     import plotly.graph_objects as go
 
     curve = run.curves[group][name]
@@ -164,9 +172,9 @@ def _line(run: Training, group: str, name: str, colour: str) -> Any:
         line={
             "width": 2 if evaluated else 1.2 if thin else 1.8,
             "dash": "dash" if evaluated and name in run.heldout else "solid",
-            "color": colour,
+            "color": mark.colour,
         },
-        marker={"size": 7},
+        marker={"size": 7, "symbol": mark.symbol},
         name=plain(run.name),
         hovertemplate=(
             f"%{{fullData.name}}, {'evaluations' if evaluated else 'rollouts'}"
@@ -198,7 +206,7 @@ def _band(mean: Curve, error: Curve, colour: str) -> Any:
 
 
 def _alarms(
-    runs: Sequence[Training], name: str, colours: Mapping[str, str]
+    runs: Sequence[Training], name: str, marks: Mapping[str, Mark]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """Return upright lines that say the message, and shades over what a rollback took back."""
     import plotly.graph_objects as go
@@ -221,10 +229,10 @@ def _alarms(
                     marker={
                         "symbol": "triangle-down",
                         "size": [0] * (POINTS - 1) + [10],
-                        "color": colours[run.name],
+                        "color": marks[run.name].colour,
                         "line": {"width": 0},
                     },
-                    line={"dash": "dot", "width": 1.5, "color": colours[run.name]},
+                    line={"dash": "dot", "width": 1.5, "color": marks[run.name].colour},
                     cliponaxis=False,
                     hovertext="<br>".join(map(plain, textwrap.wrap(message, 46))),
                     hoverinfo="text",
@@ -241,7 +249,7 @@ def _alarms(
                         "x1": alarm["step"],
                         "y0": 0,
                         "y1": 1,
-                        "fillcolor": colours[run.name],
+                        "fillcolor": marks[run.name].colour,
                         "opacity": 0.13,
                         "line": {"width": 0},
                         "layer": "below",

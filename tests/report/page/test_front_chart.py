@@ -7,8 +7,9 @@ import math
 import numpy
 import pytest
 
-from moa_diffusion.report.page.figures import INK, PAPER, colours
+from moa_diffusion.report.page.figures import INK, PAPER
 from moa_diffusion.report.page.front_chart import FrontChart, front_chart
+from moa_diffusion.report.palette import marks
 from moa_diffusion.report.summary import summarise
 from moa_diffusion.report.table import Column, Table
 
@@ -40,7 +41,7 @@ def chart_of(means: list[list[float]]) -> FrontChart:
         scorers={},
         sampler={},
     )
-    return front_chart(table, summarise(table, resamples=20), colours(["<a>"]))
+    return front_chart(table, summarise(table, resamples=20), marks(["<a>"]))
 
 
 def test_every_pair_of_rewards_has_its_points_and_its_front():

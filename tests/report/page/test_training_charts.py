@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from moa_diffusion.report.page.figures import colours
 from moa_diffusion.report.page.runs import Curve, Training
 from moa_diffusion.report.page.training_charts import PARTS, Charts, training_charts
+from moa_diffusion.report.palette import marks
 
 REWARDS = ("text", "colour")
 
@@ -34,7 +34,7 @@ def run_of(
 
 
 def charts_of(*runs: Training) -> Charts:
-    return training_charts(runs, {"colour": "points"}, colours([run.name for run in runs]))
+    return training_charts(runs, {"colour": "points"}, marks([run.name for run in runs]))
 
 
 def test_what_was_not_measured_has_no_section():

@@ -65,7 +65,7 @@ function showPair() {
       ["after", after],
     ]) {
       find(`#text-${name}`).textContent = data.texts[e][p][s];
-      find(`#text-${name}`).previousElementSibling.textContent = models[e].label;
+      find(`#text-${name}`).previousElementSibling.textContent = `${name}: ${models[e].label}`;
     }
   }
   find("#compare-scores tbody").replaceChildren(
@@ -77,7 +77,7 @@ function showPair() {
         element("th", { scope: "row" }, unit ? `${name} (${unit})` : name),
         element("td", { class: "number" }, short(data.values[before][k][p][s])),
         element("td", { class: "number" }, short(data.values[after][k][p][s])),
-        element("td", { class: `number ${side(change)}` }, signed(change) + arrow(change)),
+        element("td", { class: `number ${side(change, k)}` }, signed(change) + arrow(change, k)),
       );
     }),
   );

@@ -9,7 +9,7 @@ function buildGrid() {
     const button = element(
       "button",
       { type: "button", class: "head choose", "data-model": String(e), "aria-pressed": "false" },
-      element("span", { class: "swatch", style: `background: ${model.colour}` }),
+      swatch(model),
       model.label,
     );
     button.addEventListener("click", () => select(e));
@@ -27,6 +27,13 @@ function buildGrid() {
   cells.append(element("table", title, element("thead", {}, head), body));
   cells.classList.toggle("texts", Boolean(data.texts));
   cells.querySelector(".cell").tabIndex = 0;
+}
+
+function swatch({ colour, outline }) {
+  const made = find(".swatch").cloneNode(true);
+  made.firstElementChild.setAttribute("fill", colour);
+  made.firstElementChild.setAttribute("d", outline);
+  return made;
 }
 
 function emptyCell(e, p) {
@@ -62,8 +69,8 @@ function scores(e, p, s) {
       element("span", {}, name),
       element(
         "span",
-        { class: e === 0 ? "" : side(change) },
-        short(data.values[e][k][p][s]) + arrow(change),
+        { class: e === 0 ? "" : side(change, k) },
+        short(data.values[e][k][p][s]) + arrow(change, k),
       ),
     );
   });
@@ -131,6 +138,7 @@ function markColumn(e) {
 
 function goToColumn(e) {
   select(e);
+  unfold(find("#grid"));
   find("#grid").scrollIntoView();
   const head = cells.querySelector(`thead th[data-model="${e}"]`);
   const corner = cells.querySelector("thead th");
@@ -139,6 +147,7 @@ function goToColumn(e) {
 }
 
 buildGrid();
+watched.observe(cells.firstElementChild);
 listeners.push(markColumn);
 cells.addEventListener("keydown", move);
 cells.addEventListener("focusin", (event) => event.target.matches(".cell") && rove(event.target));

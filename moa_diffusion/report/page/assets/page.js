@@ -35,9 +35,14 @@ function gain(e, k, p, s, before = 0) {
   return here === null || there === null ? null : here - there;
 }
 
-// Not by colour alone: the sign is written as well.
-const side = (change) => (change === null || change === 0 ? "open" : change > 0 ? "up" : "down");
-const arrow = (change) => ({ open: "", up: " ▲", down: " ▼" })[side(change)];
+// Not by colour alone: the sign is written as well. What lies within noise has none.
+const side = (change, k) =>
+  change === null || !(Math.abs(change) > (rewards[k].noise ?? Infinity))
+    ? "open"
+    : change > 0
+      ? "up"
+      : "down";
+const arrow = (change, k) => ({ open: "", up: " ▲", down: " ▼" })[side(change, k)];
 
 function select(e) {
   state.selected = e;
@@ -73,7 +78,43 @@ function showNow(target) {
   if (draw) draw();
 }
 
+// What is not seen yet is drawn when there is time: a page is whole without scrolling.
+function drawRest() {
+  const target = [...waiting.keys()].find((one) => one.checkVisibility());
+  if (!target) return;
+  showNow(target);
+  setTimeout(drawRest);
+}
+addEventListener("load", () => setTimeout(drawRest));
+
+// On a phone sections are folded; a link opens the one it leads to.
+const folds = [...document.querySelectorAll(".fold")];
+if (matchMedia("(max-width: 40rem)").matches) {
+  for (const fold of folds) fold.open = fold.parentElement.id === "front";
+}
+function unfold(section) {
+  for (const fold of section.querySelectorAll(":scope > .fold")) fold.open = true;
+}
+for (const link of document.querySelectorAll('a[href^="#"]')) {
+  link.addEventListener("click", () => unfold(find(link.hash)));
+}
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = folds.filter((fold) => !fold.open);
+  for (const fold of folded) fold.open = true;
+  [...waiting.keys()].filter((target) => target.checkVisibility()).forEach(showNow);
+});
+addEventListener("afterprint", () => folded.forEach((fold) => (fold.open = false)));
+
+// A table that is cut off says so.
+const watched = new ResizeObserver((entries) => {
+  for (const box of new Set(entries.map(({ target }) => target.closest(".scroll")))) {
+    box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth;
+  }
+});
+for (const box of document.querySelectorAll(".scroll")) {
+  box.before(element("p", { class: "more", hidden: true }, "The table goes on to the right →"));
+  watched.observe(box);
+}
+
 listeners.push(markChosen);
-addEventListener("beforeprint", () =>
-  [...waiting.keys()].filter((target) => target.checkVisibility()).forEach(showNow),
-);

@@ -44,10 +44,18 @@ function showSamples() {
   find("#samples-lists").replaceChildren(...(parts.length ? parts : [none]));
 }
 
+function labelled(e, pair, shown) {
+  if (pair.length === 1) return shown;
+  const label = element("span", { class: "label" }, e === 0 ? "before" : "after");
+  return element("span", {}, label, shown);
+}
+
 function sampleCard(e, k, { p, s }) {
   const change = e === 0 ? null : gain(e, k, p, s);
-  const here = short(data.values[e][k][p][s]);
-  const words = change === null ? here : `${here}, ${signed(change)}${arrow(change)}`;
+  const [here, there] = [e, 0].map((one) => short(data.values[one][k][p][s]));
+  const { name } = rewards[k];
+  const words =
+    e === 0 ? `${name} ${here}` : `${name}: before ${there}, after ${here}${arrow(change, k)}`;
   const button = element("button", {
     type: "button",
     class: "sample",
@@ -59,9 +67,9 @@ function sampleCard(e, k, { p, s }) {
       element(
         "span",
         { class: pair.length > 1 ? "pair" : "" },
-        ...pair.map((one) => sample(one, p, s)),
+        ...pair.map((one) => labelled(one, pair, sample(one, p, s))),
       ),
-      element("span", { class: side(change) }, words),
+      element("span", { class: side(change, k) }, words),
       element("span", { class: "words" }, `${prompts[p]} (seed ${seeds[s]})`),
     );
   });
