@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_diffusion.files import program
 from moa_diffusion.report.page.runs import Training
 from moa_diffusion.report.summary import (
     ModelSummary,
@@ -18,8 +19,6 @@ from moa_diffusion.report.summary import (
     worst_gain,
 )
 from moa_diffusion.report.table import Table
-
-EXPORT = ("python", "scripts/export.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +131,7 @@ def export_command(
     known = all(one.series in folders and one.step is not None for one in parts)
     if len(parts) < len(weights) or not known or len(steps) != 1:
         return None
-    words = list(EXPORT)
+    words = shlex.split(program.words("export"))
     for one in parts:
         folder = str(folders[one.series])
         words += ["--run", folder if len(parts) == 1 else f"{one.series}={folder}"]

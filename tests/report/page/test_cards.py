@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 
+from moa_diffusion.files import program
 from moa_diffusion.report.page import cards as headline
 from moa_diffusion.report.page.page import write_report
 from report_pages import Page, column, short_summary, table_of
@@ -58,7 +59,7 @@ def test_a_run_that_collapsed_shows_its_last_checkpoint_too(tmp_path: Path):
     assert card.warning == "The last one, run/step-2, is worse in reward1."
     assert [gain.won for gain in card.best.gains] == ["50%"] * 2, "ties count half"
     assert card.command == (
-        "python scripts/export.py --run 'a b' --checkpoint step-1 --output 'a b/exported' "
+        f"{program.words('export')} --run 'a b' --checkpoint step-1 --output 'a b/exported' "
         f"--evaluation {tmp_path}"
     )
 
@@ -75,7 +76,7 @@ def test_a_soup_of_checkpoints_of_one_step_has_a_command(tmp_path: Path):
         return headline.export_command(table, 3, folders, Path("out"))
 
     assert command((2, 2), False) == (
-        "python scripts/export.py --run a=runs/a --run b=runs/b --checkpoint step-2 "
+        f"{program.words('export')} --run a=runs/a --run b=runs/b --checkpoint step-2 "
         "--weights 0.25,0.75 --no-ema --output exported --evaluation out"
     )
     assert command((2, 3), True) is None
