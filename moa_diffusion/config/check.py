@@ -132,6 +132,36 @@ def _check_numbers(config: Config) -> None:
         lambda value: value < steps,
         f"less than sampling.steps = {steps} (the last step is not trained)",
     )
+    _check_loss(config)
+    _check_guards(config)
+    _require(
+        config,
+        "evaluation.resolution",
+        lambda value: value is None or config.policy.name == "sd3",
+        f"null for policy.name {config.policy.name}, which draws no images",
+    )
+    for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
+        if isinstance(files, list):
+            _check_distinct(f"prompts.{name}", files, config.prompts.column)
+    sampler = config.sampling.sampler
+    if sampler not in SAMPLERS and ":" not in sampler:
+        raise ConfigError(
+            f"sampling.sampler: should be one of {', '.join(SAMPLERS)}, or an import path such as "
+            f"my_module:my_step. Found {sampler!r}.{did_you_mean(sampler, SAMPLERS)}"
+        )
+    if config.sampling.sampler == "cps":
+        _require(config, "sampling.noise_level", lambda value: value <= 1, "at most 1 for cps")
+    if config.evaluation.every:
+        _require(
+            config,
+            "prompts.heldout",
+            lambda value: value is not None,
+            "a prompt file while evaluation.every is not 0",
+        )
+
+
+def _check_loss(config: Config) -> None:
+    """Check the kind of loss against the kind of policy."""
     writes = config.policy.name == "causal_lm"
     _require(
         config,
@@ -170,6 +200,10 @@ def _check_numbers(config: Config) -> None:
         without = f"for policy.name {config.policy.name}: there are no velocities"
         _require(config, "loss.clip", partial(eq, "ratio"), f"ratio {without}")
         _require(config, "loss.norm_weight", partial(eq, 0), f"0 {without}")
+
+
+def _check_guards(config: Config) -> None:
+    """Check what holds the policy back against what it would act on."""
     _require(
         config,
         "loss.clip",
@@ -201,30 +235,6 @@ def _check_numbers(config: Config) -> None:
         lambda value: value != "noise" or config.sampling.sampler != "cps",
         "plain or equal for sampling.sampler cps, whose log-prob is weighed by its noise already",
     )
-    _require(
-        config,
-        "evaluation.resolution",
-        lambda value: value is None or config.policy.name == "sd3",
-        f"null for policy.name {config.policy.name}, which draws no images",
-    )
-    for name, files in (("train", config.prompts.train), ("heldout", config.prompts.heldout)):
-        if isinstance(files, list):
-            _check_distinct(f"prompts.{name}", files, config.prompts.column)
-    sampler = config.sampling.sampler
-    if sampler not in SAMPLERS and ":" not in sampler:
-        raise ConfigError(
-            f"sampling.sampler: should be one of {', '.join(SAMPLERS)}, or an import path such as "
-            f"my_module:my_step. Found {sampler!r}.{did_you_mean(sampler, SAMPLERS)}"
-        )
-    if config.sampling.sampler == "cps":
-        _require(config, "sampling.noise_level", lambda value: value <= 1, "at most 1 for cps")
-    if config.evaluation.every:
-        _require(
-            config,
-            "prompts.heldout",
-            lambda value: value is not None,
-            "a prompt file while evaluation.every is not 0",
-        )
 
 
 def _even_kl(config: Config) -> bool:
