@@ -34,12 +34,12 @@ def test_a_copy_is_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"cd {tmp_path}/mine && " in said
     assert said.endswith(f"--config configs/{name}.yaml")
     assert ("train-lm" in said) == name.startswith("lm_")
-    monkeypatch.chdir(tmp_path / "mine")
-    settings = config.load(f"configs/{name}.yaml")
-    assert assembly.heldout_requests(settings)
-    assert list(assembly.heads(settings)) == list(settings.rewards)
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert {f"Written: {tmp_path / path}" for path in written} == set(said.splitlines()[:-2])
+    monkeypatch.chdir(tmp_path / "mine")
+    settings = config.load(f"configs/{name}.yaml")  # may compile a file of rewards
+    assert assembly.heldout_requests(settings)
+    assert list(assembly.heads(settings)) == list(settings.rewards)
 
 
 def test_nothing_of_the_users_is_written_over(

@@ -21,9 +21,9 @@ from benchmarks.gpu_report import Report, out_of_memory
 from benchmarks.gpu_rollouts import Operations, denoised
 from benchmarks.gpu_summary import summary
 from moa_diffusion import assembly, config
+from moa_diffusion.commands.plan import measured
 from moa_diffusion.config import Config
 from moa_diffusion.config.schema import PolicyConfig
-from moa_diffusion.planning.command import measured
 from moa_diffusion.planning.gpus import GPUS
 from moa_diffusion.policies.sd3 import SD3Policy
 from moa_diffusion.scoring import RewardBatch
