@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, Unpack
@@ -15,8 +14,9 @@ from rewards.base import RewardError
 from rewards.heads.clip import build_clip, embed_images
 from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights, check_name, find_weights
+from rewards.pretrained.open_clip_models import build_visual, check_architecture, image_size
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
-from rewards.pretrained.tensors import load_strictly, read_tensors
+from rewards.pretrained.tensors import read_tensors
 from rewards.registry import register
 
 Backbone = Literal["transformers", "open_clip"]
@@ -86,7 +86,7 @@ class Aesthetic(ModelHead):
         self.predictor_sha256 = predictor_sha256
         if backbone == "open_clip":
             self.required: Sequence[str] = ()
-            _check_architecture(architecture)
+            check_architecture(architecture, needed_by="The backbone `open_clip`")
         else:
             self.required = ("config.json", "preprocessor_config.json")
         self._predictor_used: dict[str, str] = {}
@@ -104,12 +104,12 @@ class Aesthetic(ModelHead):
 
     def _build(self, weights: Weights) -> nn.Module:
         if self.backbone == "open_clip":
-            return _build_open_clip(self.architecture, weights).to(self.dtype)
+            return build_visual(self.architecture, weights).to(self.dtype)
         return build_clip(weights, self.dtype)
 
     def _prepare(self, weights: Weights) -> None:
         if self.backbone == "open_clip":
-            side = _image_size(self.architecture)
+            side = image_size(self.architecture)
             self._preprocess = Preprocessing(side=side, crop=side, rounding="even")
         else:
             self._preprocess = read_preprocessing(weights.folder / "preprocessor_config.json")
@@ -183,38 +183,3 @@ def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
             f"The layers of the head {weights.model} do not fit each other, or do not end in one "
             f"number: {shapes}."
         ) from error
-
-
-def _open_clip() -> Any:
-    if importlib.util.find_spec("open_clip") is None:
-        raise ImportError(
-            "The backbone `open_clip` needs the package open_clip_torch. Install with: "
-            'pip install "moa-diffusion[open_clip]"'
-        )
-    import open_clip
-
-    return open_clip
-
-
-def _check_architecture(architecture: str) -> None:
-    config = _open_clip().get_model_config(architecture)
-    plain = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    if config is None or not set(config) <= plain:
-        raise ValueError(
-            f"Parameter `architecture` should be the name of a plain CLIP model in open_clip "
-            f"(`open_clip.list_models()`). Found `architecture = {architecture!r}`."
-        )
-
-
-def _image_size(architecture: str) -> int:
-    return int(_open_clip().get_model_config(architecture)["vision_cfg"]["image_size"])
-
-
-def _build_open_clip(architecture: str, weights: Weights) -> nn.Module:
-    """Return the half of an open_clip model that reads images: ``[n, 3, S, S]`` to ``[n, D]``."""
-    open_clip = _open_clip()
-    # On the meta device the model costs no memory and draws no random numbers.
-    with torch.device("meta"):
-        visual: nn.Module = open_clip.CLIP(**open_clip.get_model_config(architecture)).visual
-    load_strictly(visual, weights, prefix="visual.")
-    return visual

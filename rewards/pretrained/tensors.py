@@ -20,10 +20,15 @@ from rewards.pretrained.locate import Weights
 _SHOWN_KEYS = 6
 
 
-def read_tensors(weights: Weights) -> dict[str, Tensor]:
+def read_tensors(weights: Weights, *, within: str = "") -> dict[str, Tensor]:
     """Read the weights by name, on the CPU, mapped into memory where the format allows it.
 
     Pickled files are read with ``weights_only=True``: they cannot run code.
+
+    Args:
+        weights: Files of weights.
+        within: The name under which a pickled file holds the tensors, where it holds more, as
+            checkpoints of trainings do.
 
     Raises:
         RewardError: If a file is damaged, two shards hold the same name, or the file holds
@@ -31,7 +36,7 @@ def read_tensors(weights: Weights) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name in weights.files:
-        part = _read_file(weights.folder / name)
+        part = _read_file(weights.folder / name, within)
         twice = sorted(tensors.keys() & part.keys())
         if twice:
             raise RewardError(
@@ -70,7 +75,12 @@ def read_tensor(weights: Weights, name: str) -> Tensor:
 
 
 def load_strictly(
-    module: nn.Module, weights: Weights, *, ignore: Sequence[str] = (), prefix: str = ""
+    module: nn.Module,
+    weights: Weights,
+    *,
+    ignore: Sequence[str] = (),
+    prefix: str = "",
+    within: str = "",
 ) -> None:
     """Put the weights into a module by name; every name and shape must match.
 
@@ -82,13 +92,14 @@ def load_strictly(
         weights: The module's files of weights.
         ignore: Endings of names in the files that the module need not have.
         prefix: Only the tensors whose names start so are meant, and their names without it.
+        within: See ``read_tensors``.
 
     Raises:
         RewardError: Names what is missing, unexpected or of another shape.
     """
     tensors = {
         name.removeprefix(prefix): tensor
-        for name, tensor in read_tensors(weights).items()
+        for name, tensor in read_tensors(weights, within=within).items()
         if name.startswith(prefix) and not name.endswith(tuple(ignore))
     }
     expected = module.state_dict()
@@ -155,7 +166,7 @@ def _check_names(
         )
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, within: str = "") -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -172,6 +183,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise _unreadable(path, error) from error
+    if within:
+        if not isinstance(content, dict) or within not in content:
+            raise RewardError(f"The file {path} should hold tensors by name under `{within}`.")
+        content = content[within]
     if not isinstance(content, dict) or not all(
         isinstance(value, Tensor) for value in content.values()
     ):

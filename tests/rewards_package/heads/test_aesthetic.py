@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-import rewards.heads.aesthetic
 from rewards import RewardBatch, RewardError, create
 from rewards.heads.aesthetic import read_affine
 from rewards.pretrained.locate import find_weights
+from rewards.pretrained.open_clip_models import check_architecture
 from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 SIDE, WIDTH, LAYERS, EMBEDDING = 32, 48, 2, 24
@@ -230,7 +230,7 @@ def test_both_backbones_agree_on_the_same_weights(folder, open_clip_file, tmp_pa
 
 @has_open_clip
 def test_open_clip_knows_the_published_architecture():
-    rewards.heads.aesthetic._check_architecture("ViT-L-14-quickgelu")
+    check_architecture("ViT-L-14-quickgelu", needed_by="A test")
     with pytest.raises(ValueError, match=r"Found `architecture = 'ViT-L-99'`\."):
         create("aesthetic", backbone="open_clip", architecture="ViT-L-99")
     with pytest.raises(ValueError, match="a plain CLIP model in open_clip"):

@@ -136,7 +136,7 @@ def test_open_clip_scores_at_its_real_size(
         sizes = open_clip.get_model_config(architecture)
         return open_clip.CLIP(**sizes | {"vision_cfg": sizes["vision_cfg"] | {"layers": 2}}).visual
 
-    monkeypatch.setattr(aesthetic, "_build_open_clip", build)
+    monkeypatch.setattr(aesthetic, "build_visual", build)
     files = judge(tmp_path, "aesthetic")
     options = {"predictor": files.predictor, "predictor_sha256": None}  # type: ignore[attr-defined]
     file = f"{files.model}/model.safetensors"
