@@ -34,10 +34,12 @@ TargetT = TypeVar("TargetT", bound=Callable[..., Any])
 _BUILT_IN = {
     "aesthetic": "rewards.heads.aesthetic",
     "classifier": "rewards.heads.classifier",
+    "clip_iqa": "rewards.heads.clip_iqa",
     "clipscore": "rewards.heads.clip",
     "colourfulness": "rewards.heads.simple",
     "deqa": "rewards.heads.deqa.head",
     "format": "rewards.heads.prose",
+    "hpsv2": "rewards.heads.hpsv2",
     "jpeg_compressibility": "rewards.heads.simple",
     "keyword": "rewards.heads.prose",
     "length": "rewards.heads.prose",

@@ -17,7 +17,6 @@ from moa_diffusion.scoring import RewardHead
 from rewards.heads.aesthetic import Aesthetic
 from rewards.heads.clip import ClipHead
 from rewards.heads.deqa.head import DeqaHead
-from rewards.heads.qrealign import QRealignHead
 from rewards.pretrained.base import ModelHead
 from rewards.pretrained.locate import find_weights
 from rewards.serving.remote import RemoteHead
@@ -58,11 +57,10 @@ def judge(head: RewardHead, *, on_cpu: bool = False) -> Judge:
     label = f"{head.model} in {str(head.dtype).removeprefix('torch.')}"
     if on_cpu:
         return Judge(name=head.name, note=_ON_CPU)
-    if isinstance(head, QRealignHead):
-        size = published()["parameters"].get(head.model, 0) * head.dtype.itemsize
+    size = published()["parameters"].get(head.model, 0) * head.dtype.itemsize
+    if size:
         note = "its weights are counted from their published size, its time is not"
-        if size:
-            return Judge(name=head.name, model=label, weights=size, note=note)
+        return Judge(name=head.name, model=label, weights=size, note=note)
     sizes = _sizes(head)
     clip = isinstance(head, ClipHead) or (
         isinstance(head, Aesthetic) and head.backbone == "transformers"

@@ -33,6 +33,13 @@ CARDS: Mapping[str, HeadCard] = {
         weights="named by `model`",
         licence="see source",
     ),
+    "clip_iqa": HeadCard(
+        range="0 to 1",
+        weights="timm/resnet50_clip.openai",
+        memory="102 M, 0.4 GB",
+        licence="MIT",
+        packages=("open_clip",),
+    ),
     "clipscore": HeadCard(
         range="-1 to 1, about 0.1 to 0.4",
         weights="openai/clip-vit-large-patch14",
@@ -47,6 +54,13 @@ CARDS: Mapping[str, HeadCard] = {
         licence="MIT (code), Llama 2 (weights)",
     ),
     "format": HeadCard(range="0 or 1"),
+    "hpsv2": HeadCard(
+        range="about 0.2 to 0.35",
+        weights="xswu/HPSv2, version 2.1",
+        memory="986 M, 3.9 GB",
+        licence="Apache-2.0",
+        packages=("open_clip",),
+    ),
     "jpeg_compressibility": HeadCard(range="at most 0"),
     "keyword": HeadCard(range="0 to 1"),
     "length": HeadCard(range="0.5 to 1.5"),

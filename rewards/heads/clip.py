@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
@@ -32,12 +33,121 @@ _MOST_TEXTS = 4096  # embeddings kept, 16 MB at width 1024
 _log = logging.getLogger(__name__)
 
 
-class ClipHead(ModelHead):
-    """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
+class TwoTowerHead(ModelHead):
+    """A head on a model that embeds images and prompts in one space.
 
-    A prompt is cut at the number of tokens that the model reads (77); ``remarks`` counts those.
-    When that removes quoted text, which the image ought to show, a warning names the prompt,
-    once. A prompt of nothing but white space asks for nothing, and scores NaN.
+    A prompt is cut at the number of tokens that the model reads; ``remarks`` counts those. When
+    that removes quoted text, which the image ought to show, a warning names the prompt, once. A
+    prompt of nothing but white space asks for nothing, and scores NaN.
+
+    Args:
+        model: See ``ModelHead``.
+        dtype: See ``ModelHead``.
+        options: See ``ModelOptions``.
+    """
+
+    def __init__(self, *, model: str, dtype: Dtype, **options: Unpack[ModelOptions]) -> None:
+        super().__init__(model=model, dtype=dtype, **options)
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [D] of length 1
+        self._warned: set[str] = set()
+
+    @abstractmethod
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of prompts, whole, with those for their beginning and end."""
+
+    @abstractmethod
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones."""
+
+    @abstractmethod
+    def _longest(self, module: Any) -> int:
+        """Return how many tokens of a prompt are read, the one for its end included."""
+
+    @abstractmethod
+    def _embed_images(self, module: Any, images: Tensor) -> Tensor:
+        """Return embeddings of images ``[n, 3, H, W]``, uint8: ``[n, D]`` of length 1, on the CPU.
+
+        They are float32, as those of prompts are.
+        """
+
+    @abstractmethod
+    def _embed_prompts(self, module: Any, prompts: Sequence[str]) -> Tensor:
+        """Return embeddings of prompts, cut where they are too long: ``[n, D]`` of length 1."""
+
+    def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosines between the embeddings of images and prompts.
+
+        Args:
+            module: The model.
+            images: Images ``[n, 3, H, W]``, uint8.
+            prompts: The n prompts.
+
+        Returns:
+            ``[n]`` in [-1, 1], float32, on the CPU.
+        """
+        seen = self._embed_images(module, images)  # [n, D]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            self._warn_of_cuts(new, self._longest(module))
+            self._texts.update(zip(new, self._embed_prompts(module, new), strict=True))
+        read = torch.stack([self._texts[prompt] for prompt in prompts])  # [n, D]
+        self._forget(keep=prompts)
+        return (seen * read).sum(dim=-1)
+
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Say how many prompts are cut, and how many say nothing.
+
+        Raises:
+            RewardError: If the model cannot be loaded.
+        """
+        longest = self._longest(self._loaded().module)
+        lengths = [len(ids) for ids in self._token_ids(prompts)]
+        cut = [i for i, length in enumerate(lengths) if length > longest]
+        blank = [prompt for prompt in prompts if not self._applies(prompt)]
+        remarks = []
+        if cut:
+            remarks.append(
+                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
+                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
+                f"{prompts[cut[0]]!r}."
+            )
+        if blank:
+            remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
+        return remarks
+
+    def _applies(self, prompt: str) -> bool:
+        return bool(prompt.strip())
+
+    def _forget(self, *, keep: Sequence[str]) -> None:
+        for prompt in keep:
+            self._texts.move_to_end(prompt)
+        while len(self._texts) > _MOST_TEXTS:
+            self._texts.popitem(last=False)
+
+    def _warn_of_cuts(self, prompts: Sequence[str], longest: int) -> None:
+        for prompt in prompts:
+            target = quoted_target(prompt, "any")
+            if target is None or prompt in self._warned:
+                continue
+            (ids,) = self._token_ids([prompt])
+            if len(ids) <= longest:
+                continue
+            # The end token takes the last place.
+            read = self._decoded(ids[: longest - 1])
+            if comparable(target) not in comparable(read):
+                self._warned.add(prompt)
+                _log.warning(
+                    'Reward head "%s" reads %d tokens and cuts the quoted text %r off the prompt '
+                    "%r. Shorten the prompt, or quote earlier.",
+                    self._label,
+                    longest,
+                    target,
+                    prompt,
+                )
+
+
+class ClipHead(TwoTowerHead):
+    """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
 
     Args:
         model: See ``ModelHead``.
@@ -65,56 +175,10 @@ class ClipHead(ModelHead):
         self._processor_used: dict[str, str] = {}
         self._tokenizer: Any = None
         self._preprocess: Preprocessing | None = None
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self._warned: set[str] = set()
 
     def provenance(self) -> Mapping[str, str]:
         """Return model, precision and processor; once loaded, also revisions and the digest."""
         return {**super().provenance(), **self._processor_used}
-
-    def cosine(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosines between the embeddings of images and prompts.
-
-        Args:
-            module: The CLIP model.
-            images: Images ``[n, 3, H, W]``, uint8.
-            prompts: The n prompts.
-
-        Returns:
-            ``[n]`` in [-1, 1], float32, on the CPU.
-        """
-        assert self._preprocess is not None  # `_prepare` ran before the first batch
-        pixels = self._preprocess(images).to(self.device, self.dtype)
-        seen = embed_images(module, pixels)  # [n, D]
-        self._embed(module, [p for p in dict.fromkeys(prompts) if p not in self._texts])
-        read = torch.stack([self._texts[prompt] for prompt in prompts])  # [n, D]
-        self._forget(keep=prompts)
-        return (seen * read).sum(dim=-1)
-
-    def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say how many prompts are cut, and how many say nothing.
-
-        Raises:
-            RewardError: If the model cannot be loaded.
-        """
-        longest = self._longest(self._loaded().module)
-        token_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-        lengths = [len(ids) for ids in token_ids]
-        cut = [i for i, length in enumerate(lengths) if length > longest]
-        blank = [prompt for prompt in prompts if not self._applies(prompt)]
-        remarks = []
-        if cut:
-            remarks.append(
-                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
-                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
-                f"{prompts[cut[0]]!r}."
-            )
-        if blank:
-            remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
-        return remarks
-
-    def _applies(self, prompt: str) -> bool:
-        return bool(prompt.strip())
 
     def _recipe(self) -> Hashable:
         return build_clip
@@ -146,58 +210,38 @@ class ClipHead(ModelHead):
             )
         return files
 
-    def _embed(self, module: Any, prompts: Sequence[str]) -> None:
-        """Add the embeddings of prompts, ``[D]`` float32 of length 1, to those kept."""
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         if not prompts:
-            return
-        longest = self._longest(module)
-        self._warn_of_cuts(prompts, longest)
+            return []
+        token_ids: list[list[int]] = self._tokenizer(list(prompts), verbose=False).input_ids
+        return token_ids
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def _embed_images(self, module: Any, images: Tensor) -> Tensor:
+        assert self._preprocess is not None  # `_prepare` ran before the first batch
+        return embed_images(module, self._preprocess(images).to(self.device, self.dtype))
+
+    def _embed_prompts(self, module: Any, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
             truncation=True,
-            max_length=longest,
+            max_length=self._longest(module),
             return_tensors="pt",
         )
         output = module.get_text_features(
             input_ids=tokens.input_ids.to(self.device),
             attention_mask=tokens.attention_mask.to(self.device),
         )
-        embedded = F.normalize(output.pooler_output.float(), dim=-1).cpu()  # [n, D]
-        self._texts.update(zip(prompts, embedded, strict=True))
+        return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 
     def _longest(self, module: Any) -> int:
-        """Return how many tokens of a prompt are read, the one for its end included."""
         return min(
             self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
         )
-
-    def _forget(self, *, keep: Sequence[str]) -> None:
-        for prompt in keep:
-            self._texts.move_to_end(prompt)
-        while len(self._texts) > _MOST_TEXTS:
-            self._texts.popitem(last=False)
-
-    def _warn_of_cuts(self, prompts: Sequence[str], longest: int) -> None:
-        for prompt in prompts:
-            target = quoted_target(prompt, "any")
-            if target is None or prompt in self._warned:
-                continue
-            ids = self._tokenizer(prompt, verbose=False).input_ids
-            if len(ids) <= longest:
-                continue
-            # The end token takes the last place.
-            read = self._tokenizer.decode(ids[: longest - 1], skip_special_tokens=True)
-            if comparable(target) not in comparable(read):
-                self._warned.add(prompt)
-                _log.warning(
-                    'Reward head "%s" reads %d tokens and cuts the quoted text %r off the prompt '
-                    "%r. Shorten the prompt, or quote earlier.",
-                    self._label,
-                    longest,
-                    target,
-                    prompt,
-                )
 
 
 @register("pickscore")

@@ -183,9 +183,22 @@ def normalise(
         mean: Mean of R, G and B in [0, 1].
         std: Standard deviation of R, G and B in [0, 1].
     """
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    return images.to(torch.float32).div(255).sub(shift).div(scale)
+    return standardise(images.to(torch.float32).div(255), mean, std)
+
+
+def standardise(
+    pixels: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Tensor:
+    """Return (x - mean) / std per channel: ``[N, 3, H, W]`` float32, same device.
+
+    Args:
+        pixels: Images ``[N, 3, H, W]`` float32, in [0, 1].
+        mean: Mean of R, G and B.
+        std: Standard deviation of R, G and B.
+    """
+    shift = torch.tensor(mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    return pixels.sub(shift).div(scale)
 
 
 def _side(size: Any, *keys: str) -> int:

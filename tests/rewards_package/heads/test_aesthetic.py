@@ -17,7 +17,6 @@ from transformers import CLIPConfig, CLIPModel
 from rewards import RewardBatch, RewardError, create
 from rewards.heads.aesthetic import read_affine
 from rewards.pretrained.locate import find_weights
-from rewards.pretrained.open_clip_models import check_architecture
 from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
 SIDE, WIDTH, LAYERS, EMBEDDING = 32, 48, 2, 24
@@ -229,18 +228,9 @@ def test_both_backbones_agree_on_the_same_weights(folder, open_clip_file, tmp_pa
 
 
 @has_open_clip
-def test_open_clip_knows_the_published_architecture():
-    check_architecture("ViT-L-14-quickgelu", needed_by="A test")
+def test_an_architecture_that_open_clip_does_not_know_is_told():
     with pytest.raises(ValueError, match=r"Found `architecture = 'ViT-L-99'`\."):
         create("aesthetic", backbone="open_clip", architecture="ViT-L-99")
-    with pytest.raises(ValueError, match="a plain CLIP model in open_clip"):
-        create("aesthetic", backbone="open_clip", architecture="coca_ViT-L-14")
-    import open_clip
-
-    with torch.device("meta"):
-        visual = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14-quickgelu")).visual
-    assert isinstance(visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
-    assert visual.proj.shape == (1024, 768)
 
 
 def test_a_missing_package_is_told_with_the_install_line(monkeypatch):

@@ -26,13 +26,22 @@ from benchmarks import random_judges
 from moa_diffusion import assembly, config, tiny
 from moa_diffusion.planning.shapes import made_in
 from rewards import RewardBatch, create
-from rewards.heads import aesthetic, classifier
+from rewards.heads import aesthetic, classifier, clip_iqa, hpsv2
 from rewards.pretrained.base import ModelHead
 from rewards.registry import built_in
 
 SAMPLES, SIDE = 2, 512
 PROMPTS = ["a red circle", "a blue square"]
-MODELS = ("pickscore", "clipscore", "aesthetic", "deqa", "classifier", "qrealign")
+MODELS = (
+    "pickscore",
+    "clipscore",
+    "aesthetic",
+    "deqa",
+    "classifier",
+    "qrealign",
+    "hpsv2",
+    "clip_iqa",
+)
 PLAIN = ("colourfulness", "sharpness", "prompt_colour")
 ON_THE_CPU = {  # by design, and why
     "ocr": "engines read arrays, in processes of their own",
@@ -143,6 +152,38 @@ def test_open_clip_scores_at_its_real_size(
     head = create("aesthetic", model=file, backbone="open_clip", dtype="float16", **options)
     scores: Any = on_card(head).score(batch())
     assert scores.values.shape == (SAMPLES,)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "waits"),
+    # The embeddings of images, and of new prompts; of the two sentences none is read back.
+    [("hpsv2", hpsv2, (2, 1)), ("clip_iqa", clip_iqa, (1, 1))],
+)
+def test_whole_models_of_open_clip_score_at_their_real_size(
+    host: HostReads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    module: Any,
+    waits: tuple[int, int],
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+
+    def build(architecture: str, weights: Any, **options: Any) -> Any:
+        sizes = open_clip.get_model_config(architecture)
+        vision, text = ({**sizes[half]} for half in ("vision_cfg", "text_cfg"))
+        if isinstance(vision["layers"], int):
+            vision["layers"] = 2
+        return open_clip.CLIP(**sizes | {"vision_cfg": vision, "text_cfg": text | {"layers": 2}})
+
+    monkeypatch.setattr(module, "build_model", build)
+    (tmp_path / "weights.pt").touch()
+    head = on_card(create(name, model=str(tmp_path / "weights.pt"), dtype="float16"))
+    for count in waits:
+        host.waits.clear()
+        scores: Any = head.score(batch())
+        assert (scores.values.shape, scores.values.device) == ((SAMPLES,), CPU)
+        assert len(host.waits) == count, host.waits
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
