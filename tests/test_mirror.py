@@ -213,6 +213,7 @@ USED_BY = {
     "moa_diffusion.training.steps": "loss__ratio_tolerance",
     "moa_diffusion.training.trainer": "trainer.learner",
     "rewards.coroutines": "async def",
+    "rewards.heads.clip_iqa": 'create("clip_iqa"',
     "rewards.heads.deqa.head": '"deqa"',
     "rewards.heads.deqa.vision": "Deqa(DeqaConfig",
     "rewards.heads.prose": 'create("length"',
