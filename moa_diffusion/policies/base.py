@@ -21,7 +21,7 @@ class Terms(NamedTuple):
     kl: Tensor | None = None  # to the reference; None if it was not asked for
     pull: Tensor | None = None  # towards copies of the adapter, weighted; None if there are none
     norm: Tensor | None = None  # of the velocity over the reference's; None if it was not asked for
-    seen: Tensor | None = None  # what the clip looks at, constant; None if that is the log ratio
+    moved: Tensor | None = None  # what the clip measures, constant; None if that is the log ratio
 
 
 class Policy(Protocol):

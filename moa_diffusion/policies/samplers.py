@@ -123,8 +123,8 @@ class Steps:
         """
         return (self.v.sign() * v * noise).flatten(1).mean(1)
 
-    def drift(self, mean: Tensor, x_next: Tensor, noise: Tensor, clip: str) -> Tensor:
-        """Return how far a step has moved from the policy that drew it, as a clip sees it: ``[N]``.
+    def moved(self, mean: Tensor, x_next: Tensor, noise: Tensor, clip: str) -> Tensor:
+        """Return how far a step is from the policy that drew it, as the clip measures it: ``[N]``.
 
         Args:
             mean: Mean ``[N, C, H, W]`` under the policy as it is.
@@ -134,10 +134,10 @@ class Steps:
                 Flow-DPPO (arXiv 2606.11025) bounds the policy; or ``normalized``, the log ratio
                 without its negative mean and of one size for all steps: see ``even_score``.
         """
-        moved = mean - (x_next - self.std * noise)
+        shift = mean - (x_next - self.std * noise)
         if clip == "divergence":
-            return (moved / self.std).square().flatten(1).mean(1) / 2
-        return (moved * noise / self.v.abs()).flatten(1).mean(1)
+            return (shift / self.std).square().flatten(1).mean(1) / 2
+        return (shift * noise / self.v.abs()).flatten(1).mean(1)
 
     def kl(self, v: Tensor, v_ref: Tensor, kind: str) -> Tensor:
         """Return the KL of the policy's step to the reference's, averaged over CHW: ``[N]``, >= 0.

@@ -72,7 +72,7 @@ class _ObjectiveRows:
         advantages = scalarization.local_advantages().clamp(-clip, clip)  # [K, n]
         self._advantages = advantages.to(steps.stepper.device, torch.float32).T  # [n, K]
         self._rows = ObjectiveGradients.of(steps.policy, len(advantages))
-        self._fixed = False  # whether there are losses that are weighted already
+        self._penalised = False  # whether there are losses that are weighted already
         self.weights: list[Tensor] = []  # [K] of each optimizer step
         self.gramian: Tensor | None = None  # [K, K], the last one that was finite
 
@@ -86,20 +86,20 @@ class _ObjectiveRows:
         for chunk in policy.step_chunks(part.log_probs.shape[1]):
             mask = part.mask[:, chunk]
             terms = policy.log_probs(part, chunk, with_kl=reference.compares)
-            new, kl, fixed = terms.log_probs, reference.of_kl(terms), reference.fixed(terms)
+            new, kl, penalty = terms.log_probs, reference.kl(terms), reference.penalty(terms)
             old = old_log_probs(self._steps.settings, part, chunk, new)
-            coefficients = surrogate_coefficients(new, old, advantages, clip, terms.seen)
+            coefficients = surrogate_coefficients(new, old, advantages, clip, terms.moved)
             coefficients = torch.where(mask, coefficients, 0.0)  # [K, m, t]
             self._rows.backward(
                 new,
                 coefficients / decisions,
                 tokens=policy.row_tokens(part),
                 scale=stepper.loss_scale,
-                retain_graph=kl is not None or fixed is not None,
+                retain_graph=kl is not None or penalty is not None,
             )
             held = [self._beta * kl] if kl is not None else []
-            held += [fixed] if fixed is not None else []
-            self._fixed = fixed is not None
+            held += [penalty] if penalty is not None else []
+            self._penalised = penalty is not None
             if held:
                 weighted = torch.where(mask, sum(held), 0.0).sum() / decisions
                 torch.autograd.backward(stepper.scaler.scale(weighted))
@@ -107,7 +107,7 @@ class _ObjectiveRows:
             # [m, t], the share of the objectives with an advantage that are clipped
             clipped = torch.where(nonzero.any(0)[:, None], 1 - unclipped, 0.0)
             sums.append(pass_sums(mask, new.detach() - old, clipped, terms))
-            del terms, new, kl, fixed  # and the graph, before the next one is made
+            del terms, new, kl, penalty  # and the graph, before the next one is made
         return torch.stack(sums)
 
     def finish(self) -> None:
@@ -120,7 +120,7 @@ class _ObjectiveRows:
             count = len(gramian)
             self.weights.append(torch.full((count,), 1 / count, dtype=torch.float64))
         factor = self._scalarization.kl_scale()
-        if factor != 1 and self._fixed:
+        if factor != 1 and self._penalised:
             raise TrainingError(
                 "loss: norm_weight and pulls to copies of the adapter have the unit of normalized "
                 "advantages. Found a normalizer that keeps the unit of the rewards, with weights "

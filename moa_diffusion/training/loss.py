@@ -34,7 +34,7 @@ class Clip:
 
     - ``ratio``: a ratio beyond ``1 + range`` where the advantage is positive, below ``1 - range``
       where it is negative (PPO, arXiv 1707.06347, eq. 7).
-    - ``normalized``: the same of the ratio that ``samplers.Steps.drift`` normalises, after the idea
+    - ``normalized``: the same of the ratio that ``samplers.Steps.moved`` normalises, after the idea
       of GRPO-Guard (arXiv 2510.22319); the gradient stays that of the ratio.
     - ``divergence``: a KL of at least ``range`` to the policy that sampled, where the ratio has
       moved as the advantage asks (the mask of Flow-DPPO, arXiv 2606.11025).
@@ -47,30 +47,34 @@ class Clip:
     range: float
     kind: Literal["ratio", "normalized", "divergence"] = "ratio"
 
-    def cuts(self, log_ratio: Tensor, advantage: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Return which decisions ``[n, t]`` the clip cuts off from the gradient (bool).
+    def clipped(self, log_ratio: Tensor, advantage: Tensor, moved: Tensor | None = None) -> Tensor:
+        """Return which decisions ``[n, t]`` no longer add to the gradient (bool).
 
         Args:
             log_ratio: New minus old log-probs ``[n, t]``.
             advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own.
-            seen: What the clip looks at, ``[n, t]``, for another kind than ``ratio``: see
-                ``Terms``.
+            moved: What another kind than ``ratio`` measures, ``[n, t]``: see ``Terms``.
+
+        Raises:
+            ValueError: If another kind than ``ratio`` is not given what it measures.
         """
         log_ratio, sign = log_ratio.detach(), _by_decision(advantage).sign()
-        if self.kind == "divergence":
-            assert seen is not None
-            return (seen >= self.range) & (sign * log_ratio > 0)
-        if self.kind == "normalized":
-            assert seen is not None
-            log_ratio = seen
+        if self.kind != "ratio":
+            if moved is None:
+                raise ValueError(
+                    f"`Policy.log_probs` should return `moved` where `loss.clip` is {self.kind}."
+                )
+            if self.kind == "divergence":
+                return (moved >= self.range) & (sign * log_ratio > 0)
+            log_ratio = moved
         ratio = torch.exp(log_ratio)
         return ((sign > 0) & (ratio > 1 + self.range)) | ((sign < 0) & (ratio < 1 - self.range))
 
 
 def clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, cut: Tensor
+    log_probs: Tensor, old_log_probs: Tensor, advantage: Tensor, clipped: Tensor
 ) -> Tensor:
-    """Return the loss of each decision: ``-A r`` with ``r = exp(new - old)``, constant if cut.
+    """Return the loss of each decision: ``-A r``, ``r = exp(new - old)``, constant where clipped.
 
     With a ``ratio`` clip its gradient is that of ``max(-A r, -A clip(r, 1 - e, 1 + e))``.
 
@@ -78,13 +82,13 @@ def clipped_surrogate(
         log_probs: Log-probs ``[n, t]`` under the policy being trained, with gradient.
         old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
         advantage: Advantages ``[n]``, or ``[n, t]`` if each decision has its own; constant.
-        cut: Which decisions the clip has cut off, ``[n, t]`` bool: see ``Clip``.
+        clipped: Which decisions are clipped, ``[n, t]`` bool: see ``Clip``.
 
     Returns:
         ``[n, t]``; its mean is minimised.
     """
     ratio = torch.exp(log_probs - old_log_probs)
-    ratio = torch.where(cut, ratio.detach(), ratio)
+    ratio = torch.where(clipped, ratio.detach(), ratio)
     return -_by_decision(advantage).to(ratio.dtype) * ratio
 
 
@@ -93,7 +97,7 @@ def surrogate_coefficients(
     old_log_probs: Tensor,
     advantages: Tensor,
     clip: Clip,
-    seen: Tensor | None = None,
+    moved: Tensor | None = None,
 ) -> Tensor:
     """Return the derivative of ``clipped_surrogate`` by the log-prob, for K sets of advantages.
 
@@ -110,8 +114,8 @@ def surrogate_coefficients(
         log_probs: Log-probs ``[n, t]`` under the policy being trained; no gradient is kept.
         old_log_probs: Log-probs ``[n, t]`` under the policy that sampled.
         advantages: Advantages ``[K, n]`` of the K objectives.
-        clip: Cuts decisions off.
-        seen: What the clip looks at, as ``Clip.cuts`` has it.
+        clip: Says which decisions are clipped.
+        moved: What the clip measures, as ``Clip.clipped`` has it.
 
     Returns:
         ``[K, n, t]``.
@@ -119,7 +123,7 @@ def surrogate_coefficients(
     log_ratio = log_probs.detach() - old_log_probs
     ratio = torch.exp(log_ratio)
     rows = [
-        torch.where(clip.cuts(log_ratio, advantage, seen), 0.0, -advantage[:, None] * ratio)
+        torch.where(clip.clipped(log_ratio, advantage, moved), 0.0, -advantage[:, None] * ratio)
         for advantage in advantages.to(ratio.dtype)
     ]
     return torch.stack(rows)
@@ -146,11 +150,11 @@ class ReferencePull:
         self._norm_weight = settings.norm_weight
         self.compares = settings.kl_weight > 0 or settings.norm_weight > 0
 
-    def of_kl(self, terms: Terms) -> Tensor | None:
+    def kl(self, terms: Terms) -> Tensor | None:
         """Return the KL ``[n, t]``; None if it has no weight."""
         return terms.kl if self.kl_weight else None
 
-    def fixed(self, terms: Terms) -> Tensor | None:
+    def penalty(self, terms: Terms) -> Tensor | None:
         """Return the losses ``[n, t]`` that are weighted already: of the norm, and of copies."""
         parts = [] if terms.pull is None else [terms.pull]
         if self._norm_weight:

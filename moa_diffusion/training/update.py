@@ -344,14 +344,14 @@ class _Surrogate:
             new = terms.log_probs
             old = old_log_probs(self._steps.settings, part, chunk, new)
             chunk_advantage = advantage if advantage.ndim == 1 else advantage[:, chunk]
-            cut = clip.cuts(new - old, chunk_advantage, terms.seen)
-            losses = clipped_surrogate(new, old, chunk_advantage, cut)  # [m, t]
-            if (kl := reference.of_kl(terms)) is not None:
+            clipped = clip.clipped(new - old, chunk_advantage, terms.moved)
+            losses = clipped_surrogate(new, old, chunk_advantage, clipped)  # [m, t]
+            if (kl := reference.kl(terms)) is not None:
                 losses = losses + self._beta * kl
-            if (fixed := reference.fixed(terms)) is not None:
-                losses = losses + fixed
+            if (penalty := reference.penalty(terms)) is not None:
+                losses = losses + penalty
             torch.autograd.backward(scaler.scale(torch.where(mask, losses, 0).sum() / decisions))
-            sums.append(pass_sums(mask, new - old, cut, terms))
+            sums.append(pass_sums(mask, new - old, clipped, terms))
         return torch.stack(sums)
 
     def finish(self) -> None:

@@ -294,12 +294,12 @@ def test_how_far_a_step_has_moved(make):
     # The old mean is what is left of x_next without its noise: eps of about 3 over the std of 0.2
     # is 2e-6 of a shift of some std; sums of 48 squares stay within torch's default of the rest.
     torch.testing.assert_close(
-        steps.drift(new, x_next, z, "divergence"), expected, rtol=1e-5, atol=1e-7
+        steps.moved(new, x_next, z, "divergence"), expected, rtol=1e-5, atol=1e-7
     )
     torch.testing.assert_close(
-        steps.drift(new, x_next, z, "normalized"),
+        steps.moved(new, x_next, z, "normalized"),
         steps.even_score(other, z) - steps.even_score(v, z),
         rtol=1e-5,
         atol=1e-6,
     )
-    assert steps.drift(old, x_next, z, "divergence").abs().max() < 1e-10
+    assert steps.moved(old, x_next, z, "divergence").abs().max() < 1e-10

@@ -28,7 +28,7 @@ def draw(n: int = 7, t: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def test_against_a_loop():
     new, old, advantages = draw()
-    cut = Clip(0.2).cuts(new - old, advantages)
+    cut = Clip(0.2).clipped(new - old, advantages)
     losses = clipped_surrogate(new, old, advantages, cut)
     assert losses.shape == cut.shape == new.shape
     for i, j in torch.cartesian_prod(torch.arange(7), torch.arange(5)).tolist():
@@ -44,7 +44,7 @@ def test_against_a_loop():
 def test_on_policy_the_gradient_is_that_of_the_policy_gradient():
     _, old, advantages = draw()
     new = old.clone().requires_grad_()
-    cut = Clip(1e-4).cuts(new - old, advantages)
+    cut = Clip(1e-4).clipped(new - old, advantages)
     losses = clipped_surrogate(new, old, advantages, cut)
     # Times a ratio of exactly 1.
     torch.testing.assert_close(losses.detach(), -advantages[:, None].expand_as(old))
@@ -69,7 +69,7 @@ def test_direction_of_the_clip(advantage, log_ratio, slope):
     old = torch.tensor([[-2.0]])
     new = (old + log_ratio).requires_grad_()
     advantages = torch.tensor([advantage])
-    cut = Clip(0.2).cuts(new - old, advantages)
+    cut = Clip(0.2).clipped(new - old, advantages)
     clipped_surrogate(new, old, advantages, cut).sum().backward()
     # The sum -2 + log_ratio, the difference, its exponential and a product round once each.
     assert float(new.grad) == pytest.approx(slope, abs=8 * EPS)
@@ -89,13 +89,13 @@ def test_a_divergence_cuts_off_what_has_gone_far_enough_the_way_it_should():
     log_ratio = torch.tensor([[1e-6, -1e-6, 1e-6]]).repeat(3, 1)
     far = torch.tensor([[2.0, 2.0, 0.5]]).repeat(3, 1)
     advantages = torch.tensor([1.0, -1.0, 0.0])
-    cut = Clip(1.0, "divergence").cuts(log_ratio, advantages, far)
+    cut = Clip(1.0, "divergence").clipped(log_ratio, advantages, far)
     assert cut.tolist() == [
         [True, False, False],  # good and likelier; good but less likely; not far
         [False, True, False],  # bad but likelier; bad and less likely; not far
         [False, False, False],  # neither good nor bad
     ]
-    assert Clip(2.0, "divergence").cuts(log_ratio, advantages, far)[0, 0]  # at the bound
+    assert Clip(2.0, "divergence").clipped(log_ratio, advantages, far)[0, 0]  # at the bound
 
 
 @pytest.mark.parametrize("kind", ["normalized", "divergence"])
@@ -107,24 +107,30 @@ def test_the_on_policy_check_keeps_the_unit_of_log_ratios(kind):
 
 def test_a_normalized_clip_looks_at_the_ratio_that_it_is_given():
     new, old, advantages = draw()
-    seen = new - old
-    tiny = 1e-3 * seen  # as of an early step
-    assert not Clip(0.2).cuts(tiny, advantages).any()
-    found = Clip(0.2, "normalized").cuts(tiny, advantages, seen)
-    assert torch.equal(found, Clip(0.2).cuts(seen, advantages))
+    moved = new - old
+    tiny = 1e-3 * moved  # as of an early step
+    assert not Clip(0.2).clipped(tiny, advantages).any()
+    found = Clip(0.2, "normalized").clipped(tiny, advantages, moved)
+    assert torch.equal(found, Clip(0.2).clipped(moved, advantages))
     assert found.any()
+
+
+@pytest.mark.parametrize("kind", ["normalized", "divergence"])
+def test_a_clip_that_is_not_given_what_it_measures_says_so(kind):
+    with pytest.raises(ValueError, match=f"should return `moved` where `loss.clip` is {kind}"):
+        Clip(0.2, kind).clipped(torch.zeros(1, 1), torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["normalized", "divergence"])
 def test_every_objective_has_a_mask_of_its_own(kind):
     new, old, _ = draw()
     source = torch.Generator().manual_seed(1)
-    advantages, seen = torch.randn(3, 7, generator=source), torch.randn(7, 5, generator=source)
+    advantages, moved = torch.randn(3, 7, generator=source), torch.randn(7, 5, generator=source)
     clip = Clip(0.2, kind)
-    found = surrogate_coefficients(new, old, advantages, clip, seen)
+    found = surrogate_coefficients(new, old, advantages, clip, moved)
     for row, advantage in zip(found, advantages, strict=True):
         again = new.clone().requires_grad_()
-        cut = clip.cuts(new - old, advantage, seen)
+        cut = clip.clipped(new - old, advantage, moved)
         clipped_surrogate(again, old, advantage, cut).sum().backward()
         # One exponential and one product each: equal to the bit.
         assert torch.equal(row, again.grad)
@@ -141,8 +147,8 @@ def pull(**options) -> ReferencePull:
 def test_only_longer_velocities_are_penalised():
     norm = torch.tensor([[0.5, 1.0, 1.1, 2.0]], requires_grad=True)
     terms = Terms(torch.zeros(1, 4), norm=norm)
-    assert pull().fixed(terms) is None
-    found = pull(norm_weight=3.0).fixed(terms)
+    assert pull().penalty(terms) is None
+    found = pull(norm_weight=3.0).penalty(terms)
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.03, 3.0]]))
     found.sum().backward()
     torch.testing.assert_close(norm.grad, torch.tensor([[0.0, 0.0, 0.6, 6.0]]))
@@ -153,7 +159,7 @@ def test_the_penalty_lets_velocities_turn():
     source = torch.Generator().manual_seed(0)
     v, v_ref = torch.randn(2, 500, 12, generator=source)
     lengths, reference = v.norm(dim=1), v_ref.norm(dim=1)
-    penalty = pull(norm_weight=1.0).fixed(
+    penalty = pull(norm_weight=1.0).penalty(
         Terms(lengths[:, None], norm=(lengths / reference)[:, None])
     )
     distance = (v - v_ref).square().sum(1) / reference.square()
@@ -163,10 +169,10 @@ def test_the_penalty_lets_velocities_turn():
 
 def test_pulls_to_copies_are_added_to_the_penalty():
     terms = Terms(torch.zeros(1, 1), pull=torch.tensor([[0.25]]), norm=torch.tensor([[1.5]]))
-    assert float(pull().fixed(terms)) == 0.25
-    assert float(pull(norm_weight=2.0).fixed(terms)) == 0.75
+    assert float(pull().penalty(terms)) == 0.25
+    assert float(pull(norm_weight=2.0).penalty(terms)) == 0.75
     with pytest.raises(ValueError, match="should return `norm`"):
-        pull(norm_weight=2.0).fixed(Terms(torch.zeros(1, 1)))
+        pull(norm_weight=2.0).penalty(Terms(torch.zeros(1, 1)))
 
 
 def test_the_weight_of_the_kl_follows_its_target():

@@ -126,7 +126,7 @@ class ReverseSteps:
         terms = {"log_probs": self._score(coefficients, x_next, mean, v, noise)}
         if self._clip != "ratio":
             assert noise is not None
-            terms["seen"] = coefficients.drift(mean.detach(), x_next, noise, self._clip)
+            terms["moved"] = coefficients.moved(mean.detach(), x_next, noise, self._clip)
         if with_kl:
             with torch.no_grad(), self._velocity.reference():
                 v_ref = self._velocity(x, s, embeds, self.sampling.guidance)

@@ -383,13 +383,13 @@ def test_what_a_clip_sees_is_how_far_the_velocity_has_moved(make: Any, clip: str
     rollout = policy.sample(requests(2), step=0)
     before = policy.log_probs(rollout, slice(0, 3))
     # 32 roundings of the velocity, as in `assert_log_probs_close`, over the std of 0.2 and more.
-    assert before.seen.abs().max() < (2e-5 if clip == "normalized" else 1e-8)
+    assert before.moved.abs().max() < (2e-5 if clip == "normalized" else 1e-8)
 
     watched, calls = policy._velocity, []
     policy._decisions._velocity = lambda *given: calls.append(watched(*given)) or calls[-1]
     policy.log_probs(rollout, slice(0, 3))
     disturb(policy)
-    found = policy.log_probs(rollout, slice(0, 3)).seen
+    found = policy.log_probs(rollout, slice(0, 3)).moved
     old, new = (part.detach().view(2, 3, *part.shape[1:]) for part in calls)
     assert not found.requires_grad
     for i in range(3):
