@@ -50,6 +50,7 @@ _BUILT_IN = {
     "remote": "rewards.serving.remote",
     "repetition": "rewards.heads.prose",
     "sharpness": "rewards.heads.simple",
+    "vqascore": "rewards.heads.vqascore",
 }
 
 

@@ -218,6 +218,7 @@ USED_BY = {
     "rewards.heads.deqa.vision": "Deqa(DeqaConfig",
     "rewards.heads.prose": 'create("length"',
     "rewards.heads.qrealign": 'create("qrealign"',
+    "rewards.heads.vqascore": 'create("vqascore"',
     "rewards.parameters": "FunctionHead",
     "rewards.pretrained.tokens": '"clipscore"',
     "rewards.serving.checked_png": "one(png(",

@@ -87,4 +87,10 @@ CARDS: Mapping[str, HeadCard] = {
     "remote": HeadCard(range="its own there", weights="on the server"),
     "repetition": HeadCard(range="-1 to 0"),
     "sharpness": HeadCard(range="0 to about 1e6"),
+    "vqascore": HeadCard(
+        range="0 to 1",
+        weights="Qwen/Qwen3-VL-2B-Instruct",
+        memory="2.1 B, 4.3 GB",
+        licence="Apache-2.0",
+    ),
 }

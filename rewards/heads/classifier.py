@@ -21,7 +21,6 @@ from rewards.suggestions import did_you_mean
 Output = Literal["logit", "probability"]
 
 _TEMPLATE = "{prompt}{text}"
-_FIELDS = ("prompt", "text")
 # Constants that old files hold among the weights.
 _OLD_BUFFERS = ("position_ids", ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 _SHOWN = 60  # characters of a text in a warning
@@ -221,25 +220,31 @@ class Classifier(ModelHead):
             )
 
 
-def check_template(template: str) -> str:
-    """Return the template if it has the place ``{text}``, and no others but ``{prompt}``.
+def check_template(template: str, *, needed: str | None = "text") -> str:
+    """Return the template if it has the place that is needed, and no others but ``{prompt}``.
+
+    Args:
+        template: A format string of ``str.format``.
+        needed: Name of the place; None needs none.
 
     Raises:
         ValueError: Otherwise.
     """
+    wanted = "no place but {prompt}"
+    if needed is not None:
+        wanted = f"the place {{{needed}}}, and no other but {{prompt}}"
     try:
         places = [place[1:] for place in string.Formatter().parse(template) if place[1] is not None]
     except ValueError as error:
         raise ValueError(
-            f"Parameter `template` should have the places {{prompt}} and {{text}}, and other "
-            f"braces doubled ({error}). Found `template = {template!r}`."
+            f"Parameter `template` should have {wanted}; other braces are doubled ({error}). "
+            f"Found `template = {template!r}`."
         ) from error
     # Nothing but plain names: `{text.x}`, `{text!r}` and `{text:>9}` would change what is read.
-    plain = all(name in _FIELDS and not spec and kind is None for name, spec, kind in places)
-    if not plain or "text" not in [name for name, _, _ in places]:
+    names = [name for name, spec, kind in places if not spec and kind is None]
+    if len(names) < len(places) or not {needed} - {None} <= set(names) <= {"prompt", needed}:
         raise ValueError(
-            f"Parameter `template` should have the place {{text}}, and no other but {{prompt}}. "
-            f"Found `template = {template!r}`."
+            f"Parameter `template` should have {wanted}. Found `template = {template!r}`."
         )
     return template
 

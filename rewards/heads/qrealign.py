@@ -13,6 +13,7 @@ from rewards.heads.levels import LEVELS, rate
 from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_pretrained
+from rewards.pretrained.tokens import PROCESSOR_FILES, chat_text, load_processor
 from rewards.registry import register
 
 _QUESTION = "How would you rate the quality of this image?"
@@ -53,14 +54,7 @@ class QRealignHead(ModelHead):
 
     unit = "rating, 0 to 1"
     required = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    # Which of these there are depends on the version of transformers that saved the model.
-    optional = (
-        "chat_template.jinja",
-        "chat_template.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-    )
+    optional = PROCESSOR_FILES
 
     def __init__(
         self,
@@ -86,20 +80,7 @@ class QRealignHead(ModelHead):
     def _prepare(self, weights: Weights) -> None:
         from transformers import Qwen3VLProcessor
 
-        turn = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}],
-            }
-        ]
-        try:
-            processor = Qwen3VLProcessor.from_pretrained(weights.folder, local_files_only=True)
-            text = processor.apply_chat_template(turn, add_generation_prompt=True)
-        except (OSError, ValueError) as error:
-            raise RewardError(
-                f"The tokenizer, image processor or chat template in {weights.folder} is missing "
-                f"or damaged ({type(error).__name__}: {error}). Fetch the model anew."
-            ) from error
+        processor = load_processor(Qwen3VLProcessor, weights)
         words = processor.tokenizer([f" {level}" for level in LEVELS], add_special_tokens=False)
         level_ids = [ids[0] for ids in words.input_ids]
         if len(set(level_ids)) < len(LEVELS):
@@ -108,7 +89,8 @@ class QRealignHead(ModelHead):
                 f"their first token. Found {level_ids}. Name the tokenizer that the model was "
                 f"trained with."
             )
-        self._processor, self._text, self._level_ids = processor, text + _STEM, level_ids
+        self._processor, self._level_ids = processor, level_ids
+        self._text = chat_text(processor, _QUESTION) + _STEM
 
     def _score_batch(self, module: nn.Module, images: Tensor, prompts: Sequence[str]) -> Scores:
         # Images of one size give sequences of one length, so nothing needs padding.

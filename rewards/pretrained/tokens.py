@@ -35,6 +35,14 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "config.json",  # says which class an old tokenizer is of
 )
+# Which of these there are depends on the version of transformers that saved the model.
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _READS_LAST_PLACE = ("xlnet",)  # whether or not there is padding in it
 _SHOWN = 60  # characters of a text in an error
@@ -66,6 +74,48 @@ def load_tokenizer(files: Weights) -> Any:
             f"The tokenizer in {files.folder} cannot be loaded ({type(error).__name__}: {error}). "
             f"Fetch the model anew, or save its tokenizer as `tokenizer.json`."
         ) from error
+
+
+def load_processor(kind: Any, files: Weights) -> Any:
+    """Return the processor of a vision-language model, whose chat template works.
+
+    Args:
+        kind: Its class, or ``AutoProcessor``.
+        files: Its files, located with ``optional=PROCESSOR_FILES``.
+
+    Raises:
+        RewardError: If something is missing or damaged.
+    """
+    from transformers import ProcessorMixin
+
+    try:
+        processor = kind.from_pretrained(
+            files.folder, local_files_only=True, trust_remote_code=False
+        )
+        # Without a class for the whole, transformers gives the tokenizer alone.
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"found {type(processor).__name__} in the place of a processor")
+        chat_text(processor, "")
+    except (OSError, ValueError) as error:
+        raise RewardError(
+            f"The tokenizer, image processor or chat template in {files.folder} is missing "
+            f"or damaged ({type(error).__name__}: {error}). Fetch the model anew."
+        ) from error
+    return processor
+
+
+def chat_text(processor: Any, question: str, **options: Any) -> str:
+    """Return what a model reads that is shown an image, asked a question, and is to answer.
+
+    Args:
+        processor: The model's processor.
+        question: The text behind the image.
+        options: Variables of the chat template.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turns = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(turns, add_generation_prompt=True, **options)
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ MODELS = (
     "qrealign",
     "hpsv2",
     "clip_iqa",
+    "vqascore",
 )
 PLAIN = ("colourfulness", "sharpness", "prompt_colour")
 ON_THE_CPU = {  # by design, and why
@@ -212,30 +214,39 @@ def test_texts_are_classified_at_full_width(
     assert len([place for place in host.waits if "classifier.py" in place]) == 1, host.waits
 
 
-def test_qrealign_hands_over_and_reads_on_the_card(host: HostReads, tmp_path: Path) -> None:
-    """Its model is left out, which reads sizes and tokens from its input: those have no data."""
+@pytest.mark.parametrize(("name", "read"), [("qrealign", "_level_ids"), ("vqascore", "_tokens")])
+def test_a_vision_language_model_is_handed_images_and_read_on_the_card(
+    host: HostReads, tmp_path: Path, name: str, read: str
+) -> None:
+    """The model is left out, which reads sizes and tokens from its input: those have no data."""
     if importlib.util.find_spec("transformers.models.qwen3_5") is None:
         pytest.skip("transformers is older than 5.2")
     (tmp_path / "config.json").write_text("{}")
-    head: Any = create("qrealign", model=str(tmp_path), device="cpu")
-    head.device, head._level_ids, patches = CARD, [0, 1, 2, 3, 4], (SIDE // 16) ** 2
+    head: Any = create(name, model=str(tmp_path), device="cpu")
+    head.device, patches = CARD, (SIDE // 16) ** 2
+    setattr(head, read, [0, 1, 2, 3, 4])
 
-    def processor(*, text: list[str], images: list[Tensor], return_tensors: str) -> Any:
+    def processed(*, text: list[str], images: list[Any], return_tensors: str) -> Any:
         from transformers import BatchFeature
 
-        assert {(image.device, image.shape) for image in images} == {(CPU, (3, SIDE, SIDE))}
+        flat = [image[0] if isinstance(image, list) else image for image in images]
+        assert {(image.device, image.shape) for image in flat} == {(CPU, (3, SIDE, SIDE))}
         tokens = torch.zeros(len(text), patches // 4 + 20, dtype=torch.long)
         pixels = torch.zeros(len(text) * patches, 1536)
         return BatchFeature({"input_ids": tokens, "pixel_values": pixels})
 
-    def module(**inputs: Any) -> Any:
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-        assert {tensor.device for tensor in tensors} == {CARD}
-        logits = torch.empty(SAMPLES, 1, 1000, dtype=torch.bfloat16, device=CARD)
-        return SimpleNamespace(logits=logits)
+    class Model(torch.nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+            assert {tensor.device for tensor in tensors} == {CARD}
+            logits = torch.empty(SAMPLES, 1, 1000, dtype=torch.bfloat16, device=CARD)
+            return SimpleNamespace(logits=logits)
 
-    head._processor = processor
-    scores = head._score_batch(module, batch().uint8(), PROMPTS)
+    head._processor = Mock(side_effect=processed)
+    head._processor.apply_chat_template.return_value = "Is it?"
+    head._processor.tokenizer = Mock(bos_token=None)
+    head._processor.tokenizer.return_value.input_ids = [[0]] * SAMPLES
+    scores = head._score_batch(Model(), batch().uint8(), PROMPTS)
     assert (scores.values.shape, scores.values.device) == ((SAMPLES,), CPU)
 
 

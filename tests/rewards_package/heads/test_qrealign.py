@@ -7,66 +7,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_vlms import (
+    QWEN_ANSWER,
+    QWEN_TURNS,
+    batch,
+    change,
+    qwen_ids,
+    qwen_processor,
+    random_images,
+)
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
 )
 
-from rewards import RewardBatch, RewardError, create
+from rewards import RewardError, create
 from rewards.heads.levels import LEVELS
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-)
+# The model's own turn begins behind a thought that is over.
+TEMPLATE = QWEN_TURNS + QWEN_ANSWER.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
 
 
-def small_processor(words: tuple[str, ...] = LEVELS) -> Qwen3VLProcessor:
-    """A byte-level tokenizer to which each of `words` is one token, and a Qwen processor."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f"is {word}" for word in words] * 9, trainer)
-    return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 1024}
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-        ),
-        video_processor=Qwen3VLVideoProcessor(),
-        chat_template=TEMPLATE,
-    )
+def small_processor(words: tuple[str, ...] = LEVELS) -> Any:
+    """A processor whose tokenizer makes one token of each of the words."""
+    return qwen_processor([f"is {word}" for word in words], TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qrealign")
     processor = small_processor()
     processor.save_pretrained(folder)
-    token = processor.tokenizer.convert_tokens_to_ids
     config = Qwen3_5Config(
         text_config={
             "vocab_size": len(processor.tokenizer),
@@ -102,10 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "num_position_embeddings": 64,
             "initializer_range": 0.3,
         },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        **qwen_ids(processor),
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
@@ -114,26 +79,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Qwen3.5's own weights hold a head for several tokens at once, which nothing here loads.
     change(folder, {"mtp.norm.weight": torch.ones(32)})
     return folder
-
-
-def change(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Adds tensors to a model folder, or takes them out (None)."""
-    file = folder / "model.safetensors"
-    tensors = {**load_file(file), **changes}
-    kept = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, file, metadata={"format": "pt"})
-
-
-def random_images(height: int, width: int) -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    rough = rng.integers(0, 256, size=(3, 5, 5, 3), dtype=np.uint8)
-    return [Image.fromarray(array).resize((width, height)) for array in rough]
-
-
-def batch(images: list[Image.Image]) -> RewardBatch:
-    arrays = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    pixels = arrays.permute(0, 3, 1, 2).float() / 255
-    return RewardBatch(prompts=["a fish"] * len(images), images=pixels.contiguous())
 
 
 @torch.no_grad()
