@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Unpack
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError
-from rewards.heads.ocr.target_text import comparable, quoted_target
-from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
+from rewards.heads.prompt_tokens import PromptHead
+from rewards.pretrained.base import Dtype, ModelOptions
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
@@ -29,15 +28,11 @@ _PROCESSOR = (
 )
 _MOST_TEXTS = 4096  # embeddings kept, 16 MB at width 1024
 
-_log = logging.getLogger(__name__)
 
-
-class ClipHead(ModelHead):
+class ClipHead(PromptHead):
     """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
 
-    A prompt is cut at the number of tokens that the model reads (77); ``remarks`` counts those.
-    When that removes quoted text, which the image ought to show, a warning names the prompt,
-    once. A prompt of nothing but white space asks for nothing, and scores NaN.
+    A prompt is cut at the number of tokens that the model reads (77), see ``PromptHead``.
 
     Args:
         model: See ``ModelHead``.
@@ -63,10 +58,8 @@ class ClipHead(ModelHead):
             check_name(processor, option="processor")
         self.processor = processor
         self._processor_used: dict[str, str] = {}
-        self._tokenizer: Any = None
         self._preprocess: Preprocessing | None = None
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self._warned: set[str] = set()
 
     def provenance(self) -> Mapping[str, str]:
         """Return model, precision and processor; once loaded, also revisions and the digest."""
@@ -90,31 +83,6 @@ class ClipHead(ModelHead):
         read = torch.stack([self._texts[prompt] for prompt in prompts])  # [n, D]
         self._forget(keep=prompts)
         return (seen * read).sum(dim=-1)
-
-    def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say how many prompts are cut, and how many say nothing.
-
-        Raises:
-            RewardError: If the model cannot be loaded.
-        """
-        longest = self._longest(self._loaded().module)
-        token_ids = self._tokenizer(list(prompts), verbose=False).input_ids if prompts else []
-        lengths = [len(ids) for ids in token_ids]
-        cut = [i for i, length in enumerate(lengths) if length > longest]
-        blank = [prompt for prompt in prompts if not self._applies(prompt)]
-        remarks = []
-        if cut:
-            remarks.append(
-                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
-                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
-                f"{prompts[cut[0]]!r}."
-            )
-        if blank:
-            remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
-        return remarks
-
-    def _applies(self, prompt: str) -> bool:
-        return bool(prompt.strip())
 
     def _recipe(self) -> Hashable:
         return build_clip
@@ -150,24 +118,11 @@ class ClipHead(ModelHead):
         """Add the embeddings of prompts, ``[D]`` float32 of length 1, to those kept."""
         if not prompts:
             return
-        longest = self._longest(module)
-        self._warn_of_cuts(prompts, longest)
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=longest,
-            return_tensors="pt",
-        )
-        output = module.get_text_features(
-            input_ids=tokens.input_ids.to(self.device),
-            attention_mask=tokens.attention_mask.to(self.device),
-        )
+        output = module.get_text_features(**self._read(module, prompts))
         embedded = F.normalize(output.pooler_output.float(), dim=-1).cpu()  # [n, D]
         self._texts.update(zip(prompts, embedded, strict=True))
 
     def _longest(self, module: Any) -> int:
-        """Return how many tokens of a prompt are read, the one for its end included."""
         return min(
             self._tokenizer.model_max_length, module.config.text_config.max_position_embeddings
         )
@@ -177,27 +132,6 @@ class ClipHead(ModelHead):
             self._texts.move_to_end(prompt)
         while len(self._texts) > _MOST_TEXTS:
             self._texts.popitem(last=False)
-
-    def _warn_of_cuts(self, prompts: Sequence[str], longest: int) -> None:
-        for prompt in prompts:
-            target = quoted_target(prompt, "any")
-            if target is None or prompt in self._warned:
-                continue
-            ids = self._tokenizer(prompt, verbose=False).input_ids
-            if len(ids) <= longest:
-                continue
-            # The end token takes the last place.
-            read = self._tokenizer.decode(ids[: longest - 1], skip_special_tokens=True)
-            if comparable(target) not in comparable(read):
-                self._warned.add(prompt)
-                _log.warning(
-                    'Reward head "%s" reads %d tokens and cuts the quoted text %r off the prompt '
-                    "%r. Shorten the prompt, or quote earlier.",
-                    self._label,
-                    longest,
-                    target,
-                    prompt,
-                )
 
 
 @register("pickscore")
