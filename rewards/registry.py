@@ -38,6 +38,7 @@ _BUILT_IN = {
     "colourfulness": "rewards.heads.simple",
     "deqa": "rewards.heads.deqa.head",
     "format": "rewards.heads.prose",
+    "imagereward": "rewards.heads.imagereward",
     "jpeg_compressibility": "rewards.heads.simple",
     "keyword": "rewards.heads.prose",
     "length": "rewards.heads.prose",
