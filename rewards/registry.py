@@ -40,6 +40,7 @@ _BUILT_IN = {
     "deqa": "rewards.heads.deqa.head",
     "format": "rewards.heads.prose",
     "hpsv2": "rewards.heads.hpsv2",
+    "imagereward": "rewards.heads.imagereward",
     "jpeg_compressibility": "rewards.heads.simple",
     "keyword": "rewards.heads.prose",
     "length": "rewards.heads.prose",

@@ -147,7 +147,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "rewards_package/heads/test_clip.py": (
         "tokens are those of the model's own tokenizer",
-        ("rewards.pretrained.tokens",),
+        ("rewards.heads.prompt_tokens", "rewards.pretrained.tokens"),
     ),
     "rewards_package/serving/test_server.py": (
         "server and client, each against the other",
@@ -217,6 +217,7 @@ USED_BY = {
     "rewards.heads.deqa.head": '"deqa"',
     "rewards.heads.deqa.vision": "Deqa(DeqaConfig",
     "rewards.heads.prose": 'create("length"',
+    "rewards.heads.prompt_tokens": "head.remarks(",
     "rewards.heads.qrealign": 'create("qrealign"',
     "rewards.heads.vqascore": 'create("vqascore"',
     "rewards.parameters": "FunctionHead",

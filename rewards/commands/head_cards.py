@@ -61,6 +61,12 @@ CARDS: Mapping[str, HeadCard] = {
         licence="Apache-2.0",
         packages=("open_clip",),
     ),
+    "imagereward": HeadCard(
+        range="about -2 to 2",
+        weights="zai-org/ImageReward",
+        memory="446 M, 1.8 GB",
+        licence="Apache-2.0",
+    ),
     "jpeg_compressibility": HeadCard(range="at most 0"),
     "keyword": HeadCard(range="0 to 1"),
     "length": HeadCard(range="0.5 to 1.5"),

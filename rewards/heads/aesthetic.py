@@ -145,7 +145,7 @@ class Aesthetic(ModelHead):
         return embedded.double() @ weight + bias
 
 
-def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
+def read_affine(weights: Weights, *, prefix: str = "") -> tuple[Tensor, Tensor]:
     """Multiply out a head of linear layers.
 
     ``layers.{i}.weight``, ``layers.{i}.bias``, any widths.
@@ -153,20 +153,28 @@ def read_affine(weights: Weights) -> tuple[Tensor, Tensor]:
     Layers follow each other in the order of i; numbers left out were dropout. With layers
     W_i x + b_i the product is w x + b with w = W_k ... W_1 and b = W_k (... b_1) + b_k.
 
+    Args:
+        weights: The files that hold the head.
+        prefix: Only the tensors whose names start so are meant, and their names without it.
+
     Returns:
         ``w [D]`` and ``b []``, float64.
 
     Raises:
         RewardError: If names or shapes are others.
     """
-    tensors = read_tensors(weights)
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in read_tensors(weights).items()
+        if name.startswith(prefix)
+    }
     matches = {name: _LAYER.fullmatch(name) for name in tensors}
     layers = sorted({int(match[1]) for match in matches.values() if match})
     whole = len(tensors) == 2 * len(layers) and all(matches.values())
     if not layers or not whole:
         raise RewardError(
-            f"The head {weights.model} should hold `layers.N.weight` and `layers.N.bias` for some "
-            f"N and nothing else. Found: {', '.join(tensors)}."
+            f"The head {weights.model} should hold `{prefix}layers.N.weight` and "
+            f"`{prefix}layers.N.bias` for some N and nothing else. Found: {', '.join(tensors)}."
         )
     first = tensors[f"layers.{layers[0]}.weight"]
     total = torch.eye(first.shape[-1], dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError
-from rewards.heads.ocr.target_text import comparable, quoted_target
-from rewards.pretrained.base import Dtype, ModelHead, ModelOptions
+from rewards.heads.prompt_tokens import PromptHead
+from rewards.pretrained.base import Dtype, ModelOptions
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.preprocessing import Preprocessing, read_preprocessing
 from rewards.pretrained.tensors import load_pretrained, read_tensor
@@ -30,15 +29,9 @@ _PROCESSOR = (
 )
 _MOST_TEXTS = 4096  # embeddings kept, 16 MB at width 1024
 
-_log = logging.getLogger(__name__)
 
-
-class TwoTowerHead(ModelHead):
-    """A head on a model that embeds images and prompts in one space.
-
-    A prompt is cut at the number of tokens that the model reads; ``remarks`` counts those. When
-    that removes quoted text, which the image ought to show, a warning names the prompt, once. A
-    prompt of nothing but white space asks for nothing, and scores NaN.
+class TwoTowerHead(PromptHead):
+    """A head on a model that embeds images and prompts in one space, and prompts once.
 
     Args:
         model: See ``ModelHead``.
@@ -49,19 +42,6 @@ class TwoTowerHead(ModelHead):
     def __init__(self, *, model: str, dtype: Dtype, **options: Unpack[ModelOptions]) -> None:
         super().__init__(model=model, dtype=dtype, **options)
         self._texts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [D] of length 1
-        self._warned: set[str] = set()
-
-    @abstractmethod
-    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of prompts, whole, with those for their beginning and end."""
-
-    @abstractmethod
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, without special ones."""
-
-    @abstractmethod
-    def _longest(self, module: Any) -> int:
-        """Return how many tokens of a prompt are read, the one for its end included."""
 
     @abstractmethod
     def _embed_images(self, module: Any, images: Tensor) -> Tensor:
@@ -88,66 +68,19 @@ class TwoTowerHead(ModelHead):
         seen = self._embed_images(module, images)  # [n, D]
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
-            self._warn_of_cuts(new, self._longest(module))
             self._texts.update(zip(new, self._embed_prompts(module, new), strict=True))
         read = torch.stack([self._texts[prompt] for prompt in prompts])  # [n, D]
-        self._forget(keep=prompts)
-        return (seen * read).sum(dim=-1)
-
-    def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say how many prompts are cut, and how many say nothing.
-
-        Raises:
-            RewardError: If the model cannot be loaded.
-        """
-        longest = self._longest(self._loaded().module)
-        lengths = [len(ids) for ids in self._token_ids(prompts)]
-        cut = [i for i, length in enumerate(lengths) if length > longest]
-        blank = [prompt for prompt in prompts if not self._applies(prompt)]
-        remarks = []
-        if cut:
-            remarks.append(
-                f"{len(cut)} of {len(prompts)} prompts have more than the {longest} tokens that "
-                f"the model reads, up to {max(lengths)}: what follows does not count. The first is "
-                f"{prompts[cut[0]]!r}."
-            )
-        if blank:
-            remarks.append(f"{len(blank)} of {len(prompts)} prompts are blank: they score NaN.")
-        return remarks
-
-    def _applies(self, prompt: str) -> bool:
-        return bool(prompt.strip())
-
-    def _forget(self, *, keep: Sequence[str]) -> None:
-        for prompt in keep:
+        for prompt in prompts:
             self._texts.move_to_end(prompt)
         while len(self._texts) > _MOST_TEXTS:
             self._texts.popitem(last=False)
-
-    def _warn_of_cuts(self, prompts: Sequence[str], longest: int) -> None:
-        for prompt in prompts:
-            target = quoted_target(prompt, "any")
-            if target is None or prompt in self._warned:
-                continue
-            (ids,) = self._token_ids([prompt])
-            if len(ids) <= longest:
-                continue
-            # The end token takes the last place.
-            read = self._decoded(ids[: longest - 1])
-            if comparable(target) not in comparable(read):
-                self._warned.add(prompt)
-                _log.warning(
-                    'Reward head "%s" reads %d tokens and cuts the quoted text %r off the prompt '
-                    "%r. Shorten the prompt, or quote earlier.",
-                    self._label,
-                    longest,
-                    target,
-                    prompt,
-                )
+        return (seen * read).sum(dim=-1)
 
 
 class ClipHead(TwoTowerHead):
     """A head on a ``CLIPModel`` of transformers and the tokenizer that belongs to it.
+
+    A prompt is cut at the number of tokens that the model reads (77), see ``PromptHead``.
 
     Args:
         model: See ``ModelHead``.
@@ -173,7 +106,6 @@ class ClipHead(TwoTowerHead):
             check_name(processor, option="processor")
         self.processor = processor
         self._processor_used: dict[str, str] = {}
-        self._tokenizer: Any = None
         self._preprocess: Preprocessing | None = None
 
     def provenance(self) -> Mapping[str, str]:
@@ -210,32 +142,12 @@ class ClipHead(TwoTowerHead):
             )
         return files
 
-    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        if not prompts:
-            return []
-        token_ids: list[list[int]] = self._tokenizer(list(prompts), verbose=False).input_ids
-        return token_ids
-
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
-
     def _embed_images(self, module: Any, images: Tensor) -> Tensor:
         assert self._preprocess is not None  # `_prepare` ran before the first batch
         return embed_images(module, self._preprocess(images).to(self.device, self.dtype))
 
     def _embed_prompts(self, module: Any, prompts: Sequence[str]) -> Tensor:
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self._longest(module),
-            return_tensors="pt",
-        )
-        output = module.get_text_features(
-            input_ids=tokens.input_ids.to(self.device),
-            attention_mask=tokens.attention_mask.to(self.device),
-        )
+        output = module.get_text_features(**self._read(module, prompts))
         return F.normalize(output.pooler_output.float(), dim=-1).cpu()
 
     def _longest(self, module: Any) -> int:

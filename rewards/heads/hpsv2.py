@@ -61,7 +61,6 @@ class HpsV2(TwoTowerHead):
         super().__init__(model=model, dtype=dtype, **options)
         check_architecture(architecture, needed_by=_HEAD)
         self.architecture = architecture
-        self._tokenizer: Any = None
 
     def provenance(self) -> Mapping[str, str]:
         """Return model, precision, architecture; once loaded, also the revision and the digest."""
@@ -82,8 +81,10 @@ class HpsV2(TwoTowerHead):
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         return [[start, *self._tokenizer.encode(prompt), end] for prompt in prompts]
 
-    def _decoded(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids[1:])  # without the one for the beginning
+    def _part_read(self, prompt: str, longest: int) -> str:
+        (token_ids,) = self._token_ids([prompt])
+        # The first token stands for the beginning, and the last one for the end.
+        text: str = self._tokenizer.decode(token_ids[1 : longest - 1])
         return text
 
     def _longest(self, module: Any) -> int:
@@ -95,6 +96,7 @@ class HpsV2(TwoTowerHead):
         return F.normalize(module.encode_image(pixels).float(), dim=-1).cpu()
 
     def _embed_prompts(self, module: Any, prompts: Sequence[str]) -> Tensor:
+        self._warn_of_cuts(prompts, self._longest(module))
         tokens = self._tokenizer(list(prompts)).to(self.device)  # [n, context length]
         return F.normalize(module.encode_text(tokens).float(), dim=-1).cpu()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def load_strictly(
     ignore: Sequence[str] = (),
     prefix: str = "",
     within: str = "",
+    stored_as: Callable[[str], str] = str,
 ) -> None:
     """Put the weights into a module by name; every name and shape must match.
 
@@ -91,18 +92,22 @@ def load_strictly(
         module: The module that takes the tensors, of the same names and shapes.
         weights: The module's files of weights.
         ignore: Endings of names in the files that the module need not have.
-        prefix: Only the tensors whose names start so are meant, and their names without it.
+        prefix: Only the tensors whose names start so are meant.
+        stored_as: Gives the name in the files, after the prefix, of a name in the module; by
+            default they are the same.
         within: See ``read_tensors``.
 
     Raises:
-        RewardError: Names what is missing, unexpected or of another shape.
+        RewardError: Names what is missing, unexpected or of another shape, as the files have it.
     """
     tensors = {
-        name.removeprefix(prefix): tensor
+        name: tensor
         for name, tensor in read_tensors(weights, within=within).items()
         if name.startswith(prefix) and not name.endswith(tuple(ignore))
     }
-    expected = module.state_dict()
+    state = module.state_dict()
+    own_names = {prefix + stored_as(name): name for name in state}
+    expected = {stored: state[name] for stored, name in own_names.items()}
     _check_names(
         weights,
         missing=expected.keys() - tensors.keys(),
@@ -113,7 +118,8 @@ def load_strictly(
             if tensors[name].shape != expected[name].shape
         ],
     )
-    module.load_state_dict(tensors, strict=True, assign=True)
+    own = {own_names[stored]: tensor for stored, tensor in tensors.items()}
+    module.load_state_dict(own, strict=True, assign=True)
 
 
 def load_pretrained(

@@ -45,7 +45,12 @@ def test_what_is_not_counted_is_said() -> None:
     assert "CPU" in judge(create_head("clipscore", model=CLIP), on_cpu=True).note
     assert "time is not" in judge(create_head("qrealign")).note
     assert judge(create_head("qrealign")).weights == pytest.approx(2.2e9, rel=0.05)
-    for name, size in {"hpsv2": 3.94e9, "clip_iqa": 0.408e9, "vqascore": 4.26e9}.items():
+    for name, size in {
+        "hpsv2": 3.94e9,
+        "clip_iqa": 0.408e9,
+        "vqascore": 4.26e9,
+        "imagereward": 1.78e9,
+    }.items():
         assert judge(create_head(name)).weights == pytest.approx(size, rel=0.01)
     unknown = judge(create_head("clipscore", model="someone/clip"))
     assert unknown.weights == 0

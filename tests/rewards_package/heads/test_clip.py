@@ -166,7 +166,7 @@ def test_a_cut_of_quoted_text_is_warned_of_once(folder, caplog):
         head(batch(prompts))
         head.close()
         head(batch(prompts))
-    assert [record.name for record in caplog.records] == ["rewards.heads.clip"] * 2
+    assert [record.name for record in caplog.records] == ["rewards.heads.prompt_tokens"] * 2
     first, second = (record.getMessage() for record in caplog.records)
     assert "\"pickscore\" reads 16 tokens and cuts the quoted text 'STOP' off" in first
     assert prompts[0] in first

@@ -27,7 +27,7 @@ from benchmarks import random_judges
 from moa_diffusion import assembly, config, tiny
 from moa_diffusion.planning.shapes import made_in
 from rewards import RewardBatch, create
-from rewards.heads import aesthetic, classifier, clip_iqa, hpsv2
+from rewards.heads import aesthetic, classifier, clip_iqa, hpsv2, imagereward
 from rewards.pretrained.base import ModelHead
 from rewards.registry import built_in
 
@@ -43,6 +43,7 @@ MODELS = (
     "hpsv2",
     "clip_iqa",
     "vqascore",
+    "imagereward",
 )
 PLAIN = ("colourfulness", "sharpness", "prompt_colour")
 ON_THE_CPU = {  # by design, and why
@@ -212,6 +213,40 @@ def test_texts_are_classified_at_full_width(
     host.waits.clear()
     assert head.score(texts).values.shape == (SAMPLES,)
     assert len([place for place in host.waits if "classifier.py" in place]) == 1, host.waits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_imagereward_scores_at_full_width(
+    host: HostReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """ViT-L/16 and BERT with two layers each."""
+    from transformers import BlipTextConfig, BlipVisionConfig
+    from transformers.initialization import no_init_weights
+
+    layers = {"num_hidden_layers": 2}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    sizes = BlipTextConfig(num_attention_heads=12, encoder_hidden_size=1024, **layers)
+    with unset_fake_temporarily():
+        mlp = {"mlp.layers.0.weight": torch.ones(1, 768), "mlp.layers.0.bias": torch.ones(1)}
+        torch.save(mlp, tmp_path / "ImageReward.pt")
+    (tmp_path / "med_config.json").write_text(json.dumps(sizes.to_dict()))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+
+    def build(weights: Any) -> Any:
+        # Random starts are drawn until they fit, which numbers that are not there never do.
+        with made_in(getattr(torch, dtype)), no_init_weights():
+            seen = BlipVisionConfig(image_size=224, patch_size=16, **vision, **layers)
+            return imagereward.Blip(seen, sizes)
+
+    monkeypatch.setattr(imagereward, "build_blip", build)
+    file = str(tmp_path / "ImageReward.pt")
+    options = {"tokenizer": str(tmp_path), "dtype": dtype, "device": "cpu"}
+    head = on_card(create("imagereward", model=file, **options))
+    host.waits.clear()
+    scores: Any = head.score(batch())
+    assert (scores.values.shape, scores.values.device) == ((SAMPLES,), CPU)
+    assert len(host.waits) == 1, host.waits
 
 
 @pytest.mark.parametrize(("name", "read"), [("qrealign", "_level_ids"), ("vqascore", "_tokens")])

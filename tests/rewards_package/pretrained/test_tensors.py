@@ -104,6 +104,11 @@ def test_strict_loading_accounts_for_every_name(folder):
         load_strictly(nn.ModuleDict({"a": Small().a}), weights)
     load_strictly(nn.ModuleDict({"a": Small().a}), weights, ignore=("bias",))
     load_strictly(Small().a, weights, prefix="a.")
+    named = nn.ModuleDict({"c": Small().a, "b": Small().b})
+    load_strictly(named, weights, stored_as=lambda name: name.replace("c.", "a."))
+    assert torch.equal(named["c"].weight, TENSORS["a.weight"])
+    with pytest.raises(RewardError, match=r"missing: a\.kernel; unexpected: a\.weight\.$"):
+        load_strictly(Small().a, weights, prefix="a.", stored_as=lambda name: "kernel")
     with pytest.raises(RewardError, match=r"missing: c\.bias, c\.weight\.$"):
         module = Small()
         module.c = nn.Linear(1, 1)
