@@ -19,6 +19,7 @@ FOLDER = Path("runs/demo")
 RECIPES = {"static": "tiny_static.yaml", "apex": "tiny_apex.yaml"}
 
 
+@program.entry
 def main() -> int:
     """Run both recipes side by side, then draw the plot; 0 if all went well."""
     parser = argparse.ArgumentParser(
