@@ -51,14 +51,21 @@ def progress_bar(
             )
         total = len(items)
     options: dict[str, Any] = {"desc": title, "total": total, "initial": initial}
-    if not shown:  # otherwise tqdm's own switch, the variable TQDM_DISABLE, holds on a terminal
-        options["disable"] = True
     if sys.stderr.isatty():
+        if not shown:  # otherwise tqdm's own switch, the variable TQDM_DISABLE, holds
+            options["disable"] = True
         return tqdm(items, **options, unit=unit, leave=leave, position=position)
-    options |= {"miniters": max(1, total / LINES), "mininterval": SECONDS}
-    options |= {"maxinterval": math.inf}  # after a long step, tqdm would draw a bar in between
-    options |= {"delay": 0 if leave else SECONDS, "leave": leave, "bar_format": _LINE}
-    return _Lines(items, **{"disable": False} | options)
+    return _Lines(
+        items,
+        **options,
+        disable=not shown,
+        leave=leave,
+        miniters=max(1, total / LINES),
+        mininterval=SECONDS,
+        maxinterval=math.inf,  # after a longer step, tqdm would draw a bar in between
+        delay=0 if leave else SECONDS,
+        bar_format=_LINE,
+    )
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]  # which only its stubs have
