@@ -1,4 +1,4 @@
-"""What a user types to start a command here, and where the recipes lie.
+"""What all commands have, what a user types to start one here, and where the recipes lie.
 
 The same commands are there as ``moa-diffusion COMMAND``, as ``python -m moa_diffusion COMMAND``
 and, in a checkout, as ``python scripts/COMMAND.py``. What is printed to be copied names the way
