@@ -12,6 +12,7 @@ from moa_diffusion.commands import COMMANDS
 from moa_diffusion.files import program
 
 
+@program.entry
 def main() -> int:
     """Run the command that the first argument names; return its exit status."""
     started = program.MODULE if Path(sys.argv[0]).name == "__main__.py" else program.NAME

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moa_diffusion.distributed import Comm, agreed, gather_shard_objects, gather_shards, shard
 from moa_diffusion.processes.randomness import undisturbed
@@ -22,6 +21,7 @@ from rewards import RewardBatch, RewardError, RewardHead, Scores
 from rewards import create as create_head
 from rewards.blame import cause_of
 from rewards.option_types import UnknownOption
+from rewards.progress_bar import progress_bar
 from rewards.registry import defaults_of as defaults_of_head
 
 __all__ = [
@@ -196,7 +196,7 @@ class Scorer:
         texts: list[str] = []
         starts = range(0, len(shards[0]), batch)  # as many on every process
         with self.begin() as scoring:
-            for start in tqdm(starts, desc=title, leave=False, disable=not bars):
+            for start in progress_bar(starts, title=title, leave=False, shown=bars):
                 before_batch()
                 if part := mine[start : start + batch]:
                     drawn = draw(part)

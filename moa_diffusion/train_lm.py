@@ -11,6 +11,7 @@ import sys
 from moa_diffusion.files import program
 
 
+@program.entry
 def main() -> int:
     """Train; return the exit status: see ``launch``."""
     from moa_diffusion.config.command_line import read_command_line

@@ -12,6 +12,7 @@ import sys
 from moa_diffusion.files import program
 
 
+@program.entry
 def main() -> int:
     """Train; return the exit status: see ``launch``."""
     if "--dry_run" in sys.argv:

@@ -49,16 +49,18 @@ USERS_OF_REWARDS = {
     "moa_diffusion.evaluation.sample_cache",
     "moa_diffusion.evaluation.score_cache",
 }
-FOR_EVERYONE = "rewards.suggestions"  # no part of what scores: a function of words
+SUGGESTIONS = "rewards.suggestions"
+FOR_EVERYONE = {SUGGESTIONS, "rewards.progress_bar"}  # no part of what scores
 # What `rewards` and `types`, which everything loads, may import at module level.
 LIGHT = {"torch", "numpy", "PIL"}
 FIRST = {"moa_diffusion", "moa_diffusion.files.neighbours"}  # and what everything loads first
 # Not among what everything loads: the commands of rewards, the head `remote` and what
-# serves heads, and who a head is.
+# serves heads, who a head is, and progress bars.
 LATER = {
     "rewards.commands.cli",
     "rewards.commands.score_folder",
     "rewards.identity",
+    "rewards.progress_bar",
     "rewards.serving.client",
     "rewards.serving.remote",
     "rewards.serving.wire",
@@ -200,7 +202,7 @@ def violations(source: str, importer: str, *, is_package: bool = False) -> list[
             if importer.split(".")[0] == "rewards" and top == "moa_diffusion":
                 wrong.append(f"{where}: `rewards` imports nothing of moa_diffusion.")
             elif top == "rewards" and importer.split(".")[0] != "rewards":
-                if importer not in USERS_OF_REWARDS and item.module != FOR_EVERYONE:
+                if importer not in USERS_OF_REWARDS and item.module not in FOR_EVERYONE:
                     wrong.append(f"{where}: only {sorted(USERS_OF_REWARDS)} imports `rewards`.")
             elif row(item.module) <= row(importer) and (
                 room(importer) is None or room(importer) != room(item.module)
@@ -229,7 +231,7 @@ def test_a_module_imports_only_from_lower_layers(module: str) -> None:
 ONLY = {
     "an objective sees numbers, and nothing that could have made them": (
         "moa_diffusion.objectives",
-        {"moa_diffusion.types", "moa_diffusion.statistics", FOR_EVERYONE},
+        {"moa_diffusion.types", "moa_diffusion.statistics", SUGGESTIONS},
     ),
     "statistics know types and nothing else": (
         "moa_diffusion.statistics",

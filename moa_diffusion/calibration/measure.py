@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from moa_diffusion import assembly
 from moa_diffusion.calibration.describe import calibrate
@@ -28,6 +27,7 @@ from moa_diffusion.scoring import Scorer
 from moa_diffusion.storage.calibration_file import HIJACK, Calibration
 from moa_diffusion.storage.log import REWARDS, RunLog
 from moa_diffusion.types import ConfigError, Request, RewardMatrix, Rollout, concatenate
+from rewards.progress_bar import progress_bar
 
 NOISY = 0.5  # noise of a score, in spreads within prompts, that is worth a sentence
 # The table's blocks of rows: a label, and the field.
@@ -117,7 +117,7 @@ def measure(settings: Config, *, prompts: int, images: int, folder: Path) -> Mea
         second: list[Tensor] = []
         seconds = torch.zeros(len(scorer.names), dtype=torch.float64)
         with scores.open("w", encoding="utf-8") as file:
-            for group in tqdm(requests, desc="calibrate", unit="prompt"):
+            for group in progress_bar(requests, title="calibrate", unit="prompt"):
                 rollout = _sample(model, group, settings.trainer.sample_batch)
                 for values in (first, second):
                     values.append(scorer.score(group, images=rollout.images, texts=rollout.texts))

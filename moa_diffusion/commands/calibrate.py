@@ -14,6 +14,7 @@ from moa_diffusion.files import program
 from moa_diffusion.files.paths import expanded as place
 
 
+@program.entry
 def main() -> int:
     """Draw, score, write, print; return 0, 1 if a reward failed, 2 for bad input."""
     parser = argparse.ArgumentParser(

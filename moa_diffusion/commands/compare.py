@@ -15,6 +15,7 @@ from moa_diffusion.files import program
 from moa_diffusion.files.paths import expanded as place
 
 
+@program.entry
 def main() -> int:
     """Run, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
     parser = argparse.ArgumentParser(

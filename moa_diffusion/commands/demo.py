@@ -19,6 +19,7 @@ FOLDER = Path("runs/demo")
 RECIPES = {"static": "tiny_static.yaml", "apex": "tiny_apex.yaml"}
 
 
+@program.entry
 def main() -> int:
     """Run both recipes side by side, then draw the plot; 0 if all went well."""
     parser = argparse.ArgumentParser(
@@ -71,15 +72,14 @@ def _start(name: str, recipe: str, options: Sequence[str]) -> subprocess.Popen[b
 
 def _follow(processes: dict[str, subprocess.Popen[bytes]], options: Sequence[str]) -> None:
     """Show one progress bar per run, until all have ended or one has failed."""
-    from tqdm import tqdm
-
     from moa_diffusion import config
     from moa_diffusion.storage.log import read_metrics
+    from rewards.progress_bar import progress_bar
 
     bars = {}
     for i, name in enumerate(processes):
         total = config.load(program.recipes() / RECIPES[name], options).trainer.steps
-        bars[name] = tqdm(total=total, desc=f"{name:>10}", unit="rollout", position=i)
+        bars[name] = progress_bar(title=f"{name:>10}", total=total, unit="rollout", position=i)
     running = True
     while running and not any(process.returncode for process in processes.values()):
         running = None in [process.poll() for process in processes.values()]  # asks each of them

@@ -13,6 +13,7 @@ from moa_diffusion.files import program
 from moa_diffusion.files.paths import expanded as place
 
 
+@program.entry
 def main() -> int:
     """Read, write, print; 0, 1 if it cannot be written or sent, 2 for bad input."""
     parser = argparse.ArgumentParser(

@@ -19,6 +19,7 @@ from moa_diffusion.files.paths import expanded as place
 LIMITS = ("max_body", "max_batch", "max_pixels", "max_queue")  # of rewards.serving.server.Limits
 
 
+@program.entry
 def main() -> int:
     """Run one command; return 1 if a head cannot be used or fails, 2 if the arguments are wrong."""
     options = _parser().parse_args()
@@ -48,6 +49,8 @@ def main() -> int:
             heads = cli.chosen_heads(options.heads, options.config, options.options)
             token = cli.read_token(options.token_file)
             cli.serve(heads, host=options.host, port=options.port, token=token, limits=limits)
+    except BrokenPipeError:
+        raise  # of stdout: `program.entry` knows what to do
     except (Unusable, RewardError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Unusable | RewardError) else 2

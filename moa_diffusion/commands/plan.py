@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moa_diffusion.planning.gpus import Gpu
 
 
+@program.entry
 def main() -> int:
     """Print the plan; return 2 for bad input."""
     return plan(sys.argv[1:])
@@ -67,12 +68,13 @@ def plan(arguments: Sequence[str]) -> int:
         reached = {} if options.bench is None else measured(options.bench, card)
         planner = Planner(settings, options.gpus, options.nodes)
         made = Plan(planner, card, reached)
-        print(made.text())
+        text = made.text()
         if options.json is not None:
             write_text(options.json, json.dumps(made.as_json(), indent=2) + "\n")
     except (ConfigError, RewardError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(text)
     return 0
 
 

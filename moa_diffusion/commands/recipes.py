@@ -21,6 +21,7 @@ from moa_diffusion.files.paths import expanded as place
 FOLDER = "configs"  # by which recipes name their files, in a checkout and where one is copied to
 
 
+@program.entry
 def main() -> int:
     """List, or copy; return the exit status: 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -40,10 +41,11 @@ def main() -> int:
     from moa_diffusion.types import ConfigError
 
     try:
-        print(listed() if options.command is None else copy(options.name, options.folder))
+        said = listed() if options.command is None else copy(options.name, options.folder)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(said)
     return 0
 
 

@@ -11,15 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from moa_diffusion import config
 from moa_diffusion.comparison.plan import PlannedRun
 from moa_diffusion.comparison.results import check_base
 from moa_diffusion.processes.stopping import handled
 from moa_diffusion.storage import checkpoint
+from rewards.progress_bar import progress_bar
 
 POLL = 0.3  # seconds between two looks at the processes
 
@@ -48,8 +46,9 @@ def execute(runs: Sequence[PlannedRun], *, program: Sequence[str], parallel: int
     failures: dict[str, str] = {}
     checked = False
     ended = {run.name: run.completed() for run in runs if run not in waiting}
-    total = sum(ended.values()) + sum(run.settings.trainer.steps for run in waiting)
-    bar: tqdm[Any] = tqdm(total=total, initial=sum(ended.values()), desc="compare", unit="rollout")
+    before = sum(ended.values())
+    total = before + sum(run.settings.trainer.steps for run in waiting)
+    bar = progress_bar(title="compare", total=total, initial=before, unit="rollout")
     with handled(signal.default_int_handler), bar:
         try:
             while waiting or active:

@@ -27,8 +27,6 @@ def read_command_line() -> Config | ConfigError:
         SystemExit: With status 2 for a configuration that cannot be run; 0 for ``--help``.
     """
     main_process = os.environ.get("RANK", "0") == "0"
-    if not (main_process and sys.stderr.isatty()):
-        os.environ["TQDM_DISABLE"] = "1"  # bars of libraries that load models, in files too
     logging.basicConfig(
         level=logging.INFO if main_process else logging.ERROR,
         format="%(levelname)s %(name)s: %(message)s",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from moa_diffusion.adapters.diffusers import carrier, install
 from moa_diffusion.config.schema import LoraConfig
@@ -19,6 +18,7 @@ from moa_diffusion.evaluation.records import Sample
 from moa_diffusion.evaluation.sample_cache import OutputCache
 from moa_diffusion.policies.base import Policy
 from moa_diffusion.types import ConfigError, Outputs, Request
+from rewards.progress_bar import progress_bar
 
 
 def draw_missing(
@@ -61,7 +61,8 @@ def draw_missing(
             local = shard(len(todo), size, comm)[comm.rank]
             policy.expect([texts[todo[i].prompt] for i in local])
             title = f"draw {candidate.label}"
-            for start in tqdm(range(0, len(local), size), desc=title, disable=comm.rank > 0):
+            starts = range(0, len(local), size)
+            for start in progress_bar(starts, title=title, shown=comm.rank == 0):
                 batch = [todo[i] for i in local[start : start + size]]
                 requests = [plan.medium.request(texts[one.prompt], one.seed) for one in batch]
                 generated = generate(policy, candidate, requests)

@@ -1,4 +1,4 @@
-"""What a user types to start a command here, and where the recipes lie.
+"""What all commands have, what a user types to start one here, and where the recipes lie.
 
 The same commands are there as ``moa-diffusion COMMAND``, as ``python -m moa_diffusion COMMAND``
 and, in a checkout, as ``python scripts/COMMAND.py``. What is printed to be copied names the way
@@ -7,16 +7,59 @@ that this process was started by.
 
 from __future__ import annotations
 
+import functools
 import os
+import select
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 NAME = "moa-diffusion"
 MODULE = "python -m moa_diffusion"  # with a launcher, `accelerate launch -m moa_diffusion`
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SCRIPTS = {"rewards": "heads.py"}  # all others have the name of their command
+
+
+def entry(main: Callable[[], int]) -> Callable[[], int]:
+    """Give the ``main`` of a command what all of them have, whatever they are started by.
+
+    Where stderr is no terminal, and on all processes but the main one, libraries that load models
+    draw no progress bars. Where the reader of stdout ends before the command does, as ``head``, the
+    command ends without a word, with exit status 1: https://docs.python.org/3/library/signal.html
+    (note on SIGPIPE).
+
+    Args:
+        main: What the command does; it imports tqdm, and what imports that, inside.
+    """
+
+    @functools.wraps(main)
+    def run() -> int:
+        if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+            os.environ["TQDM_DISABLE"] = "1"  # the switch of them all, read when tqdm is imported
+        try:
+            try:
+                status = main()
+            except SystemExit:  # as after --help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # at exit, nobody could catch what it raises
+        except BrokenPipeError:
+            if not _unread():  # it is of another pipe
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest, at exit
+            return 1
+        return status
+
+    return run
+
+
+def _unread() -> bool:
+    """Return whether nobody is left to read stdout."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # asks for errors alone, such as that
+    return bool(poll.poll(0))
 
 
 def name() -> str:

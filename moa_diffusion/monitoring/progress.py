@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from moa_diffusion.distributed import Comm
 from moa_diffusion.processes.stopping import Interrupted, StopRequest
+from rewards.progress_bar import progress_bar
 
 
 class Progress:
@@ -75,4 +76,5 @@ class Progress:
             total: The number of its steps; that of the items if None.
         """
         short = items is not None and len(items) < 2
-        return tqdm(items, desc=phase, total=total, leave=False, disable=short or not self.bars)
+        shown = self.bars and not short
+        return progress_bar(items, title=phase, total=total, leave=False, shown=shown)

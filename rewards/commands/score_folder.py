@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from rewards.base import RewardBatch, RewardHead
 from rewards.commands.tables import writer_for
 from rewards.image_files import read_rgb
+from rewards.progress_bar import progress_bar
 from rewards.score_store import Score, ScoreStore
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -206,7 +206,7 @@ def score_pairs(head: RewardHead, table: ScoreTable, *, batch_size: int) -> None
         ValueError: If an image cannot be read, or the head's further columns do not fit in.
     """
     todo = list(table.missing().items())
-    with tqdm(total=len(todo), desc=head.name, unit="sample") as bar:
+    with progress_bar(title=head.name, total=len(todo), unit="sample") as bar:
         for start in range(0, len(todo), batch_size):
             keys, part = zip(*todo[start : start + batch_size], strict=True)
             found: dict[str, Score] = {}

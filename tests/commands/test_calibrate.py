@@ -86,7 +86,7 @@ def test_the_script_leaves_what_it_promises(folder: Path, here: Here):
     options = ("--prompts", "4", "--images", "4", "--seed", "5", "--output", "out")
     status, said, log = here("--config", "fast.yaml", *options, "--rewards.prompt_colour.weight=2")
     assert status == 0, log
-    assert "calibrate: 100%" in log
+    assert "\ncalibrate: 4 of 4 [" in f"\n{log}"
     assert "colourfulness will hijack: it has 9" in said
     assert "share, raw weighted sum" in said
 

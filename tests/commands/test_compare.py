@@ -539,6 +539,8 @@ def test_two_methods_twice_one_dies_and_is_continued(folder: Path, here: Here) -
     assert "static: objectives.normalizer.floor is left out" in said
     assert 'mild-1 died: error: Reward head "mine" failed' in log
     assert "(out/mild-1.log)" in log
+    assert "\ncompare: 0 of 8 [" in f"\n{log}"
+    assert "\r" not in log  # a bar drawn anew, of which a file would keep every state
     assert "Not in the table: mild-1 died" in said
     result = json.loads((folder / "out" / "results.json").read_text())
     assert list(result["failures"]) == ["mild-1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,14 +72,3 @@ def test_help_and_typos_import_neither_pytorch_nor_a_model(options, status, show
     assert found.returncode == status, found.stderr
     assert shown in found.stdout + found.stderr
     assert found.stdout.endswith("[]\n")
-
-
-@pytest.mark.parametrize(("rank", "terminal"), [("0", True), ("0", False), ("1", True)])
-def test_libraries_draw_bars_for_the_main_process_on_a_terminal_alone(monkeypatch, rank, terminal):
-    monkeypatch.setenv("TQDM_DISABLE", "")
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(sys, "argv", ["train_sd.py", "--trainer.stepz", "3"])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with pytest.raises(SystemExit):
-        read_command_line()
-    assert os.environ["TQDM_DISABLE"] == ("" if rank == "0" and terminal else "1")

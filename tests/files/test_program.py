@@ -1,14 +1,19 @@
-"""What is printed to be typed names the way that the process was started by."""
+"""What all commands have, and how they are called: by the way that the process was started."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moa_diffusion.commands import COMMANDS
 from moa_diffusion.files import program
+from waiting import HANG
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_sd.py"
@@ -64,3 +69,64 @@ def test_a_training_looks_for_modules_where_its_parent_does(
 
 def test_a_checkout_has_its_recipes_beside_the_package() -> None:
     assert program.recipes() == ROOT / "configs"
+
+
+@pytest.mark.parametrize("module", ["moa_diffusion.__main__", *COMMANDS.values()])
+def test_every_command_has_what_all_have(module: str) -> None:
+    main = importlib.import_module(module).main
+    assert inspect.unwrap(main) is not main
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [
+        ("-m moa_diffusion --help", ""),
+        ("-m moa_diffusion recipes", ""),
+        ("-m moa_diffusion recipes", "1"),
+        ("-m moa_diffusion plan --config configs/sd35_medium_apex.yaml", ""),
+        ("-m moa_diffusion rewards check jpeg_compressibility", "1"),
+        ("scripts/train_sd.py --help all", ""),
+    ],
+)
+def test_a_command_whose_reader_has_ended_ends_without_a_word(
+    command: str, unbuffered: str
+) -> None:
+    """As before ``| head -1``, but the pipe is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command.split()],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("of a worker"), SystemExit(3)])
+def test_any_other_end_is_what_it_was(error: BaseException) -> None:
+    @program.entry
+    def main() -> int:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        main()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("rank", "terminal"), [("0", True), ("0", False), ("1", True)])
+def test_libraries_draw_bars_for_the_main_process_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, rank: str, terminal: bool
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert program.entry(lambda: 7)() == 7
+    assert os.environ["TQDM_DISABLE"] == ("" if rank == "0" and terminal else "1")

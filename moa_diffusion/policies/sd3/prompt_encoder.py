@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moa_diffusion.files.writing import replaced
 from moa_diffusion.types import ConfigError
+from rewards.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,10 @@ class PromptEncoder:
                 return
             starts = range(1, len(wanted), self._batch_size)  # the empty prompt is there
             first = self._turn[0] * len(starts) // self._turn[1]
-            for start in tqdm(
+            for start in progress_bar(
                 [*starts[first:], *starts[:first]],
-                desc="encode prompts",
-                disable=True if len(missing) <= 200 or self._turn[0] else None,  # None: in a file
+                title="encode prompts",
+                shown=len(missing) > 200 and self._turn[0] == 0,
             ):
                 self._encode(self._missing(wanted[start : start + self._batch_size]))
             self._drop()  # here, so that nothing is copied back first

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards.pretrained.preprocessing import CLIP_MEAN, CLIP_STD, normalise
+from rewards.progress_bar import progress_bar
 from tiny_judges.data import confusable, load_vae, make_stock, quantise, vary
 from tiny_judges.rule import beauty
 from tiny_pipeline.muon import MuonWithAdamW
@@ -123,8 +124,6 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         batch: Images per update.
         lr: Peak rate of Muon.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     rng = random.Random(f"clip {seed}")
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -138,7 +137,7 @@ def train_clip(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         adam_lr=2e-3,
         steps=steps,
     )
-    for _ in (bar := tqdm(range(steps), desc="clip", position=0)):
+    for _ in (bar := progress_bar(range(steps), title="clip", position=0)):
         chosen = torch.randint(len(stock.scenes), (batch,), generator=generator).tolist()
         images = quantise(vary(stock.images[chosen] / 255, generator))  # as a head receives them
         scenes = [stock.scenes[index] for index in chosen]

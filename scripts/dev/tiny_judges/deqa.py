@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from rewards.pretrained.preprocessing import normalise
+from rewards.progress_bar import progress_bar
 from tiny_judges.data import load_vae, make_stock, quantise, vary
 from tiny_judges.degradations import degradations, spoil
 from tiny_pipeline.muon import MuonWithAdamW
@@ -132,8 +133,6 @@ def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         batch: Images per update.
         lr: Peak rate of Muon.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     rng = random.Random(f"deqa {seed}")
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -146,7 +145,7 @@ def train_deqa(folder: Path, seed: int, steps: int, batch: int, lr: float = 0.02
         adam_lr=2e-3,
         steps=steps,
     )
-    for _ in (bar := tqdm(range(steps), desc="deqa", position=1)):
+    for _ in (bar := progress_bar(range(steps), title="deqa", position=1)):
         rows = torch.randint(len(images), (batch,), generator=generator)
         logits = model(normalise(_flip(images[rows], generator)))  # [B, 5]
         loss = F.cross_entropy(logits, soft_labels(ratings[rows]))

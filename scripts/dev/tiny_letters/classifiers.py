@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_diffusion.tiny import rules
+from rewards.progress_bar import progress_bar
 from tiny_letters import grammar
 from tiny_letters.pretrain import save
 from tiny_letters.tokenizer import CONTEXT, new_tokenizer
@@ -126,8 +127,6 @@ def train_classifier(
         trait: A key of ``RULES``.
         lr: Peak rate of Muon.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     rng = random.Random(f"{trait} {seed}")
     tokenizer = new_tokenizer(seed)
@@ -137,7 +136,7 @@ def train_classifier(
         model.named_parameters(), lambda name: "layer." in name, lr=lr, adam_lr=2e-3, steps=steps
     )
     train, _ = grammar.situations()
-    for _ in (bar := tqdm(range(steps), desc=trait, position=1)):
+    for _ in (bar := progress_bar(range(steps), title=trait, position=1)):
         texts = [mangled(rng, train) for _ in range(batch)]
         tokens = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
         seen = tokenizer.batch_decode(tokens.input_ids, skip_special_tokens=True)

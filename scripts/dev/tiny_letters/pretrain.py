@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewards.progress_bar import progress_bar
 from tiny_letters import grammar
 from tiny_letters.tokenizer import CONTEXT, new_tokenizer
 from tiny_pipeline.muon import MuonWithAdamW
@@ -98,8 +99,6 @@ def train_language_model(folder: Path, seed: int, steps: int, batch: int, lr: fl
         batch: Number of letters per optimizer step, at least 4.
         lr: Peak rate of Muon.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(seed)
     padding = tokenizer.pad_token_id
@@ -113,7 +112,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch: int, lr: fl
     )
     rng = random.Random(f"letters {seed}")
     train, _ = grammar.situations()
-    for _ in (bar := tqdm(range(steps), desc="lm", position=0)):
+    for _ in (bar := progress_bar(range(steps), title="lm", position=0)):
         rows = encode(tokenizer, [grammar.draw(rng, train) for _ in range(batch)])
         rows.sort(key=len)
         count = sum(len(row) - 1 for row in rows)  # one denominator, or short letters count more

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from rewards.progress_bar import progress_bar
 from tiny_pipeline import parallel
 from tiny_pipeline.models import new_clip, new_scheduler, new_t5, new_transformer
 from tiny_pipeline.muon import MuonWithAdamW
@@ -125,7 +126,6 @@ def train_transformer(
         lr: Peak rate of Muon.
     """
     from diffusers import AutoencoderKL
-    from tqdm import tqdm
 
     torch.manual_seed(seed)  # equal weights in every process
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
@@ -145,7 +145,7 @@ def train_transformer(
         adam_lr=2e-3,
         steps=steps,
     )
-    for step in (bar := tqdm(range(steps), desc="transformer", disable=rank > 0)):
+    for step in (bar := progress_bar(range(steps), title="transformer", shown=rank == 0)):
         at = torch.randint(len(latents), (share,))
         data, prompt = latents[at], chosen[at]
         prompt = torch.where(torch.rand(share) < 0.1, len(scenes), prompt)  # the empty prompt

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from rewards.progress_bar import progress_bar
 from tiny_pipeline import parallel
 from tiny_pipeline.muon import MuonWithAdamW
 from tiny_pipeline.scenes import COLOURS, SHAPES, SIZE, TRAIN_WORDS, Scene, Shape, Sign, draw
@@ -106,8 +107,6 @@ def train_vae(
         batch: Images per update, over all processes.
         lr: Peak rate of Muon.
     """
-    from tqdm import tqdm
-
     torch.manual_seed(seed)  # equal weights in every process
     vae = new_vae()
     torch.manual_seed(1000 * seed + rank)
@@ -121,7 +120,7 @@ def train_vae(
         adam_lr=2e-3,
         steps=steps,
     )
-    for _ in (bar := tqdm(range(steps), desc="vae", disable=rank > 0)):
+    for _ in (bar := progress_bar(range(steps), title="vae", shown=rank == 0)):
         images = to_model(stock[torch.randint(len(stock), (share,))])
         posterior = vae.encode(images).latent_dist
         made = vae.decode(posterior.sample()).sample
