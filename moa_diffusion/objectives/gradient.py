@@ -18,6 +18,8 @@ zero: ``combine`` sees ratios of weights, not their size.
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ from rewards.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from torchjd.aggregation import Aggregator
+
+_log = logging.getLogger(__name__)
 
 # Relative to the largest squared gradient norm: what is smaller is nothing but rounding.
 SILENT = 1e-24
@@ -55,10 +59,12 @@ class Gradient(Weighting):
 
     Args:
         objectives: Names of the K objectives.
+        weights: K positive numbers, the importance of each objective; equal by default. They are
+            TorchJD's preference vector, for the methods that have one.
         aggregator: TorchJD's name, in any case and with any separators: ``upgrad``, ``mgda``,
             ``pcgrad``, ``cagrad``, ``nash_mtl``, ``aligned-mtl``, ``IMTLG``, ``dualproj`` ...
         options: Options of TorchJD's constructor, such as ``{"c": 0.4}`` for CAGrad;
-            ``pref_vector`` is a list with one entry per objective.
+            ``pref_vector`` is a list with one entry per objective, in the place of ``weights``.
 
     Raises:
         ImportError: If torchjd, or a solver that the method needs, is not installed.
@@ -72,6 +78,7 @@ class Gradient(Weighting):
         self,
         objectives: Sequence[str],
         *,
+        weights: Sequence[float] | None = None,
         aggregator: str = "upgrad",
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -80,6 +87,8 @@ class Gradient(Weighting):
         self._kind = find_aggregator(aggregator)
         self._options = dict(options or {})
         self._preference = self._options.pop("pref_vector", None)
+        if weights is not None and len(set(weights)) > 1:
+            self._prefer(weights)
         if self._options.get("update_weights_every", 1) != 1:
             raise ValueError(
                 "Parameter `options` should leave `update_weights_every` at 1, since nothing is "
@@ -156,6 +165,29 @@ class Gradient(Weighting):
         if self.name == "nashmtl":
             options["n_tasks"] = len(kept)
         return self._kind(**options)
+
+    def _prefer(self, weights: Sequence[float]) -> None:
+        """Take the importance of each objective for the preference vector, if there is one."""
+        if len(weights) != len(self.objectives) or not all(0 < one < math.inf for one in weights):
+            raise ValueError(
+                "Parameter `weights` should have a positive finite entry per objective "
+                f"{self.objectives}. Found {list(weights)}."
+            )
+        if self._preference is not None:
+            raise ValueError(
+                "Parameter `weights` should have equal entries where `options` has a "
+                f"`pref_vector`, since both say what is preferred. Found {list(weights)}."
+            )
+        if "pref_vector" in inspect.signature(self._kind).parameters:
+            self._preference = list(weights)
+            return
+        _log.warning(
+            "The method %s of torchjd finds its own weights and knows no preference: the weights "
+            "%s of %s are not used.",
+            self._kind.__name__,
+            list(weights),
+            self.objectives,
+        )
 
     def _try(self) -> None:
         """Solve once, so that what cannot work says so now and not after the first rollout."""

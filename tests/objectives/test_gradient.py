@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -276,6 +277,57 @@ def test_refused_methods_say_why(name):
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         Gradient(("a", "b"), aggregator=name, options=options)
+
+
+PREFERRING = [one for one in METHODS if one.values[0] in ("alignedmtl", "dualproj", "upgrad")]
+
+
+@pytest.mark.parametrize("name", PREFERRING)
+def test_a_larger_importance_never_gives_a_smaller_share(name):
+    source = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        J = torch.randn(3, 5, generator=source, dtype=torch.float64)
+        shares = []
+        for importance in (0.5, 1.0, 2.0, 4.0):
+            w = Gradient("abc", aggregator=name, weights=[1, importance, 1])(stats(J @ J.T))
+            shares.append(float(w[1] / w.sum()))
+        # Quadratic programs are solved to about 1e-8.
+        assert all(b >= a - 1e-6 for a, b in itertools.pairwise(shares)), shares
+        assert shares[-1] > shares[0] + 1e-3
+
+
+@pytest.mark.parametrize("name", PREFERRING)
+def test_importances_are_torchjds_preferences(name):
+    J = torch.randn(3, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    given = stats(J @ J.T)
+    importances = [1.0, 2.0, 5.0]
+    found = Gradient("abc", aggregator=name, weights=importances)(given)
+    assert torch.equal(found, make(name, pref_vector=importances)(given))
+    equal = Gradient("abc", aggregator=name, weights=[3.0, 3.0, 3.0])(given)
+    assert torch.equal(equal, make(name)(given))
+
+
+def test_a_method_without_preferences_says_that_importances_are_not_used(caplog):
+    J = torch.randn(2, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    found = Gradient("ab", aggregator="mgda", weights=[1.0, 2.0])(stats(J @ J.T))
+    assert torch.equal(found, make("mgda", 2)(stats(J @ J.T)))
+    assert "MGDA of torchjd finds its own weights" in caplog.text
+    caplog.clear()
+    Gradient("ab", aggregator="mgda", weights=[2.0, 2.0])
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ([1.0, 2.0], {"pref_vector": [1.0, 1.0]}, "equal entries where `options` has a `pref_v"),
+        ([1.0, -2.0], {}, r"positive finite entry per objective .* Found \[1.0, -2.0\]"),
+        ([1.0, 2.0, 3.0], {}, "positive finite entry per objective"),
+    ],
+)
+def test_bad_importances_are_named(weights, options, message):
+    with pytest.raises(ValueError, match=message):
+        Gradient(("a", "b"), aggregator="alignedmtl", weights=weights, options=options)
 
 
 @pytest.mark.skipif(find_spec("clarabel") is None, reason="solver not installed")
