@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from moa_diffusion.assembly.construct import construct
 from moa_diffusion.config import Config
+from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.objectives.apex import Apex
 from moa_diffusion.objectives.base import Normalizer, Weighting
 from moa_diffusion.objectives.chebyshev import Chebyshev
@@ -170,6 +171,7 @@ def objectives(settings: Config) -> tuple[Normalizer, Weighting]:
         logger.warning("objectives.method %s has a single reward to weigh.", method)
     options = weighting_options(settings)
     weighting = construct(chosen.weighting, "objectives.weighting", options, fixed)
+    _check_penalties(settings, normalizer, weighting)
     return normalizer, weighting
 
 
@@ -231,6 +233,22 @@ def is_fused(settings: Config, weighting: Weighting) -> bool:
             "whose weights depend on more than the gradients. Found 'fused'."
         )
     return mode != "probe" and weighting.from_gramian_alone
+
+
+def _check_penalties(settings: Config, normalizer: Normalizer, weighting: Weighting) -> None:
+    """Check that losses that are weighted already have the unit of the advantages they meet."""
+    loss, keeps_unit = settings.loss, type(normalizer).kl_scale is not Normalizer.kl_scale
+    penalties = {"loss.norm_weight": loss.norm_weight}
+    if loss.kind == "forward":
+        copies = forward_rules(loss.forward).copies
+        penalties |= {f"loss.forward.{name}.weight": copy.weight for name, copy in copies.items()}
+    for key, weight in penalties.items():
+        if weight and keeps_unit and is_fused(settings, weighting):
+            raise ConfigError(
+                f"{key}: should be 0 where the normalizer {type(normalizer).__name__} keeps the "
+                "unit of the rewards and weights are solved at every optimizer step: it has the "
+                f"unit of normalized advantages. Found {weight:g}. Or set gradients.mode: probe."
+            )
 
 
 def check_ppo(settings: Config) -> None:

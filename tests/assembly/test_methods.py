@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sections import sd3_policy
 from moa_diffusion import assembly, tiny
 from moa_diffusion.assembly.methods import check_ppo, own_code, sampler_of
 from moa_diffusion.config import Config, check, from_dict, schema
+from moa_diffusion.config.schema import ForwardConfig, GradientsConfig, LossConfig
 from moa_diffusion.objectives.normalize import GDPO, DualStage
 from moa_diffusion.policies import samplers
 from moa_diffusion.policies.sd3 import load_pipeline
@@ -129,6 +131,32 @@ def test_a_weighting_takes_the_rewards_weights_if_it_has_the_parameter(
     config.rewards["red"]["weight"] = 4.0
     _, weighting = assembly.objectives(config)
     assert weighting.factor == 4.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "key"),
+    [
+        (LossConfig(norm_weight=0.5), r"loss\.norm_weight: .* WinRate .* Found 0\.5"),
+        (
+            LossConfig(kind="forward", forward=ForwardConfig(preset="awm")),
+            r"loss\.forward\.average\.weight: .* Or set gradients\.mode: probe",
+        ),
+    ],
+)
+def test_penalties_of_another_unit_than_the_advantages_are_refused(
+    tmp_path: Path, mine: str, loss: LossConfig, key: str
+) -> None:
+    """Before a rollout, and only where weights are solved at every optimizer step."""
+    pytest.importorskip("torchjd.aggregation")
+    own = {"path": "moa_diffusion.objectives.win_rate:WinRate"}
+    plain = settings(tmp_path, mine, method="mgda", normalizer=own)
+    config = dataclasses.replace(plain, loss=loss)
+    with pytest.raises(ConfigError, match=key):
+        assembly.objectives(config)
+    assembly.objectives(plain)
+    assembly.objectives(dataclasses.replace(config, gradients=GradientsConfig(mode="probe")))
+    whitened = dataclasses.replace(plain.objectives, normalizer={})
+    assembly.objectives(dataclasses.replace(config, objectives=whitened))
 
 
 def test_a_normalizer_of_ones_own_takes_its_options(tmp_path: Path, mine: str) -> None:
