@@ -2,7 +2,7 @@
 
 The published description names three terms, learning *potential*, *conflict* penalty and progress
 *need*; its equations were not available. What stands here is a reconstruction from that
-description, with ``Rbar_k`` the running mean of reward k, ``s_k`` the RMS group std and ``sbar_k``
+description, with ``Rbar_k`` the running level of reward k, ``s_k`` the RMS group std and ``sbar_k``
 its EMA::
 
     L_k = v_k / max_j v_j,    v_k = max(0, Rbar_k(e) - Rbar_k(e - H)) / (H sbar_k)        in [0, 1]
@@ -17,12 +17,11 @@ groups of n is ``sqrt((n - 1) / n)`` of the unbiased one, the unit of ``eval_gai
 clipped: an objective that has *fallen* below its base counts more than one that has not moved, and
 one far beyond its target less than one that has just reached it. So the need alone is a soft
 minimum of the progress, and nothing else here knows which of several normalised rewards is being
-lost. ``Rbar`` is the mean over prompts of their latest group. Once all prompts were met, and if
-there are at most ``memory`` of them, it does not move because a rollout happened to draw easy
-prompts; before that, and with more prompts, it still does, the less the more of them it holds. It
-also moves with the decisions that have noise: at the same policy, a rollout in a late window of
-denoising steps scores unlike one in an early window. ``cos`` is the exact cosine of the objectives'
-LoRA gradients, or the correlation of their advantages, which costs nothing.
+lost. ``Rbar`` compares prompts with themselves (``progress.py``), so it does not move because a
+rollout happened to draw easy prompts. It does move with the decisions that have noise: at the same
+policy, a rollout in a late window of denoising steps scores unlike one in an early window. ``cos``
+is the exact cosine of the objectives' LoRA gradients, or the correlation of their advantages, which
+costs nothing.
 
 An importance of one's own is ours as well. ``p_k``, over the mean of all, scales the need to
 ``p_k N_k``, or beyond the target, where it is negative, to ``N_k / p_k``. So a larger importance
@@ -34,15 +33,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.statistics.groups import group_moments, rms_group_std
-from moa_diffusion.types import ObjectiveStats, RewardMatrix
+from moa_diffusion.objectives.progress import Progress
+from moa_diffusion.statistics.groups import rms_group_std
+from moa_diffusion.types import ObjectiveStats
 
 Conflict = Literal["gradients", "advantages", "off"]
 CONFLICTS = get_args(Conflict)
@@ -128,7 +128,7 @@ class Apex(Weighting):
         self.potential, self.penalty, self.need = potential, penalty, need
         self.conflict, self.temperature, self.floor = conflict, temperature, floor
         self.horizon, self.warmup = horizon, warmup
-        self.memory, self.spread_decay, self.decay, self.step = memory, spread_decay, decay, step
+        self.spread_decay, self.decay, self.step = spread_decay, decay, step
         self.given_base = by_name("base", base, self.objectives)
         self.given_target = by_name("targets", targets, self.objectives)
         below = self.given_target <= self.given_base  # False where either is NaN
@@ -146,7 +146,7 @@ class Apex(Weighting):
         self.register_buffer("history", unknown.repeat(horizon + 1, 1))  # Rbar, oldest first
         self.register_buffer("weights", torch.full_like(unknown, 1 / count))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rollouts
-        self.latest: dict[str, list[float]] = {}  # by prompt, in the order of the last visit: [K]
+        self.progress = Progress(count, warmup=warmup, memory=memory)
         self._report: dict[str, float] = {}
 
     @torch.no_grad()
@@ -154,8 +154,9 @@ class Apex(Weighting):
         """Return ``w = softmax`` of learning, conflict and need, with a floor: ``[K]``."""
         applies = ~torch.isnan(stats.rewards.values)
         self.seen = self.seen + 1
-        self._look(stats.rewards)
-        mean = self.history[-1]
+        self.spread = update_ema(self.spread, rms_group_std(stats.rewards), self.spread_decay)
+        mean = self.progress(stats.rewards)
+        self.history = torch.cat([self.history[1:], mean[None]])
         self._set_targets(mean)
 
         learning, need = self._learning(mean), self._need(mean)
@@ -185,14 +186,6 @@ class Apex(Weighting):
         """Return the terms of the last call, for each objective that was measured."""
         return self._report
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the last group means by prompt, which no buffer of a fixed shape holds."""
-        return self.latest
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over the last group means by prompt."""
-        self.latest = state
-
     # ------------------------------------------------------------------ parts
 
     def _importance(self, weights: Sequence[float] | None, need: float) -> Tensor:
@@ -210,21 +203,6 @@ class Apex(Weighting):
             )
         importance = torch.tensor(values, dtype=torch.float64)
         return importance / importance.mean()
-
-    def _look(self, rewards: RewardMatrix) -> None:
-        """Take the rollout in: spreads, and the running mean."""
-        self.spread = update_ema(self.spread, rms_group_std(rewards), self.spread_decay)
-        means, _, counts = group_moments(rewards.values, rewards.groups)  # [K, N]
-        means = torch.where(counts > 0, means, torch.nan)
-        first = {group: i for i, group in reversed(list(enumerate(rewards.groups.tolist())))}
-        for group in sorted(first):
-            prompt = rewards.prompts[first[group]]
-            self.latest.pop(prompt, None)
-            self.latest[prompt] = means[:, first[group]].tolist()
-        for prompt in list(self.latest)[: -self.memory]:
-            del self.latest[prompt]
-        mean = torch.tensor(list(self.latest.values()), dtype=torch.float64).nanmean(0)  # [K]
-        self.history = torch.cat([self.history[1:], mean[None]])
 
     def _set_targets(self, mean: Tensor) -> None:
         """Set base, unit and target at the start, or when an objective first has a spread."""

@@ -1,7 +1,8 @@
 """Augmented Tchebycheff scalarisation (Steuer and Choo 1983, doi:10.1007/BF02591870), smoothed.
 
 The objective that lags most behind its aim gets the weight. With the running mean ``Rbar_k`` of
-reward k, each shortfall is measured on the reward's own way from ``base_k`` to ``ideal_k``::
+reward k, of prompts that are compared with themselves (``progress.py``), each shortfall is measured
+on the reward's own way from ``base_k`` to ``ideal_k``::
 
     d_k = w_k (ideal_k - Rbar_k) / (ideal_k - base_k)
     lambda_k = softmax(d / temperature)_k + rho
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
+from moa_diffusion.objectives.progress import Progress
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
@@ -46,6 +48,7 @@ class Chebyshev(Weighting):
         decay: Decay of the running mean, in [0, 1).
         temperature: Temperature of the softmax, in units of ``d``; positive.
         rho: Weight that every objective gets besides, at least 0.
+        memory: Number of prompts, the last ones seen, over which the mean is taken, at least 1.
     """
 
     average: Tensor
@@ -62,6 +65,7 @@ class Chebyshev(Weighting):
         decay: float = 0.9,
         temperature: float = 0.1,
         rho: float = 0.05,
+        memory: int = 256,
     ) -> None:
         super().__init__(objectives)
         if not 0 <= decay < 1:
@@ -70,6 +74,8 @@ class Chebyshev(Weighting):
             raise ValueError(f"Parameter `temperature` should be positive. Found {temperature}.")
         if not 0 <= rho < math.inf:
             raise ValueError(f"Parameter `rho` should be finite and at least 0. Found {rho}.")
+        if memory < 1:
+            raise ValueError(f"Parameter `memory` should be at least 1. Found {memory}.")
         self.decay, self.temperature, self.rho = decay, temperature, rho
         self._w = self._importance(weights)
         self._base, self._ideal = (
@@ -82,11 +88,12 @@ class Chebyshev(Weighting):
         self.register_buffer("average", unknown)  # Rbar_k
         self.register_buffer("first", unknown.clone())  # mean of the first rollout
         self.register_buffer("spread", unknown.clone())  # first within-group spread
+        self.progress = Progress(len(self.objectives), warmup=1, memory=memory)
         self._d = unknown.clone()  # [K], the shortfalls at the last call
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
         """Return weights ``[K]`` that follow the largest weighted shortfall from the ideal."""
-        mean, std = stats.rewards.values.nanmean(1), rms_group_std(stats.rewards)  # [K]
+        mean, std = self.progress(stats.rewards), rms_group_std(stats.rewards)  # [K]
         self.average = update_ema(self.average, mean, self.decay)
         self.first = torch.where(self.first.isnan(), mean, self.first)
         seen = torch.where(std > 0, std, torch.nan)

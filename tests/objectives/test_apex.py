@@ -128,13 +128,13 @@ def test_easy_prompts_are_no_progress():
         apex(stats)
         if e >= 1:
             assert apex.report()["apex_progress/a"] == pytest.approx(0)
-    assert len(apex.latest) == 4
+    assert len(apex.progress.records) == 4
 
 
 def test_the_memory_of_prompts_is_bounded():
     apex = Apex(NAMES, memory=3)
     apex(rollout([0, 0, 0]))
-    assert list(apex.latest) == ["p1", "p2", "p3"]
+    assert list(apex.progress.records) == ["p1", "p2", "p3"]
 
 
 def test_an_objective_without_spread_at_first_gets_its_aim_when_it_shows_one():

@@ -1,0 +1,122 @@
+"""How far objectives have come since the first rollouts, whatever prompts a rollout draws.
+
+Prompts differ, and by more than the samples of one prompt: a mean over the prompts that a rollout
+happened to draw says more about these than about the policy. So a prompt is compared with itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_diffusion.statistics.groups import group_moments
+from moa_diffusion.types import RewardMatrix
+
+
+class Progress(nn.Module):
+    """The mean change of each objective's reward, of prompts that are compared with themselves.
+
+    With ``m_p`` the mean of the latest group of the prompt p, over the last ``memory`` prompts::
+
+        start    = mean of b_p over the prompts of the first rollouts
+        progress = sum_p w_p (m_p - b_p) / sum_p w_p
+
+    Of a prompt that has come back, ``b_p`` is what its first group scored, less the progress that
+    there was then, and ``w_p = 1``. A prompt of the first rollouts that has not come back says
+    nothing of the progress. One that was met only once, later, says little: ``b_p`` is ``start``,
+    and ``w_p`` the variance of a difference of two group means over that of the prompts' means, at
+    most 1/2. So with few prompts the progress is that of pairs, and with prompts that never come
+    back it is the difference of two means. All of it is ours.
+
+    Args:
+        count: Number K of objectives.
+        warmup: Number of first rollouts, at least 1.
+        memory: Number of prompts that are remembered, the last ones seen; at least 1.
+
+    Attributes:
+        start: Mean reward at the start, ``[K]``; NaN for an objective that is not known yet.
+        records: By prompt, in the order of the last visit: ``b_p``, ``m_p`` and ``w_p``, K numbers
+            each.
+    """
+
+    start: Tensor
+    unpaired: Tensor
+    rollouts: Tensor
+
+    def __init__(self, count: int, *, warmup: int, memory: int) -> None:
+        super().__init__()
+        self.warmup, self.memory = warmup, memory
+        unknown = torch.full((count,), torch.nan, dtype=torch.float64)  # NaN: not measured yet
+        self.register_buffer("start", unknown)
+        self.register_buffer("unpaired", unknown.clone())  # w_p of a prompt that is met late
+        self.register_buffer("rollouts", torch.zeros((), dtype=torch.int64))
+        self.records: dict[str, list[list[float]]] = {}
+
+    @torch.no_grad()
+    def forward(self, rewards: RewardMatrix) -> Tensor:
+        """Take in a rollout, and return ``start + progress``: ``[K]``, NaN where nothing is known.
+
+        Args:
+            rewards: Rewards of the rollout, of all processes.
+        """
+        self.rollouts = self.rollouts + 1
+        early = self.start.isnan() | (self.rollouts <= self.warmup)  # [K]
+        self._visit(rewards, early)
+        base, mean, weight = torch.tensor(list(self.records.values()), dtype=torch.float64).unbind(
+            1
+        )  # [P, K] each
+        change = torch.where(weight == 1, mean - base, mean - self.start)
+        known = ~change.isnan() & (weight > 0)
+        total = torch.where(known, weight, 0.0).sum(0)  # [K]
+        progress = torch.where(known, weight * change, 0.0).sum(0) / torch.where(
+            total > 0, total, 1
+        )
+        # What is met for the first time gets its base now, at the progress that there is.
+        base = torch.where(base.isnan(), mean - progress, base)
+        for record, values in zip(self.records.values(), base.tolist(), strict=True):
+            record[0] = values
+        self._begin(early, base, rewards)
+        return self.start + progress
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what is known of each prompt, which no buffer of a fixed shape holds."""
+        return self.records
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what is known of each prompt."""
+        self.records = state
+
+    def _visit(self, rewards: RewardMatrix, early: Tensor) -> None:
+        """Write down the groups' means, and what they are worth."""
+        means, _, counts = group_moments(rewards.values, rewards.groups)  # [K, N]
+        means = torch.where(counts > 0, means, torch.nan)
+        groups = {group: i for i, group in reversed(list(enumerate(rewards.groups.tolist())))}
+        visits: dict[str, list[Tensor]] = {}
+        for group in sorted(groups):
+            visits.setdefault(rewards.prompts[groups[group]], []).append(means[:, groups[group]])
+        unpaired = torch.where(early, 0.0, self.unpaired)
+        for prompt, found in visits.items():
+            mean = torch.stack(found).nanmean(0)  # [K]
+            before = self.records.pop(prompt, None)
+            if before is None:
+                base, weight = torch.full_like(mean, torch.nan), unpaired
+            else:
+                base, old, weight = torch.tensor(before, dtype=torch.float64)
+                met = ~mean.isnan()
+                weight = torch.where(met, torch.where(base.isnan(), unpaired, 1.0), weight)
+                mean = torch.where(met, mean, old)
+            self.records[prompt] = [base.tolist(), mean.tolist(), weight.tolist()]
+        for prompt in list(self.records)[: -self.memory]:
+            del self.records[prompt]
+
+    def _begin(self, early: Tensor, base: Tensor, rewards: RewardMatrix) -> None:
+        """Measure where objectives start, and what a prompt that comes late is worth."""
+        _, std, counts = group_moments(rewards.values, rewards.groups)  # [K, N]
+        errors = torch.where(counts > 0, std.square() / counts, torch.nan).nanmean(1)
+        start = base.nanmean(0)  # [K]
+        between = (base - start).square().nanmean(0)
+        unpaired = (2 * errors / between).nan_to_num(nan=0.5).clamp(1e-6, 0.5)
+        self.start = torch.where(early, start, self.start)
+        self.unpaired = torch.where(early, unpaired, self.unpaired)
