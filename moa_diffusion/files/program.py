@@ -25,7 +25,8 @@ _SCRIPTS = {"rewards": "heads.py"}  # all others have the name of their command
 def entry(main: Callable[[], int]) -> Callable[[], int]:
     """Give the ``main`` of a command what all of them have, whatever they are started by.
 
-    Where stderr is no terminal, and on all processes but the main one, libraries that load models
+    A stream that whoever started it has closed takes what is written, and leads nowhere. Where
+    stderr is no terminal, and on all processes but the main one, libraries that load models
     draw no progress bars. Where the reader of stdout ends before the command does, as ``head``, the
     command ends without a word, with exit status 1: https://docs.python.org/3/library/signal.html
     (note on SIGPIPE).
@@ -36,6 +37,10 @@ def entry(main: Callable[[], int]) -> Callable[[], int]:
 
     @functools.wraps(main)
     def run() -> int:
+        if sys.stdout is None:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
             os.environ["TQDM_DISABLE"] = "1"  # the switch of them all, read when tqdm is imported
         try:

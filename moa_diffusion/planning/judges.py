@@ -36,6 +36,7 @@ class Judge:
     peak: float = 0.0  # bytes, at most, beside the weights
     dtype: str = "float32"
     note: str = ""  # what is not counted, and why; empty if all is
+    partial: bool = False  # whether it takes more of a GPU than is counted here
 
 
 def judge(head: RewardHead, *, on_cpu: bool = False) -> Judge:
@@ -53,20 +54,24 @@ def judge(head: RewardHead, *, on_cpu: bool = False) -> Judge:
             return Judge(name=head.name, note=_ON_CPU)
         if isinstance(head, RemoteHead):
             return Judge(name=head.name, note="asks a reward server, which is not counted")
-        return Judge(name=head.name, note="unknown, not counted: it says nothing of its size")
+        note = "unknown, not counted: it says nothing of its size"
+        return Judge(name=head.name, note=note, partial=True)
     label = f"{head.model} in {str(head.dtype).removeprefix('torch.')}"
     if on_cpu:
         return Judge(name=head.name, note=_ON_CPU)
     size = published()["parameters"].get(head.model, 0) * head.dtype.itemsize
     if size:
-        note = "its weights are counted from their published size, its time is not"
-        return Judge(name=head.name, model=label, weights=size, note=note)
+        note = (
+            "its weights are counted from their published size, its time and working memory are not"
+        )
+        return Judge(name=head.name, model=label, weights=size, note=note, partial=True)
     sizes = _sizes(head)
     clip = isinstance(head, ClipHead) or (
         isinstance(head, Aesthetic) and head.backbone == "transformers"
     )
     if sizes is None or not (clip or isinstance(head, DeqaHead)):
-        return Judge(name=head.name, note=f"unknown, not counted: no configuration of {label}")
+        note = f"unknown, not counted: no configuration of {label}"
+        return Judge(name=head.name, note=note, partial=True)
     weights, counts = _counted(head, sizes)
     return Judge(
         name=head.name,

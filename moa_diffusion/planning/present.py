@@ -129,7 +129,7 @@ class Plan:
 
     def _last_line(self) -> str:
         where = ", ".join(row["name"] for row in self.cards if row["fits"])
-        unknown = [judge.name for judge in self.planner.judges if "unknown" in judge.note]
+        unknown = [judge.name for judge in self.planner.judges if judge.partial]
         return (
             f"Fits on: {where or 'none of these cards as configured'}; about "
             f"{_number(self.own.hours(self.card, self.reached))} GPU-hours on {self.card.name}"

@@ -110,6 +110,21 @@ def test_a_command_whose_reader_has_ended_ends_without_a_word(
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize(("closed", "lines"), [(">&-", 0), ("2>&-", 10), (">&- 2>&-", 0)])
+def test_a_command_runs_with_closed_streams(closed: str, lines: int) -> None:
+    """As some schedulers and daemons start programs."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -m moa_diffusion recipes {closed}', sys.executable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) >= lines
+
+
 @pytest.mark.parametrize("error", [BrokenPipeError("of a worker"), SystemExit(3)])
 def test_any_other_end_is_what_it_was(error: BaseException) -> None:
     @program.entry

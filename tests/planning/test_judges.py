@@ -43,7 +43,9 @@ def test_half_precision_takes_half() -> None:
 def test_what_is_not_counted_is_said() -> None:
     assert "CPU" in judge(create_head("sharpness")).note
     assert "CPU" in judge(create_head("clipscore", model=CLIP), on_cpu=True).note
-    assert "time is not" in judge(create_head("qrealign")).note
+    assert "time and working memory are not" in judge(create_head("qrealign")).note
+    assert judge(create_head("qrealign")).partial
+    assert not judge(create_head("clipscore", model=CLIP)).partial
     assert judge(create_head("qrealign")).weights == pytest.approx(2.2e9, rel=0.05)
     for name, size in {
         "hpsv2": 3.94e9,
