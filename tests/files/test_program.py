@@ -83,7 +83,6 @@ def test_every_command_has_what_all_have(module: str) -> None:
         ("-m moa_diffusion --help", ""),
         ("-m moa_diffusion recipes", ""),
         ("-m moa_diffusion recipes", "1"),
-        ("-m moa_diffusion plan --config configs/tiny_static.yaml", ""),
         ("-m moa_diffusion rewards check jpeg_compressibility", "1"),
         ("scripts/train_sd.py --help all", ""),
     ],
