@@ -40,7 +40,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.objectives.progress import Progress
+from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
@@ -93,8 +93,8 @@ class Apex(Weighting):
         temperature: float = 1.0,
         floor: float = 0.05,
         horizon: int = 10,
-        warmup: int = 3,
-        memory: int = 256,
+        warmup: int = WARMUP,
+        memory: int = MEMORY,
         spread_decay: float = 0.9,
         decay: float = 0.8,
         step: float = 1.0,

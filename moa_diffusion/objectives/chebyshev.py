@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.objectives.progress import Progress
+from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
@@ -42,7 +42,7 @@ class Chebyshev(Weighting):
         objectives: Names of the K objectives.
         weights: K positive finite numbers, the importance of each shortfall; equal by default.
         base: Raw reward, by name, at which the shortfall is ``w_k``, any number; by default the
-            first rollout's mean.
+            mean of the first three rollouts.
         ideal: Raw reward, by name, at which the shortfall is 0, any number above ``base``; by
             default ``base`` plus the first within-group standard deviation (RMS) that is not 0.
         decay: Decay of the running mean, in [0, 1).
@@ -52,7 +52,6 @@ class Chebyshev(Weighting):
     """
 
     average: Tensor
-    first: Tensor
     spread: Tensor
 
     def __init__(
@@ -65,7 +64,7 @@ class Chebyshev(Weighting):
         decay: float = 0.9,
         temperature: float = 0.1,
         rho: float = 0.05,
-        memory: int = 256,
+        memory: int = MEMORY,
     ) -> None:
         super().__init__(objectives)
         if not 0 <= decay < 1:
@@ -86,20 +85,18 @@ class Chebyshev(Weighting):
         # NaN: not measured yet.
         unknown = torch.full((len(self.objectives),), torch.nan, dtype=torch.float64)
         self.register_buffer("average", unknown)  # Rbar_k
-        self.register_buffer("first", unknown.clone())  # mean of the first rollout
         self.register_buffer("spread", unknown.clone())  # first within-group spread
-        self.progress = Progress(len(self.objectives), warmup=1, memory=memory)
+        self.progress = Progress(len(self.objectives), warmup=WARMUP, memory=memory)
         self._d = unknown.clone()  # [K], the shortfalls at the last call
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
         """Return weights ``[K]`` that follow the largest weighted shortfall from the ideal."""
         mean, std = self.progress(stats.rewards), rms_group_std(stats.rewards)  # [K]
         self.average = update_ema(self.average, mean, self.decay)
-        self.first = torch.where(self.first.isnan(), mean, self.first)
         seen = torch.where(std > 0, std, torch.nan)
         self.spread = torch.where(self.spread.isnan(), seen, self.spread)
 
-        base = torch.where(self._base.isnan(), self.first, self._base)
+        base = torch.where(self._base.isnan(), self.progress.start, self._base)
         self._check_order(base)
         ideal = torch.where(self._ideal.isnan(), base + self.spread, self._ideal)
         d = self._w * (ideal - self.average) / (ideal - base)
@@ -125,8 +122,8 @@ class Chebyshev(Weighting):
         for name, ideal, start in rows:
             if ideal <= start:  # False where either is unknown
                 raise ValueError(
-                    "Parameter `ideal` should be above `base` (by default the first rollout's "
-                    f"mean). Found {ideal} <= {start} for {name}."
+                    "Parameter `ideal` should be above `base` (by default the mean of the first "
+                    f"rollouts). Found {ideal} <= {start} for {name}."
                 )
 
 

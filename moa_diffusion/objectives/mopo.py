@@ -31,6 +31,7 @@ from torch import Tensor
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import Variant, barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
+from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 from rewards.suggestions import did_you_mean
@@ -58,10 +59,10 @@ class Mopo(Weighting):
         bounds: Least level of each secondary objective; one number for all, or a number for each.
             Win rates are in [0, 1], and 0.5 means "no worse than the reference model"; a reward may
             be any number.
-        units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward.
-            There four times the within-group spread (RMS std) of the first rollout that has any
-            stands for a win rate of 1, about as steep as a win rate is; before that the multiplier
-            is 0.
+        units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward, of
+            prompts that are compared with themselves (``progress.py``). There four times the
+            within-group spread (RMS std) of the first rollout that has any stands for a win rate of
+            1, about as steep as a win rate is; before that the multiplier is 0.
         variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
         integral: Gain of the integral of the violation, per rollout; at least 0.
         proportional: Gain of the momentary violation, at least 0.
@@ -129,6 +130,7 @@ class Mopo(Weighting):
         values = [chosen.get(name, math.nan) for name in self.objectives]
         self.register_buffer("bounds", torch.tensor(values, dtype=torch.float64), persistent=False)
         zeros = torch.zeros(len(self.objectives)).double()
+        self.progress = Progress(len(self.objectives), warmup=WARMUP, memory=MEMORY)
         self.register_buffer("level", torch.full_like(zeros, torch.nan))
         unknown = 1.0 if units == "win_rate" else torch.nan
         self.register_buffer("unit", torch.full_like(zeros, unknown))
@@ -192,11 +194,12 @@ class Mopo(Weighting):
                 )
 
     def _measure(self, stats: ObjectiveStats) -> Tensor:
-        """Return the batch mean of what the bounds are on: ``[K]``, NaN if nothing applies."""
+        """Return the mean of what the bounds are on: ``[K]``, NaN if nothing applies."""
         if self.units == "reward":
             spread = rms_group_std(stats.rewards)
             self.unit = torch.where(self.unit.isnan() & (spread > 0), 4 * spread, self.unit)
-            return stats.rewards.values.nanmean(1)
+            level = self.progress(stats.rewards)
+            return torch.where(stats.rewards.values.isnan().all(1), torch.nan, level)
         if stats.win_rates is None:
             raise RuntimeError(
                 "Mopo's bounds are on win rates, and this rollout has none: use the normalizer "

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from moa_diffusion.statistics.groups import group_moments
 from moa_diffusion.types import RewardMatrix
 
+WARMUP = 3  # first rollouts, where a method has no option for it
+MEMORY = 256  # prompts
+
 
 class Progress(nn.Module):
     """The mean change of each objective's reward, of prompts that are compared with themselves.
@@ -32,7 +35,8 @@ class Progress(nn.Module):
 
     Args:
         count: Number K of objectives.
-        warmup: Number of first rollouts, at least 1.
+        warmup: Number of first rollouts, at least 1. With few prompts in them, a prompt that comes
+            late is taken for progress, until it has come back.
         memory: Number of prompts that are remembered, the last ones seen; at least 1.
 
     Attributes:

@@ -161,6 +161,23 @@ def test_what_is_not_measured_is_left_alone():
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
 
 
+def test_prompts_that_score_low_do_not_break_a_bound_on_raw_rewards():
+    """Each rollout draws one prompt, at 9 or at 1; the policy stays as it is."""
+    mopo = Mopo(("a", "b"), units="reward", bounds={"b": 4.0}, decay=0.0)
+    for level in (9.0, 1.0, 9.0, 1.0, 9.0, 1.0):
+        values = torch.tensor([[0.0, 1.0], [level - 0.1, level + 0.1]]).double()
+        rewards = RewardMatrix(
+            names=("a", "b"),
+            values=values,
+            groups=torch.tensor([0, 0]),
+            prompts=(f"p{level}",) * 2,
+        )
+        mopo(ObjectiveStats(step=0, rewards=rewards, advantages=values))
+    # Both have been compared with themselves since they first came by.
+    assert mopo.report()["mopo_level/b"] == pytest.approx(5)
+    assert mopo.report()["mopo_lambda/b"] == 0
+
+
 def test_bounds_on_rewards_count_in_their_own_spread():
     """Four times the first rollout's spread stands for a win rate of 1."""
     mopo = Mopo(
