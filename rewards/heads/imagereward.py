@@ -126,7 +126,7 @@ class ImageReward(PromptHead):
                 f"numbers, `hidden_size` in {_CONFIG}. Found {len(weight)}."
             )
         self._tokenizer, self._affine = tokenizer, (weight, bias)
-        self._tokenizer_used = {"tokenizer": files.model, "tokenizer_revision": files.revision}
+        self._tokenizer_used = {"tokenizer": files.model, **files.origin("tokenizer_")}
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert self._affine is not None  # `_prepare` ran

@@ -120,10 +120,10 @@ class Length(RewardHead):
             self._loaded = load_tokenizer(files)
         except RewardError as error:
             raise RewardError(error.cause, head=self._label) from error
-        self._provenance = {"tokenizer": files.model, "tokenizer_revision": files.revision}
+        self._provenance = {"tokenizer": files.model, **files.origin("tokenizer_")}
 
     def provenance(self) -> Mapping[str, str]:
-        """Return name and revision of the tokenizer, once it is loaded."""
+        """Return what the tokenizer is, once it is loaded."""
         return self._provenance
 
     def close(self) -> None:

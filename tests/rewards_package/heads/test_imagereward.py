@@ -226,6 +226,7 @@ def test_what_the_scores_come_from(options: dict[str, Any]) -> None:
     found = head.provenance()
     assert (found["tokenizer"], found["tokenizer_revision"]) == (options["tokenizer"], "local")
     assert (found["revision"], len(found["sha256"])) == ("local", 64)
+    assert len({found["files_sha256"], found["tokenizer_files_sha256"]}) == 2
 
 
 def test_loading_and_scoring_draw_no_random_numbers(options: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Florence2Config
 
 from rewards import RewardError, available, create
+from rewards.identity import Identity
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
 # Questions of three lengths, and one with braces; two of one prompt do not stand side by side.
@@ -158,9 +159,28 @@ def test_what_made_the_scores_is_told(folders: Folders) -> None:
     judge = head(folder)
     assert judge.provenance() == {"model": str(folder), "dtype": "float32"}
     judge.load()
-    assert judge.provenance().keys() == {"model", "dtype", "revision", "sha256"}
+    assert judge.provenance().keys() == {"model", "dtype", "revision", "files_sha256", "sha256"}
     info = available()["vqascore"]
     assert (info.scores, info.unit) == ("images", "probability, 0 to 1")
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "processor_config.json"])
+def test_another_turn_or_preprocessing_is_another_scorer(
+    folders: Folders, tmp_path: Path, file: str
+) -> None:
+    options = {"model": str(copy(folders("qwen3_vl"), tmp_path))}
+
+    def identity() -> Identity:
+        judge = create("vqascore", device="cpu", **options)
+        judge.load()
+        return Identity.of("vqascore", judge, options)
+
+    before = identity()
+    (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+    after = identity()
+    assert before.provenance["sha256"] == after.provenance["sha256"]
+    assert before.digest != after.digest
+    assert identity() == after
 
 
 def test_heads_with_other_questions_share_one_model(folders: Folders) -> None:
