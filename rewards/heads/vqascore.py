@@ -99,6 +99,16 @@ class VqaScoreHead(ModelHead):
         self._processor: Any = None
         self._tokens: list[int] = []  # of the answer, and of the one against it
 
+    def provenance(self) -> Mapping[str, str]:
+        """Return model, precision and question; once loaded, also the revision and digests."""
+        against = {} if self.against is None else {"against": self.against}
+        return {
+            **super().provenance(),
+            "template": self.template,
+            "answer": self.answer,
+            **against,
+        }
+
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """Say how many prompts are blank."""
         blank = sum(not self._applies(prompt) for prompt in prompts)

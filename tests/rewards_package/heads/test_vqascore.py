@@ -157,9 +157,14 @@ def test_the_published_precision_is_the_default(folders: Folders) -> None:
 def test_what_made_the_scores_is_told(folders: Folders) -> None:
     folder = folders("qwen3_vl")
     judge = head(folder)
-    assert judge.provenance() == {"model": str(folder), "dtype": "float32"}
+    question = {"template": QUESTION.format("{prompt}"), "answer": "Yes"}
+    assert judge.provenance() == {"model": str(folder), "dtype": "float32", **question}
     judge.load()
-    assert judge.provenance().keys() == {"model", "dtype", "revision", "files_sha256", "sha256"}
+    added = judge.provenance().keys() - {"model", "dtype", *question}
+    assert added == {"revision", "files_sha256", "sha256"}
+    other = head(folder, template="Sharp?", answer="No", against="Yes")
+    told = {"template": "Sharp?", "answer": "No", "against": "Yes"}
+    assert other.provenance().items() >= told.items()
     info = available()["vqascore"]
     assert (info.scores, info.unit) == ("images", "probability, 0 to 1")
 
