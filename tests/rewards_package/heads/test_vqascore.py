@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,6 +168,27 @@ def test_what_made_the_scores_is_told(folders: Folders) -> None:
     assert other.provenance().items() >= told.items()
     info = available()["vqascore"]
     assert (info.scores, info.unit) == ("images", "probability, 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("qwen3_vl", "<|image_pad|>"), ("qwen3_vl", "<|im_end|>"), ("llava", "<image>")],
+)
+def test_prompts_with_a_special_token_are_told_and_refused(
+    folders: Folders, name: str, token: str
+) -> None:
+    prompts = ["a fish", f"a {token}fish", " "]
+    judge = head(folders(name))
+    blank, special = judge.remarks(prompts)
+    assert blank.startswith("1 of 3 prompts are blank")
+    assert special.startswith("1 of 3 prompts hold a special token of the model")
+    assert f"The first is 'a {token}fish', with '{token}'." in special
+    message = rf"no special token of .* Found '{re.escape(token)}' in 'a {re.escape(token)}fish'"
+    with pytest.raises(RewardError, match=message):
+        judge(batch(random_images(32, 32), prompts))
+    alone = head(folders(name), template="Is it sharp?")
+    assert alone.remarks(prompts) == []
+    assert alone(batch(random_images(32, 32), prompts)).isfinite().all()
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "processor_config.json"])
