@@ -218,7 +218,8 @@ class VqaScoreHead(ModelHead):
         begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
         special: Mapping[str, bool] = {"add_special_tokens": False} if begun else {}
         last = dict.fromkeys(accepted(module, ("logits_to_keep",)), 1)
-        values, replies = torch.empty(len(texts)), torch.empty(len(texts), dtype=torch.long)
+        order: list[int] = []
+        parts: list[Tensor] = []
         for rows in _of_one_length(tokenizer(texts).input_ids):
             inputs = self._processor(
                 text=[texts[row] for row in rows],
@@ -227,11 +228,13 @@ class VqaScoreHead(ModelHead):
                 **special,
             ).to(self.device, self.dtype)
             logits = module(**inputs, **last).logits[:, -1].float()  # [m, V]
-            values[rows] = self._read(logits).cpu()
-            replies[rows] = logits.argmax(-1).cpu()
+            order += rows
+            # As float32, which holds indices below 2^24 as they are, one copy brings both.
+            parts.append(torch.stack([self._read(logits), logits.argmax(-1).float()]))  # [2, m]
+        values, replies = torch.cat(parts, dim=-1).cpu()[:, torch.tensor(order).argsort()]
         return Scores(
             values=values,
-            extra={"reply": [tokenizer.decode([token]) for token in replies.tolist()]},
+            extra={"reply": [tokenizer.decode([token]) for token in replies.long().tolist()]},
         )
 
     def _read(self, logits: Tensor) -> Tensor:
