@@ -57,7 +57,7 @@ class ClipIqa(ModelHead):
         **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(model=model, dtype=dtype, **options)
-        check_architecture(architecture, needed_by='The head "clip_iqa"')
+        check_architecture(architecture, needed_by='The head "clip_iqa"', reads_text=True)
         sizes = package('The head "clip_iqa"').get_model_config(architecture)
         if not isinstance(sizes["vision_cfg"]["layers"], list):
             raise ValueError(

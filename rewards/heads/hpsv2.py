@@ -59,7 +59,7 @@ class HpsV2(TwoTowerHead):
         **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(model=model, dtype=dtype, **options)
-        check_architecture(architecture, needed_by=_HEAD)
+        check_architecture(architecture, needed_by=_HEAD, reads_text=True)
         self.architecture = architecture
 
     def provenance(self) -> Mapping[str, str]:
