@@ -59,7 +59,7 @@ class ClipIqa(ModelHead):
         super().__init__(model=model, dtype=dtype, **options)
         check_architecture(architecture, needed_by='The head "clip_iqa"', reads_text=True)
         sizes = package('The head "clip_iqa"').get_model_config(architecture)
-        if not isinstance(sizes["vision_cfg"]["layers"], list):
+        if not isinstance(sizes["vision_cfg"].get("layers"), list):
             raise ValueError(
                 f"Parameter `architecture` should be that of a ResNet, which reads images of any "
                 f"size, such as RN50-quickgelu. Found `architecture = {architecture!r}`."

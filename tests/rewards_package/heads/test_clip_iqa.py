@@ -114,6 +114,7 @@ def test_wrong_weights_are_named(file, tmp_path):
     ("options", "message"),
     [
         ({"architecture": "ViT-B-32"}, "should be that of a ResNet"),
+        ({"architecture": "convnext_base"}, "should be that of a ResNet"),
         ({"architecture": "RN51"}, "name of a plain CLIP model"),
         ({"good": " "}, "Parameter `good` should be a sentence"),
         ({"good": "x", "bad": "x"}, "should be two sentences. Found 'x' twice"),
