@@ -78,8 +78,14 @@ class ClipIqa(ModelHead):
         self._pair: Tensor | None = None  # their embeddings, [2, D] of length 1
 
     def provenance(self) -> Mapping[str, str]:
-        """Return model, precision, architecture; once loaded, also the revision and the digest."""
-        return {**super().provenance(), "architecture": self.architecture}
+        """Return model, precision and question; once loaded, also the revision and the digest."""
+        good, bad = self.sentences
+        return {
+            **super().provenance(),
+            "architecture": self.architecture,
+            "good": good,
+            "bad": bad,
+        }
 
     def _recipe(self) -> Hashable:
         return ClipIqa, self.architecture
