@@ -15,10 +15,10 @@ from rewards.base import RewardError
 from rewards.heads.aesthetic import read_affine
 from rewards.heads.prompt_tokens import PromptHead
 from rewards.pretrained.base import Dtype, ModelOptions
-from rewards.pretrained.locate import Weights, check_name, find_weights
+from rewards.pretrained.locate import Weights, check_name
 from rewards.pretrained.preprocessing import Preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensor, read_tensors
-from rewards.pretrained.tokens import TOKENIZER_FILES, load_tokenizer
+from rewards.pretrained.tokens import find_tokenizer, load_tokenizer
 from rewards.registry import register
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the layers' output, as published
@@ -111,7 +111,7 @@ class ImageReward(PromptHead):
 
     def _prepare(self, weights: Weights) -> None:
         text = _text_config(weights)
-        files = find_weights(self.tokenizer, required=(), optional=TOKENIZER_FILES, tensors=False)
+        files = find_tokenizer(self.tokenizer)
         tokenizer = load_tokenizer(files)
         if len(tokenizer) > text.vocab_size:
             raise RewardError(

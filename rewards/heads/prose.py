@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardError, RewardHead
-from rewards.pretrained.locate import check_name, find_weights
-from rewards.pretrained.tokens import TOKENIZER_FILES, load_tokenizer
+from rewards.pretrained.locate import check_name
+from rewards.pretrained.tokens import find_tokenizer, load_tokenizer
 from rewards.registry import register
 
 LengthUnit = Literal["words", "characters", "tokens"]
@@ -110,13 +110,7 @@ class Length(RewardHead):
         if self.tokenizer is None or self._loaded is not None:
             return
         try:
-            files = find_weights(
-                self.tokenizer,
-                revision=self.revision,
-                required=(),
-                optional=TOKENIZER_FILES,
-                tensors=False,
-            )
+            files = find_tokenizer(self.tokenizer, revision=self.revision)
             self._loaded = load_tokenizer(files)
         except RewardError as error:
             raise RewardError(error.cause, head=self._label) from error

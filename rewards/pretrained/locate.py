@@ -148,6 +148,7 @@ def find_weights(
     revision: str | None = None,
     required: Sequence[str] = ("config.json",),
     optional: Sequence[str] = (),
+    one_of: Sequence[str] = (),
     tensors: bool = True,
 ) -> Weights:
     """Find the files of a model; fetches those of a hub model that are not in the local cache.
@@ -157,6 +158,7 @@ def find_weights(
         revision: Branch, tag or commit of a hub model; ``main`` by default.
         required: Names of files that must be there, beside the weights.
         optional: Names of files that are fetched if the hub has them.
+        one_of: Those of the optional files of which one must be there; none need be by default.
         tensors: Whether the weights are needed: ``model.safetensors``, else ``pytorch_model.bin``,
             in one piece or with an index and shards. Where ``model`` names one file, it is that.
 
@@ -167,11 +169,11 @@ def find_weights(
     check_name(model, revision=revision)
     place = _locate(model, "model")
     if place.folder is None:
-        folder = _cached_or_fetched(place, revision, required, optional, tensors)
+        folder = _cached_or_fetched(place, revision, required, optional, one_of, tensors)
         commit = folder.name  # snapshots are named after their commit
     else:
         folder, commit = place.folder, place.revision
-    missing = _missing(folder, place.file, required, tensors)
+    missing = _missing(folder, place.file, required, one_of, tensors)
     if missing:
         advice = "Name a folder that holds all its files."
         if place.folder is None:
@@ -253,8 +255,12 @@ def _distribution(package: str) -> str:
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else "local"
 
 
-def _missing(folder: Path, file: str, required: Sequence[str], tensors: bool) -> list[str]:
+def _missing(
+    folder: Path, file: str, required: Sequence[str], one_of: Sequence[str], tensors: bool
+) -> list[str]:
     missing = [f"`{name}`" for name in required if not (folder / name).is_file()]
+    if one_of and not any((folder / name).is_file() for name in one_of):
+        missing.append(f"any of {', '.join(one_of)}")
     if not tensors:
         return missing
     if file:
@@ -287,6 +293,7 @@ def _cached_or_fetched(
     revision: str | None,
     required: Sequence[str],
     optional: Sequence[str],
+    one_of: Sequence[str],
     tensors: bool,
 ) -> Path:
     from huggingface_hub import snapshot_download
@@ -302,7 +309,7 @@ def _cached_or_fetched(
     except LocalEntryNotFoundError:
         folder = None
     # The cache can hold a part only, left there by another program.
-    if folder is not None and not _missing(folder, place.file, required, tensors):
+    if folder is not None and not _missing(folder, place.file, required, one_of, tensors):
         return folder
     folder = _fetched(place, revision, names)
     if tensors and not place.file and not any(folder.glob("model*.safetensors")):

@@ -100,7 +100,7 @@ def test_tokens_are_those_of_a_tokenizer_without_special_ones(tmp_path: Path) ->
     head.close()
     assert head(batch("ab")).tolist() == [1]
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(RewardError, match=r'"length" failed: The model .* has no tokenizer'):
+    with pytest.raises(RewardError, match=r'"length" failed: The model .* lacks any of tokenizer'):
         create("length", tokenizer=str(tmp_path), **options).load()
 
 

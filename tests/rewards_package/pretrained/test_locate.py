@@ -10,14 +10,16 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from model_files import write, write_shards
 from rewards import RewardError
+from rewards.pretrained import locate
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.tensors import read_tensors
+from rewards.pretrained.tokens import find_tokenizer
 from waiting import HANG
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -183,6 +185,15 @@ def test_a_cached_hub_model_needs_no_network(tmp_path, monkeypatch):
     # What another program left there in part is not taken for the whole.
     with pytest.raises(RewardError, match=r"lacks `vocab\.json` .*`hf download owner/name --incl"):
         find_weights("owner/name", required=["config.json", "vocab.json"])
+    message = r"lacks any of tokenizer\.json, vocab\.json, .*`hf download owner/name --include"
+    with pytest.raises(RewardError, match=message):
+        find_tokenizer("owner/name")
+
+    def fetched(place: Any, revision: str | None, names: list[str]) -> Path:
+        return write(found.folder, ["tokenizer.json"] if "tokenizer.json" in names else [])
+
+    monkeypatch.setattr(locate, "_fetched", fetched)
+    assert find_tokenizer("owner/name").has("tokenizer.json")
 
 
 def test_without_network_the_error_says_what_to_type(tmp_path, monkeypatch):
