@@ -67,7 +67,7 @@ class ImageReward(PromptHead):
     A prompt is cut at 35 tokens, see ``PromptHead``.
 
     The published weights were not at hand: that this head computes what the authors' code computes
-    was tested on random weights, small ones and of full size.
+    was tested on small random weights.
 
     Deviations: the layers are multiplied out to one affine map when they are loaded, in float64.
     What a prompt holds of ``[DEC]`` and ``[ENC]`` is read as words.
