@@ -86,7 +86,7 @@ class Aesthetic(ModelHead):
         self.predictor_sha256 = predictor_sha256
         if backbone == "open_clip":
             self.required: Sequence[str] = ()
-            check_architecture(architecture, needed_by="The backbone `open_clip`")
+            check_architecture(architecture, needed_by="The backbone `open_clip`", reads_text=False)
         else:
             self.required = ("config.json", "preprocessor_config.json")
         self._predictor_used: dict[str, str] = {}

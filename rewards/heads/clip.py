@@ -125,10 +125,7 @@ class ClipHead(TwoTowerHead):
         self._preprocess = read_preprocessing(files.folder / _PREPROCESSING)
         self._tokenizer = CLIPTokenizer.from_pretrained(files.folder, local_files_only=True)
         self._texts.clear()
-        self._processor_used = {
-            "processor": files.model,
-            "processor_revision": files.revision,
-        }
+        self._processor_used = {"processor": files.model, **files.origin("processor_")}
 
     def _processor_files(self, weights: Weights) -> Weights:
         if self.processor is None and _is_processor(weights):

@@ -29,7 +29,8 @@ class HpsV2(TwoTowerHead):
 
     Higher is better, about 0.2 to 0.35. Human Preference Score v2 (Wu et al. 2023,
     https://arxiv.org/abs/2306.09341), by default the weights of version 2.1: CLIP ViT-H/14 tuned on
-    rankings of images. Reports of the authors multiply by 100.
+    rankings of images. Reports of the authors multiply by 100. Their code scores under autocast, in
+    float16 on a card; here ``float32`` is the default.
 
     The longer side of an image is brought to the model's and the rest is black, by bicubic
     resampling of floating-point pixels, as the authors' code does with torchvision 0.17 or later;
@@ -59,7 +60,7 @@ class HpsV2(TwoTowerHead):
         **options: Unpack[ModelOptions],
     ) -> None:
         super().__init__(model=model, dtype=dtype, **options)
-        check_architecture(architecture, needed_by=_HEAD)
+        check_architecture(architecture, needed_by=_HEAD, reads_text=True)
         self.architecture = architecture
 
     def provenance(self) -> Mapping[str, str]:

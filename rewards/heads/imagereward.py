@@ -15,10 +15,10 @@ from rewards.base import RewardError
 from rewards.heads.aesthetic import read_affine
 from rewards.heads.prompt_tokens import PromptHead
 from rewards.pretrained.base import Dtype, ModelOptions
-from rewards.pretrained.locate import Weights, check_name, find_weights
+from rewards.pretrained.locate import Weights, check_name
 from rewards.pretrained.preprocessing import Preprocessing
 from rewards.pretrained.tensors import load_strictly, read_tensor, read_tensors
-from rewards.pretrained.tokens import TOKENIZER_FILES, load_tokenizer
+from rewards.pretrained.tokens import find_tokenizer, load_tokenizer
 from rewards.registry import register
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the layers' output, as published
@@ -67,7 +67,7 @@ class ImageReward(PromptHead):
     A prompt is cut at 35 tokens, see ``PromptHead``.
 
     The published weights were not at hand: that this head computes what the authors' code computes
-    was tested on random weights, small ones and of full size.
+    was tested on small random weights.
 
     Deviations: the layers are multiplied out to one affine map when they are loaded, in float64.
     What a prompt holds of ``[DEC]`` and ``[ENC]`` is read as words.
@@ -111,7 +111,7 @@ class ImageReward(PromptHead):
 
     def _prepare(self, weights: Weights) -> None:
         text = _text_config(weights)
-        files = find_weights(self.tokenizer, required=(), optional=TOKENIZER_FILES, tensors=False)
+        files = find_tokenizer(self.tokenizer)
         tokenizer = load_tokenizer(files)
         if len(tokenizer) > text.vocab_size:
             raise RewardError(
@@ -126,7 +126,7 @@ class ImageReward(PromptHead):
                 f"numbers, `hidden_size` in {_CONFIG}. Found {len(weight)}."
             )
         self._tokenizer, self._affine = tokenizer, (weight, bias)
-        self._tokenizer_used = {"tokenizer": files.model, "tokenizer_revision": files.revision}
+        self._tokenizer_used = {"tokenizer": files.model, **files.origin("tokenizer_")}
 
     def _score_batch(self, module: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert self._affine is not None  # `_prepare` ran

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rewards.base import RewardBatch, RewardError, RewardHead
-from rewards.pretrained.locate import check_name, find_weights
-from rewards.pretrained.tokens import TOKENIZER_FILES, load_tokenizer
+from rewards.pretrained.locate import check_name
+from rewards.pretrained.tokens import find_tokenizer, load_tokenizer
 from rewards.registry import register
 
 LengthUnit = Literal["words", "characters", "tokens"]
@@ -110,20 +110,14 @@ class Length(RewardHead):
         if self.tokenizer is None or self._loaded is not None:
             return
         try:
-            files = find_weights(
-                self.tokenizer,
-                revision=self.revision,
-                required=(),
-                optional=TOKENIZER_FILES,
-                tensors=False,
-            )
+            files = find_tokenizer(self.tokenizer, revision=self.revision)
             self._loaded = load_tokenizer(files)
         except RewardError as error:
             raise RewardError(error.cause, head=self._label) from error
-        self._provenance = {"tokenizer": files.model, "tokenizer_revision": files.revision}
+        self._provenance = {"tokenizer": files.model, **files.origin("tokenizer_")}
 
     def provenance(self) -> Mapping[str, str]:
-        """Return name and revision of the tokenizer, once it is loaded."""
+        """Return what the tokenizer is, once it is loaded."""
         return self._provenance
 
     def close(self) -> None:

@@ -40,8 +40,9 @@ class VqaScoreHead(ModelHead):
 
     Heads that ask one model share its weights. A model that may think first is told not to, as the
     authors do with Qwen3.5. A blank prompt scores NaN where the template has the place
-    ``{prompt}``. No prompt is cut: prompts of one length are scored together, without padding, so
-    scores do not depend on ``batch_size`` beyond rounding.
+    ``{prompt}``; there a prompt that holds a special token of the model, such as ``<image>``, is an
+    error, and ``remarks`` counts such prompts. No prompt is cut: prompts of one length are scored
+    together, without padding, so scores do not depend on ``batch_size`` beyond rounding.
 
     The default weights have 2 billion parameters, 4.3 GB in half precision, under the Apache
     licence 2.0; others differ: that of Qwen2.5-VL-3B forbids commercial use. In bfloat16 logits
@@ -98,14 +99,44 @@ class VqaScoreHead(ModelHead):
         self._asks_for_prompt = template.format(prompt="") != template.format(prompt="a")
         self._processor: Any = None
         self._tokens: list[int] = []  # of the answer, and of the one against it
+        self._special: list[str] = []
+
+    def provenance(self) -> Mapping[str, str]:
+        """Return model, precision and question; once loaded, also the revision and digests."""
+        against = {} if self.against is None else {"against": self.against}
+        return {
+            **super().provenance(),
+            "template": self.template,
+            "answer": self.answer,
+            **against,
+        }
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
-        """Say how many prompts are blank."""
+        """Say how many prompts are blank, and how many cannot be scored.
+
+        Raises:
+            RewardError: If the model cannot be loaded.
+        """
+        self._loaded()
         blank = sum(not self._applies(prompt) for prompt in prompts)
-        return [f"{blank} of {len(prompts)} prompts are blank: they score NaN."] if blank else []
+        remarks = [f"{blank} of {len(prompts)} prompts are blank: they score NaN."] if blank else []
+        marked = [prompt for prompt in prompts if self._special_in(prompt)]
+        if marked:
+            remarks.append(
+                f"{len(marked)} of {len(prompts)} prompts hold a special token of the model: "
+                f"scoring one is an error. The first is {marked[0]!r}, with "
+                f"{self._special_in(marked[0])[0]!r}."
+            )
+        return remarks
 
     def _applies(self, prompt: str) -> bool:
         return not self._asks_for_prompt or bool(prompt.strip())
+
+    def _special_in(self, prompt: str) -> list[str]:
+        """Return the special tokens that the prompt brings into the question."""
+        if not self._asks_for_prompt:
+            return []
+        return [token for token in self._special if token in prompt]
 
     def _build(self, weights: Weights) -> nn.Module:
         from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, __version__
@@ -153,6 +184,9 @@ class VqaScoreHead(ModelHead):
                 f"{tokens['answer']}."
             )
         self._processor, self._tokens = processor, list(tokens.values())
+        # Most are missing in `all_special_tokens` where the tokenizer's config does not list them.
+        added = processor.tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special]
         text = self._text("")
         if text.rstrip().endswith("<think>"):
             raise RewardError(
@@ -161,7 +195,17 @@ class VqaScoreHead(ModelHead):
             )
 
     def _text(self, prompt: str) -> str:
-        """Return what the model reads: the question, and the beginning of its own turn."""
+        """Return what the model reads: the question, and the beginning of its own turn.
+
+        Raises:
+            RewardError: If the prompt holds a special token, which would be an image, or an end.
+        """
+        special = self._special_in(prompt)
+        if special:
+            raise RewardError(
+                f"A prompt should hold no special token of `{self.model}`, which would be read as "
+                f"such. Found {special[0]!r} in {prompt!r}. Write the prompt without it."
+            )
         known = "enable_thinking" in str(self._processor.chat_template)
         options = {"enable_thinking": False} if known else {}
         return chat_text(self._processor, self.template.format(prompt=prompt), **options)
@@ -174,7 +218,8 @@ class VqaScoreHead(ModelHead):
         begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
         special: Mapping[str, bool] = {"add_special_tokens": False} if begun else {}
         last = dict.fromkeys(accepted(module, ("logits_to_keep",)), 1)
-        values, replies = torch.empty(len(texts)), torch.empty(len(texts), dtype=torch.long)
+        order: list[int] = []
+        parts: list[Tensor] = []
         for rows in _of_one_length(tokenizer(texts).input_ids):
             inputs = self._processor(
                 text=[texts[row] for row in rows],
@@ -183,11 +228,13 @@ class VqaScoreHead(ModelHead):
                 **special,
             ).to(self.device, self.dtype)
             logits = module(**inputs, **last).logits[:, -1].float()  # [m, V]
-            values[rows] = self._read(logits).cpu()
-            replies[rows] = logits.argmax(-1).cpu()
+            order += rows
+            # As float32, which holds indices below 2^24 as they are, one copy brings both.
+            parts.append(torch.stack([self._read(logits), logits.argmax(-1).float()]))  # [2, m]
+        values, replies = torch.cat(parts, dim=-1).cpu()[:, torch.tensor(order).argsort()]
         return Scores(
             values=values,
-            extra={"reply": [tokenizer.decode([token]) for token in replies.tolist()]},
+            extra={"reply": [tokenizer.decode([token]) for token in replies.long().tolist()]},
         )
 
     def _read(self, logits: Tensor) -> Tensor:

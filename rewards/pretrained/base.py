@@ -198,7 +198,7 @@ class ModelHead(RewardHead):
                 shared.move(torch.device("cpu"))
 
     def provenance(self) -> Mapping[str, str]:
-        """Return model and precision; once loaded, also the revision and the digest."""
+        """Return model and precision; once loaded, also the revision and digests of the files."""
         requested = {"model": self.model, "dtype": str(self.dtype).removeprefix("torch.")}
         if self.revision is not None:
             requested["revision"] = self.revision
@@ -224,7 +224,7 @@ class ModelHead(RewardHead):
                     shared.digest, shared.reread = weights.digest(), True
                 weights.expect(self.sha256, shared.digest)
                 self._prepare(weights)
-                self._provenance = {"revision": weights.revision, "sha256": shared.digest}
+                self._provenance = {**weights.origin(), "sha256": shared.digest}
                 self._shared = shared
             return self._shared
 

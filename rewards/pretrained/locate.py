@@ -51,6 +51,9 @@ class Weights:
     model: str  # as the user named it
     revision: str  # commit of a hub model, "name version" of a package's distribution, "local"
     files: tuple[str, ...]  # names in `folder` of the files that hold tensors, sorted
+    beside: tuple[
+        str, ...
+    ] = ()  # names of the other files that are read, sorted; none for a hub model
 
     def has(self, *names: str) -> bool:
         """Return whether all these files are in the folder."""
@@ -67,18 +70,25 @@ class Weights:
                 its SHA-256, as large files there are, the name counts: what was fetched, whatever
                 has happened to it on the disk since.
         """
-        digests = {}
-        for name in self.files:
-            path = (self.folder / name).resolve()
-            if not reread and path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
-                digests[name] = path.name
-                continue
-            with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        if len(digests) == 1:
-            return next(iter(digests.values()))
-        listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return _digest(self.folder, self.files, reread=reread)
+
+    def origin(self, part: str = "") -> dict[str, str]:
+        """Return what tells these files from others of the name, beside the digest of the tensors.
+
+        The commit tells all of a hub model. Of any other model ``files_sha256`` is the digest of
+        the files that are read beside the tensors, such as a tokenizer's, which change scores too;
+        it is made as that of ``digest`` is.
+
+        Args:
+            part: What the names of the facts begin with, such as ``tokenizer_``.
+
+        Returns:
+            ``revision`` and, where there are such files, ``files_sha256``.
+        """
+        facts = {f"{part}revision": self.revision}
+        if self.beside:
+            facts[f"{part}files_sha256"] = _digest(self.folder, self.beside, reread=True)
+        return facts
 
     def expect(self, sha256: str | None, digest: str, *, option: str = "sha256") -> None:
         """Compare the digest to the expected one; None expects nothing.
@@ -138,6 +148,7 @@ def find_weights(
     revision: str | None = None,
     required: Sequence[str] = ("config.json",),
     optional: Sequence[str] = (),
+    one_of: Sequence[str] = (),
     tensors: bool = True,
 ) -> Weights:
     """Find the files of a model; fetches those of a hub model that are not in the local cache.
@@ -147,6 +158,7 @@ def find_weights(
         revision: Branch, tag or commit of a hub model; ``main`` by default.
         required: Names of files that must be there, beside the weights.
         optional: Names of files that are fetched if the hub has them.
+        one_of: Those of the optional files of which one must be there; none need be by default.
         tensors: Whether the weights are needed: ``model.safetensors``, else ``pytorch_model.bin``,
             in one piece or with an index and shards. Where ``model`` names one file, it is that.
 
@@ -157,11 +169,11 @@ def find_weights(
     check_name(model, revision=revision)
     place = _locate(model, "model")
     if place.folder is None:
-        folder = _cached_or_fetched(place, revision, required, optional, tensors)
+        folder = _cached_or_fetched(place, revision, required, optional, one_of, tensors)
         commit = folder.name  # snapshots are named after their commit
     else:
         folder, commit = place.folder, place.revision
-    missing = _missing(folder, place.file, required, tensors)
+    missing = _missing(folder, place.file, required, one_of, tensors)
     if missing:
         advice = "Name a folder that holds all its files."
         if place.folder is None:
@@ -171,7 +183,26 @@ def find_weights(
             f"The model `{model}` lacks {' and '.join(missing)} in {folder}. {advice}"
         )
     files = _tensor_files(folder, place.file) if tensors else ()
-    return Weights(folder=folder, model=model, revision=commit, files=files)
+    beside: tuple[str, ...] = ()
+    if place.folder is not None:
+        present = {name for name in (*required, *optional) if (folder / name).is_file()}
+        beside = tuple(sorted(present.difference(files), key=str.encode))
+    return Weights(folder=folder, model=model, revision=commit, files=files, beside=beside)
+
+
+def _digest(folder: Path, names: Sequence[str], *, reread: bool) -> str:
+    digests = {}
+    for name in names:
+        path = (folder / name).resolve()
+        if not reread and path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
+            digests[name] = path.name
+            continue
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _locate(model: str, option: str) -> _Place:
@@ -224,8 +255,12 @@ def _distribution(package: str) -> str:
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else "local"
 
 
-def _missing(folder: Path, file: str, required: Sequence[str], tensors: bool) -> list[str]:
+def _missing(
+    folder: Path, file: str, required: Sequence[str], one_of: Sequence[str], tensors: bool
+) -> list[str]:
     missing = [f"`{name}`" for name in required if not (folder / name).is_file()]
+    if one_of and not any((folder / name).is_file() for name in one_of):
+        missing.append(f"any of {', '.join(one_of)}")
     if not tensors:
         return missing
     if file:
@@ -258,6 +293,7 @@ def _cached_or_fetched(
     revision: str | None,
     required: Sequence[str],
     optional: Sequence[str],
+    one_of: Sequence[str],
     tensors: bool,
 ) -> Path:
     from huggingface_hub import snapshot_download
@@ -273,7 +309,7 @@ def _cached_or_fetched(
     except LocalEntryNotFoundError:
         folder = None
     # The cache can hold a part only, left there by another program.
-    if folder is not None and not _missing(folder, place.file, required, tensors):
+    if folder is not None and not _missing(folder, place.file, required, one_of, tensors):
         return folder
     folder = _fetched(place, revision, names)
     if tensors and not place.file and not any(folder.glob("model*.safetensors")):

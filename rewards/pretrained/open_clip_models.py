@@ -16,6 +16,9 @@ from rewards.base import RewardError
 from rewards.pretrained.locate import Weights
 from rewards.pretrained.tensors import load_strictly
 
+_PLAIN = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+_PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
+
 
 def package(needed_by: str) -> Any:
     """Return the module ``open_clip``.
@@ -36,23 +39,31 @@ def package(needed_by: str) -> Any:
     return open_clip
 
 
-def check_architecture(architecture: str, *, needed_by: str) -> None:
+def check_architecture(architecture: str, *, needed_by: str, reads_text: bool) -> None:
     """Check that open_clip knows an architecture, and that it is a plain CLIP model.
 
     Args:
         architecture: Its name in open_clip.
         needed_by: See ``package``.
+        reads_text: Whether its text encoder is used. That has to be CLIP's own then: others are
+            masked and read otherwise, and their tokenizers are fetched from the hub.
 
     Raises:
         ImportError: If open_clip is not installed.
         ValueError: If there is no such architecture, or it is no plain CLIP.
     """
     config = package(needed_by).get_model_config(architecture)
-    plain = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    if config is None or not set(config) <= plain:
+    if config is None or not set(config) <= _PLAIN:
         raise ValueError(
             f"Parameter `architecture` should be the name of a plain CLIP model in open_clip "
             f"(`open_clip.list_models()`). Found `architecture = {architecture!r}`."
+        )
+    others = sorted(set(config["text_cfg"]) - _PLAIN_TEXT)
+    if reads_text and others:
+        raise ValueError(
+            f"Parameter `architecture` should be the name of a model in open_clip that has CLIP's "
+            f"own text encoder and tokenizer, such as ViT-H-14. "
+            f"Found `architecture = {architecture!r}`, with {', '.join(others)}."
         )
 
 
@@ -87,9 +98,10 @@ def build_model(architecture: str, weights: Weights, *, within: str = "") -> Any
     """
     model = _sketch(architecture)
     load_strictly(model, weights, within=within)
-    length = model.context_length
-    # The one buffer that no file has: what a token may look at, itself and those before it.
-    model.attn_mask = torch.full((length, length), -torch.inf).triu(1)
+    if model.attn_mask is not None:
+        # The one buffer that no file has: what a token may look at, itself and those before it.
+        length = model.context_length
+        model.attn_mask = torch.full((length, length), -torch.inf).triu(1)
     homeless = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if homeless:
         raise RewardError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import RewardError
-from rewards.pretrained.locate import Weights
+from rewards.pretrained.locate import Weights, find_weights
 
 Side = Literal["left", "right"]
 Row = Mapping[str, list[int]]  # name of an input -> a number per token
@@ -46,6 +46,27 @@ PROCESSOR_FILES = (
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _READS_LAST_PLACE = ("xlnet",)  # whether or not there is padding in it
 _SHOWN = 60  # characters of a text in an error
+
+
+def find_tokenizer(model: str, *, revision: str | None = None) -> Weights:
+    """Find the files of a tokenizer alone; fetches those of a hub model that are not in the cache.
+
+    Args:
+        model: Named as a model is, see ``rewards.pretrained.locate``.
+        revision: Branch, tag or commit of a hub model; ``main`` by default.
+
+    Raises:
+        RewardError: If there is none, or it cannot be fetched; says what to do.
+        ValueError: As ``check_name``.
+    """
+    return find_weights(
+        model,
+        revision=revision,
+        required=(),
+        optional=TOKENIZER_FILES,
+        one_of=_VOCABULARIES,
+        tensors=False,
+    )
 
 
 def load_tokenizer(files: Weights) -> Any:

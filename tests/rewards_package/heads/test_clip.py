@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 import rewards.heads.clip
 from rewards import RewardBatch, RewardError, create
+from rewards.identity import Identity
 
 SIDE = 32
 TOKENIZER = Path(str(files("moa_diffusion"))) / "tiny" / "pipeline" / "tokenizer"  # 16 tokens
@@ -75,6 +76,12 @@ def bare(folder, tmp_path) -> Path:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(folder) / name, bare)
     return bare
+
+
+def identity(name: str, options: dict[str, str]) -> Identity:
+    head = create(name, **options)
+    head.load()
+    return Identity.of(name, head, options)
 
 
 def batch(prompts=PROMPTS, height: int = 40, width: int = 56) -> RewardBatch:
@@ -193,6 +200,19 @@ def test_where_the_processor_comes_from(folder, bare, tmp_path, monkeypatch):
         create("pickscore", model=str(bare)).load()
     with pytest.raises(ValueError, match="Parameter `processor` names a file or folder"):
         create("pickscore", model=str(bare), processor="./nowhere")
+
+
+def test_another_preprocessing_is_another_scorer(folder, bare, tmp_path):
+    own, other = shutil.copytree(folder, tmp_path / "own"), add_processor(tmp_path / "other")
+    for place, options in ((own, {"model": str(own)}), (other, {"model": str(bare)})):
+        options["processor"] = str(place)
+        before = identity("clipscore", options)
+        config = {"size": SIDE, "crop_size": SIDE, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        (place / "preprocessor_config.json").write_text(json.dumps(config))
+        after = identity("clipscore", options)
+        assert before.provenance["sha256"] == after.provenance["sha256"]
+        assert before.digest != after.digest
+        assert identity("clipscore", options) == after
 
 
 def test_a_tokenizer_in_two_files_does_as_well(folder, tmp_path):

@@ -90,10 +90,12 @@ def test_half_precision_is_close(file):
     torch.testing.assert_close(half(shown), head(file)(shown), rtol=0, atol=0.02)
 
 
-def test_provenance_names_the_architecture(file):
-    made = head(file)
+def test_provenance_names_architecture_and_question(file):
+    made = head(file, good="Sharp.", bad="Blurry.")
+    told = {"architecture": ARCHITECTURE, "good": "Sharp.", "bad": "Blurry."}
+    assert made.provenance().items() >= told.items()
     made.load()
-    assert made.provenance()["architecture"] == ARCHITECTURE
+    assert made.provenance().items() >= told.items()
     assert len(made.provenance()["sha256"]) == 64
 
 
@@ -114,6 +116,7 @@ def test_wrong_weights_are_named(file, tmp_path):
     ("options", "message"),
     [
         ({"architecture": "ViT-B-32"}, "should be that of a ResNet"),
+        ({"architecture": "convnext_base"}, "should be that of a ResNet"),
         ({"architecture": "RN51"}, "name of a plain CLIP model"),
         ({"good": " "}, "Parameter `good` should be a sentence"),
         ({"good": "x", "bad": "x"}, "should be two sentences. Found 'x' twice"),

@@ -133,8 +133,19 @@ def test_wrong_weights_are_named(file, tensors, tmp_path):
     torch.save({"state_dict": fewer}, tmp_path / "fewer.pt")
     with pytest.raises(RewardError, match="missing: text_projection"):
         head(tmp_path / "fewer.pt").load()
-    with pytest.raises(ValueError, match="name of a plain CLIP model"):
-        head(file, architecture="ViT-H-15")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("ViT-H-15", "name of a plain CLIP model .* Found `architecture = 'ViT-H-15'`"),
+        ("ViT-H-14-CLIPA", "own text encoder and tokenizer.*'ViT-H-14-CLIPA'`, with .*causal_mask"),
+        ("roberta-ViT-B-32", "own text encoder and tokenizer.*'roberta-ViT-B-32'`, with hf_model"),
+    ],
+)
+def test_other_architectures_are_refused(file, architecture, message):
+    with pytest.raises(ValueError, match=message):
+        head(file, architecture=architecture)
 
 
 def test_the_default_is_known_to_open_clip():

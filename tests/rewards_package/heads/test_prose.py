@@ -94,11 +94,13 @@ def test_tokens_are_those_of_a_tokenizer_without_special_ones(tmp_path: Path) ->
     head = create("length", tokenizer=str(tmp_path), **options)
     assert head.provenance() == {}
     assert head(batch("ab", "aab", "", "aaaa")).tolist() == [1, 2, 0, 4]
-    assert head.provenance() == {"tokenizer": str(tmp_path), "tokenizer_revision": "local"}
+    found = head.provenance()
+    assert (found["tokenizer"], found["tokenizer_revision"]) == (str(tmp_path), "local")
+    assert len(found["tokenizer_files_sha256"]) == 64
     head.close()
     assert head(batch("ab")).tolist() == [1]
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(RewardError, match=r'"length" failed: The model .* has no tokenizer'):
+    with pytest.raises(RewardError, match=r'"length" failed: The model .* lacks any of tokenizer'):
         create("length", tokenizer=str(tmp_path), **options).load()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Florence2Config
 
 from rewards import RewardError, available, create
+from rewards.identity import Identity
 
 QUESTION = 'Does this figure show "{}"? Please answer Yes or No.'
 # Questions of three lengths, and one with braces; two of one prompt do not stand side by side.
@@ -156,11 +158,56 @@ def test_the_published_precision_is_the_default(folders: Folders) -> None:
 def test_what_made_the_scores_is_told(folders: Folders) -> None:
     folder = folders("qwen3_vl")
     judge = head(folder)
-    assert judge.provenance() == {"model": str(folder), "dtype": "float32"}
+    question = {"template": QUESTION.format("{prompt}"), "answer": "Yes"}
+    assert judge.provenance() == {"model": str(folder), "dtype": "float32", **question}
     judge.load()
-    assert judge.provenance().keys() == {"model", "dtype", "revision", "sha256"}
+    added = judge.provenance().keys() - {"model", "dtype", *question}
+    assert added == {"revision", "files_sha256", "sha256"}
+    other = head(folder, template="Sharp?", answer="No", against="Yes")
+    told = {"template": "Sharp?", "answer": "No", "against": "Yes"}
+    assert other.provenance().items() >= told.items()
     info = available()["vqascore"]
     assert (info.scores, info.unit) == ("images", "probability, 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("qwen3_vl", "<|image_pad|>"), ("qwen3_vl", "<|im_end|>"), ("llava", "<image>")],
+)
+def test_prompts_with_a_special_token_are_told_and_refused(
+    folders: Folders, name: str, token: str
+) -> None:
+    prompts = ["a fish", f"a {token}fish", " "]
+    judge = head(folders(name))
+    blank, special = judge.remarks(prompts)
+    assert blank.startswith("1 of 3 prompts are blank")
+    assert special.startswith("1 of 3 prompts hold a special token of the model")
+    assert f"The first is 'a {token}fish', with '{token}'." in special
+    message = rf"no special token of .* Found '{re.escape(token)}' in 'a {re.escape(token)}fish'"
+    with pytest.raises(RewardError, match=message):
+        judge(batch(random_images(32, 32), prompts))
+    alone = head(folders(name), template="Is it sharp?")
+    assert alone.remarks(prompts) == []
+    assert alone(batch(random_images(32, 32), prompts)).isfinite().all()
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "processor_config.json"])
+def test_another_turn_or_preprocessing_is_another_scorer(
+    folders: Folders, tmp_path: Path, file: str
+) -> None:
+    options = {"model": str(copy(folders("qwen3_vl"), tmp_path))}
+
+    def identity() -> Identity:
+        judge = create("vqascore", device="cpu", **options)
+        judge.load()
+        return Identity.of("vqascore", judge, options)
+
+    before = identity()
+    (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+    after = identity()
+    assert before.provenance["sha256"] == after.provenance["sha256"]
+    assert before.digest != after.digest
+    assert identity() == after
 
 
 def test_heads_with_other_questions_share_one_model(folders: Folders) -> None:

@@ -10,14 +10,16 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from model_files import write, write_shards
 from rewards import RewardError
+from rewards.pretrained import locate
 from rewards.pretrained.locate import Weights, check_name, find_weights
 from rewards.pretrained.tensors import read_tensors
+from rewards.pretrained.tokens import find_tokenizer
 from waiting import HANG
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -26,7 +28,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_a_folder_and_a_file_in_it(folder, monkeypatch):
     found = find_weights(str(folder))
     assert found == Weights(
-        folder=folder, model=str(folder), revision="local", files=("model.safetensors",)
+        folder=folder,
+        model=str(folder),
+        revision="local",
+        files=("model.safetensors",),
+        beside=("config.json",),
     )
     assert found.has("config.json", "model.safetensors")
     assert not found.has("config.json", "tokenizer.json")
@@ -133,6 +139,30 @@ def test_digests_can_be_recomputed_by_sha256sum(folder):
     assert find_weights(str(folder)).digest() == hashlib.sha256(listing.stdout).hexdigest()
 
 
+def test_files_beside_the_tensors_count_where_no_commit_does(folder, tmp_path, monkeypatch):
+    write(folder, ["vocab.json", "README.md"])
+    options = {"optional": ["vocab.json", "merges.txt", "config.json"]}
+    found = find_weights(str(folder), **options)
+    assert found.beside == ("config.json", "vocab.json")
+    listed = ["sha256sum", *found.beside]
+    listing = subprocess.run(listed, cwd=folder, capture_output=True, check=True)
+    origin = {"revision": "local", "files_sha256": hashlib.sha256(listing.stdout).hexdigest()}
+    assert found.origin() == origin
+    (folder / "README.md").write_text("others")
+    assert find_weights(str(folder), **options).origin() == origin
+    (folder / "vocab.json").write_text("[]")
+    assert find_weights(str(folder), **options).origin() != origin
+    alone = find_weights(str(folder / "model.safetensors"), required=())
+    assert alone.origin("head_") == {"head_revision": "local"}
+    package = find_weights("package://moa_diffusion/tiny/pipeline/text_encoder")
+    assert package.origin().keys() == {"revision", "files_sha256"}
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    write(repository / "snapshots" / COMMIT, ["config.json", "model.safetensors"])
+    assert find_weights("owner/name", revision=COMMIT).origin() == {"revision": COMMIT}
+
+
 def test_another_digest_than_expected_is_an_error(folder):
     found = find_weights(str(folder))
     digest = found.digest()
@@ -155,6 +185,15 @@ def test_a_cached_hub_model_needs_no_network(tmp_path, monkeypatch):
     # What another program left there in part is not taken for the whole.
     with pytest.raises(RewardError, match=r"lacks `vocab\.json` .*`hf download owner/name --incl"):
         find_weights("owner/name", required=["config.json", "vocab.json"])
+    message = r"lacks any of tokenizer\.json, vocab\.json, .*`hf download owner/name --include"
+    with pytest.raises(RewardError, match=message):
+        find_tokenizer("owner/name")
+
+    def fetched(place: Any, revision: str | None, names: list[str]) -> Path:
+        return write(found.folder, ["tokenizer.json"] if "tokenizer.json" in names else [])
+
+    monkeypatch.setattr(locate, "_fetched", fetched)
+    assert find_tokenizer("owner/name").has("tokenizer.json")
 
 
 def test_without_network_the_error_says_what_to_type(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", ["ViT-L-14-quickgelu", "ViT-H-14", "RN50-quickgelu"])
 def test_published_architectures_are_plain(name: str) -> None:
-    check_architecture(name, needed_by="A test")
+    check_architecture(name, needed_by="A test", reads_text=True)
     assert image_size(name) == 224
 
 
@@ -54,13 +54,25 @@ def test_the_name_says_which_activation() -> None:
 @pytest.mark.parametrize("name", ["ViT-L-99", "coca_ViT-L-14"])
 def test_others_are_told(name: str) -> None:
     with pytest.raises(ValueError, match=f"a plain CLIP model in open_clip .*'{name}'"):
-        check_architecture(name, needed_by="A test")
+        check_architecture(name, needed_by="A test", reads_text=False)
+
+
+@pytest.mark.parametrize("name", ["ViT-H-14-CLIPA", "xlm-roberta-base-ViT-B-32", "nllb-clip-base"])
+def test_another_text_encoder_is_told_where_it_is_used(name: str) -> None:
+    check_architecture(name, needed_by="A test", reads_text=False)
+    with pytest.raises(ValueError, match=f"own text encoder and tokenizer, .*'{name}'`, with"):
+        check_architecture(name, needed_by="A test", reads_text=True)
 
 
 @torch.no_grad()
-def test_it_computes_what_open_clips_own_loading_gives(weights: Any) -> None:
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}])
+def test_it_computes_what_open_clips_own_loading_gives(
+    weights: Any, monkeypatch: pytest.MonkeyPatch, text: dict[str, Any]
+) -> None:
+    sizes = SIZES | {"text_cfg": SIZES["text_cfg"] | text}
+    monkeypatch.setattr(open_clip, "get_model_config", {"small": sizes}.get)
     with torch.random.fork_rng():
-        wanted = open_clip.CLIP(**SIZES).eval()
+        wanted = open_clip.CLIP(**sizes).eval()
     wanted.load_state_dict(load_file(weights.folder / weights.files[0]))
     before = torch.get_rng_state()
     found = build_model("small", weights).eval()
