@@ -17,11 +17,11 @@ groups of n is ``sqrt((n - 1) / n)`` of the unbiased one, the unit of ``eval_gai
 clipped: an objective that has *fallen* below its base counts more than one that has not moved, and
 one far beyond its target less than one that has just reached it. So the need alone is a soft
 minimum of the progress, and nothing else here knows which of several normalised rewards is being
-lost. ``Rbar`` compares prompts with themselves (``progress.py``), so it does not move because a
-rollout happened to draw easy prompts. It does move with the decisions that have noise: at the same
-policy, a rollout in a late window of denoising steps scores unlike one in an early window. ``cos``
-is the exact cosine of the objectives' LoRA gradients, or the correlation of their advantages, which
-costs nothing.
+lost. ``Rbar`` compares prompts with themselves (``running_level.py``), so it does not move because
+a rollout happened to draw easy prompts. It does move with the decisions that have noise: at the
+same policy, a rollout in a late window of denoising steps scores unlike one in an early window.
+``cos`` is the exact cosine of the objectives' LoRA gradients, or the correlation of their
+advantages, which costs nothing.
 
 An importance of one's own is ours as well. ``p_k``, over the mean of all, scales the need to
 ``p_k N_k``, or beyond the target, where it is negative, to ``N_k / p_k``. So a larger importance
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
+from moa_diffusion.objectives.running_level import MEMORY, WARMUP, RunningLevel
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
@@ -146,7 +146,7 @@ class Apex(Weighting):
         self.register_buffer("history", unknown.repeat(horizon + 1, 1))  # Rbar, oldest first
         self.register_buffer("weights", torch.full_like(unknown, 1 / count))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # rollouts
-        self.progress = Progress(count, warmup=warmup, memory=memory)
+        self.running_level = RunningLevel(count, warmup=warmup, memory=memory)
         self._report: dict[str, float] = {}
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class Apex(Weighting):
         applies = ~torch.isnan(stats.rewards.values)
         self.seen = self.seen + 1
         self.spread = update_ema(self.spread, rms_group_std(stats.rewards), self.spread_decay)
-        mean = self.progress(stats.rewards)
+        mean = self.running_level(stats.rewards)
         self.history = torch.cat([self.history[1:], mean[None]])
         self._set_targets(mean)
 

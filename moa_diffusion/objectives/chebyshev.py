@@ -1,8 +1,8 @@
 """Augmented Tchebycheff scalarisation (Steuer and Choo 1983, doi:10.1007/BF02591870), smoothed.
 
-The objective that lags most behind its aim gets the weight. With the running mean ``Rbar_k`` of
-reward k, of prompts that are compared with themselves (``progress.py``), each shortfall is measured
-on the reward's own way from ``base_k`` to ``ideal_k``::
+The objective that lags most behind its aim gets the weight. With the running level ``Rbar_k`` of
+reward k (``running_level.py``), each shortfall is measured on the reward's own way from ``base_k``
+to ``ideal_k``::
 
     d_k = w_k (ideal_k - Rbar_k) / (ideal_k - base_k)
     lambda_k = softmax(d / temperature)_k + rho
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moa_diffusion.objectives.base import Weighting, by_name
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
+from moa_diffusion.objectives.running_level import MEMORY, WARMUP, RunningLevel
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 
@@ -86,17 +86,17 @@ class Chebyshev(Weighting):
         unknown = torch.full((len(self.objectives),), torch.nan, dtype=torch.float64)
         self.register_buffer("average", unknown)  # Rbar_k
         self.register_buffer("spread", unknown.clone())  # first within-group spread
-        self.progress = Progress(len(self.objectives), warmup=WARMUP, memory=memory)
+        self.running_level = RunningLevel(len(self.objectives), warmup=WARMUP, memory=memory)
         self._d = unknown.clone()  # [K], the shortfalls at the last call
 
     def forward(self, stats: ObjectiveStats) -> Tensor:
         """Return weights ``[K]`` that follow the largest weighted shortfall from the ideal."""
-        mean, std = self.progress(stats.rewards), rms_group_std(stats.rewards)  # [K]
+        mean, std = self.running_level(stats.rewards), rms_group_std(stats.rewards)  # [K]
         self.average = update_ema(self.average, mean, self.decay)
         seen = torch.where(std > 0, std, torch.nan)
         self.spread = torch.where(self.spread.isnan(), seen, self.spread)
 
-        base = torch.where(self._base.isnan(), self.progress.start, self._base)
+        base = torch.where(self._base.isnan(), self.running_level.start, self._base)
         self._check_order(base)
         ideal = torch.where(self._ideal.isnan(), base + self.spread, self._ideal)
         d = self._w * (ideal - self.average) / (ideal - base)

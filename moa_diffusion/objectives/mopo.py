@@ -31,7 +31,7 @@ from torch import Tensor
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.mopo_offline import Variant, barrier, dual_step
 from moa_diffusion.objectives.normalize import update_ema
-from moa_diffusion.objectives.progress import MEMORY, WARMUP, Progress
+from moa_diffusion.objectives.running_level import MEMORY, WARMUP, RunningLevel
 from moa_diffusion.statistics.groups import rms_group_std
 from moa_diffusion.types import ObjectiveStats
 from rewards.suggestions import did_you_mean
@@ -60,7 +60,7 @@ class Mopo(Weighting):
             Win rates are in [0, 1], and 0.5 means "no worse than the reference model"; a reward may
             be any number.
         units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward, of
-            prompts that are compared with themselves (``progress.py``). There four times the
+            prompts that are compared with themselves (``running_level.py``). There four times the
             within-group spread (RMS std) of the first rollout that has any stands for a win rate of
             1, about as steep as a win rate is; before that the multiplier is 0.
         variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
@@ -130,7 +130,7 @@ class Mopo(Weighting):
         values = [chosen.get(name, math.nan) for name in self.objectives]
         self.register_buffer("bounds", torch.tensor(values, dtype=torch.float64), persistent=False)
         zeros = torch.zeros(len(self.objectives)).double()
-        self.progress = Progress(len(self.objectives), warmup=WARMUP, memory=MEMORY)
+        self.running_level = RunningLevel(len(self.objectives), warmup=WARMUP, memory=MEMORY)
         self.register_buffer("level", torch.full_like(zeros, torch.nan))
         unknown = 1.0 if units == "win_rate" else torch.nan
         self.register_buffer("unit", torch.full_like(zeros, unknown))
@@ -198,7 +198,7 @@ class Mopo(Weighting):
         if self.units == "reward":
             spread = rms_group_std(stats.rewards)
             self.unit = torch.where(self.unit.isnan() & (spread > 0), 4 * spread, self.unit)
-            level = self.progress(stats.rewards)
+            level = self.running_level(stats.rewards)
             return torch.where(stats.rewards.values.isnan().all(1), torch.nan, level)
         if stats.win_rates is None:
             raise RuntimeError(

@@ -128,13 +128,13 @@ def test_easy_prompts_are_no_progress():
         apex(stats)
         if e >= 1:
             assert apex.report()["apex_progress/a"] == pytest.approx(0)
-    assert len(apex.progress.records) == 4
+    assert len(apex.running_level.records) == 4
 
 
 def test_the_memory_of_prompts_is_bounded():
     apex = Apex(NAMES, memory=3)
     apex(rollout([0, 0, 0]))
-    assert list(apex.progress.records) == ["p1", "p2", "p3"]
+    assert list(apex.running_level.records) == ["p1", "p2", "p3"]
 
 
 def test_an_objective_without_spread_at_first_gets_its_aim_when_it_shows_one():
@@ -190,7 +190,7 @@ def test_no_weight_falls_below_the_floor():
 
 @pytest.mark.parametrize("method", ["equal", "apex"])
 def test_toy_the_objective_that_moves_most_easily_does_not_take_over(method):
-    """Progress follows the weight times an ease; a takes 0.02 of what b loses."""
+    """RunningLevel follows the weight times an ease; a takes 0.02 of what b loses."""
     apex = Apex(("easy", "hard"), warmup=1)
     level = torch.zeros(2).double()
     for e in range(60):

@@ -70,7 +70,7 @@ def test_base_and_ideal_are_those_of_the_start():
     weighting = Chebyshev(NAMES, decay=0.0)
     weighting(around(0, 0))
     weighting(stats([[100.0, 300.0], [0.0, 1.0]]))
-    assert weighting.progress.start.tolist() == [0, 0]
+    assert weighting.running_level.start.tolist() == [0, 0]
     assert weighting.spread.tolist() == [1, 10]
     assert weighting.average.tolist() == [200, 0.5]
 

@@ -1,4 +1,4 @@
-"""How far objectives have come since the first rollouts, whatever prompts a rollout draws.
+"""The level of each reward as the policy changes, whatever prompts a rollout draws.
 
 Prompts differ, and by more than the samples of one prompt: a mean over the prompts that a rollout
 happened to draw says more about these than about the policy. So a prompt is compared with itself.
@@ -18,8 +18,8 @@ WARMUP = 3  # first rollouts, where a method has no option for it
 MEMORY = 256  # prompts
 
 
-class Progress(nn.Module):
-    """The mean change of each objective's reward, of prompts that are compared with themselves.
+class RunningLevel(nn.Module):
+    """The mean of each reward, whose changes are those of prompts compared with themselves.
 
     With ``m_p`` the mean of the latest group of the prompt p, over the last ``memory`` prompts::
 
@@ -72,11 +72,9 @@ class Progress(nn.Module):
             1
         )  # [P, K] each
         change = torch.where(weight == 1, mean - base, mean - self.start)
-        known = ~change.isnan() & (weight > 0)
-        total = torch.where(known, weight, 0.0).sum(0)  # [K]
-        progress = torch.where(known, weight * change, 0.0).sum(0) / torch.where(
-            total > 0, total, 1
-        )
+        weight = torch.where(change.isnan(), 0.0, weight)
+        total, sums = weight.sum(0), (weight * change.nan_to_num(nan=0.0)).sum(0)  # [K]
+        progress = sums / torch.where(total > 0, total, 1.0)
         # What is met for the first time gets its base now, at the progress that there is.
         base = torch.where(base.isnan(), mean - progress, base)
         for record, values in zip(self.records.values(), base.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Progress: of prompts that are compared with themselves, however unlike prompts are."""
+"""RunningLevel: of prompts that are compared with themselves, however unlike prompts are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from moa_diffusion.objectives.progress import Progress
+from moa_diffusion.objectives.running_level import RunningLevel
 from moa_diffusion.types import RewardMatrix
 
 SIBLINGS = 4
@@ -37,10 +37,10 @@ def drawn(prompts: list[str], *, each: int, rollouts: int) -> list[list[str]]:
 
 
 def test_of_equal_prompts_it_is_the_mean() -> None:
-    progress = Progress(2, warmup=1, memory=9)
-    assert progress(rollout({"p": [1.0, 5.0], "q": [3.0, 5.0]})).tolist() == [2.0, 5.0]
-    assert progress(rollout({"p": [1.5, 4.0], "q": [3.5, 4.0]})).tolist() == [2.5, 4.0]
-    assert progress.start.tolist() == [2.0, 5.0]
+    running = RunningLevel(2, warmup=1, memory=9)
+    assert running(rollout({"p": [1.0, 5.0], "q": [3.0, 5.0]})).tolist() == [2.0, 5.0]
+    assert running(rollout({"p": [1.5, 4.0], "q": [3.5, 4.0]})).tolist() == [2.5, 4.0]
+    assert running.start.tolist() == [2.0, 5.0]
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.05])
@@ -51,25 +51,25 @@ def test_what_a_rollout_draws_is_no_progress(gain: float) -> None:
     """
     levels = torch.randn(26, generator=torch.Generator().manual_seed(1)).mul(48).tolist()
     prompts = {f"p{i}": level for i, level in enumerate(levels)}
-    progress, worst = Progress(1, warmup=3, memory=256), 0.0
+    running, worst = RunningLevel(1, warmup=3, memory=256), 0.0
     for e, chosen in enumerate(drawn(list(prompts), each=8, rollouts=30)):
-        level = progress(rollout({p: [prompts[p] + gain * e] for p in chosen}, noise=1.0, seed=e))
+        level = running(rollout({p: [prompts[p] + gain * e] for p in chosen}, noise=1.0, seed=e))
         if e >= 3:
             # It lags by half the 3.25 rollouts in which all prompts come by, and begins in the
             # middle of the warm-up.
             expected = gain * max(0.0, e - 1 - 1.6)
-            worst = max(worst, abs(float(level - progress.start) - expected))
+            worst = max(worst, abs(float(level - running.start) - expected))
     # A mean over 26 pairs of groups of 4 has a deviation of 0.14, and one over the first 6 of 0.29.
     assert worst < 0.6  # 0.25 and 0.31; of the prompts' latest means, without pairs, 3.3
 
 
 def test_prompts_that_never_come_back_are_compared_by_their_means() -> None:
-    progress = Progress(1, warmup=2, memory=100)
+    running = RunningLevel(1, warmup=2, memory=100)
     for e in range(2):
-        progress(rollout({f"{e}{i}": [float(i)] for i in range(4)}, noise=0.1, seed=e))
-    start = float(progress.start)
+        running(rollout({f"{e}{i}": [float(i)] for i in range(4)}, noise=0.1, seed=e))
+    start = float(running.start)
     late = [rollout({f"{e}{i}": [i + 2.0] for i in range(4)}, noise=0.1, seed=e) for e in (2, 3)]
-    found = [float(progress(rewards)) for rewards in late]
+    found = [float(running(rewards)) for rewards in late]
     means = [float(rewards.values.mean()) for rewards in late]
     # Sums of a few float64.
     assert found == pytest.approx([means[0], sum(means) / 2], rel=1e-12)
@@ -77,41 +77,41 @@ def test_prompts_that_never_come_back_are_compared_by_their_means() -> None:
 
 
 def test_a_prompt_that_is_met_late_joins_at_the_progress_of_the_others() -> None:
-    progress = Progress(1, warmup=1, memory=9)
-    progress(rollout({"p": [0.0], "q": [10.0]}, noise=0.1))
-    progress(rollout({"p": [1.0], "q": [11.0]}))
-    level = progress(rollout({"p": [1.0], "late": [500.0]}))
-    assert float(level - progress.start) == pytest.approx(1, abs=0.1)
-    level = progress(rollout({"late": [501.0], "p": [2.0]}))
+    running = RunningLevel(1, warmup=1, memory=9)
+    running(rollout({"p": [0.0], "q": [10.0]}, noise=0.1))
+    running(rollout({"p": [1.0], "q": [11.0]}))
+    level = running(rollout({"p": [1.0], "late": [500.0]}))
+    assert float(level - running.start) == pytest.approx(1, abs=0.1)
+    level = running(rollout({"late": [501.0], "p": [2.0]}))
     # q has stayed at 1; p and the late one have gained 1 more.
-    assert float(level - progress.start) == pytest.approx(5 / 3, abs=0.1)
+    assert float(level - running.start) == pytest.approx(5 / 3, abs=0.1)
 
 
 def test_an_objective_that_appears_late_starts_then() -> None:
-    progress = Progress(2, warmup=1, memory=9)
-    assert progress(rollout({"p": [1.0, math.nan]}))[1].isnan()
-    assert progress(rollout({"p": [1.0, math.nan], "q": [1.0, math.nan]}))[1].isnan()
-    assert progress(rollout({"p": [2.0, 7.0]}))[1] == 7.0
-    assert progress(rollout({"p": [2.0, math.nan], "q": [1.0, math.nan]}))[1] == 7.0
-    assert progress(rollout({"p": [2.0, 8.0]}))[1] == 8.0
+    running = RunningLevel(2, warmup=1, memory=9)
+    assert running(rollout({"p": [1.0, math.nan]}))[1].isnan()
+    assert running(rollout({"p": [1.0, math.nan], "q": [1.0, math.nan]}))[1].isnan()
+    assert running(rollout({"p": [2.0, 7.0]}))[1] == 7.0
+    assert running(rollout({"p": [2.0, math.nan], "q": [1.0, math.nan]}))[1] == 7.0
+    assert running(rollout({"p": [2.0, 8.0]}))[1] == 8.0
 
 
 def test_the_memory_is_bounded_and_a_forgotten_prompt_comes_as_a_new_one() -> None:
-    progress = Progress(1, warmup=1, memory=2)
-    progress(rollout({"p": [0.0], "q": [0.0], "r": [0.0]}))
-    assert list(progress.records) == ["q", "r"]
-    progress(rollout({"p": [3.0]}))
-    assert list(progress.records) == ["r", "p"]
+    running = RunningLevel(1, warmup=1, memory=2)
+    running(rollout({"p": [0.0], "q": [0.0], "r": [0.0]}))
+    assert list(running.records) == ["q", "r"]
+    running(rollout({"p": [3.0]}))
+    assert list(running.records) == ["r", "p"]
 
 
 def test_a_resumed_run_goes_on_alike() -> None:
-    before = Progress(1, warmup=2, memory=9)
+    before = RunningLevel(1, warmup=2, memory=9)
     rollouts = [
         rollout({"p": [0.1 * e], f"q{e % 3}": [e**0.5]}, noise=0.3, seed=e) for e in range(6)
     ]
     for rewards in rollouts[:3]:
         before(rewards)
-    after = Progress(1, warmup=2, memory=9)
+    after = RunningLevel(1, warmup=2, memory=9)
     after.load_state_dict(before.state_dict())
     for rewards in rollouts[3:]:
         assert torch.equal(before(rewards), after(rewards))
