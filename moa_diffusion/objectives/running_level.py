@@ -6,6 +6,7 @@ happened to draw says more about these than about the policy. So a prompt is com
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -68,9 +69,8 @@ class RunningLevel(nn.Module):
         self.rollouts = self.rollouts + 1
         early = self.start.isnan() | (self.rollouts <= self.warmup)  # [K]
         self._visit(rewards, early)
-        base, mean, weight = torch.tensor(list(self.records.values()), dtype=torch.float64).unbind(
-            1
-        )  # [P, K] each
+        known = torch.tensor(list(self.records.values()), dtype=torch.float64)  # [P, 3, K]
+        base, mean, weight = known.unbind(1)
         change = torch.where(weight == 1, mean - base, mean - self.start)
         weight = torch.where(change.isnan(), 0.0, weight)
         total, sums = weight.sum(0), (weight * change.nan_to_num(nan=0.0)).sum(0)  # [K]
@@ -84,11 +84,11 @@ class RunningLevel(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what is known of each prompt, which no buffer of a fixed shape holds."""
-        return self.records
+        return copy.deepcopy(self.records)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what is known of each prompt."""
-        self.records = state
+        self.records = copy.deepcopy(state)
 
     def _visit(self, rewards: RewardMatrix, early: Tensor) -> None:
         """Write down the groups' means, and what they are worth."""
