@@ -31,13 +31,13 @@ class RunningLevel(nn.Module):
     there was then, and ``w_p = 1``. A prompt of the first rollouts that has not come back says
     nothing of the progress. One that was met only once, later, says little: ``b_p`` is ``start``,
     and ``w_p`` the variance of a difference of two group means over that of the prompts' means, at
-    most 1/2. So with few prompts the progress is that of pairs, and with prompts that never come
-    back it is the difference of two means. All of it is ours.
+    most 1/2. Where none has come back, the progress that there was counts like one that has. So
+    with few prompts the progress is that of pairs, and with prompts that never come back it follows
+    the difference of two means, slowly where prompts differ much. All of it is ours.
 
     Args:
         count: Number K of objectives.
-        warmup: Number of first rollouts, at least 1. With few prompts in them, a prompt that comes
-            late is taken for progress, until it has come back.
+        warmup: Number of first rollouts, at least 1.
         memory: Number of prompts that are remembered, the last ones seen; at least 1.
 
     Attributes:
@@ -47,6 +47,7 @@ class RunningLevel(nn.Module):
     """
 
     start: Tensor
+    progress: Tensor
     unpaired: Tensor
     rollouts: Tensor
 
@@ -55,6 +56,7 @@ class RunningLevel(nn.Module):
         self.warmup, self.memory = warmup, memory
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)  # NaN: not measured yet
         self.register_buffer("start", unknown)
+        self.register_buffer("progress", torch.zeros_like(unknown))
         self.register_buffer("unpaired", unknown.clone())  # w_p of a prompt that is met late
         self.register_buffer("rollouts", torch.zeros((), dtype=torch.int64))
         self.records: dict[str, list[list[float]]] = {}
@@ -73,14 +75,15 @@ class RunningLevel(nn.Module):
         base, mean, weight = known.unbind(1)
         change = torch.where(weight == 1, mean - base, mean - self.start)
         weight = torch.where(change.isnan(), 0.0, weight)
-        total, sums = weight.sum(0), (weight * change.nan_to_num(nan=0.0)).sum(0)  # [K]
-        progress = sums / torch.where(total > 0, total, 1.0)
+        before = torch.where((weight == 1).any(0), 0.0, 1.0)  # [K], the weight of what there was
+        sums = (weight * change.nan_to_num(nan=0.0)).sum(0) + before * self.progress
+        self.progress = sums / (weight.sum(0) + before)
         # What is met for the first time gets its base now, at the progress that there is.
-        base = torch.where(base.isnan(), mean - progress, base)
+        base = torch.where(base.isnan(), mean - self.progress, base)
         for record, values in zip(self.records.values(), base.tolist(), strict=True):
             record[0] = values
         self._begin(early, base, rewards)
-        return self.start + progress
+        return self.start + self.progress
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what is known of each prompt, which no buffer of a fixed shape holds."""
@@ -119,6 +122,8 @@ class RunningLevel(nn.Module):
         errors = torch.where(counts > 0, std.square() / counts, torch.nan).nanmean(1)
         start = base.nanmean(0)  # [K]
         between = (base - start).square().nanmean(0)
+        several = (~base.isnan()).sum(0) > 1  # or nothing is known of how prompts differ
         unpaired = (2 * errors / between).nan_to_num(nan=0.5).clamp(1e-6, 0.5)
+        unpaired = torch.where(several, unpaired, 1e-6)
         self.start = torch.where(early, start, self.start)
         self.unpaired = torch.where(early, unpaired, self.unpaired)
