@@ -41,7 +41,9 @@ class RunningLevel(nn.Module):
         memory: Number of prompts that are remembered, the last ones seen; at least 1.
 
     Attributes:
-        start: Mean reward at the start, ``[K]``; NaN for an objective that is not known yet.
+        start: Mean reward at the start, ``[K]``, in each reward's own unit; NaN for an objective
+            that is not known yet.
+        progress: Mean change since the start, ``[K]``, in each reward's own unit.
         records: By prompt, in the order of the last visit: ``b_p``, ``m_p`` and ``w_p``, K numbers
             each.
     """
@@ -67,6 +69,9 @@ class RunningLevel(nn.Module):
 
         Args:
             rewards: Rewards of the rollout, of all processes.
+
+        Returns:
+            Float64, in each reward's own unit.
         """
         self.rollouts = self.rollouts + 1
         early = self.start.isnan() | (self.rollouts <= self.warmup)  # [K]
@@ -123,6 +128,7 @@ class RunningLevel(nn.Module):
         start = base.nanmean(0)  # [K]
         between = (base - start).square().nanmean(0)
         several = (~base.isnan()).sum(0) > 1  # or nothing is known of how prompts differ
+        # A pair always counts for more, and weights of nothing could not be divided by.
         unpaired = (2 * errors / between).nan_to_num(nan=0.5).clamp(1e-6, 0.5)
         unpaired = torch.where(several, unpaired, 1e-6)
         self.start = torch.where(early, start, self.start)
