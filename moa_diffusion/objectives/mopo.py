@@ -60,9 +60,9 @@ class Mopo(Weighting):
             Win rates are in [0, 1], and 0.5 means "no worse than the reference model"; a reward may
             be any number.
         units: Unit of the bounds: ``win_rate``, or ``reward`` for bounds on the mean raw reward, of
-            prompts that are compared with themselves (``running_level.py``). There four times the
-            within-group spread (RMS std) of the first rollout that has any stands for a win rate of
-            1, about as steep as a win rate is; before that the multiplier is 0.
+            prompts that are compared with themselves. There four times the within-group spread (RMS
+            std) of the first rollout that has any stands for a win rate of 1, about as steep as a
+            win rate is; before that the multiplier is 0.
         variant: How multipliers follow the levels: ``lagrangian`` or ``barrier``.
         integral: Gain of the integral of the violation, per rollout; at least 0.
         proportional: Gain of the momentary violation, at least 0.
