@@ -24,7 +24,9 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
             "moa_diffusion.comparison.plan",
             "moa_diffusion.comparison.plot",
             "moa_diffusion.comparison.read",
+            "moa_diffusion.comparison.record",
             "moa_diffusion.comparison.results",
+            "moa_diffusion.comparison.versus",
         ),
     ),
     "commands/test_evaluate.py": (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moa_diffusion import config
 from moa_diffusion.comparison.plan import PlannedRun
-from moa_diffusion.comparison.results import check_base
+from moa_diffusion.comparison.read import check_base
 from moa_diffusion.processes.stopping import handled
 from moa_diffusion.storage import checkpoint
 from rewards.progress_bar import progress_bar

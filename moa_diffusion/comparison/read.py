@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy
-from numpy.typing import NDArray
+import torch
 
-from moa_diffusion.statistics.bootstrap import (
-    Array,
-)
-from moa_diffusion.statistics.groups import same_prompt
+from moa_diffusion.statistics.bootstrap import Array, prompt_sums
+from moa_diffusion.statistics.groups import same_prompt, spread_within
 from moa_diffusion.storage.log import read_metrics
 
 Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt, seed
@@ -22,23 +21,20 @@ Sample: TypeAlias = tuple[int, int, str, int]  # prompt's index, sibling, prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """What a finished run left: held-out rewards and metrics."""
+    """What a finished run left, as much of it as tables and plots need."""
 
     method: str
     seed: int
-    folder: Path
+    folder: str
     names: tuple[str, ...]  # length K
     steps: tuple[int, ...]  # E + 1 rollouts finished at the evaluations; the first is 0
-    samples: tuple[Sample, ...]  # length M
-    values: Array  # [E + 1, K, M] raw rewards, NaN: does not apply
+    prompts: tuple[str, ...]  # P held out, each once
+    images: int  # held out, of all prompts together
+    drawn: str  # equal for two runs whose held-out images have the same prompts and seeds
+    spread: tuple[float, ...]  # the start's within a prompt, of K rewards in their own units
+    changes: Array  # [E, K, P] sums over a prompt's images of the change since the start
+    counts: Array  # [E, K, P] images that count: both have the reward
     metrics: Sequence[Mapping[str, Any]]  # a row per rollout, from 1
-
-    def prompts(self) -> NDArray[numpy.int64]:
-        """Return the number of each sample's prompt, ``[M]``.
-
-        A prompt that is held out twice has one number.
-        """
-        return same_prompt([sample[2] for sample in self.samples]).numpy()
 
 
 def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> RunData:
@@ -51,8 +47,8 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
         names: Its K objectives.
 
     Raises:
-        ValueError: If there is no evaluation of the start or none after it, or if two of them
-            drew different samples; the message names the file.
+        ValueError: If there is no evaluation of the start or none after it, if two of them
+            drew different samples, or if gains would have no unit; the message names the file.
     """
     paths = sorted(folder.glob("evaluation/step-*.jsonl"))
     steps = [int(path.stem.removeprefix("step-")) for path in paths]
@@ -61,24 +57,39 @@ def read_run(folder: Path, *, method: str, seed: int, names: Sequence[str]) -> R
             f"`{folder}` should hold evaluations of the start (step 0) and of later steps. "
             f"Found steps {steps}."
         )
-    first, rows = _read_evaluation(paths[0], names)
-    values = [rows]
+    first, start = _read_evaluation(paths[0], names)
+    changes = []
     for path in paths[1:]:
-        samples, rows = _read_evaluation(path, names)
+        samples, values = _read_evaluation(path, names)
         if samples != first:
             raise ValueError(f"`{path}` should hold the samples of `{paths[0]}`. Found others.")
-        values.append(rows)
+        changes.append(values - start)
+    prompts = [sample[2] for sample in first]
+    sums, counts = prompt_sums(numpy.stack(changes), same_prompt(prompts).numpy())
     metrics = read_metrics(folder / "metrics.jsonl")
     return RunData(
         method=method,
         seed=seed,
-        folder=folder,
+        folder=str(folder),
         names=tuple(names),
         steps=tuple(steps),
-        samples=first,
-        values=numpy.stack(values),
+        prompts=tuple(dict.fromkeys(prompts)),
+        images=len(first),
+        drawn=hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16],
+        spread=tuple(_spread(names, first, start)),
+        changes=sums,
+        counts=counts,
         metrics=[row for row in metrics if row["step"] > 0],
     )
+
+
+def check_base(folder: Path, names: Sequence[str]) -> None:
+    """Check the evaluation of the start, as soon as there is one.
+
+    Raises:
+        ValueError: If gains would have no unit.
+    """
+    _spread(names, *_read_evaluation(folder / "evaluation" / "step-000000.jsonl", names))
 
 
 def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ...], Array]:
@@ -91,6 +102,28 @@ def _read_evaluation(path: Path, names: Sequence[str]) -> tuple[tuple[Sample, ..
         raise ValueError(f"`{path}` should have the reward {missing[0]!r}. Found {list(rows[0])}.")
     columns = [[row[f"reward/{name}"] for row in rows] for name in names]
     return samples, numpy.array(columns, dtype=numpy.float64)  # None becomes NaN
+
+
+def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> list[float]:
+    """Return each objective's spread of rewards ``[K, M]`` within a prompt, the unit of gains.
+
+    Raises:
+        ValueError: If there is one image per prompt, or if an objective varies within none.
+    """
+    siblings = torch.tensor([sample[0] for sample in samples])
+    if len(siblings.unique()) == len(siblings):
+        raise ValueError(
+            "Parameter `images_per_prompt` should be at least 2: gains are in units of the "
+            "spread within a prompt. Found 1."
+        )
+    spread: list[float] = spread_within(torch.from_numpy(values), siblings).tolist()
+    for name, unit in zip(names, spread, strict=True):
+        if not unit > 0:
+            raise ValueError(
+                f"Objective `{name}` should vary within a prompt: its spread before training "
+                f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out samples."
+            )
+    return spread
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:

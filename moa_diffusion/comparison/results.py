@@ -12,13 +12,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 
-from moa_diffusion.comparison.read import RunData, Sample, _read_evaluation, training_seconds
+from moa_diffusion.comparison.read import RunData, training_seconds
 from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.report.markdown import markdown
 from moa_diffusion.statistics.bootstrap import (
@@ -27,11 +25,9 @@ from moa_diffusion.statistics.bootstrap import (
     Array,
     Estimate,
     estimate,
-    prompt_sums,
     resample,
     resampled_means,
 )
-from moa_diffusion.statistics.groups import spread_within
 from moa_diffusion.statistics.pareto import hypervolumes
 from moa_diffusion.types import ConfigError
 
@@ -101,67 +97,37 @@ class Comparison:
     images: int  # held out, all prompts together
 
 
-# ---------------------------------------------------------------------- reading
-
-
 # ---------------------------------------------------------------------- statistics
 
 
-def base_units(runs: Sequence[RunData]) -> Array:
+def start_units(runs: Sequence[RunData]) -> Array:
     """Return the start's spread within a prompt, of every objective: ``[K]``.
 
-    As ``eval_gain`` has it (``spread_within``). All runs start from the same model; what noisy
-    rewards make of it is averaged.
+    All runs start from the same model; what noisy rewards make of it is averaged.
 
     Raises:
-        ValueError: If runs drew different samples or one image per prompt, or if an objective does
-            not vary within any prompt.
+        ValueError: If runs drew different samples, or have different objectives.
     """
     first = runs[0]
     for run in runs:
-        if run.samples != first.samples or run.names != first.names:
+        if run.drawn != first.drawn or run.names != first.names:
             raise ValueError(
                 f"`{run.folder}` should have the held-out samples and objectives of "
                 f"`{first.folder}`. Found others."
             )
-    spreads = [_spread(run.names, run.samples, run.values[0]) for run in runs]
-    units: Array = numpy.sqrt(numpy.mean(numpy.square(spreads), axis=0))
+    units: Array = numpy.sqrt(numpy.mean(numpy.square([run.spread for run in runs]), axis=0))
     return units
 
 
-def check_base(folder: Path, names: Sequence[str]) -> None:
-    """Check the evaluation of the start, as soon as there is one.
+def run_points(run: RunData, units: Array, draws: Array) -> Array:
+    """Return a run's gains at each evaluation, on the prompts of each resample: ``[B, E, K]``.
 
-    Raises:
-        ValueError: If gains would have no unit.
+    Args:
+        run: The run, with P held-out prompts.
+        units: The unit of each objective's gains, ``[K]``.
+        draws: How often each prompt is in each resample, ``[B, P]``.
     """
-    _spread(names, *_read_evaluation(folder / "evaluation" / "step-000000.jsonl", names))
-
-
-def _spread(names: Sequence[str], samples: Sequence[Sample], values: Array) -> Array:
-    """Return each objective's spread of rewards ``[K, M]`` within a prompt: ``[K]``."""
-    siblings = torch.tensor([sample[0] for sample in samples])
-    if len(siblings.unique()) == len(siblings):
-        raise ValueError(
-            "Parameter `images_per_prompt` should be at least 2: gains are in units of the "
-            "spread within a prompt. Found 1."
-        )
-    spread: Array = spread_within(torch.from_numpy(values), siblings).numpy()
-    for name, unit in zip(names, spread, strict=True):
-        if not unit > 0:
-            raise ValueError(
-                f"Objective `{name}` should vary within a prompt: its spread before training "
-                f"is the unit of its gain. Found {unit:g} over {len(samples)} held-out samples."
-            )
-    return spread
-
-
-def gains(run: RunData, units: Array) -> Array:
-    """Return the gain of every image over the start's of the same seed: ``[E, K, M]``.
-
-    It is NaN where either has no reward.
-    """
-    return (run.values[1:] - run.values[0]) / units[:, None]
+    return resampled_means(run.changes / units[:, None], run.counts, draws)
 
 
 def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
@@ -180,17 +146,16 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
     """
     if not runs:
         raise ValueError("No run has finished: there is nothing to compare.")
-    units = base_units(runs)
+    units = start_units(runs)
     names = runs[0].names
-    prompts = len(numpy.unique(runs[0].prompts()))
+    prompts = len(runs[0].prompts)
     prompt_draws = resample(prompts, resamples=resamples, seed=seed)
     labels = list(dict.fromkeys(run.method for run in runs))
     methods, summaries = [], []
     for label in labels:
         mine = [run for run in runs if run.method == label]
-        tables = [prompt_sums(gains(run, units), run.prompts()) for run in mine]
-        own = [resampled_means(*table, numpy.ones((1, prompts))) for table in tables]  # [1, E, K]
-        again = [resampled_means(*table, prompt_draws) for table in tables]  # R of [B, E, K]
+        own = [run_points(run, units, numpy.ones((1, prompts))) for run in mine]  # [1, E, K]
+        again = [run_points(run, units, prompt_draws) for run in mine]  # R of [B, E, K]
         own_runs = [
             _summarise_run(run, points[0], float(hypervolumes(points)[0]))
             for run, points in zip(mine, own, strict=True)
@@ -227,7 +192,7 @@ def compare(runs: Sequence[RunData], *, resamples: int = RESAMPLES, seed: int = 
         methods=tuple(methods),
         runs=tuple(summaries),
         prompts=prompts,
-        images=len(runs[0].samples),
+        images=runs[0].images,
     )
 
 
@@ -239,7 +204,7 @@ def _summarise_run(run: RunData, path: Array, hypervolume: float) -> RunSummary:
     return RunSummary(
         method=run.method,
         seed=run.seed,
-        folder=str(run.folder),
+        folder=run.folder,
         rollouts=run.steps[-1],
         minutes=training_seconds(rows) / 60,
         gains=dict(zip(run.names, gains, strict=True)),

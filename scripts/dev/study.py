@@ -1,10 +1,13 @@
 """Run the trainings behind a table of docs/results.md, and write the table.
 
-python scripts/dev/study.py docs/results/losses.yaml --output runs/losses --parallel 2
+python scripts/dev/study.py docs/results/losses.yaml --output runs/losses --parallel 2 \\
+    --records docs/results/losses
 
 The YAML file names sets of rewards (a recipe each, and options), ways to train (options by label),
-options of all runs, and seeds. The same command continues where it stopped; tables are of the runs
-that have finished. Seeds come one after the other, so that a part of the runs is a smaller table.
+options of all runs, and seeds; and, if there is one, the way in question (``subject``) and the one
+whose best the others are to reach (``reference``). The same command continues where it stopped; a
+run whose record is there is not made again, on whatever machine. Tables are of the runs that have
+finished. Seeds come one after the other, so that a part of the runs is a smaller table.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from moa_diffusion import config
-from moa_diffusion.comparison import results
+from moa_diffusion.comparison import results, versus
 from moa_diffusion.comparison.execute import execute
 from moa_diffusion.comparison.plan import PlannedRun, check_unchanged, method_settings
+from moa_diffusion.comparison.plot import plot_comparison
+from moa_diffusion.comparison.record import read_record, write_record
 from moa_diffusion.config.presets import forward_rules
 from moa_diffusion.config.schema import Config
+from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import ConfigError
 
@@ -42,34 +49,40 @@ def main() -> int:
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--parallel", type=int, default=1, help="runs that share the machine")
+    parser.add_argument("--records", type=Path, help="folder of what is kept of finished runs")
     parser.add_argument("--tables", action="store_true", help="train nothing, write tables alone")
     options = parser.parse_args()
-    try:
-        runs = planned(yaml.safe_load(options.study.read_text(encoding="utf-8")), options.output)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    everything = [run for of_seed in zip(*runs.values(), strict=True) for run in of_seed]
+    records: Path = options.records or options.output / "records"
     failures: dict[str, str] = {}
+    status = 0
     try:
+        study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
+        runs = planned(study, options.output)
+        everything = [run for of_seed in zip(*runs.values(), strict=True) for run in of_seed]
         for run in everything:
             check_unchanged(run)
+            if (path := records / f"{run.name}.json").is_file():
+                read_record(path, run)  # or it says what differs
+        waiting = [run for run in everything if not (records / f"{run.name}.json").is_file()]
         if not options.tables:
-            everything.sort(key=lambda run: run.seed)
+            waiting.sort(key=lambda run: run.seed)
             failures = execute(
-                everything, program=[sys.executable, str(SCRIPT)], parallel=options.parallel
+                waiting, program=[sys.executable, str(SCRIPT)], parallel=options.parallel
             )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
-        return 130
+        status = 130
+    for run in waiting:
+        if run.finished():
+            write_record(records / f"{run.name}.json", run, made_with())
     for name, of_set in runs.items():
-        if finished := [run for run in of_set if run.finished()]:
+        if finished := [run for run in of_set if (records / f"{run.name}.json").is_file()]:
             died = {run.name: failures[run.name] for run in of_set if run.name in failures}
-            write_table(name, finished, died, options.output / name)
-    return 1 if failures else 0
+            write_tables(study, name, finished, died, records)
+    return status or (1 if failures else 0)
 
 
 def planned(study: Mapping[str, Any], output: Path) -> dict[str, list[PlannedRun]]:
@@ -119,23 +132,54 @@ def passes(settings: Config) -> int:
     return settings.sampling.steps + decisions * (1 + anchors)
 
 
-def write_table(
-    name: str, runs: list[PlannedRun], failures: Mapping[str, str], folder: Path
+def made_with() -> dict[str, str]:
+    """Return the versions that a run's numbers may depend on, and the kind of processor."""
+    versions = {library: version(library) for library in LIBRARIES}
+    versions["kernels"] = torch.backends.cpu.get_cpu_capability()
+    return versions | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def write_tables(
+    study: Mapping[str, Any],
+    name: str,
+    runs: list[PlannedRun],
+    failures: Mapping[str, str],
+    folder: Path,
 ) -> None:
-    """Write ``table.md`` and ``results.json``, and print the table."""
-    compared = results.compare([run.read() for run in runs])
-    costs = {run.method: passes(run.settings) for run in runs}
+    """Write a set's ``NAME.md``, ``NAME.json`` and ``NAME.png``, and print the tables."""
+    read = [read_record(folder / f"{run.name}.json", run) for run in runs]
+    found = [data for data, _ in read]
+    compared = results.compare(found)
+    settings = {run.method: run.settings for run in runs}
+    costs = {way: passes(one) for way, one in settings.items()}
+    images = {way: one.trainer.groups * one.trainer.group_size for way, one in settings.items()}
     table = results.table(compared, failures)
     forwards = ", ".join(f"{way} {count}" for way, count in costs.items())
     table += f"\nForward passes of the transformer per image: {forwards}.\n"
-    versions = {library: version(library) for library in LIBRARIES}
-    report = results.as_json(compared) | {
-        "forwards_per_image": costs,
-        "versions": versions | {"python": platform.python_version()},
-        "machine": platform.processor() or platform.machine(),
-    }
-    write_text(folder / "table.md", table)
-    write_text(folder / "results.json", json.dumps(report, indent=1) + "\n")
+    report = results.as_json(compared) | {"forwards_per_image": costs}
+    subject, reference = study.get("subject", ""), study.get("reference", "")
+    if {subject, reference} <= settings.keys():
+        differences = {
+            way: versus.paired_worst(found, subject, way, compared.units)
+            for way in settings
+            if way != subject
+        }
+        curves = {
+            value: versus.reached(compared, reference, images=images, volume=value == "hypervolume")
+            for value in ("worst gain", "hypervolume")
+        }
+        table += "\n" + versus.tables(differences, subject, curves, reference)
+        report["differences"] = {
+            way: dataclasses.asdict(value) for way, value in differences.items()
+        }
+        report["reached"] = {
+            value: [dataclasses.asdict(one) for one in rows] for value, rows in curves.items()
+        }
+    with_what = {json.dumps(one, sort_keys=True) for _, one in read}
+    report["made_with"] = [json.loads(one) for one in sorted(with_what)]
+    write_text(folder / f"{name}.md", table)
+    write_text(folder / f"{name}.json", json.dumps(without_nan(report), indent=1) + "\n")
+    plot_comparison(compared, found, folder / f"{name}.png")
     print(f"\n{name}\n\n{table}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 import runpy
 import signal
 import subprocess
@@ -21,18 +22,27 @@ from PIL import Image
 from moa_diffusion import config
 from moa_diffusion.comparison.execute import cause_of_death, execute
 from moa_diffusion.comparison.plan import PlannedRun, method_settings, plan_comparison
-from moa_diffusion.comparison.plot import OUTLIER, mean_path, plot_comparison, window
+from moa_diffusion.comparison.plot import (
+    OUTLIER,
+    mean_path,
+    mean_weights,
+    plot_comparison,
+    window,
+)
 from moa_diffusion.comparison.read import read_run, training_seconds
+from moa_diffusion.comparison.record import read_record, write_record
 from moa_diffusion.comparison.results import (
     Comparison,
     as_json,
-    base_units,
     compare,
     hypervolumes,
     opposed,
     read_pair,
+    start_units,
     table,
 )
+from moa_diffusion.comparison.versus import paired_worst, reached, tables
+from moa_diffusion.statistics.bootstrap import Estimate
 from moa_diffusion.storage.log import read_metrics
 from moa_diffusion.types import ConfigError
 from waiting import HANG, python, running, wait_for
@@ -190,13 +200,13 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
         return read_run(tmp_path / name, method="a", seed=0, names=NAMES)
 
     with pytest.raises(ValueError, match=r"Objective `ocr` should vary within a prompt.*Found 0"):
-        base_units([read("flat")])
+        read("flat")
     with pytest.raises(ValueError, match=r"Objective `ocr` should vary.*Found nan"):
-        base_units([read("nowhere")])
+        read("nowhere")
     with pytest.raises(ValueError, match="`images_per_prompt` should be at least 2"):
-        base_units([read("single")])
+        read("single")
     with pytest.raises(ValueError, match="other` should have the held-out samples"):
-        base_units([read("good"), read("other")])
+        start_units([read("good"), read("other")])
     with pytest.raises(ValueError, match="should have the reward 'no'"):
         read_run(tmp_path / "good", method="a", seed=0, names=["no"])
     with pytest.raises(ValueError, match="No run has finished"):
@@ -276,6 +286,112 @@ def test_the_table_says_who_harms_what_and_who_died(tmp_path: Path) -> None:
     )
     assert "Not in the table: good-1 died: error: out of paint" in said
     json.dumps(as_json(found), allow_nan=False)
+
+
+# ---------------------------------------------------------------------- records, one against all
+
+
+def recorded(
+    folder: Path,
+    name: str,
+    gains: Sequence[Mapping[str, float]],
+    key: str = "seed",
+    value: str = "0",
+) -> PlannedRun:
+    """A finished run of two rewards, with an option."""
+    write_run(folder / name, gains, noise=0.3, missing=[2])
+    only = ["--rewards.jpeg_compressibility", "null", "--rewards.colourfulness", "null"]
+    recipe = str(ROOT / "configs" / "tiny_apex.yaml")
+    settings = config.load(recipe, [*only, f"--{key}", value])
+    return PlannedRun(method="apex", seed=0, folder=folder / name, settings=settings)
+
+
+def test_a_record_gives_the_table_that_the_folder_gives(tmp_path: Path) -> None:
+    gains = [{"ocr": 0.5, "sharpness": 0.25}, {"ocr": 1.0, "sharpness": -0.5}]
+    run = recorded(tmp_path, "apex-0", gains)
+    path = tmp_path / "kept" / "apex-0.json"
+    write_record(path, run, {"torch": "1.2"})
+    found, made_with = read_record(path, run)
+    assert made_with == {"torch": "1.2"}
+    # Sums are kept to five digits.
+    for kept, whole in zip(
+        (once := compare([found])).methods, (twice := compare([run.read()])).methods, strict=True
+    ):
+        for name in twice.names:
+            for part in ("value", "low", "high"):
+                assert getattr(kept.gains[name], part) == pytest.approx(
+                    getattr(whole.gains[name], part), rel=1e-3
+                )
+        assert kept.hypervolume.value == pytest.approx(whole.hypervolume.value, rel=1e-3)
+        assert kept.shares == whole.shares
+        assert kept.minutes == pytest.approx(whole.minutes)
+    assert table(once, {}) == table(twice, {})
+    assert mean_weights([found], "ocr") == mean_weights([run.read()], "ocr")
+    assert str(tmp_path) not in path.read_text()
+    assert path.stat().st_size < 10_000
+
+
+def test_a_record_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = recorded(tmp_path, "apex-0", [{"ocr": 0.5, "sharpness": 0.25}])
+    path = tmp_path / "apex-0.json"
+    write_record(path, run, {})
+    for key, value in (("optimizer.lr", "1e-2"), ("objectives.weighting.floor", "0.1")):
+        changed = recorded(tmp_path / key, "apex-0", [{"ocr": 0.5, "sharpness": 0.25}], key, value)
+        with pytest.raises(ConfigError, match=rf"{key}: should be .* as in .*apex-0.json"):
+            read_record(path, changed)
+
+
+def test_paired_runs_differ_by_what_their_worst_gains_do(tmp_path: Path) -> None:
+    runs = []
+    for method, seeds in {
+        "apex": {1: gain(0.5, 1.0), 2: gain(0.75, 0.25), 3: gain(9, 9)},
+        "static": {2: gain(-0.25, 1.0), 1: gain(1.0, 0.0)},
+    }.items():
+        for seed, end in seeds.items():
+            folder = tmp_path / f"{method}-{seed}"
+            write_run(folder, [end])
+            runs.append(read_run(folder, method=method, seed=seed, names=NAMES))
+    # Seed 1: .5 - 0; seed 2: .25 + .25; the third has no pair. Without noise nothing is unsure.
+    found = paired_worst(runs, "apex", "static", UNITS)
+    assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3)
+    with pytest.raises(ValueError, match="`apex` and `gdpo` should have runs of the same seed"):
+        paired_worst(runs, "apex", "gdpo", UNITS)
+
+
+def test_images_until_the_best_of_another_are_counted(tmp_path: Path) -> None:
+    found = compared(
+        tmp_path,
+        {  # worst gains .2, .1, -1 and 0, .3, .4 and -.1 twice
+            "static": [[gain(0.2, 1.0), gain(0.1, 1.0), gain(-1.0, 2.0)]],
+            "apex": [[gain(0.0, 0.0), gain(0.3, 0.3), gain(0.4, 0.5)]],
+            "mopo": [[gain(-0.1, 1.0), gain(-0.1, 2.0)]],
+        },
+    )
+    images = {"static": 10, "apex": 10, "mopo": 20}
+    worst = {one.method: one for one in reached(found, "static", images=images, volume=False)}
+    assert (worst["static"].best, worst["static"].at, worst["static"].until) == (
+        pytest.approx(0.2),
+        150,
+        150,
+    )
+    assert (worst["apex"].best, worst["apex"].at) == (pytest.approx(0.4), 450)
+    assert worst["apex"].until == 300
+    assert (worst["mopo"].at, worst["mopo"].until) == (300, None)
+    # Volumes so far: static .2 at once, apex .09 and then .2, mopo none.
+    volumes = {one.method: one for one in reached(found, "static", images=images, volume=True)}
+    assert volumes["static"].until == 150
+    assert volumes["apex"].best == pytest.approx(0.2)
+    assert volumes["apex"].until == 450
+    assert volumes["mopo"].until is None
+    differences = {"static": Estimate(value=0.5, low=0.25, high=0.75)}
+    text = tables(differences, "apex", {"worst gain": list(worst.values())}, "static")
+    assert "+0.50 [+0.25, +0.75]" in text
+    assert re.search(r"\| apex +\| +\+0.400 \| +450 \| +300 \|", text)
+    assert re.search(r"\| mopo +\| +-0.100 \| +300 \| +never \|", text)
+    assert "static's best worst gain is +0.200" in text
+
+
+# ---------------------------------------------------------------------- plots
 
 
 def test_an_axis_leaves_outliers_out_and_holds_all_others() -> None:

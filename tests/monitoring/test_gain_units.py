@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch.nn import Parameter
 
 from moa_diffusion.calibration.describe import describe
 from moa_diffusion.comparison.curves import changes
-from moa_diffusion.comparison.read import RunData
-from moa_diffusion.comparison.results import base_units, compare
+from moa_diffusion.comparison.read import RunData, read_run
+from moa_diffusion.comparison.results import compare, start_units
 from moa_diffusion.config.schema import EvaluationConfig
 from moa_diffusion.distributed import LocalComm
 from moa_diffusion.monitoring.heldout import HeldOut
@@ -99,17 +100,27 @@ def evaluate(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def run_data(samples: Sequence[tuple[int, int, str]], values: Sequence[Sequence[float]]) -> RunData:
-    return RunData(
-        method="m",
-        seed=0,
-        folder=Path("run"),
-        names=("red",),
-        steps=tuple(range(len(values))),
-        samples=tuple((*sample, i) for i, sample in enumerate(samples)),
-        values=numpy.array(values)[:, None],
-        metrics=[],
-    )
+def run_data(
+    folder: Path, samples: Sequence[tuple[int, int, str]], values: Sequence[Sequence[float]]
+) -> RunData:
+    (folder / "evaluation").mkdir(parents=True)
+    for step, column in enumerate(values):
+        lines = [
+            json.dumps(
+                {
+                    "group": group,
+                    "sibling": sibling,
+                    "prompt": prompt,
+                    "seed": i,
+                    "reward/red": None if math.isnan(value) else value,
+                }
+            )
+            for i, ((group, sibling, prompt), value) in enumerate(zip(samples, column, strict=True))
+        ]
+        path = folder / "evaluation" / f"step-{step:06d}.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "seconds/total": 1.0}\n', encoding="utf-8")
+    return read_run(folder, method="m", seed=0, names=["red"])
 
 
 def table_of(prompts: Sequence[str], values: Any) -> Table:
@@ -141,7 +152,7 @@ def table_of(prompts: Sequence[str], values: Any) -> Table:
 
 @pytest.mark.parametrize("size", [2, 5])
 @pytest.mark.parametrize("missing", [False, True])
-def test_all_gains_have_the_same_unit(evaluate, size, missing):
+def test_all_gains_have_the_same_unit(evaluate, size, missing, tmp_path):
     noise = 0.8 * torch.rand(3, size, generator=torch.Generator().manual_seed(size))
     if missing:
         noise[1, 1:] = NAN  # a single value: no spread within this prompt
@@ -157,7 +168,7 @@ def test_all_gains_have_the_same_unit(evaluate, size, missing):
     samples = list(zip(groups, [i % size for i in range(3 * size)], texts, strict=True))
     # Noise of float32, in which 0.1 more is rounded by 6e-8: 6e-7 of the gain.
     assert found.metrics["eval_gain/red"] == pytest.approx(0.1 / unit, rel=1e-5)
-    (compared,) = base_units([run_data(samples, [flat, after])])
+    (compared,) = start_units([run_data(tmp_path / "run", samples, [flat, after])])
     (summed,) = base_spread(table_of(texts[::size], noise.view(1, 3, size).tolist()))
     described = describe(noise.flatten().double(), torch.tensor(groups))["std_within"]
     # Float64, as all below, whose sums go in another order.
@@ -203,7 +214,13 @@ def test_a_prompt_held_out_twice_is_one_prompt(evaluate, tmp_path):
     for groups in (once, twice):
         siblings = [groups[:i].count(group) for i, group in enumerate(groups)]
         found = compare(
-            [run_data(list(zip(groups, siblings, texts, strict=True)), [before, after])]
+            [
+                run_data(
+                    tmp_path / f"run-{len(tables)}",
+                    list(zip(groups, siblings, texts, strict=True)),
+                    [before, after],
+                )
+            ]
         )
         (method,) = found.methods
         assert found.prompts == 4
