@@ -47,7 +47,7 @@ from rewards.score_store import ScoreStore
 from waiting import HANG, python
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ['a red sign that says "SHOP"', "a blue star on a white background", "a green square"]
+PROMPTS = ['a red sign that says "BUSH"', "a blue star on a white background", "a green square"]
 SETTINGS = {
     "policy": {"max_sequence_length": 16, "lora": {"rank": 4}},
     "sampling": {"resolution": 32, "steps": 3},

@@ -40,11 +40,14 @@ TRAIN_WORDS = (
     *("STOP", "OPEN", "SALE", "PARK", "LAST", "RUSH", "SHOE", "EXAM", "BEAN", "SEAT"),
     *("TOOL", "HEAL"),
 )
-HELD_OUT_WORDS = ("HAT", "BUT", "SET", "MAP", "SHOP", "SEAL", "PAST", "OPAL")
+HELD_OUT_WORDS = (
+    *("HAT", "BUT", "SET", "MAP", "MAT"),
+    *("SHOP", "SEAL", "PAST", "OPAL", "BUSH"),
+)
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
-# The held-out words whose spelling varies from one image to the next: where all siblings
-# score alike there is nothing to learn from.
-ALIGNMENT_WORDS = ("SET", "PAST", "SHOP", "HAT")
+# The held-out words whose spelling varies from one image to the next, and is sometimes right: where
+# all siblings score alike there is nothing to learn from. HAT becomes HOT, and SHOP becomes SHOE.
+ALIGNMENT_WORDS = ("SET", "PAST", "BUSH", "MAT")
 
 
 def _with_article(noun: str) -> str:
