@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import study
 import yaml
+from written_runs import write_run
 
-from moa_diffusion import assembly
+from moa_diffusion import assembly, config
 from moa_diffusion.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -81,3 +84,55 @@ def test_a_run_that_cannot_be_made_is_told_before_the_first(tmp_path: Path) -> N
     values["ways"]["wrong"] = {"loss.kl_wieght": 1}
     with pytest.raises(ConfigError, match=r"loss\.kl_wieght"):
         study.planned(values, tmp_path)
+
+
+SMALL = """
+recipes: {two: RECIPE}
+sets: {two: {rewards.jpeg_compressibility: null, rewards.colourfulness: null}}
+seeds: [1, 2]
+common: {trainer.steps: 15}
+subject: apex
+reference: static
+ways:
+  apex: {}
+  static: {method: static}
+"""
+
+
+def test_records_stand_for_the_folders_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished runs are recorded; then tables are made, and runs skipped, without the folders."""
+    path, runs, kept = tmp_path / "small.yaml", tmp_path / "runs", tmp_path / "kept"
+    text = SMALL.replace("RECIPE", str(ROOT / "configs" / "tiny_apex.yaml"))
+    path.write_text(text, encoding="utf-8")
+    for run in study.planned(yaml.safe_load(text), runs)["two"]:
+        worst = 0.5 if run.method == "apex" else -0.25
+        if (run.method, run.seed) != ("static", 2):  # one that has not finished
+            write_run(run.folder, [{"ocr": worst, "sharpness": 1.0}], seed=run.seed)
+            # What training writes into the folder, so that the study knows its own runs.
+            (run.folder / "config.yaml").write_text(config.to_yaml(run.settings))
+
+    def call(*options: str) -> int:
+        words = ["study.py", str(path), "--output", str(runs), "--records", str(kept), *options]
+        monkeypatch.setattr("sys.argv", words)
+        return study.main()
+
+    assert call("--tables") == 0
+    names = {"two-apex-1", "two-apex-2", "two-static-1", "two"}
+    assert {file.stem for file in kept.glob("*.json")} == names
+    first = (kept / "two.md").read_text()
+    assert "+0.75 [+0.75, +0.75]" in first  # apex less static, of seed 1
+    assert "static's best worst gain is -0.250" in first
+    assert json.loads((kept / "two.json").read_text())["made_with"][0]["torch"]
+    assert (kept / "two.png").stat().st_size > 10_000
+
+    shutil.rmtree(runs)
+    capsys.readouterr()
+    assert call("--tables") == 0
+    assert (kept / "two.md").read_text() == first
+    assert not runs.exists()
+
+    path.write_text(text.replace("steps: 15", "steps: 30"))
+    assert call("--tables") == 2
+    assert "trainer.steps: should be 15, as in" in capsys.readouterr().err
