@@ -154,9 +154,16 @@ def write_tables(
     costs = {way: passes(one) for way, one in settings.items()}
     images = {way: one.trainer.groups * one.trainer.group_size for way, one in settings.items()}
     table = results.table(compared, failures)
+    seconds = {
+        one.method: 60 * one.minutes / (one.rollouts * images[one.method])
+        for one in compared.methods
+    }
     forwards = ", ".join(f"{way} {count}" for way, count in costs.items())
+    times = ", ".join(f"{way} {seconds[way]:.3f}" for way in costs)
     table += f"\nForward passes of the transformer per image: {forwards}.\n"
+    table += f"\nSeconds of training per image, without evaluations: {times}.\n"
     report = results.as_json(compared) | {"forwards_per_image": costs}
+    report |= {"seconds_per_image": seconds}
     subject, reference = study.get("subject", ""), study.get("reference", "")
     if {subject, reference} <= settings.keys():
         differences = {
