@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -137,23 +138,12 @@ class Trainer:
         local = shard(len(references), size, self.comm)[self.comm.rank]
         self.expect([references[i] for i in local or [0]])
 
-        def by_step(batch: Sequence[Request]) -> list[tuple[int, list[Request]]]:
-            groups = groupby(batch, lambda request: steps[request.sibling])
-            return [(step, list(part)) for step, part in groups]
-
         batches = [references[start : start + size] for start in range(0, len(references), size)]
-        most = max(len(by_step(batch)) for batch in batches) if self.policy.lockstep else 0
-
-        def draw(batch: Sequence[Request]) -> Outputs:
-            parts = [self.policy.sample(part, step=step) for step, part in by_step(batch)]
-            for _ in range(most - len(parts)):  # another process may draw so many; dropped here
-                self.policy.sample(batch[:1], step=steps[0])
-            return concatenate(parts).outputs
-
+        most = max(len(_by_step(batch, steps)) for batch in batches) if self.policy.lockstep else 0
         with self.progress.timed("reference"), self.policy.reference():
             scored = self.scorer.draw_and_score(
                 references,
-                draw,
+                partial(self._draw_by_step, steps=steps, most=most),
                 batch=size,
                 title="reference",
                 before_batch=self.progress.leave_if_stopped,
@@ -393,12 +383,27 @@ class Trainer:
         start = float(torch.rand((), generator=draws, dtype=torch.float64))
         return [int((m + start) * self.rollouts / count) for m in range(count)]
 
+    def _draw_by_step(
+        self, batch: Sequence[Request], *, steps: Sequence[int], most: int
+    ) -> Outputs:
+        """Draw each sibling as the rollout ``steps[sibling]`` would, in at least ``most`` calls."""
+        parts = [self.policy.sample(part, step=step) for step, part in _by_step(batch, steps)]
+        for _ in range(most - len(parts)):  # another process may draw so many; dropped here
+            self.policy.sample(batch[:1], step=steps[0])
+        return concatenate(parts).outputs
+
     def _report_silence(self, rewards: RewardMatrix) -> None:
         """Say so if a reward applies to nothing at the start: a wrong prompt set, perhaps."""
         if self.progress.completed == 0:
             for name, row in zip(rewards.names, rewards.values, strict=True):
                 if row.isnan().all():
                     logger.warning("Reward %s applies to no sample of the first rollout.", name)
+
+
+def _by_step(batch: Sequence[Request], steps: Sequence[int]) -> list[tuple[int, list[Request]]]:
+    """Cut a batch where the rollout changes that its siblings are drawn as."""
+    groups = groupby(batch, lambda request: steps[request.sibling])
+    return [(step, list(part)) for step, part in groups]
 
 
 @contextmanager
