@@ -23,6 +23,7 @@ from moa_diffusion.distributed import Comm, LocalComm
 from moa_diffusion.monitoring.progress import Progress
 from moa_diffusion.objectives.base import Weighting
 from moa_diffusion.objectives.normalize import DualStage
+from moa_diffusion.policies.sd3.renoised import RenoisedImages
 from moa_diffusion.policies.toy import ToyPolicy
 from moa_diffusion.training.critic import Credit
 from moa_diffusion.training.ema import EMA
@@ -49,9 +50,10 @@ def pipeline() -> Any:
     )
 
 
-FORWARD = {  # images that are noised again, with pulls to copies
+FORWARD = {  # images that are noised again, with pulls to copies or without
     "nft": {"preset": "nft", "draws": 3},
     "awm": {"preset": "awm", "draws": 3, "old": {"weight": 0.5}},
+    "ram": {"preset": "ram", "draws": 3},
 }
 
 
@@ -77,6 +79,10 @@ def policy(request: pytest.FixtureRequest, pipeline: Any) -> Any:
         for parameter in made.trainable().values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=source))
     return made
+
+
+def is_forward(policy: Any) -> bool:
+    return isinstance(getattr(policy, "_decisions", None), RenoisedImages)
 
 
 def steps_of(
@@ -114,7 +120,7 @@ def steps_of(
             max_micro_batch=micro,
         ),
         settings=LossConfig(
-            kind="forward" if policy.copies else "grpo",
+            kind="forward" if is_forward(policy) else "grpo",
             clip_range=0.05,
             kl_weight=kl_weight,
             norm_weight=norm_weight,
@@ -165,6 +171,8 @@ def values(policy: Any) -> torch.Tensor:
     [
         *product(["toy", "sd3"], [0.0, 0.5], [2, 8]),
         ("nft", 0.5, 2),
+        ("awm", 0.0, 8),
+        ("ram", 0.5, 2),
     ],
     indirect=["policy"],
 )
@@ -378,6 +386,7 @@ class ThreadComm(LocalComm):
         ("sd3", "probe", 0.0),  # it takes the gradients of the objectives alone
         ("nft", "fused", 0.5),
         ("awm", "plain", 0.0),
+        ("ram", "fused", 0.5),
     ],
     indirect=["policy"],
 )
@@ -401,7 +410,7 @@ def test_any_number_of_processes_ends_in_the_same_bits(
         return values(mine)
 
     expected = improved(0, LocalComm())
-    for world_size in (2,) if policy.copies else (2, 4):  # those passes are dear
+    for world_size in (2,) if is_forward(policy) else (2, 4):  # those passes are dear
         posted: list[Any] = [None] * world_size
         barrier = threading.Barrier(world_size)
         comms = [ThreadComm(rank, posted, barrier) for rank in range(world_size)]
