@@ -94,6 +94,7 @@ def test_a_prompt_that_is_met_late_joins_at_the_progress_of_the_others() -> None
     running(rollout({"p": [0.0], "q": [10.0]}, noise=0.1))
     running(rollout({"p": [1.0], "q": [11.0]}))
     level = running(rollout({"p": [1.0], "late": [500.0]}))
+    # The late prompt counts for what its noise of 0.1 is beside prompts 10 apart: next to nothing.
     assert float(level - running.start) == pytest.approx(1, abs=0.1)
     level = running(rollout({"late": [501.0], "p": [2.0]}))
     # q has stayed at 1; p and the late one have gained 1 more.

@@ -14,6 +14,7 @@ CLIP = "package://moa_diffusion/tiny/judges/clip"
 
 @pytest.mark.slow
 def test_published_models_have_their_published_sizes() -> None:
+    # Sizes are published to three digits.
     deqa = judge(create_head("deqa"))
     assert deqa.weights == pytest.approx(16.4e9, rel=0.01)
     assert (deqa.dtype, deqa.note) == ("float16", "")
@@ -36,6 +37,7 @@ def test_half_precision_takes_half() -> None:
     single, half = (
         judge(create_head("clipscore", model=CLIP, dtype=d)) for d in ("float32", "bfloat16")
     )
+    # But for tables of whole numbers, which stay as they are.
     assert half.weights == pytest.approx(single.weights / 2, rel=0.01)
     assert half.model != single.model
 
@@ -46,6 +48,7 @@ def test_what_is_not_counted_is_said() -> None:
     assert "time and working memory are not" in judge(create_head("qrealign")).note
     assert judge(create_head("qrealign")).partial
     assert not judge(create_head("clipscore", model=CLIP)).partial
+    # Sizes as published, to two digits here and three below.
     assert judge(create_head("qrealign")).weights == pytest.approx(2.2e9, rel=0.05)
     for name, size in {
         "hpsv2": 3.94e9,

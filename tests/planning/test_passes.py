@@ -97,6 +97,7 @@ def test_a_real_pass_saves_as_much(tiny_cost: TransformerCost) -> None:
         log_probs = policy.log_probs(rollout, slice(0, 1)).log_probs
     known = {tensor.untyped_storage().data_ptr() for tensor in policy.transformer.parameters()}
     saved = sum(size for pointer, size in kept.items() if pointer not in known)
+    # The planner is to be within a tenth for saved activations.
     assert cost.saved.at(3) == pytest.approx(saved, rel=0.1)
     assert log_probs.requires_grad
 
@@ -134,6 +135,7 @@ def test_no_square_matrix_of_attention_is_counted() -> None:
 def test_medium_is_as_was_counted_on_the_whole_model() -> None:
     cost = transformer_cost(MEDIUM, PolicyConfig(dtype="float16", lora=RANK_32), resolution=512)
     assert (cost.trained, cost.adapted) == (18_776_064, 191)
+    # The planner is to be within a fiftieth for operations, and a tenth for memory.
     assert cost.frozen_bytes == pytest.approx(4.94e9, rel=0.01)
     assert cost.forward_flops == pytest.approx(2.25e12, rel=0.02)
     without = cost.training_flops - flash_again(MEDIUM, 512)
@@ -164,6 +166,7 @@ def test_large_is_as_was_counted_on_the_whole_model(
 @pytest.mark.parametrize(("resolution", "flops"), [(512, 2.51e12), (1024, 10.5e12)])
 def test_decoding_is_as_was_counted(resolution: int, flops: float) -> None:
     cost = decoder_cost(MEDIUM, "float32", resolution)
+    # As above.
     assert cost.flops == pytest.approx(flops, rel=0.02)
     assert cost.weights == pytest.approx(0.335e9, rel=0.01)
 
@@ -177,6 +180,7 @@ def test_encoders_are_as_large_as_published() -> None:
         pipeline.text_encoder_3,
     )
     parameters = sum(p.nbytes for part in parts for p in part.parameters())
+    # Buffers, such as positions, are no parameters.
     assert cost.weights == pytest.approx(parameters, rel=0.01)
     assert cost.flops > 0
 

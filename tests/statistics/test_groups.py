@@ -42,6 +42,7 @@ def test_the_spread_does_not_depend_on_the_size_of_the_groups(size):
     values = 3 * torch.randn(1, count * size, generator=generator).double()
     values += 10 * torch.randn(1, count, generator=generator).repeat_interleave(size, 1)
     spread = spread_within(values, torch.arange(count).repeat_interleave(size))
+    # At least 10,000 degrees of freedom: a deviation of 0.7 % at most.
     assert float(spread) == pytest.approx(3.0, rel=0.05)
 
 

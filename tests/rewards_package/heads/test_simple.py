@@ -47,6 +47,7 @@ def test_jpeg_compressibility_is_minus_the_file_size():
         Image.fromarray(array).save(file, "JPEG", quality=95)
         expected.append(-len(file.getvalue()) / 1000)
     rewards = create("jpeg_compressibility")(batch(arrays))
+    # A whole number of bytes over 1,000, in float32: half an eps, 6e-8.
     np.testing.assert_allclose(rewards, expected, rtol=1e-6)
     assert (create("jpeg_compressibility", quality=50)(batch(arrays)) > rewards).all()
     with pytest.raises(ValueError, match="quality = 0"):
@@ -61,6 +62,7 @@ def test_colourfulness_is_the_published_formula():
         rg, yb = r - g, (r + g) / 2 - b
         spread = np.sqrt(np.std(rg) ** 2 + np.std(yb) ** 2)
         expected.append(spread + 0.3 * np.sqrt(np.mean(rg) ** 2 + np.mean(yb) ** 2))
+    # Computed in float64, and kept in float32: half an eps, 6e-8.
     np.testing.assert_allclose(create("colourfulness")(batch(arrays)), expected, rtol=1e-6)
 
 
@@ -83,6 +85,7 @@ def test_sharpness_is_the_variance_of_the_laplacian():
             for j in range(1, width - 1)
         ]
         expected.append(np.var(values))
+    # Likewise.
     np.testing.assert_allclose(create("sharpness")(batch(arrays)), expected, rtol=1e-6)
 
 
@@ -91,7 +94,9 @@ def test_sharpness_falls_with_blur_and_needs_an_inner_pixel():
     soft = np.asarray(Image.fromarray(sharp).resize((8, 6)).resize((32, 24)))
     a, b, c = create("sharpness")(batch([sharp, soft, np.full_like(sharp, 200)])).tolist()
     assert a > b > c
-    assert c == pytest.approx(0.0, abs=1e-9)
+    assert c == pytest.approx(
+        0.0, abs=1e-9
+    )  # float64, of squares of rounding: (200 eps)^2 and less
     with pytest.raises(RewardError, match="3 x 3"):
         create("sharpness")(batch([noisy_ramp(0, 2, 5)]))
 
@@ -245,6 +250,7 @@ def test_the_arrangement_of_pixels_is_not_seen():
     array = noisy_ramp(3)
     shuffled = np.random.default_rng(0).permutation(array.reshape(-1, 3)).reshape(array.shape)
     prompt = "a red and brown leaf"
+    # A mean of 768 shares in float32, in another order: 100 eps at most.
     assert colour(shuffled, prompt) == pytest.approx(colour(array, prompt), rel=1e-5)
 
 
