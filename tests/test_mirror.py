@@ -17,18 +17,6 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         "measuring and plotting take a model: one run of the command shows both",
         ("moa_diffusion.calibration.measure", "moa_diffusion.calibration.plot"),
     ),
-    "commands/test_compare.py": (
-        "a comparison's steps take finished runs: made once, for all of them",
-        (
-            "moa_diffusion.comparison.execute",
-            "moa_diffusion.comparison.plan",
-            "moa_diffusion.comparison.plot",
-            "moa_diffusion.comparison.read",
-            "moa_diffusion.comparison.record",
-            "moa_diffusion.comparison.results",
-            "moa_diffusion.comparison.versus",
-        ),
-    ),
     "commands/test_evaluate.py": (
         "an evaluation's steps take trained runs: made once, for all of them",
         (

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy
 
+from moa_diffusion.comparison.read import read_run
+from moa_diffusion.comparison.results import Comparison, compare
+
+NAMES = ("ocr", "colour")
 UNITS = {"ocr": 0.1, "colour": 20.0}  # the base model's spread within a prompt, by construction
 
 
@@ -68,3 +72,22 @@ def write_run(
             row[f"weight/{name}"] = [0.6, 0.4, 0.0, 0.0][k]
         rows.append(row)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compared(
+    tmp_path: Path,
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    **options: Any,
+) -> Comparison:
+    """Write and compare runs: by method, for each seed the gains at its evaluations."""
+    found = []
+    for method, seeds in runs.items():
+        for seed, gains in enumerate(seeds):
+            folder = tmp_path / f"{method}-{seed}"
+            write_run(folder, gains, **options)
+            found.append(read_run(folder, method=method, seed=seed, names=list(gains[0])))
+    return compare(found, resamples=500)
+
+
+def gain(ocr: float, colour: float) -> dict[str, float]:
+    return {"ocr": ocr, "colour": colour}
