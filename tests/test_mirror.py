@@ -162,7 +162,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "training/test_update.py": (
         "an update takes a stepper, its steps and its minibatches",
-        ("moa_diffusion.training.fused", "moa_diffusion.training.geometry"),
+        ("moa_diffusion.training.fused",),
     ),
 }
 UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.py"}

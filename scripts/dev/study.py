@@ -69,7 +69,7 @@ def main() -> int:
             failures = execute(
                 waiting, program=[sys.executable, str(SCRIPT)], parallel=options.parallel
             )
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:  # the second: a reward that does not vary
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
