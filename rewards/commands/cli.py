@@ -212,8 +212,19 @@ def serve(
     heads: dict[str, RewardHead] = {}
     services: dict[str, server.Service] = {}
     listener = server.listen(host, port)  # a port that is taken is told before minutes of loading
+    asked: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    def leave_if_asked(_: object) -> None:
+        """Leave though the exception was lost: Python ignores those of callbacks, as of imports."""
+        if asked:
+            raise KeyboardInterrupt
+
     # Both signals end it in the same way, whether it loads or serves.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number, (name, options) in enumerate(wanted.items(), start=1):
             print(f"[{number}/{len(wanted)}] loading {name} ...", flush=True)
@@ -228,11 +239,12 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         print(f"Serving {', '.join(services)} at {address} (Ctrl-C ends it)", flush=True)
-        server.run(services, listener, token=token, limits=limits)
+        server.run(services, listener, token=token, limits=limits, started=leave_if_asked)
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         listener.close()
         for name, head in heads.items():
             if name in services:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from rewards.commands.check_head import PROMPT, prepare, try_head
 from rewards.commands.head_cards import CARDS
 from rewards.commands.head_options import about
 from rewards.commands.score_folder import ScoreTable, match
-from rewards.serving.server import listen
+from rewards.serving.server import Limits, listen
 from waiting import HANG, python
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "heads.py"
@@ -468,6 +470,24 @@ def test_serve_in_a_process_of_its_own() -> None:
             process.kill()
     assert lines[0] == "[1/2] loading sharpness ...\n"
     assert re.fullmatch(r"\[1/2\] sharpness: \d+\.\d s, digest \w{12}\n", lines[1])
+
+
+def test_a_signal_whose_exception_is_lost_ends_the_server_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a callback of an import, whose exceptions Python ignores."""
+
+    def prepared(*given: Any) -> Any:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return prepare(*given)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "prepare", prepared)
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it serves"))
+    cli.serve({"sharpness": {}}, host="127.0.0.1", port=0, token="", limits=Limits())
+    assert capsys.readouterr().out.endswith("Stopped.\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_head_that_cannot_load_stops_the_server(run: Run) -> None:
