@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import study
 import yaml
 
 from moa_diffusion import assembly, config
@@ -156,7 +157,9 @@ def check_script(script: str, words: Sequence[str], parsed: Callable[..., Parsed
     """Whether a script takes these words; what they name may be made later."""
     # A run's own configuration, for which the recipe of that name stands here.
     words = [re.sub(r"^runs/(\w+)/config\.yaml$", r"configs/\1.yaml", word) for word in words]
-    if script.startswith("scripts/dev/") or script == "scripts/demo.py":
+    if script == "scripts/dev/study.py":
+        assert (ROOT / study.command_line().parse_args(words).study).is_file()
+    elif script.startswith("scripts/dev/") or script == "scripts/demo.py":
         assert not words
     elif script in ("scripts/train_sd.py", "scripts/train_lm.py"):
         if not {"...", "--print_config", "--dry_run"} & set(words):

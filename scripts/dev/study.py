@@ -41,8 +41,8 @@ SCRIPT = Path(__file__).parents[1] / "train_sd.py"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
-def main() -> int:
-    """Train, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
+def command_line() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +51,12 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=1, help="runs that share the machine")
     parser.add_argument("--records", type=Path, help="folder of what is kept of finished runs")
     parser.add_argument("--tables", action="store_true", help="train nothing, write tables alone")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Train, write, print; 0, 1 if a run died, 2 for bad input, 130 if it was stopped."""
+    options = command_line().parse_args()
     records: Path = options.records or options.output / "records"
     failures: dict[str, str] = {}
     status = 0
