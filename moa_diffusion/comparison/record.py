@@ -54,9 +54,9 @@ def read_record(path: Path, run: PlannedRun) -> tuple[RunData, Mapping[str, str]
     """Return what a run left that a record was written of, and what it was made with.
 
     Raises:
-        ConfigError: If the record is of another run than the planned one.
+        ConfigError: If the file is no record, or one of another run than the planned one.
     """
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data = _parsed(path)
     was, now = data.pop("settings"), chosen(run.settings)
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
@@ -71,6 +71,23 @@ def read_record(path: Path, run: PlannedRun) -> tuple[RunData, Mapping[str, str]
     data |= {key: numpy.array(data[key], dtype=float) for key in ("changes", "counts")}
     data |= {key: tuple(data[key]) for key in ("names", "steps", "prompts", "spread")}
     return RunData(**data, metrics=known), made_with
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """Return what a record holds, by key.
+
+    Raises:
+        ConfigError: If the file is no record, such as one that git could not merge.
+    """
+    keys = {field.name for field in dataclasses.fields(RunData)} | {"settings", "made_with"}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`{path}` should be a run's record, in JSON. Found {error}.") from None
+    if not isinstance(data, dict) or data.keys() != keys:
+        found = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise ConfigError(f"`{path}` should be a run's record, of {sorted(keys)}. Found {found}.")
+    return data
 
 
 def chosen(settings: Config) -> dict[str, Any]:

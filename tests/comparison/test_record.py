@@ -71,3 +71,12 @@ def test_a_record_of_another_run_is_refused(tmp_path: Path) -> None:
         changed = recorded(tmp_path / key, "apex-0", [{"ocr": 0.5, "sharpness": 0.25}], key, value)
         with pytest.raises(ConfigError, match=rf"{key}: should be .* as in .*apex-0.json"):
             read_record(path, changed)
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\n{}", "{}", "[]"])
+def test_a_file_that_is_no_record_is_named(text: str, tmp_path: Path) -> None:
+    run = recorded(tmp_path, "apex-0", [{"ocr": 0.5, "sharpness": 0.25}])
+    path = tmp_path / "apex-0.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"apex-0.json` should be a run's record"):
+        read_record(path, run)
