@@ -16,21 +16,30 @@ from moa_diffusion.statistics.pareto import hypervolumes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """The difference of two methods' worst gains, over pairs of runs."""
+
+    seeds: tuple[int, ...]  # of the pairs
+    difference: Estimate  # NaN without a pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reached:
     """When a method's mean over runs reaches the best of a reference method's."""
 
     method: str
-    best: float  # of its own mean, over its evaluations
-    at: int  # images that it had then trained on
-    until: int | None  # images until it reaches the reference's best; None: never
+    best: float  # of its own mean, over its evaluations; NaN: it is known at none
+    at: int | None  # images that it had then trained on
+    until: int | None  # images until it reaches the reference's best; None: never, or no target
 
 
 def paired_worst(
     runs: Sequence[RunData], subject: str, other: str, units: Mapping[str, float], *, seed: int = 0
-) -> Estimate:
+) -> Paired:
     """Return the worst gain of a method less that of another one, with its bootstrap interval.
 
-    Runs of the same seed are paired, and resampled together; so are prompts.
+    Runs of the same seed are paired, and resampled together; so are prompts. Without such runs
+    the difference is not known.
 
     Args:
         runs: Finished runs of both, and of others.
@@ -38,9 +47,6 @@ def paired_worst(
         other: The method that it is compared with.
         units: Unit of each objective's gains, by name.
         seed: The seed of the bootstrap.
-
-    Raises:
-        ValueError: If no seed has runs of both.
     """
     by_seed = {
         method: {run.seed: run for run in runs if run.method == method}
@@ -48,9 +54,7 @@ def paired_worst(
     }
     seeds = sorted(by_seed[subject].keys() & by_seed[other].keys())
     if not seeds:
-        raise ValueError(
-            f"`{subject}` and `{other}` should have runs of the same seed. Found none."
-        )
+        return Paired(seeds=(), difference=Estimate(value=math.nan, low=math.nan, high=math.nan))
     scale = numpy.array(list(units.values()))
     prompts = len(runs[0].prompts)
     draws = resample(prompts, resamples=RESAMPLES, seed=seed)
@@ -61,7 +65,8 @@ def paired_worst(
 
     own = worst(subject, ones := numpy.ones((1, prompts)))[:, 0] - worst(other, ones)[:, 0]
     again = worst(subject, draws) - worst(other, draws)  # [R, B]
-    return estimate(own, again, resample(len(seeds), resamples=RESAMPLES, seed=seed + 1))
+    seed_draws = resample(len(seeds), resamples=RESAMPLES, seed=seed + 1)
+    return Paired(seeds=tuple(seeds), difference=estimate(own, again, seed_draws))
 
 
 def reached(
@@ -74,7 +79,7 @@ def reached(
         reference: The method whose best value is the target.
         images: Images per rollout, by method.
         volume: Whether the value is the hypervolume of the evaluations so far, or, if not, the
-            worst gain.
+            worst gain. A best hypervolume of 0 is no target: every method has it at once.
     """
     curves = {
         method.method: _mean_curve(
@@ -82,26 +87,30 @@ def reached(
         )
         for method in comparison.methods
     }
-    target = max(curves[reference].values())
-    found = []
-    for method, curve in curves.items():
-        best = max(curve.values())
-        until = [step for step, value in curve.items() if value >= target]
-        at = next(step for step, value in curve.items() if value == best)
-        found.append(
-            Reached(
-                method=method,
-                best=best,
-                at=at * images[method],
-                until=min(until) * images[method] if until else None,
-            )
+    target = max(curves[reference].values(), default=math.nan)
+    none = volume and target == 0
+    return [
+        Reached(
+            method=method,
+            best=(best := max(curve.values(), default=math.nan)),
+            at=_first(curve, best, images[method]),
+            until=None if none else _first(curve, target, images[method]),
         )
-    return found
+        for method, curve in curves.items()
+    ]
+
+
+def _first(curve: Mapping[int, float], target: float, images: int) -> int | None:
+    """Return the images until a curve by rollouts first is at least the target; None: never."""
+    steps = [step for step, value in curve.items() if value >= target]
+    return min(steps) * images if steps else None
 
 
 def _mean_curve(runs: Sequence[RunSummary], *, volume: bool) -> dict[int, float]:
-    """Return the mean over runs by rollouts, at evaluations that all of them have."""
+    """Return the mean over runs by rollouts, at evaluations at which it is known of all."""
     steps = sorted(set.intersection(*(set(run.path) for run in runs)))
+    if not steps:
+        return {}
     values = []
     for run in runs:
         points = numpy.array([list(run.path[step].values()) for step in steps])  # [E, K]
@@ -111,43 +120,53 @@ def _mean_curve(runs: Sequence[RunSummary], *, volume: bool) -> dict[int, float]
             )
         else:
             values.append(points.min(1).tolist())
-    return dict(zip(steps, numpy.mean(values, axis=0).tolist(), strict=True))
+    means = zip(steps, numpy.mean(values, axis=0).tolist(), strict=True)
+    return {step: value for step, value in means if not math.isnan(value)}
 
 
-def tables(
-    differences: Mapping[str, Estimate],
-    subject: str,
-    curves: Mapping[str, Sequence[Reached]],
-    reference: str,
-) -> str:
-    """Return both as Markdown, each with a sentence on how to read it.
+def paired_table(pairs: Mapping[str, Paired], subject: str) -> str:
+    """Return the differences to other methods as Markdown, with a note on how to read it.
 
     Args:
-        differences: The subject's worst gain less that of each other method.
+        pairs: The subject's worst gain less that of each other method, by method.
         subject: The method in question.
-        curves: When methods reach the reference's best, by the name of the value.
-        reference: The method whose best is the target.
     """
-    rows = [["method", f"worst gain of {subject} less its own"]]
-    rows += [[method, value.text("+.2f")] for method, value in differences.items()]
-    parts = [
-        markdown(rows),
-        "Runs of the same seed are paired; the intervals are over seeds and prompts.",
+    rows = [["method", f"worst gain of {subject} less its own", "pairs"]]
+    rows += [
+        [method, one.difference.text("+.2f"), str(len(one.seeds))] for method, one in pairs.items()
     ]
-    for name, found in curves.items():
-        target = next(one.best for one in found if one.method == reference)
-        head = ["method", f"best {name}", "at images", f"images until {reference}'s best"]
-        rows = [
-            [
-                one.method,
-                f"{one.best:+.3f}",
-                str(one.at),
-                "never" if one.until is None else str(one.until),
-            ]
-            for one in sorted(found, key=lambda one: math.inf if one.until is None else one.until)
+    note = (
+        f"Above 0, {subject} is better. Runs of the same seed are paired; the intervals are over "
+        "seeds and prompts, and with one pair over prompts alone."
+    )
+    return markdown(rows) + f"\n\n{note}\n"
+
+
+def reached_table(found: Sequence[Reached], reference: str, name: str) -> str:
+    """Return when methods reach the reference's best as Markdown, with a note on how to read it.
+
+    Args:
+        found: A row per method.
+        reference: The method whose best is the target.
+        name: The name of the value.
+    """
+    target = next(one.best for one in found if one.method == reference)
+    none = all(one.until is None for one in found)  # the reference itself reaches a target
+    rows = [["method", f"best {name}", "at images", f"images until {reference}'s best"]]
+    rows += [
+        [
+            one.method,
+            "-" if one.at is None else f"{one.best:+.3f}",
+            "-" if one.at is None else str(one.at),
+            "-" if none else "never" if one.until is None else str(one.until),
         ]
-        note = f"Means over runs at each evaluation; {reference}'s best {name} is {target:+.3f}."
-        if name == "hypervolume" and target == 0:
-            note += " It never has all objectives above the start, which any value equals."
-        parts += [markdown([head, *rows]), note]
-    return "\n\n".join(parts) + "\n"
+        for one in sorted(found, key=lambda one: math.inf if one.until is None else one.until)
+    ]
+    note = "Means over runs at each evaluation"
+    if not none:
+        note += f"; {reference}'s best {name} is {target:+.3f}."
+    elif math.isnan(target):
+        note += f". The {name} of {reference} is not known, so there is nothing to reach."
+    else:
+        note += f". {reference} never has all above the start, so there is nothing to reach."
+    return markdown(rows) + f"\n\n{note}\n"

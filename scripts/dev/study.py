@@ -7,7 +7,9 @@ The YAML file names sets of rewards (a recipe each, and options), ways to train 
 options of all runs, and seeds; and, if there is one, the way in question (``subject``) and the one
 whose best the others are to reach (``reference``). The same command continues where it stopped; a
 run whose record is there is not made again, on whatever machine. Tables are of the runs that have
-finished. Seeds come one after the other, so that a part of the runs is a smaller table.
+finished. A record names the versions of libraries and the commit that its run finished with; of a
+run that had finished before it was recorded, the versions are those of the recording, and no commit
+is named. Seeds come one after the other, so that a part of the runs is a smaller table.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +41,7 @@ from moa_diffusion.config.schema import Config
 from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import ConfigError
+from rewards.suggestions import did_you_mean
 
 SCRIPT = Path(__file__).parents[1] / "train_sd.py"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -59,7 +65,7 @@ def main() -> int:
     options = command_line().parse_args()
     records: Path = options.records or options.output / "records"
     failures: dict[str, str] = {}
-    status = 0
+    stopped = False
     try:
         study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
         runs = planned(study, options.output)
@@ -69,34 +75,44 @@ def main() -> int:
             if (path := records / f"{run.name}.json").is_file():
                 read_record(path, run)  # or it says what differs
         waiting = [run for run in everything if not (records / f"{run.name}.json").is_file()]
-        if not options.tables:
-            waiting.sort(key=lambda run: run.seed)
-            failures = execute(
-                waiting, program=[sys.executable, str(SCRIPT)], parallel=options.parallel
-            )
-    except (ConfigError, ValueError) as error:  # the second: a reward that does not vary
+        earlier = {run.name for run in waiting if run.finished()}
+        code, versions = commit(), made_with()
+        try:
+            if not options.tables:
+                waiting.sort(key=lambda run: run.seed)
+                program = [sys.executable, str(SCRIPT)]
+                failures = execute(waiting, program=program, parallel=options.parallel)
+        except KeyboardInterrupt:
+            print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
+            stopped = True
+        finally:
+            for run in waiting:
+                if run.finished():  # of an earlier call's code nothing is known
+                    known = {"commit": code} if code and run.name not in earlier else {}
+                    write_record(records / f"{run.name}.json", run, versions | known)
+        for name, of_set in runs.items():
+            if finished := [run for run in of_set if (records / f"{run.name}.json").is_file()]:
+                died = {run.name: failures[run.name] for run in of_set if run.name in failures}
+                write_tables(study, name, finished, died, records)
+    except (ConfigError, ValueError) as error:  # the second: runs that cannot be compared
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped; what is done is saved. The same command continues.", file=sys.stderr)
-        status = 130
-    for run in waiting:
-        if run.finished():
-            write_record(records / f"{run.name}.json", run, made_with())
-    for name, of_set in runs.items():
-        if finished := [run for run in of_set if (records / f"{run.name}.json").is_file()]:
-            died = {run.name: failures[run.name] for run in of_set if run.name in failures}
-            write_tables(study, name, finished, died, records)
-    return status or (1 if failures else 0)
+    return 130 if stopped else 1 if failures else 0
 
 
 def planned(study: Mapping[str, Any], output: Path) -> dict[str, list[PlannedRun]]:
     """Return the runs of each set of rewards, as many of each, in one order.
 
     Raises:
-        ConfigError: If a run cannot be made.
+        ConfigError: If a run cannot be made, or if the study asks about a way that it lacks.
     """
-    found = {}
+    found, ways = {}, study["ways"]
+    for role in [key for key in ("subject", "reference") if key in study]:
+        if (way := study[role]) not in ways:
+            raise ConfigError(
+                f"{role}: should be one of {', '.join(ways)}. Found {way!r}."
+                + did_you_mean(str(way), ways)
+            )
     for name, chosen in study["sets"].items():
         found[name] = [
             PlannedRun(
@@ -108,7 +124,7 @@ def planned(study: Mapping[str, Any], output: Path) -> dict[str, list[PlannedRun
                 ),
             )
             for seed in study["seeds"]
-            for way, own in study["ways"].items()
+            for way, own in ways.items()
         ]
     return found
 
@@ -144,6 +160,20 @@ def made_with() -> dict[str, str]:
     return versions | {"python": platform.python_version(), "machine": platform.machine()}
 
 
+def commit() -> str:
+    """Return the last commit of the code, with a plus if it has changed since; "" if unknown."""
+    root, code = SCRIPT.parents[1], ("--", "moa_diffusion", "rewards")
+    if shutil.which("git") is None or not (root / ".git").exists():
+        return ""
+    log, changes = (
+        subprocess.run(
+            ["git", *words, *code], cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for words in (("log", "-1", "--format=%h", "--abbrev=12"), ("status", "--porcelain"))
+    )
+    return log and log + ("+" if changes else "")  # it says nothing of another user's clone
+
+
 def write_tables(
     study: Mapping[str, Any],
     name: str,
@@ -169,26 +199,26 @@ def write_tables(
     table += f"\nSeconds of training per image, without evaluations: {times}.\n"
     report = results.as_json(compared) | {"forwards_per_image": costs}
     report |= {"seconds_per_image": seconds}
-    subject, reference = study.get("subject", ""), study.get("reference", "")
-    if {subject, reference} <= settings.keys():
-        differences = {
+    if (subject := study.get("subject")) in settings and len(settings) > 1:
+        pairs = {
             way: versus.paired_worst(found, subject, way, compared.units)
             for way in settings
             if way != subject
         }
-        curves = {
-            value: versus.reached(compared, reference, images=images, volume=value == "hypervolume")
-            for value in ("worst gain", "hypervolume")
-        }
-        table += "\n" + versus.tables(differences, subject, curves, reference)
-        report["differences"] = {
-            way: dataclasses.asdict(value) for way, value in differences.items()
-        }
-        report["reached"] = {
-            value: [dataclasses.asdict(one) for one in rows] for value, rows in curves.items()
-        }
-    with_what = {json.dumps(one, sort_keys=True) for _, one in read}
-    report["made_with"] = [json.loads(one) for one in sorted(with_what)]
+        table += "\n" + versus.paired_table(pairs, subject)
+        report["differences"] = {way: dataclasses.asdict(one) for way, one in pairs.items()}
+    if (reference := study.get("reference")) in settings:
+        report["reached"] = {}
+        for value in ("worst gain", "hypervolume"):
+            volume = value == "hypervolume"
+            rows = versus.reached(compared, reference, images=images, volume=volume)
+            table += "\n" + versus.reached_table(rows, reference, value)
+            report["reached"][value] = [dataclasses.asdict(one) for one in rows]
+    with_what = Counter(json.dumps(one, sort_keys=True) for _, one in read)
+    report["made_with"] = [json.loads(one) | {"runs": with_what[one]} for one in sorted(with_what)]
+    for one in report["made_with"]:
+        names = ", ".join(f"{key} {value}" for key, value in one.items() if key != "runs")
+        table += f"\nRuns made with {names}: {one['runs']}.\n"
     write_text(folder / f"{name}.md", table)
     write_text(folder / f"{name}.json", json.dumps(without_nan(report), indent=1) + "\n")
     plot_comparison(compared, found, folder / f"{name}.png")
