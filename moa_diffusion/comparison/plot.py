@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moa_diffusion.statistics.bootstrap import LEVEL, Array, Estimate
 OUTLIER = 4.0  # times the median reach
 LINES = ("-", "--", "-.", ":")
 COLUMNS = 5  # small multiples side by side
+LINE = 11  # points between stacked labels
 
 
 def plot_comparison(
@@ -174,6 +176,7 @@ def _front(
     }  # each [R, 2]
     every = numpy.concatenate(list(ends.values()))
     low, high = numpy.array([window(every[:, [axis, axis]]) for axis in (0, 1)]).T  # each [2]
+    beyond: Counter[tuple[bool, bool]] = Counter()  # labels in each corner, which would overlap
     for method in comparison.methods:
         mark = style[method.method]
         mine = [run for run in comparison.runs if run.method == method.method]
@@ -193,11 +196,13 @@ def _front(
             zorder=4,
         )
         if (place != path[-1]).any() and not numpy.isnan(path[-1]).any():
-            left, lower = place < (low + high) / 2
+            left, lower = (bool(side) for side in place < (low + high) / 2)
+            above = beyond[left, lower] * LINE
+            beyond[left, lower] += 1
             panel.annotate(
                 f"{method.method}: {path[-1, 0]:+.1f}, {path[-1, 1]:+.1f}",
                 place,
-                (9 if left else -9, 6 if lower else -10),
+                (9 if left else -9, 6 + above if lower else -10 - above),
                 textcoords="offset points",
                 ha="left" if left else "right",
                 fontsize=8,
