@@ -22,7 +22,7 @@ from moa_diffusion.files.json_values import without_nan
 from moa_diffusion.files.writing import write_text
 from moa_diffusion.types import ConfigError
 
-DIGITS = 5  # of sums: a thousandth of the smallest interval in a table
+DIGITS = 5  # of sums: gains in tables have two decimals
 SHOWN = 3  # digits of metrics, which plots show
 COLUMNS = ("step", "weight/", "share/", "seconds/total", "seconds/evaluate")  # of the metrics
 
@@ -103,6 +103,6 @@ def chosen(settings: Config) -> dict[str, Any]:
 
 def _rounded(value: float | None, digits: int) -> float | int | None:
     """Return a number with few digits, which JSON keeps short."""
-    if value is None or value != value or value == int(value):
-        return None if value is None or value != value else int(value)
-    return float(f"{value:.{digits}g}")
+    if value is None or value != value:
+        return None
+    return int(value) if value == int(value) else float(f"{value:.{digits}g}")
