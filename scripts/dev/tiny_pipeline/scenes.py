@@ -45,8 +45,8 @@ HELD_OUT_WORDS = (
     *("SHOP", "SEAL", "PAST", "OPAL", "BUSH"),
 )
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
-# The held-out words whose spelling varies from one image to the next, and is sometimes right: where
-# all siblings score alike there is nothing to learn from. HAT becomes HOT, and SHOP becomes SHOE.
+# The held-out words that the pre-trained pipeline sometimes spells right, 3 to 7 times of 24. HAT
+# was right twice (11 times it read HOT), and SHOP never.
 ALIGNMENT_WORDS = ("SET", "PAST", "BUSH", "MAT")
 
 
