@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--transformer_steps", type=int, default=1600)
+    parser.add_argument("--transformer_steps", type=int, default=3200)
     parser.add_argument("--transformer_batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--write_prompts", action="store_true", help="write tiny/prompts again too")

@@ -122,13 +122,15 @@ def test_padding_hardly_matters(pipeline) -> None:
     assert np.abs(short - default).mean() < 0.05
 
 
-def test_signs_can_be_read(pipeline) -> None:
-    words = ["GO", "BUS", "CAT", "TAX", "STOP", "PARK", "HOT", "OPEN"]
-    prompts = [f'a blue sign that says "{word}"' for word in words]
+def test_some_signs_can_be_read(pipeline) -> None:
+    words = ["BUS", "CAT", "TAX", "STOP", "PARK", "HOT", "OPEN", "SALE"]
+    prompts = [f'a {colour} sign that says "{word}"' for word in words for colour in COLOURS]
     images = torch.from_numpy(draw(pipeline, prompts)).permute(0, 3, 1, 2)
     with closing(create("ocr", workers=0)) as head:
         scores = head(RewardBatch(prompts=prompts, metadata=[{}] * len(prompts), images=images))
-    assert scores.mean() > 0.8
+    assert 0.3 < scores.mean() < 0.7  # two fifths of its pre-training were scribbled
+    assert scores.quantile(0.9) == 1.0
+    assert scores.quantile(0.1) < 0.3
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from moa_diffusion.tiny import PROMPTS_PATH
 from tiny_pipeline.scenes import (
     ALIGNMENT_WORDS,
     COLOURS,
+    EVALUATION_WORDS,
     HELD_OUT_WORDS,
     SIZE,
     TRAIN_WORDS,
@@ -57,6 +58,29 @@ def test_signs_have_their_colour_and_contrasting_letters(colour: str) -> None:
     assert np.ptp(plate.sum(axis=1)) > 250
 
 
+def test_scribbles_fill_the_place_of_the_letters() -> None:
+    scene = Sign(colour="blue", word="STOP")
+    written, scribbled, again = (
+        np.asarray(draw(scene, random.Random(0), share)).astype(int) for share in (0.0, 1.0, 1.0)
+    )
+    assert np.array_equal(scribbled, again)
+    ink = [(image.min(axis=2) > 150)[12:52, 6:58] for image in (written, scribbled)]
+    rows, columns = zip(*(np.nonzero(where) for where in ink), strict=True)
+    for ends in (rows, columns):  # strokes keep within the word's box, but for their width
+        assert abs(ends[0].min() - ends[1].min()) <= 4
+        assert abs(ends[0].max() - ends[1].max()) <= 4
+    assert (ink[0] != ink[1]).mean() > 0.1
+
+
+def test_scribbles_are_as_frequent_as_asked() -> None:
+    scene = Sign(colour="red", word="CAT")
+    differs = [
+        draw(scene, random.Random(seed), 0.4).tobytes() != draw(scene, random.Random(seed)).tobytes()
+        for seed in range(200)
+    ]
+    assert 0.3 < np.mean(differs) < 0.5  # .4, and three standard errors of .035
+
+
 def test_held_out_words_are_new_but_their_letters_are_not() -> None:
     assert not set(TRAIN_WORDS) & set(HELD_OUT_WORDS)
     known = {(len(word), at, letter) for word in TRAIN_WORDS for at, letter in enumerate(word)}
@@ -64,15 +88,18 @@ def test_held_out_words_are_new_but_their_letters_are_not() -> None:
         assert {(len(word), at, letter) for at, letter in enumerate(word)} <= known
 
 
-def test_prompt_lists_are_disjoint_and_mostly_new_words() -> None:
-    train, held_out = prompt_sets()
-    assert set(ALIGNMENT_WORDS) <= set(HELD_OUT_WORDS)
-    assert not set(train) & set(held_out)
-    for prompts in (train, held_out):
+def test_prompt_lists_have_no_word_in_common() -> None:
+    assert not set(ALIGNMENT_WORDS) & set(EVALUATION_WORDS)
+    lists = zip(prompt_sets(), (ALIGNMENT_WORDS, EVALUATION_WORDS), strict=True)
+    for prompts, expected in lists:
         assert len(set(prompts)) == len(prompts)
         words = [prompt.split('"')[1] for prompt in prompts if "sign" in prompt]
-        assert set(words) == set(ALIGNMENT_WORDS)
+        assert set(words) == set(expected) <= set(TRAIN_WORDS)
         assert len(words) / len(prompts) > 0.6
+        shapes = {prompt for prompt in prompts if "sign" not in prompt}
+        assert len(shapes) == 6
+    train, held_out = prompt_sets()
+    assert not set(train) & set(held_out)
 
 
 def test_committed_prompt_lists_are_the_generated_ones(tmp_path) -> None:

@@ -1,7 +1,7 @@
 """Scenes for judges to learn from: rendered, as the autoencoder repeats them, and varied in look.
 
-Words of ``HELD_OUT_WORDS`` and every sixteenth shape scene never occur: alignment asks for exactly
-these, and a judge shall not have learnt them by heart.
+Words of ``HELD_OUT_WORDS`` and every sixteenth shape scene never occur: the judges are examined on
+these, and shall not have learnt them by heart. The words of alignment are among those that occur.
 """
 
 from __future__ import annotations

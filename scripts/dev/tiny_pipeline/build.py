@@ -11,7 +11,7 @@ def build(
     seed: int = 0,
     vae_steps: int = 1800,
     vae_batch: int = 16,
-    transformer_steps: int = 1600,
+    transformer_steps: int = 3200,
     transformer_batch: int = 64,
     processes: int = 2,
 ) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIGNS = 0.65  # share of signs among the scenes
+SCRIBBLED = 0.4  # share of signs with strokes in the place of letters
 _HIDDEN = (".attn", ".ff", ".layers.", ".block.")  # parts of the names of hidden matrices
 LONG_EVERY, LONG = 10, 96  # every tenth update pads T5's prompts to this length
 
@@ -105,7 +106,7 @@ def latent_stock(
     chosen = rng.choices(range(len(scenes)), odds, k=count)
     latents = []
     for start in range(0, count, 64):
-        images = draw_scenes([scenes[i] for i in chosen[start : start + 64]], rng)
+        images = draw_scenes([scenes[i] for i in chosen[start : start + 64]], rng, SCRIBBLED)
         latents.append(vae.encode(to_model(images)).latent_dist.mean)
     scaled = (torch.cat(latents) - vae.config.shift_factor) * vae.config.scaling_factor
     return scaled, torch.tensor(chosen), scenes

@@ -5,10 +5,11 @@ A scene is a prompt and a 64 x 64 image of it. Two families exist:
 - ``a red circle on a blue background``: five shapes, eight colours, never shape on its own colour;
 - ``a blue sign that says "GO"``: a rounded sign on pale grey, in black or white letters.
 
-The words in ``HELD_OUT_WORDS`` never appear in pre-training, in no colour; each of their letters
-does, at the same place of a word of the same length. So the pre-trained pipeline spells them badly,
-and alignment has something to learn. Images are drawn with Pillow and the font embedded in it,
-four times too large, and reduced: nothing depends on the fonts of the machine.
+In a share of the signs of pre-training, strokes stand in the place of letters: so the pre-trained
+pipeline writes badly in a way that it can do without, and alignment has something to learn. The
+words in ``HELD_OUT_WORDS`` never appear in pre-training, in no colour; each of their letters does,
+at the same place of a word of the same length. Images are drawn with Pillow and the font embedded
+in it, four times too large, and reduced: nothing depends on the fonts of the machine.
 """
 
 import random
@@ -45,9 +46,10 @@ HELD_OUT_WORDS = (
     *("SHOP", "SEAL", "PAST", "OPAL", "BUSH"),
 )
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
-# The held-out words that the pre-trained pipeline sometimes spells right, 3 to 7 times of 24. HAT
-# was right twice (11 times it read HOT), and SHOP never.
-ALIGNMENT_WORDS = ("SET", "PAST", "BUSH", "MAT")
+EVALUATION_WORDS = ("SUN", "TOP", "SALE", "LAST")  # pre-trained, and never asked for in alignment
+ALIGNMENT_WORDS = tuple(
+    word for word in TRAIN_WORDS if len(word) > 2 and word not in EVALUATION_WORDS
+)
 
 
 def _with_article(noun: str) -> str:
@@ -101,17 +103,21 @@ def all_signs(words: Sequence[str] = WORDS) -> list[Sign]:
     return [Sign(colour=colour, word=word) for word in words for colour in COLOURS]
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw(scene: Scene, rng: random.Random, scribbled: float = 0.0) -> Image.Image:
     """Draw one scene with jitter of place, size and colour.
 
     Args:
         scene: What to draw.
         rng: Source of the jitter. The same state gives the same image.
+        scribbled: Probability, 0 to 1, that strokes stand in the place of a sign's letters.
 
     Returns:
         An RGB image of ``SIZE`` x ``SIZE`` pixels.
     """
-    image = _draw_shape(scene, rng) if isinstance(scene, Shape) else _draw_sign(scene, rng)
+    if isinstance(scene, Shape):
+        image = _draw_shape(scene, rng)
+    else:
+        image = _draw_sign(scene, rng, scribbled)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
@@ -153,7 +159,7 @@ def _star(x: float, y: float, radius: float) -> list[tuple[float, float]]:
     ]
 
 
-def _draw_sign(scene: Sign, rng: random.Random) -> Image.Image:
+def _draw_sign(scene: Sign, rng: random.Random, scribbled: float) -> Image.Image:
     side = SIZE * OVERSAMPLING
     grey = rng.randint(196, 222)
     image = Image.new("RGB", (side, side), (grey, grey, grey))
@@ -166,8 +172,31 @@ def _draw_sign(scene: Sign, rng: random.Random) -> Image.Image:
     ink = _jitter(COLOURS["white" if dark else "black"], rng)
     fit = rng.uniform(0.93, 1.0)
     font, stroke = _fitting_font(scene.word, 1.74 * wide * fit, 0.42 * side * fit)
-    pen.text((x, y), scene.word, ink, font, anchor="mm", stroke_width=stroke)
+    if scribbled and rng.random() < scribbled:
+        left, top, right, bottom = font.getbbox(scene.word, stroke_width=stroke)
+        for line in _scribble(len(scene.word), (x, y), right - left, bottom - top, rng):
+            pen.line(line, ink, round(0.16 * font.size))
+    else:
+        pen.text((x, y), scene.word, ink, font, anchor="mm", stroke_width=stroke)
     return image
+
+
+def _scribble(
+    letters: int, centre: tuple[float, float], wide: float, high: float, rng: random.Random
+) -> list[list[tuple[float, float]]]:
+    """Return the ends of three random strokes in the cell of each letter of a word."""
+    x, y, cell = centre[0] - wide / 2, centre[1] - high / 2, wide / letters
+    return [
+        [
+            (
+                x + cell * (letter + rng.choice((0.15, 0.5, 0.85))),
+                y + high * rng.choice((0.05, 0.5, 0.95)),
+            )
+            for _ in range(2)
+        ]
+        for letter in range(letters)
+        for _ in range(3)
+    ]
 
 
 def _luminance(colour: tuple[int, int, int]) -> float:
@@ -188,25 +217,29 @@ def _fitting_font(word: str, width: float, height: float) -> tuple[ImageFont.Fre
 def prompt_sets() -> tuple[list[str], list[str]]:
     """Return the prompts for alignment and for its evaluation.
 
-    The two sets are disjoint, and the same at every call.
+    The two sets have no word in common, and are the same at every call.
 
-    A word of ``ALIGNMENT_WORDS`` is asked for in five colours for alignment and in the three others
-    for evaluation. Both sets hold six shapes, so that colours and what was known before count.
+    Each of ``ALIGNMENT_WORDS`` is asked for in two colours for alignment, and each of
+    ``EVALUATION_WORDS`` in three for evaluation: with few words, a pipeline learns these alone.
+    Both sets hold six shapes, so that colours and what was known before count.
 
     Returns:
         Training and held-out prompts.
     """
     colours = list(COLOURS)
-    train: list[Scene] = []
-    held_out: list[Scene] = []
-    for index, word in enumerate(ALIGNMENT_WORDS):
-        kept = {colours[index % 8], colours[(index + 3) % 8], colours[(index + 6) % 8]}
-        for sign in all_signs([word]):
-            (held_out if sign.colour in kept else train).append(sign)
     shapes = all_shapes()[::16]
-    train += shapes[1::3]
-    held_out += shapes[::3]
-    return [scene.prompt for scene in train], [scene.prompt for scene in held_out]
+
+    def scenes(words: Sequence[str], places: Sequence[int], shapes: list[Shape]) -> list[str]:
+        signs = [
+            Sign(colour=colours[(2 * index + place) % 8], word=word)
+            for index, word in enumerate(words)
+            for place in places
+        ]
+        return [scene.prompt for scene in [*signs, *shapes]]
+
+    return scenes(ALIGNMENT_WORDS, (0, 3), shapes[1::3]), scenes(
+        EVALUATION_WORDS, (0, 3, 6), shapes[::3]
+    )
 
 
 def write_prompt_files(folder: Path) -> None:

@@ -63,10 +63,11 @@ def random_scene(rng: random.Random) -> Scene:
     return Sign(colour=colour, word="".join(rng.choices(LETTERS, k=rng.choice((2, 3, 3, 4, 4)))))
 
 
-def draw_scenes(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
-    """Draw scenes: ``[N, 3, SIZE, SIZE]``, uint8."""
-    drawn = [torch.frombuffer(bytearray(draw(s, rng).tobytes()), dtype=torch.uint8) for s in scenes]
-    return torch.stack(drawn).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
+def draw_scenes(scenes: list[Scene], rng: random.Random, scribbled: float = 0.0) -> torch.Tensor:
+    """Draw scenes as ``draw`` does: ``[N, 3, SIZE, SIZE]``, uint8."""
+    images = [bytearray(draw(scene, rng, scribbled).tobytes()) for scene in scenes]
+    drawn = torch.stack([torch.frombuffer(image, dtype=torch.uint8) for image in images])
+    return drawn.view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2).contiguous()
 
 
 def to_model(images: torch.Tensor) -> torch.Tensor:
