@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def test_the_script_leaves_what_it_promises(folder: Path, here: Here):
     status, said, log = here("--config", "fast.yaml", *options, "--rewards.prompt_colour.weight=2")
     assert status == 0, log
     assert "\ncalibrate: 4 of 4 [" in f"\n{log}"
-    assert "colourfulness will hijack: it has 9" in said
+    assert re.search(r"colourfulness will hijack: it has (9|10)\d", said)
     assert "share, raw weighted sum" in said
 
     found = load(folder / "out" / "calibration.json", ["prompt_colour", "colourfulness"])

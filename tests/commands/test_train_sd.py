@@ -289,6 +289,7 @@ def test_gradients_of_all_objectives_in_float16(here: Here, tmp_path: Path, meth
     run = tmp_path / "run"
     half = ("--policy.dtype", "float16", "--loss.kl_weight", "0")
     half += ("--sampling.resolution", "16", "--trainer.groups", "2")  # a CPU computes it slowly
+    half += ("--trainer.group_size", "3")  # of two siblings the advantages may cancel exactly
     status, _, log = here(tmp_path / "fast.yaml", run, *half)
     assert status == 0, log
     rows = numbers(run)

@@ -365,7 +365,7 @@ def test_the_word_tiny_may_stand_in_a_list(tmp_path):
     settings = run_of(tmp_path, train=["tiny", str(tmp_path / "signs.txt")], heldout=["tiny"])
     tiny, signs = assembly.train_prompts(settings).sets
     assert (len(tiny.prompts) > 10, len(signs.prompts), tiny.weight) == (True, 2, 1.0)
-    assert assembly.heldout_requests(settings)[0].prompt == 'a red sign that says "SET"'
+    assert assembly.heldout_requests(settings)[0].prompt == 'a red sign that says "SUN"'
 
 
 def test_siblings_share_their_start_only_when_asked():
