@@ -65,6 +65,7 @@ def test_passes_are_those_of_sampling_of_training_and_of_what_it_compares_with()
         "loss.forward.draws": 2,
         "sampling.window": 0,
         "sampling.window_mode": "random",
+        "sampling.sampler": "flow_sde",
         "sampling.noise_level": 0.7,
         "sampling.shared_start": False,
     }

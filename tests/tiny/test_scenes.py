@@ -88,14 +88,14 @@ def test_held_out_words_are_new_but_their_letters_are_not() -> None:
 
 def test_prompt_lists_have_no_word_in_common() -> None:
     assert not set(ALIGNMENT_WORDS) & set(EVALUATION_WORDS)
-    lists = zip(prompt_sets(), (ALIGNMENT_WORDS, EVALUATION_WORDS), strict=True)
-    for prompts, expected in lists:
+    lists = zip(prompt_sets(), (ALIGNMENT_WORDS, EVALUATION_WORDS), (6, 12), strict=True)
+    for prompts, expected, count in lists:
         assert len(set(prompts)) == len(prompts)
         words = [prompt.split('"')[1] for prompt in prompts if "sign" in prompt]
         assert set(words) == set(expected) <= set(TRAIN_WORDS)
         assert len(words) / len(prompts) > 0.6
         shapes = {prompt for prompt in prompts if "sign" not in prompt}
-        assert len(shapes) == 6
+        assert len(shapes) == count
     train, held_out = prompt_sets()
     assert not set(train) & set(held_out)
 

@@ -219,9 +219,9 @@ def prompt_sets() -> tuple[list[str], list[str]]:
 
     The two sets have no word in common, and are the same at every call.
 
-    Each of ``ALIGNMENT_WORDS`` is asked for in two colours for alignment, and each of
-    ``EVALUATION_WORDS`` in three for evaluation: with few words, a pipeline learns these alone.
-    Both sets hold six shapes, so that colours and what was known before count.
+    Each of ``ALIGNMENT_WORDS`` is asked for in two colours for alignment, because a pipeline that
+    is asked for few words learns these alone, and each of ``EVALUATION_WORDS`` in six for
+    evaluation. Six and twelve shapes are there so that colours and what was known before count.
 
     Returns:
         Training and held-out prompts.
@@ -237,9 +237,8 @@ def prompt_sets() -> tuple[list[str], list[str]]:
         ]
         return [scene.prompt for scene in [*signs, *shapes]]
 
-    return scenes(ALIGNMENT_WORDS, (0, 3), shapes[1::3]), scenes(
-        EVALUATION_WORDS, (0, 3, 6), shapes[::3]
-    )
+    train = scenes(ALIGNMENT_WORDS, (0, 3), shapes[1::3])
+    return train, scenes(EVALUATION_WORDS, range(6), shapes[::3] + shapes[2::3])
 
 
 def write_prompt_files(folder: Path) -> None:
