@@ -87,3 +87,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs a and b, with prompts and rewards of one's own beside them."""
+    from evaluated_runs import make_two_runs
+
+    return make_two_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def evaluated(two_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder and samples of an evaluation of both runs."""
+    from evaluated_runs import evaluate_two_runs
+
+    return evaluate_two_runs(two_runs, tmp_path_factory.mktemp("evaluated"))

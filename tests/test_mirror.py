@@ -18,25 +18,28 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         ("moa_diffusion.calibration.measure", "moa_diffusion.calibration.plot"),
     ),
     "commands/test_evaluate.py": (
-        "an evaluation's steps take trained runs: made once, for all of them",
+        "the whole of an evaluation is what its command does",
+        ("moa_diffusion.evaluation.evaluate",),
+    ),
+    "evaluation/test_images.py": (
+        "images are drawn with each model's weights, and kept in records",
         (
             "moa_diffusion.adapters.diffusers",
-            "moa_diffusion.evaluation.candidates",
-            "moa_diffusion.evaluation.draw",
-            "moa_diffusion.evaluation.errors",
-            "moa_diffusion.evaluation.evaluate",
-            "moa_diffusion.evaluation.images",
             "moa_diffusion.evaluation.medium",
-            "moa_diffusion.evaluation.plan",
             "moa_diffusion.evaluation.records",
-            "moa_diffusion.evaluation.score",
-            "moa_diffusion.evaluation.write",
-            "moa_diffusion.report.grid",
-            "moa_diffusion.report.pareto_plot",
-            "moa_diffusion.report.shown",
-            "moa_diffusion.report.summary",
-            "moa_diffusion.report.table",
         ),
+    ),
+    "evaluation/test_draw.py": (
+        "an error of an evaluation, and its first: a full disk",
+        ("moa_diffusion.evaluation.errors",),
+    ),
+    "report/test_summary.py": (
+        "the table of scores is what a summary is made of",
+        ("moa_diffusion.report.table",),
+    ),
+    "report/test_grid.py": (
+        "the prompts that a grid shows",
+        ("moa_diffusion.report.shown",),
     ),
     "commands/test_evaluate_text.py": (
         "the same of language models",
@@ -121,7 +124,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "policies/test_lora_files.py": (
         "files of LoRA weights are read into adapters",
-        ("moa_diffusion.policies.adapters", "moa_diffusion.policies.hub"),
+        ("moa_diffusion.policies.hub",),
     ),
     "test_distributed.py": (
         "all processes leave together, and one of them says why",
@@ -169,7 +172,7 @@ UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.
 # Modules that their test file does not import, each with the words by which it uses them.
 USED_BY = {
     "moa_diffusion.__main__": '"-m", "moa_diffusion"',
-    "moa_diffusion.adapters.diffusers": "evaluate(",
+    "moa_diffusion.adapters.diffusers": "load_lora_weights(",
     "moa_diffusion.assembly.models": "assembly.trainer(",
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
@@ -185,7 +188,9 @@ USED_BY = {
     "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.evaluation.draw": "evaluate(",
     "moa_diffusion.evaluation.medium": "plan_evaluation(",
+    "moa_diffusion.evaluation.plan": "ask(",
     "moa_diffusion.evaluation.score": "evaluate(",
+    "moa_diffusion.evaluation.write": "scores.parquet",
     "moa_diffusion.export.card": "README.md",
     "moa_diffusion.files.text": "read_prompts(",
     "moa_diffusion.monitoring.heldout": "trainer.heldout",
@@ -198,7 +203,7 @@ USED_BY = {
     "moa_diffusion.report.grid": "grid.png",
     "moa_diffusion.report.page.payload": "write_report(",
     "moa_diffusion.report.pareto_plot": "pareto.png",
-    "moa_diffusion.report.shown": "write_results(found, output, shown=2",
+    "moa_diffusion.report.shown": "grid.png",
     "moa_diffusion.training.loop": "trainer.run()",
     "moa_diffusion.training.steps": "loss__ratio_tolerance",
     "moa_diffusion.training.trainer": "trainer.learner",

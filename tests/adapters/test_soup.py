@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from moa_diffusion.adapters.soup import mix, mixtures
-from moa_diffusion.policies.adapters import Adapter
+from moa_diffusion.policies.adapters import Adapter, read_sd3_adapter, sd3_skeleton
+from moa_diffusion.storage import checkpoint
+from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 
 
@@ -62,3 +65,34 @@ def test_the_digest_depends_on_members_and_weights_and_not_on_their_order():
 def test_fewer_than_two_are_refused(members, points, key):
     with pytest.raises(ConfigError, match=rf"^{key}: should .* at least"):
         mixtures(members, points)
+
+
+def test_a_soup_is_the_weighted_sum_of_the_updates(two_runs: Path):
+    transformer = sd3_skeleton(str(PIPELINE_PATH))
+    a, b = (
+        read_sd3_adapter(checkpoint.step_folder(two_runs / name, 2) / "ema", transformer)
+        for name in ("a", "b")
+    )
+    assert (a.rank, b.rank) == (4, 2)
+    half = mix([a, b], [0.25, 0.75])
+    assert half.rank == 6
+    for name, (low, high) in half.layers.items():
+        one, other = (adapter.layers[name] for adapter in (a, b))
+        expected = 0.25 * one[1] @ one[0] + 0.75 * other[1] @ other[0]
+        # Ranks in one sum or in two, in float32: some roundings, 6e-8 each.
+        torch.testing.assert_close(high @ low, expected, rtol=1e-4, atol=1e-6)
+    assert mix([a, b], [1.0, 0.0]) is a
+    assert mix([a, b], [0.0, 1.0]) is b
+    assert half.digest == mix([b, a], [0.75, 0.25]).digest
+    assert half.digest != mix([a, b], [0.75, 0.25]).digest
+
+
+def test_mixtures_cover_the_simplex():
+    assert mixtures(2, 3) == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    three = mixtures(3, 5)
+    assert len(three) == 15
+    assert all(sum(weights) == pytest.approx(1) for weights in three)
+    with pytest.raises(ConfigError, match="--points"):
+        mixtures(2, 1)
+    with pytest.raises(ConfigError, match="--soup"):
+        mixtures(1, 3)

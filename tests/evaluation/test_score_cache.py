@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moa_diffusion import assembly
 from moa_diffusion.data.prompt_files import Prompt
+from moa_diffusion.evaluation import score_cache
 from moa_diffusion.evaluation.score_cache import HeadVersion, ScoreCache
 from moa_diffusion.scoring import create_head
 from moa_diffusion.types import ConfigError
@@ -42,3 +44,12 @@ def test_a_score_depends_on_the_metadata_of_the_prompt():
 def test_options_that_matter_are_part_of_the_version(tmp_path: Path):
     other = HeadVersion.of("sharp", HEAD, {"option": 2})
     assert ScoreCache(tmp_path, VERSION).path != ScoreCache(tmp_path, other).path
+
+
+def test_code_in_no_file_cannot_be_told_apart():
+    space: dict[str, object] = {}
+    exec("def unknown(images, prompts):\n    return [0.0] * len(prompts)", space)
+    head = score_cache.FunctionHead(space["unknown"])
+    with pytest.raises(ConfigError, match="should be code in a file"):
+        score_cache.HeadVersion.of("unknown", head, {})
+    assembly.check_requirements("rewards", {"unknown": head}, [Prompt(text="a")])
