@@ -201,7 +201,8 @@ def report(calibration: Calibration, measured: Measurement) -> None:
     console.width = max(console.width, 30 + sum(widths))  # less would cut names
     table = Table(
         title=f"{calibration.model}: {calibration.prompts} prompts x {calibration.images} images",
-        caption="share: of the variance of the weighted sum, which decides the gradient",
+        caption="share: of the variance of the weighted sum, which decides the gradient; below 0 "
+        "or above 100% where a reward opposes the sum",
     )
     between = Table(title="Correlation within prompts")
     for headed in (table, between):
@@ -256,7 +257,7 @@ def findings(calibration: Calibration, requires: Mapping[str, Sequence[str]]) ->
     if len([one for one in objectives.values() if one.applies]) < 2:
         return [*sentences, "Fewer than two objectives apply: nobody can hijack the sum."]
     first = max(objectives, key=lambda name: objectives[name].share_static)
-    share = f"{objectives[first].share_static:.1%} of the variance of"
+    share = f"{objectives[first].share_static:.0%} of the variance of"
     hijacker = calibration.hijacker()
     if hijacker is not None:
         return [*sentences, f"{hijacker} will hijack: it has {share} a plain weighted sum."]
