@@ -30,7 +30,7 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "evaluation/test_draw.py": (
-        "an error of an evaluation, and its first: a full disk",
+        "the error that ends an evaluation: its disk is full",
         ("moa_diffusion.evaluation.errors",),
     ),
     "report/test_summary.py": (
@@ -172,7 +172,7 @@ UNITS = {name: path for name, path in MODULES.items() if path.name != "__init__.
 # Modules that their test file does not import, each with the words by which it uses them.
 USED_BY = {
     "moa_diffusion.__main__": '"-m", "moa_diffusion"',
-    "moa_diffusion.adapters.diffusers": "load_lora_weights(",
+    "moa_diffusion.adapters.diffusers": "evaluated: ",
     "moa_diffusion.assembly.models": "assembly.trainer(",
     "moa_diffusion.assembly.scorers": "assembly.trainer(",
     "moa_diffusion.assembly.trainers": "assembly.trainer(",
@@ -188,9 +188,9 @@ USED_BY = {
     "moa_diffusion.data.prompt_tables": "read_prompts",
     "moa_diffusion.evaluation.draw": "evaluate(",
     "moa_diffusion.evaluation.medium": "plan_evaluation(",
-    "moa_diffusion.evaluation.plan": "ask(",
+    "moa_diffusion.evaluation.plan": "from evaluated_runs import ask",
     "moa_diffusion.evaluation.score": "evaluate(",
-    "moa_diffusion.evaluation.write": "scores.parquet",
+    "moa_diffusion.evaluation.write": "evaluated: ",
     "moa_diffusion.export.card": "README.md",
     "moa_diffusion.files.text": "read_prompts(",
     "moa_diffusion.monitoring.heldout": "trainer.heldout",
@@ -203,7 +203,7 @@ USED_BY = {
     "moa_diffusion.report.grid": "grid.png",
     "moa_diffusion.report.page.payload": "write_report(",
     "moa_diffusion.report.pareto_plot": "pareto.png",
-    "moa_diffusion.report.shown": "grid.png",
+    "moa_diffusion.report.shown": "evaluated: ",
     "moa_diffusion.training.loop": "trainer.run()",
     "moa_diffusion.training.steps": "loss__ratio_tolerance",
     "moa_diffusion.training.trainer": "trainer.learner",

@@ -287,7 +287,8 @@ class Watch:
                         message=f"Rollouts score {gap:.3g} below deployed outputs of the same "
                         f"prompts and seeds in {name}, {apart:.1f} standard deviations: training "
                         "sees worse outputs than users will. Fewer noisy steps, a smaller "
-                        "`sampling.noise_level` or more `sampling.steps` may help.",
+                        "`sampling.noise_level`, more `sampling.steps` or the `sampling.sampler` "
+                        "cps may help.",
                         action="warn",
                     )
                 )

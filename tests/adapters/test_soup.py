@@ -85,14 +85,3 @@ def test_a_soup_is_the_weighted_sum_of_the_updates(two_runs: Path):
     assert mix([a, b], [0.0, 1.0]) is b
     assert half.digest == mix([b, a], [0.75, 0.25]).digest
     assert half.digest != mix([a, b], [0.75, 0.25]).digest
-
-
-def test_mixtures_cover_the_simplex():
-    assert mixtures(2, 3) == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
-    three = mixtures(3, 5)
-    assert len(three) == 15
-    assert all(sum(weights) == pytest.approx(1) for weights in three)
-    with pytest.raises(ConfigError, match="--points"):
-        mixtures(2, 1)
-    with pytest.raises(ConfigError, match="--soup"):
-        mixtures(1, 3)

@@ -27,15 +27,8 @@ def test_two_processes_give_the_table_of_one(two_runs: Path, tmp_path: Path):
     done = subprocess.run(
         [
             *(*torchrun, "--nproc_per_node", "2", "--", "scripts/evaluate.py"),
-            *(
-                "--run",
-                str(two_runs / "a"),
-                "--prompts",
-                str(two_runs / "three.txt"),
-                "--seeds",
-                "1",
-            ),
-            *("--output", str(tmp_path / "two")),
+            *("--run", str(two_runs / "a"), "--prompts", str(two_runs / "three.txt")),
+            *("--seeds", "1", "--output", str(tmp_path / "two")),
         ],
         cwd=ROOT,
         capture_output=True,

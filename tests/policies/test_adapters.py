@@ -17,7 +17,7 @@ from moa_diffusion.tiny import PIPELINE_PATH
 from moa_diffusion.types import ConfigError
 
 
-def test_scales_are_read_as_diffusers_reads_them(two_runs: Path, tmp_path: Path):
+def test_scales_are_read_as_diffusers_reads_them(tmp_path: Path):
     """With alpha in the metadata and without, and in the names of older files."""
     transformer = sd3_skeleton(str(PIPELINE_PATH))
     name = "transformer_blocks.0.attn.to_q"

@@ -139,6 +139,10 @@ def test_can_be_rebuilt(tmp_path, monkeypatch) -> None:
     script = str(ROOT / "scripts" / "dev" / "make_tiny.py")
     monkeypatch.setattr(sys, "argv", [script, "--output", str(tmp_path), *command.split()])
     runpy.run_path(script, run_name="__main__")
+    made = (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
+    runpy.run_path(script, run_name="__main__")  # another transformer for the same autoencoder
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == made
     images = draw(load(tmp_path), ["a red circle on a blue background"])
     assert images.shape == (1, 64, 64, 3)
     assert np.isfinite(images).all()

@@ -21,7 +21,8 @@ def build(
     round differently, so bit-equal weights are not promised across machines.
 
     Args:
-        output: Folder, made if missing.
+        output: Folder, made if missing. An autoencoder that lies in its ``vae`` is kept, so that
+            the judges that were trained with it fit the new pipeline too.
         seed: Seed of weights, scenes and noise.
         vae_steps: Updates of the autoencoder.
         vae_batch: Images in each, over all processes.
@@ -36,7 +37,8 @@ def build(
                 f"Found `{name} = {batch}`."
             )
     output.mkdir(parents=True, exist_ok=True)
-    parallel.run(vae.train_vae, processes, output / "vae", seed, vae_steps, vae_batch)
+    if not (output / "vae" / "config.json").is_file():
+        parallel.run(vae.train_vae, processes, output / "vae", seed, vae_steps, vae_batch)
     parallel.run(
         flow.train_transformer, processes, output, seed, transformer_steps, transformer_batch
     )

@@ -6,10 +6,11 @@ A scene is a prompt and a 64 x 64 image of it. Two families exist:
 - ``a blue sign that says "GO"``: a rounded sign on pale grey, in black or white letters.
 
 In a share of the signs of pre-training, strokes stand in the place of letters: so the pre-trained
-pipeline writes badly in a way that it can do without, and alignment has something to learn. The
-words in ``HELD_OUT_WORDS`` never appear in pre-training, in no colour; each of their letters does,
-at the same place of a word of the same length. Images are drawn with Pillow and the font embedded
-in it, four times too large, and reduced: nothing depends on the fonts of the machine.
+pipeline writes badly although it also knows the letters, and alignment has something to learn. The
+words in ``HELD_OUT_WORDS`` never appear, in no colour, and the judges are examined on them; each of
+their letters does, at the same place of a word of the same length. Images are drawn with Pillow and
+the font embedded in it, four times too large, and reduced: nothing depends on the fonts of the
+machine.
 """
 
 import random
@@ -47,7 +48,7 @@ HELD_OUT_WORDS = (
 )
 WORDS = TRAIN_WORDS + HELD_OUT_WORDS
 EVALUATION_WORDS = ("SUN", "TOP", "SALE", "LAST")  # pre-trained, and never asked for in alignment
-ALIGNMENT_WORDS = tuple(
+ALIGNMENT_WORDS = tuple(  # two letters leave OCR three scores
     word for word in TRAIN_WORDS if len(word) > 2 and word not in EVALUATION_WORDS
 )
 
@@ -220,8 +221,9 @@ def prompt_sets() -> tuple[list[str], list[str]]:
     The two sets have no word in common, and are the same at every call.
 
     Each of ``ALIGNMENT_WORDS`` is asked for in two colours for alignment, because a pipeline that
-    is asked for few words learns these alone, and each of ``EVALUATION_WORDS`` in six for
-    evaluation. Six and twelve shapes are there so that colours and what was known before count.
+    was asked for few words learned these alone, and each of ``EVALUATION_WORDS`` in six for
+    evaluation. Six shapes and twelve others are there so that colours and what was known before
+    count.
 
     Returns:
         Training and held-out prompts.
