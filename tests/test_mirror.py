@@ -13,9 +13,9 @@ TESTS = Path(__file__).parent
 
 # Modules without a test file of their own: the file that tests them instead, why, and the modules.
 ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "commands/test_calibrate.py": (
-        "measuring and plotting take a model: one run of the command shows both",
-        ("moa_diffusion.calibration.measure", "moa_diffusion.calibration.plot"),
+    "calibration/test_measure.py": (
+        "what is measured is plotted",
+        ("moa_diffusion.calibration.plot",),
     ),
     "commands/test_evaluate.py": (
         "the whole of an evaluation is what its command does",
