@@ -103,3 +103,11 @@ def evaluated(two_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from evaluated_runs import evaluate_two_runs
 
     return evaluate_two_runs(two_runs, tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture
+def heads_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`scripts/heads.py` in this process: exit status, stdout, stderr."""
+    from heads_command import starter
+
+    return starter(monkeypatch, capsys)

@@ -53,16 +53,6 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         "what is exported is loaded by a plain pipeline",
         ("moa_diffusion.export.card", "moa_diffusion.export.export"),
     ),
-    "commands/test_heads.py": (
-        "the command's parts, each by what it prints",
-        (
-            "rewards.commands.check_head",
-            "rewards.commands.cli",
-            "rewards.commands.head_cards",
-            "rewards.commands.head_options",
-            "rewards.commands.score_folder",
-        ),
-    ),
     "commands/test_train_sd.py": (
         "assembling a run takes its whole configuration",
         (
