@@ -1,7 +1,7 @@
 """Run the trainings behind a table of docs/results.md, and write the table.
 
-python scripts/dev/study.py docs/results/losses.yaml --output runs/losses --parallel 2 \\
-    --records docs/results/losses
+python scripts/dev/study.py docs/results/methods.yaml --output runs/methods --parallel 2 \\
+    --records docs/results/methods
 
 The YAML file names sets of rewards (a recipe each, and options), ways to train (options by label),
 options of all runs, and seeds; and, if there is one, the way in question (``subject``) and the one
