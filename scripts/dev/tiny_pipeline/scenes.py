@@ -231,16 +231,16 @@ def prompt_sets() -> tuple[list[str], list[str]]:
     colours = list(COLOURS)
     shapes = all_shapes()[::16]
 
-    def scenes(words: Sequence[str], places: Sequence[int], shapes: list[Shape]) -> list[str]:
-        signs = [
+    def signs(words: Sequence[str], places: Sequence[int]) -> list[Scene]:
+        return [
             Sign(colour=colours[(2 * index + place) % 8], word=word)
             for index, word in enumerate(words)
             for place in places
         ]
-        return [scene.prompt for scene in [*signs, *shapes]]
 
-    train = scenes(ALIGNMENT_WORDS, (0, 3), shapes[1::3])
-    return train, scenes(EVALUATION_WORDS, range(6), shapes[::3] + shapes[2::3])
+    train = [*signs(ALIGNMENT_WORDS, (0, 3)), *shapes[1::3]]
+    held_out = [*signs(EVALUATION_WORDS, range(6)), *shapes[::3], *shapes[2::3]]
+    return [scene.prompt for scene in train], [scene.prompt for scene in held_out]
 
 
 def write_prompt_files(folder: Path) -> None:
