@@ -37,7 +37,9 @@ def build(
                 f"Found `{name} = {batch}`."
             )
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / "vae" / "config.json").is_file():
+    if (output / "vae" / "config.json").is_file():
+        print(f"The autoencoder in {output / 'vae'} is kept.")
+    else:
         parallel.run(vae.train_vae, processes, output / "vae", seed, vae_steps, vae_batch)
     parallel.run(
         flow.train_transformer, processes, output, seed, transformer_steps, transformer_batch

@@ -173,6 +173,8 @@ def _draw_sign(scene: Sign, rng: random.Random, scribbled: float) -> Image.Image
     ink = _jitter(COLOURS["white" if dark else "black"], rng)
     fit = rng.uniform(0.93, 1.0)
     font, stroke = _fitting_font(scene.word, 1.74 * wide * fit, 0.42 * side * fit)
+    # Where nothing is scribbled nothing is drawn from `rng`: the autoencoder and the judges learned
+    # from such images.
     if scribbled and rng.random() < scribbled:
         left, top, right, bottom = font.getbbox(scene.word, stroke_width=stroke)
         for line in _scribble(len(scene.word), (x, y), right - left, bottom - top, rng):
