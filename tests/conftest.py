@@ -13,6 +13,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported: before any import
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"  # what tests compare to the bit is the CPU's
+# A graph that an earlier run compiled for another instruction set would be taken as it is.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
 # One thread unless the environment asks for more; read when torch is imported, here and in the
 # processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

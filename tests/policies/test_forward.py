@@ -364,8 +364,9 @@ def test_attention_is_that_of_diffusers(name: str) -> None:
             found = attended(JointAttention(name), module)
             for one, other in zip(found, expected, strict=True):
                 equal.append(torch.equal(one, other))
-                # Outputs and gradients of up to 10 after sums of some 100 terms.
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+                # Sums of some 100 terms in float32, of the size of the largest output or gradient:
+                # 16 eps. On three instruction sets up to 6 eps were seen.
+                assert (one - other).abs().max() <= 16 * 1.2e-7 * other.abs().max()
     assert len(kinds) > 1
     assert all(equal) == (name == "native")
 
